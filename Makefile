@@ -1,0 +1,36 @@
+# Thin wrappers of what the README says. Each target does its own set-up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup train test test-long lint proto bench clean
+
+setup: $(STAMP)
+
+# torch is named in the same call as its constraint and everything else: pip then takes the CPU wheel.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	touch $@
+
+train: $(STAMP)
+	$(BIN)/thinpipe up --stages 4 --model tiny --link 300mbit,25ms --out runs/train --overwrite
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+test: lint
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: $(STAMP)
+	$(BIN)/python -m pytest -m long
+
+# The stubs are committed, so only someone who changes stage.proto needs this.
+proto: $(STAMP)
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protocol/stage.proto
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,261 @@
+"""Byte formats without state: fp64, fp32, bf16 as they are, and blockwise int8 and int4.
+
+fp64, fp32, bf16: the values, little-endian, in C order, rounded to nearest even.
+
+int8, int4: the flattened tensor is cut into blocks of 128 (the last may be short); each block is coded with one bf16
+scale s and one small symmetric integer a value, ẑ = s·q, |q| ≤ 127 or 7. Body: all scales, then all codes; int4 puts
+two codes in a byte as q + 8, the earlier one in the low nibble, and the spare nibble of an odd count is 8. This is the
+blockwise absmax quantisation of Dettmers et al. (arXiv 2110.02861) with a uniform grid: no table to look up, and a
+block's worst error is known. One scale per tensor would let a single outlier silence everything else.
+
+Activations (FORWARD) are rounded to nearest even. Gradients (BACKWARD) are rounded stochastically, because rounding
+errors that do not average out act as a bias on every weight (Gupta et al., arXiv 1502.02551): q = rint(z/s + u) with u
+symmetric on (-1/2, 1/2). u is an odd 16-bit integer times 2^-16, from the key's own generator; it leaves the mean of q
+within 2^-16 of z/s (a 2^-16 part of one step: for int8 2^-23 of the block's peak, the precision of fp32 itself),
+returns whole numbers unchanged, and is drawn on the CPU, so that all devices agree.
+
+How s is rounded to bf16 differs for the same reason. Stochastic: up, so that |z/s| ≤ 127 and nothing is clipped, which
+would be a bias. Nearest: to nearest, which is half as coarse; as bf16 is off by at most one part in 256, the peak's
+code is still 127 (126.51 to 127.496 rounds to it), the peak comes back as 127·s, and packing again gives the same
+bytes: a tensor loses nothing by crossing twice. s never falls below the smallest normal number 2^-126, so there is no
+division by zero, a zero block is exact, and no result depends on whether a processor flushes subnormal numbers.
+
+All arithmetic is single IEEE operations on fp32 (a product or quotient, then rint), so every device has the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .boundary import ByteFormat, CodecError, Direction, Key, Payload, register_format
+
+if sys.byteorder != "little":
+    raise ImportError("thinpipe's wire formats are little-endian and are copied as they lie in memory")
+
+# 1.6 % (int8), 3.1 % (int4) spent on scales. For Gaussian values 128 is near the best int4 error per bit; see
+# tests/test_formats.py::test_block_of_128_is_a_good_choice.
+BLOCK = 128
+MIN_SCALE = 2.0**-126
+_MIN_SCALE_BITS, _MAX_SCALE_BITS = 0x0080, 0x7F7F  # 2^-126 and the largest finite bf16, as int16
+_SCALE_SLACK = 1 + 2**-6  # a rounded-up scale times 127 or 7 exceeds the block's peak by less than this
+
+
+def _refuse(fmt: ByteFormat, z: Tensor, sent: Tensor, key: Key) -> CodecError:
+    """The error for a tensor `z` whose converted values `sent` are not all finite."""
+    index = int((~sent.reshape(-1).isfinite()).nonzero()[0])
+    value = z.reshape(-1)[index].item()
+    fault = f"overflows {fmt.id}" if math.isfinite(value) else "is not finite"
+    return CodecError(f"value {value} at element {index} of {key} {fault}; lower the learning rate or clip")
+
+
+def _finite(x: Tensor) -> bool:
+    # two extremes, which propagate nan, in one pass: ten times faster than isfinite().all()
+    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
+
+
+class _Plain(ByteFormat):
+    """Values as they are, in one floating dtype."""
+
+    dtype: ClassVar[torch.dtype]
+
+    def body_bytes(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * self.dtype.itemsize
+
+    def pack(self, z: Tensor, key: Key) -> Payload:
+        values = z.detach().to(self.dtype)
+        if not _finite(values):
+            raise _refuse(self, z.detach(), values, key)
+        body = values.reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
+        return Payload(codec=self.id, header={"shape": list(z.shape)}, body=body)
+
+    def unpack(
+        self, payload: Payload, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        self.check(payload, shape)
+        octets = torch.empty(len(payload.body), dtype=torch.uint8)
+        octets.numpy()[:] = np.frombuffer(payload.body, np.uint8)
+        values = octets.view(self.dtype).view(shape).to(device=device, dtype=dtype)
+        if not _finite(values):
+            index = int((~values.reshape(-1).isfinite()).nonzero()[0])
+            raise CodecError(f"{self.id} payload is not finite in {dtype} at element {index}")
+        return values
+
+
+@register_format
+class Fp64(_Plain):
+    id = "fp64"
+    dtype = torch.float64
+
+
+@register_format
+class Fp32(_Plain):
+    id = "fp32"
+    dtype = torch.float32
+
+
+@register_format
+class Bf16(_Plain):
+    id = "bf16"
+    dtype = torch.bfloat16
+
+
+class _Blockwise(ByteFormat):
+    """One bf16 scale for every 128 values and one integer in [-peak_code, peak_code] a value."""
+
+    peak_code: ClassVar[int]
+
+    @classmethod
+    def code_bytes(cls, count: int) -> int:
+        """Bytes that `count` codes take."""
+        raise NotImplementedError
+
+    @classmethod
+    def join(cls, codes: Tensor) -> Tensor:
+        """Codes as whole fp32 numbers, an even count, to the bytes that hold them, on the same device."""
+        raise NotImplementedError
+
+    @classmethod
+    def split(cls, octets: np.ndarray) -> np.ndarray:
+        """Inverse of `join`: uint8 to int8 codes, which may be out of range."""
+        raise NotImplementedError
+
+    def body_bytes(self, shape: tuple[int, ...]) -> int:
+        count = math.prod(shape)
+        return 2 * _blocks(count) + self.code_bytes(count)
+
+    def pack(self, z: Tensor, key: Key) -> Payload:
+        count, blocks = z.numel(), _blocks(z.numel())
+        flat = z.detach().to(torch.float32).reshape(-1)
+        if padding := blocks * BLOCK - count:
+            flat = torch.nn.functional.pad(flat, (0, padding))
+        rows = flat.view(blocks, BLOCK)
+        scratch = rows.abs()
+        peaks = scratch.amax(dim=1, keepdim=True)
+        if not _finite(peaks):
+            raise _refuse(self, z.detach(), flat, key)
+        stochastic = key.direction is Direction.BACKWARD
+        scales = self._scales(peaks, round_up=stochastic)
+        torch.div(rows, scales.to(torch.float32), out=scratch)
+        if stochastic:
+            scratch.add_(_noise(key, scratch.numel()).to(scratch.device, torch.float32).view_as(scratch), alpha=2**-16)
+        codes = self.join(scratch.round_().view(-1)).cpu().numpy()[: self.code_bytes(count)]
+        body = b"".join((scales.view(torch.int16).cpu().numpy(), codes))
+        return Payload(codec=self.id, header={"shape": list(z.shape)}, body=body)
+
+    def _scales(self, peaks: Tensor, *, round_up: bool) -> Tensor:
+        exact = peaks * (1 / self.peak_code)  # a product: division by a number is one on CUDA but not on CPUs
+        if not round_up:
+            return exact.clamp_(min=MIN_SCALE).to(torch.bfloat16)
+        bits = (exact.clamp_(min=MIN_SCALE).view(torch.int32) + 0xFFFF) >> 16
+        scales = bits.to(torch.int16).view(torch.bfloat16)
+        short = scales.to(torch.float32) * self.peak_code < peaks  # 1/127 itself was rounded: at most one more step
+        return (bits + short).to(torch.int16).view(torch.bfloat16)
+
+    def unpack(
+        self, payload: Payload, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        self.check(payload, shape)
+        count, blocks = math.prod(shape), _blocks(math.prod(shape))
+        if not count:
+            return torch.empty(shape, dtype=dtype, device=device)
+        bits = np.frombuffer(payload.body, "<i2", count=blocks)
+        limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+        reach = self._check_scales(bits, dtype, limit)
+        codes = np.zeros(blocks * BLOCK, np.int8)
+        found = self.split(np.frombuffer(payload.body, np.uint8, offset=2 * blocks))
+        codes[: found.size] = found
+        if int(codes.min()) < -self.peak_code:  # the one code that an even number of bits has to spare
+            raise CodecError(
+                f"{self.id} payload has code {codes.min()} at element {codes.argmin()}, which no value has"
+            )
+        if codes[count:].any():
+            raise CodecError(f"{self.id} payload's spare nibble is {codes[count] + 8}, not 8")
+        scales = torch.from_numpy(bits.copy()).view(torch.bfloat16).to(device, torch.float32).unsqueeze(1)
+        values = torch.from_numpy(codes).to(device).view(blocks, BLOCK).to(torch.float32).mul_(scales)
+        if reach > limit:  # the scale of a peak close to the largest number was rounded beyond it
+            values.clamp_(-limit, limit)
+        return values.view(-1)[:count].view(shape).to(dtype)
+
+    def _check_scales(self, bits: np.ndarray, dtype: torch.dtype, limit: float) -> float:
+        """The largest magnitude that these scales can give."""
+        low, high = int(bits.min()), int(bits.max())
+        if low < _MIN_SCALE_BITS or high > _MAX_SCALE_BITS:
+            index = int(np.argmax((bits < _MIN_SCALE_BITS) | (bits > _MAX_SCALE_BITS)))
+            raise CodecError(
+                f"{self.id} payload's scale of block {index} is {_scale(int(bits[index]))}, "
+                f"outside [{MIN_SCALE}, {_scale(_MAX_SCALE_BITS)}]"
+            )
+        reach = _scale(high) * self.peak_code
+        if reach > limit * _SCALE_SLACK:
+            raise CodecError(
+                f"{self.id} payload's scale of block {bits.argmax()} reaches {reach}, beyond {dtype}'s {limit}"
+            )
+        return reach
+
+
+@register_format
+class Int8(_Blockwise):
+    """1.016 bytes a value; the error is at most 0.4 % of the block's peak (nearest), 0.8 % (stochastic)."""
+
+    id = "int8"
+    peak_code = 127
+
+    @classmethod
+    def code_bytes(cls, count: int) -> int:
+        return count
+
+    @classmethod
+    def join(cls, codes: Tensor) -> Tensor:
+        return codes.to(torch.int8)
+
+    @classmethod
+    def split(cls, octets: np.ndarray) -> np.ndarray:
+        return octets.view(np.int8)
+
+
+@register_format
+class Int4(_Blockwise):
+    """0.516 bytes a value; the error is at most 7.2 % of the block's peak (nearest), 14.4 % (stochastic)."""
+
+    id = "int4"
+    peak_code = 7
+
+    @classmethod
+    def code_bytes(cls, count: int) -> int:
+        return (count + 1) // 2
+
+    @classmethod
+    def join(cls, codes: Tensor) -> Tensor:
+        pairs = codes.view(-1, 2)
+        return torch.add(pairs[:, 0], pairs[:, 1], alpha=16).add_(8 + 16 * 8).to(torch.uint8)
+
+    @classmethod
+    def split(cls, octets: np.ndarray) -> np.ndarray:
+        pairs = octets.astype("<u2")
+        pairs |= pairs << 4
+        pairs &= 0x0F0F
+        codes = pairs.view(np.int8)
+        codes -= 8
+        return codes
+
+
+def _blocks(count: int) -> int:
+    return -(-count // BLOCK)
+
+
+def _noise(key: Key, count: int) -> Tensor:
+    """`count` (a multiple of 4) odd int16 numbers: symmetric about 0, in steps of 2, from the key alone."""
+    raw = key.generator().random_raw(count // 4)
+    raw |= np.uint64(0x0001_0001_0001_0001)
+    return torch.from_numpy(raw.view(np.int16))
+
+
+def _scale(bits: int) -> float:
+    """The bf16 number with this int16 pattern."""
+    return torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item()

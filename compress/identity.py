@@ -1,0 +1,44 @@
+"""The codec that changes nothing: hidden states cross the boundary as they are, and only the byte format is lossy.
+
+With `bf16` it is the dense baseline that every ratio is measured against; with `int8` the blockwise baseline that
+hivemind, Petals and SWARM send; with `fp64` it is exact and so the reference for parity tests.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .boundary import BoundaryContext, Codec, Receiver, Sender, register_codec
+
+
+class IdentitySender(Sender):
+    """Z = H."""
+
+    def encode(self, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        del ids_BT
+        return hidden_BTD
+
+
+class IdentityReceiver(Receiver):
+    """Ĥ = Z."""
+
+    def decode(self, z_BTW: Tensor, ids_BT: Tensor) -> Tensor:
+        del ids_BT
+        return z_BTW
+
+
+@register_codec
+class Identity(Codec):
+    name = "identity"
+    default_forward = default_backward = "fp32"  # the usual training dtype: by itself, identity loses nothing
+
+    def wire_width(self, width: int) -> int:
+        return width
+
+    def sender(self, context: BoundaryContext) -> Sender:
+        del context
+        return IdentitySender()
+
+    def receiver(self, context: BoundaryContext) -> Receiver:
+        del context
+        return IdentityReceiver()

@@ -1,0 +1,270 @@
+"""Every setting of a run, in one place, read from TOML by pydantic.
+
+One `run.toml` describes the whole swarm and every node reads the same file; what differs between nodes (stage index,
+addresses) is said on the command line. Neighbours compare `RunConfig.digest()` in their greeting, so two nodes that
+would compute different things refuse each other before a tensor moves. Why pydantic and not argparse defaults: a typed
+tree gives one spelling to the TOML key, the command-line override and the error message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A setting is unknown, malformed or contradicts another; the message names it and the remedy."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class RunSection(Section):
+    """What the run is: its length, seed and pauses for evaluation."""
+
+    seed: int = Field(default=1, ge=0, lt=2**63)
+    steps: int = Field(default=200, ge=1)
+    eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
+    name: str = Field(
+        default="run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="the run id that neighbours compare"
+    )
+
+
+class ModelSection(Section):
+    """Which decoder is trained."""
+
+    preset: str = Field(default="tiny", description="tiny, 150m, 500m or 1b; ignored when `path` is given")
+    path: Path | None = Field(default=None, description="directory with a Hugging Face config.json (and safetensors)")
+    pretrained: bool = Field(
+        default=False, description="start from the safetensors in `path` instead of random weights"
+    )
+    vocab_size: int | None = Field(default=None, ge=2, le=2**20)
+    layers: int | None = Field(default=None, ge=1, le=1024)
+    width: int | None = Field(default=None, ge=8, le=65536)
+    attention: Literal["eager", "sdpa"] = "sdpa"
+
+
+class DataSection(Section):
+    """Where text comes from and how it is cut."""
+
+    source: str = Field(
+        default="stdlib", description="'stdlib' (embedded default), a local file or directory, or hf:NAME"
+    )
+    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
+    text_field: str = "text"
+    tokenizer: Path | None = Field(
+        default=None, description="a tokenizer.json; by default a byte-level BPE is trained once"
+    )
+    sequence_length: int = Field(default=128, ge=2, le=2**20)
+    heldout_sequences: int = Field(default=64, ge=1, description="length of the fixed held-out set")
+    cache: Path | None = Field(default=None, description="default: $THINPIPE_CACHE or ~/.cache/thinpipe")
+
+
+class OptimSection(Section):
+    """Muon for hidden matrices, AdamW for the rest; warm-up, then linear decay."""
+
+    muon_lr: float = Field(default=0.02, gt=0)
+    adamw_lr: float = Field(default=0.005, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    adamw_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adamw_beta2: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=10, ge=0)
+    decay_fraction: float = Field(
+        default=0.4, ge=0, le=1, description="share of the run, at its end, with a falling rate"
+    )
+    clip: float = Field(default=1.0, ge=0, description="gradient norm of one stage; 0: no clipping")
+    msign_dtype: Literal["float64", "float32", "bfloat16"] = "float32"
+    msign_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # quintic, bfloat16: torch.optim.Muon
+
+
+class CodecSection(Section):
+    """What crosses a boundary, and in how many bits."""
+
+    codec: str = "bf16"
+    forward: str | None = Field(default=None, description="byte format of activations; default: the codec's own")
+    backward: str | None = Field(default=None, description="byte format of gradients; default: the codec's own")
+
+
+class PipelineSection(Section):
+    """How the model is cut and in which order a stage works."""
+
+    stages: int = Field(default=4, ge=1, le=1024)
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    batch_size: int = Field(default=16, ge=1, description="sequences a step")
+    microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
+
+
+class LinkSection(Section):
+    """The thin link and the buffers around it."""
+
+    link: str = Field(
+        default="none", description="rate,latency[,jitter=..][,burst=..] such as 300mbit,25ms; none: no cap"
+    )
+    chunk_bytes: int = Field(default=128 * 1024, ge=64 * 1024, le=256 * 1024)
+    send_buffer_bytes: int = Field(default=16 * 2**20, ge=2**20)
+    receive_buffer_bytes: int = Field(default=16 * 2**20, ge=2**20)
+    uncapped_window_bytes: int = Field(
+        default=4 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"
+    )
+    greeting_timeout_s: float = Field(default=10.0, gt=0)
+    connect_timeout_s: float = Field(
+        default=120.0, gt=0, description="how long a node waits for a neighbour to be there"
+    )
+    progress_timeout_s: float = Field(default=300.0, gt=0, description="how long a node waits for one message")
+
+
+class ComputeSection(Section):
+    """How a stage computes."""
+
+    device: str = "cpu"
+    dtype: Literal["float64", "float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16: autocast, weights fp32"
+    )
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class RunConfig(Section):
+    """The whole tree; `run.toml` has one table per section."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    optim: OptimSection = OptimSection()
+    codec: CodecSection = CodecSection()
+    pipeline: PipelineSection = PipelineSection()
+    link: LinkSection = LinkSection()
+    compute: ComputeSection = ComputeSection()
+
+    @model_validator(mode="after")
+    def _microbatches_divide(self) -> Self:
+        batch, parts = self.pipeline.batch_size, self.pipeline.microbatches
+        if batch % parts:
+            raise ValueError(
+                f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
+                f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
+            )
+        if self.data.heldout_sequences < self.microbatch_size:
+            raise ValueError(
+                f"data.heldout_sequences = {self.data.heldout_sequences} is less than the {self.microbatch_size} "
+                "sequences of a microbatch; raise it"
+            )
+        return self
+
+    @property
+    def evaluation_microbatches(self) -> int:
+        """Held-out microbatches in one evaluation; what does not fill a microbatch is left out."""
+        return self.data.heldout_sequences // self.microbatch_size
+
+    @property
+    def microbatch_size(self) -> int:
+        """Sequences in one microbatch."""
+        return self.pipeline.batch_size // self.pipeline.microbatches
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.pipeline.batch_size * self.data.sequence_length
+
+    def digest(self) -> str:
+        """Hex SHA-256 of all that must agree between the nodes of a run.
+
+        Left out: paths (they differ between machines), the device, and how a node's own link is shaped and buffered.
+        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
+        """
+        exclude = {"data": {"cache", "source", "tokenizer"}, "model": {"path"}, "link": True, "compute": {"device"}}
+        tree = self.model_dump(mode="json", exclude=exclude)
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def known_keys() -> list[str]:
+    """All settings as `section.key`."""
+    return [
+        f"{section}.{key}"
+        for section, field in RunConfig.model_fields.items()
+        for key in type(field.default).model_fields
+    ]
+
+
+def _nearest(key: str, candidates: list[str]) -> str:
+    found = difflib.get_close_matches(key, candidates, n=1, cutoff=0.4)
+    if not found:  # the right key under the wrong section is the other common slip
+        found = [name for name in candidates if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"; the nearest known one is '{found[0]}'" if found else f"; known: {', '.join(candidates)}"
+
+
+def _check_known(tree: dict[str, Any]) -> None:
+    sections = list(RunConfig.model_fields)
+    for section, table in tree.items():
+        if section not in sections:
+            raise ConfigError(f"unknown section [{section}]{_nearest(section, sections)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"'{section}' is a section: write it as a table, [{section}]")
+        for key in table:
+            if f"{section}.{key}" not in known_keys():
+                raise ConfigError(f"unknown setting '{section}.{key}'{_nearest(f'{section}.{key}', known_keys())}")
+
+
+def parse_config(tree: dict[str, Any]) -> RunConfig:
+    """Check a plain tree of settings. Raises ConfigError with one line that names the first fault."""
+    _check_known(tree)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        got = f" (got {first['input']!r})" if where else ""
+        raise ConfigError(f"{where}: {message}{got}" if where else message) from None
+
+
+def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a run.toml; `overrides` maps `section.key` to a value and wins. Raises ConfigError."""
+    return parse_config(merge(read_toml(path), overrides or {}))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The raw tree of a TOML file. Raises ConfigError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def merge(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A copy of `tree` with `section.key` overrides laid over it. Raises ConfigError for an unknown key."""
+    merged = {name: dict(table) if isinstance(table, dict) else table for name, table in tree.items()}
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        if name not in known_keys():
+            raise ConfigError(f"unknown setting '{name}'{_nearest(name, known_keys())}")
+        merged.setdefault(section, {})[key] = value
+    return merged
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """`section.key=value` from the command line; the value is TOML, a bare word is a string. Raises ConfigError."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--set wants section.key=value, got '{text}'")
+    try:
+        return name.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return name.strip(), value.strip()
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved settings as TOML; keys that are unset are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

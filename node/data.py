@@ -1,0 +1,51 @@
+"""Where tokens come from: from the settings to an open corpus.
+
+What: `data.source` is local files, a streamed Hugging Face dataset, or the embedded default. Only stage 0 opens it; the
+other stages need `vocabulary_size` alone, which trains nothing and reads at most a tokenizer file.
+
+How: documents.py yields texts, tokens.py makes ids of them once and caches both the tokenizer and the ids, corpus.py
+cuts and orders windows; streamed.py does the last two for a dataset that is not on this machine. Why tokenize ahead and
+not while training? A stage of a thin pipeline has compute to spare, but the ids of one corpus are then the same array
+for every run, seed and sequence length, and a batch is a few slices of mapped memory.
+"""
+
+from __future__ import annotations
+
+from .cache import cache_directory
+from .config import DataSection
+from .corpus import Corpus, LocalCorpus
+from .documents import DataError, open_source
+from .streamed import open_stream
+from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
+
+__all__ = ["Corpus", "DataError", "open_corpus", "vocabulary_size"]
+
+
+def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
+    """Rows of the embedding: `wanted` (model.vocab_size) if given, else the tokenizer file's own size, else 4096.
+
+    Raises DataError when the tokenizer cannot be read or needs more than `wanted`.
+    """
+    return wanted_vocabulary(settings, wanted)
+
+
+def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
+    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`.
+
+    Several processes may call this at once. Raises DataError.
+    """
+    if settings.source.startswith("hf:"):
+        return open_stream(settings, vocab_size=vocab_size, seed=seed)
+    directory = cache_directory(settings)
+    source = open_source(settings, directory)
+    vocabulary = load_vocabulary(settings, source, vocab_size)
+    train, heldout, digest = tokenize_once(source, vocabulary, directory)
+    return LocalCorpus(
+        train,
+        heldout,
+        name=source.name,
+        digest=digest,
+        seed=seed,
+        sequence_length=settings.sequence_length,
+        heldout_sequences=settings.heldout_sequences,
+    )

@@ -1,0 +1,248 @@
+"""Bring up one node process: configuration -> stage -> links -> loop, and end with one clear line whatever happens.
+
+Expected failures are `HostError` with an exit code: 2 for what the user can put right (a busy port, another run's
+neighbour, a missing file), 1 for what happened to the run (a wait that ran out, a neighbour that is gone).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compress.boundary import CodecError
+from ..protocol.errors import ProtocolError
+from ..protocol.session import Identity, LinkSession
+from ..sim.shaper import LinkError, LinkProfile
+from .architecture import ModelError, architecture_digest, resolve_model, was_tied
+from .config import ConfigError, RunConfig
+from .corpus import Corpus
+from .data import open_corpus, vocabulary_size
+from .documents import DataError
+from .exactness import check_sliceable
+from .link import Link
+from .metrics import MetricsWriter, Tracer
+from .optim import OptimizerError
+from .ports import BoundaryShape
+from .runtime import Node
+from .stage import Stage
+from .transport import ListenError, NeighbourMismatch, dial, listening
+
+BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, CodecError, ListenError, NeighbourMismatch)
+
+
+class HostError(RuntimeError):
+    """The node ends; `str(error)` is the one line that says why."""
+
+    def __init__(self, line: str, exit_code: int) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
+class ParentGone(RuntimeError):
+    """The process that started this node is gone, and nobody is left to stop it."""
+
+
+class Stopped(RuntimeError):
+    """SIGTERM or SIGINT."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Addresses:
+    """Where this node listens for the stage above (None: it has none) and where the stage below is."""
+
+    listen: str | None
+    next: str | None
+
+
+def check_device(config: RunConfig) -> None:
+    """Raises ConfigError for a device that is not there."""
+    try:
+        device = torch.device(config.compute.device)
+    except RuntimeError:
+        raise ConfigError(f"compute.device '{config.compute.device}' is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"compute.device '{device}' is not on this machine, which has {torch.cuda.device_count()}")
+
+
+def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
+    """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
+    check_device(config)
+    vocab = vocabulary_size(config.data, config.model.vocab_size)
+    architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    check_sliceable(architecture)
+    if was_tied(architecture) and stage == 0:
+        print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
+    digest = hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
+    return Stage(config, architecture, stage), digest
+
+
+def prepare_corpus(config: RunConfig) -> Corpus:
+    """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
+    vocab = vocabulary_size(config.data, config.model.vocab_size)
+    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
+    needed = config.evaluation_microbatches * config.microbatch_size
+    if corpus.heldout_sequences < needed:
+        raise DataError(
+            f"{config.data.source} has {corpus.heldout_sequences} held-out sequences of {config.data.sequence_length} "
+            f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
+        )
+    return corpus
+
+
+def host(config: RunConfig, stage: int, addresses: Addresses, out: Path, *, trace: bool, parent: int | None) -> None:
+    """Run one stage until the configured steps are done. Raises HostError."""
+    metrics = MetricsWriter(out / f"stage-{stage}.jsonl")
+    tracer = Tracer(stage=stage, enabled=trace)
+    metrics.write("start", stage=stage, process=os.getpid(), listen=addresses.listen, next=addresses.next)
+
+    def on_fault(code: str, line: str) -> None:
+        metrics.write("fault", code=code, reason=line)
+        print(f"stage {stage}: {line}", file=sys.stderr, flush=True)
+
+    try:
+        asyncio.run(_host(config, stage, addresses, metrics, tracer, on_fault, parent))
+    except* BAD_INPUT as group:
+        raise _ended(metrics, group, 2) from None
+    except* (TimeoutError, OptimizerError, ProtocolError, ParentGone, Stopped, OSError) as group:
+        raise _ended(metrics, group, 1) from None
+    finally:
+        tracer.save(out / f"trace-stage-{stage}.json")
+        metrics.close()
+
+
+def _ended(metrics: MetricsWriter, group: BaseExceptionGroup[Any], exit_code: int) -> HostError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    line = str(error) or type(error).__name__
+    metrics.write("fault", code=type(error).__name__, reason=line)
+    return HostError(line, exit_code)
+
+
+async def _host(
+    config: RunConfig,
+    index: int,
+    addresses: Addresses,
+    metrics: MetricsWriter,
+    tracer: Tracer,
+    on_fault: Any,
+    parent: int | None,
+) -> None:
+    link = config.link
+    stage, digest = prepare(config, index)
+    corpus = prepare_corpus(config) if index == 0 else None
+    identity = Identity(
+        run_id=config.run.name,
+        configuration=digest,
+        stage=index,
+        stages=config.pipeline.stages,
+        incarnation=secrets.randbits(63),
+    )
+
+    def make_link(peer: int, shape: BoundaryShape) -> Link:
+        limits = shape.limits
+        session = LinkSession(
+            identity=identity,
+            peer_stage=peer,
+            limits=limits,
+            receive_buffer_bytes=max(link.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes)),
+        )
+        return Link(
+            session=session,
+            profile=LinkProfile.parse(link.link),
+            chunk_bytes=link.chunk_bytes,
+            send_buffer_bytes=link.send_buffer_bytes,
+            uncapped_window_bytes=link.uncapped_window_bytes,
+            seed=config.run.seed,
+            tracer=tracer,
+        )
+
+    above = make_link(index - 1, stage.upstream_port.shape) if stage.upstream_port else None
+    below = make_link(index + 1, stage.downstream_port.shape) if stage.downstream_port else None
+    node = Node(
+        config,
+        stage,
+        above=above,
+        below=below,
+        corpus=corpus,
+        metrics=metrics,
+        tracer=tracer,
+        on_fault=on_fault,
+    )
+    async with AsyncExitStack() as open_ends:
+        open_ends.callback(node.close)
+        if above:
+            if not addresses.listen:
+                raise ConfigError(f"stage {index} has a stage above it: say where it listens, --listen host:port")
+            port = await open_ends.enter_async_context(
+                listening(addresses.listen, above, greeting_timeout_s=link.greeting_timeout_s, report=on_fault)
+            )
+            print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
+        endless: list[Awaitable[None]] = [_until_signal()]
+        if parent is not None:
+            endless.append(_watch_parent(parent))
+        if below:
+            if not addresses.next:
+                raise ConfigError(f"stage {index} has a stage below it: say where that is, --next host:port")
+            calling = dial(
+                addresses.next,
+                below,
+                greeting_timeout_s=link.greeting_timeout_s,
+                connect_timeout_s=link.connect_timeout_s,
+                report=on_fault,
+            )
+            await _first_to_end(_both(node.run(), calling), *endless)
+        else:
+            await _first_to_end(node.run(), *endless)
+
+
+async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
+    """Wait for both; the failure of either ends the other."""
+    async with asyncio.TaskGroup() as group:
+        for job in (one, other):
+            group.create_task(_as_coroutine(job))
+
+
+async def _as_coroutine(job: Awaitable[None]) -> None:
+    await job
+
+
+async def _until_signal() -> None:
+    """Raises Stopped on SIGTERM or SIGINT."""
+    stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(
+            number, lambda name=number.name: stop.done() or stop.set_result(name)
+        )
+    raise Stopped(f"stopped by {await stop}")
+
+
+async def _watch_parent(parent: int) -> None:
+    """Raises ParentGone when the launcher has died, so that no orphan keeps computing."""
+    while os.getppid() == parent:  # noqa: ASYNC110 (no event tells of it)
+        await asyncio.sleep(0.5)
+    raise ParentGone(f"the launcher (process {parent}) is gone")
+
+
+async def _first_to_end(*jobs: Awaitable[None]) -> None:
+    """Run `jobs` side by side until the first one returns or raises; cancel the others."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

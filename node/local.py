@@ -1,0 +1,112 @@
+"""A whole run on this machine, as `thinpipe up` does it: check, prepare, run, summarise.
+
+Everything that can be wrong with the input is found here, before a process starts: settings, codec and link spelling,
+the cut of the model, the data, the directory. Then the run is either a swarm of node processes (`sim.swarm`) or the
+one-process reference, and both end with the same summary from the same records.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..compress.boundary import parse_codec
+from ..sim.console import RunDisplay, summary_tables
+from ..sim.report import read_records, summarise, write_summary
+from ..sim.shaper import LinkProfile
+from ..sim.swarm import SwarmError, run_swarm
+from .architecture import resolve_model
+from .config import RunConfig, dump_config
+from .data import vocabulary_size
+from .host import BAD_INPUT, check_device, prepare_corpus
+from .one_process import OneProcess
+from .slices import partition
+
+RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "trace-stage-*.json", "trace.json")
+
+
+class LocalRunError(RuntimeError):
+    """The run cannot start or did not finish; one line says why."""
+
+    def __init__(self, line: str, exit_code: int) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
+def writable(directory: Path) -> Path:
+    """Create `directory` and make sure that files can be written in it. Raises LocalRunError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LocalRunError(f"cannot write in {directory}: {error.strerror}; choose another --out", 2) from None
+    return directory
+
+
+def run_local(
+    config: RunConfig, out: Path, *, one_process: bool, overwrite: bool, trace: bool, quiet: bool
+) -> dict[str, Any]:
+    """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError."""
+    console = Console(stderr=True) if quiet else Console()
+    try:
+        width = _check(config)
+        _make_room(out, overwrite)
+        with console.status(f"preparing {config.data.source}"):
+            prepare_corpus(config)
+        (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
+        display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
+        with display:
+            if one_process:
+                _run_one_process(config, out, display)
+            else:
+                run_swarm(out, stages=config.pipeline.stages, trace=trace, on_progress=display.update)
+    except BAD_INPUT as error:
+        raise LocalRunError(str(error), 2) from None
+    except SwarmError as error:
+        raise LocalRunError(str(error), error.exit_code) from None
+    mode = "one-process" if one_process else "swarm"
+    summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
+    write_summary(out, summary)
+    if not quiet:
+        for table in summary_tables(summary):
+            console.print(table)
+        console.print(f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl a stage")
+    return summary
+
+
+def _check(config: RunConfig) -> int:
+    """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
+    check_device(config)
+    parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
+    LinkProfile.parse(config.link.link)
+    vocab = vocabulary_size(config.data, config.model.vocab_size)
+    architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    partition(architecture.num_hidden_layers, config.pipeline.stages)
+    return architecture.hidden_size
+
+
+def _make_room(out: Path, overwrite: bool) -> None:
+    writable(out)
+    if not (out / "run.toml").exists():
+        return
+    if not overwrite:
+        raise LocalRunError(f"{out} holds a run already; choose another --out, or say --overwrite to replace it", 2)
+    for pattern in RECORDS:
+        for path in out.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
+    reference = OneProcess(config, out)
+
+    def show(step: int, loss: float) -> None:
+        del step, loss
+        display.update([read_records(out / f"stage-{stage}.jsonl")[-1] for stage in range(config.pipeline.stages)])
+
+    reference.train(show)

@@ -1,0 +1,100 @@
+"""What a node says of itself: JSON lines on disk, and on request a trace of who did what when.
+
+The JSON lines are the truth; progress bar, summary and report all read the same records. A record is one line, written
+and flushed at once, so a run that is killed leaves everything up to its last step. Why not a metrics library: a reader
+needs nothing but `json`, and the records outlive the processes.
+
+Record kinds (`event`): start, step, evaluation, fault, end. Units are in the names.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+
+class MetricsWriter:
+    """Appends records to `stage-<n>.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("w", encoding="utf-8")
+
+    def write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time_s": time.time(), **fields}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Tracer:
+    """Spans in the Chrome trace format (open it at ui.perfetto.dev); does nothing unless enabled.
+
+    Times are `time.monotonic` seconds, one clock for all processes of a machine, so the traces of a local swarm merge.
+    """
+
+    def __init__(self, *, stage: int, enabled: bool) -> None:
+        self.stage = stage
+        self.enabled = enabled
+        self.events: list[dict[str, Any]] = []
+
+    def span(self, name: str, lane: str, start_s: float, end_s: float, **args: Any) -> None:
+        if self.enabled:
+            self.events.append(
+                {
+                    "name": name,
+                    "ph": "X",
+                    "pid": self.stage,
+                    "tid": lane,
+                    "ts": start_s * 1e6,
+                    "dur": (end_s - start_s) * 1e6,
+                    "args": args,
+                }
+            )
+
+    def instant(self, name: str, lane: str) -> None:
+        if self.enabled:
+            now = time.monotonic() * 1e6
+            self.events.append({"name": name, "ph": "i", "s": "t", "pid": self.stage, "tid": lane, "ts": now})
+
+    def save(self, path: Path) -> None:
+        if self.enabled:
+            path.write_text(json.dumps({"traceEvents": self.events}))
+
+
+class Stopwatch:
+    """Adds up the seconds spent in each activity; `take` returns them and starts over."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {"compute": 0.0, "codec": 0.0, "wait": 0.0}
+
+    @contextmanager
+    def measure(self, activity: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[activity] += time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        taken, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
+        return {f"{name}_s": round(value, 6) for name, value in taken.items()}
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def rss_bytes() -> int:
+    """What this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss

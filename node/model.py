@@ -1,0 +1,85 @@
+"""The model of a node: its stage of a Hugging Face decoder, built, filled with weights and ready to compute.
+
+This is the front door to four small rooms: `architecture` (settings to configuration, presets, refusals), `slices`
+(what a stage is), `exactness` (the start-up proof that the cut is exact) and `initialise` (first weights).
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.checkpoint import checkpoint as recompute
+
+from .architecture import PRESETS, ModelError, architecture_digest, resolve_model, was_tied
+from .exactness import check_sliceable
+from .initialise import initialise_random, load_checkpoint, set_constants
+from .slices import StageModel, cut, partition, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "PRESETS",
+    "ModelError",
+    "StageModel",
+    "architecture_digest",
+    "build_stage",
+    "check_sliceable",
+    "partition",
+    "resolve_model",
+    "was_tied",
+]
+
+
+def build_stage(
+    config: PretrainedConfig,
+    *,
+    stage: int,
+    stages: int,
+    seed: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    checkpoint: Path | None = None,
+    activation_checkpointing: bool = False,
+    compile: bool = False,
+) -> StageModel:
+    """Stage `stage` (from 0) of `stages`, with its weights, on `device`; no other stage's tensor is ever allocated.
+
+    Parameters are float64 when `dtype` is, otherwise float32: a lower compute dtype is the caller's autocast. Weights
+    are drawn from (seed, name), or read from `checkpoint`, a directory with safetensors. `activation_checkpointing`
+    recomputes each layer in the backward pass, to the same bits; `compile` compiles each layer. Raises ModelError.
+    """
+    if not 0 <= stage < stages:
+        raise ModelError(f"stage {stage} of {stages}: stages count from 0 to {stages - 1}")
+    layers = partition(config.num_hidden_layers, stages)[stage]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    model = cut(skeleton(config, wide), layers, first=stage == 0, last=stage == stages - 1)
+    model.to_empty(device="cpu")
+    if checkpoint is None:
+        initialise_random(model.causal, model.full_names(), seed=seed, layers=config.num_hidden_layers)
+    else:
+        set_constants(model.causal, keep=list(model.parameters()))
+        embedding = f"{model.causal.base_model_prefix}.embed_tokens.weight"
+        load_checkpoint(
+            model.full_state(), checkpoint, tied_to={"lm_head.weight": embedding} if was_tied(config) else {}
+        )
+    model.to(device)
+    if compile:  # before the checkpoint: around one, the compiler gives up without a word and runs eagerly
+        for layer in model.base.layers:
+            layer.forward = torch.compile(layer.forward)
+    if activation_checkpointing:
+        _checkpoint_layers(model)
+    return model
+
+
+def _checkpoint_layers(model: StageModel) -> None:
+    """Keep a layer's input only and run it again in the backward pass.
+
+    Not through transformers' own switch, which was renamed within version 5. There is no dropout, so no generator
+    state to keep; only the non-reentrant form takes keyword arguments and a first layer whose input needs no gradient.
+    """
+    for layer in model.base.layers:
+        layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,195 @@
+"""The reference: every stage in this process, one thread, no links.
+
+The same `Stage` objects, the same packed messages and the same order of everything that changes state as in the swarm,
+so the two must agree bit for bit. Bytes are counted as the link would count them (tensor, ids, envelope, framing);
+acknowledgements need a link and are not part of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..protocol.framing import framed_bytes
+from ..protocol.messages import Chunk, Kind, Message, encode_frame, split
+from ..protocol.schedule import Backward, Evaluate, Forward, get_schedule, interleave
+from .architecture import resolve_model
+from .config import RunConfig
+from .data import vocabulary_size
+from .exactness import check_sliceable
+from .host import check_device, prepare_corpus
+from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
+from .runtime import draw
+from .stage import Stage
+
+Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
+
+
+class OneProcess:
+    """All stages of a run. Raises what `node.host.BAD_INPUT` names when the configuration cannot be served."""
+
+    def __init__(self, config: RunConfig, out: Path | None = None) -> None:
+        torch.set_num_threads(1)
+        check_device(config)
+        self.config = config
+        self.corpus = prepare_corpus(config)
+        vocab = vocabulary_size(config.data, config.model.vocab_size)
+        architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+        check_sliceable(architecture)
+        self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
+        self.watches = [Stopwatch() for _ in self.stages]
+        self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
+        self._mail: Mail = {}
+        self._metrics = [MetricsWriter(out / f"stage-{stage.index}.jsonl") for stage in self.stages] if out else []
+
+    def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
+        """Run all steps; returns the training losses and the final held-out loss."""
+        config = self.config
+        schedule = get_schedule(config.pipeline.schedule)
+        losses, val_loss, train_s = [], float("nan"), 0.0
+        for step in range(config.run.steps):
+            started = time.perf_counter()
+            loss = float("nan")
+            for index, action in interleave(schedule, len(self.stages), config.pipeline.microbatches):
+                match action:
+                    case Forward():
+                        self._forward(index, step, action.microbatch, Kind.ACTIVATION)
+                    case Backward():
+                        self._backward(index, step, action.microbatch)
+                    case _:
+                        with self.watches[index].measure("compute"):
+                            loss, stats = self.stages[index].finish(step)
+                        self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started)
+            train_s += time.perf_counter() - started
+            losses.append(loss)
+            if on_step:
+                on_step(step, loss)
+            due = config.run.eval_every and (step + 1) % config.run.eval_every == 0
+            if due or step + 1 == config.run.steps:
+                val_loss = self._evaluate(step)
+        self._end(train_s)
+        return losses, val_loss
+
+    def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
+        """One forward (training or evaluation) of one stage; returns the loss sum if it is the last stage's."""
+        stage, watch = self.stages[index], self.watches[index]
+        if stage.upstream_port:
+            with watch.measure("codec"):
+                ids_BS, z_in = stage.upstream_port.unpack_activation(self._take(index, kind))
+        else:
+            ids_BS, z_in = draw(self.corpus, self.config, kind, step, microbatch), None
+        with watch.measure("compute"):
+            evaluating = kind is Kind.EVALUATION
+            out = stage.evaluate(ids_BS, z_in) if evaluating else stage.forward(microbatch, ids_BS, z_in)
+        if stage.downstream_port is None:
+            return 0.0 if out is None else float(out)
+        assert out is not None
+        with watch.measure("codec"):
+            message = stage.downstream_port.pack_activation(out, ids_BS, step, microbatch, kind)
+        self._send(index, index + 1, message)
+        return 0.0
+
+    def _backward(self, index: int, step: int, microbatch: int) -> None:
+        stage, watch = self.stages[index], self.watches[index]
+        dz_out, loss_sum = None, None
+        if stage.downstream_port:
+            message = self._take(index, Kind.GRADIENT)
+            loss_sum = message.loss_sum
+            with watch.measure("codec"):
+                dz_out = stage.downstream_port.unpack_gradient(message)
+        with watch.measure("compute"):
+            dz_in = stage.backward(microbatch, dz_out, loss_sum)
+        if stage.upstream_port:
+            assert dz_in is not None
+            with watch.measure("codec"):
+                message = stage.upstream_port.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
+            self._send(index, index - 1, message)
+
+    def _evaluate(self, step: int) -> float:
+        count, loss_sum = self.config.evaluation_microbatches, 0.0
+        for index, action in interleave(get_schedule("evaluation"), len(self.stages), count):
+            assert isinstance(action, Evaluate)
+            loss_sum += self._forward(index, step, action.microbatch, Kind.EVALUATION)
+        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
+        for metrics in self._metrics:
+            metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
+        return loss_sum / tokens
+
+    def _send(self, sender: int, receiver: int, message: Message) -> None:
+        self._mail.setdefault((receiver, message.kind), deque()).append(message)
+        name = f"boundary {min(sender, receiver)}-{max(sender, receiver)}"
+        rows = self.sent[sender].setdefault(name, Counter())
+        for key, value in accounted(message, self.config.link.chunk_bytes).items():
+            rows[key] += value
+
+    def _take(self, receiver: int, kind: Kind) -> Message:
+        return self._mail[receiver, kind].popleft()
+
+    def _record(self, index: int, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+        if not self._metrics:
+            return
+        tokens = self.config.tokens_per_step
+        self._metrics[index].write(
+            "step",
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            seconds=round(seconds, 6),
+            tokens_per_s=round(tokens / seconds, 3),
+            sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
+            rss_bytes=rss_bytes(),
+            **{f"{name}_s": round(value, 6) for name, value in self.watches[index].seconds.items()},
+        )
+
+    def _end(self, train_s: float) -> None:
+        for stage, metrics, watch, sent in zip(
+            self.stages, self._metrics, self.watches, self.sent, strict=bool(self._metrics)
+        ):
+            metrics.write(
+                "end",
+                stage=stage.index,
+                steps=self.config.run.steps,
+                train_s=round(train_s, 6),
+                **watch.take(),
+                peak_rss_bytes=peak_rss_bytes(),
+                state_bytes=stage.state_bytes(),
+                state_sha256=stage.state_sha256(),
+                links=[_link_record(stage.index, name, rows) for name, rows in sent.items()],
+            )
+            metrics.close()
+
+
+def _link_record(stage: int, name: str, rows: Counter[str]) -> dict[str, object]:
+    boundary = int(name.removeprefix("boundary ").partition("-")[0])
+    return {
+        "boundary": boundary,
+        "direction": "forward" if boundary == stage else "backward",
+        "link": "none",
+        "configured_bits_per_s": None,
+        "measured_bits_per_s": None,
+        "busy_s": 0.0,
+        "utilisation": None,
+        "sent_bytes": dict(rows),
+        "received_bytes": 0,
+    }
+
+
+def accounted(message: Message, chunk_bytes: int) -> Counter[str]:
+    """Framed bytes by kind of a message cut into chunks, as `node.link` counts them on the wire."""
+    rows: Counter[str] = Counter()
+    total = 0
+    for sequence, (head, data) in enumerate(split(message, chunk_bytes)):
+        # Sequence numbers are varints; a typical one stands for all.
+        total += framed_bytes(len(encode_frame(Chunk(sequence=1000 + sequence, epoch=0, head=head, data=data))))
+    if message.kind in (Kind.EVALUATION, Kind.EVALUATION_LOSS):
+        rows["evaluation"] = total
+        return rows
+    rows["activation" if message.kind is Kind.ACTIVATION else "gradient"] = len(message.body)
+    rows["token_ids"] = len(message.token_ids)
+    rows["framing"] = total - len(message.body) - len(message.token_ids)
+    return rows

@@ -1,0 +1,354 @@
+"""One stage of a swarm, wired up: links, compute thread, codec thread, the loop over steps.
+
+The event loop moves messages and never computes. Model work runs on one *compute* thread and packing and unpacking on
+one *codec* thread, so a stage encodes, sends, receives and decodes while it computes. Between them stand short queues:
+an `_Intake` unpacks what has arrived a little ahead of need, an `_Outbox` packs and queues what is finished. Their
+lengths bound memory; the order of everything that changes state is the schedule's, so timing never reaches the
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..protocol.errors import Fault, RemoteProtocolError
+from ..protocol.messages import Kind, Message
+from ..protocol.schedule import Backward, Evaluate, Evaluation, Forward, get_schedule
+from .config import RunConfig
+from .corpus import Corpus
+from .link import Link
+from .metrics import MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
+from .stage import Stage
+
+T = TypeVar("T")
+Reporter = Callable[[str, str], None]  # (fault code, one line for people)
+
+AHEAD = 2  # unpacked tensors that wait for the compute thread, and finished ones that wait for the codec thread
+
+
+class Worker:
+    """One thread with a name, a stopwatch row and a trace lane."""
+
+    def __init__(self, activity: str, stopwatch: Stopwatch, tracer: Tracer) -> None:
+        self._activity, self._stopwatch, self._tracer = activity, stopwatch, tracer
+        # A new thread has its own OpenMP pool size; parity and speed both want exactly one thread of arithmetic.
+        self._executor = ThreadPoolExecutor(1, activity, initializer=torch.set_num_threads, initargs=(1,))
+
+    async def run(self, name: str, work: Callable[..., T], *args: Any) -> T:
+        def timed() -> T:
+            start = time.monotonic()
+            with self._stopwatch.measure(self._activity):
+                result = work(*args)
+            self._tracer.span(name, self._activity, start, time.monotonic())
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Arrival:
+    message: Message
+    ids_BS: np.ndarray | None
+    tensor: Tensor | None
+
+
+class _Intake:
+    """Messages from one neighbour, unpacked ahead of need and handed out in exactly the order the schedule expects."""
+
+    def __init__(self, link: Link, unpack: Callable[[Message], _Arrival], codec: Worker, on_fault: Reporter) -> None:
+        self.link = link
+        self._unpack, self._codec, self._on_fault = unpack, codec, on_fault
+        self._queue: asyncio.Queue[_Arrival] = asyncio.Queue(AHEAD)
+
+    async def pump(self) -> None:
+        while True:
+            message = await self.link.receive()
+            try:
+                arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message)
+            except RemoteProtocolError as error:
+                self.reject(error)
+                continue
+            await self._queue.put(arrival)
+
+    async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> _Arrival:
+        """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""
+        what = f"the {kind.name.lower()} of step {step}, microbatch {microbatch}"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    arrival = await self._queue.get()
+                    got = arrival.message
+                    if (got.kind, got.step, got.microbatch) == (kind, step, microbatch):
+                        return arrival
+                    came = f"{got.kind.name.lower()} of step {got.step}, microbatch {got.microbatch}"
+                    self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))
+        except TimeoutError:
+            raise TimeoutError(self.link.late(what, timeout_s)) from None
+
+    def reject(self, error: RemoteProtocolError) -> None:
+        self._on_fault(error.fault, f"{self.link.name}: refused stage {self.link.session.peer_stage}: {error}")
+        self.link.reject(error)
+
+
+class _Outbox:
+    """Finished tensors on their way to one neighbour: packed on the codec thread, in order, then queued on the link."""
+
+    def __init__(self, link: Link, codec: Worker) -> None:
+        self.link, self._codec = link, codec
+        self._queue: asyncio.Queue[tuple[str, Callable[[], Message]]] = asyncio.Queue(AHEAD)
+
+    async def put(self, name: str, pack: Callable[[], Message]) -> None:
+        """Waits while the link is behind."""
+        await self._queue.put((name, pack))
+
+    async def pump(self) -> None:
+        while True:
+            name, pack = await self._queue.get()
+            await self.link.send(await self._codec.run(name, pack))
+            self._queue.task_done()
+
+    async def flush(self) -> None:
+        await self._queue.join()
+
+
+class Node:
+    """Stage `stage.index`, its links to the stages `above` and `below`, and its part of the schedule.
+
+    `run` returns when the configured steps are done and both neighbours said goodbye. Raises TimeoutError (a wait ran
+    out, and for what), CodecError and optimizer errors by name.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: Stage,
+        *,
+        above: Link | None,
+        below: Link | None,
+        corpus: Corpus | None,
+        metrics: MetricsWriter,
+        tracer: Tracer,
+        on_fault: Reporter,
+    ) -> None:
+        self.config, self.stage, self.corpus = config, stage, corpus
+        self.above, self.below = above, below
+        self._metrics = metrics
+        self._watch, self._totals = Stopwatch(), {"compute_s": 0.0, "codec_s": 0.0, "wait_s": 0.0}
+        self._compute = Worker("compute", self._watch, tracer)
+        self._codec = Worker("codec", self._watch, tracer)
+        self._from_above = above and _Intake(above, self._unpack_activation, self._codec, on_fault)
+        self._from_below = below and _Intake(below, self._unpack_from_below, self._codec, on_fault)
+        self._to_above = above and _Outbox(above, self._codec)
+        self._to_below = below and _Outbox(below, self._codec)
+        self._evaluation_sum = 0.0
+        self._train_s = 0.0
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        ends = [end for end in (self._from_above, self._from_below, self._to_above, self._to_below) if end]
+        async with asyncio.TaskGroup() as group:
+            pumps = [group.create_task(end.pump()) for end in ends]
+            await self._meet_neighbours()
+            await self._train()
+            for outbox in (self._to_above, self._to_below):
+                if outbox:
+                    await outbox.flush()
+            self._write_end()
+            timeout_s = self.config.link.progress_timeout_s
+            await asyncio.gather(*(link.drain(timeout_s) for link in self._links))
+            for pump in pumps:
+                pump.cancel()
+
+    def close(self) -> None:
+        self._compute.close()
+        self._codec.close()
+
+    @property
+    def _links(self) -> list[Link]:
+        return [link for link in (self.above, self.below) if link]
+
+    async def _meet_neighbours(self) -> None:
+        timeout_s = self.config.link.connect_timeout_s
+        for link in self._links:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await link.opened.wait()
+            except TimeoutError:
+                raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s)) from None
+        self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes())
+
+    async def _train(self) -> None:
+        pipeline, run = self.config.pipeline, self.config.run
+        schedule = get_schedule(pipeline.schedule)
+        moment = time.monotonic()
+        loss, grad_norm = float("nan"), 0.0
+        for step in range(run.steps):
+            for action in schedule.actions(
+                stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
+            ):
+                match action:
+                    case Forward():
+                        await self._forward(step, action.microbatch)
+                    case Backward():
+                        await self._backward(step, action.microbatch)
+                    case _:
+                        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
+                        grad_norm = stats.grad_norm
+            now = time.monotonic()
+            self._write_step(step, loss, grad_norm, now - moment)
+            moment = now
+            due = run.eval_every and (step + 1) % run.eval_every == 0
+            if due or step + 1 == run.steps:
+                await self._evaluate(step)
+                moment = time.monotonic()
+
+    # -- actions ------------------------------------------------------------------------------------------------
+
+    async def _forward(self, step: int, microbatch: int) -> None:
+        ids_BS, z_in = await self._input(Kind.ACTIVATION, step, microbatch)
+        z_out = await self._compute.run(f"forward {microbatch}", self.stage.forward, microbatch, ids_BS, z_in)
+        if z_out is not None:
+            await self._send_below(z_out, ids_BS, step, microbatch, Kind.ACTIVATION)
+
+    async def _backward(self, step: int, microbatch: int) -> None:
+        dz_out, loss_sum = None, None
+        if self._from_below:
+            arrival = await self._wait(self._from_below, Kind.GRADIENT, step, microbatch)
+            dz_out, loss_sum = arrival.tensor, arrival.message.loss_sum
+        dz_in = await self._compute.run(f"backward {microbatch}", self.stage.backward, microbatch, dz_out, loss_sum)
+        if self._to_above:
+            port, loss_sum = self.stage.upstream_port, self.stage.losses[microbatch]
+            assert port is not None
+            assert dz_in is not None
+            pack = lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum)  # noqa: E731
+            await self._to_above.put(f"pack gradient {microbatch}", pack)
+
+    async def _evaluate(self, step: int) -> None:
+        count, loss_sum = self.config.evaluation_microbatches, 0.0
+        for action in Evaluation().actions(
+            stage=self.stage.index, stages=self.config.pipeline.stages, microbatches=count
+        ):
+            assert isinstance(action, Evaluate)
+            ids_BS, z_in = await self._input(Kind.EVALUATION, step, action.microbatch)
+            name = f"evaluate {action.microbatch}"
+            out = await self._compute.run(name, self.stage.evaluate, ids_BS, z_in)
+            if self.stage.last:
+                loss_sum += float(out)
+            else:
+                await self._send_below(out, ids_BS, step, action.microbatch, Kind.EVALUATION)
+        if self._from_below:
+            arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0)
+            loss_sum = arrival.message.loss_sum
+        if self._to_above:
+            message = Message(kind=Kind.EVALUATION_LOSS, step=step, microbatch=0, loss_sum=loss_sum)
+            await self._to_above.put("evaluation loss", lambda: message)
+        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
+        self._metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
+
+    async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, Tensor | None]:
+        if self._from_above:
+            arrival = await self._wait(self._from_above, kind, step, microbatch)
+            assert arrival.ids_BS is not None
+            return arrival.ids_BS, arrival.tensor
+        assert self.corpus is not None
+        return draw(self.corpus, self.config, kind, step, microbatch), None
+
+    async def _wait(self, intake: _Intake, kind: Kind, step: int, microbatch: int) -> _Arrival:
+        with self._watch.measure("wait"):
+            return await intake.get(kind, step, microbatch, self.config.link.progress_timeout_s)
+
+    async def _send_below(self, z: Tensor, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
+        port = self.stage.downstream_port
+        assert port is not None
+        assert self._to_below
+        pack = lambda: port.pack_activation(z, ids_BS, step, microbatch, kind)  # noqa: E731
+        await self._to_below.put(f"pack activation {microbatch}", pack)
+
+    def _unpack_activation(self, message: Message) -> _Arrival:
+        port = self.stage.upstream_port
+        assert port is not None
+        if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
+        ids_BS, z_in = port.unpack_activation(message)
+        return _Arrival(message=message, ids_BS=ids_BS, tensor=z_in)
+
+    def _unpack_from_below(self, message: Message) -> _Arrival:
+        port = self.stage.downstream_port
+        assert port is not None
+        if message.kind is Kind.EVALUATION_LOSS:
+            return _Arrival(message=message, ids_BS=None, tensor=None)
+        if message.kind is not Kind.GRADIENT:
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
+        return _Arrival(message=message, ids_BS=None, tensor=port.unpack_gradient(message))
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def _write_step(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+        spent = self._watch.take()
+        for name, value in spent.items():
+            self._totals[name] += value
+        self._train_s += seconds
+        tokens = self.config.tokens_per_step
+        self._metrics.write(
+            "step",
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            seconds=round(seconds, 6),
+            tokens_per_s=round(tokens / seconds, 3),
+            sent_bytes={link.name: dict(link.traffic.sent) for link in self._links},
+            rss_bytes=rss_bytes(),
+            **spent,
+        )
+
+    def _write_end(self) -> None:
+        self._metrics.write(
+            "end",
+            stage=self.stage.index,
+            steps=self.config.run.steps,
+            train_s=round(self._train_s, 6),
+            **{name: round(value, 6) for name, value in self._totals.items()},
+            peak_rss_bytes=peak_rss_bytes(),
+            state_bytes=self.stage.state_bytes(),
+            state_sha256=self.stage.state_sha256(),
+            links=[link_record(link, self._train_s) for link in self._links],
+        )
+
+
+def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:
+    """The ids (B, T+1) of one microbatch of training or held-out text."""
+    if kind is Kind.EVALUATION:
+        return corpus.heldout_batch(microbatch, config.microbatch_size)
+    return corpus.batch(step, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)
+
+
+def link_record(link: Link, elapsed_s: float) -> dict[str, Any]:
+    """What this node sent over one boundary, and how fast while its queue was not empty."""
+    rate = link.profile.rate_bits_per_s
+    upstream = link.session.peer_stage < link.session.identity.stage
+    sent = sum(link.traffic.sent.values())
+    return {
+        "boundary": min(link.session.peer_stage, link.session.identity.stage),
+        "direction": "backward" if upstream else "forward",
+        "link": str(link.profile),
+        "configured_bits_per_s": rate,
+        "measured_bits_per_s": link.meter.rate_bits_per_s(),
+        "busy_s": round(link.meter.busy_s, 6),
+        "utilisation": sent * 8 / (rate * elapsed_s) if rate and elapsed_s else None,
+        "sent_bytes": dict(link.traffic.sent),
+        "received_bytes": link.traffic.received_bytes,
+    }

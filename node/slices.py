@@ -1,0 +1,154 @@
+"""One pipeline stage of a Hugging Face decoder, cut so that the chain of stages is the whole model, bit for bit.
+
+A stage is the architecture's own causal language model, built on the meta device (no memory), with foreign layers, the
+embedding (unless first), the final norm and the head (unless last) taken out *before* anything is allocated. It runs
+the architecture's own forward, fed with `inputs_embeds` where it is not the first. So masks, rotary positions,
+embedding scales and logit soft-capping stay the architecture's business. The known alternative, a loop of ours over the
+layers, would have to repeat each architecture's preparations and would drift from them release by release.
+
+What can go wrong without any error, and what is done about it:
+- the base model walks its layers from 0 and looks up lists such as `layer_types` by that count (Gemma 3, Qwen3 with
+  `max_window_layers`): the base gets a configuration with those lists cut to its own layers;
+- a multiplier on the embeddings inside the base's forward (Granite) would scale hidden states again at every stage: it
+  is set to one behind the first. Gemma scales inside its embedding module, which is not there behind the first;
+- buffers that no checkpoint stores hold garbage after emptying: the architecture sets them anew (`initialise`);
+- anything unknown: `exactness` compares a shrunken copy, whole and cut, and refuses what is not exact, by name.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .architecture import ModelError, first_line, quiet_transformers, untied, with_layers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+EXPECTED_PARTS = ("embed_tokens", "layers", "norm")
+
+
+def partition(layers: int, stages: int) -> list[range]:
+    """Cut `layers` into `stages` contiguous runs that differ by one at most, the longer ones first.
+
+    The last stage is never longer than another, because it computes the head and the loss as well.
+    Raises ModelError when a stage would have no layer.
+    """
+    if stages < 1:
+        raise ModelError(f"pipeline.stages = {stages}; a pipeline has at least one stage")
+    if layers < stages:
+        raise ModelError(
+            f"{stages} stages, but the model has {layers} layers; set pipeline.stages = {max(layers, 1)} or fewer, "
+            f"or model.layers = {stages} or more"
+        )
+    each, longer = divmod(layers, stages)
+    starts = [stage * each + min(stage, longer) for stage in range(stages + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+class StageModel(nn.Module):
+    """The layers `layers` of a decoder, with the embedding if `first` and the norm and head if `last`.
+
+    `width` is d, `vocab_size` is V. Call it with token ids (B, T) int64 or hidden states (B, T, d).
+    """
+
+    def __init__(self, causal: Any, *, layers: range, first: bool, last: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.layers = layers
+        self.first = first
+        self.last = last
+        self.width: int = causal.config.hidden_size
+        self.vocab_size: int = causal.config.vocab_size
+
+    @property
+    def base(self) -> Any:
+        """The decoder without its head: `embed_tokens` (first only), `layers`, `norm`."""
+        return getattr(self.causal, self.causal.base_model_prefix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ids (B, T) or hidden (B, T, d) -> hidden (B, T, d), or logits (B, T, V) if last."""
+        entry = {"input_ids": x} if self.first else {"inputs_embeds": x}
+        if self.last:
+            return self.causal(**entry, use_cache=False).logits
+        return self.base(**entry, use_cache=False).last_hidden_state
+
+    def full_names(self) -> list[tuple[str, nn.Parameter]]:
+        """Each parameter with its name in the whole model, in the model's own order."""
+        return [(self._full(name), parameter) for name, parameter in self.causal.named_parameters()]
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All that a checkpoint of the whole model would store of this stage (parameters, persistent buffers)."""
+        return {self._full(name): tensor for name, tensor in self.causal.state_dict(keep_vars=True).items()}
+
+    def _full(self, name: str) -> str:
+        prefix = f"{self.causal.base_model_prefix}.layers."
+        if not name.startswith(prefix):
+            return name
+        index, dot, rest = name.removeprefix(prefix).partition(".")
+        return f"{prefix}{int(index) + self.layers.start}{dot}{rest}"
+
+
+def describe(config: PretrainedConfig) -> str:
+    """How an architecture is named in messages."""
+    return f"architecture '{config.model_type}'"
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype, device: str = "meta") -> Any:
+    """The whole causal model; no memory on `meta`. Raises ModelError, by name, for parts that no stage would own."""
+    transformers = quiet_transformers()
+    config = untied(config)
+    config.use_cache = False
+    attention = config._attn_implementation
+    try:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            causal = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            )
+    except Exception as error:
+        helps = attention != "eager" and "eager" in str(error)  # the advice that transformers gives for Gemma 2
+        remedy = "set model.attention = 'eager'" if helps else "choose a decoder such as llama or qwen3"
+        fault = first_line(error).partition(". ")[0]
+        raise ModelError(f"{describe(config)} cannot be built: {fault}; {remedy}") from error
+    base = getattr(causal, causal.base_model_prefix, None)
+    lacking = [part for part in EXPECTED_PARTS if not isinstance(getattr(base, part, None), nn.Module)]
+    if not isinstance(getattr(causal, "lm_head", None), nn.Module):
+        lacking.append("lm_head")
+    strange = [
+        part
+        for owner, known in ((base, EXPECTED_PARTS), (causal, (causal.base_model_prefix, "lm_head")))
+        if isinstance(owner, nn.Module)
+        for part, module in owner.named_children()
+        if part not in known and any(True for _ in module.parameters())
+    ]
+    if lacking or strange:
+        fault = f"has no '{lacking[0]}'" if lacking else f"has a part '{strange[0]}' that belongs to no stage"
+        raise ModelError(f"{describe(config)} is not supported: it {fault}; choose a decoder such as llama or qwen3")
+    for path, module in causal.named_modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            raise ModelError(f"{describe(config)} has dropout {module.p} in {path}; set it to 0 in its config.json")
+        if any(word in type(module).__name__ for word in ("Expert", "Router", "Moe", "MoE")):
+            raise ModelError(
+                f"{describe(config)} is a mixture of experts ({path}), whose routing loss sums over all stages; "
+                "choose a dense decoder such as llama or qwen3"
+            )
+    return causal
+
+
+def cut(causal: Any, layers: range, *, first: bool, last: bool) -> StageModel:
+    """Take out what another stage holds."""
+    base = getattr(causal, causal.base_model_prefix)
+    # A copy for the base alone: layers keep the whole configuration, which they index by their own number.
+    base.config = with_layers(base.config, layers)
+    base.layers = base.layers[layers.start : layers.stop]
+    if not first:
+        base.embed_tokens = None
+        if hasattr(base, "embedding_multiplier"):
+            base.embedding_multiplier = 1.0
+    if not last:
+        base.norm = nn.Identity()
+        causal.lm_head = None
+    return StageModel(causal, layers=layers, first=first, last=last)

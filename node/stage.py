@@ -1,0 +1,164 @@
+"""The compute of one pipeline stage: its slice of the model, its halves of two codecs, its optimizer.
+
+Everything here is synchronous, single-threaded and knows nothing of links: a method takes tensors and gives tensors.
+That is what makes the swarm and the one-process reference run bit-identical: both call the same methods of the same
+objects in the same order, and only what lies between the calls differs.
+
+Losses are *sums* over tokens, and gradients therefore too; the optimizer divides once by the step's tokens. Means per
+microbatch would make gradients so small that low-bit formats lose them, and would weigh microbatches unequally.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..compress.boundary import BoundaryCodec, BoundaryContext, parse_codec
+from .config import RunConfig
+from .model import build_stage
+from .optim import OptimStats, StageOptimizer
+from .ports import BoundaryShape, DownstreamPort, UpstreamPort
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class _Saved:
+    """What backward needs of one microbatch: the received leaf and the end of this stage's graph."""
+
+    z_in: Tensor | None
+    out: Tensor
+
+
+class Stage:
+    """Stage `index` of `config.pipeline.stages`.
+
+    `forward` must be called once per microbatch, then `backward` once; `finish` ends a step. Shapes: ids (B, T+1)
+    int32, of which the last column is a target only; z (B, T, W).
+    """
+
+    def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int) -> None:
+        self.config = config
+        self.index = index
+        self.first, self.last = index == 0, index == config.pipeline.stages - 1
+        self.device = torch.device(config.compute.device)
+        compute_dtype = DTYPES[config.compute.dtype]
+        self.dtype = torch.float64 if compute_dtype is torch.float64 else torch.float32
+        self._autocast = compute_dtype is torch.bfloat16
+        self.model = build_stage(
+            architecture,
+            stage=index,
+            stages=config.pipeline.stages,
+            seed=config.run.seed,
+            dtype=self.dtype,
+            device=self.device,
+            checkpoint=config.model.path if config.model.pretrained else None,
+            activation_checkpointing=config.compute.activation_checkpointing,
+            compile=config.compute.compile,
+        )
+        self.upstream_port: UpstreamPort | None = None
+        self.downstream_port: DownstreamPort | None = None
+        if not self.first:
+            codec, context, shape = self._boundary(index - 1)
+            self.receiver = codec.codec.receiver(context).to(self.device, self.dtype)
+            self.upstream_port = UpstreamPort(shape, dtype=self.dtype, device=self.device)
+        if not self.last:
+            codec, context, shape = self._boundary(index)
+            self.sender = codec.codec.sender(context).to(self.device, self.dtype)
+            self.downstream_port = DownstreamPort(shape, dtype=self.dtype, device=self.device)
+        self.optimizer = StageOptimizer(self.model.full_names(), config.optim, total_steps=config.run.steps)
+        self._saved: dict[int, _Saved] = {}
+        self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, as far as known in this step
+
+    def _boundary(self, boundary: int) -> tuple[BoundaryCodec, BoundaryContext, BoundaryShape]:
+        """A boundary as the configuration says it is; each end builds its own and uses one half of it."""
+        config = self.config
+        codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
+        context = BoundaryContext(
+            seed=config.run.seed, boundary=boundary, width=self.model.width, vocab_size=self.model.vocab_size
+        )
+        shape = BoundaryShape.of(
+            codec,
+            context,
+            microbatch_size=config.microbatch_size,
+            sequence_length=config.data.sequence_length,
+        )
+        return codec, context, shape
+
+    def _precision(self) -> AbstractContextManager[object]:
+        if self._autocast:
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def _run(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
+        """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
+        ids = torch.from_numpy(ids_BS.astype(np.int64)).to(self.device)
+        inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
+        with self._precision():
+            hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
+            out = self.model(hidden)
+            if not self.last:
+                return self.sender.encode(out, inputs_BT).to(self.dtype)
+        logits_NV = out.flatten(0, 1).to(self.dtype)
+        return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
+
+    def forward(self, microbatch: int, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor | None:
+        """z_BTW to send on, detached, or None from the last stage, which knows the loss now."""
+        if z_in is not None:
+            z_in.requires_grad_(True)
+        out = self._run(ids_BS, z_in)
+        self._saved[microbatch] = _Saved(z_in, out)
+        if self.last:
+            self.losses[microbatch] = float(out.detach())
+            return None
+        return out.detach()
+
+    def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
+        """dL/dz (B, T, W) for the stage above, or None from the first stage.
+
+        `dz_out` and `loss_sum` come from the stage below; the last stage has its own.
+        """
+        saved = self._saved.pop(microbatch)
+        if loss_sum is not None:
+            self.losses[microbatch] = loss_sum
+        torch.autograd.backward(saved.out, dz_out)
+        return None if saved.z_in is None else saved.z_in.grad
+
+    def finish(self, step: int) -> tuple[float, OptimStats]:
+        """The optimizer's step; returns the mean token loss of the step and what the optimizer did."""
+        tokens = self.config.tokens_per_step
+        loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
+        self.losses.clear()
+        return loss, self.optimizer.step(step, tokens)
+
+    @torch.no_grad()
+    def evaluate(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
+        """z_BTW to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
+        return self._run(ids_BS, z_in)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything that training changes here, by name."""
+        weights = {f"weight/{name}": parameter.detach() for name, parameter in self.model.full_names()}
+        return {**weights, **self.optimizer.state_tensors()}
+
+    def state_sha256(self) -> str:
+        """Digest of names, types, shapes and bits; equal digests mean bit-identical state."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_tensors().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def state_bytes(self) -> int:
+        """Bytes of weights and optimizer state."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_tensors().values())

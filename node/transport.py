@@ -1,0 +1,191 @@
+"""gRPC: one bidirectional stream a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
+
+The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
+named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
+on both ends; the server admits few streams at once and gives a stranger only the greeting deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import grpc
+import grpc.aio
+
+from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
+from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
+from .link import Link
+
+SERVICE = "thinpipe.v1.Stage"
+METHOD = f"/{SERVICE}/Link"
+CONNECTIONS_MAX = 8  # the neighbour, its next connection while the old one dies, and a few strangers
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
+# A peer that differs in one of these will differ again: nothing is gained by dialling it anew.
+PERMANENT = {
+    Fault.PROTOCOL_VERSION,
+    Fault.RUN_ID,
+    Fault.CONFIGURATION,
+    Fault.STAGE,
+    Fault.EPOCH,
+    Fault.INCARNATION,
+    Fault.RESUME,
+}
+
+Report = Callable[[str, str], None]  # (fault code, one line for people)
+
+
+class ListenError(ValueError):
+    """The address cannot be listened on."""
+
+
+class NeighbourMismatch(ValueError):
+    """The node at the other end is not the neighbour that this run needs."""
+
+
+def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
+    """The same on both ends: message limits from the protocol, keep-alive that notices a dead path in half a minute."""
+    return [
+        ("grpc.max_receive_message_length", frame_bytes_max),
+        ("grpc.max_send_message_length", frame_bytes_max),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.so_reuseport", 0),  # a busy port must be an error, not a silent share
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
+
+
+FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
+
+
+@asynccontextmanager
+async def listening(address: str, link: Link, *, greeting_timeout_s: float, report: Report) -> AsyncIterator[int]:
+    """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
+
+    A second stream is admitted only if it is the same process dialling again (its first stream is then half-dead and is
+    closed); anything else is refused while a stream is open. Raises ListenError for a taken or malformed address.
+    """
+    one_at_a_time = asyncio.Lock()
+    stopping = False
+
+    async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
+        first: list[bytes] = []
+
+        async def read() -> bytes | None:
+            frame = first.pop() if first else await context.read()
+            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
+
+        try:
+            if one_at_a_time.locked():
+                async with asyncio.timeout(greeting_timeout_s):
+                    frame = await context.read()
+                if not isinstance(frame, bytes):
+                    return
+                first.append(frame)
+                if not link.take_over(frame):
+                    raise await _refuse_second(link, context)
+            async with one_at_a_time:
+                await link.attach(read, context.write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
+        except ProtocolError as error:
+            blame = "refused by" if isinstance(error, RefusedError) else "refused"
+            report(error.fault, f"{link.name}: {blame} the peer at {context.peer()}: {error}")
+        except TimeoutError:
+            report("timeout", f"{link.name}: the peer at {context.peer()} did not greet in {greeting_timeout_s:g} s")
+        except asyncio.CancelledError:  # gRPC cancels the handler when the peer is gone
+            if not (link.finished or stopping):
+                report("connection-lost", f"{link.name}: the connection from {context.peer()} broke")
+            raise
+
+    server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
+    handler = grpc.stream_stream_rpc_method_handler(handle)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Link": handler}),))
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ListenError(
+            f"cannot listen on {address}: it is in use or not host:port of this machine; choose another --listen"
+        )
+    await server.start()
+    try:
+        yield port
+    finally:
+        stopping = True
+        await server.stop(grace=1.0)
+
+
+async def _refuse_second(link: Link, context: grpc.aio.ServicerContext) -> RemoteProtocolError:
+    error = RemoteProtocolError(Fault.UNEXPECTED, f"{link.name} has a connection already; close that one first")
+    await context.write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
+    return error
+
+
+async def dial(
+    address: str, link: Link, *, greeting_timeout_s: float, connect_timeout_s: float, report: Report
+) -> None:
+    """Keep a stream to the neighbour below open until both sides said goodbye.
+
+    Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
+    never agree (another run, configuration, stage), and TimeoutError after `connect_timeout_s` without a connection.
+    """
+    loop = asyncio.get_running_loop()
+    last_open_s = loop.time()
+    pause_s = RETRY_FIRST_S
+    while not link.finished:
+        link.opened.clear()
+        try:
+            remaining_s = max(0.1, last_open_s + connect_timeout_s - loop.time())
+            await _one_connection(address, link, remaining_s, greeting_timeout_s)
+        except _NotReached:
+            raise TimeoutError(
+                f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
+                f"is stage {link.session.peer_stage} running there?"
+            ) from None
+        except ProtocolError as error:
+            blame = "refused by" if isinstance(error, RefusedError) else "refused"
+            line = f"{link.name}: {blame} the node at {address}: {error}"
+            if error.fault in PERMANENT:
+                raise NeighbourMismatch(line) from None
+            report(error.fault, line)
+        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            if not link.finished:
+                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                report("connection-lost", f"{link.name}: the connection to {address} broke ({detail})")
+        if link.opened.is_set():
+            last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+        if not link.finished:
+            await asyncio.sleep(pause_s)
+            pause_s = min(RETRY_MOST_S, 2 * pause_s)
+
+
+class _NotReached(Exception):
+    pass
+
+
+async def _one_connection(address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float) -> None:
+    async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
+        try:
+            async with asyncio.timeout(connect_timeout_s):
+                await channel.channel_ready()
+        except TimeoutError:
+            raise _NotReached from None
+        call = channel.stream_stream(METHOD)()
+
+        async def read() -> bytes | None:
+            frame = await call.read()
+            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
+
+        try:
+            await link.attach(read, call.write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
+            if link.finished:
+                await call.done_writing()
+        finally:
+            call.cancel()

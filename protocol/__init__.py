@@ -1,0 +1,1 @@
+"""The rules of the conversation between stages, sans-IO: no torch, asyncio, grpc, sockets, clocks or randomness."""

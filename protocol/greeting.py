@@ -1,0 +1,65 @@
+"""Who may talk on a link: what a node says of itself, and what it holds its neighbour to.
+
+Two nodes that would compute different things must find out before a tensor moves, and whoever reads the log of either
+must see both values and what to do. So every rule is one row (fault, name, their value, ours), checked in order from
+"do we speak one language" to "are we in one attempt of one run".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import Fault, RemoteProtocolError
+from .messages import PROTOCOL_VERSION, Greeting
+
+PRINTED_CHARACTERS_MAX = 40  # of each value: a configuration hash need not be spelled out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a node says of itself and holds its neighbour to."""
+
+    run_id: str
+    configuration: str
+    stage: int
+    stages: int
+    incarnation: int
+    epoch: int = 0
+
+
+def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
+    """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node is meant to have."""
+    rules = [
+        (Fault.PROTOCOL_VERSION, "protocol version", peer.protocol_version, PROTOCOL_VERSION),
+        (Fault.RUN_ID, "run id", peer.run_id, mine.run_id),
+        (Fault.CONFIGURATION, "configuration hash", peer.configuration, mine.configuration),
+        (Fault.STAGE, "number of stages", peer.stages, mine.stages),
+        (Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage),
+        (Fault.EPOCH, "epoch", peer.epoch, mine.epoch),
+    ]
+    for fault, what, theirs, ours in rules:
+        if theirs != ours:
+            theirs, ours = _print_apart(str(theirs), str(ours))
+            raise RemoteProtocolError(
+                fault,
+                f"{what}: stage {mine.stage} expects {ours}, the peer (stage {peer.stage}) says {theirs}; "
+                f"{_REMEDIES[fault]}",
+            )
+
+
+_REMEDIES = {
+    Fault.PROTOCOL_VERSION: "install the same version of thinpipe on both",
+    Fault.RUN_ID: "one of the two dials the wrong run; check --next",
+    Fault.CONFIGURATION: "start both from the same run.toml",
+    Fault.STAGE: "check --stage here and --next upstream",
+    Fault.EPOCH: "the peer belongs to an earlier attempt of this run; stop it",
+}
+
+
+def _print_apart(a: str, b: str) -> tuple[str, str]:
+    """Both values, shortened so that what differs between them is still to be seen."""
+    if max(len(a), len(b)) > PRINTED_CHARACTERS_MAX:
+        differ_at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        start = 0 if differ_at < 12 else differ_at - 4
+        a, b = (f"{'…' * (start > 0)}{text[start : start + 12]}{'…' * (len(text) > start + 12)}" for text in (a, b))
+    return a or "nothing", b or "nothing"

@@ -1,0 +1,306 @@
+"""Messages and frames as frozen dataclasses, and their bytes.
+
+A *message* is what one stage tells its neighbour: an activation, a gradient, a loss. It is cut into *frames* of at
+most `Limits.chunk_bytes` so that a small control frame can pass between two parts of a large tensor. Protobuf is the
+envelope (its parser is fuzzed and bounded); codec headers are msgpack, because what a codec has to say changes with
+the codec. Why not one protobuf message with the tensor inside: serialising it would copy the tensor twice more, and a
+receiver would allocate what the sender claims. Here the receiver knows the most a message may hold from its own
+configuration (`Limits.message_bytes`) and refuses more before it allocates.
+
+`decode_frame` never raises anything but RemoteProtocolError, whatever the bytes. What it refuses in a message's head,
+`split` and `encode_frame` refuse here, as this node's own fault: a frame that only the peer refuses would be kept, sent
+again after the reconnect, and refused for ever. Fields that this version does not know are passed over, so that a later
+one can add some; kinds of frame and message that it does not know are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from . import stage_pb2 as pb
+from .errors import Fault, LocalProtocolError, RemoteProtocolError
+from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header
+
+PROTOCOL_VERSION = 1
+# Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
+ENVELOPE_BYTES_MAX = HEADER_BYTES_MAX + 4 * TEXT_CHARACTERS_MAX + 256
+STEP_MAX = 2**48
+MICROBATCH_MAX = 2**32
+
+
+class Kind(IntEnum):
+    """What a message carries. The byte accounting has one row for each."""
+
+    ACTIVATION = 1
+    GRADIENT = 2
+    EVALUATION = 3
+    EVALUATION_LOSS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The most that this node accepts, from its own configuration and never from the peer's header."""
+
+    message_bytes: int
+    chunk_bytes: int = 256 * 1024
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.chunk_bytes + ENVELOPE_BYTES_MAX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """All of a message but its data."""
+
+    kind: Kind
+    step: int
+    microbatch: int
+    codec: str = ""
+    codec_header: dict[str, Any] = field(default_factory=dict)
+    token_ids_bytes: int = 0
+    body_bytes: int = 0
+    loss_sum: float = 0.0
+
+    @property
+    def data_bytes(self) -> int:
+        return self.token_ids_bytes + self.body_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """What one stage tells its neighbour about one microbatch.
+
+    token_ids: bit-packed ids (forward only, else empty). body: the tensor as `codec` packed it. loss_sum: sum of the
+    microbatch's token losses, which travels upstream beside the gradient so that every stage knows it.
+    """
+
+    kind: Kind
+    step: int
+    microbatch: int
+    codec: str = ""
+    codec_header: dict[str, Any] = field(default_factory=dict)
+    token_ids: bytes | memoryview = b""
+    body: bytes | memoryview = b""
+    loss_sum: float = 0.0
+
+    @property
+    def head(self) -> Head:
+        return Head(
+            kind=self.kind,
+            step=self.step,
+            microbatch=self.microbatch,
+            codec=self.codec,
+            codec_header=self.codec_header,
+            token_ids_bytes=memoryview(self.token_ids).nbytes,
+            body_bytes=memoryview(self.body).nbytes,
+            loss_sum=self.loss_sum,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greeting:
+    """First frame in both directions; see stage.proto."""
+
+    run_id: str
+    configuration: str
+    stage: int
+    stages: int
+    incarnation: int
+    next_sequence: int
+    granted_bytes: int
+    epoch: int = 0
+    committed_steps: int = 0
+    protocol_version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A part of a message; `head` on the first part only."""
+
+    sequence: int
+    epoch: int
+    data: bytes | memoryview
+    head: Head | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    next_sequence: int
+    granted_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    pass
+
+
+Frame = Greeting | Refusal | Chunk | Credit | Goodbye
+
+
+def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, bytes | memoryview]]:
+    """The parts of a message, each at most `chunk_bytes` of data; the first one carries the head.
+
+    Token ids and body are never in one part unless both fit whole, so that no part has to be copied together twice.
+    Raises LocalProtocolError, before the first part, for a head that the peer would refuse.
+    """
+    head: Head | None = message.head
+    _head_to_pb(message.head)
+    ids, body = memoryview(message.token_ids).cast("B"), memoryview(message.body).cast("B")
+    if len(ids) + len(body) <= chunk_bytes:
+        yield head, bytes(ids) + bytes(body) if len(ids) and len(body) else (ids or body)
+        return
+    for section in (ids, body):
+        for start in range(0, len(section), chunk_bytes):
+            yield head, section[start : start + chunk_bytes]
+            head = None
+
+
+def encode_frame(frame: Frame) -> bytes:
+    """The bytes of a frame. Raises LocalProtocolError for a head that the peer would refuse."""
+    match frame:
+        case Chunk():
+            chunk = pb.Chunk(
+                sequence=frame.sequence,
+                epoch=frame.epoch,
+                head=None if frame.head is None else _head_to_pb(frame.head),
+                data=bytes(frame.data),
+            )
+            chunk.crc32 = _checksum(chunk, frame.data)
+            return pb.Frame(chunk=chunk).SerializeToString()
+        case Credit():
+            credit = pb.Credit(next_sequence=frame.next_sequence, granted_bytes=frame.granted_bytes)
+            return pb.Frame(credit=credit).SerializeToString()
+        case Greeting():
+            greeting = pb.Greeting(**{name: getattr(frame, name) for name in _GREETING_FIELDS})
+            return pb.Frame(greeting=greeting).SerializeToString()
+        case Refusal():
+            refusal = pb.Refusal(code=_printable(frame.code), reason=_printable(frame.reason))
+            return pb.Frame(refusal=refusal).SerializeToString()
+        case Goodbye():
+            return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
+
+
+_GREETING_FIELDS = [field.name for field in pb.Greeting.DESCRIPTOR.fields]
+
+
+def _printable(text: str) -> str:
+    """A refusal must arrive whatever it quotes: cut, and without what the peer would not print."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:TEXT_CHARACTERS_MAX])
+
+
+def _head_to_pb(head: Head) -> pb.MessageHead:
+    try:
+        _check_head(head.kind.name.lower(), head.step, head.microbatch, head.codec, head.loss_sum)
+    except RemoteProtocolError as error:  # the same rules, broken here
+        raise LocalProtocolError(error.fault, error.reason) from None
+    return pb.MessageHead(
+        kind=int(head.kind),
+        step=head.step,
+        microbatch=head.microbatch,
+        codec=head.codec,
+        codec_header=encode_header(head.codec, head.codec_header),
+        token_ids_bytes=head.token_ids_bytes,
+        body_bytes=head.body_bytes,
+        loss_sum=head.loss_sum,
+    )
+
+
+def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
+    """CRC-32 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data.
+
+    Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
+    """
+    head = chunk.head
+    codec = head.codec.encode()
+    flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head")]
+    numbers = [chunk.sequence, chunk.epoch, head.step, head.token_ids_bytes, head.body_bytes]
+    envelope = struct.pack("<5I5Qd", *flags, *numbers, head.loss_sum)
+    return zlib.crc32(data, zlib.crc32(envelope + codec + head.codec_header))
+
+
+def decode_frame(raw: bytes, limits: Limits) -> Frame:
+    """Parse one frame. Raises RemoteProtocolError (malformed, oversized, corrupt) and nothing else."""
+    if len(raw) > limits.frame_bytes:
+        raise RemoteProtocolError(Fault.OVERSIZED, f"a frame of {len(raw)} bytes, at most {limits.frame_bytes} here")
+    frame = pb.Frame()
+    try:
+        frame.ParseFromString(raw)
+    except DecodeError:
+        raise RemoteProtocolError(Fault.MALFORMED, f"{len(raw)} bytes are not a frame: {raw[:16].hex()}…") from None
+    match frame.WhichOneof("body"):
+        case "chunk":
+            return _chunk_from_pb(frame.chunk, limits)
+        case "credit":
+            credit = frame.credit
+            return Credit(next_sequence=credit.next_sequence, granted_bytes=credit.granted_bytes)
+        case "greeting":
+            check_text("run id", frame.greeting.run_id)
+            check_text("configuration hash", frame.greeting.configuration)
+            return Greeting(**{name: getattr(frame.greeting, name) for name in _GREETING_FIELDS})
+        case "refusal":
+            check_text("code", frame.refusal.code)
+            check_text("reason", frame.refusal.reason)
+            return Refusal(code=frame.refusal.code, reason=frame.refusal.reason)
+        case "goodbye":
+            return Goodbye()
+        case _:
+            raise RemoteProtocolError(Fault.MALFORMED, f"a frame of {len(raw)} bytes with no known body")
+
+
+def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:
+    data = chunk.data  # each look at this field is a copy
+    if len(data) > limits.chunk_bytes:
+        raise RemoteProtocolError(
+            Fault.OVERSIZED, f"a chunk with {len(data)} bytes of data, at most {limits.chunk_bytes} here"
+        )
+    if _checksum(chunk, data) != chunk.crc32:
+        raise RemoteProtocolError(Fault.CORRUPT, f"chunk {chunk.sequence} does not match its checksum")
+    head = _head_from_pb(chunk.head, limits) if chunk.HasField("head") else None
+    return Chunk(sequence=chunk.sequence, epoch=chunk.epoch, data=data, head=head)
+
+
+def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:
+    if head.kind not in Kind._value2member_map_:
+        raise RemoteProtocolError(Fault.MALFORMED, f"message kind {head.kind} is unknown")
+    _check_head(Kind(head.kind).name.lower(), head.step, head.microbatch, head.codec, head.loss_sum)
+    total = head.token_ids_bytes + head.body_bytes
+    if total > limits.message_bytes:
+        raise RemoteProtocolError(
+            Fault.OVERSIZED, f"a message announces {total} bytes, at most {limits.message_bytes} here"
+        )
+    return Head(
+        kind=Kind(head.kind),
+        step=head.step,
+        microbatch=head.microbatch,
+        codec=head.codec,
+        codec_header=decode_header(head.codec_header),
+        token_ids_bytes=head.token_ids_bytes,
+        body_bytes=head.body_bytes,
+        loss_sum=head.loss_sum,
+    )
+
+
+def _check_head(kind: str, step: int, microbatch: int, codec: str, loss_sum: float) -> None:
+    """The rules that both ends hold a head to. Raises RemoteProtocolError."""
+    if not (0 <= step < STEP_MAX and 0 <= microbatch < MICROBATCH_MAX):
+        raise RemoteProtocolError(Fault.MALFORMED, f"step {step}, microbatch {microbatch} is out of range")
+    if not math.isfinite(loss_sum):
+        raise RemoteProtocolError(
+            Fault.PAYLOAD, f"{kind} of step {step}, microbatch {microbatch}: its loss is {loss_sum}; training diverged"
+        )
+    check_text("codec id", codec)

@@ -1,0 +1,211 @@
+"""Schedules: in which order one pipeline stage works through the microbatches of a training step.
+
+A schedule is a pure stream of actions. It says nothing of time, threads or links: the runtime executes the stream, the
+simulator charges it to a virtual clock, and the one-process reference walks the merged streams of all stages, so all
+three do the same arithmetic in the same order. Transfers are implied: `Forward(m)` at stage s waits for the activation
+of m from s-1, `Backward(m)` for its gradient from s+1 (see `prerequisites`), and each result leaves right after the
+action. On a first or last stage there is nothing to wait for or to send.
+
+Backwards run in microbatch order under every schedule, so gradients accumulate in one order and the choice of schedule
+cannot change a bit of the result. GPipe's paper runs them last-in first-out; for a flushing schedule that saves neither
+memory nor time.
+
+A flushing schedule is one number per stage, the depth: run `depth` forwards, then alternate one backward, one forward.
+- GPipe (Huang et al., arXiv 1811.06965): depth M, all microbatches; memory grows with the batch.
+- 1F1B (PipeDream-Flush, Narayanan et al., arXiv 2006.09503): depth P - s, the same bubble with memory bounded by P.
+A link of one-way hop c asks for more depth, `1 + ceil((P-1-s)(t_F + t_B + 2c)/(t_F + t_B))`: a subclass with another
+`peak_in_flight`. Splitting Backward into input and weight gradients (zero bubble, Qi et al., arXiv 2401.10241) adds two
+actions and overrides `_order`.
+
+Bounded links stay free of deadlock as long as depths of neighbours differ by at most the messages that the two
+directions of their boundary can hold together: a stage that blocks in its send has then always been overtaken by a
+gradient it can wait for. 1F1B differs by one, GPipe by none.
+
+Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+
+class ScheduleError(ValueError):
+    """A schedule is unknown or asked for a stage that does not exist."""
+
+
+class ScheduleDeadlock(ScheduleError):
+    """The stages' streams wait for one another for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """Compute one microbatch's output and keep what its backward needs."""
+
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backward:
+    """Compute the input gradient and add to the weight gradients; frees what the forward kept."""
+
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """The optimizer step: the last action of a training step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Compute one microbatch's output for an evaluation; nothing is kept and no backward follows."""
+
+    microbatch: int
+
+
+Action = Forward | Backward | Step | Evaluate
+
+
+class Schedule(ABC):
+    """One order of work, for every stage of a pipeline of any length."""
+
+    name: ClassVar[str]
+
+    def actions(self, *, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
+        """The actions of one stage (0-based) in one training step. Raises ScheduleError at once, not when iterated."""
+        _check_shape(stage, stages, microbatches)
+        return self._order(stage, stages, microbatches)
+
+    @abstractmethod
+    def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
+        """Most microbatches at once whose forward has run on this stage and whose backward has not: its memory."""
+
+    @abstractmethod
+    def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]: ...
+
+
+class FlushingSchedule(Schedule):
+    """Fill to the depth `peak_in_flight`, alternate one backward and one forward, drain, step."""
+
+    def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
+        depth = self.peak_in_flight(stage, stages, microbatches)
+        for microbatch in range(depth):
+            yield Forward(microbatch=microbatch)
+        for microbatch in range(microbatches):
+            yield Backward(microbatch=microbatch)
+            if microbatch + depth < microbatches:
+                yield Forward(microbatch=microbatch + depth)
+        yield Step()
+
+
+class GPipe(FlushingSchedule):
+    """All forwards, then all backwards."""
+
+    name = "gpipe"
+
+    def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
+        _check_shape(stage, stages, microbatches)
+        return microbatches
+
+
+class OneFOneB(FlushingSchedule):
+    """As few microbatches in flight as keep a pipeline with instant links busy: P - s."""
+
+    name = "1f1b"
+
+    def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
+        _check_shape(stage, stages, microbatches)
+        return min(microbatches, stages - stage)
+
+
+class Evaluation(Schedule):
+    """Forward only. The loss's way back to stage 0 is a message of the runtime, not an action."""
+
+    name = "evaluation"
+
+    def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
+        _check_shape(stage, stages, microbatches)
+        return 0
+
+    def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
+        del stage, stages  # every stage does the same
+        for microbatch in range(microbatches):
+            yield Evaluate(microbatch=microbatch)
+
+
+SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in (GPipe(), OneFOneB(), Evaluation())}
+
+
+def get_schedule(name: str) -> Schedule:
+    """The schedule of that name. Raises ScheduleError that names the nearest known one."""
+    if name in SCHEDULES:
+        return SCHEDULES[name]
+    nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.4)
+    remedy = f"the nearest known one is '{nearest[0]}'" if nearest else f"known: {', '.join(SCHEDULES)}"
+    raise ScheduleError(f"unknown schedule '{name}'; {remedy}")
+
+
+def prerequisites(action: Action, *, stage: int, stages: int) -> tuple[tuple[int, Action], ...]:
+    """The (stage, action) pairs that must be done before `action` at `stage`; one at another stage is a transfer."""
+    match action:
+        case Forward() | Evaluate():
+            return ((stage - 1, action),) if stage > 0 else ()
+        case Backward(microbatch=microbatch):
+            own = (stage, Forward(microbatch=microbatch))
+            return (own, (stage + 1, action)) if stage < stages - 1 else (own,)
+        case Step():
+            return ()
+
+
+def interleave(schedule: Schedule, stages: int, microbatches: int) -> Iterator[tuple[int, Action]]:
+    """One valid global order of all stages' actions, always the same: the one-process reference run.
+
+    Goes round the stages, upstream first, and takes one action from each whose prerequisites are done.
+    Raises ScheduleDeadlock when a whole round takes none and work is left.
+    """
+    streams = [schedule.actions(stage=stage, stages=stages, microbatches=microbatches) for stage in range(stages)]
+    waiting = [next(stream, None) for stream in streams]
+    done: set[tuple[int, Action]] = set()
+    while any(action is not None for action in waiting):
+        advanced = False
+        for stage, stream in enumerate(streams):
+            action = waiting[stage]
+            if action is None or not done.issuperset(prerequisites(action, stage=stage, stages=stages)):
+                continue
+            advanced = True
+            done.add((stage, action))
+            waiting[stage] = next(stream, None)
+            yield stage, action
+        if not advanced:
+            raise ScheduleDeadlock(_describe_deadlock(schedule, waiting, done, stages, microbatches))
+
+
+def _describe_deadlock(
+    schedule: Schedule,
+    waiting: list[Action | None],
+    done: set[tuple[int, Action]],
+    stages: int,
+    microbatches: int,
+) -> str:
+    stuck = [
+        f"stage {stage} waits with {action} for {missing[1]} of stage {missing[0]}"
+        for stage, action in enumerate(waiting)
+        if action is not None
+        for missing in prerequisites(action, stage=stage, stages=stages)
+        if missing not in done
+    ]
+    return (
+        f"schedule '{schedule.name}' deadlocks with {stages} stages and {microbatches} microbatches: "
+        f"{'; '.join(stuck)}; reorder its actions so that each comes after what it waits for"
+    )
+
+
+def _check_shape(stage: int, stages: int, microbatches: int) -> None:
+    if stages < 1 or microbatches < 1:
+        raise ScheduleError(f"{stages} stages and {microbatches} microbatches make no pipeline; both must be 1 or more")
+    if not 0 <= stage < stages:
+        raise ScheduleError(f"there is no stage {stage} in a pipeline of {stages}; stages count from 0 to {stages - 1}")

@@ -1,0 +1,298 @@
+"""One neighbour link, sans-IO: greeting, sequence numbers, acknowledgement, credit, resume.
+
+A `LinkSession` outlives its connections. Bytes go in (`receive`), events come out; `stamp` turns a part of a message
+into the bytes of a frame and keeps them until the peer has acknowledged them. After a reconnect the kept frames are
+sent again as they were, never encoded again, so what the peer decodes does not depend on what the network did.
+
+The rules, as data (`TRANSITIONS`): in AWAIT only a greeting or a refusal may come; in OPEN chunks, credits, a goodbye
+or a refusal; after the peer's goodbye only credits. Anything else is the peer's fault and closes the connection.
+
+A peer's fault closes the connection and nothing else: a frame that is refused has changed nothing of what was agreed,
+received and kept, so the next connection goes on from there.
+
+Two limits bound what is under way. *Credit*: the receiver grants bytes as it consumes them, so a slow stage bounds its
+own memory (to its buffer, and the rest of the one message that is coming in). *Acknowledgement*: `unacknowledged_bytes` is what the transport compares with its window of about 1.5
+bandwidth-delay products, since nothing can overtake what is already inside gRPC. Why not HTTP/2's own windows: they
+count bytes taken off the socket, not bytes consumed by the stage, and they cannot be read from Python.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+
+from .assembly import Assembly, message_cost
+from .errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
+from .greeting import Identity, check_greeting
+from .messages import (
+    Chunk,
+    Credit,
+    Frame,
+    Goodbye,
+    Greeting,
+    Head,
+    Limits,
+    Message,
+    Refusal,
+    decode_frame,
+    encode_frame,
+)
+
+
+class State(Enum):
+    """Where the present connection stands."""
+
+    CLOSED = "closed"
+    AWAIT = "awaiting the peer's greeting"
+    OPEN = "open"
+    PEER_DONE = "the peer said goodbye"
+
+
+TRANSITIONS: dict[State, dict[type[Frame], State]] = {
+    State.CLOSED: {},
+    State.AWAIT: {Greeting: State.OPEN, Refusal: State.CLOSED},
+    State.OPEN: {Chunk: State.OPEN, Credit: State.OPEN, Goodbye: State.PEER_DONE, Refusal: State.CLOSED},
+    State.PEER_DONE: {Credit: State.PEER_DONE, Refusal: State.CLOSED},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """The greetings agree. `resumed`: this link was open before, and goes on where it was."""
+
+    peer: Greeting
+    resumed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """A whole message; tell `consume(cost_bytes)` once it is no longer held."""
+
+    message: Message
+    cost_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Acknowledged:
+    """The peer holds everything before `next_sequence`, or granted more."""
+
+    next_sequence: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerDone:
+    """The peer will send no more messages."""
+
+
+Event = Opened | Received | Acknowledged | PeerDone
+
+
+class LinkSession:
+    """This node's side of the link to stage `peer_stage`."""
+
+    def __init__(self, *, identity: Identity, peer_stage: int, limits: Limits, receive_buffer_bytes: int) -> None:
+        needed = message_cost(limits.message_bytes)
+        if receive_buffer_bytes < needed:
+            raise LocalProtocolError(
+                Fault.OVERSIZED,
+                f"a receive buffer of {receive_buffer_bytes} bytes cannot hold one message of {limits.message_bytes}; "
+                f"raise link.receive_buffer_bytes to at least {needed}",
+            )
+        self.identity = identity
+        self.peer_stage = peer_stage
+        self.limits = limits
+        self.state = State.CLOSED
+        self.peer: Greeting | None = None
+        self._receive_buffer_bytes = receive_buffer_bytes
+        self._next_sequence = 0  # of what this node sends
+        self._unsent = 0  # data bytes of the message whose first part was stamped and whose last was not
+        self._sent_cost = 0
+        self._peer_granted = 0
+        self._kept: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
+        self.unacknowledged_bytes = 0
+        self._expected = 0  # sequence of the next chunk from the peer
+        self._received_cost = 0
+        self._delivered_cost = 0
+        self._consumed_cost = 0
+        self._assembly = Assembly()
+
+    # -- connection ---------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """A new connection stands; greetings are due."""
+        self.state = State.AWAIT
+
+    def disconnect(self) -> None:
+        """The connection is gone. What was agreed, received and kept stays."""
+        self.state = State.CLOSED
+
+    def greeting(self) -> bytes:
+        return encode_frame(
+            Greeting(
+                run_id=self.identity.run_id,
+                configuration=self.identity.configuration,
+                stage=self.identity.stage,
+                stages=self.identity.stages,
+                incarnation=self.identity.incarnation,
+                epoch=self.identity.epoch,
+                next_sequence=self._expected,
+                granted_bytes=self._granted,
+            )
+        )
+
+    def refuse(self, error: RemoteProtocolError) -> bytes:
+        """The frame that tells the peer why, and the end of this connection."""
+        self.state = State.CLOSED
+        return encode_frame(Refusal(code=error.fault, reason=error.reason))
+
+    def goodbye(self) -> bytes:
+        """The frame after which this node stamps no more. Raises LocalProtocolError in the middle of a message."""
+        if self._unsent:
+            raise LocalProtocolError(Fault.UNEXPECTED, f"a goodbye with {self._unsent} bytes of a message to go")
+        return encode_frame(Goodbye())
+
+    # -- sending ------------------------------------------------------------------------------------------------
+
+    def may_send(self, data_bytes: int) -> bool:
+        """Whether the peer's credit covers the next chunk, with this much data."""
+        return self._sent_cost + self._cost(data_bytes, starts=not self._unsent) <= self._peer_granted
+
+    def stamp(self, head: Head | None, data: bytes | memoryview) -> bytes:
+        """The frame for the next part of a message, kept until acknowledged.
+
+        Raises LocalProtocolError past credit, and for a part that does not continue the message that was begun.
+        """
+        if not self.may_send(len(data)):
+            raise LocalProtocolError(Fault.OVERDRAWN, f"stage {self.peer_stage} has not granted {len(data)} more bytes")
+        if (head is None) != bool(self._unsent):
+            raise LocalProtocolError(Fault.OUT_OF_ORDER, f"the message before still lacks {self._unsent} bytes")
+        due = self._unsent if head is None else head.data_bytes
+        if len(data) > due or (due and not len(data)):
+            raise LocalProtocolError(Fault.MALFORMED, f"a part of {len(data)} bytes where {due} are left")
+        frame = encode_frame(Chunk(sequence=self._next_sequence, epoch=self.identity.epoch, head=head, data=data))
+        self._kept.append((self._next_sequence, frame))
+        self._next_sequence += 1
+        self._sent_cost += self._cost(len(data), starts=head is not None)
+        self._unsent = due - len(data)
+        self.unacknowledged_bytes += len(frame)
+        return frame
+
+    @staticmethod
+    def _cost(data_bytes: int, *, starts: bool) -> int:
+        """What a chunk takes of the credit: both ends count alike. The message's own price is due with its head."""
+        return message_cost(data_bytes) if starts else data_bytes
+
+    def kept_frames(self) -> list[bytes]:
+        """What a new connection has to carry first: all frames that the peer has not acknowledged, as they were."""
+        return [frame for _, frame in self._kept]
+
+    # -- receiving ----------------------------------------------------------------------------------------------
+
+    def receive(self, raw: bytes) -> list[Event]:
+        """Take one frame. Raises RemoteProtocolError (the caller answers with `refuse`) or RefusedError.
+
+        Either closes the connection: whatever else had arrived on it is refused too.
+        """
+        try:
+            frame = decode_frame(raw, self.limits)
+            following = TRANSITIONS[self.state].get(type(frame))
+            if following is None:
+                name = type(frame).__name__.lower()
+                raise RemoteProtocolError(Fault.UNEXPECTED, f"a {name} frame while the link is {self.state.value}")
+            event = self._take(frame)
+        except (RemoteProtocolError, RefusedError):
+            self.state = State.CLOSED
+            raise
+        self.state = following
+        return [] if event is None else [event]
+
+    def _take(self, frame: Frame) -> Event | None:
+        match frame:
+            case Greeting():
+                return self._take_greeting(frame)
+            case Chunk():
+                return self._take_chunk(frame)
+            case Credit():
+                return self._take_credit(frame.next_sequence, frame.granted_bytes)
+            case Goodbye():
+                if self._assembly.under_way:
+                    raise RemoteProtocolError(Fault.UNEXPECTED, "a goodbye in the middle of a message")
+                return PeerDone()
+            case Refusal():
+                raise RefusedError(frame.code, frame.reason)
+
+    def consume(self, cost_bytes: int) -> None:
+        """A received message is no longer held: its bytes may be granted again (send `credit`).
+
+        Raises LocalProtocolError for more than was received, since that would grant memory that is in use.
+        """
+        if not 0 <= cost_bytes <= self._delivered_cost - self._consumed_cost:
+            raise LocalProtocolError(
+                Fault.OVERDRAWN,
+                f"{cost_bytes} bytes consumed where {self._delivered_cost - self._consumed_cost} are held",
+            )
+        self._consumed_cost += cost_bytes
+
+    def credit(self) -> bytes:
+        """The frame that acknowledges what came and grants what is free."""
+        return encode_frame(Credit(next_sequence=self._expected, granted_bytes=self._granted))
+
+    @property
+    def _granted(self) -> int:
+        return self._consumed_cost + self._receive_buffer_bytes
+
+    def _take_greeting(self, peer: Greeting) -> Opened:
+        check_greeting(peer, self.identity, self.peer_stage)
+        resumed = self.peer is not None and self.peer.incarnation == peer.incarnation
+        if not resumed and (self._expected or self._next_sequence):
+            raise RemoteProtocolError(
+                Fault.INCARNATION,
+                f"stage {peer.stage} was restarted (process {self.peer.incarnation if self.peer else 0:x}, "
+                f"now {peer.incarnation:x}) in the middle of the run; start the whole swarm again",
+            )
+        first_kept = self._kept[0][0] if self._kept else self._next_sequence
+        if not first_kept <= peer.next_sequence <= self._next_sequence:
+            raise RemoteProtocolError(
+                Fault.RESUME,
+                f"stage {peer.stage} asks for chunk {peer.next_sequence}, stage {self.identity.stage} keeps {first_kept} to "
+                f"{self._next_sequence}; start the whole swarm again",
+            )
+        if not resumed:
+            self._peer_granted = 0  # nothing that an earlier process granted binds this one
+        self.peer = peer
+        self._take_credit(peer.next_sequence, peer.granted_bytes)
+        return Opened(peer=peer, resumed=resumed)
+
+    def _take_credit(self, next_sequence: int, granted_bytes: int) -> Acknowledged:
+        if next_sequence > self._next_sequence:
+            raise RemoteProtocolError(
+                Fault.OUT_OF_ORDER, f"chunk {next_sequence - 1} acknowledged, only {self._next_sequence} were sent"
+            )
+        while self._kept and self._kept[0][0] < next_sequence:
+            self.unacknowledged_bytes -= len(self._kept.popleft()[1])
+        self._peer_granted = max(self._peer_granted, granted_bytes)  # a grant is never taken back
+        return Acknowledged(next_sequence=next_sequence)
+
+    def _take_chunk(self, chunk: Chunk) -> Received | None:
+        if chunk.epoch != self.identity.epoch:
+            raise RemoteProtocolError(
+                Fault.EPOCH, f"chunk {chunk.sequence} is of epoch {chunk.epoch}, this run is in {self.identity.epoch}"
+            )
+        if chunk.sequence < self._expected:
+            return None  # a duplicate, sent again after a reconnect
+        if chunk.sequence > self._expected:
+            raise RemoteProtocolError(Fault.OUT_OF_ORDER, f"chunk {chunk.sequence} came where {self._expected} was due")
+        cost = self._cost(len(chunk.data), starts=chunk.head is not None)
+        if self._received_cost + cost > self._granted:
+            raise RemoteProtocolError(
+                Fault.OVERDRAWN, f"chunk {chunk.sequence} exceeds the {self._granted} bytes granted so far"
+            )
+        message = self._assembly.add(chunk)
+        self._expected += 1
+        self._received_cost += cost
+        if message is None:
+            return None
+        cost_bytes = message_cost(message.head.data_bytes)
+        self._delivered_cost += cost_bytes
+        return Received(message=message, cost_bytes=cost_bytes)

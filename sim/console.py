@@ -1,0 +1,135 @@
+"""What a person sees of a run: a live bar while it trains, a table when it is done.
+
+On a terminal the bar is redrawn in place; where the output is a file or a pipe, a plain line is written at each tenth
+of the run, so that a log stays readable. Both show the same figures, from the same records that stay on disk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .report import dense_bytes, ratio_of, total_by_kind
+
+
+class RunDisplay:
+    """Use as a context manager; call `update` with the newest step record of each stage."""
+
+    def __init__(self, console: Console, *, steps: int, stages: int, width: int) -> None:
+        self._console, self._steps, self._stages, self._width = console, steps, stages, width
+        self._progress: Progress | None = None
+        self._shown = -1
+        self._next_line = 0
+        self.text = ""
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.start()
+            self._task = self._progress.add_task("starting the stages", total=self._steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, records: list[dict[str, Any]]) -> None:
+        """Records of one poll; stage 0 leads. Stages that have not finished a step yet are missing."""
+        if len(records) < self._stages or records[0]["step"] == self._shown:
+            return
+        head = records[0]
+        self._shown = head["step"]
+        done = head["step"] + 1
+        self.text = describe(records, width=self._width, stages=self._stages)
+        if self._progress:
+            self._progress.update(self._task, completed=done, description=self.text)
+        elif done >= self._next_line or done == self._steps:
+            self._console.print(f"step {done}/{self._steps}  {self.text}", highlight=False, soft_wrap=True)
+            self._next_line = done + max(1, self._steps // 10)
+
+
+def describe(records: list[dict[str, Any]], *, width: int, stages: int) -> str:
+    """`loss 5.123  1520 tokens/s  1051 bytes/token  ratio 0.97x`."""
+    head = records[0]
+    text = f"loss {head['loss']:.3f}  {head['tokens_per_s']:.0f} tokens/s"
+    sent = total_by_kind(records)
+    tokens = (head["step"] + 1) * head["tokens"]
+    ratio = ratio_of(sent, dense_bytes(width=width, tokens=tokens, stages=stages))
+    if ratio:
+        moved = sum(sent.values()) - sent["evaluation"]
+        text += f"  {moved / tokens:.0f} bytes/token  ratio {ratio:.2f}x"
+    return text
+
+
+def throttled(show: Callable[[list[dict[str, Any]]], None], every_s: float = 0.1) -> Callable[..., None]:
+    """For callers that report each step: at most one update in `every_s`, the first and every later due one."""
+    last = 0.0
+
+    def call(records: list[dict[str, Any]], *, final: bool = False) -> None:
+        nonlocal last
+        if final or time.monotonic() - last >= every_s:
+            last = time.monotonic()
+            show(records)
+
+    return call
+
+
+def _bits_per_s(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} Mb/s"
+
+
+def summary_tables(summary: dict[str, Any]) -> list[Table]:
+    """Three tables: the run, its stages, its links."""
+    run = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']} tokens ({summary['mode']})")
+    for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
+        run.add_column(column, justify="right")
+    ratio, val_loss = summary["ratio"], summary["val_loss"]
+    run.add_row(
+        f"{summary['first_loss']:.3f} -> {summary['train_loss']:.3f}",
+        "-" if val_loss is None else f"{val_loss:.4f}",
+        f"{summary['tokens_per_s']:.0f}",
+        f"{summary['bytes_per_token']:.1f}",
+        "-" if ratio is None else f"{ratio:.3f}x",
+    )
+    stages = Table(title="stages")
+    for column in ("stage", "compute", "codec", "waiting", "peak memory", "state"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(summary["stages"]):
+        seconds = [f"{stage[name]:.1f} s" for name in ("compute_s", "codec_s", "wait_s")]
+        memory = f"{stage['peak_rss_bytes'] / 2**20:.0f} MiB"
+        stages.add_row(str(index), *seconds, memory, stage["state_sha256"][:12])
+    tables = [run, stages]
+    if summary["boundaries"]:
+        tables.append(_links_table(summary))
+    return tables
+
+
+def _links_table(summary: dict[str, Any]) -> Table:
+    links = Table(title="links", caption="measured: while the sender's queue was not empty")
+    for column in ("boundary", "direction", "configured", "measured", "utilisation", "bytes"):
+        links.add_column(column, justify="right")
+    for entry in summary["boundaries"]:
+        for direction in ("forward", "backward"):
+            way = entry[direction]
+            used = way["utilisation"]
+            links.add_row(
+                f"{entry['boundary']}-{entry['boundary'] + 1}",
+                direction,
+                _bits_per_s(way["configured_bits_per_s"]),
+                _bits_per_s(way["measured_bits_per_s"]),
+                "-" if used is None else f"{used:.1%}",
+                f"{sum(way['sent_bytes'].values()) / 1e6:.2f} MB",
+            )
+    return links

@@ -1,0 +1,127 @@
+"""From the nodes' records to one summary. Reads JSON lines, writes `summary.json`, invents nothing.
+
+The ratio is always `dense bf16 bytes, both ways / all framed bytes, both ways`: the numerator is what an uncompressed
+pipeline would have to move (2 bytes x width x tokens x 2 directions x boundaries), the denominator everything that the
+nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames. Evaluation has a
+row of its own outside the ratio. Bytes are counted once, where they are sent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OUTSIDE_RATIO = ("evaluation",)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of one stage's file; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def dense_bytes(*, width: int, tokens: int, stages: int) -> int:
+    """What an uncompressed bf16 pipeline moves, both ways, over all boundaries."""
+    return 2 * width * tokens * 2 * (stages - 1)
+
+
+def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:
+    """Sum of the newest `sent_bytes` of several stages' records; they are running totals."""
+    total: Counter[str] = Counter()
+    for record in records:
+        for rows in record["sent_bytes"].values():
+            total.update(rows)
+    return total
+
+
+def ratio_of(sent: Counter[str], dense: int) -> float | None:
+    moved = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
+    return dense / moved if moved else None
+
+
+def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
+    """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end."""
+    by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
+    ends, steps = [], []
+    for stage, records in enumerate(by_stage):
+        end = [record for record in records if record["event"] == "end"]
+        if not end:
+            raise ValueError(f"stage {stage} wrote no end record in {run}: the run did not finish")
+        ends.append(end[-1])
+        steps.append([record for record in records if record["event"] == "step"])
+    head = steps[0]
+    tokens = sum(record["tokens"] for record in head)
+    train_s = ends[0]["train_s"]
+    sent: Counter[str] = Counter()
+    for end in ends:
+        for link in end["links"]:
+            sent.update(link["sent_bytes"])
+    in_ratio = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
+    dense = dense_bytes(width=width, tokens=tokens, stages=stages)
+    evaluations = [record for record in by_stage[0] if record["event"] == "evaluation"]
+    last = head[-max(1, len(head) // 10) :]
+    return {
+        "mode": mode,
+        "steps": len(head),
+        "tokens": tokens,
+        "tokens_per_step": head[-1]["tokens"],
+        "first_loss": head[0]["loss"],
+        "train_loss": sum(record["loss"] for record in last) / len(last),
+        "val_loss": evaluations[-1]["val_loss"] if evaluations else None,
+        "train_s": train_s,
+        "tokens_per_s": tokens / train_s,
+        "bytes": {**dict(sorted(sent.items())), "total": in_ratio},
+        "bytes_per_token": in_ratio / tokens,
+        "dense_bf16_bytes": dense,
+        "ratio": dense / in_ratio if in_ratio else None,
+        "boundaries": _boundaries(ends, stages),
+        "stages": [
+            {
+                "compute_s": end["compute_s"],
+                "codec_s": end["codec_s"],
+                "wait_s": end["wait_s"],
+                "peak_rss_bytes": end["peak_rss_bytes"],
+                "state_bytes": end["state_bytes"],
+                "state_sha256": end["state_sha256"],
+            }
+            for end in ends
+        ],
+        "faults": [
+            {"stage": stage, "code": record["code"], "reason": record["reason"]}
+            for stage, records in enumerate(by_stage)
+            for record in records
+            if record["event"] == "fault"
+        ],
+    }
+
+
+def _boundaries(ends: list[dict[str, Any]], stages: int) -> list[dict[str, Any]]:
+    """One entry a boundary; its headline figures are those of the direction that used the link more."""
+    boundaries = []
+    for boundary in range(stages - 1):
+        ways = {
+            link["direction"]: {key: value for key, value in link.items() if key not in ("boundary", "direction")}
+            for end in ends
+            for link in end["links"]
+            if link["boundary"] == boundary
+        }
+        busier = max(ways.values(), key=lambda way: sum(way["sent_bytes"].values()))
+        boundaries.append(
+            {
+                "boundary": boundary,
+                "configured_bits_per_s": busier["configured_bits_per_s"],
+                "measured_bits_per_s": busier["measured_bits_per_s"],
+                "utilisation": busier["utilisation"],
+                **ways,
+            }
+        )
+    return boundaries
+
+
+def write_summary(run: Path, summary: dict[str, Any]) -> None:
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,179 @@
+"""A swarm on this machine: the same node processes that a user starts by hand, watched and cleaned up.
+
+Nodes are started through the command line (`python -m thinpipe.cli node …`), each in its own session, so a Ctrl-C in
+the terminal reaches the launcher alone, which then stops them in order. Each node also watches the launcher: if that
+is killed, they end by themselves. Why subprocess and not multiprocessing: spawned workers re-import the parent's main
+module and share its file descriptors; a node must be exactly what runs on a separate machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .report import read_records
+
+STOP_GRACE_S = 5.0
+POLL_S = 0.1
+
+
+class SwarmError(RuntimeError):
+    """A node ended the run; the message says which and why. `exit_code` is what the command should end with."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(slots=True)
+class _Node:
+    stage: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def node_environment() -> dict[str, str]:
+    """One arithmetic thread a process, and no spinning: stages share cores, and spinning halves the throughput."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that were free a moment ago; all are held open until all are known, so they differ."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def run_swarm(
+    run: Path,
+    *,
+    stages: int,
+    trace: bool = False,
+    on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> None:
+    """Start `stages` nodes on `run`/run.toml and wait until all have ended.
+
+    `on_progress` gets, about ten times a second, the newest step record of every stage that has one. Raises SwarmError
+    when a node ends early, naming it; KeyboardInterrupt passes through. No node is left running either way.
+    """
+    ports = free_ports(stages)
+    nodes: list[_Node] = []
+    try:
+        for stage in range(stages):
+            nodes.append(_start(run, stage, stages, ports, trace))
+        _watch(run, nodes, on_progress)
+    finally:
+        _stop(nodes)
+
+
+def _start(run: Path, stage: int, stages: int, ports: list[int], trace: bool) -> _Node:
+    command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml"), "--stage", str(stage)]
+    command += ["--out", str(run), "--parent", str(os.getpid())]
+    if stage > 0:
+        command += ["--listen", f"127.0.0.1:{ports[stage]}"]
+    if stage < stages - 1:
+        command += ["--next", f"127.0.0.1:{ports[stage + 1]}"]
+    if trace:
+        command.append("--trace")
+    log = run / f"stage-{stage}.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=node_environment(),
+            start_new_session=True,
+        )
+    return _Node(stage, process, log)
+
+
+def _watch(run: Path, nodes: list[_Node], on_progress: Callable[[list[dict[str, Any]]], None] | None) -> None:
+    tails = [_Tail(run / f"stage-{node.stage}.jsonl") for node in nodes]
+    while True:
+        codes = [node.process.poll() for node in nodes]
+        for tail in tails:
+            tail.read()
+        if on_progress:
+            on_progress([tail.step for tail in tails if tail.step])
+        for node, code in zip(nodes, codes, strict=True):
+            if code:
+                raise SwarmError(_obituary(run, node, code), 2 if code == 2 else 1)
+        for node, tail in zip(nodes, tails, strict=True):
+            if tail.refused:
+                raise SwarmError(f"stage {node.stage}: {tail.refused}", 1)
+        if all(code == 0 for code in codes):
+            return
+        time.sleep(POLL_S)
+
+
+def _obituary(run: Path, node: _Node, code: int) -> str:
+    """Which node ended and why: its own last words, or the signal that killed it."""
+    if code < 0:
+        return f"stage {node.stage} was killed by {signal.Signals(-code).name}; see {node.log}"
+    faults = [record for record in read_records(run / f"stage-{node.stage}.jsonl") if record["event"] == "fault"]
+    if faults:
+        return f"stage {node.stage} ended: {faults[-1]['reason']}"
+    words = [line for line in node.log.read_text(errors="replace").splitlines() if line.strip()]
+    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else f'see {node.log}'}"
+
+
+class _Tail:
+    """Reads a growing JSON-lines file; keeps the newest step and a fault that no reconnect can mend."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+        self.step: dict[str, Any] | None = None
+        self.refused: str | None = None
+
+    def read(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            record = json.loads(line)
+            if record["event"] == "step":
+                self.step = record
+            elif record["event"] == "fault" and record["code"] in UNMENDABLE:
+                self.refused = record["reason"]
+
+
+# A tensor that was acknowledged but cannot be decoded would be the same if it were sent again.
+UNMENDABLE = ("bad-payload",)
+
+
+def _stop(nodes: list[_Node]) -> None:
+    """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
+    alive = [node for node in nodes if node.process.poll() is None]
+    for node in alive:
+        node.process.terminate()
+    deadline = time.monotonic() + STOP_GRACE_S
+    for node in alive:
+        try:
+            node.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            node.process.kill()
+            node.process.wait()

@@ -38,8 +38,8 @@ from .boundary import ByteFormat, CodecError, Direction, Key, Payload, register_
 if sys.byteorder != "little":
     raise ImportError("thinpipe's wire formats are little-endian and are copied as they lie in memory")
 
-# 1.6 % (int8), 3.1 % (int4) spent on scales. For Gaussian values 128 is near the best int4 error per bit; see
-# tests/test_formats.py::test_block_of_128_is_a_good_choice.
+# Scales take 1.6 % (int8) or 3.1 % (int4). Signal to noise at equal bits (6.02 dB a bit taken off) against blocks of 32,
+# 64 and 512, int4: Gaussian +0.6, 0.0, +0.7 dB; Laplace -0.2, -0.4, +1.3 dB; Student t of 4 degrees -1.1, -0.9, +2.5 dB.
 BLOCK = 128
 MIN_SCALE = 2.0**-126
 _MIN_SCALE_BITS, _MAX_SCALE_BITS = 0x0080, 0x7F7F  # 2^-126 and the largest finite bf16, as int16
@@ -145,7 +145,7 @@ class _Blockwise(ByteFormat):
         if stochastic:
             scratch.add_(_noise(key, scratch.numel()).to(scratch.device, torch.float32).view_as(scratch), alpha=2**-16)
         codes = self.join(scratch.round_().view(-1)).cpu().numpy()[: self.code_bytes(count)]
-        body = b"".join((scales.view(torch.int16).cpu().numpy(), codes))
+        body = b"".join((scales.view(torch.int16).cpu().numpy().data, codes.data))
         return Payload(codec=self.id, header={"shape": list(z.shape)}, body=body)
 
     def _scales(self, peaks: Tensor, *, round_up: bool) -> Tensor:
@@ -170,9 +170,9 @@ class _Blockwise(ByteFormat):
         codes = np.zeros(blocks * BLOCK, np.int8)
         found = self.split(np.frombuffer(payload.body, np.uint8, offset=2 * blocks))
         codes[: found.size] = found
-        if int(codes.min()) < -self.peak_code:  # the one code that an even number of bits has to spare
+        if (lowest := int(codes.min())) < -self.peak_code:  # the pattern that two's complement has to spare
             raise CodecError(
-                f"{self.id} payload has code {codes.min()} at element {codes.argmin()}, which no value has"
+                f"{self.id} payload has code {lowest} at element {codes.argmin()}, below {-self.peak_code}"
             )
         if codes[count:].any():
             raise CodecError(f"{self.id} payload's spare nibble is {codes[count] + 8}, not 8")

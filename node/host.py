@@ -24,14 +24,11 @@ from ..compress.boundary import CodecError
 from ..protocol.errors import ProtocolError
 from ..protocol.session import Identity, LinkSession
 from ..sim.shaper import LinkError, LinkProfile
-from .architecture import ModelError, architecture_digest, resolve_model, was_tied
 from .config import ConfigError, RunConfig
-from .corpus import Corpus
-from .data import open_corpus, vocabulary_size
-from .documents import DataError
-from .exactness import check_sliceable
+from .data import Corpus, DataError, open_corpus, vocabulary_size
 from .link import Link
 from .metrics import MetricsWriter, Tracer
+from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
 from .ports import BoundaryShape
 from .runtime import Node

@@ -312,7 +312,7 @@ class Link:
 
     def _queue_credit(self) -> None:
         """One credit frame waits at a time; it is written with the counters of the moment it leaves."""
-        if not self._credit_queued and not self._said_goodbye:
+        if self.session.credit_due and not self._credit_queued and not self._said_goodbye:
             self._credit_queued = True
             self._queue.push("credit", framed_bytes(16), control=True, now=self._clock())
             self._admit.set()

@@ -19,12 +19,11 @@ from ..sim.console import RunDisplay, summary_tables
 from ..sim.report import read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError, run_swarm
-from .architecture import resolve_model
 from .config import RunConfig, dump_config
 from .data import vocabulary_size
 from .host import BAD_INPUT, check_device, prepare_corpus
+from .model import partition, resolve_model
 from .one_process import OneProcess
-from .slices import partition
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "trace-stage-*.json", "trace.json")
 

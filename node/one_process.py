@@ -17,12 +17,11 @@ import torch
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Chunk, Kind, Message, encode_frame, split
 from ..protocol.schedule import Backward, Evaluate, Forward, get_schedule, interleave
-from .architecture import resolve_model
 from .config import RunConfig
 from .data import vocabulary_size
-from .exactness import check_sliceable
 from .host import check_device, prepare_corpus
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
+from .model import check_sliceable, resolve_model
 from .runtime import draw
 from .stage import Stage
 

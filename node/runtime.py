@@ -24,7 +24,7 @@ from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
 from ..protocol.schedule import Backward, Evaluate, Evaluation, Forward, get_schedule
 from .config import RunConfig
-from .corpus import Corpus
+from .data import Corpus
 from .link import Link
 from .metrics import MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
 from .stage import Stage

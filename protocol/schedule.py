@@ -17,9 +17,10 @@ A link of one-way hop c asks for more depth, `1 + ceil((P-1-s)(t_F + t_B + 2c)/(
 `peak_in_flight`. Splitting Backward into input and weight gradients (zero bubble, Qi et al., arXiv 2401.10241) adds two
 actions and overrides `_order`.
 
-Bounded links stay free of deadlock as long as depths of neighbours differ by at most the messages that the two
-directions of their boundary can hold together: a stage that blocks in its send has then always been overtaken by a
-gradient it can wait for. 1F1B differs by one, GPipe by none.
+Bounded links stay free of deadlock while depths never rise downstream and fall between neighbours by at most the
+messages that both directions of their boundary can hold together: the downstream stage then works off enough forwards,
+and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none; a
+deeper schedule needs longer buffers.
 
 Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
 """
@@ -167,6 +168,7 @@ def interleave(schedule: Schedule, stages: int, microbatches: int) -> Iterator[t
     Goes round the stages, upstream first, and takes one action from each whose prerequisites are done.
     Raises ScheduleDeadlock when a whole round takes none and work is left.
     """
+    _check_shape(0, stages, microbatches)
     streams = [schedule.actions(stage=stage, stages=stages, microbatches=microbatches) for stage in range(stages)]
     waiting = [next(stream, None) for stream in streams]
     done: set[tuple[int, Action]] = set()

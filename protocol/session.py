@@ -112,6 +112,7 @@ class LinkSession:
         self._kept: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
         self.unacknowledged_bytes = 0
         self._expected = 0  # sequence of the next chunk from the peer
+        self._told = (0, 0)  # what the last credit said
         self._received_cost = 0
         self._delivered_cost = 0
         self._consumed_cost = 0
@@ -236,7 +237,13 @@ class LinkSession:
 
     def credit(self) -> bytes:
         """The frame that acknowledges what came and grants what is free."""
+        self._told = (self._expected, self._granted)
         return encode_frame(Credit(next_sequence=self._expected, granted_bytes=self._granted))
+
+    @property
+    def credit_due(self) -> bool:
+        """Whether `credit` would tell the peer anything new. (Answering credits with credits would never end.)"""
+        return self._told != (self._expected, self._granted)
 
     @property
     def _granted(self) -> int:

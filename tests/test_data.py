@@ -20,10 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.node import cache, documents, streamed, tokens
 from thinpipe.node.config import DataSection
-from thinpipe.node.corpus import Corpus, LocalCorpus, random_order
-from thinpipe.node.data import DataError, open_corpus, vocabulary_size
+from thinpipe.node.data import DataError, cache, documents, open_corpus, streamed, tokens, vocabulary_size
+from thinpipe.node.data.corpus import Corpus, LocalCorpus, random_order
 from tokenizers import Tokenizer
 
 VOCABULARY = 300
@@ -366,7 +365,7 @@ def test_the_tokenizer_is_trained_on_all_of_a_source_evenly(monkeypatch):
 TRAIN = """
 import sys
 from pathlib import Path
-from thinpipe.node import documents, tokens
+from thinpipe.node.data import documents, tokens
 
 docs = Path(sys.argv[1]).read_text().split("~")
 source = documents.Source(name="docs", digest="", size_bytes=len(docs), read=lambda: iter(docs))

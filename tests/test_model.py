@@ -13,21 +13,23 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from thinpipe.node import architecture, exactness, slices
 from thinpipe.node.config import ModelSection
-from thinpipe.node.initialise import INDEX
 from thinpipe.node.model import (
     PRESETS,
     ModelError,
     StageModel,
+    architecture,
     architecture_digest,
     build_stage,
     check_sliceable,
+    exactness,
     partition,
     resolve_model,
+    slices,
     was_tied,
 )
-from thinpipe.node.slices import skeleton
+from thinpipe.node.model.initialise import INDEX
+from thinpipe.node.model.slices import skeleton
 
 VOCABULARY, TOKENS = 64, 12
 

@@ -11,8 +11,8 @@ for every run, seed and sequence length, and a batch is a few slices of mapped m
 
 from __future__ import annotations
 
+from ..config import DataSection
 from .cache import cache_directory
-from .config import DataSection
 from .corpus import Corpus, LocalCorpus
 from .documents import DataError, open_source
 from .streamed import open_stream

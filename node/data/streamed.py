@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from ..config import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
-from .config import DataSection
 from .corpus import Corpus, random_order
 from .documents import DataError, Source, files_digest, first_line, is_heldout, quiet_datasets, text_of
 from .tokens import (

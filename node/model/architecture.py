@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ModelSection
+from ..config import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

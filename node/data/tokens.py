@@ -27,8 +27,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ..config import DataSection
 from .cache import build_once, cache_directory, content_key
-from .config import DataSection
 from .documents import HELDOUT_SHARE, DataError, Source, first_line, is_heldout
 
 DEFAULT_VOCABULARY = 4096

@@ -20,7 +20,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .config import DataSection
+from ..config import DataSection
 from .documents import DataError, first_line
 
 FORMAT_VERSION = 1  # raise it when the same source would give other tokens or another layout

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import DataSection
+from ..config import DataSection
 
 HELDOUT_SHARE = 0.05
 

@@ -1,0 +1,312 @@
+"""One conformance test for every schedule, and broken schedules that it must catch."""
+
+from collections import deque
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from thinpipe.protocol.schedule import (
+    SCHEDULES,
+    Backward,
+    Evaluate,
+    FlushingSchedule,
+    Forward,
+    GPipe,
+    OneFOneB,
+    Schedule,
+    ScheduleDeadlock,
+    ScheduleError,
+    Step,
+    get_schedule,
+    interleave,
+    prerequisites,
+)
+
+LINK_CAPACITY = 2  # messages that each direction of a boundary holds in the bounded run
+
+
+def streams_of(schedule, stages, microbatches):
+    return [list(schedule.actions(stage=s, stages=stages, microbatches=microbatches)) for s in range(stages)]
+
+
+# --- the laws -------------------------------------------------------------------------------------------------------
+
+
+def check_stream(schedule, actions, stage, stages, microbatches):
+    """The laws that one stage's stream obeys by itself."""
+    every = list(range(microbatches))
+    training = any(isinstance(action, (Forward, Backward, Step)) for action in actions)
+    forwards = [a.microbatch for a in actions if isinstance(a, Forward if training else Evaluate)]
+    assert forwards == every, "each microbatch goes forward once, in order"
+    if training:
+        assert [a.microbatch for a in actions if isinstance(a, Backward)] == every, "backward once, in order"
+        assert not any(isinstance(a, Evaluate) for a in actions), "a training step does not evaluate"
+        assert [i for i, a in enumerate(actions) if isinstance(a, Step)] == [len(actions) - 1], "one Step, at the end"
+    in_flight, peak = set(), 0
+    for action in actions:
+        if isinstance(action, Forward):
+            in_flight.add(action.microbatch)
+        if isinstance(action, Backward):
+            assert action.microbatch in in_flight, "backward only after its forward"
+            in_flight.remove(action.microbatch)
+        peak = max(peak, len(in_flight))
+    assert peak == schedule.peak_in_flight(stage, stages, microbatches), "peak in flight as declared"
+
+
+def check_global_order(schedule, stages, microbatches):
+    """The merged order holds every stage's stream, each action after what it needs; and is the same every time."""
+    order = list(interleave(schedule, stages, microbatches))
+    assert order == list(interleave(schedule, stages, microbatches))
+    for stage, stream in enumerate(streams_of(schedule, stages, microbatches)):
+        assert [action for s, action in order if s == stage] == stream
+    position = {entry: index for index, entry in enumerate(order)}
+    for (stage, action), index in position.items():
+        if isinstance(action, (Forward, Evaluate)) and stage > 0:
+            assert position[stage - 1, action] < index
+        if isinstance(action, Backward):
+            assert position[stage, Forward(microbatch=action.microbatch)] < index
+            if stage < stages - 1:
+                assert position[stage + 1, action] < index
+
+
+def run_bounded(schedule, stages, microbatches, capacity=LINK_CAPACITY):
+    """Run all stages over links that hold `capacity` messages a direction; a stage blocks in a send into a full one.
+
+    Blocking reads and writes on FIFO links make the outcome independent of who runs first, so one order proves it.
+    """
+    links = {(a, b): deque() for s in range(stages - 1) for a, b in ((s, s + 1), (s + 1, s))}
+    todo = [deque(stream) for stream in streams_of(schedule, stages, microbatches)]
+    outbox = [None] * stages
+    advanced = True
+    while advanced:
+        advanced = False
+        for stage in range(stages):
+            if outbox[stage] is not None:
+                to, message = outbox[stage]
+                if len(links[stage, to]) == capacity:
+                    continue
+                links[stage, to].append(message)
+                outbox[stage] = None
+                advanced = True
+            if not todo[stage]:
+                continue
+            action = todo[stage][0]
+            if not isinstance(action, Step):
+                upstream, downstream = stage - 1, stage + 1
+                source, to = (downstream, upstream) if isinstance(action, Backward) else (upstream, downstream)
+                if (source, stage) in links:
+                    if not links[source, stage]:
+                        continue
+                    assert links[source, stage].popleft() == action, "messages are used in the order they were sent"
+                if (stage, to) in links:
+                    outbox[stage] = (to, action)
+            todo[stage].popleft()
+            advanced = True
+    blocked = [s for s in range(stages) if todo[s] or outbox[s]]
+    assert not blocked, f"stages {blocked} are deadlocked on links of {capacity} messages"
+    assert not any(links.values()), "every message sent is used"
+
+
+def check_conformance(schedule: Schedule, stages: int, microbatches: int) -> None:
+    for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
+        check_stream(schedule, actions, stage, stages, microbatches)
+    check_global_order(schedule, stages, microbatches)
+    run_bounded(schedule, stages, microbatches)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@given(stages=st.integers(1, 8), microbatches=st.integers(1, 24))
+@settings(deadline=None)
+def test_conformance(name, stages, microbatches):
+    check_conformance(get_schedule(name), stages, microbatches)
+
+
+# --- broken schedules are caught --------------------------------------------------------------------------------------
+
+
+class SwappedBackwards(OneFOneB):
+    """Accumulates two gradients in the wrong order, on all stages alike."""
+
+    def _order(self, stage, stages, microbatches):
+        swap = {0: 1, 1: 0} if microbatches > 1 else {}
+        for action in GPipe()._order(stage, stages, microbatches):
+            if isinstance(action, Backward):
+                action = Backward(microbatch=swap.get(action.microbatch, action.microbatch))
+            yield action
+
+    def peak_in_flight(self, stage, stages, microbatches):
+        return microbatches
+
+
+class SwappedForwards(GPipe):
+    def _order(self, stage, stages, microbatches):
+        actions = list(super()._order(stage, stages, microbatches))
+        actions[0], actions[1] = actions[1], actions[0]
+        yield from actions
+
+
+class LostForward(GPipe):
+    def _order(self, stage, stages, microbatches):
+        yield from list(super()._order(stage, stages, microbatches))[1:]
+
+
+class DoubledBackward(GPipe):
+    def _order(self, stage, stages, microbatches):
+        actions = list(super()._order(stage, stages, microbatches))
+        yield from [*actions[:-1], actions[-2], actions[-1]]
+
+
+class NoStep(GPipe):
+    def _order(self, stage, stages, microbatches):
+        yield from list(super()._order(stage, stages, microbatches))[:-1]
+
+
+class EarlyStep(GPipe):
+    def _order(self, stage, stages, microbatches):
+        actions = list(super()._order(stage, stages, microbatches))
+        yield from [*actions[:-2], actions[-1], actions[-2]]
+
+
+class BackwardFirst(FlushingSchedule):
+    def _order(self, stage, stages, microbatches):
+        for microbatch in range(microbatches):
+            yield Backward(microbatch=microbatch)
+            yield Forward(microbatch=microbatch)
+        yield Step()
+
+    def peak_in_flight(self, stage, stages, microbatches):
+        return 1
+
+
+class UnderstatedMemory(GPipe):
+    def peak_in_flight(self, stage, stages, microbatches):
+        return min(microbatches, stages - stage)
+
+    def _order(self, stage, stages, microbatches):
+        yield from GPipe()._order(stage, stages, microbatches)
+
+
+class Depths(FlushingSchedule):
+    """A flushing schedule with any depth for each stage."""
+
+    name = "depths"
+
+    def __init__(self, depths):
+        self.depths = depths
+
+    def peak_in_flight(self, stage, stages, microbatches):
+        return min(microbatches, self.depths[stage])
+
+
+BROKEN = [
+    SwappedBackwards,
+    SwappedForwards,
+    LostForward,
+    DoubledBackward,
+    NoStep,
+    EarlyStep,
+    BackwardFirst,
+    UnderstatedMemory,
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_conformance_catches(broken):
+    with pytest.raises(AssertionError):
+        check_conformance(broken(), 3, 6)
+
+
+def test_interleave_names_a_deadlock():
+    # The downstream stage wants two forwards before its first backward, the upstream one waits after a single forward.
+    with pytest.raises(ScheduleDeadlock, match=r"stage 0 waits with Backward\(microbatch=0\) for .* of stage 1") as e:
+        list(interleave(Depths([1, 2]), 2, 4))
+    assert "'depths' deadlocks with 2 stages and 4 microbatches" in str(e.value)
+    assert "\n" not in str(e.value)
+    with pytest.raises(ScheduleDeadlock):
+        list(interleave(BackwardFirst(), 1, 1))
+
+
+def test_bounded_run_catches_what_unbounded_links_allow():
+    # Every law holds and the global order exists, yet stage 0 cannot hand over the forwards it wants to run first.
+    too_deep = Depths([6, 1])
+    check_global_order(too_deep, 2, 8)
+    with pytest.raises(AssertionError, match="deadlocked on links of 2 messages"):
+        run_bounded(too_deep, 2, 8)
+    run_bounded(too_deep, 2, 8, capacity=3)
+
+
+@given(
+    falls=st.lists(st.integers(0, 2 * LINK_CAPACITY), min_size=1, max_size=7),
+    last=st.integers(1, 4),
+    microbatches=st.integers(1, 40),
+)
+@settings(deadline=None)
+def test_depths_that_fall_by_at_most_both_buffers_never_deadlock(falls, last, microbatches):
+    depths = [last]
+    for fall in falls:
+        depths.insert(0, depths[0] + fall)
+    check_conformance(Depths(depths), len(depths), microbatches)
+
+
+# --- what the schedules are ------------------------------------------------------------------------------------------
+
+
+def short(actions):
+    return " ".join(type(a).__name__[0] + str(getattr(a, "microbatch", "")) for a in actions)
+
+
+def test_the_textbook_orders():
+    assert [short(s) for s in streams_of(get_schedule("1f1b"), 3, 4)] == [
+        "F0 F1 F2 B0 F3 B1 B2 B3 S",
+        "F0 F1 B0 F2 B1 F3 B2 B3 S",
+        "F0 B0 F1 B1 F2 B2 F3 B3 S",
+    ]
+    assert [short(s) for s in streams_of(get_schedule("gpipe"), 2, 3)] == ["F0 F1 F2 B0 B1 B2 S"] * 2
+    assert [short(s) for s in streams_of(get_schedule("evaluation"), 2, 3)] == ["E0 E1 E2"] * 2
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (4, 8), (8, 3), (8, 24)])
+def test_memory_is_what_the_literature_says(stages, microbatches):
+    for stage in range(stages):
+        assert get_schedule("gpipe").peak_in_flight(stage, stages, microbatches) == microbatches
+        assert get_schedule("1f1b").peak_in_flight(stage, stages, microbatches) == min(microbatches, stages - stage)
+        assert get_schedule("evaluation").peak_in_flight(stage, stages, microbatches) == 0
+
+
+def makespan(schedule, stages, microbatches, forward_s=1, backward_s=2):
+    """Length of a step with instant links: each action starts when its stage is free and its needs are done."""
+    free, finished = [0] * stages, {}
+    for stage, action in interleave(schedule, stages, microbatches):
+        needs = [finished[need] for need in prerequisites(action, stage=stage, stages=stages)]
+        cost = {Forward: forward_s, Backward: backward_s}.get(type(action), 0)
+        free[stage] = finished[stage, action] = max([free[stage], *needs]) + cost
+    return max(free)
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b"])
+def test_the_bubble_of_a_flush(name):
+    # (M + P - 1)(t_F + t_B) for both: arXiv 2104.04473, section 2.2
+    for stages, microbatches in pairwise([1, 2, 4, 8, 16]):
+        assert makespan(get_schedule(name), stages, microbatches) == 3 * (microbatches + stages - 1)
+
+
+def test_an_unknown_schedule_is_refused_by_name():
+    with pytest.raises(ScheduleError, match="unknown schedule '1F1'; the nearest known one is '1f1b'"):
+        get_schedule("1F1")
+    with pytest.raises(ScheduleError, match="unknown schedule 'zzz'; known: gpipe, 1f1b, evaluation"):
+        get_schedule("zzz")
+
+
+@pytest.mark.parametrize(("stage", "stages", "microbatches"), [(0, 0, 1), (0, 1, 0), (2, 2, 4), (-1, 2, 4)])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_stage_that_does_not_exist_is_refused(name, stage, stages, microbatches):
+    schedule = get_schedule(name)
+    with pytest.raises(ScheduleError):
+        schedule.actions(stage=stage, stages=stages, microbatches=microbatches)
+    with pytest.raises(ScheduleError):
+        schedule.peak_in_flight(stage, stages, microbatches)
+    if stages < 1 or microbatches < 1:
+        with pytest.raises(ScheduleError):
+            list(interleave(schedule, stages, microbatches))

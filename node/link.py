@@ -26,7 +26,7 @@ from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocol
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Greeting, Head, Kind, Message, decode_frame, split
 from ..protocol.session import LinkSession, Opened, PeerDone, Received
-from ..sim.shaper import BusyMeter, LinkProfile, Shaper, WireQueue
+from ..sim.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
 from .metrics import Tracer
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
@@ -101,7 +101,7 @@ class Link:
         self.opened = asyncio.Event()
         self._both_done = asyncio.Event()
         self.fault: str | None = None  # why the last connection ended, when it was not by goodbye
-        self._shaper = Shaper(profile, seed=seed)
+        self._shaper = Shaper(profile, random=seed)
         self._queue: WireQueue[_Item] = WireQueue()
         self._line: deque[_InFlight] = deque()
         self._inbox: deque[tuple[Message, int]] = deque()
@@ -149,7 +149,7 @@ class Link:
             self._moved.clear()
             await self._moved.wait()
         now = self._clock()
-        if not self._queue.queued_bytes and not self._line:
+        if not self.meter.busy:
             self.meter.begin(now)
         ids_left = len(message.token_ids)
         row = ROW[message.kind]
@@ -157,7 +157,7 @@ class Link:
             ids = min(ids_left, len(data))
             ids_left -= ids
             part = _Part(head=head, data=data, row=row, token_ids=ids)
-            self._queue.push(part, framed_bytes(len(data)), control=False, now=now)
+            self._queue.push(part, framed_bytes(len(data)), control=False, now_s=now)
         self._admit.set()
 
     async def receive(self) -> Message:
@@ -178,7 +178,7 @@ class Link:
                     self._moved.clear()
                     await self._moved.wait()
                 self._said_goodbye = True
-                self._queue.push("goodbye", framed_bytes(2), control=True, now=self._clock())
+                self._queue.push("goodbye", framed_bytes(2), control=True, now_s=self._clock())
                 self._admit.set()
                 await self._both_done.wait()
         except TimeoutError:
@@ -314,33 +314,39 @@ class Link:
         """One credit frame waits at a time; it is written with the counters of the moment it leaves."""
         if self.session.credit_due and not self._credit_queued and not self._said_goodbye:
             self._credit_queued = True
-            self._queue.push("credit", framed_bytes(16), control=True, now=self._clock())
+            self._queue.push("credit", framed_bytes(16), control=True, now_s=self._clock())
             self._admit.set()
 
-    def _may_enter(self, part: _Part) -> bool:
-        under_way = self.session.unacknowledged_bytes
-        return self.session.may_send(len(part.data)) and (
-            under_way == 0 or under_way + len(part.data) <= self.window_bytes
-        )
+    def _may_enter(self, entry: Queued[_Item] | None) -> bool:
+        if entry is None or not isinstance(entry.item, _Part):
+            return False
+        size, under_way = len(entry.item.data), self.session.unacknowledged_bytes
+        if not self.session.may_send(size):
+            return False
+        return under_way == 0 or under_way + size <= self.window_bytes
 
     async def _admission(self) -> None:
         """Move frames from the queue through the token bucket, one at a time, as late as possible."""
         stalled = False
         while True:
-            entry = self._queue.peek()
-            if entry is None or (isinstance(entry.item, _Part) and not self._may_enter(entry.item)):
-                stalled = stalled or entry is not None
+            tensor = self._queue.peek_tensor()
+            closed = not self._may_enter(tensor)
+            if closed and self._queue.peek(control_only=True) is None:
+                stalled = stalled or tensor is not None
                 self._admit.clear()
                 await self._admit.wait()
                 continue
-            if stalled:
+            if stalled and not closed:
                 stalled, self._window_open_since = False, self._clock()
-            eligible_at = max(entry.queued_at_s, self._window_open_since)
-            free_at = self._shaper.wire_free_at(eligible_at)
+            # What an ideal sender would have done: the wire is taken at `free_at`, by what was there at that time.
+            waiting = self._queue.peek(control_only=True) if closed else None
+            ready_at = waiting.enqueued_s if waiting else self._queue.ready_s()
+            free_at = self._shaper.wire_free_at(ready_at)
             if free_at > self._clock():
                 await self._sleep_until(free_at)
                 continue  # a control frame may have come in front meanwhile
-            self._queue.pop()
+            entry = self._queue.pop(at_s=free_at, control_only=closed)
+            eligible_at = entry.enqueued_s if entry.control else max(entry.enqueued_s, self._window_open_since)
             frame, rows = self._frame_of(entry.item)
             self._enter_line(frame, rows, eligible_at, entry.item)
             self._moved.set()
@@ -393,10 +399,11 @@ class Link:
                 self._goodbye_sent = True
                 self._note_end()
             self.traffic.sent.update(flight.rows)
-            self.meter.delivered(framed_bytes(len(flight.frame)), now - self.profile.latency_s)
+            if self.meter.busy:  # at the time it really left, not at the ideal one: a cap that is missed must show
+                self.meter.delivered(framed_bytes(len(flight.frame)), now - self.profile.latency_s)
             if flight.tensor:
                 self._tracer.span("send", self.name, flight.depart_s, now)
-            if not self._queue.queued_bytes and not self._line:
+            if self.meter.busy and self._queue.peek_tensor() is None and not any(each.tensor for each in self._line):
                 self.meter.end(now - self.profile.latency_s)
             self._moved.set()
 

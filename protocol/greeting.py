@@ -28,7 +28,7 @@ class Identity:
 
 
 def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
-    """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node is meant to have."""
+    """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node expects."""
     rules = [
         (Fault.PROTOCOL_VERSION, "protocol version", peer.protocol_version, PROTOCOL_VERSION),
         (Fault.RUN_ID, "run id", peer.run_id, mine.run_id),
@@ -45,6 +45,30 @@ def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
                 f"{what}: stage {mine.stage} expects {ours}, the peer (stage {peer.stage}) says {theirs}; "
                 f"{_REMEDIES[fault]}",
             )
+
+
+def check_resume(
+    peer: Greeting, mine: Identity, *, before: Greeting | None, began: bool, first_kept: int, next_sequence: int
+) -> bool:
+    """Whether this is the process that greeted `before`, so that the link goes on where it was; False: a fresh start.
+
+    began: chunks have been sent or received. first_kept, next_sequence: of the chunks sent, what can be sent again.
+    Raises RemoteProtocolError if neither is possible.
+    """
+    resumed = before is not None and before.incarnation == peer.incarnation
+    if began and not resumed:
+        raise RemoteProtocolError(
+            Fault.INCARNATION,
+            f"stage {peer.stage} was restarted (process {before.incarnation if before else 0:x}, now "
+            f"{peer.incarnation:x}) in the middle of the run; start the whole swarm again",
+        )
+    if not first_kept <= peer.next_sequence <= next_sequence:
+        raise RemoteProtocolError(
+            Fault.RESUME,
+            f"stage {peer.stage} asks for chunk {peer.next_sequence}, stage {mine.stage} keeps {first_kept} to "
+            f"{next_sequence}; start the whole swarm again",
+        )
+    return resumed
 
 
 _REMEDIES = {

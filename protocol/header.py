@@ -1,13 +1,13 @@
 """A codec's header: a small map that travels as msgpack inside a message's head, and the checks that keep it small.
 
-What a codec has to say beside its bytes (shape, versions, scales) changes with the codec, so the envelope does not spell
-it out. It is the one place where a peer chooses a *structure*, and msgpack amplifies: one byte on the wire can be an
-empty map of 64 bytes in memory, and a claim of a long array makes the parser set that much aside. So the number of
+What a codec has to say beside its bytes (shape, versions, scales) changes with the codec, so the envelope does not
+spell it out. It is the one place where a peer chooses a *structure*, and msgpack amplifies: one byte on the wire can be
+an empty map of 64 bytes in memory, and a claim of a long array makes the parser set that much aside. So the number of
 values, their depth and their kinds are bounded as well as the bytes. Why not JSON: no bytes, no exact floats. Why not
 pickle: it runs what it is told.
 
-Both directions obey one law: `encode_header` refuses whatever `decode_header` would. A header that only the peer refuses
-would be kept, sent again after the reconnect, and refused for ever.
+Both directions obey one law: `encode_header` refuses whatever `decode_header` would. A header that only the peer
+refuses would be kept, sent again after the reconnect, and refused for ever.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import msgpack
 
-from .errors import Fault, LocalProtocolError, ProtocolError, RemoteProtocolError
+from .errors import Fault, LocalProtocolError, RemoteProtocolError
 
 HEADER_BYTES_MAX = 4096  # a codec's header is a handful of small values
 HEADER_VALUES_MAX = 256  # keys, values and containers together, at about 80 bytes of memory each
@@ -54,12 +54,9 @@ def decode_header(raw: bytes) -> dict[str, Any]:
             strict_map_key=True,
             raw=False,
             use_list=True,
-            ext_hook=_refuse_extension,
             max_array_len=HEADER_VALUES_MAX,
             max_map_len=HEADER_VALUES_MAX,
         )
-    except ProtocolError:
-        raise
     except Exception as error:  # msgpack raises ValueError, TypeError, RecursionError and its own kinds, by input
         raise RemoteProtocolError(Fault.MALFORMED, f"the codec header is not msgpack: {type(error).__name__}") from None
     if not isinstance(header, dict):
@@ -76,8 +73,9 @@ def check_text(what: str, text: str) -> None:
         raise RemoteProtocolError(Fault.MALFORMED, f"a {what} with control characters: {text[:40]!a}")
 
 
-def _refuse_extension(code: int, _data: bytes) -> Any:
-    raise RemoteProtocolError(Fault.MALFORMED, f"the codec header uses msgpack extension {code}")
+def printable(text: str) -> str:
+    """As much of a text as `check_text` lets through, for a refusal, which must arrive whatever it quotes."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:TEXT_CHARACTERS_MAX])
 
 
 def _check_values(header: dict[str, Any]) -> None:
@@ -97,6 +95,8 @@ def _check_values(header: dict[str, Any]) -> None:
                 check_text("text in a codec header", value)
             elif isinstance(value, float) and not math.isfinite(value):
                 raise RemoteProtocolError(Fault.PAYLOAD, f"the codec header holds {value}")
+            elif not isinstance(value, float | int | bytes | None):  # msgpack's extensions, timestamps among them
+                raise RemoteProtocolError(Fault.MALFORMED, f"the codec header holds a {type(value).__name__}")
         count += len(level)
         if count > HEADER_VALUES_MAX:
             raise RemoteProtocolError(Fault.OVERSIZED, f"a codec header of more than {HEADER_VALUES_MAX} values")

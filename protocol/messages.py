@@ -8,9 +8,10 @@ receiver would allocate what the sender claims. Here the receiver knows the most
 configuration (`Limits.message_bytes`) and refuses more before it allocates.
 
 `decode_frame` never raises anything but RemoteProtocolError, whatever the bytes. What it refuses in a message's head,
-`split` and `encode_frame` refuse here, as this node's own fault: a frame that only the peer refuses would be kept, sent
-again after the reconnect, and refused for ever. Fields that this version does not know are passed over, so that a later
-one can add some; kinds of frame and message that it does not know are refused.
+`split` and `encode_frame` refuse as this node's own fault: a frame that only the peer refuses would be kept, sent again
+after the reconnect, and refused for ever. Protobuf alone is too lenient: it passes over what it does not know and takes
+the last of several bodies, so one flipped bit can make a goodbye of a chunk. Hence a frame has to be exactly what its
+fields say. Only a greeting of another version may hold more, or it could not be refused for its version.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
-from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header
+from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
 PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
@@ -189,18 +190,13 @@ def encode_frame(frame: Frame) -> bytes:
             greeting = pb.Greeting(**{name: getattr(frame, name) for name in _GREETING_FIELDS})
             return pb.Frame(greeting=greeting).SerializeToString()
         case Refusal():
-            refusal = pb.Refusal(code=_printable(frame.code), reason=_printable(frame.reason))
+            refusal = pb.Refusal(code=printable(frame.code), reason=printable(frame.reason))
             return pb.Frame(refusal=refusal).SerializeToString()
         case Goodbye():
             return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
 
 
 _GREETING_FIELDS = [field.name for field in pb.Greeting.DESCRIPTOR.fields]
-
-
-def _printable(text: str) -> str:
-    """A refusal must arrive whatever it quotes: cut, and without what the peer would not print."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:TEXT_CHARACTERS_MAX])
 
 
 def _head_to_pb(head: Head) -> pb.MessageHead:
@@ -242,12 +238,15 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
         frame.ParseFromString(raw)
     except DecodeError:
         raise RemoteProtocolError(Fault.MALFORMED, f"{len(raw)} bytes are not a frame: {raw[:16].hex()}…") from None
+    other_version = frame.HasField("greeting") and frame.greeting.protocol_version != PROTOCOL_VERSION
+    frame.DiscardUnknownFields()
+    if frame.ByteSize() != len(raw) and not other_version:
+        raise RemoteProtocolError(Fault.MALFORMED, f"{len(raw)} bytes, of which one frame takes {frame.ByteSize()}")
     match frame.WhichOneof("body"):
         case "chunk":
             return _chunk_from_pb(frame.chunk, limits)
         case "credit":
-            credit = frame.credit
-            return Credit(next_sequence=credit.next_sequence, granted_bytes=credit.granted_bytes)
+            return Credit(next_sequence=frame.credit.next_sequence, granted_bytes=frame.credit.granted_bytes)
         case "greeting":
             check_text("run id", frame.greeting.run_id)
             check_text("configuration hash", frame.greeting.configuration)
@@ -265,9 +264,7 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
 def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:
     data = chunk.data  # each look at this field is a copy
     if len(data) > limits.chunk_bytes:
-        raise RemoteProtocolError(
-            Fault.OVERSIZED, f"a chunk with {len(data)} bytes of data, at most {limits.chunk_bytes} here"
-        )
+        raise RemoteProtocolError(Fault.OVERSIZED, f"a chunk of {len(data)} bytes, at most {limits.chunk_bytes} here")
     if _checksum(chunk, data) != chunk.crc32:
         raise RemoteProtocolError(Fault.CORRUPT, f"chunk {chunk.sequence} does not match its checksum")
     head = _head_from_pb(chunk.head, limits) if chunk.HasField("head") else None
@@ -278,11 +275,8 @@ def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:
     if head.kind not in Kind._value2member_map_:
         raise RemoteProtocolError(Fault.MALFORMED, f"message kind {head.kind} is unknown")
     _check_head(Kind(head.kind).name.lower(), head.step, head.microbatch, head.codec, head.loss_sum)
-    total = head.token_ids_bytes + head.body_bytes
-    if total > limits.message_bytes:
-        raise RemoteProtocolError(
-            Fault.OVERSIZED, f"a message announces {total} bytes, at most {limits.message_bytes} here"
-        )
+    if (total := head.token_ids_bytes + head.body_bytes) > limits.message_bytes:
+        raise RemoteProtocolError(Fault.OVERSIZED, f"a message of {total} bytes, at most {limits.message_bytes} here")
     return Head(
         kind=Kind(head.kind),
         step=head.step,

@@ -7,13 +7,13 @@ sent again as they were, never encoded again, so what the peer decodes does not 
 The rules, as data (`TRANSITIONS`): in AWAIT only a greeting or a refusal may come; in OPEN chunks, credits, a goodbye
 or a refusal; after the peer's goodbye only credits. Anything else is the peer's fault and closes the connection.
 
-A peer's fault closes the connection and nothing else: a frame that is refused has changed nothing of what was agreed,
-received and kept, so the next connection goes on from there.
+A peer's fault closes the connection and changes nothing of what was agreed, received and kept.
 
 Two limits bound what is under way. *Credit*: the receiver grants bytes as it consumes them, so a slow stage bounds its
-own memory (to its buffer, and the rest of the one message that is coming in). *Acknowledgement*: `unacknowledged_bytes` is what the transport compares with its window of about 1.5
-bandwidth-delay products, since nothing can overtake what is already inside gRPC. Why not HTTP/2's own windows: they
-count bytes taken off the socket, not bytes consumed by the stage, and they cannot be read from Python.
+own memory, to its buffer and the rest of the one message that is coming in. *Acknowledgement*: `unacknowledged_bytes`
+is what the transport compares with its window of about 1.5 bandwidth-delay products, since nothing can overtake what is
+already inside gRPC. Why not HTTP/2's own windows: they count bytes taken off the socket, not bytes consumed by the
+stage, and they cannot be read from Python.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from enum import Enum
 
 from .assembly import Assembly, message_cost
 from .errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
-from .greeting import Identity, check_greeting
+from .greeting import Identity, check_greeting, check_resume
 from .messages import (
     Chunk,
     Credit,
@@ -129,6 +129,8 @@ class LinkSession:
         self.state = State.CLOSED
 
     def greeting(self) -> bytes:
+        """Who this node is and from where it goes on; tells all that `credit` would."""
+        self._told = (self._expected, self._granted)
         return encode_frame(
             Greeting(
                 run_id=self.identity.run_id,
@@ -167,7 +169,8 @@ class LinkSession:
         if not self.may_send(len(data)):
             raise LocalProtocolError(Fault.OVERDRAWN, f"stage {self.peer_stage} has not granted {len(data)} more bytes")
         if (head is None) != bool(self._unsent):
-            raise LocalProtocolError(Fault.OUT_OF_ORDER, f"the message before still lacks {self._unsent} bytes")
+            what = "belongs to no message" if head is None else f"comes where {self._unsent} bytes of another are due"
+            raise LocalProtocolError(Fault.OUT_OF_ORDER, f"a part of {len(data)} bytes {what}")
         due = self._unsent if head is None else head.data_bytes
         if len(data) > due or (due and not len(data)):
             raise LocalProtocolError(Fault.MALFORMED, f"a part of {len(data)} bytes where {due} are left")
@@ -206,7 +209,7 @@ class LinkSession:
             self.state = State.CLOSED
             raise
         self.state = following
-        return [] if event is None else [event]
+        return [event] if event else []
 
     def _take(self, frame: Frame) -> Event | None:
         match frame:
@@ -228,11 +231,9 @@ class LinkSession:
 
         Raises LocalProtocolError for more than was received, since that would grant memory that is in use.
         """
-        if not 0 <= cost_bytes <= self._delivered_cost - self._consumed_cost:
-            raise LocalProtocolError(
-                Fault.OVERDRAWN,
-                f"{cost_bytes} bytes consumed where {self._delivered_cost - self._consumed_cost} are held",
-            )
+        held = self._delivered_cost - self._consumed_cost
+        if not 0 <= cost_bytes <= held:
+            raise LocalProtocolError(Fault.OVERDRAWN, f"{cost_bytes} bytes consumed where {held} are held")
         self._consumed_cost += cost_bytes
 
     def credit(self) -> bytes:
@@ -251,20 +252,14 @@ class LinkSession:
 
     def _take_greeting(self, peer: Greeting) -> Opened:
         check_greeting(peer, self.identity, self.peer_stage)
-        resumed = self.peer is not None and self.peer.incarnation == peer.incarnation
-        if not resumed and (self._expected or self._next_sequence):
-            raise RemoteProtocolError(
-                Fault.INCARNATION,
-                f"stage {peer.stage} was restarted (process {self.peer.incarnation if self.peer else 0:x}, "
-                f"now {peer.incarnation:x}) in the middle of the run; start the whole swarm again",
-            )
-        first_kept = self._kept[0][0] if self._kept else self._next_sequence
-        if not first_kept <= peer.next_sequence <= self._next_sequence:
-            raise RemoteProtocolError(
-                Fault.RESUME,
-                f"stage {peer.stage} asks for chunk {peer.next_sequence}, stage {self.identity.stage} keeps {first_kept} to "
-                f"{self._next_sequence}; start the whole swarm again",
-            )
+        resumed = check_resume(
+            peer,
+            self.identity,
+            before=self.peer,
+            began=bool(self._expected or self._next_sequence),
+            first_kept=self._kept[0][0] if self._kept else self._next_sequence,
+            next_sequence=self._next_sequence,
+        )
         if not resumed:
             self._peer_granted = 0  # nothing that an earlier process granted binds this one
         self.peer = peer

@@ -6,7 +6,6 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from thinpipe.protocol.schedule import (
     SCHEDULES,
     Backward,
@@ -126,63 +125,20 @@ def test_conformance(name, stages, microbatches):
 # --- broken schedules are caught --------------------------------------------------------------------------------------
 
 
-class SwappedBackwards(OneFOneB):
-    """Accumulates two gradients in the wrong order, on all stages alike."""
+class Edited(GPipe):
+    """GPipe whose stream an edit has broken, on every stage alike."""
+
+    name = "edited"
+
+    def __init__(self, edit):
+        self.edit = edit
 
     def _order(self, stage, stages, microbatches):
-        swap = {0: 1, 1: 0} if microbatches > 1 else {}
-        for action in GPipe()._order(stage, stages, microbatches):
-            if isinstance(action, Backward):
-                action = Backward(microbatch=swap.get(action.microbatch, action.microbatch))
-            yield action
-
-    def peak_in_flight(self, stage, stages, microbatches):
-        return microbatches
+        yield from self.edit(list(super()._order(stage, stages, microbatches)))
 
 
-class SwappedForwards(GPipe):
-    def _order(self, stage, stages, microbatches):
-        actions = list(super()._order(stage, stages, microbatches))
-        actions[0], actions[1] = actions[1], actions[0]
-        yield from actions
-
-
-class LostForward(GPipe):
-    def _order(self, stage, stages, microbatches):
-        yield from list(super()._order(stage, stages, microbatches))[1:]
-
-
-class DoubledBackward(GPipe):
-    def _order(self, stage, stages, microbatches):
-        actions = list(super()._order(stage, stages, microbatches))
-        yield from [*actions[:-1], actions[-2], actions[-1]]
-
-
-class NoStep(GPipe):
-    def _order(self, stage, stages, microbatches):
-        yield from list(super()._order(stage, stages, microbatches))[:-1]
-
-
-class EarlyStep(GPipe):
-    def _order(self, stage, stages, microbatches):
-        actions = list(super()._order(stage, stages, microbatches))
-        yield from [*actions[:-2], actions[-1], actions[-2]]
-
-
-class BackwardFirst(FlushingSchedule):
-    def _order(self, stage, stages, microbatches):
-        for microbatch in range(microbatches):
-            yield Backward(microbatch=microbatch)
-            yield Forward(microbatch=microbatch)
-        yield Step()
-
-    def peak_in_flight(self, stage, stages, microbatches):
-        return 1
-
-
-class UnderstatedMemory(GPipe):
-    def peak_in_flight(self, stage, stages, microbatches):
-        return min(microbatches, stages - stage)
+class UnderstatedMemory(OneFOneB):
+    """Works as GPipe and declares the memory of 1F1B."""
 
     def _order(self, stage, stages, microbatches):
         yield from GPipe()._order(stage, stages, microbatches)
@@ -197,25 +153,38 @@ class Depths(FlushingSchedule):
         self.depths = depths
 
     def peak_in_flight(self, stage, stages, microbatches):
+        assert stages == len(self.depths)
         return min(microbatches, self.depths[stage])
 
 
-BROKEN = [
-    SwappedBackwards,
-    SwappedForwards,
-    LostForward,
-    DoubledBackward,
-    NoStep,
-    EarlyStep,
-    BackwardFirst,
-    UnderstatedMemory,
-]
+def swapped(first, second):
+    def edit(actions):
+        actions[first], actions[second] = actions[second], actions[first]
+        return actions
+
+    return edit
 
 
-@pytest.mark.parametrize("broken", BROKEN)
-def test_conformance_catches(broken):
-    with pytest.raises(AssertionError):
-        check_conformance(broken(), 3, 6)
+BROKEN = {  # over 6 microbatches: F0..F5 at 0..5, B0..B5 at 6..11, Step at 12
+    "backwards swapped": (Edited(swapped(6, 7)), "backward once, in order"),
+    "backward lost": (Edited(lambda actions: actions[:-2] + actions[-1:]), "backward once, in order"),
+    "backward doubled": (Edited(lambda actions: [*actions[:-1], *actions[-2:]]), "backward once, in order"),
+    "forwards swapped": (Edited(swapped(0, 1)), "forward once, in order"),
+    "forward lost": (Edited(lambda actions: actions[1:]), "forward once, in order"),
+    "no step": (Edited(lambda actions: actions[:-1]), "one Step, at the end"),
+    "early step": (Edited(swapped(11, 12)), "one Step, at the end"),
+    "two steps": (Edited(lambda actions: [*actions, Step()]), "one Step, at the end"),
+    "backward first": (Edited(lambda actions: actions[6:12] + actions[:6] + actions[12:]), "only after its forward"),
+    "evaluates in training": (Edited(lambda actions: [Evaluate(microbatch=0), *actions]), "does not evaluate"),
+    "memory understated": (UnderstatedMemory(), "peak in flight as declared"),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_conformance_catches(fault):
+    schedule, law = BROKEN[fault]
+    with pytest.raises(AssertionError, match=law):
+        check_conformance(schedule, 3, 6)
 
 
 def test_interleave_names_a_deadlock():
@@ -225,7 +194,7 @@ def test_interleave_names_a_deadlock():
     assert "'depths' deadlocks with 2 stages and 4 microbatches" in str(e.value)
     assert "\n" not in str(e.value)
     with pytest.raises(ScheduleDeadlock):
-        list(interleave(BackwardFirst(), 1, 1))
+        list(interleave(Edited(lambda actions: [actions[1], actions[0], actions[2]]), 1, 1))
 
 
 def test_bounded_run_catches_what_unbounded_links_allow():

@@ -1,0 +1,292 @@
+"""What is particular to a byte format: golden bytes, rounding statistics, extremes; and bit packing."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from thinpipe.compress.bits import bit_width, pack_bits, packed_bytes, unpack_bits
+from thinpipe.compress.boundary import CodecError, Direction, Key, Payload, parse_format
+
+laws = settings(deadline=None, max_examples=100)
+F32_MAX = torch.finfo(torch.float32).max
+BF16_MAX = torch.finfo(torch.bfloat16).max
+BLOCKWISE = [("int8", 127), ("int4", 7)]
+
+
+def key(direction, microbatch=0):
+    return Key(seed=1, boundary=2, direction=direction, step=3, microbatch=microbatch)
+
+
+FORWARD, BACKWARD = key(Direction.FORWARD), key(Direction.BACKWARD)
+
+
+def round_trip(name, z, k, dtype=torch.float32):
+    fmt = parse_format(name)
+    return fmt.unpack(fmt.pack(z, k), shape=tuple(z.shape), dtype=dtype)
+
+
+def unpack(name, body, count, dtype=torch.float32):
+    payload = Payload(codec=name, header={"shape": [count]}, body=body)
+    return parse_format(name).unpack(payload, shape=(count,), dtype=dtype)
+
+
+# The wire format is fixed: whoever changes these bytes needs another format id.
+FP64_BYTES = (
+    "0000000000000000000000000000f03f000000000000f0bf000000000000e03f000000000000d0bf"
+    "00000000000008400000000000001cc00000000000001a409a9999999999b93f"
+)
+FP32_BYTES = "000000000000803f000080bf0000003f000080be000040400000e0c00000d040cdcccc3d"
+BF16_BYTES = "0000803f80bf003f80be4040e0c0d040cd3d"
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "body"),
+    [
+        ("fp64", FORWARD, FP64_BYTES),
+        ("fp64", BACKWARD, FP64_BYTES),
+        ("fp32", FORWARD, FP32_BYTES),
+        ("fp32", BACKWARD, FP32_BYTES),
+        ("bf16", FORWARD, BF16_BYTES),
+        ("bf16", BACKWARD, BF16_BYTES),
+        ("int8", FORWARD, "623d" + "0012ee09fb36817602"),
+        ("int8", BACKWARD, "623d" + "0012ee09fc37827602"),
+        ("int4", FORWARD, "803f" + "9887b8e188"),
+        ("int4", BACKWARD, "803f" + "9897b8e188"),
+    ],
+)
+def test_golden_bytes(name, k, body):
+    z = torch.tensor([0.0, 1.0, -1.0, 0.5, -0.25, 3.0, -7.0, 6.5, 0.1], dtype=torch.float64)
+    payload = parse_format(name).pack(z, k)
+    assert payload.header == {"shape": [9]}
+    assert payload.body.hex() == body
+
+
+def test_golden_bytes_are_what_the_text_says():
+    """Decoded by hand from the description, not by the code under test."""
+    assert unpack("int8", bytes.fromhex("003f" + "7f" + "81" + "02"), 3).tolist() == [63.5, -63.5, 1.0]  # s = 0.5
+    assert unpack("int4", bytes.fromhex("003f" + "1f" + "8a"), 3).tolist() == [3.5, -3.5, 1.0]
+    two_blocks = bytes.fromhex("003f" + "0040") + bytes([1] * 128 + [3])  # scales first: 0.5, 2
+    assert unpack("int8", two_blocks, 129).tolist() == [0.5] * 128 + [6.0]
+    assert unpack("bf16", bytes.fromhex("803f"), 1).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("count", [128, 129, 1000, 65536])
+def test_int4_is_half_of_int8(count):
+    z = torch.randn(count)
+    four, eight = (len(parse_format(name).pack(z, FORWARD).body) for name in ("int4", "int8"))
+    assert four <= 0.52 * eight
+    assert eight <= 1.04 * count
+
+
+@pytest.mark.parametrize(("name", "least_db"), [("int8", 43.5), ("int4", 18.4)])
+def test_signal_to_noise_of_gaussian_values(name, least_db):
+    z = torch.randn(1 << 17, generator=torch.Generator().manual_seed(0))
+    error = round_trip(name, z, FORWARD) - z
+    assert 10 * math.log10(float(z.var() / error.square().mean())) > least_db
+
+
+@pytest.mark.parametrize(("name", "peak"), BLOCKWISE)
+class TestBlockwise:
+    def test_stochastic_rounding_is_unbiased(self, name, peak):
+        keys = 2000
+        z = torch.linspace(-1, 1, 128, dtype=torch.float64)  # all fractions of a step; the peak at both ends
+        total, squares = torch.zeros(128, dtype=torch.float64), torch.zeros(128, dtype=torch.float64)
+        for microbatch in range(keys):
+            back = round_trip(name, z, key(Direction.BACKWARD, microbatch), torch.float64)
+            total += back - z
+            squares += (back - z).square()
+        mean = total / keys
+        step = (1 / peak) * (1 + 2**-7)
+        # variance of a rounding to two neighbours is at most step² / 4; 128 values, so 5 standard errors
+        assert mean.abs().max() < 5 * step / 2 / math.sqrt(keys)
+        assert mean.mean().abs() < 4 * (squares.mean() / (keys * 128)).sqrt()
+        assert squares.mean() > step**2 / 10  # a nearest rounding would have step² / 12; about step² / 6 is expected
+
+    def test_nearest_rounding_is_biased_where_stochastic_is_not(self, name, peak):
+        z = torch.cat([torch.ones(1), torch.full((127,), 0.2 / peak)]).repeat(100, 1)
+        assert (round_trip(name, z, FORWARD)[:, 1:] == 0).all()
+        mean = round_trip(name, z, BACKWARD)[:, 1:].mean().item() * peak
+        assert abs(mean - 0.2) < 5 * math.sqrt(0.2 * 0.8 / 12_700)
+
+    def test_stochastic_rounding_follows_its_key(self, name, peak):
+        del peak
+        fmt, z = parse_format(name), torch.randn(300)
+        base = {"seed": 1, "boundary": 2, "direction": Direction.BACKWARD, "step": 3, "microbatch": 4}
+        body = fmt.pack(z, Key(**base)).body
+        assert fmt.pack(z, Key(**base)).body == body
+        for name in ("seed", "boundary", "step", "microbatch"):
+            assert fmt.pack(z, Key(**{**base, name: 9})).body != body
+            nearest = fmt.pack(z, Key(**{**base, "direction": Direction.FORWARD})).body
+            assert fmt.pack(z, Key(**{**base, "direction": Direction.FORWARD, name: 9})).body == nearest
+
+    @laws
+    @given(peak_value=st.floats(2.0**-100, F32_MAX, width=32))
+    def test_scales_are_rounded_as_the_direction_wants(self, name, peak, peak_value):
+        z = torch.tensor([peak_value, -peak_value])
+        fmt = parse_format(name)
+        for k in (FORWARD, BACKWARD):
+            bits = int.from_bytes(fmt.pack(z, k).body[:2], "little")
+            scale = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item()
+            ratio = scale * peak / peak_value
+            if k is BACKWARD:
+                assert 1 <= ratio < 1 + 2**-7 + 2**-20
+            else:
+                assert abs(ratio - 1) <= 2**-8 + 2**-20
+                low_nibble_or_byte = fmt.pack(z, k).body[2]
+                assert low_nibble_or_byte == (127 if name == "int8" else 0x1F)
+
+    @pytest.mark.parametrize("k", [FORWARD, BACKWARD])
+    def test_whole_steps_survive_exactly(self, name, peak, k):
+        for mantissa in range(128, 256):  # every scale that bf16 holds
+            z = torch.arange(-peak, peak + 1).to(torch.float32) * mantissa
+            assert torch.equal(round_trip(name, z, k), z)
+
+    def test_whole_steps_survive_every_draw(self, name, peak):
+        z = torch.full((4096, 128), 1.0)  # 2**19 draws: a noise that reached -1/2 would lose about 8 of them
+        z[:, 0] = peak
+        assert torch.equal(round_trip(name, z, BACKWARD), z)
+
+    def test_a_scale_rounded_up_reaches_the_peak_by_one_last_bit(self, name, peak):
+        fmt = parse_format(name)
+        for mantissa in range(128, 256):
+            over = np.nextafter(np.float32(mantissa * peak), np.float32(np.inf))
+            bits = int.from_bytes(fmt.pack(torch.tensor([float(over)]), BACKWARD).body[:2], "little")
+            scale = torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).item()
+            assert mantissa < scale <= mantissa + 2
+
+    @pytest.mark.parametrize("k", [FORWARD, BACKWARD])
+    def test_zeros_are_exact(self, name, peak, k):
+        del peak
+        z = torch.zeros(3, 100)
+        assert torch.equal(round_trip(name, z, k), z)
+        z[2, 99] = 5.0  # the two other blocks stay zero
+        assert torch.equal(round_trip(name, z, k)[:2], torch.zeros(2, 100))
+        assert (round_trip(name, -z, k) == 0).sum() == 299
+
+    @pytest.mark.parametrize("k", [FORWARD, BACKWARD])
+    @pytest.mark.parametrize("tiny", [1e-45, 1e-40, 2.0**-127, 2.0**-126, 1e-37])
+    def test_tiny_values_are_safe(self, name, peak, k, tiny):
+        z = torch.tensor([tiny, -tiny, tiny / 2, 0.0])
+        error = (round_trip(name, z, k) - z).abs().max().item()
+        assert error <= 2.0**-126 + tiny * 1.01 / peak
+
+    @pytest.mark.parametrize("k", [FORWARD, BACKWARD])
+    @pytest.mark.parametrize(
+        ("huge", "dtype"), [(F32_MAX, torch.float32), (BF16_MAX, torch.bfloat16), (65504.0, torch.float16)]
+    )
+    def test_huge_values_are_safe(self, name, peak, k, huge, dtype):
+        for part in (1.0, 0.999, 0.995, 0.99):
+            z = torch.tensor([huge * part, -huge * part, huge / 3]).to(dtype)
+            back = round_trip(name, z, k, dtype)
+            assert bool(back.isfinite().all())
+            assert ((back.double() - z.double()).abs() / huge).max() <= 1.01 / peak + torch.finfo(dtype).eps
+
+    @pytest.mark.parametrize("scale", ["807f", "c07f", "80ff", "0000", "7f00", "80bf"])
+    def test_refuses_a_scale_that_no_sender_makes(self, name, peak, scale):
+        del peak
+        size = parse_format(name).body_bytes((200,)) - 4
+        codes = bytes([0x11]) * size
+        with pytest.raises(CodecError, match="scale of block 1 is"):
+            unpack(name, bytes.fromhex("803f" + scale) + codes, 200)
+
+    def test_refuses_a_scale_beyond_the_dtype(self, name, peak):
+        del peak
+        body = bytes.fromhex("7f7f") + bytes(parse_format(name).body_bytes((2,)) - 2)
+        with pytest.raises(CodecError, match="scale of block 0 reaches"):
+            unpack(name, body, 2)
+
+
+def test_codes_that_no_value_has_are_refused():
+    with pytest.raises(CodecError, match="code -128 at element 1"):
+        unpack("int8", bytes.fromhex("803f" + "01" + "80"), 2)
+    with pytest.raises(CodecError, match="code -8 at element 2"):
+        unpack("int4", bytes.fromhex("803f" + "11" + "80"), 3)
+    with pytest.raises(CodecError, match="spare nibble is 9, not 8"):
+        unpack("int4", bytes.fromhex("803f" + "11" + "91"), 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "body"), [("bf16", "803f807f"), ("fp32", "00000000" + "0000c07f"), ("fp64", "00" * 8 + "000000000000f0ff")]
+)
+def test_values_that_are_not_finite_are_refused(name, body):
+    with pytest.raises(CodecError, match=r"not finite in torch\.float32 at element 1"):
+        unpack(name, bytes.fromhex(body), 2)
+
+
+# --- bit packing
+
+
+@laws
+@given(width=st.integers(1, 32), count=st.integers(0, 70), data=st.data())
+def test_bits_round_trip(width, count, data):
+    values = np.array(data.draw(st.lists(st.integers(0, 2**width - 1), min_size=count, max_size=count)), np.int64)
+    packed = pack_bits(values, width)
+    assert len(packed) == packed_bytes(count, width) == math.ceil(count * width / 8)
+    # the definition, with Python's own big integers
+    assert int.from_bytes(packed, "little") == sum(int(v) << (i * width) for i, v in enumerate(values))
+    back = unpack_bits(packed, width, count, 2**width)
+    assert back.dtype == np.int64
+    assert np.array_equal(back, values)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint16])
+def test_bits_of_a_batch_of_token_ids(dtype):
+    ids_BT = np.arange(24, dtype=dtype).reshape(4, 6).T
+    assert not ids_BT.flags.c_contiguous
+    packed = pack_bits(ids_BT, bit_width(5000))
+    assert np.array_equal(unpack_bits(packed, 13, 24, 5000).reshape(6, 4), ids_BT)
+
+
+def test_golden_bits():
+    assert pack_bits(np.array([1, 2, 3, 4095, 0, 8191]), 13).hex() == "0140000c80ff0700fe3f"
+    assert pack_bits(np.array([5, 0, 7]), 3) == bytes([0b11_000_101, 0b1])
+
+
+def test_bit_width():
+    assert [bit_width(limit) for limit in (1, 2, 3, 256, 257, 2**20)] == [1, 1, 2, 8, 9, 20]
+
+
+@pytest.mark.parametrize(("values", "width"), [([0, 8, 0], 3), ([0, -1], 3), ([0, 2**32], 32), ([1, 2**63 - 1], 31)])
+def test_values_that_do_not_fit_are_refused(values, width):
+    with pytest.raises(CodecError, match=f"value {values[1]} at index 1 does not fit {width} bits"):
+        pack_bits(np.array(values), width)
+
+
+def test_unsigned_64_bit_values_are_checked_too():
+    assert pack_bits(np.array([3, 1], np.uint64), 2) == bytes([0b0111])
+    with pytest.raises(CodecError, match=f"value {2**64 - 1} at index 0"):
+        pack_bits(np.array([2**64 - 1], np.uint64), 32)
+    with pytest.raises(CodecError, match="float64"):
+        pack_bits(np.array([1.0]), 2)
+    with pytest.raises(ValueError, match="width"):
+        pack_bits(np.array([1]), 33)
+
+
+def test_malformed_bits_are_refused():
+    packed = pack_bits(np.array([5, 0, 6]), 3)
+    for data in (b"", packed[:-1], packed + b"\0"):
+        with pytest.raises(CodecError, match=f"take 2 bytes, got {len(data)}"):
+            unpack_bits(data, 3, 3, 8)
+    with pytest.raises(CodecError, match="take 125000000000 bytes"):  # nothing of that size is allocated
+        unpack_bits(packed, 1, 10**12, 2)
+    for spare in range(1, 8):
+        with pytest.raises(CodecError, match="padding bits"):
+            unpack_bits(bytes([packed[0], packed[1] | 1 << spare]), 3, 3, 8)
+    with pytest.raises(CodecError, match="value 6 at index 2 is not below the limit of 6"):
+        unpack_bits(packed, 3, 3, 6)
+    assert unpack_bits(packed, 3, 3, 7).tolist() == [5, 0, 6]
+
+
+@laws
+@given(data=st.binary(max_size=40), width=st.integers(1, 32), count=st.integers(0, 40), limit=st.integers(1, 2**32))
+def test_any_bits_raise_nothing_but_codec_error(data, width, count, limit):
+    try:
+        values = unpack_bits(data, width, count, limit)
+    except CodecError:
+        return
+    assert values.shape == (count,)
+    assert ((values >= 0) & (values < limit)).all()
+    assert pack_bits(values, width) == data  # one encoding for each list

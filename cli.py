@@ -80,7 +80,9 @@ def up(
     overrides: Override = None,
     one_process: Annotated[bool, typer.Option(help="The same modules in one process, without links.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a run that is in --out already.")] = False,
-    trace: Annotated[bool, typer.Option(help="Write what ran when, for ui.perfetto.dev.")] = False,
+    trace: Annotated[
+        bool, typer.Option(help="Also trace.json (see ui.perfetto.dev) and trace.png: what ran when.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
     """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""

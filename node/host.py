@@ -107,6 +107,8 @@ def host(config: RunConfig, stage: int, addresses: Addresses, out: Path, *, trac
         metrics.write("fault", code=code, reason=line)
         print(f"stage {stage}: {line}", file=sys.stderr, flush=True)
 
+    # An idle event loop that wakes up to send a frame must not wait 5 ms (Python's default) for the compute thread.
+    sys.setswitchinterval(0.0005)
     try:
         asyncio.run(_host(config, stage, addresses, metrics, tracer, on_fault, parent))
     except* BAD_INPUT as group:

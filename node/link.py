@@ -30,11 +30,15 @@ from ..sim.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
 from .metrics import Tracer
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
+PROBE_S = 0.25  # several times the longest wake-up delay seen on a busy laptop
+BUSY_SHORTEST_S = 0.05  # ten times a late wake-up: shorter stretches say nothing of the link
+PROBE_BYTES_MAX = 32 * 2**20
 ROW = {
     Kind.ACTIVATION: "activation",
     Kind.GRADIENT: "gradient",
     Kind.EVALUATION: "evaluation",
     Kind.EVALUATION_LOSS: "evaluation",
+    Kind.PROBE: "probe",
 }
 
 Read = Callable[[], Awaitable[bytes | None]]
@@ -96,7 +100,7 @@ class Link:
         self.session = session
         self.profile = profile
         self.traffic = Traffic()
-        self.meter = BusyMeter()
+        self.meter = BusyMeter(shortest_s=BUSY_SHORTEST_S)
         self.peer_done = asyncio.Event()
         self.opened = asyncio.Event()
         self._both_done = asyncio.Event()
@@ -170,13 +174,31 @@ class Link:
         self._queue_credit()
         return message
 
+    async def probe(self, timeout_s: float) -> None:
+        """Fill the capped link for a moment, so that its rate is known before it is trusted. Raises TimeoutError."""
+        if self.profile.rate_bits_per_s is None:
+            return
+        left = int(min(PROBE_BYTES_MAX, PROBE_S * self.profile.rate_bits_per_s / 8))
+        try:
+            async with asyncio.timeout(timeout_s):
+                while left > 0:
+                    ballast = bytes(min(left, self.session.limits.message_bytes))
+                    left -= len(ballast)
+                    await self.send(Message(kind=Kind.PROBE, step=0, microbatch=0, body=ballast))
+                await self._until_acknowledged()
+        except TimeoutError:
+            raise TimeoutError(self.late("the probe of the link", timeout_s)) from None
+
+    async def _until_acknowledged(self) -> None:
+        while self._queue.peek_tensor() or self._line or self.session.unacknowledged_bytes:
+            self._moved.clear()
+            await self._moved.wait()
+
     async def drain(self, timeout_s: float) -> None:
         """Wait until the peer has acknowledged everything, say goodbye, and wait for the peer's."""
         try:
             async with asyncio.timeout(timeout_s):
-                while len(self._queue) or self._line or self.session.unacknowledged_bytes:
-                    self._moved.clear()
-                    await self._moved.wait()
+                await self._until_acknowledged()
                 self._said_goodbye = True
                 self._queue.push("goodbye", framed_bytes(2), control=True, now_s=self._clock())
                 self._admit.set()
@@ -362,8 +384,8 @@ class Link:
         assert isinstance(item, _Part)
         frame = self.session.stamp(item.head, item.data)
         total = framed_bytes(len(frame))
-        if item.row == "evaluation":
-            return frame, {"evaluation": total}
+        if item.row in ("evaluation", "probe"):
+            return frame, {item.row: total}
         rows = {item.row: len(item.data) - item.token_ids, "token_ids": item.token_ids}
         return frame, {**rows, "framing": total - len(item.data)}
 
@@ -402,7 +424,8 @@ class Link:
             if self.meter.busy:  # at the time it really left, not at the ideal one: a cap that is missed must show
                 self.meter.delivered(framed_bytes(len(flight.frame)), now - self.profile.latency_s)
             if flight.tensor:
-                self._tracer.span("send", self.name, flight.depart_s, now)
+                started_s = flight.depart_s - self.profile.serialisation_s(framed_bytes(len(flight.frame)))
+                self._tracer.span("send", self.name, started_s, now)
             if self.meter.busy and self._queue.peek_tensor() is None and not any(each.tensor for each in self._line):
                 self.meter.end(now - self.profile.latency_s)
             self._moved.set()

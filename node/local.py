@@ -19,13 +19,14 @@ from ..sim.console import RunDisplay, summary_tables
 from ..sim.report import read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError, run_swarm
+from ..sim.trace import draw, merge
 from .config import RunConfig, dump_config
 from .data import vocabulary_size
 from .host import BAD_INPUT, check_device, prepare_corpus
 from .model import partition, resolve_model
 from .one_process import OneProcess
 
-RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "trace-stage-*.json", "trace.json")
+RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "trace-stage-*.json", "trace.json", "trace.png")
 
 
 class LocalRunError(RuntimeError):
@@ -65,6 +66,8 @@ def run_local(
                 _run_one_process(config, out, display)
             else:
                 run_swarm(out, stages=config.pipeline.stages, trace=trace, on_progress=display.update)
+        if trace and not one_process:
+            draw(merge(out, config.pipeline.stages), config.pipeline.stages, out / "trace.png")
     except BAD_INPUT as error:
         raise LocalRunError(str(error), 2) from None
     except SwarmError as error:

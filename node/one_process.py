@@ -43,6 +43,7 @@ class OneProcess:
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
         self._mail: Mail = {}
+        self._cpu_s = 0.0
         self._metrics = [MetricsWriter(out / f"stage-{stage.index}.jsonl") for stage in self.stages] if out else []
 
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
@@ -51,7 +52,7 @@ class OneProcess:
         schedule = get_schedule(config.pipeline.schedule)
         losses, val_loss, train_s = [], float("nan"), 0.0
         for step in range(config.run.steps):
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             loss = float("nan")
             for index, action in interleave(schedule, len(self.stages), config.pipeline.microbatches):
                 match action:
@@ -64,6 +65,7 @@ class OneProcess:
                             loss, stats = self.stages[index].finish(step)
                         self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started)
             train_s += time.perf_counter() - started
+            self._cpu_s += time.process_time() - cpu
             losses.append(loss)
             if on_step:
                 on_step(step, loss)
@@ -154,6 +156,7 @@ class OneProcess:
                 stage=stage.index,
                 steps=self.config.run.steps,
                 train_s=round(train_s, 6),
+                cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each
                 **watch.take(),
                 peak_rss_bytes=peak_rss_bytes(),
                 state_bytes=stage.state_bytes(),

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
 from ..protocol.schedule import Backward, Evaluate, Evaluation, Forward, get_schedule
+from ..sim.report import OUTSIDE_RATIO
 from .config import RunConfig
 from .data import Corpus
 from .link import Link
@@ -75,6 +76,8 @@ class _Intake:
     async def pump(self) -> None:
         while True:
             message = await self.link.receive()
+            if message.kind is Kind.PROBE:
+                continue
             try:
                 arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message)
             except RemoteProtocolError as error:
@@ -154,6 +157,7 @@ class Node:
         self._to_below = below and _Outbox(below, self._codec)
         self._evaluation_sum = 0.0
         self._train_s = 0.0
+        self._cpu_s = 0.0
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -188,12 +192,15 @@ class Node:
                     await link.opened.wait()
             except TimeoutError:
                 raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s)) from None
+        await asyncio.gather(*(link.probe(timeout_s) for link in self._links))
         self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes())
+        for link in self._links:
+            print(f"{link.name}: sends at {link.profile}, {_measured(link)}", flush=True)
 
     async def _train(self) -> None:
         pipeline, run = self.config.pipeline, self.config.run
         schedule = get_schedule(pipeline.schedule)
-        moment = time.monotonic()
+        moment, cpu = time.monotonic(), time.process_time()
         loss, grad_norm = float("nan"), 0.0
         for step in range(run.steps):
             for action in schedule.actions(
@@ -208,12 +215,13 @@ class Node:
                         loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
                         grad_norm = stats.grad_norm
             now = time.monotonic()
+            self._cpu_s += time.process_time() - cpu
             self._write_step(step, loss, grad_norm, now - moment)
-            moment = now
+            moment, cpu = now, time.process_time()
             due = run.eval_every and (step + 1) % run.eval_every == 0
             if due or step + 1 == run.steps:
                 await self._evaluate(step)
-                moment = time.monotonic()
+                moment, cpu = time.monotonic(), time.process_time()
 
     # -- actions ------------------------------------------------------------------------------------------------
 
@@ -321,12 +329,18 @@ class Node:
             stage=self.stage.index,
             steps=self.config.run.steps,
             train_s=round(self._train_s, 6),
+            cpu_s=round(self._cpu_s, 6),
             **{name: round(value, 6) for name, value in self._totals.items()},
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self.stage.state_bytes(),
             state_sha256=self.stage.state_sha256(),
             links=[link_record(link, self._train_s) for link in self._links],
         )
+
+
+def _measured(link: Link) -> str:
+    measured = link.meter.rate_bits_per_s()
+    return "not measured" if measured is None else f"measured {measured / 1e6:.1f} Mb/s"
 
 
 def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:
@@ -340,7 +354,7 @@ def link_record(link: Link, elapsed_s: float) -> dict[str, Any]:
     """What this node sent over one boundary, and how fast while its queue was not empty."""
     rate = link.profile.rate_bits_per_s
     upstream = link.session.peer_stage < link.session.identity.stage
-    sent = sum(link.traffic.sent.values())
+    training = sum(count for kind, count in link.traffic.sent.items() if kind not in OUTSIDE_RATIO)
     return {
         "boundary": min(link.session.peer_stage, link.session.identity.stage),
         "direction": "backward" if upstream else "forward",
@@ -348,7 +362,7 @@ def link_record(link: Link, elapsed_s: float) -> dict[str, Any]:
         "configured_bits_per_s": rate,
         "measured_bits_per_s": link.meter.rate_bits_per_s(),
         "busy_s": round(link.meter.busy_s, 6),
-        "utilisation": sent * 8 / (rate * elapsed_s) if rate and elapsed_s else None,
+        "utilisation": training * 8 / (rate * elapsed_s) if rate and elapsed_s else None,
         "sent_bytes": dict(link.traffic.sent),
         "received_bytes": link.traffic.received_bytes,
     }

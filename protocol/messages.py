@@ -44,6 +44,7 @@ class Kind(IntEnum):
     GRADIENT = 2
     EVALUATION = 3
     EVALUATION_LOSS = 4
+    PROBE = 5  # ballast that measures the link; the receiver drops it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

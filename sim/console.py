@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .report import dense_bytes, ratio_of, total_by_kind
+from .report import OUTSIDE_RATIO, dense_bytes, ratio_of, total_by_kind
 
 
 class RunDisplay:
@@ -68,7 +68,7 @@ def describe(records: list[dict[str, Any]], *, width: int, stages: int) -> str:
     tokens = (head["step"] + 1) * head["tokens"]
     ratio = ratio_of(sent, dense_bytes(width=width, tokens=tokens, stages=stages))
     if ratio:
-        moved = sum(sent.values()) - sent["evaluation"]
+        moved = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
         text += f"  {moved / tokens:.0f} bytes/token  ratio {ratio:.2f}x"
     return text
 
@@ -117,7 +117,7 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def _links_table(summary: dict[str, Any]) -> Table:
-    links = Table(title="links", caption="measured: while the sender's queue was not empty")
+    links = Table(title="links", caption="measured while the sender's queue was not empty (50 ms and more)")
     for column in ("boundary", "direction", "configured", "measured", "utilisation", "bytes"):
         links.add_column(column, justify="right")
     for entry in summary["boundaries"]:

@@ -2,8 +2,8 @@
 
 The ratio is always `dense bf16 bytes, both ways / all framed bytes, both ways`: the numerator is what an uncompressed
 pipeline would have to move (2 bytes x width x tokens x 2 directions x boundaries), the denominator everything that the
-nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames. Evaluation has a
-row of its own outside the ratio. Bytes are counted once, where they are sent.
+nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames. Evaluation and
+the probe at the start have rows of their own outside the ratio. Bytes are counted once, where they are sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-OUTSIDE_RATIO = ("evaluation",)
+OUTSIDE_RATIO = ("evaluation", "probe")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -82,6 +82,7 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         "boundaries": _boundaries(ends, stages),
         "stages": [
             {
+                "cpu_s": end["cpu_s"],
                 "compute_s": end["compute_s"],
                 "codec_s": end["codec_s"],
                 "wait_s": end["wait_s"],

@@ -261,13 +261,16 @@ class WireQueue(Generic[Item]):
 class BusyMeter:
     """The rate that a link delivered while its queue was not empty: what says whether a cap holds, and binds.
 
-    Bytes over the whole run would measure the schedule, not the link. Feed it ideal times (`Passage.depart_s`), which
-    may lie ahead of the clock: an interval that begins before the last one ended counts its overlap once. An idle link
-    passes its burst at once, so the rate reads high by up to `intervals * burst_bytes * 8 / busy_s`; a probe therefore
-    sends many bursts in one interval.
+    Bytes over the whole run would measure the schedule, not the link. Times may be ideal (`Passage.depart_s`, which may
+    lie ahead of the clock; overlap counts once) or, to verify a cap, when frames really left. A lone short message then
+    measures how late its sender woke up, so intervals below `shortest_s` are dropped when they end. An idle link passes
+    its burst at once, so the rate reads high by up to `intervals * burst_bytes * 8 / busy_s`; a probe therefore sends
+    many bursts in one interval.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, shortest_s: float = 0.0) -> None:
+        self._shortest_s = shortest_s
+        self._before = (0.0, 0)  # busy_s and busy_bytes when the interval began
         self.busy_s = 0.0
         self.busy_bytes = 0
         self.intervals = 0
@@ -280,6 +283,7 @@ class BusyMeter:
             raise ValueError(f"begin at {now_s} s while busy; call begin only when the queue was empty")
         self.busy = True
         self.intervals += 1
+        self._before = (self.busy_s, self.busy_bytes)
         self._counted_s = max(self._counted_s, now_s)
 
     def delivered(self, nbytes: int, now_s: float) -> None:
@@ -291,6 +295,9 @@ class BusyMeter:
         """The last frame has left and none waits. Raises ValueError outside of an interval."""
         self._count_to(now_s, "end")
         self.busy = False
+        if self.busy_s - self._before[0] < self._shortest_s:
+            self.busy_s, self.busy_bytes = self._before
+            self.intervals -= 1
 
     def rate_bits_per_s(self) -> float | None:
         """None before anything was delivered in a time above zero."""

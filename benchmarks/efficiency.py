@@ -1,0 +1,63 @@
+"""An uncapped swarm on all cores against one single-threaded process, and where the difference goes.
+
+    .venv/bin/python benchmarks/efficiency.py [--repeats 3] [--steps 20] [--stages 4] [--microbatches 16]
+
+Prints, pair by pair and as a median: swarm tokens/s / (cores x tokens/s of one process). The two run in turn, so that
+a machine whose speed drifts slows both. The rest is CPU time that the swarm spent beyond the reference (packing,
+messages, a second Python) and time in which cores idled (waiting for a neighbour: the pipeline's bubble).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def run(out: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--out", str(out), "--json", *options]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--microbatches", type=int, default=16)
+    given = parser.parse_args()
+    cores = min(len(os.sched_getaffinity(0)), given.stages)
+    shape = ["--stages", str(given.stages), "--steps", str(given.steps), "--microbatches", str(given.microbatches)]
+    shape += ["--batch-size", str(2 * given.microbatches), "--link", "none"]
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        for repeat in range(given.repeats):
+            one = run(Path(directory) / f"one-{repeat}", *shape, "--one-process")
+            swarm = run(Path(directory) / f"swarm-{repeat}", *shape)
+            same = [s["state_sha256"] for s in one["stages"]] == [s["state_sha256"] for s in swarm["stages"]]
+            assert same, "the swarm's state differs from the reference's: the figures would mean nothing"
+            cpu = sum(stage["cpu_s"] for stage in swarm["stages"])
+            reference = sum(stage["cpu_s"] for stage in one["stages"])
+            available = cores * swarm["train_s"]
+            row = {
+                "efficiency": swarm["tokens_per_s"] / (cores * one["tokens_per_s"]),
+                "idle": 1 - cpu / available,
+                "extra_cpu": (cpu - reference) / available,
+                "codec": sum(stage["codec_s"] for stage in swarm["stages"]) / available,
+                "swarm_tokens_per_s": swarm["tokens_per_s"],
+                "one_process_tokens_per_s": one["tokens_per_s"],
+            }
+            rows.append(row)
+            print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
+    median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    print(f"\nefficiency: swarm / ({cores} x one process) = {median['efficiency']:.3f} (median of {len(rows)} pairs)")
+    print(f"the rest, as shares of {cores} cores: idle {median['idle']:.3f}, extra CPU {median['extra_cpu']:.3f}")
+    print("(extra CPU: packing, messages, and slower arithmetic when all cores are in use)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""What a stage's memory is made of, and that it stays flat.
+
+    .venv/bin/python benchmarks/memory.py [--steps 500]
+
+Prints per stage: weights + optimizer state, in-flight activations (bound from the schedule), link buffers (bound from
+the configuration), resident memory early and late in the run, and the growth between them per 100 steps.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from thinpipe.node.config import load_config
+from thinpipe.sim.report import read_records
+
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--stages", type=int, default=4)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory) / "run"
+        command = [sys.executable, "-m", "thinpipe.cli", "up", "--out", str(out), "--stages", str(given.stages)]
+        command += ["--steps", str(given.steps), "--batch-size", "8", "--sequence-length", "64", "--eval-every", "100"]
+        subprocess.run(command, check=True)
+        link = load_config(out / "run.toml").link
+        buffers = (link.send_buffer_bytes + link.receive_buffer_bytes + link.uncapped_window_bytes) / MIB
+        print(f"link buffers: at most {buffers:.0f} MiB a boundary (send + receive + window)")
+        for stage in range(given.stages):
+            records = read_records(out / f"stage-{stage}.jsonl")
+            rss = [record["rss_bytes"] / MIB for record in records if record["event"] == "step"]
+            state = next(record for record in records if record["event"] == "end")["state_bytes"] / MIB
+            tenth = max(1, len(rss) // 10)
+            early, late = statistics.median(rss[tenth : 2 * tenth]), statistics.median(rss[-tenth:])
+            growth = (late - early) / (len(rss) - 2.5 * tenth) * 100
+            print(
+                f"stage {stage}: state {state:6.1f} MiB   resident {early:6.1f} MiB early, {late:6.1f} MiB late"
+                f"   growth {growth:+.2f} MiB per 100 steps   late/early {late / early:.4f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

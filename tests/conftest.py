@@ -1,0 +1,65 @@
+"""Shared fixtures: a small corpus that is tokenised once a session, and settings that train on it in milliseconds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from thinpipe.node.config import RunConfig
+
+WORDS = ["alpha", "beta", "gamma", "delta", "node", "link", "wire", "stage", "token", "layer", "loss", "step", "rate", "bytes", "codec", "epoch"]
+
+# A swarm of processes on these starts in the time of its imports; a step takes about 30 ms.
+TINY: dict[str, Any] = {
+    "run.steps": 3,
+    "model.width": 64,
+    "model.layers": 4,
+    "model.vocab_size": 512,
+    "data.sequence_length": 32,
+    "data.heldout_sequences": 8,
+    "pipeline.batch_size": 8,
+    "pipeline.microbatches": 4,
+}
+
+TinyConfig = Callable[..., "RunConfig"]
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 300 KB of text, the same in every session."""
+    draw = random.Random(7)
+    lines = []
+    for _ in range(6000):
+        a, b, c = (draw.choice(WORDS) for _ in range(3))
+        lines.append(f"def {a}_{b}(x{draw.randrange(20)}):\n    return {c}(x, {draw.randrange(100)}) + {b}\n")
+    path = tmp_path_factory.mktemp("text") / "tiny.py.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_settings(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """`section.key` -> value of a run that trains in milliseconds; its corpus is tokenised and in the cache."""
+    from thinpipe.node.config import merge, parse_config
+    from thinpipe.node.host import prepare_corpus
+
+    cache = tmp_path_factory.mktemp("cache")
+    settings = {**TINY, "data.source": str(tiny_text), "data.cache": str(cache)}
+    prepare_corpus(parse_config(merge({}, settings)))
+    return settings
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
+    """`tiny({"pipeline.stages": 2, ...})`: the tiny run with these settings laid over it."""
+    from thinpipe.node.config import merge, parse_config
+
+    def make(overrides: dict[str, Any] | None = None) -> RunConfig:
+        return parse_config(merge({}, {**tiny_settings, **(overrides or {})}))
+
+    return make

@@ -122,7 +122,8 @@ class Link:
         self._window_open_since = 0.0
         self._round_trip_s = 2 * profile.latency_s
         self._greeted_at = 0.0
-        self._said_goodbye = False  # queued: nothing may follow it
+        self._said_goodbye = False  # nothing may follow it
+        self._goodbye_queued = False
         self._goodbye_sent = False  # handed to gRPC
         self._close_connection: Callable[[ProtocolError], None] | None = None
 
@@ -200,11 +201,16 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 await self._until_acknowledged()
                 self._said_goodbye = True
-                self._queue.push("goodbye", framed_bytes(2), control=True, now_s=self._clock())
-                self._admit.set()
+                self._queue_goodbye()
                 await self._both_done.wait()
         except TimeoutError:
             raise TimeoutError(self.late("the peer's acknowledgements and goodbye", timeout_s)) from None
+
+    def _queue_goodbye(self) -> None:
+        if not self._goodbye_queued:
+            self._goodbye_queued = True
+            self._queue.push("goodbye", framed_bytes(2), control=True, now_s=self._clock())
+            self._admit.set()
 
     def reject(self, error: RemoteProtocolError) -> None:
         """What the peer sent is not what was agreed (seen only after decoding): refuse it and close the connection."""
@@ -302,6 +308,9 @@ class Link:
         now = self._clock()
         for frame in self.session.kept_frames():
             self._enter_line(frame, {"retransmission": framed_bytes(len(frame))}, now)
+        if self._said_goodbye:  # it is not kept, so what an earlier connection carried of it may be lost
+            self._goodbye_sent = False
+            self._queue_goodbye()
         self._window_open_since = now
         self._admit.set()
         self._deliver.set()
@@ -379,6 +388,7 @@ class Link:
             frame = self.session.credit()
             return frame, {"control": framed_bytes(len(frame))}
         if item == "goodbye":
+            self._goodbye_queued = False
             frame = self.session.goodbye()
             return frame, {"control": framed_bytes(len(frame))}
         assert isinstance(item, _Part)

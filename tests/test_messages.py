@@ -300,16 +300,20 @@ def test_mutated_frames(frame: Frame, other: Frame, rng: random.Random) -> None:
 
 
 @given(heads, st.binary(max_size=40))
+@example(Head(kind=Kind.ACTIVATION, step=0, microbatch=2**28), b"")  # a varint with bits beyond the 32 that count
 @settings(unhurried, max_examples=30)
 def test_no_flipped_bit_makes_another_chunk(head: Head, data: bytes) -> None:
-    """The checksum covers step, loss and header too, and the bytes around them have to be just so."""
+    """The checksum covers step, loss and header too, and the bytes around them have to be just so.
+
+    What may pass is the same chunk, or a greeting that is refused for its version.
+    """
     chunk = Chunk(sequence=5, epoch=1, data=data, head=head)
     raw = encode_frame(chunk)
     for bit in range(8 * len(raw)):
         flipped = bytearray(raw)
         flipped[bit // 8] ^= 1 << bit % 8
         got = survives(bytes(flipped))
-        assert got is None or (isinstance(got, Greeting) and got.protocol_version != PROTOCOL_VERSION)
+        assert got in (None, chunk) or (isinstance(got, Greeting) and got.protocol_version != PROTOCOL_VERSION)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +386,7 @@ def test_a_loss_that_is_not_finite_is_refused_at_both_ends(loss: float) -> None:
     ("head", "fault"),
     [
         ({"kind": 0}, Fault.MALFORMED),
-        ({"kind": 5}, Fault.MALFORMED),
+        ({"kind": max(Kind) + 1}, Fault.MALFORMED),
         ({"kind": 2**32 - 1}, Fault.MALFORMED),
         ({"step": STEP_MAX}, Fault.MALFORMED),
         ({"step": 2**64 - 1}, Fault.MALFORMED),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import grpc.aio
@@ -187,5 +187,9 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
             await link.attach(read, call.write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
             if link.finished:
                 await call.done_writing()
+                # A cancelled stream may overtake the goodbye on it: let the peer read that and end the stream.
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(greeting_timeout_s):
+                        await call.code()
         finally:
             call.cancel()

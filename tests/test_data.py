@@ -450,7 +450,7 @@ def refuse(*_: object) -> None:
 CONCURRENT = """
 import hashlib, sys
 import datasets
-from thinpipe.node import tokens
+from thinpipe.node.data import tokens
 from thinpipe.node.config import DataSection
 from thinpipe.node.data import open_corpus
 
@@ -493,7 +493,7 @@ def test_two_processes_build_at_once(tmp_path):
     finally:
         for builder in builders:
             builder.kill()
-            builder.wait()
+            builder.communicate()  # also closes its pipes
     assert [builder.returncode for builder in builders] == [0, 0], said
     assert said[0][0] == said[1][0]
     # one worked, the other waited

@@ -17,10 +17,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from thinpipe.sim.report import read_records
+
 
 def run(out: Path, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "thinpipe.cli", "up", "--out", str(out), "--json", *options]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def steady(out: Path, stages: int) -> tuple[float, float, float]:
+    """(tokens/s, CPU seconds of all stages, seconds) after the first quarter, in which memory is still being mapped."""
+    by_stage = [
+        [record for record in read_records(out / f"stage-{stage}.jsonl") if record["event"] == "step"]
+        for stage in range(stages)
+    ]
+    kept = [steps[len(steps) // 4 :] for steps in by_stage]
+    seconds = sum(record["seconds"] for record in kept[0])
+    cpu = sum(record["cpu_s"] for steps in kept for record in steps)
+    return sum(record["tokens"] for record in kept[0]) / seconds, cpu, seconds
 
 
 def main() -> None:
@@ -40,16 +54,15 @@ def main() -> None:
             swarm = run(Path(directory) / f"swarm-{repeat}", *shape)
             same = [s["state_sha256"] for s in one["stages"]] == [s["state_sha256"] for s in swarm["stages"]]
             assert same, "the swarm's state differs from the reference's: the figures would mean nothing"
-            cpu = sum(stage["cpu_s"] for stage in swarm["stages"])
-            reference = sum(stage["cpu_s"] for stage in one["stages"])
-            available = cores * swarm["train_s"]
+            one_rate, reference, _ = steady(Path(directory) / f"one-{repeat}", given.stages)
+            swarm_rate, cpu, seconds = steady(Path(directory) / f"swarm-{repeat}", given.stages)
+            available = cores * seconds
             row = {
-                "efficiency": swarm["tokens_per_s"] / (cores * one["tokens_per_s"]),
+                "efficiency": swarm_rate / (cores * one_rate),
                 "idle": 1 - cpu / available,
                 "extra_cpu": (cpu - reference) / available,
-                "codec": sum(stage["codec_s"] for stage in swarm["stages"]) / available,
-                "swarm_tokens_per_s": swarm["tokens_per_s"],
-                "one_process_tokens_per_s": one["tokens_per_s"],
+                "swarm_tokens_per_s": swarm_rate,
+                "one_process_tokens_per_s": one_rate,
             }
             rows.append(row)
             print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)

@@ -109,7 +109,9 @@ class LinkSection(Section):
     link: str = Field(
         default="none", description="rate,latency[,jitter=..][,burst=..] such as 300mbit,25ms; none: no cap"
     )
-    chunk_bytes: int = Field(default=128 * 1024, ge=64 * 1024, le=256 * 1024)
+    chunk_bytes: int | None = Field(
+        default=None, ge=64 * 1024, le=256 * 1024, description="parts of a tensor; default: 5 ms of the link's rate"
+    )
     send_buffer_bytes: int = Field(default=16 * 2**20, ge=2**20)
     receive_buffer_bytes: int = Field(default=16 * 2**20, ge=2**20)
     uncapped_window_bytes: int = Field(

@@ -45,6 +45,13 @@ Read = Callable[[], Awaitable[bytes | None]]
 Write = Callable[[bytes], Awaitable[None]]
 
 
+def chunk_bytes_for(profile: LinkProfile) -> int:
+    """64 to 256 KiB: large ones cost less CPU, but a control frame may have to wait for one, so at most about 5 ms."""
+    if profile.rate_bits_per_s is None:
+        return 256 * 1024
+    return min(256 * 1024, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
+
+
 @dataclass(slots=True, kw_only=True)
 class _Part:
     """A queued part of a message and how its bytes are accounted."""
@@ -90,7 +97,7 @@ class Link:
         *,
         session: LinkSession,
         profile: LinkProfile,
-        chunk_bytes: int,
+        chunk_bytes: int | None,
         send_buffer_bytes: int,
         uncapped_window_bytes: int,
         seed: int,
@@ -109,7 +116,7 @@ class Link:
         self._queue: WireQueue[_Item] = WireQueue()
         self._line: deque[_InFlight] = deque()
         self._inbox: deque[tuple[Message, int]] = deque()
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes = chunk_bytes or chunk_bytes_for(profile)
         self._send_buffer_bytes = send_buffer_bytes
         self._uncapped_window_bytes = uncapped_window_bytes
         self._clock = clock

@@ -17,9 +17,11 @@ import torch
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Chunk, Kind, Message, encode_frame, split
 from ..protocol.schedule import Backward, Evaluate, Forward, get_schedule, interleave
+from ..sim.shaper import LinkProfile
 from .config import RunConfig
 from .data import vocabulary_size
 from .host import check_device, prepare_corpus
+from .link import chunk_bytes_for
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
 from .runtime import draw
@@ -44,6 +46,7 @@ class OneProcess:
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
         self._mail: Mail = {}
         self._cpu_s = 0.0
+        self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
         self._metrics = [MetricsWriter(out / f"stage-{stage.index}.jsonl") for stage in self.stages] if out else []
 
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
@@ -63,7 +66,7 @@ class OneProcess:
                     case _:
                         with self.watches[index].measure("compute"):
                             loss, stats = self.stages[index].finish(step)
-                        self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started)
+                        self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started, cpu)
             train_s += time.perf_counter() - started
             self._cpu_s += time.process_time() - cpu
             losses.append(loss)
@@ -124,13 +127,13 @@ class OneProcess:
         self._mail.setdefault((receiver, message.kind), deque()).append(message)
         name = f"boundary {min(sender, receiver)}-{max(sender, receiver)}"
         rows = self.sent[sender].setdefault(name, Counter())
-        for key, value in accounted(message, self.config.link.chunk_bytes).items():
+        for key, value in accounted(message, self._chunk_bytes).items():
             rows[key] += value
 
     def _take(self, receiver: int, kind: Kind) -> Message:
         return self._mail[receiver, kind].popleft()
 
-    def _record(self, index: int, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+    def _record(self, index: int, step: int, loss: float, grad_norm: float, seconds: float, cpu_began: float) -> None:
         if not self._metrics:
             return
         tokens = self.config.tokens_per_step
@@ -141,6 +144,7 @@ class OneProcess:
             grad_norm=grad_norm,
             tokens=tokens,
             seconds=round(seconds, 6),
+            cpu_s=round((time.process_time() - cpu_began) / len(self.stages), 6),  # an equal share each
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
             rss_bytes=rss_bytes(),

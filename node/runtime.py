@@ -215,8 +215,7 @@ class Node:
                         loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
                         grad_norm = stats.grad_norm
             now = time.monotonic()
-            self._cpu_s += time.process_time() - cpu
-            self._write_step(step, loss, grad_norm, now - moment)
+            self._write_step(step, loss, grad_norm, now - moment, time.process_time() - cpu)
             moment, cpu = now, time.process_time()
             due = run.eval_every and (step + 1) % run.eval_every == 0
             if due or step + 1 == run.steps:
@@ -304,11 +303,12 @@ class Node:
 
     # -- records ------------------------------------------------------------------------------------------------
 
-    def _write_step(self, step: int, loss: float, grad_norm: float, seconds: float) -> None:
+    def _write_step(self, step: int, loss: float, grad_norm: float, seconds: float, cpu_s: float) -> None:
         spent = self._watch.take()
         for name, value in spent.items():
             self._totals[name] += value
         self._train_s += seconds
+        self._cpu_s += cpu_s
         tokens = self.config.tokens_per_step
         self._metrics.write(
             "step",
@@ -317,6 +317,7 @@ class Node:
             grad_norm=grad_norm,
             tokens=tokens,
             seconds=round(seconds, 6),
+            cpu_s=round(cpu_s, 6),
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={link.name: dict(link.traffic.sent) for link in self._links},
             rss_bytes=rss_bytes(),

@@ -178,18 +178,29 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
         except TimeoutError:
             raise _NotReached from None
         call = channel.stream_stream(METHOD)()
+        pending: asyncio.Future[object] | None = None
 
         async def read() -> bytes | None:
-            frame = await call.read()
+            nonlocal pending
+            pending = asyncio.ensure_future(call.read())
+            frame = await asyncio.shield(pending)  # a cancelled read would cancel the call, and what was written last
             return frame if isinstance(frame, bytes) else None  # else: the end of the stream
 
         try:
             await link.attach(read, call.write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-            if link.finished:
-                await call.done_writing()
-                # A cancelled stream may overtake the goodbye on it: let the peer read that and end the stream.
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(greeting_timeout_s):
-                        await call.code()
+            await _end_gently(call, greeting_timeout_s)
+        except RemoteProtocolError:
+            await _end_gently(call, greeting_timeout_s)
+            raise
         finally:
             call.cancel()
+            if pending is not None:
+                await asyncio.gather(pending, return_exceptions=True)
+
+
+async def _end_gently(call: grpc.aio.StreamStreamCall, timeout_s: float) -> None:
+    """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its."""
+    with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
+        async with asyncio.timeout(timeout_s):
+            await call.done_writing()
+            await call.code()

@@ -112,7 +112,7 @@ class LinkSession:
         self._kept: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
         self.unacknowledged_bytes = 0
         self._expected = 0  # sequence of the next chunk from the peer
-        self._told = (0, 0)  # what the last credit said
+        self._told = (0, receive_buffer_bytes)  # what the last credit said
         self._received_cost = 0
         self._delivered_cost = 0
         self._consumed_cost = 0
@@ -243,8 +243,12 @@ class LinkSession:
 
     @property
     def credit_due(self) -> bool:
-        """Whether `credit` would tell the peer anything new. (Answering credits with credits would never end.)"""
-        return self._told != (self._expected, self._granted)
+        """Whether `credit` would tell the peer something worth a frame: that a chunk came, or that much was consumed.
+
+        (A quarter of the buffer: the peer then never stalls for what is free, and credits are not answered by credits.)
+        """
+        expected, granted = self._told
+        return self._expected != expected or self._granted - granted >= self._receive_buffer_bytes // 4
 
     @property
     def _granted(self) -> int:

@@ -1,0 +1,103 @@
+"""The independent yardstick of invariant 2: one whole Hugging Face model and a training loop as in a textbook.
+
+Written without the package: plain autograd over the whole batch at once, the mean loss, AdamW as in its paper, and a
+Muon whose matrix sign comes from a singular value decomposition: the published polynomials are applied to the singular
+values as numbers, where `compress.stiefel` multiplies matrices. Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# K. Jordan, "Muon" (2024): one quintic, five times.
+QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5
+# Amsel et al., "The Polar Express" (arXiv 2505.16932), the listing in its appendix: the first five of its quintics.
+POLAR_EXPRESS = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
+POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The hyperparameters of a run, under names of their own."""
+
+    steps: int
+    muon_rate: float
+    adam_rate: float
+    momentum: float
+    beta1: float
+    beta2: float
+    weight_decay: float
+    warmup: int
+    decay: int  # steps at the end over which the rate falls
+    clip: float
+    polynomials: str
+
+
+def matrix_sign(g: Tensor, polynomials: str) -> Tensor:
+    """U p(S) Vᵀ, where p drives the singular values of G / |G| towards 1."""
+    u, s, vt = torch.linalg.svd(g, full_matrices=False)
+    s = s / torch.linalg.vector_norm(s)
+    for a, b, c in POLYNOMIALS[polynomials]:
+        s = a * s + b * s**3 + c * s**5
+    return u @ torch.diag(s) @ vt
+
+
+def train(
+    model: Any, batches: Iterable[Tensor], recipe: Recipe, group_of: Callable[[str], int]
+) -> list[float]:
+    """Train in place; returns the mean loss of every step.
+
+    batches: ids (batch, T + 1) int64, one tensor a step. group_of: parameter name -> number of its clipping group.
+    """
+    parameters = dict(model.named_parameters())
+    first = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    second = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    losses = []
+    for count, ids in enumerate(batches, start=1):
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        losses.append(loss.item())
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        squares: dict[int, float] = {}
+        for name, g in gradients.items():
+            squares[group_of(name)] = squares.get(group_of(name), 0.0) + g.square().sum().item()
+        rate = min(1.0, count / recipe.warmup, (recipe.steps - count + 1) / recipe.decay)
+        for name, p in parameters.items():
+            norm = math.sqrt(squares[group_of(name)])
+            g = gradients[name] * min(1.0, recipe.clip / norm)
+            with torch.no_grad():
+                if p.ndim == 2 and ".layers." in name:
+                    _muon(p, g, first[name], recipe, recipe.muon_rate * rate)
+                else:
+                    _adamw(p, g, first[name], second[name], recipe, recipe.adam_rate * rate, count)
+    return losses
+
+
+def _muon(p: Tensor, g: Tensor, m: Tensor, recipe: Recipe, rate: float) -> None:
+    beta = recipe.momentum
+    m.copy_(beta * m + (1 - beta) * g)
+    direction = matrix_sign(beta * m + (1 - beta) * g, recipe.polynomials)
+    out_features, in_features = p.shape
+    stretch = math.sqrt(max(1, out_features / in_features))
+    p.copy_(p * (1 - rate * recipe.weight_decay) - rate * stretch * direction)
+
+
+def _adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, recipe: Recipe, rate: float, count: int) -> None:
+    m.copy_(recipe.beta1 * m + (1 - recipe.beta1) * g)
+    v.copy_(recipe.beta2 * v + (1 - recipe.beta2) * g * g)
+    m_hat, v_hat = m / (1 - recipe.beta1**count), v / (1 - recipe.beta2**count)
+    shrink = 1 - rate * recipe.weight_decay if p.ndim >= 2 else 1.0
+    p.copy_(p * shrink - rate * m_hat / (v_hat.sqrt() + 1e-8))

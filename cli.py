@@ -41,11 +41,15 @@ def fail(line: str, exit_code: int) -> NoReturn:
 
 
 def _one_arithmetic_thread() -> None:
-    """Before torch is imported: stages share cores, and parity needs one fixed number of threads."""
+    """Before torch is imported: stages share cores, and parity needs one fixed number of threads.
+
+    gRPC's own log is silenced: what matters of it is said once, in our words.
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _configuration(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> RunConfig:

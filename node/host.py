@@ -62,6 +62,15 @@ class Addresses:
     next: str | None
 
 
+def check_address(address: str | None, needed: str) -> None:
+    """Raises ConfigError unless `address` is host:port; `needed` is said when there is none."""
+    if not address:
+        raise ConfigError(needed)
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
+
+
 def check_device(config: RunConfig) -> None:
     """Raises ConfigError for a device that is not there."""
     try:
@@ -69,7 +78,8 @@ def check_device(config: RunConfig) -> None:
     except RuntimeError:
         raise ConfigError(f"compute.device '{config.compute.device}' is unknown; use cpu, cuda or cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"compute.device '{device}' is not on this machine, which has {torch.cuda.device_count()}")
+        count = torch.cuda.device_count()
+        raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
 
 
 def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
@@ -139,6 +149,10 @@ async def _host(
     parent: int | None,
 ) -> None:
     link = config.link
+    if index > 0:
+        check_address(addresses.listen, f"stage {index} has a stage above it: say where it listens, --listen host:port")
+    if index < config.pipeline.stages - 1:
+        check_address(addresses.next, f"stage {index} has a stage below it: say where that is, --next host:port")
     stage, digest = prepare(config, index)
     corpus = prepare_corpus(config) if index == 0 else None
     identity = Identity(
@@ -182,8 +196,7 @@ async def _host(
     async with AsyncExitStack() as open_ends:
         open_ends.callback(node.close)
         if above:
-            if not addresses.listen:
-                raise ConfigError(f"stage {index} has a stage above it: say where it listens, --listen host:port")
+            assert addresses.listen
             port = await open_ends.enter_async_context(
                 listening(addresses.listen, above, greeting_timeout_s=link.greeting_timeout_s, report=on_fault)
             )
@@ -192,8 +205,7 @@ async def _host(
         if parent is not None:
             endless.append(_watch_parent(parent))
         if below:
-            if not addresses.next:
-                raise ConfigError(f"stage {index} has a stage below it: say where that is, --next host:port")
+            assert addresses.next
             calling = dial(
                 addresses.next,
                 below,

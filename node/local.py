@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,14 @@ def run_local(
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError."""
     console = Console(stderr=True) if quiet else Console()
+    new = not out.exists()
+    started = False
     try:
         width = _check(config)
         _make_room(out, overwrite)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
+        started = True
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
         display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
         with display:
@@ -72,6 +76,10 @@ def run_local(
         raise LocalRunError(str(error), 2) from None
     except SwarmError as error:
         raise LocalRunError(str(error), error.exit_code) from None
+    finally:
+        if new and not started:  # refused input leaves nothing behind
+            with suppress(OSError):
+                out.rmdir()
     mode = "one-process" if one_process else "swarm"
     summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
     write_summary(out, summary)

@@ -218,10 +218,8 @@ def _head_to_pb(head: Head) -> pb.MessageHead:
 
 
 def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
-    """CRC-32 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data.
-
-    Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
-    """
+    """CRC-32 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data."""
+    # Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
     head = chunk.head
     codec = head.codec.encode()
     flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head")]

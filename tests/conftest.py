@@ -12,7 +12,24 @@ import pytest
 if TYPE_CHECKING:
     from thinpipe.node.config import RunConfig
 
-WORDS = ["alpha", "beta", "gamma", "delta", "node", "link", "wire", "stage", "token", "layer", "loss", "step", "rate", "bytes", "codec", "epoch"]
+WORDS = [
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "node",
+    "link",
+    "wire",
+    "stage",
+    "token",
+    "layer",
+    "loss",
+    "step",
+    "rate",
+    "bytes",
+    "codec",
+    "epoch",
+]
 
 # A swarm of processes on these starts in the time of its imports; a step takes about 30 ms.
 TINY: dict[str, Any] = {

@@ -47,6 +47,7 @@ class Outcome:
     """What a run came to, by stage: equal outcomes are equal bit for bit."""
 
     losses: list[list[float]]
+    grad_norms: list[list[float]]
     val_losses: list[list[float]]
     state_sha256: list[str]
     weights: dict[str, torch.Tensor] = field(repr=False, compare=False)
@@ -219,6 +220,7 @@ def read_outcome(out: Path, stages: Sequence[Stage] | int) -> Outcome:
             sent.update(link["sent_bytes"])
     return Outcome(
         losses=values("step", "loss"),
+        grad_norms=values("step", "grad_norm"),
         val_losses=values("evaluation", "val_loss"),
         state_sha256=[digest for (digest,) in values("end", "state_sha256")],
         weights={} if isinstance(stages, int) else union_of_weights(stages),

@@ -738,6 +738,27 @@ def test_real_memory_stays_within_the_buffer_and_one_message() -> None:
     assert fault_of(lower, frames[-1]).fault is Fault.OVERDRAWN
 
 
+def test_a_delivered_message_is_the_receivers_alone() -> None:
+    """Once the stage lets go of it and `consume` grants its bytes again, they must really be free."""
+    size = 512 * 1024
+    lower = LinkSession(
+        identity=identity(2), peer_stage=1, limits=Limits(message_bytes=size), receive_buffer_bytes=message_cost(size)
+    )
+    greet(session(1, 2), lower)
+    half = bytes(size // 2)
+    frames = [forged(0, half, head_of(size)), forged(1, half)]
+    tracemalloc.start()
+    try:
+        events = [event for raw in frames for event in lower.receive(raw)]
+        held, _ = tracemalloc.get_traced_memory()
+        events.clear()
+        left, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held >= size
+    assert left < size // 8
+
+
 def test_a_buffer_that_cannot_hold_one_message_is_refused_at_construction() -> None:
     enough = message_cost(LIMITS.message_bytes)
     assert session(2, 1, enough).state is State.CLOSED

@@ -55,35 +55,40 @@ def matrix_sign(g: Tensor, polynomials: str) -> Tensor:
     return u @ torch.diag(s) @ vt
 
 
+def mean_loss(model: Any, ids: Tensor) -> Tensor:
+    """ids (batch, T + 1) int64 -> the mean of the cross entropy over all batch x T predictions."""
+    logits = model(input_ids=ids[:, :-1]).logits
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+
+
 def train(
     model: Any, batches: Iterable[Tensor], recipe: Recipe, group_of: Callable[[str], int]
-) -> list[float]:
-    """Train in place; returns the mean loss of every step.
+) -> tuple[list[float], list[dict[int, float]]]:
+    """Train in place; returns the mean loss of every step and the gradient norm of every step's clipping groups.
 
     batches: ids (batch, T + 1) int64, one tensor a step. group_of: parameter name -> number of its clipping group.
     """
     parameters = dict(model.named_parameters())
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    losses = []
+    losses, norms = [], []
     for count, ids in enumerate(batches, start=1):
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = F.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+        loss = mean_loss(model, ids)
         losses.append(loss.item())
         gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
         squares: dict[int, float] = {}
         for name, g in gradients.items():
             squares[group_of(name)] = squares.get(group_of(name), 0.0) + g.square().sum().item()
+        norms.append({group: math.sqrt(square) for group, square in squares.items()})
         rate = min(1.0, count / recipe.warmup, (recipe.steps - count + 1) / recipe.decay)
         for name, p in parameters.items():
-            norm = math.sqrt(squares[group_of(name)])
-            g = gradients[name] * min(1.0, recipe.clip / norm)
+            g = gradients[name] * min(1.0, recipe.clip / norms[-1][group_of(name)])
             with torch.no_grad():
                 if p.ndim == 2 and ".layers." in name:
                     _muon(p, g, first[name], recipe, recipe.muon_rate * rate)
                 else:
                     _adamw(p, g, first[name], second[name], recipe, recipe.adam_rate * rate, count)
-    return losses
+    return losses, norms
 
 
 def _muon(p: Tensor, g: Tensor, m: Tensor, recipe: Recipe, rate: float) -> None:

@@ -1,0 +1,124 @@
+"""Bad input: one clear line that names fault, offender and remedy; exit code 2; nothing lost, nothing left behind."""
+
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.config import dump_config
+from typer.testing import CliRunner
+
+from .conftest import TinyConfig
+
+UP = [
+    (["--config", "{dir}/none.toml"], r"no such configuration file: .*none\.toml"),
+    (["--config", "{dir}/bad.toml"], r"bad\.toml is not valid TOML: .*line 1"),
+    (
+        ["--config", "{dir}/unknown.toml"],
+        r"'pipeline\.stagess'; the nearest known one is 'pipeline\.stages'",
+    ),
+    (["--set", "runn.steps=2"], r"unknown setting 'runn\.steps'; the nearest known one is 'run\.steps'"),
+    (["--set", "steps=2"], r"unknown setting 'steps'; the nearest known one is 'run\.steps'"),
+    (["--set", "run.steps"], r"--set wants section\.key=value, got 'run\.steps'"),
+    (["--set", "run.steps=abc"], r"run\.steps: .*integer.*'abc'"),
+    (["--steps", "0"], r"run\.steps: .*greater than or equal to 1 \(got 0\)"),
+    (["--data", "{dir}/missing"], r"no such file or directory: .*missing; set data\.source"),
+    (["--data", "{dir}/empty.txt"], r"empty\.txt holds no text"),
+    (["--data", "{dir}/rows.jsonl"], r"no field 'text' in .*rows\.jsonl, only a; set data\.text_field"),
+    (["--stages", "9"], r"9 stages, but the model has 4 layers; set pipeline\.stages = 4 or fewer"),
+    (["--microbatches", "5"], r"pipeline\.microbatches = 5 does not divide pipeline\.batch_size = 8; choose a divisor"),
+    (["--out", "{dir}/file/below"], r"cannot write in .*below: .*; choose another --out"),
+    (["--out", "/proc/thinpipe"], r"cannot write in /proc/thinpipe: .*; choose another --out"),
+    (["--out", "{dir}/taken"], r"taken holds a run already; choose another --out, or say --overwrite"),
+    (["--codec", "bf15"], r"unknown codec 'bf15'; the nearest known one is 'bf16'"),
+    (["--forward", "int5"], r"unknown byte format 'int5'; the nearest known one is 'int"),
+    (["--schedule", "2f2b"], r"pipeline\.schedule: .*'gpipe' or '1f1b' \(got '2f2b'\)"),
+    (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
+    (["--link", "0mbit"], r"link rate 0.* is not a positive number; write it as"),
+    (["--model", "tinny"], r"unknown model\.preset 'tinny'; known: tiny"),
+    (["--model", "{dir}"], r"model\.path = .* has no config\.json"),
+    (["--set", "compute.device=gpu"], r"compute\.device 'gpu' is unknown; use cpu, cuda or cuda:N"),
+    (["--set", "compute.device=cuda:99"], r"compute\.device 'cuda:99' is not on this machine"),
+    (
+        ["--set", "data.heldout_sequences=100000"],
+        r"100000 are wanted; lower data\.heldout_sequences",
+    ),
+    (
+        ["--set", "data.sequence_length=1000000"],
+        r"1000001; give more text or lower data\.sequence_length",
+    ),
+    (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
+]
+
+NODE = [
+    (["--stage", "2"], r"--stage 2: the run has 2 stages"),
+    (["--stage", "1"], r"stage 1 has a stage above it: say where it listens, --listen host:port"),
+    (["--stage", "0"], r"stage 0 has a stage below it: say where that is, --next host:port"),
+    (["--stage", "1", "--listen", "nonsense"], r"'nonsense' is not host:port"),
+    (["--stage", "0", "--next", "127.0.0.1:99999"], r"'127\.0\.0\.1:99999' is not host:port"),
+    (["--stage", "1", "--listen", "127.0.0.1:{port}"], r"cannot listen on 127\.0\.0\.1:\d+: it is in use"),
+    (
+        ["--stage", "1", "--listen", "203.0.113.1:7001"],
+        r"cannot listen on 203\.0\.113\.1:7001: .*choose another",
+    ),
+]
+
+
+def joined(value: list[str] | str) -> str:
+    return " ".join(value) if isinstance(value, list) else ""
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with one file for each way of being wrong."""
+    directory = tmp_path_factory.mktemp("scene")
+    (directory / "empty.txt").write_text("")
+    (directory / "file").write_text("")
+    (directory / "rows.jsonl").write_text('{"a": 1}\n')
+    (directory / "bad.toml").write_text("x = = 1")
+    (directory / "unknown.toml").write_text("[pipeline]\nstagess = 2\n")
+    (directory / "taken").mkdir()
+    (directory / "taken" / "run.toml").write_text("precious")
+    return directory
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def refused(arguments: list[str]) -> str:
+    """The one line on stderr."""
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("thinpipe: error: ")
+    assert "Traceback" not in result.output
+    return line
+
+
+@pytest.mark.parametrize(("options", "expected"), UP, ids=joined)
+def test_up_refuses(options: list[str], expected: str, scene: Path, tiny: TinyConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(dump_config(tiny()))
+    before = sorted(scene.rglob("*"))
+    given = [option.format(dir=scene) for option in options]
+    base = [] if "--config" in given else ["--config", str(tmp_path / "run.toml")]
+    out = [] if "--out" in given else ["--out", str(scene / "out")]
+    line = refused(["up", *base, *out, *given])
+    assert re.search(expected, line), line
+    assert sorted(scene.rglob("*")) == before
+    assert (scene / "taken" / "run.toml").read_text() == "precious"
+
+
+@pytest.mark.parametrize(("options", "expected"), NODE, ids=joined)
+def test_node_refuses(options: list[str], expected: str, taken_port: int, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n")
+    given = [option.format(port=taken_port) for option in options]
+    line = refused(["node", "--config", str(tmp_path / "run.toml"), *given])
+    assert re.search(expected, line), line

@@ -21,9 +21,9 @@ from ..sim.shaper import LinkProfile
 from .config import RunConfig
 from .data import vocabulary_size
 from .host import check_device, prepare_corpus
-from .link import chunk_bytes_for
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
+from .outgoing import chunk_bytes_for
 from .runtime import draw
 from .stage import Stage
 

@@ -1,23 +1,17 @@
-"""One stage of a swarm, wired up: links, compute thread, codec thread, the loop over steps.
+"""One stage of a swarm, wired up: its links, its threads, the loop over the schedule's actions.
 
-The event loop moves messages and never computes. Model work runs on one *compute* thread and packing and unpacking on
-one *codec* thread, so a stage encodes, sends, receives and decodes while it computes. Between them stand short queues:
-an `_Intake` unpacks what has arrived a little ahead of need, an `_Outbox` packs and queues what is finished. Their
-lengths bound memory; the order of everything that changes state is the schedule's, so timing never reaches the
-arithmetic.
+A stage encodes, sends, receives and decodes while it computes (`node.flow`), but the order of everything that changes
+state is the schedule's, so timing never reaches the arithmetic. Each stage runs the loop on its own: there is no
+coordinator and no barrier, and a stage starts its next step as soon as its last backward is done.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..protocol.errors import Fault, RemoteProtocolError
@@ -26,104 +20,10 @@ from ..protocol.schedule import Backward, Evaluate, Evaluation, Forward, get_sch
 from ..sim.report import OUTSIDE_RATIO
 from .config import RunConfig
 from .data import Corpus
+from .flow import Arrival, Intake, Outbox, Reporter, Worker
 from .link import Link
 from .metrics import MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
 from .stage import Stage
-
-T = TypeVar("T")
-Reporter = Callable[[str, str], None]  # (fault code, one line for people)
-
-AHEAD = 2  # unpacked tensors that wait for the compute thread, and finished ones that wait for the codec thread
-
-
-class Worker:
-    """One thread with a name, a stopwatch row and a trace lane."""
-
-    def __init__(self, activity: str, stopwatch: Stopwatch, tracer: Tracer) -> None:
-        self._activity, self._stopwatch, self._tracer = activity, stopwatch, tracer
-        # A new thread has its own OpenMP pool size; parity and speed both want exactly one thread of arithmetic.
-        self._executor = ThreadPoolExecutor(1, activity, initializer=torch.set_num_threads, initargs=(1,))
-
-    async def run(self, name: str, work: Callable[..., T], *args: Any) -> T:
-        def timed() -> T:
-            start = time.monotonic()
-            with self._stopwatch.measure(self._activity):
-                result = work(*args)
-            self._tracer.span(name, self._activity, start, time.monotonic())
-            return result
-
-        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
-
-    def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Arrival:
-    message: Message
-    ids_BS: np.ndarray | None
-    tensor: Tensor | None
-
-
-class _Intake:
-    """Messages from one neighbour, unpacked ahead of need and handed out in exactly the order the schedule expects."""
-
-    def __init__(self, link: Link, unpack: Callable[[Message], _Arrival], codec: Worker, on_fault: Reporter) -> None:
-        self.link = link
-        self._unpack, self._codec, self._on_fault = unpack, codec, on_fault
-        self._queue: asyncio.Queue[_Arrival] = asyncio.Queue(AHEAD)
-
-    async def pump(self) -> None:
-        while True:
-            message = await self.link.receive()
-            if message.kind is Kind.PROBE:
-                continue
-            try:
-                arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message)
-            except RemoteProtocolError as error:
-                self.reject(error)
-                continue
-            await self._queue.put(arrival)
-
-    async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> _Arrival:
-        """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""
-        what = f"the {kind.name.lower()} of step {step}, microbatch {microbatch}"
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    arrival = await self._queue.get()
-                    got = arrival.message
-                    if (got.kind, got.step, got.microbatch) == (kind, step, microbatch):
-                        return arrival
-                    came = f"{got.kind.name.lower()} of step {got.step}, microbatch {got.microbatch}"
-                    self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))
-        except TimeoutError:
-            raise TimeoutError(self.link.late(what, timeout_s)) from None
-
-    def reject(self, error: RemoteProtocolError) -> None:
-        self._on_fault(error.fault, f"{self.link.name}: refused stage {self.link.session.peer_stage}: {error}")
-        self.link.reject(error)
-
-
-class _Outbox:
-    """Finished tensors on their way to one neighbour: packed on the codec thread, in order, then queued on the link."""
-
-    def __init__(self, link: Link, codec: Worker) -> None:
-        self.link, self._codec = link, codec
-        self._queue: asyncio.Queue[tuple[str, Callable[[], Message]]] = asyncio.Queue(AHEAD)
-
-    async def put(self, name: str, pack: Callable[[], Message]) -> None:
-        """Waits while the link is behind."""
-        await self._queue.put((name, pack))
-
-    async def pump(self) -> None:
-        while True:
-            name, pack = await self._queue.get()
-            await self.link.send(await self._codec.run(name, pack))
-            self._queue.task_done()
-
-    async def flush(self) -> None:
-        await self._queue.join()
 
 
 class Node:
@@ -151,10 +51,10 @@ class Node:
         self._watch, self._totals = Stopwatch(), {"compute_s": 0.0, "codec_s": 0.0, "wait_s": 0.0}
         self._compute = Worker("compute", self._watch, tracer)
         self._codec = Worker("codec", self._watch, tracer)
-        self._from_above = above and _Intake(above, self._unpack_activation, self._codec, on_fault)
-        self._from_below = below and _Intake(below, self._unpack_from_below, self._codec, on_fault)
-        self._to_above = above and _Outbox(above, self._codec)
-        self._to_below = below and _Outbox(below, self._codec)
+        self._from_above = above and Intake(above, self._unpack_activation, self._codec, on_fault)
+        self._from_below = below and Intake(below, self._unpack_from_below, self._codec, on_fault)
+        self._to_above = above and Outbox(above, self._codec)
+        self._to_below = below and Outbox(below, self._codec)
         self._evaluation_sum = 0.0
         self._train_s = 0.0
         self._cpu_s = 0.0
@@ -273,7 +173,7 @@ class Node:
         assert self.corpus is not None
         return draw(self.corpus, self.config, kind, step, microbatch), None
 
-    async def _wait(self, intake: _Intake, kind: Kind, step: int, microbatch: int) -> _Arrival:
+    async def _wait(self, intake: Intake, kind: Kind, step: int, microbatch: int) -> Arrival:
         with self._watch.measure("wait"):
             return await intake.get(kind, step, microbatch, self.config.link.progress_timeout_s)
 
@@ -284,22 +184,22 @@ class Node:
         pack = lambda: port.pack_activation(z, ids_BS, step, microbatch, kind)  # noqa: E731
         await self._to_below.put(f"pack activation {microbatch}", pack)
 
-    def _unpack_activation(self, message: Message) -> _Arrival:
+    def _unpack_activation(self, message: Message) -> Arrival:
         port = self.stage.upstream_port
         assert port is not None
         if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
         ids_BS, z_in = port.unpack_activation(message)
-        return _Arrival(message=message, ids_BS=ids_BS, tensor=z_in)
+        return Arrival(message=message, ids_BS=ids_BS, tensor=z_in)
 
-    def _unpack_from_below(self, message: Message) -> _Arrival:
+    def _unpack_from_below(self, message: Message) -> Arrival:
         port = self.stage.downstream_port
         assert port is not None
         if message.kind is Kind.EVALUATION_LOSS:
-            return _Arrival(message=message, ids_BS=None, tensor=None)
+            return Arrival(message=message, ids_BS=None, tensor=None)
         if message.kind is not Kind.GRADIENT:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
-        return _Arrival(message=message, ids_BS=None, tensor=port.unpack_gradient(message))
+        return Arrival(message=message, ids_BS=None, tensor=port.unpack_gradient(message))
 
     # -- records ------------------------------------------------------------------------------------------------
 
@@ -319,7 +219,7 @@ class Node:
             seconds=round(seconds, 6),
             cpu_s=round(cpu_s, 6),
             tokens_per_s=round(tokens / seconds, 3),
-            sent_bytes={link.name: dict(link.traffic.sent) for link in self._links},
+            sent_bytes={link.name: dict(link.sent) for link in self._links},
             rss_bytes=rss_bytes(),
             **spent,
         )
@@ -355,7 +255,7 @@ def link_record(link: Link, elapsed_s: float) -> dict[str, Any]:
     """What this node sent over one boundary, and how fast while its queue was not empty."""
     rate = link.profile.rate_bits_per_s
     upstream = link.session.peer_stage < link.session.identity.stage
-    training = sum(count for kind, count in link.traffic.sent.items() if kind not in OUTSIDE_RATIO)
+    training = sum(count for kind, count in link.sent.items() if kind not in OUTSIDE_RATIO)
     return {
         "boundary": min(link.session.peer_stage, link.session.identity.stage),
         "direction": "backward" if upstream else "forward",
@@ -364,6 +264,6 @@ def link_record(link: Link, elapsed_s: float) -> dict[str, Any]:
         "measured_bits_per_s": link.meter.rate_bits_per_s(),
         "busy_s": round(link.meter.busy_s, 6),
         "utilisation": training * 8 / (rate * elapsed_s) if rate and elapsed_s else None,
-        "sent_bytes": dict(link.traffic.sent),
-        "received_bytes": link.traffic.received_bytes,
+        "sent_bytes": dict(link.sent),
+        "received_bytes": link.received_bytes,
     }

@@ -62,9 +62,6 @@ def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
 FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
 
 
-FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
-
-
 @asynccontextmanager
 async def listening(address: str, link: Link, *, greeting_timeout_s: float, report: Report) -> AsyncIterator[int]:
     """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.

@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
-from pathlib import Path
 
+import grpc
+import grpc.aio
 import pytest
-from thinpipe.node.transport import dial
+from thinpipe.node.link import Link
+from thinpipe.node.metrics import Tracer
+from thinpipe.node.transport import SERVICE, dial
+from thinpipe.protocol.messages import Limits
+from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone
+from thinpipe.sim.shaper import LinkProfile
 
 from .in_memory import Cut, join
-from .leaving_neighbour import DEADLINE_S, leave, make_link
+
+DEADLINE_S = 5.0
+
+
+def make_link(stage: int) -> Link:
+    """One end of the link between stages 0 and 1."""
+    identity = Identity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=100 + stage)
+    limits = Limits(message_bytes=1024)
+    return Link(
+        session=LinkSession(identity=identity, peer_stage=1 - stage, limits=limits, receive_buffer_bytes=2**20),
+        profile=LinkProfile.parse("none"),
+        chunk_bytes=128 * 1024,
+        send_buffer_bytes=2**20,
+        uncapped_window_bytes=2**20,
+        seed=1,
+        tracer=Tracer(stage=stage, enabled=False),
+    )
+
 
 # Frames 1 and 2 of a connection are the greetings, 3 and 4 the goodbyes.
 LOST = {
@@ -37,25 +58,44 @@ def test_a_goodbye_that_is_lost_is_said_again(cuts: list[Cut]) -> None:
     asyncio.run(job())
 
 
+async def dial_a_slow_reader() -> tuple[bool, list[Event]]:
+    """A neighbour says goodbye and then reads nothing until the dialling side is done or waits for it.
+
+    Returns whether that was done before its own goodbye had been read, and what the neighbour got in the end.
+    """
+    link, session = make_link(0), make_link(1).session
+    may_read = asyncio.Event()
+    events: list[Event] = []
+
+    async def neighbour(_: object, context: grpc.aio.ServicerContext) -> None:
+        session.connect()
+        session.receive(await context.read())
+        await context.write(session.greeting())
+        await context.write(session.goodbye())
+        await may_read.wait()
+        events.extend(session.receive(await context.read()))
+
+    server = grpc.aio.server()
+    handler = grpc.stream_stream_rpc_method_handler(neighbour)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Link": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    calling = dial(
+        f"127.0.0.1:{port}",
+        link,
+        greeting_timeout_s=DEADLINE_S,
+        connect_timeout_s=DEADLINE_S,
+        report=lambda code, line: pytest.fail(f"{code}: {line}"),
+    )
+    leaving = asyncio.ensure_future(asyncio.gather(calling, link.drain(DEADLINE_S)))
+    left_early, _ = await asyncio.wait({leaving}, timeout=0.3)
+    may_read.set()
+    await leaving
+    await server.stop(grace=DEADLINE_S)
+    return bool(left_early), events
+
+
 def test_over_grpc_the_end_of_a_stream_does_not_overtake_its_goodbye() -> None:
-    """A race, lost once in ten ends or so by a stage that cancels its stream as soon as it is done."""
-    faults: list[str] = []
-
-    async def one_end(port: int) -> None:
-        link = make_link(0)
-        calling = dial(
-            f"127.0.0.1:{port}",
-            link,
-            greeting_timeout_s=DEADLINE_S,
-            connect_timeout_s=DEADLINE_S,
-            report=lambda code, line: faults.append(f"{code}: {line}"),
-        )
-        await asyncio.gather(calling, leave(link))
-
-    program = Path(__file__).with_name("leaving_neighbour.py")
-    with subprocess.Popen([sys.executable, program, "600"], stdout=subprocess.PIPE, text=True) as neighbour:
-        assert neighbour.stdout
-        for line in neighbour.stdout:
-            asyncio.run(one_end(int(line)))
-    assert neighbour.returncode == 0
-    assert not faults
+    left_early, events = asyncio.run(dial_a_slow_reader())
+    assert not left_early
+    assert events == [PeerDone()]

@@ -111,15 +111,15 @@ async def delivered_rate(join: Join, profile: str, count: int) -> tuple[float, f
             arrivals.append(time.monotonic())
         await sending
         await acknowledged(upper)
-        framed = sum(upper.traffic.sent.values())
+        framed = sum(upper.sent.values())
     per_message = framed / count
     return (count - 1) * per_message * 8 / (arrivals[-1] - arrivals[0]), upper.meter.rate_bits_per_s() or 0.0
 
 
 async def acknowledged(link: Link) -> None:
     while link.session.unacknowledged_bytes:
-        link._moved.clear()
-        await link._moved.wait()
+        link._outgoing.moved.clear()
+        await link._outgoing.moved.wait()
 
 
 async def _send_all(link: Link, count: int) -> None:
@@ -209,7 +209,7 @@ def test_unacknowledged_bytes_stay_below_the_window(join: Join) -> None:
             await sending
         product = 300e6 / 8 * 0.05
         assert max(under_way) > 0.8 * product  # the window does not throttle the link
-        assert max(under_way) <= 1.5 * max(product, 300e6 / 8 * upper._round_trip_s) + 3 * 128 * 1024
+        assert max(under_way) <= 1.5 * max(product, 300e6 / 8 * upper._outgoing.round_trip_s) + 3 * 128 * 1024
 
     run(job())
 
@@ -222,7 +222,7 @@ def test_a_slow_receiver_bounds_what_is_sent(join: Join) -> None:
         async with join(upper, lower):
             sending = asyncio.create_task(_send_all(upper, 12))
             stalled_at = -1
-            while (now_at := sum(upper.traffic.sent.values())) != stalled_at:
+            while (now_at := sum(upper.sent.values())) != stalled_at:
                 stalled_at = now_at
                 await asyncio.sleep(0.1)
             assert stalled_at <= buffer + 64 * 1024  # the receiver consumes nothing, so nothing more may come
@@ -244,11 +244,11 @@ def test_both_ends_count_the_same_bytes(join: Join) -> None:
             await acknowledged(upper)
             await lower.send(message(0, 10))
             await upper.receive()
-        assert lower.traffic.received_bytes <= sum(upper.traffic.sent.values())
-        assert lower.traffic.received_bytes >= sum(upper.traffic.sent.values()) - 100  # a last credit may be on its way
-        assert upper.traffic.sent["activation"] == 10 * MESSAGE_BYTES
-        unsent = sum(framed_bytes(len(flight.frame)) for flight in upper._line)  # a last credit, perhaps
-        assert sum(upper.traffic.sent.values()) + unsent == upper._shaper.passed_bytes
+        assert lower.received_bytes <= sum(upper.sent.values())
+        assert lower.received_bytes >= sum(upper.sent.values()) - 100  # a last credit may be on its way
+        assert upper.sent["activation"] == 10 * MESSAGE_BYTES
+        unsent = sum(framed_bytes(len(flight.frame)) for flight in upper._outgoing.line)  # a last credit, perhaps
+        assert sum(upper.sent.values()) + unsent == upper._outgoing.shaper.passed_bytes
 
     run(job())
 

@@ -1,0 +1,119 @@
+"""What stands before and behind a stage's compute thread: workers, intakes that unpack ahead, outboxes that pack behind.
+
+The event loop moves messages and never computes. Model work runs on one *compute* thread, packing and unpacking on one
+*codec* thread. Queues between them are short on purpose: their lengths bound memory. Why threads and not processes:
+torch releases the interpreter's lock while it computes, and a tensor handed to a thread is not copied.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..protocol.errors import Fault, RemoteProtocolError
+from ..protocol.messages import Kind, Message
+from .link import Link
+from .metrics import Stopwatch, Tracer
+
+T = TypeVar("T")
+Reporter = Callable[[str, str], None]  # (fault code, one line for people)
+
+AHEAD = 2  # unpacked tensors that wait for the compute thread, and finished ones that wait for the codec thread
+
+
+class Worker:
+    """One thread with a name, a stopwatch row and a trace lane."""
+
+    def __init__(self, activity: str, stopwatch: Stopwatch, tracer: Tracer) -> None:
+        self._activity, self._stopwatch, self._tracer = activity, stopwatch, tracer
+        # A new thread has its own OpenMP pool size; parity and speed both want exactly one thread of arithmetic.
+        self._executor = ThreadPoolExecutor(1, activity, initializer=torch.set_num_threads, initargs=(1,))
+
+    async def run(self, name: str, work: Callable[..., T], *args: Any) -> T:
+        def timed() -> T:
+            start = time.monotonic()
+            with self._stopwatch.measure(self._activity):
+                result = work(*args)
+            self._tracer.span(name, self._activity, start, time.monotonic())
+            return result
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    message: Message
+    ids_BS: np.ndarray | None
+    tensor: Tensor | None
+
+
+class Intake:
+    """Messages from one neighbour, unpacked ahead of need and handed out in exactly the order the schedule expects."""
+
+    def __init__(self, link: Link, unpack: Callable[[Message], Arrival], codec: Worker, on_fault: Reporter) -> None:
+        self.link = link
+        self._unpack, self._codec, self._on_fault = unpack, codec, on_fault
+        self._queue: asyncio.Queue[Arrival] = asyncio.Queue(AHEAD)
+
+    async def pump(self) -> None:
+        while True:
+            message = await self.link.receive()
+            if message.kind is Kind.PROBE:
+                continue
+            try:
+                arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message)
+            except RemoteProtocolError as error:
+                self.reject(error)
+                continue
+            await self._queue.put(arrival)
+
+    async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> Arrival:
+        """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""
+        what = f"the {kind.name.lower()} of step {step}, microbatch {microbatch}"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    arrival = await self._queue.get()
+                    got = arrival.message
+                    if (got.kind, got.step, got.microbatch) == (kind, step, microbatch):
+                        return arrival
+                    came = f"{got.kind.name.lower()} of step {got.step}, microbatch {got.microbatch}"
+                    self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))
+        except TimeoutError:
+            raise TimeoutError(self.link.late(what, timeout_s)) from None
+
+    def reject(self, error: RemoteProtocolError) -> None:
+        self._on_fault(error.fault, f"{self.link.name}: refused stage {self.link.session.peer_stage}: {error}")
+        self.link.reject(error)
+
+
+class Outbox:
+    """Finished tensors on their way to one neighbour: packed on the codec thread, in order, then queued on the link."""
+
+    def __init__(self, link: Link, codec: Worker) -> None:
+        self.link, self._codec = link, codec
+        self._queue: asyncio.Queue[tuple[str, Callable[[], Message]]] = asyncio.Queue(AHEAD)
+
+    async def put(self, name: str, pack: Callable[[], Message]) -> None:
+        """Waits while the link is behind."""
+        await self._queue.put((name, pack))
+
+    async def pump(self) -> None:
+        while True:
+            name, pack = await self._queue.get()
+            await self.link.send(await self._codec.run(name, pack))
+            self._queue.task_done()
+
+    async def flush(self) -> None:
+        await self._queue.join()

@@ -1,4 +1,4 @@
-"""What stands before and behind a stage's compute thread: workers, intakes that unpack ahead, outboxes that pack behind.
+"""What stands around a stage's compute thread: workers, intakes that unpack ahead, outboxes that pack behind.
 
 The event loop moves messages and never computes. Model work runs on one *compute* thread, packing and unpacking on one
 *codec* thread. Queues between them are short on purpose: their lengths bound memory. Why threads and not processes:

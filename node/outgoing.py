@@ -3,8 +3,8 @@
 A frame passes four places: the queue (control ahead of tensors), the token bucket, the delay line, gRPC. A tensor part
 gets its sequence number when it enters the bucket, so everything still queued can be overtaken. It enters only while
 the bytes that the peer has not acknowledged stay below the window of about 1.5 bandwidth-delay products: what gRPC
-holds cannot be overtaken any more, and more of it would not make the link faster. Delay is applied here, at the sender and on
-its own clock, so two machines need no common time.
+holds cannot be overtaken any more, and more of it would not make the link faster. Delay is applied here, at the sender
+and on its own clock, so two machines need no common time.
 
 Why not shape inside a proxy or a socket wrapper: only this place sees whole frames, their priority and their kind, so
 only here do the bytes reported, the bytes paced and the bytes sent come from the same count.
@@ -63,6 +63,7 @@ class _InFlight:
 
     frame: bytes
     rows: dict[str, int]
+    enqueued_s: float
     depart_s: float
     arrive_s: float
     tensor: bool
@@ -104,6 +105,7 @@ class Outgoing:
         self._credit_queued = False
         self._goodbye_queued = False
         self._window_open_since = 0.0
+        self._last_left_s = 0.0
 
     @property
     def window_bytes(self) -> int:
@@ -123,8 +125,6 @@ class Outgoing:
     def push(self, message: Message) -> None:
         """Queue a message, whole."""
         now = self._clock()
-        if not self.meter.busy:
-            self.meter.begin(now)
         ids_left = len(message.token_ids)
         row = ROW[message.kind]
         for head, data in split(message, self._chunk_bytes):
@@ -173,7 +173,7 @@ class Outgoing:
         """The greetings agree: what the peer lacks goes first, as it was."""
         now = self._clock()
         for frame in self.session.kept_frames():
-            self._enter_line(frame, {"retransmission": framed_bytes(len(frame))}, now)
+            self._enter_line(frame, {"retransmission": framed_bytes(len(frame))}, now, now)
         if self.goodbye_due:  # it is not kept, so what an earlier connection carried of it may be lost
             self.goodbye_sent = False
             self.push_goodbye()
@@ -212,7 +212,7 @@ class Outgoing:
             entry = self.queue.pop(at_s=free_at, control_only=closed)
             eligible_at = entry.enqueued_s if entry.control else max(entry.enqueued_s, self._window_open_since)
             frame, rows = self._frame_of(entry.item)
-            self._enter_line(frame, rows, eligible_at, entry.item)
+            self._enter_line(frame, rows, entry.enqueued_s, eligible_at, entry.item)
             self.moved.set()
 
     def _frame_of(self, item: _Item) -> tuple[bytes, dict[str, int]]:
@@ -232,11 +232,14 @@ class Outgoing:
         rows = {item.row: len(item.data) - item.token_ids, "token_ids": item.token_ids}
         return frame, {**rows, "framing": total - len(item.data)}
 
-    def _enter_line(self, frame: bytes, rows: dict[str, int], eligible_at: float, item: _Item | None = None) -> None:
-        passage = self.shaper.admit(framed_bytes(len(frame)), eligible_at)
+    def _enter_line(
+        self, frame: bytes, rows: dict[str, int], enqueued_s: float, eligible_s: float, item: _Item | None = None
+    ) -> None:
+        passage = self.shaper.admit(framed_bytes(len(frame)), eligible_s)
         flight = _InFlight(
             frame=frame,
             rows=rows,
+            enqueued_s=enqueued_s,
             depart_s=passage.depart_s,
             arrive_s=passage.arrive_s,
             tensor=item is None or isinstance(item, _Part),
@@ -260,14 +263,26 @@ class Outgoing:
                 self.goodbye_sent = True
                 on_goodbye()
             self.sent.update(flight.rows)
-            if self.meter.busy:  # at the time it really left, not at the ideal one: a cap that is missed must show
-                self.meter.delivered(framed_bytes(len(flight.frame)), now - self.profile.latency_s)
+            self._measure(flight, now - self.profile.latency_s)
             if flight.tensor:
                 started_s = flight.depart_s - self.profile.serialisation_s(framed_bytes(len(flight.frame)))
                 self._tracer.span("send", self._name, started_s, now)
-            if self.meter.busy and self.queue.peek_tensor() is None and not any(each.tensor for each in self.line):
-                self.meter.end(now - self.profile.latency_s)
             self.moved.set()
+
+    def _measure(self, flight: _InFlight, left_s: float) -> None:
+        """Count a frame at the time it really left, not at the ideal one: a cap that is missed must show.
+
+        The queue was not empty since the last frame left if this one waited by then; otherwise a new stretch began when
+        it was queued. A control frame alone is no stretch: nobody waited for bandwidth.
+        """
+        waited = flight.enqueued_s <= self._last_left_s
+        if flight.tensor and not (self.meter.busy and waited):
+            if self.meter.busy:
+                self.meter.end(self._last_left_s)
+            self.meter.begin(max(flight.enqueued_s, self._last_left_s))
+        if self.meter.busy and (flight.tensor or waited):
+            self.meter.delivered(framed_bytes(len(flight.frame)), left_s)
+            self._last_left_s = left_s
 
     async def _sleep_until(self, moment_s: float) -> None:
         delay = moment_s - self._clock()

@@ -3,7 +3,8 @@
 The swarm has four stages and four microbatches; the yardstick (`textbook`) has one model and one batch. Both start from
 the same safetensors. The learning rate matters for what can be asked: five steep polynomials make Muon's update answer
 a change of 1e-16 in the gradient with one of 1e-13, and training carries that on. Measured, worst gradient norm of 50
-steps of Llama with the Polar Express: 1e-10 at 0.02, 6e-11 at 0.01, 3e-13 at 0.005; with another clip 7e-9 at 0.02.
+steps of Llama with the Polar Express: 1e-10 at 0.02, 6e-11 at 0.01, 3e-13 at 0.005. Worst weight of
+Starcoder2 at 0.02, clipped at 0.5: 7e-9.
 
 Llama's own norm rounds to float32 inside whatever its input is, so a difference of 1e-16 can become one of 6e-8 there.
 Both sides therefore run it with a norm in float64; Starcoder2 (LayerNorm, biases) is float64 throughout as it is.

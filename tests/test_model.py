@@ -249,7 +249,7 @@ def test_initial_weights_follow_the_architecture() -> None:
 def test_a_vector_that_the_architecture_draws_at_random_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def draws_biases(_: Any, module: Any) -> None:
         for parameter in module.parameters(recurse=False):
-            transformers.initialization.normal_(parameter)
+            importlib.import_module("transformers.initialization").normal_(parameter)
 
     monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", draws_biases)
     with pytest.raises(ModelError, match=r"llama draws model.layers.0.input_layernorm.weight at random; start it from"):

@@ -9,15 +9,49 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from .node.config import RunConfig
 
+# What typer raises for wrong usage; it does not export the name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _OneLine(TyperGroup):
+    """Wrong usage is one line too, and not a box of five; so is Ctrl-C wherever it comes."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with _one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context else "thinpipe"
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 app = typer.Typer(
+    cls=_OneLine,
     help="Train one language model over machines that are joined by thin links.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -65,27 +99,29 @@ def _configuration(path: Path | None, options: dict[str, Any], overrides: list[s
 
 @app.command()
 def up(
-    stages: Annotated[int | None, typer.Option(help="Pipeline stages, one process each. [default: 4]")] = None,
-    model: Annotated[str | None, typer.Option(help="Preset tiny, 150m, 500m, 1b, or a directory. [tiny]")] = None,
-    data: Annotated[str | None, typer.Option(help="'stdlib', a file or directory, or hf:NAME. [stdlib]")] = None,
-    codec: Annotated[str | None, typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4. [bf16]")] = None,
+    stages: Annotated[int | None, typer.Option(help="Pipeline stages, one process each. (4)")] = None,
+    model: Annotated[str | None, typer.Option(help="Preset tiny, 150m, 500m, 1b, or a directory. (tiny)")] = None,
+    data: Annotated[str | None, typer.Option(help="'stdlib', a file or directory, or hf:NAME. (stdlib)")] = None,
+    codec: Annotated[str | None, typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4. (bf16)")] = None,
     forward: Annotated[str | None, typer.Option(help="Byte format of activations, if not the codec's.")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients, if not the codec's.")] = None,
     link: Link = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. [200]")] = None,
-    schedule: Annotated[str | None, typer.Option(help="gpipe or 1f1b. [1f1b]")] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. [8]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. [16]")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. [128]")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: at the end. [0]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Weights, data order and rounding follow from it. [1]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
+    schedule: Annotated[str | None, typer.Option(help="gpipe or 1f1b. (1f1b)")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (128)")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: at the end. (0)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Weights, data order and rounding follow from it. (1)")] = None,
     out: Annotated[Path, typer.Option(help="Directory for run.toml, records and summary.json.")] = Path("runs/latest"),
     config: Config = None,
     overrides: Override = None,
-    one_process: Annotated[bool, typer.Option(help="The same modules in one process, without links.")] = False,
-    overwrite: Annotated[bool, typer.Option(help="Replace a run that is in --out already.")] = False,
+    one_process: Annotated[
+        bool, typer.Option("--one-process", help="The same modules in one process, without links.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in --out already.")] = False,
     trace: Annotated[
-        bool, typer.Option(help="Also trace.json (see ui.perfetto.dev) and trace.png: what ran when.")
+        bool, typer.Option("--trace", help="Also trace.json (see ui.perfetto.dev) and trace.png: what ran when.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
@@ -129,9 +165,9 @@ def node(
     next_: Annotated[str | None, typer.Option("--next", help="host:port of the stage below.")] = None,
     link: Link = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory for this node's records. [beside run.toml]")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory for this node's records. (beside run.toml)")] = None,
     overrides: Override = None,
-    trace: Annotated[bool, typer.Option(help="Write what ran when, for ui.perfetto.dev.")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="Write what ran when, for ui.perfetto.dev.")] = False,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
 ) -> None:
     """Host one stage. Neighbours may start in any order and wait for each other."""
@@ -141,12 +177,13 @@ def node(
         fail(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
-    from .node.host import Addresses, HostError, host
+    from .node.host import Addresses, HostError, check_addresses, host
     from .node.local import LocalRunError, writable
 
+    addresses = Addresses(listen=listen, next=next_)
     try:
-        directory = writable(out or config.parent)
-        host(settings, stage, Addresses(listen=listen, next=next_), directory, trace=trace, parent=parent)
+        check_addresses(settings, stage, addresses)
+        host(settings, stage, addresses, writable(out or config.parent), trace=trace, parent=parent)
     except (HostError, LocalRunError) as error:
         fail(str(error), error.exit_code)
 

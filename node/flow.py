@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -53,9 +53,12 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
+    """A message and what it holds. `generation` tells apart processes at the other end (see `Link.generation`)."""
+
     message: Message
     ids_BS: np.ndarray | None
     tensor: Tensor | None
+    generation: int = 0
 
 
 class Intake:
@@ -69,14 +72,16 @@ class Intake:
     async def pump(self) -> None:
         while True:
             message = await self.link.receive()
+            generation = self.link.generation
             if message.kind is Kind.PROBE:
                 continue
             try:
                 arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message)
             except RemoteProtocolError as error:
-                self.reject(error)
+                if generation == self.link.generation:
+                    self.reject(error)
                 continue
-            await self._queue.put(arrival)
+            await self._queue.put(replace(arrival, generation=generation))
 
     async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> Arrival:
         """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""
@@ -85,8 +90,11 @@ class Intake:
             async with asyncio.timeout(timeout_s):
                 while True:
                     arrival = await self._queue.get()
+                    if arrival.generation != self.link.generation:
+                        continue  # from a process that is gone, and of which nothing was used
                     got = arrival.message
                     if (got.kind, got.step, got.microbatch) == (kind, step, microbatch):
+                        self.link.session.used = True
                         return arrival
                     came = f"{got.kind.name.lower()} of step {got.step}, microbatch {got.microbatch}"
                     self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))

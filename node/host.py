@@ -1,7 +1,8 @@
 """Bring up one node process: configuration -> stage -> links -> loop, and end with one clear line whatever happens.
 
 Expected failures are `HostError` with an exit code: 2 for what the user can put right (a busy port, another run's
-neighbour, a missing file), 1 for what happened to the run (a wait that ran out, a neighbour that is gone).
+neighbour, a missing file), 1 for what happened to the run (a wait that ran out, a neighbour that is gone), 130 for a
+node that was told to stop.
 """
 
 from __future__ import annotations
@@ -16,26 +17,31 @@ from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compress.boundary import CodecError
+from ..compress.boundary import CodecError, parse_codec
 from ..protocol.errors import ProtocolError
 from ..protocol.session import Identity, LinkSession
 from ..sim.shaper import LinkError, LinkProfile
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
-from .link import Link
+from .link import Link, LinkLost
 from .metrics import MetricsWriter, Tracer
 from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
 from .ports import BoundaryShape
 from .runtime import Node
 from .stage import Stage
-from .transport import ListenError, NeighbourMismatch, dial, listening
+from .transport import ListenError, NeighbourMismatch, check_listen, dial, listening, split_address
 
-BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, CodecError, ListenError, NeighbourMismatch)
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch)
+# A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
+FAILED = (TimeoutError, LinkLost, CodecError, OptimizerError, ProtocolError, OSError)
 
 
 class HostError(RuntimeError):
@@ -54,6 +60,9 @@ class Stopped(RuntimeError):
     """SIGTERM or SIGINT."""
 
 
+EXIT_CODES = {BAD_INPUT: 2, (*FAILED, ParentGone): 1, (Stopped,): 130}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
     """Where this node listens for the stage above (None: it has none) and where the stage below is."""
@@ -62,13 +71,26 @@ class Addresses:
     next: str | None
 
 
-def check_address(address: str | None, needed: str) -> None:
-    """Raises ConfigError unless `address` is host:port; `needed` is said when there is none."""
+def check_addresses(config: RunConfig, stage: int, addresses: Addresses) -> None:
+    """Raises HostError for an address that stage `stage` needs and does not have, or that cannot be one.
+
+    A port that is taken is found here, before minutes go into building the stage.
+    """
+    try:
+        if stage > 0:
+            missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
+            check_listen(_need(addresses.listen, missing))
+        if stage < config.pipeline.stages - 1:
+            missing = f"stage {stage} has a stage below it: say where that is, --next host:port"
+            split_address(_need(addresses.next, missing))
+    except (ConfigError, ListenError) as error:
+        raise HostError(str(error), 2) from None
+
+
+def _need(address: str | None, missing: str) -> str:
     if not address:
-        raise ConfigError(needed)
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
+        raise ConfigError(missing)
+    return address
 
 
 def check_device(config: RunConfig) -> None:
@@ -82,16 +104,29 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
 
 
+def check_codec(config: RunConfig) -> None:
+    """Raises ConfigError for a codec or byte format that there is not."""
+    try:
+        parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
+    except CodecError as error:
+        raise ConfigError(str(error)) from None
+
+
 def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
     check_device(config)
+    check_codec(config)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
     architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
     check_sliceable(architecture)
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
-    digest = hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
-    return Stage(config, architecture, stage), digest
+    return Stage(config, architecture, stage), run_digest(config, architecture)
+
+
+def run_digest(config: RunConfig, architecture: PretrainedConfig) -> str:
+    """Hex SHA-256 of all that two neighbours must share: settings and architecture."""
+    return hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
 
 
 def prepare_corpus(config: RunConfig) -> Corpus:
@@ -105,6 +140,21 @@ def prepare_corpus(config: RunConfig) -> Corpus:
             f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
         )
     return corpus
+
+
+def make_link(config: RunConfig, identity: Identity, peer: int, shape: BoundaryShape, tracer: Tracer) -> Link:
+    """This node's end of the boundary to stage `peer`, which has that shape."""
+    settings, limits = config.link, shape.limits
+    buffer_bytes = max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes))
+    return Link(
+        session=LinkSession(identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes),
+        profile=LinkProfile.parse(settings.link),
+        chunk_bytes=settings.chunk_bytes,
+        send_buffer_bytes=settings.send_buffer_bytes,
+        uncapped_window_bytes=settings.uncapped_window_bytes,
+        seed=config.run.seed,
+        tracer=tracer,
+    )
 
 
 def host(config: RunConfig, stage: int, addresses: Addresses, out: Path, *, trace: bool, parent: int | None) -> None:
@@ -121,22 +171,24 @@ def host(config: RunConfig, stage: int, addresses: Addresses, out: Path, *, trac
     sys.setswitchinterval(0.0005)
     try:
         asyncio.run(_host(config, stage, addresses, metrics, tracer, on_fault, parent))
-    except* BAD_INPUT as group:
-        raise _ended(metrics, group, 2) from None
-    except* (TimeoutError, OptimizerError, ProtocolError, ParentGone, Stopped, OSError) as group:
-        raise _ended(metrics, group, 1) from None
+    except Exception as error:
+        cause = _first(error)
+        exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
+        if exit_code is None:
+            raise  # a bug, with its traceback
+        line = str(cause) or type(cause).__name__
+        metrics.write("fault", code=type(cause).__name__, reason=line)
+        raise HostError(line, exit_code) from None
     finally:
         tracer.save(out / f"trace-stage-{stage}.json")
         metrics.close()
 
 
-def _ended(metrics: MetricsWriter, group: BaseExceptionGroup[Any], exit_code: int) -> HostError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
+def _first(error: Exception) -> Exception:
+    """What began it: tasks that were ended by it come later in its group, if at all."""
+    while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    line = str(error) or type(error).__name__
-    metrics.write("fault", code=type(error).__name__, reason=line)
-    return HostError(line, exit_code)
+    return error
 
 
 async def _host(
@@ -149,10 +201,6 @@ async def _host(
     parent: int | None,
 ) -> None:
     link = config.link
-    if index > 0:
-        check_address(addresses.listen, f"stage {index} has a stage above it: say where it listens, --listen host:port")
-    if index < config.pipeline.stages - 1:
-        check_address(addresses.next, f"stage {index} has a stage below it: say where that is, --next host:port")
     stage, digest = prepare(config, index)
     corpus = prepare_corpus(config) if index == 0 else None
     identity = Identity(
@@ -163,26 +211,10 @@ async def _host(
         incarnation=secrets.randbits(63),
     )
 
-    def make_link(peer: int, shape: BoundaryShape) -> Link:
-        limits = shape.limits
-        session = LinkSession(
-            identity=identity,
-            peer_stage=peer,
-            limits=limits,
-            receive_buffer_bytes=max(link.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes)),
-        )
-        return Link(
-            session=session,
-            profile=LinkProfile.parse(link.link),
-            chunk_bytes=link.chunk_bytes,
-            send_buffer_bytes=link.send_buffer_bytes,
-            uncapped_window_bytes=link.uncapped_window_bytes,
-            seed=config.run.seed,
-            tracer=tracer,
-        )
-
-    above = make_link(index - 1, stage.upstream_port.shape) if stage.upstream_port else None
-    below = make_link(index + 1, stage.downstream_port.shape) if stage.downstream_port else None
+    above = make_link(config, identity, index - 1, stage.upstream_port.shape, tracer) if stage.upstream_port else None
+    below = (
+        make_link(config, identity, index + 1, stage.downstream_port.shape, tracer) if stage.downstream_port else None
+    )
     node = Node(
         config,
         stage,

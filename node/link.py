@@ -3,6 +3,11 @@
 A `Link` joins the pure rules (`protocol.session`), the outgoing half with its link model (`node.outgoing`) and whatever
 moves bytes. It outlives connections: `attach` runs one connection until it ends, and the next one goes on where that
 stopped. Reading and writing are two coroutines given by the transport, so the same link runs over gRPC and in memory.
+
+Whoever knows the run's configuration can greet, so a greeting alone binds nobody: until the stage has used something of
+the process at the other end, or has told it something (`LinkSession.used`), another one may take its place. From then
+on only that process will do, and what it says must be right: a message that is refused after it was acknowledged would
+be the same if it came again, so the link is lost, and the run with it.
 """
 
 from __future__ import annotations
@@ -24,6 +29,10 @@ PROBE_S = 0.25  # several times the longest wake-up delay seen on a busy laptop
 PROBE_BYTES_MAX = 32 * 2**20
 
 Read = Callable[[], Awaitable[bytes | None]]
+
+
+class LinkLost(RuntimeError):
+    """What the peer sent, or was sent, was refused for good: the run has to start again."""
 
 
 class Link:
@@ -52,6 +61,7 @@ class Link:
         self.opened = asyncio.Event()
         self._both_done = asyncio.Event()
         self.fault: str | None = None  # why the last connection ended, when it was not by goodbye
+        self.lost = asyncio.Event()  # no connection can mend this link
         self._outgoing = Outgoing(
             name=self.name,
             session=session,
@@ -62,6 +72,8 @@ class Link:
             tracer=tracer,
             clock=clock,
         )
+        self.generation = 0  # rises when what came so far must not be used
+        self._rejected = False  # a message on this connection was refused for what it says, here or there
         self._inbox: deque[tuple[Message, int]] = deque()
         self._arrived = asyncio.Event()
         self._send_buffer_bytes = send_buffer_bytes
@@ -94,6 +106,7 @@ class Link:
 
     async def send(self, message: Message) -> None:
         """Queue a message; waits while more than the send buffer is queued (one message always fits)."""
+        self.session.used = self.session.used or message.kind is not Kind.PROBE
         size, out = len(message.token_ids) + len(message.body), self._outgoing
         while len(out.queue) and out.queue.queued_bytes + size > self._send_buffer_bytes:
             out.moved.clear()
@@ -142,9 +155,28 @@ class Link:
 
     def reject(self, error: RemoteProtocolError) -> None:
         """What the peer sent is not what was agreed (seen only after decoding): refuse it and close the connection."""
-        self.fault = str(error)
+        self.fault, self._rejected = str(error), True
+        self._disown()
         if self._close_connection is not None:
             self._close_connection(error)
+        else:
+            self.settle()
+
+    def settle(self) -> None:
+        """The connection is over and both ends know why: is the link lost with it?"""
+        if self.session.used and self._rejected:
+            self.lost.set()
+        self._rejected = False
+
+    async def until_lost(self) -> None:
+        """Raises LinkLost."""
+        await self.lost.wait()
+        raise LinkLost(f"{self.name}: {self.fault}; sent again it would be the same, so start the whole swarm again")
+
+    def _disown(self) -> None:
+        """What came so far and was not used yet must not be."""
+        self._inbox.clear()
+        self.generation += 1
 
     def take_over(self, frame: bytes) -> bool:
         """Whether a new stream's first frame is the greeting of the very process that the open stream belongs to.
@@ -174,7 +206,7 @@ class Link:
         """Run one connection until it ends.
 
         Returns when both sides said goodbye or the stream ended. Raises RemoteProtocolError (the peer broke a rule and
-        has been told), RefusedError (the peer told us), or what `read` and `write` raise.
+        is still to be told), RefusedError (the peer told us), or what `read` and `write` raise.
         """
         self.session.connect()
         self._outgoing.begin_connection()
@@ -185,25 +217,26 @@ class Link:
                 closing.set_exception(error)
 
         self._close_connection = close
+        opened = False
         try:
             if speaks_first:
                 self._greeted_at = await self._outgoing.greet(write)
             async with asyncio.timeout(greeting_timeout_s):
                 await self._await_greeting(read)
+            opened = True
             if not speaks_first:
                 await self._outgoing.greet(write)
             await self._converse(read, write, closing)
         except TimeoutError:
             error = RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {greeting_timeout_s:g} s")
             self.fault = str(error)
-            await write(self.session.refuse(error))
             raise error from None
         except RemoteProtocolError as error:
             self.fault = str(error)
-            await write(self.session.refuse(error))
             raise
         except RefusedError as error:
             self.fault = f"a refusal by stage {self.session.peer_stage}: {error}"
+            self._rejected = opened and error.fault is Fault.PAYLOAD
             raise
         finally:
             closing.cancel()
@@ -221,6 +254,9 @@ class Link:
                 if self._greeted_at is not None:  # this node spoke first, so the answer took one round trip
                     out = self._outgoing
                     out.round_trip_s = max(out.round_trip_s, self._clock() - self._greeted_at)
+                if event.started_over:
+                    self._disown()
+                    self._outgoing.forget()
                 self.opened.set()
                 self.fault = None
 
@@ -230,9 +266,10 @@ class Link:
         parts = (out.admission(), out.delivery(write, self._note_end), self._reading(read), self._both_done.wait())
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
-            done, _ = await asyncio.wait([*tasks, closing], return_when=asyncio.FIRST_COMPLETED)
-            for finished in done:
-                finished.result()  # raises what ended the connection
+            done, _ = await asyncio.wait([closing, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for ended in (closing, *tasks):  # in this order: what closed it comes before what followed from that
+                if ended in done:
+                    ended.result()  # raises what ended the connection
         finally:
             for task in tasks:
                 task.cancel()
@@ -242,7 +279,7 @@ class Link:
         while (raw := await read()) is not None:
             self.received_bytes += framed_bytes(len(raw))
             for event in self.session.receive(raw):
-                if isinstance(event, Received):
+                if isinstance(event, Received) and not self._rejected:
                     self._inbox.append((event.message, event.cost_bytes))
                     self._arrived.set()
                     self._tracer.instant("arrived", self.name)

@@ -15,7 +15,6 @@ from typing import Any
 
 from rich.console import Console
 
-from ..compress.boundary import parse_codec
 from ..sim.console import RunDisplay, summary_tables
 from ..sim.report import read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
@@ -23,7 +22,7 @@ from ..sim.swarm import SwarmError, run_swarm
 from ..sim.trace import draw, merge
 from .config import RunConfig, dump_config
 from .data import vocabulary_size
-from .host import BAD_INPUT, check_device, prepare_corpus
+from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus
 from .model import partition, resolve_model
 from .one_process import OneProcess
 
@@ -55,14 +54,15 @@ def run_local(
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError."""
     console = Console(stderr=True) if quiet else Console()
-    new = not out.exists()
+    missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
     try:
         width = _check(config)
-        _make_room(out, overwrite)
+        _check_room(out, overwrite)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
         started = True
+        _clear(out)
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
         display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
         with display:
@@ -76,10 +76,13 @@ def run_local(
         raise LocalRunError(str(error), 2) from None
     except SwarmError as error:
         raise LocalRunError(str(error), error.exit_code) from None
+    except FAILED as error:  # of the one process; a node's are in SwarmError
+        raise LocalRunError(str(error), 1) from None
     finally:
-        if new and not started:  # refused input leaves nothing behind
+        if not started:  # refused input leaves nothing behind
             with suppress(OSError):
-                out.rmdir()
+                for directory in missing:
+                    directory.rmdir()
     mode = "one-process" if one_process else "swarm"
     summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
     write_summary(out, summary)
@@ -93,7 +96,7 @@ def run_local(
 def _check(config: RunConfig) -> int:
     """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
     check_device(config)
-    parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
+    check_codec(config)
     LinkProfile.parse(config.link.link)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
     architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
@@ -101,12 +104,13 @@ def _check(config: RunConfig) -> int:
     return architecture.hidden_size
 
 
-def _make_room(out: Path, overwrite: bool) -> None:
+def _check_room(out: Path, overwrite: bool) -> None:
     writable(out)
-    if not (out / "run.toml").exists():
-        return
-    if not overwrite:
+    if (out / "run.toml").exists() and not overwrite:
         raise LocalRunError(f"{out} holds a run already; choose another --out, or say --overwrite to replace it", 2)
+
+
+def _clear(out: Path) -> None:
     for pattern in RECORDS:
         for path in out.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

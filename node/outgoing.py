@@ -25,7 +25,7 @@ from ..sim.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
 from .metrics import Tracer
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
-BUSY_SHORTEST_S = 0.05  # ten times a late wake-up: shorter stretches say nothing of the link
+BUSY_LEAST_S = 0.05  # of traffic at the cap, ten times a late wake-up: shorter stretches say nothing of the link
 ROW = {
     Kind.ACTIVATION: "activation",
     Kind.GRADIENT: "gradient",
@@ -87,7 +87,7 @@ class Outgoing:
     ) -> None:
         self.session, self.profile = session, profile
         self.sent: Counter[str] = Counter()  # framed bytes by kind, counted when handed to gRPC; resent frames too
-        self.meter = BusyMeter(shortest_s=BUSY_SHORTEST_S)
+        self.meter = BusyMeter(least_bytes=int(BUSY_LEAST_S * (profile.rate_bits_per_s or 0) / 8))
         self.shaper = Shaper(profile, random=seed)
         self.queue: WireQueue[_Item] = WireQueue()
         self.line: deque[_InFlight] = deque()
@@ -159,6 +159,12 @@ class Outgoing:
     def begin_connection(self) -> None:
         """Forget what an earlier connection had on its line: it is kept by the session, or said anew by greetings."""
         self.line.clear()
+
+    def forget(self) -> None:
+        """What is queued was for a process that is gone."""
+        self.queue = WireQueue()
+        self._credit_queued = self._goodbye_queued = False
+        self.moved.set()
 
     async def greet(self, write: Write) -> float:
         """Greetings precede the queue, so they are written directly, at the link's latency. Returns when it began."""

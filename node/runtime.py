@@ -30,7 +30,7 @@ class Node:
     """Stage `stage.index`, its links to the stages `above` and `below`, and its part of the schedule.
 
     `run` returns when the configured steps are done and both neighbours said goodbye. Raises TimeoutError (a wait ran
-    out, and for what), CodecError and optimizer errors by name.
+    out, and for what), LinkLost, CodecError and optimizer errors by name.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class Node:
         ends = [end for end in (self._from_above, self._from_below, self._to_above, self._to_below) if end]
         async with asyncio.TaskGroup() as group:
             pumps = [group.create_task(end.pump()) for end in ends]
+            pumps += [group.create_task(link.until_lost()) for link in self._links]
             await self._meet_neighbours()
             await self._train()
             for outbox in (self._to_above, self._to_below):
@@ -87,8 +88,10 @@ class Node:
     async def _meet_neighbours(self) -> None:
         timeout_s = self.config.link.connect_timeout_s
         for link in self._links:
+            # Who dials has the same deadline, and knows better what to say when it passes.
+            grace_s = self.config.link.greeting_timeout_s if link is self.below else 0.0
             try:
-                async with asyncio.timeout(timeout_s):
+                async with asyncio.timeout(timeout_s + grace_s):
                     await link.opened.wait()
             except TimeoutError:
                 raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s)) from None

@@ -8,20 +8,24 @@ on both ends; the server admits few streams at once and gives a stranger only th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import errno
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
-from .link import Link
+from .link import Link, Write
 
 SERVICE = "thinpipe.v1.Stage"
 METHOD = f"/{SERVICE}/Link"
 CONNECTIONS_MAX = 8  # the neighbour, its next connection while the old one dies, and a few strangers
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
+REFUSAL_TIMEOUT_S = 2.0
 # A peer that differs in one of these will differ again: nothing is gained by dialling it anew.
 PERMANENT = {
     Fault.PROTOCOL_VERSION,
@@ -33,6 +37,7 @@ PERMANENT = {
     Fault.RESUME,
 }
 
+T = TypeVar("T")
 Report = Callable[[str, str], None]  # (fault code, one line for people)
 
 
@@ -42,6 +47,28 @@ class ListenError(ValueError):
 
 class NeighbourMismatch(ValueError):
     """The node at the other end is not the neighbour that this run needs."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of host:port or [IPv6]:port. Raises ListenError."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise ListenError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def check_listen(address: str) -> None:
+    """Raises ListenError unless this machine could listen on `address` now."""
+    host, port = split_address(address)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(where)
+            probe.listen()
+    except OSError as error:
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+        raise ListenError(f"cannot listen on {address}: {reason}; choose another --listen") from None
 
 
 def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
@@ -73,32 +100,48 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
     stopping = False
 
     async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = _uncancelled(context.read), _uncancelled(context.write)
         first: list[bytes] = []
 
         async def read() -> bytes | None:
-            frame = first.pop() if first else await context.read()
+            frame = first.pop() if first else await receive()
             return frame if isinstance(frame, bytes) else None  # else: the end of the stream
 
+        ended = "broke"
+
+        async def refuse(error: RemoteProtocolError) -> None:
+            nonlocal ended
+            ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
+            report(error.fault, f"{link.name}: refused the peer at {context.peer()}: {error}")
+            await _tell(write, error)
+
         try:
-            if one_at_a_time.locked():
-                async with asyncio.timeout(greeting_timeout_s):
-                    frame = await context.read()
-                if not isinstance(frame, bytes):
-                    return
-                first.append(frame)
-                if not link.take_over(frame):
-                    raise await _refuse_second(link, context)
+            try:
+                async with asyncio.timeout(greeting_timeout_s):  # who says nothing takes nobody's place
+                    frame = await read()
+            except TimeoutError:
+                reason = f"no greeting within {greeting_timeout_s:g} s"
+                return await refuse(RemoteProtocolError(Fault.TIMEOUT, reason))
+            if frame is None:
+                return None
+            if one_at_a_time.locked() and not link.take_over(frame):
+                reason = f"{link.name} has a connection already; close that one first"
+                return await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
+            first.append(frame)
             async with one_at_a_time:
-                await link.attach(read, context.write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
-        except ProtocolError as error:
-            blame = "refused by" if isinstance(error, RefusedError) else "refused"
-            report(error.fault, f"{link.name}: {blame} the peer at {context.peer()}: {error}")
-        except TimeoutError:
-            report("timeout", f"{link.name}: the peer at {context.peer()} did not greet in {greeting_timeout_s:g} s")
-        except asyncio.CancelledError:  # gRPC cancels the handler when the peer is gone
-            if not (link.finished or stopping):
-                report("connection-lost", f"{link.name}: the connection from {context.peer()} broke")
-            raise
+                try:
+                    await link.attach(read, write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
+                    ended = "was ended there"
+                except RemoteProtocolError as error:
+                    await refuse(error)
+                except RefusedError as error:
+                    ended = ""
+                    report(error.fault, f"{link.name}: refused by the peer at {context.peer()}: {error}")
+                finally:
+                    link.settle()
+        finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
+            if ended and not (link.finished or stopping):
+                report("connection-lost", f"{link.name}: the connection from {context.peer()} {ended}")
 
     server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
     handler = grpc.stream_stream_rpc_method_handler(handle)
@@ -119,10 +162,27 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
         await server.stop(grace=1.0)
 
 
-async def _refuse_second(link: Link, context: grpc.aio.ServicerContext) -> RemoteProtocolError:
-    error = RemoteProtocolError(Fault.UNEXPECTED, f"{link.name} has a connection already; close that one first")
-    await context.write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
-    return error
+async def _tell(write: Write, error: RemoteProtocolError) -> None:
+    """Why we refuse. That the peer cannot be told, being gone or not listening, matters less than the reason itself."""
+    with suppress(Exception):
+        async with asyncio.timeout(REFUSAL_TIMEOUT_S):
+            await write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
+
+
+def _uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """gRPC takes the cancellation of a read or a write for that of the whole call, and with it of what was written
+    last. So the operation runs on, and the next one waits for it."""
+    running: asyncio.Future[T] | None = None
+
+    async def run(*arguments: bytes) -> T:
+        nonlocal running
+        if running is not None:
+            await asyncio.wait([running])
+        running = asyncio.ensure_future(operation(*arguments))
+        running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if nobody waits for it
+        return await asyncio.shield(running)
+
+    return run
 
 
 async def dial(
@@ -138,13 +198,14 @@ async def dial(
     pause_s = RETRY_FIRST_S
     while not link.finished:
         link.opened.clear()
+        remaining_s = last_open_s + connect_timeout_s - loop.time()
         try:
-            remaining_s = max(0.1, last_open_s + connect_timeout_s - loop.time())
             await _one_connection(address, link, remaining_s, greeting_timeout_s)
         except _NotReached:
+            why = f"the last one ended with {link.fault}; " if link.fault else ""
             raise TimeoutError(
                 f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
-                f"is stage {link.session.peer_stage} running there?"
+                f"{why}is stage {link.session.peer_stage} running there?"
             ) from None
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
@@ -156,6 +217,9 @@ async def dial(
             if not link.finished:
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"{link.name}: the connection to {address} broke ({detail})")
+        else:
+            if not link.finished:
+                report("connection-lost", f"{link.name}: the node at {address} ended the stream")
         if link.opened.is_set():
             last_open_s, pause_s = loop.time(), RETRY_FIRST_S
         if not link.finished:
@@ -175,24 +239,22 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
         except TimeoutError:
             raise _NotReached from None
         call = channel.stream_stream(METHOD)()
-        pending: asyncio.Future[object] | None = None
+        receive, write = _uncancelled(call.read), _uncancelled(call.write)
 
         async def read() -> bytes | None:
-            nonlocal pending
-            pending = asyncio.ensure_future(call.read())
-            frame = await asyncio.shield(pending)  # a cancelled read would cancel the call, and what was written last
+            frame = await receive()
             return frame if isinstance(frame, bytes) else None  # else: the end of the stream
 
         try:
-            await link.attach(read, call.write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
+            await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
             await _end_gently(call, greeting_timeout_s)
-        except RemoteProtocolError:
+        except RemoteProtocolError as error:
+            await _tell(write, error)
             await _end_gently(call, greeting_timeout_s)
             raise
         finally:
             call.cancel()
-            if pending is not None:
-                await asyncio.gather(pending, return_exceptions=True)
+            link.settle()
 
 
 async def _end_gently(call: grpc.aio.StreamStreamCall, timeout_s: float) -> None:

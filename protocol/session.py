@@ -59,10 +59,15 @@ TRANSITIONS: dict[State, dict[type[Frame], State]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """The greetings agree. `resumed`: this link was open before, and goes on where it was."""
+    """The greetings agree.
+
+    resumed: this link was open before, and goes on where it was. started_over: it was open with another process, of
+    which nothing was used, and is new again: drop what came from that one and what was queued for it.
+    """
 
     peer: Greeting
     resumed: bool
+    started_over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +108,13 @@ class LinkSession:
         self.peer_stage = peer_stage
         self.limits = limits
         self.state = State.CLOSED
-        self.peer: Greeting | None = None
+        self.used = False  # set by the owner: it took something from the peer, or told it what cannot be told again
         self._receive_buffer_bytes = receive_buffer_bytes
+        self._start_over()
+
+    def _start_over(self) -> None:
+        """Everything that belongs to the conversation with one process."""
+        self.peer: Greeting | None = None
         self._next_sequence = 0  # of what this node sends
         self._unsent = 0  # data bytes of the message whose first part was stamped and whose last was not
         self._sent_cost = 0
@@ -112,7 +122,7 @@ class LinkSession:
         self._kept: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
         self.unacknowledged_bytes = 0
         self._expected = 0  # sequence of the next chunk from the peer
-        self._told = (0, receive_buffer_bytes)  # what the last credit said
+        self._told = (0, self._receive_buffer_bytes)  # what the last credit said
         self._received_cost = 0
         self._delivered_cost = 0
         self._consumed_cost = 0
@@ -256,6 +266,10 @@ class LinkSession:
 
     def _take_greeting(self, peer: Greeting) -> Opened:
         check_greeting(peer, self.identity, self.peer_stage)
+        another = self.peer is not None and self.peer.incarnation != peer.incarnation
+        started_over = another and not self.used
+        if started_over:  # a stranger that knew how to greet must not keep the true neighbour out
+            self._start_over()
         resumed = check_resume(
             peer,
             self.identity,
@@ -268,7 +282,7 @@ class LinkSession:
             self._peer_granted = 0  # nothing that an earlier process granted binds this one
         self.peer = peer
         self._take_credit(peer.next_sequence, peer.granted_bytes)
-        return Opened(peer=peer, resumed=resumed)
+        return Opened(peer=peer, resumed=resumed, started_over=started_over)
 
     def _take_credit(self, next_sequence: int, granted_bytes: int) -> Acknowledged:
         if next_sequence > self._next_sequence:

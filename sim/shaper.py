@@ -263,13 +263,13 @@ class BusyMeter:
 
     Bytes over the whole run would measure the schedule, not the link. Times may be ideal (`Passage.depart_s`, which may
     lie ahead of the clock; overlap counts once) or, to verify a cap, when frames really left. A lone short message then
-    measures how late its sender woke up, so intervals below `shortest_s` are dropped when they end. An idle link passes
+    measures how late its sender woke up, so intervals with fewer than `least_bytes` are dropped when they end. An idle link passes
     its burst at once, so the rate reads high by up to `intervals * burst_bytes * 8 / busy_s`; a probe therefore sends
     many bursts in one interval.
     """
 
-    def __init__(self, *, shortest_s: float = 0.0) -> None:
-        self._shortest_s = shortest_s
+    def __init__(self, *, least_bytes: int = 0) -> None:
+        self._least_bytes = least_bytes
         self._before = (0.0, 0)  # busy_s and busy_bytes when the interval began
         self.busy_s = 0.0
         self.busy_bytes = 0
@@ -295,7 +295,7 @@ class BusyMeter:
         """The last frame has left and none waits. Raises ValueError outside of an interval."""
         self._count_to(now_s, "end")
         self.busy = False
-        if self.busy_s - self._before[0] < self._shortest_s:
+        if self.busy_bytes - self._before[1] < self._least_bytes:
             self.busy_s, self.busy_bytes = self._before
             self.intervals -= 1
 

@@ -21,10 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .report import read_records
-
 STOP_GRACE_S = 5.0
 POLL_S = 0.1
+LAST_WORDS = "thinpipe: error: "  # how a node begins the line with which it ends (cli.fail)
 
 
 class SwarmError(RuntimeError):
@@ -117,33 +116,31 @@ def _watch(run: Path, nodes: list[_Node], on_progress: Callable[[list[dict[str, 
             on_progress([tail.step for tail in tails if tail.step])
         for node, code in zip(nodes, codes, strict=True):
             if code:
-                raise SwarmError(_obituary(run, node, code), 2 if code == 2 else 1)
-        for node, tail in zip(nodes, tails, strict=True):
-            if tail.refused:
-                raise SwarmError(f"stage {node.stage}: {tail.refused}", 1)
+                raise SwarmError(_obituary(node, code), 2 if code == 2 else 1)
         if all(code == 0 for code in codes):
             return
         time.sleep(POLL_S)
 
 
-def _obituary(run: Path, node: _Node, code: int) -> str:
-    """Which node ended and why: its own last words, or the signal that killed it."""
+def _obituary(node: _Node, code: int) -> str:
+    """Which node ended and why: the signal that killed it, or its own last words."""
     if code < 0:
-        return f"stage {node.stage} was killed by {signal.Signals(-code).name}; see {node.log}"
-    faults = [record for record in read_records(run / f"stage-{node.stage}.jsonl") if record["event"] == "fault"]
-    if faults:
-        return f"stage {node.stage} ended: {faults[-1]['reason']}"
+        name = signal.Signals(-code).name
+        why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
+        return f"stage {node.stage} was killed by {name}{why}; see {node.log}"
     words = [line for line in node.log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else f'see {node.log}'}"
+    last = next((line for line in reversed(words) if line.startswith(LAST_WORDS)), None)
+    if last:
+        return f"stage {node.stage} ended: {last.removeprefix(LAST_WORDS)}"
+    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no word'}; see {node.log}"
 
 
 class _Tail:
-    """Reads a growing JSON-lines file; keeps the newest step and a fault that no reconnect can mend."""
+    """Reads a growing JSON-lines file; keeps the newest step."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
         self.step: dict[str, Any] | None = None
-        self.refused: str | None = None
 
     def read(self) -> None:
         if not self._path.exists():
@@ -157,12 +154,6 @@ class _Tail:
             record = json.loads(line)
             if record["event"] == "step":
                 self.step = record
-            elif record["event"] == "fault" and record["code"] in UNMENDABLE:
-                self.refused = record["reason"]
-
-
-# A tensor that was acknowledged but cannot be decoded would be the same if it were sent again.
-UNMENDABLE = ("bad-payload",)
 
 
 def _stop(nodes: list[_Node]) -> None:

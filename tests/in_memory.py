@@ -17,16 +17,14 @@ from typing import Any, Literal
 
 import torch
 from thinpipe.node.config import RunConfig
-from thinpipe.node.host import prepare, prepare_corpus
+from thinpipe.node.host import make_link, prepare, prepare_corpus
 from thinpipe.node.link import Link, Read, Write
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.ports import BoundaryShape
 from thinpipe.node.runtime import Node
 from thinpipe.node.stage import Stage
-from thinpipe.protocol.session import Identity, LinkSession
+from thinpipe.protocol.session import Identity
 from thinpipe.sim.report import read_records
-from thinpipe.sim.shaper import LinkProfile
 
 RUN_TIMEOUT_S = 60.0  # a swarm that hangs must fail as a test, not as pytest's timeout
 
@@ -126,26 +124,6 @@ async def join(upper: Link, lower: Link, cuts: Sequence[Cut] = ()) -> int:
     raise AssertionError("unreachable")
 
 
-def make_link(config: RunConfig, identity: Identity, peer: int, shape: BoundaryShape) -> Link:
-    """One end of a boundary, wired as `node.host` does it."""
-    settings, limits = config.link, shape.limits
-    session = LinkSession(
-        identity=identity,
-        peer_stage=peer,
-        limits=limits,
-        receive_buffer_bytes=max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes)),
-    )
-    return Link(
-        session=session,
-        profile=LinkProfile.parse(settings.link),
-        chunk_bytes=settings.chunk_bytes,
-        send_buffer_bytes=settings.send_buffer_bytes,
-        uncapped_window_bytes=settings.uncapped_window_bytes,
-        seed=config.run.seed,
-        tracer=Tracer(stage=identity.stage, enabled=False),
-    )
-
-
 def run_in_memory(config: RunConfig, out: Path, *, cuts: Mapping[int, Sequence[Cut]] | None = None) -> Outcome:
     """Train `config` as a swarm of nodes in this process. `cuts` names, by boundary, where connections break."""
     out.mkdir(parents=True, exist_ok=True)
@@ -162,8 +140,20 @@ async def _swarm(config: RunConfig, out: Path, cuts: Mapping[int, Sequence[Cut]]
         identity = Identity(
             run_id=config.run.name, configuration=digest, stage=index, stages=stages, incarnation=1000 + index
         )
-        above = make_link(config, identity, index - 1, stage.upstream_port.shape) if stage.upstream_port else None
-        below = make_link(config, identity, index + 1, stage.downstream_port.shape) if stage.downstream_port else None
+        above = (
+            make_link(
+                config, identity, index - 1, stage.upstream_port.shape, Tracer(stage=identity.stage, enabled=False)
+            )
+            if stage.upstream_port
+            else None
+        )
+        below = (
+            make_link(
+                config, identity, index + 1, stage.downstream_port.shape, Tracer(stage=identity.stage, enabled=False)
+            )
+            if stage.downstream_port
+            else None
+        )
         nodes.append(
             Node(
                 config,

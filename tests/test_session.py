@@ -500,6 +500,7 @@ def test_ones_own_greeting_sent_back_is_refused() -> None:
 def test_a_peer_that_was_restarted_in_the_middle_is_refused(sent: str) -> None:
     upper, lower = pair()
     received(lower, stamped(upper, message(0))) if sent == "there" else stamped(lower, message(0))
+    lower.used = True
     reborn = session(1, 2, incarnation=0xBEEF)
     lower.connect()
     before = transfer_state(lower)
@@ -511,6 +512,19 @@ def test_a_peer_that_was_restarted_in_the_middle_is_refused(sent: str) -> None:
     here, there = greet(upper, lower)
     assert here.resumed
     assert there.resumed
+
+
+@pytest.mark.parametrize("sent", ["here", "there"])
+def test_another_process_may_take_the_place_of_one_of_which_nothing_was_used(sent: str) -> None:
+    stranger, lower = pair()
+    received(lower, stamped(stranger, message(0))) if sent == "there" else stamped(lower, message(0))
+    true_neighbour = session(1, 2, incarnation=0xBEEF)
+    _, there = greet(true_neighbour, lower)
+    assert there.started_over
+    assert not there.resumed
+    assert lower.unacknowledged_bytes == 0
+    assert not lower.kept_frames()
+    assert received(lower, stamped(true_neighbour, message(1))) == [message(1)]
 
 
 def test_a_restart_before_anything_moved_is_a_fresh_start() -> None:

@@ -34,3 +34,9 @@ proto: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info
+
+# Ratios of one run each; a machine that does something else meanwhile spoils them.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/efficiency.py
+	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/memory.py

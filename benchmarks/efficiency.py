@@ -43,9 +43,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--width", type=int, default=256, help="of the hidden states; 256 is `tiny`")
+    parser.add_argument("--schedule", default="1f1b")
     given = parser.parse_args()
     cores = min(len(os.sched_getaffinity(0)), given.stages)
     shape = ["--stages", str(given.stages), "--steps", str(given.steps), "--microbatches", str(given.microbatches)]
+    shape += ["--set", f"model.width={given.width}", "--schedule", given.schedule]
     shape += ["--batch-size", str(2 * given.microbatches), "--link", "none"]
     rows = []
     with tempfile.TemporaryDirectory() as directory:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,4 +123,5 @@ def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
         del step, loss
         display.update([read_records(out / f"stage-{stage}.jsonl")[-1] for stage in range(config.pipeline.stages)])
 
-    reference.train(show)
+    with closing(reference):
+        reference.train(show)

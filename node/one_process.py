@@ -151,6 +151,11 @@ class OneProcess:
             **{f"{name}_s": round(value, 6) for name, value in self.watches[index].seconds.items()},
         )
 
+    def close(self) -> None:
+        """Close the records, also of a run that failed."""
+        for metrics in self._metrics:
+            metrics.close()
+
     def _end(self, train_s: float) -> None:
         for stage, metrics, watch, sent in zip(
             self.stages, self._metrics, self.watches, self.sent, strict=bool(self._metrics)

@@ -107,12 +107,12 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
             frame = first.pop() if first else await receive()
             return frame if isinstance(frame, bytes) else None  # else: the end of the stream
 
-        ended = "broke"
+        peer, ended = context.peer(), "broke"
 
         async def refuse(error: RemoteProtocolError) -> None:
             nonlocal ended
             ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
-            report(error.fault, f"{link.name}: refused the peer at {context.peer()}: {error}")
+            report(error.fault, f"{link.name}: refused the peer at {peer}: {error}")
             await _tell(write, error)
 
         try:
@@ -136,12 +136,12 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
                     await refuse(error)
                 except RefusedError as error:
                     ended = ""
-                    report(error.fault, f"{link.name}: refused by the peer at {context.peer()}: {error}")
+                    report(error.fault, f"{link.name}: refused by the peer at {peer}: {error}")
                 finally:
                     link.settle()
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
             if ended and not (link.finished or stopping):
-                report("connection-lost", f"{link.name}: the connection from {context.peer()} {ended}")
+                report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
 
     server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
     handler = grpc.stream_stream_rpc_method_handler(handle)

@@ -263,9 +263,9 @@ class BusyMeter:
 
     Bytes over the whole run would measure the schedule, not the link. Times may be ideal (`Passage.depart_s`, which may
     lie ahead of the clock; overlap counts once) or, to verify a cap, when frames really left. A lone short message then
-    measures how late its sender woke up, so intervals with fewer than `least_bytes` are dropped when they end. An idle link passes
-    its burst at once, so the rate reads high by up to `intervals * burst_bytes * 8 / busy_s`; a probe therefore sends
-    many bursts in one interval.
+    measures how late its sender woke up, so intervals with fewer than `least_bytes` are dropped when they end. An idle
+    link passes its burst at once, so the rate reads high by up to `intervals * burst_bytes * 8 / busy_s`; a probe
+    therefore sends many bursts in one interval.
     """
 
     def __init__(self, *, least_bytes: int = 0) -> None:

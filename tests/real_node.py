@@ -1,0 +1,206 @@
+"""Real node processes, started as a user starts them, and what to put between or against them.
+
+A stranger here is a plain gRPC client or server that speaks in bytes of the test's choosing. `Proxy` stands between two
+nodes and breaks their TCP connections when told to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import numpy as np
+import torch
+from thinpipe.compress.bits import bit_width, pack_bits
+from thinpipe.compress.boundary import Direction, Key, parse_format
+from thinpipe.node.config import RunConfig
+from thinpipe.node.data import vocabulary_size
+from thinpipe.node.host import run_digest
+from thinpipe.node.model import resolve_model
+from thinpipe.node.transport import METHOD
+from thinpipe.protocol.messages import (
+    Chunk,
+    Greeting,
+    Kind,
+    Limits,
+    Message,
+    Refusal,
+    decode_frame,
+    encode_frame,
+    split,
+)
+from thinpipe.sim.swarm import free_ports, node_environment
+
+DEADLINE_S = 60.0
+LIMITS = Limits(message_bytes=2**26)
+
+
+@contextmanager
+def node(run: Path, stage: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Stage `stage` of `run`/run.toml as a process; its words are in `run`/stage-N.log."""
+    command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml"), "--stage", str(stage)]
+    log = (run / f"stage-{stage}.log").open("w")
+    process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=node_environment(), text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Wait for a file or a process to say something; the only wall clock here, and bounded."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for {what}"
+        time.sleep(0.05)
+
+
+def free_address() -> str:
+    return f"127.0.0.1:{free_ports(1)[0]}"
+
+
+# -- what a stranger may say --------------------------------------------------------------------------------------
+
+
+def hello_of(config: RunConfig, *, stage: int = 0, **other: Any) -> Greeting:
+    """The greeting with which the true stage would be let in."""
+    vocab = vocabulary_size(config.data, config.model.vocab_size)
+    architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    told = {
+        "run_id": config.run.name,
+        "configuration": run_digest(config, architecture),
+        "stage": stage,
+        "stages": config.pipeline.stages,
+        "incarnation": 666,
+        "next_sequence": 0,
+        "granted_bytes": 2**24,
+    }
+    return Greeting(**{**told, **other})
+
+
+def activation(config: RunConfig, *, microbatch: int = 0) -> Message:
+    """A message that stage 1 has to accept as the activation of step 0, with zeros in it."""
+    rows, tokens = config.microbatch_size, config.data.sequence_length
+    assert config.model.width
+    assert config.model.vocab_size
+    ids = np.zeros(rows * (tokens + 1), dtype=np.int64)
+    key = Key(seed=1, boundary=0, direction=Direction.FORWARD, step=0, microbatch=microbatch)
+    payload = parse_format("bf16").pack(torch.zeros(rows, tokens, config.model.width), key)
+    return Message(
+        kind=Kind.ACTIVATION,
+        step=0,
+        microbatch=microbatch,
+        codec="bf16",
+        codec_header=payload.header,
+        token_ids=pack_bits(ids, bit_width(config.model.vocab_size)),
+        body=payload.body,
+    )
+
+
+def parts(message: Message, first: int = 0) -> list[bytes]:
+    """The frames of a message, numbered from `first`."""
+    return [
+        encode_frame(Chunk(sequence=number, epoch=0, head=head, data=data))
+        for number, (head, data) in enumerate(split(message, 256 * 1024), start=first)
+    ]
+
+
+async def attempt(address: str, frames: list[bytes], compression: grpc.Compression | None = None) -> str:
+    """Send frames on a new stream; returns the code of the refusal, or the gRPC status that ended it."""
+    options = [("grpc.max_send_message_length", -1)]
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(address, options=options) as channel:
+        call = channel.stream_stream(METHOD)(compression=compression)
+        try:
+            for frame in frames:
+                await call.write(frame)
+            while isinstance(raw := await call.read(), bytes):
+                if isinstance(frame := decode_frame(raw, LIMITS), Refusal):
+                    return frame.code
+            return "closed without a word"
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return str((await call.code()).name)
+        finally:
+            call.cancel()
+
+
+# -- between two nodes --------------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """Passes bytes from its own address to another, on a thread of its own, until told to break what stands."""
+
+    def __init__(self, to: str) -> None:
+        self._to = to.rpartition(":")
+        self.address = free_address()
+        self.connections = 0
+        self._pairs: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> Proxy:
+        self._thread.start()
+        host, _, port = self.address.rpartition(":")
+        serving = asyncio.start_server(self._serve, host, int(port))
+        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        async def stop() -> None:
+            self._server.close()
+            self._break(half=False)
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def cut(self, *, half: bool = False) -> None:
+        """Reset every connection. half: only towards who dialled; the other end is left to believe in it."""
+
+        async def job() -> None:
+            self._break(half=half)
+
+        asyncio.run_coroutine_threadsafe(job(), self._loop).result()
+
+    def _break(self, *, half: bool) -> None:
+        for upper, lower in self._pairs:
+            upper.transport.abort()
+            if not half:
+                lower.transport.abort()
+        if not half:
+            self._pairs.clear()
+
+    async def _serve(self, reader: asyncio.StreamReader, upper: asyncio.StreamWriter) -> None:
+        try:
+            lower_reader, lower = await asyncio.open_connection(self._to[0], int(self._to[2]))
+        except OSError:
+            upper.transport.abort()
+            return
+        self.connections += 1
+        self._pairs.append((upper, lower))
+
+        async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            with suppress(OSError):
+                while data := await source.read(2**16):
+                    sink.write(data)
+                    await sink.drain()
+                sink.write_eof()
+
+        both = asyncio.gather(pass_on(reader, lower), pass_on(lower_reader, upper))
+        with suppress(asyncio.CancelledError):
+            await both

@@ -1,0 +1,242 @@
+"""The command as its user meets it: real processes, what they print, how they end, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.config import dump_config
+from thinpipe.sim.report import read_records
+from typer.testing import CliRunner
+
+from .conftest import TinyConfig
+
+DEADLINE_S = 60.0
+STAGES = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Up:
+    """One `thinpipe up` as a process."""
+
+    process: subprocess.Popen[str]
+    out: Path
+
+    def steps(self, stage: int) -> int:
+        return sum(record["event"] == "step" for record in read_records(self.out / f"stage-{stage}.jsonl"))
+
+    def trains(self) -> bool:
+        return all(self.steps(stage) for stage in range(STAGES))
+
+    def nodes(self) -> list[psutil.Process]:
+        """The processes of this run's nodes that are alive."""
+        starts = [read_records(self.out / f"stage-{stage}.jsonl")[:1] for stage in range(STAGES)]
+        return [found for (start,) in starts if (found := alive(start["process"], self.out)) is not None]
+
+    def end(self) -> tuple[int, str, list[str]]:
+        """Exit code, stdout, the lines of stderr."""
+        stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
+        return self.process.returncode, stdout, stderr.splitlines()
+
+
+def alive(pid: int, out: Path) -> psutil.Process | None:
+    """The process, unless it is gone, a zombie, or another one that got its number."""
+    try:
+        process = psutil.Process(pid)
+        is_ours = str(out) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return None
+    return process if is_ours else None
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {DEADLINE_S} s for {what}"
+        time.sleep(0.05)
+
+
+def start(config: Path, out: Path, *options: str) -> Up:
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--config", str(config), "--out", str(out), *options]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A test runner in the background has SIGINT ignored, which its children would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    return Up(process=process, out=out)
+
+
+@pytest.fixture(scope="module")
+def run_toml(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "run.toml"
+    path.write_text(dump_config(tiny({"pipeline.stages": STAGES})))
+    return path
+
+
+@pytest.fixture(scope="module")
+def endless(run_toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Up]]:
+    """Runs that would train for days, one for each way of being ended; they start side by side to save time."""
+    ways = ("a node is killed", "interrupted", "the launcher is killed")
+    runs = {way: start(run_toml, tmp_path_factory.mktemp("run"), "--steps", "1000000") for way in ways}
+    try:
+        until(lambda: all(run.trains() or run.process.poll() is not None for run in runs.values()), "the first steps")
+        yield runs
+    finally:
+        for run in runs.values():
+            left = run.nodes()
+            run.process.kill()
+            for process in left:
+                process.kill()
+            run.process.communicate()
+
+
+def test_a_killed_node_ends_the_run_by_name(endless: dict[str, Up]) -> None:
+    run = endless["a node is killed"]
+    (victim, _) = run.nodes()
+    victim.kill()
+    code, _, errors = run.end()
+    assert code == 1
+    assert errors == [
+        "thinpipe: error: stage 0 was killed by SIGKILL, by hand or because memory ran out; "
+        f"see {run.out / 'stage-0.log'}"
+    ]
+    assert run.nodes() == []
+
+
+def test_ctrl_c_stops_all_stages(endless: dict[str, Up]) -> None:
+    run = endless["interrupted"]
+    assert len(run.nodes()) == STAGES
+    run.process.send_signal(signal.SIGINT)
+    code, _, errors = run.end()
+    assert code == 130
+    assert errors == [f"thinpipe: error: interrupted; all stages are stopped, the records so far are in {run.out}"]
+    assert run.nodes() == []
+    for stage in range(STAGES):
+        assert (run.out / f"stage-{stage}.log").read_text().endswith("thinpipe: error: stopped by SIGTERM\n")
+        assert run.steps(stage)
+
+
+def test_nodes_end_by_themselves_when_the_launcher_is_killed(endless: dict[str, Up]) -> None:
+    run = endless["the launcher is killed"]
+    assert len(run.nodes()) == STAGES
+    run.process.kill()
+    until(lambda: not run.nodes(), "the nodes to notice")
+    for stage in range(STAGES):
+        last = read_records(run.out / f"stage-{stage}.jsonl")[-1]
+        assert last["event"] == "fault"
+        assert last["reason"] == f"the launcher (process {run.process.pid}) is gone"
+
+
+def test_a_run_prints_json_alone_and_its_summary_is_complete(run_toml: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "run"
+    run = start(run_toml, out, "--json", "--link", "50mbit,2ms")
+    code, stdout, errors = run.end()
+    assert code == 0, errors
+    summary = json.loads(stdout)
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert not [line for line in errors if "error" in line or "Traceback" in line]
+
+    assert summary["mode"] == "swarm"
+    assert summary["steps"] == 3
+    assert summary["tokens_per_step"] == 8 * 32
+    assert summary["tokens"] == 3 * 8 * 32
+    for key in ("first_loss", "train_loss", "val_loss"):
+        assert 0 < summary[key] < 20
+    assert summary["tokens_per_s"] == pytest.approx(summary["tokens"] / summary["train_s"])
+
+    sent = summary["bytes"]
+    boundary_elements = summary["tokens"] * 64  # width; bf16 both ways
+    assert sent["activation"] == sent["gradient"] == 2 * boundary_elements
+    assert min(sent[kind] for kind in ("token_ids", "control", "framing", "evaluation", "probe")) > 0
+    outside = sent["evaluation"] + sent["probe"]
+    assert sent["total"] == sum(sent.values()) - sent["total"] - outside
+    assert summary["bytes_per_token"] == pytest.approx(sent["total"] / summary["tokens"])
+    assert summary["ratio"] == pytest.approx(4 * boundary_elements / sent["total"])
+
+    (boundary,) = summary["boundaries"]
+    assert boundary["configured_bits_per_s"] == 50e6
+    assert 0 < boundary["measured_bits_per_s"] < 50e6 * 1.05
+    assert 0 < boundary["utilisation"] < 1.05
+    assert len(summary["stages"]) == STAGES
+    for stage in summary["stages"]:
+        assert stage["compute_s"] > 0
+        assert stage["codec_s"] > 0
+        assert stage["wait_s"] >= 0
+        assert stage["peak_rss_bytes"] > 2**26
+        assert len(stage["state_sha256"]) == 64
+    assert summary["faults"] == []
+    assert run.nodes() == []
+
+
+def test_one_process_prints_json_alone_too(run_toml: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["up", "--config", str(run_toml), "--out", str(tmp_path / "run"), "--one-process", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["mode"] == "one-process"
+
+
+def test_a_run_that_diverges_has_failed_and_says_what_to_do(run_toml: Path, tmp_path: Path) -> None:
+    options = ["--set", "optim.muon_lr=1e30", "--set", "optim.adamw_lr=1e30"]
+    result = CliRunner().invoke(
+        app, ["up", "--config", str(run_toml), "--out", str(tmp_path / "run"), "--one-process", *options]
+    )
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("thinpipe: error: value nan at element 0 of FORWARD tensor of boundary 0, step 1")
+    assert line.endswith("lower the learning rate or clip")
+
+
+HELP = {
+    (): ["up", "node", "Train one language model", "Host one stage"],
+    ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(bf16)", "(4)", "(1f1b)"],
+    ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml)"],
+}
+
+
+@pytest.mark.parametrize("command", HELP, ids=" ".join)
+@pytest.mark.parametrize("columns", [80, 200])
+def test_help_names_every_option_and_its_default(command: tuple[str, ...], columns: int) -> None:
+    result = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": str(columns), "TERMINAL_WIDTH": ""})
+    assert result.exit_code == 0
+    words = result.stdout.split()
+    text = " ".join(word for word in words if word != "│")
+    for phrase in HELP[command]:
+        assert phrase in text
+    assert "--no-" not in text
+    assert "--parent" not in text  # between the launcher and its nodes
+    assert max(map(len, result.stdout.splitlines())) <= columns
+
+
+def test_a_program_without_arguments_shows_its_help() -> None:
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == 2
+    assert "Commands" in result.output
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="process numbers as on POSIX")
+def test_the_entry_point_runs_as_a_module_and_refuses_in_one_line() -> None:
+    """The one refusal that is tried as a process; the others run in this one (test_bad_input)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "thinpipe.cli", "up", "--set", "steps"],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "thinpipe: error: --set wants section.key=value, got 'steps'\n"

@@ -117,9 +117,7 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def _links_table(summary: dict[str, Any]) -> Table:
-    links = Table(
-        title="links", caption="measured while the sender's queue was not empty (50 ms of traffic and more)"
-    )
+    links = Table(title="links", caption="measured while the sender's queue was not empty (50 ms of traffic and more)")
     for column in ("boundary", "direction", "configured", "measured", "utilisation", "bytes"):
         links.add_column(column, justify="right")
     for entry in summary["boundaries"]:

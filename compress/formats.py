@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import math
 import sys
+from abc import abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -111,19 +112,19 @@ class _Blockwise(ByteFormat):
     peak_code: ClassVar[int]
 
     @classmethod
+    @abstractmethod
     def code_bytes(cls, count: int) -> int:
         """Bytes that `count` codes take."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def join(cls, codes: Tensor) -> Tensor:
         """Codes as whole fp32 numbers, an even count, to the bytes that hold them, on the same device."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def split(cls, octets: np.ndarray) -> np.ndarray:
         """Inverse of `join`: uint8 to int8 codes, which may be out of range."""
-        raise NotImplementedError
 
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         count = math.prod(shape)

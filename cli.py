@@ -51,6 +51,7 @@ def _one_line() -> Iterator[None]:
 
 
 app = typer.Typer(
+    name="thinpipe",
     cls=_OneLine,
     help="Train one language model over machines that are joined by thin links.",
     no_args_is_help=True,
@@ -177,12 +178,12 @@ def node(
         fail(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
-    from .node.host import Addresses, HostError, check_addresses, host
+    from .node.host import Addresses, HostError, check_input, host
     from .node.local import LocalRunError, writable
 
     addresses = Addresses(listen=listen, next=next_)
     try:
-        check_addresses(settings, stage, addresses)
+        check_input(settings, stage, addresses)
         host(settings, stage, addresses, writable(out or config.parent), trace=trace, parent=parent)
     except (HostError, LocalRunError) as error:
         fail(str(error), error.exit_code)

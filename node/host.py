@@ -71,19 +71,20 @@ class Addresses:
     next: str | None
 
 
-def check_addresses(config: RunConfig, stage: int, addresses: Addresses) -> None:
-    """Raises HostError for an address that stage `stage` needs and does not have, or that cannot be one.
-
-    A port that is taken is found here, before minutes go into building the stage.
-    """
+def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
+    """Raises HostError for what can be seen to be wrong before minutes go into building the stage: its addresses (one
+    that it needs and does not have, a port that is taken), the device, the codec, the link."""
     try:
+        check_device(config)
+        check_codec(config)
+        LinkProfile.parse(config.link.link)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
         if stage < config.pipeline.stages - 1:
             missing = f"stage {stage} has a stage below it: say where that is, --next host:port"
             split_address(_need(addresses.next, missing))
-    except (ConfigError, ListenError) as error:
+    except BAD_INPUT as error:
         raise HostError(str(error), 2) from None
 
 

@@ -19,6 +19,13 @@ UP = [
         ["--config", "{dir}/unknown.toml"],
         r"'pipeline\.stagess'; the nearest known one is 'pipeline\.stages'",
     ),
+    (
+        ["--config", "{dir}/section.toml"],
+        r"unknown section \[pipelines\]; the nearest known one is 'pipeline'",
+    ),
+    (["--config", "{dir}/scalar.toml"], r"'pipeline' is a section: write it as a table, \[pipeline\]"),
+    (["--config", "{dir}/type.toml"], r"run\.steps: .*valid integer.*'many'"),
+    (["--config", "{dir}"], r"cannot read the configuration file .*: .*directory"),
     (["--set", "runn.steps=2"], r"unknown setting 'runn\.steps'; the nearest known one is 'run\.steps'"),
     (["--set", "steps=2"], r"unknown setting 'steps'; the nearest known one is 'run\.steps'"),
     (["--set", "run.steps"], r"--set wants section\.key=value, got 'run\.steps'"),
@@ -36,6 +43,7 @@ UP = [
     (["--forward", "int5"], r"unknown byte format 'int5'; the nearest known one is 'int"),
     (["--schedule", "2f2b"], r"pipeline\.schedule: .*'gpipe' or '1f1b' \(got '2f2b'\)"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
+    (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),
     (["--link", "0mbit"], r"link rate 0.* is not a positive number; write it as"),
     (["--model", "tinny"], r"unknown model\.preset 'tinny'; known: tiny"),
     (["--model", "{dir}"], r"model\.path = .* has no config\.json"),
@@ -53,7 +61,12 @@ UP = [
 ]
 
 NODE = [
-    (["--stage", "2"], r"--stage 2: the run has 2 stages"),
+    (["--stage", "2"], r"--stage 2: the run has 2 stages, so 0 to 1"),
+    (["--stage", "1", "--listen", "127.0.0.1:http"], r"'127\.0\.0\.1:http' is not host:port"),
+    (["--stage", "0", "--next", ":7001"], r"':7001' is not host:port"),
+    (["--stage", "0", "--next", "[::1]:7001", "--link", "fast"], r"'fast'.*write it as 300mbit,25ms"),
+    (["--stage", "0", "--next", "127.0.0.1:1", "--device", "gpu"], r"compute\.device 'gpu' is unknown"),
+    (["--stage", "0", "--next", "127.0.0.1:1", "--out", "/proc/thinpipe"], r"cannot write in /proc/thinpipe"),
     (["--stage", "1"], r"stage 1 has a stage above it: say where it listens, --listen host:port"),
     (["--stage", "0"], r"stage 0 has a stage below it: say where that is, --next host:port"),
     (["--stage", "1", "--listen", "nonsense"], r"'nonsense' is not host:port"),
@@ -63,6 +76,16 @@ NODE = [
         ["--stage", "1", "--listen", "203.0.113.1:7001"],
         r"cannot listen on 203\.0\.113\.1:7001: .*choose another",
     ),
+]
+
+
+USAGE = [
+    (["upp"], r"No such command 'upp'. Did you mean 'up'\?; see thinpipe --help"),
+    (["--bogus"], r"No such option: --bogus; see thinpipe --help"),
+    (["up", "--bogus"], r"No such option: --bogus.*; see thinpipe up --help"),
+    (["up", "--stages", "abc"], r"'--stages': .*integer.*; see thinpipe up --help"),
+    (["node"], r"Missing option '--config'; see thinpipe node --help"),
+    (["node", "--config", "run.toml", "--stage", "-1"], r"'--stage': .*; see thinpipe node --help"),
 ]
 
 
@@ -79,6 +102,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "rows.jsonl").write_text('{"a": 1}\n')
     (directory / "bad.toml").write_text("x = = 1")
     (directory / "unknown.toml").write_text("[pipeline]\nstagess = 2\n")
+    (directory / "section.toml").write_text("[pipelines]\nstages = 2\n")
+    (directory / "scalar.toml").write_text("pipeline = 2\n")
+    (directory / "type.toml").write_text("[run]\nsteps = 'many'\n")
     (directory / "taken").mkdir()
     (directory / "taken" / "run.toml").write_text("precious")
     return directory
@@ -109,7 +135,7 @@ def test_up_refuses(options: list[str], expected: str, scene: Path, tiny: TinyCo
     before = sorted(scene.rglob("*"))
     given = [option.format(dir=scene) for option in options]
     base = [] if "--config" in given else ["--config", str(tmp_path / "run.toml")]
-    out = [] if "--out" in given else ["--out", str(scene / "out")]
+    out = [] if "--out" in given else ["--out", str(scene / "new" / "out")]
     line = refused(["up", *base, *out, *given])
     assert re.search(expected, line), line
     assert sorted(scene.rglob("*")) == before
@@ -122,3 +148,18 @@ def test_node_refuses(options: list[str], expected: str, taken_port: int, tmp_pa
     given = [option.format(port=taken_port) for option in options]
     line = refused(["node", "--config", str(tmp_path / "run.toml"), *given])
     assert re.search(expected, line), line
+    assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), USAGE, ids=joined)
+def test_wrong_usage_is_one_line_too(arguments: list[str], expected: str) -> None:
+    line = refused(arguments)
+    assert re.search(expected, line), line
+
+
+def test_a_run_is_replaced_only_by_one_that_can_start(scene: Path, tiny: TinyConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(dump_config(tiny()))
+    (tmp_path / "summary.json").write_text("precious")
+    given = ["--config", str(tmp_path / "run.toml"), "--out", str(tmp_path), "--overwrite"]
+    refused(["up", *given, "--data", str(scene / "missing")])
+    assert (tmp_path / "summary.json").read_text() == "precious"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -228,7 +227,6 @@ def test_a_program_without_arguments_shows_its_help() -> None:
     assert "Commands" in result.output
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="process numbers as on POSIX")
 def test_the_entry_point_runs_as_a_module_and_refuses_in_one_line() -> None:
     """The one refusal that is tried as a process; the others run in this one (test_bad_input)."""
     done = subprocess.run(

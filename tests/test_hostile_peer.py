@@ -117,6 +117,7 @@ def test_a_node_survives_every_hostile_peer_and_then_trains(scene: Scene, tmp_pa
     attempts = hostilities(config, hello_of(config))
     for code in {code for _, code in attempts.values()} - {"RESOURCE_EXHAUSTED"}:  # this end has a name for it too
         assert faults.count(code) >= 2 * sum(code == expected for _, expected in attempts.values()), code
+        assert f": {code}: " in log.read_text()
     assert "Traceback" not in log.read_text()
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.link import Link
 from thinpipe.node.metrics import Tracer
-from thinpipe.node.transport import PERMANENT, SERVICE, NeighbourMismatch, dial
+from thinpipe.node.transport import METHOD, PERMANENT, SERVICE, NeighbourMismatch, dial, listening
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.messages import Greeting, Limits, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.session import Identity, LinkSession
@@ -173,18 +173,18 @@ def test_a_node_outlasts_every_strange_server_until_its_neighbour_is_there(
     assert "Traceback" not in log.read_text()
 
 
-def make_link() -> Link:
-    identity = Identity(run_id="r", configuration="c" * 64, stage=0, stages=2, incarnation=1)
+def make_link(stage: int = 0) -> Link:
+    identity = Identity(run_id="r", configuration="c" * 64, stage=stage, stages=2, incarnation=1)
     return Link(
         session=LinkSession(
-            identity=identity, peer_stage=1, limits=Limits(message_bytes=1024), receive_buffer_bytes=2**20
+            identity=identity, peer_stage=1 - stage, limits=Limits(message_bytes=1024), receive_buffer_bytes=2**20
         ),
         profile=LinkProfile.parse("none"),
         chunk_bytes=128 * 1024,
         send_buffer_bytes=2**20,
         uncapped_window_bytes=2**20,
         seed=1,
-        tracer=Tracer(stage=0, enabled=False),
+        tracer=Tracer(stage=stage, enabled=False),
     )
 
 
@@ -261,6 +261,46 @@ def test_dialling_a_stranger_does_not_go_on_for_ever(script: Script | None) -> N
     assert reports
     if script in (says_nothing, talks_nonsense, is_busy):
         assert f"the last one ended with {'a refusal' if script is is_busy else reports[0][0]}" in str(error)
+
+
+# -- one listener, several callers --------------------------------------------------------------------------------
+
+
+async def call_in(address: str, incarnation: int | None, until_then: Awaitable[object]) -> list[type]:
+    """Open a stream and greet as that process (None: stay silent); the kinds of frame that have come by then."""
+    kinds: list[type] = []
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.stream_stream(METHOD)()
+        await call.wait_for_connection()
+        if incarnation is not None:
+            await call.write(encode_frame(replace(NEIGHBOUR, stage=0, incarnation=incarnation)))
+            kinds.append(type(decode_frame(await call.read(), LIMITS)))
+        await until_then
+        with suppress(TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(0.2):
+                while isinstance(raw := await call.read(), bytes):
+                    kinds.append(type(decode_frame(raw, LIMITS)))
+    return kinds
+
+
+def test_who_may_take_whose_place() -> None:
+    """A silent caller takes nobody's; a stranger not that of a peer that is there; a process its own, half-dead one."""
+
+    async def job() -> list[list[type]]:
+        link = make_link(stage=1)
+        async with listening("127.0.0.1:0", link, greeting_timeout_s=5, report=lambda *_: None) as port:
+            address = f"127.0.0.1:{port}"
+            over = asyncio.Event()
+            async with asyncio.timeout(4):  # less than what a silent caller is given
+                silent = asyncio.create_task(call_in(address, None, over.wait()))
+                first = asyncio.create_task(call_in(address, 5, over.wait()))
+                await link.opened.wait()
+                stranger = await call_in(address, 6, asyncio.sleep(0))
+                again = await call_in(address, 5, asyncio.sleep(0))
+                over.set()
+                return [await silent, await first, stranger, again]
+
+    assert asyncio.run(job()) == [[], [Greeting, Refusal], [Refusal], [Greeting]]
 
 
 # -- the neighbour itself -----------------------------------------------------------------------------------------

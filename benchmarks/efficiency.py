@@ -25,15 +25,19 @@ def run(out: Path, *options: str) -> dict[str, Any]:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def steady(out: Path, stages: int) -> tuple[float, float, float]:
-    """(tokens/s, CPU seconds of all stages, seconds) after the first quarter, in which memory is still being mapped."""
+CPU = ("cpu_s", "compute_cpu_s", "codec_cpu_s", "loop_cpu_s")
+
+
+def steady(out: Path, stages: int) -> tuple[float, dict[str, float], float]:
+    """(tokens/s, CPU seconds of all stages by thread, seconds) after the first quarter, in which memory is mapped."""
     by_stage = [
         [record for record in read_records(out / f"stage-{stage}.jsonl") if record["event"] == "step"]
         for stage in range(stages)
     ]
     kept = [steps[len(steps) // 4 :] for steps in by_stage]
     seconds = sum(record["seconds"] for record in kept[0])
-    cpu = sum(record["cpu_s"] for steps in kept for record in steps)
+    cpu = {name: sum(record[name] for steps in kept for record in steps) for name in CPU}
+    cpu["other_cpu_s"] = cpu["cpu_s"] - sum(cpu[name] for name in CPU[1:])
     return sum(record["tokens"] for record in kept[0]) / seconds, cpu, seconds
 
 
@@ -62,8 +66,11 @@ def main() -> None:
             available = cores * seconds
             row = {
                 "efficiency": swarm_rate / (cores * one_rate),
-                "idle": 1 - cpu / available,
-                "extra_cpu": (cpu - reference) / available,
+                "idle": 1 - cpu["cpu_s"] / available,
+                "arithmetic": (cpu["compute_cpu_s"] - reference["compute_cpu_s"]) / available,
+                "packing": (cpu["codec_cpu_s"] - reference["codec_cpu_s"]) / available,
+                "event_loops": cpu["loop_cpu_s"] / available,
+                "grpc_threads": cpu["other_cpu_s"] / available,
                 "swarm_tokens_per_s": swarm_rate,
                 "one_process_tokens_per_s": one_rate,
             }
@@ -71,8 +78,9 @@ def main() -> None:
             print("  ".join(f"{name} {value:.3f}" for name, value in row.items()), flush=True)
     median = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
     print(f"\nefficiency: swarm / ({cores} x one process) = {median['efficiency']:.3f} (median of {len(rows)} pairs)")
-    print(f"the rest, as shares of {cores} cores: idle {median['idle']:.3f}, extra CPU {median['extra_cpu']:.3f}")
-    print("(extra CPU: packing, messages, and slower arithmetic when all cores are in use)")
+    lost = ("idle", "arithmetic", "packing", "event_loops", "grpc_threads")
+    print(f"the rest, as shares of {cores} cores: " + ", ".join(f"{name} {median[name]:.3f}" for name in lost))
+    print("(arithmetic: what the same work takes longer on shared caches; idle: waiting for a neighbour)")
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ torch releases the interpreter's lock while it computes, and a tensor handed to 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -30,25 +32,55 @@ AHEAD = 2  # unpacked tensors that wait for the compute thread, and finished one
 
 
 class Worker:
-    """One thread with a name, a stopwatch row and a trace lane."""
+    """One thread with a name, a stopwatch row and a trace lane.
 
-    def __init__(self, activity: str, stopwatch: Stopwatch, tracer: Tracer) -> None:
-        self._activity, self._stopwatch, self._tracer = activity, stopwatch, tracer
+    Not an executor from the standard library: it wraps each result in two futures that copy each other's state, which
+    at thousands of small jobs a second costs as much as packing a tensor.
+    """
+
+    def __init__(self, activity: Literal["compute", "codec"], stopwatch: Stopwatch, tracer: Tracer) -> None:
+        self._activity: Literal["compute", "codec"] = activity
+        self._stopwatch, self._tracer = stopwatch, tracer
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(target=self._work, name=activity).start()  # torch aborts if it still runs at exit
+
+    def _work(self) -> None:
         # A new thread has its own OpenMP pool size; parity and speed both want exactly one thread of arithmetic.
-        self._executor = ThreadPoolExecutor(1, activity, initializer=torch.set_num_threads, initargs=(1,))
+        torch.set_num_threads(1)
+        while job := self._jobs.get():
+            job()
 
     async def run(self, name: str, work: Callable[..., T], *args: Any) -> T:
-        def timed() -> T:
-            start = time.monotonic()
-            with self._stopwatch.measure(self._activity):
-                result = work(*args)
-            self._tracer.span(name, self._activity, start, time.monotonic())
-            return result
+        """The result of `work(*args)`, or what it raises, on this worker's thread, after all that came before."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[T] = loop.create_future()
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, timed)
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if answer.done():  # nobody waits any more
+                return
+            answer.set_exception(error) if error else answer.set_result(cast(T, result))
+
+        def job() -> None:
+            start = time.monotonic()
+            result, error = None, None
+            try:
+                with self._stopwatch.measure(self._activity):
+                    result = work(*args)
+            except BaseException as raised:
+                error = raised
+            self._tracer.span(name, self._activity, start, time.monotonic())
+            with suppress(RuntimeError):  # the loop is gone, and with it whoever asked
+                loop.call_soon_threadsafe(settle, result, error)
+
+        self._jobs.put(job)
+        return await answer
 
     def close(self) -> None:
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        """The thread ends after its present job; what still waits is dropped."""
+        with suppress(Empty):
+            while True:
+                self._jobs.get_nowait()
+        self._jobs.put(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

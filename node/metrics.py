@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 
 class MetricsWriter:
@@ -68,23 +68,63 @@ class Tracer:
             path.write_text(json.dumps({"traceEvents": self.events}))
 
 
-class Stopwatch:
-    """Adds up the seconds spent in each activity; `take` returns them and starts over."""
+class Lap:
+    """Seconds since it was made: of the wall, of all this process's threads, and of the thread that asks."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {"compute": 0.0, "codec": 0.0, "wait": 0.0}
+        self._wall, self._cpu, self._thread = time.perf_counter(), time.process_time(), time.thread_time()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    @property
+    def cpu_s(self) -> float:
+        return time.process_time() - self._cpu
+
+    @property
+    def thread_cpu_s(self) -> float:
+        return time.thread_time() - self._thread
+
+
+class Stopwatch:
+    """Adds up what each activity took: seconds of the wall (`compute_s`, `codec_s`, `wait_s`), and of the CPU by the
+    thread that did it (`compute_cpu_s`, `codec_cpu_s`), which other processes on the same cores do not lengthen."""
+
+    def __init__(self) -> None:
+        names: list[str] = ["compute_s", "codec_s", "wait_s", "compute_cpu_s", "codec_cpu_s"]
+        self._spent = dict.fromkeys(names, 0.0)
+        self._total = dict(self._spent)
 
     @contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
-        start = time.perf_counter()
+    def measure(self, activity: Literal["compute", "codec"]) -> Iterator[None]:
+        """The calling thread works."""
+        lap = Lap()
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - start
+            self._spent[f"{activity}_s"] += lap.seconds
+            self._spent[f"{activity}_cpu_s"] += lap.thread_cpu_s
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        lap = Lap()
+        try:
+            yield
+        finally:
+            self._spent["wait_s"] += lap.seconds
 
     def take(self) -> dict[str, float]:
-        taken, self.seconds = self.seconds, dict.fromkeys(self.seconds, 0.0)
-        return {f"{name}_s": round(value, 6) for name, value in taken.items()}
+        """What was spent since the last call."""
+        for name, value in self._spent.items():
+            self._total[name] += value
+        taken, self._spent = self._spent, dict.fromkeys(self._spent, 0.0)
+        return {name: round(value, 6) for name, value in taken.items()}
+
+    @property
+    def total(self) -> dict[str, float]:
+        """The sum of all that was taken."""
+        return {name: round(value, 6) for name, value in self._total.items()}
 
 
 def peak_rss_bytes() -> int:

@@ -145,10 +145,11 @@ class OneProcess:
             tokens=tokens,
             seconds=round(seconds, 6),
             cpu_s=round((time.process_time() - cpu_began) / len(self.stages), 6),  # an equal share each
+            loop_cpu_s=0.0,  # there is no event loop
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
             rss_bytes=rss_bytes(),
-            **{f"{name}_s": round(value, 6) for name, value in self.watches[index].seconds.items()},
+            **self.watches[index].take(),
         )
 
     def close(self) -> None:
@@ -166,7 +167,7 @@ class OneProcess:
                 steps=self.config.run.steps,
                 train_s=round(train_s, 6),
                 cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each
-                **watch.take(),
+                **watch.total,
                 peak_rss_bytes=peak_rss_bytes(),
                 state_bytes=stage.state_bytes(),
                 state_sha256=stage.state_sha256(),

@@ -25,6 +25,8 @@ from ..sim.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
 from .metrics import Tracer
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
+CREDIT_DELAY_S = 0.05  # a chunk that goes the other way in this time saves a frame
+ASK_SHARE = 0.5  # of the window: with more under way than this, the peer is asked to acknowledge at once
 BUSY_LEAST_S = 0.05  # of traffic at the cap, ten times a late wake-up: shorter stretches say nothing of the link
 ROW = {
     Kind.ACTIVATION: "activation",
@@ -103,6 +105,7 @@ class Outgoing:
         self._admit = asyncio.Event()  # the admission loop has something new to look at
         self._deliver = asyncio.Event()
         self._credit_queued = False
+        self._credit_timer: asyncio.TimerHandle | None = None
         self._goodbye_queued = False
         self._window_open_since = 0.0
         self._last_left_s = 0.0
@@ -135,7 +138,17 @@ class Outgoing:
         self._admit.set()
 
     def push_credit(self) -> None:
+        """Tell the peer what came and what is free: at once if it waits for that, else soon, unless a chunk does."""
+        if self.session.credit_urgent:
+            self._queue_credit()
+        elif self.session.credit_due and self._credit_timer is None:
+            self._credit_timer = asyncio.get_running_loop().call_later(CREDIT_DELAY_S, self._queue_credit)
+
+    def _queue_credit(self) -> None:
         """One credit frame waits at a time; it is written with the counters of the moment it leaves."""
+        if self._credit_timer is not None:
+            self._credit_timer.cancel()
+            self._credit_timer = None
         if self.session.credit_due and not self._credit_queued and not self.goodbye_due:
             self._credit_queued = True
             self.queue.push("credit", framed_bytes(16), control=True, now_s=self._clock())
@@ -143,6 +156,7 @@ class Outgoing:
 
     def push_goodbye(self) -> None:
         """Nothing may be pushed after it."""
+        self._queue_credit()  # the peer says goodbye only when all of its own is acknowledged
         self.goodbye_due = True
         if not self._goodbye_queued:
             self._goodbye_queued = True
@@ -231,7 +245,8 @@ class Outgoing:
             frame = self.session.goodbye()
             return frame, {"control": framed_bytes(len(frame))}
         assert isinstance(item, _Part)
-        frame = self.session.stamp(item.head, item.data)
+        under_way = self.session.unacknowledged_bytes + len(item.data)
+        frame = self.session.stamp(item.head, item.data, acknowledge=under_way > ASK_SHARE * self.window_bytes)
         total = framed_bytes(len(frame))
         if item.row in ("evaluation", "probe"):
             return frame, {item.row: total}

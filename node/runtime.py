@@ -8,7 +8,6 @@ coordinator and no barrier, and a stage starts its next step as soon as its last
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from .config import RunConfig
 from .data import Corpus
 from .flow import Arrival, Intake, Outbox, Reporter, Worker
 from .link import Link
-from .metrics import MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
+from .metrics import Lap, MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
 from .stage import Stage
 
 
@@ -48,7 +47,7 @@ class Node:
         self.config, self.stage, self.corpus = config, stage, corpus
         self.above, self.below = above, below
         self._metrics = metrics
-        self._watch, self._totals = Stopwatch(), {"compute_s": 0.0, "codec_s": 0.0, "wait_s": 0.0}
+        self._watch = Stopwatch()
         self._compute = Worker("compute", self._watch, tracer)
         self._codec = Worker("codec", self._watch, tracer)
         self._from_above = above and Intake(above, self._unpack_activation, self._codec, on_fault)
@@ -103,7 +102,7 @@ class Node:
     async def _train(self) -> None:
         pipeline, run = self.config.pipeline, self.config.run
         schedule = get_schedule(pipeline.schedule)
-        moment, cpu = time.monotonic(), time.process_time()
+        lap = Lap()
         loss, grad_norm = float("nan"), 0.0
         for step in range(run.steps):
             for action in schedule.actions(
@@ -117,13 +116,12 @@ class Node:
                     case _:
                         loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
                         grad_norm = stats.grad_norm
-            now = time.monotonic()
-            self._write_step(step, loss, grad_norm, now - moment, time.process_time() - cpu)
-            moment, cpu = now, time.process_time()
+            self._write_step(step, loss, grad_norm, lap)
+            lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
             if due or step + 1 == run.steps:
                 await self._evaluate(step)
-                moment, cpu = time.monotonic(), time.process_time()
+                lap = Lap()
 
     # -- actions ------------------------------------------------------------------------------------------------
 
@@ -177,7 +175,7 @@ class Node:
         return draw(self.corpus, self.config, kind, step, microbatch), None
 
     async def _wait(self, intake: Intake, kind: Kind, step: int, microbatch: int) -> Arrival:
-        with self._watch.measure("wait"):
+        with self._watch.waiting():
             return await intake.get(kind, step, microbatch, self.config.link.progress_timeout_s)
 
     async def _send_below(self, z: Tensor, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
@@ -206,10 +204,8 @@ class Node:
 
     # -- records ------------------------------------------------------------------------------------------------
 
-    def _write_step(self, step: int, loss: float, grad_norm: float, seconds: float, cpu_s: float) -> None:
-        spent = self._watch.take()
-        for name, value in spent.items():
-            self._totals[name] += value
+    def _write_step(self, step: int, loss: float, grad_norm: float, lap: Lap) -> None:
+        spent, seconds, cpu_s = self._watch.take(), lap.seconds, lap.cpu_s
         self._train_s += seconds
         self._cpu_s += cpu_s
         tokens = self.config.tokens_per_step
@@ -221,6 +217,7 @@ class Node:
             tokens=tokens,
             seconds=round(seconds, 6),
             cpu_s=round(cpu_s, 6),
+            loop_cpu_s=round(lap.thread_cpu_s, 6),
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={link.name: dict(link.sent) for link in self._links},
             rss_bytes=rss_bytes(),
@@ -234,7 +231,7 @@ class Node:
             steps=self.config.run.steps,
             train_s=round(self._train_s, 6),
             cpu_s=round(self._cpu_s, 6),
-            **{name: round(value, 6) for name, value in self._totals.items()},
+            **self._watch.total,
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self.stage.state_bytes(),
             state_sha256=self.stage.state_sha256(),

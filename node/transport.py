@@ -176,7 +176,7 @@ def _uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
 
     async def run(*arguments: bytes) -> T:
         nonlocal running
-        if running is not None:
+        if running is not None and not running.done():
             await asyncio.wait([running])
         running = asyncio.ensure_future(operation(*arguments))
         running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if nobody waits for it

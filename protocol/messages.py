@@ -138,6 +138,9 @@ class Chunk:
     epoch: int
     data: bytes | memoryview
     head: Head | None = None
+    next_sequence: int = 0
+    granted_bytes: int = 0
+    acknowledge: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +184,9 @@ def encode_frame(frame: Frame) -> bytes:
                 epoch=frame.epoch,
                 head=None if frame.head is None else _head_to_pb(frame.head),
                 data=bytes(frame.data),
+                next_sequence=frame.next_sequence,
+                granted_bytes=frame.granted_bytes,
+                acknowledge=frame.acknowledge,
             )
             chunk.crc32 = _checksum(chunk, frame.data)
             return pb.Frame(chunk=chunk).SerializeToString()
@@ -222,9 +228,10 @@ def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
     # Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
     head = chunk.head
     codec = head.codec.encode()
-    flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head")]
+    flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head"), chunk.acknowledge]
     numbers = [chunk.sequence, chunk.epoch, head.step, head.token_ids_bytes, head.body_bytes]
-    envelope = struct.pack("<5I5Qd", *flags, *numbers, head.loss_sum)
+    numbers += [chunk.next_sequence, chunk.granted_bytes]
+    envelope = struct.pack("<6I7Qd", *flags, *numbers, head.loss_sum)
     return zlib.crc32(data, zlib.crc32(envelope + codec + head.codec_header))
 
 
@@ -267,7 +274,15 @@ def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:
     if _checksum(chunk, data) != chunk.crc32:
         raise RemoteProtocolError(Fault.CORRUPT, f"chunk {chunk.sequence} does not match its checksum")
     head = _head_from_pb(chunk.head, limits) if chunk.HasField("head") else None
-    return Chunk(sequence=chunk.sequence, epoch=chunk.epoch, data=data, head=head)
+    return Chunk(
+        sequence=chunk.sequence,
+        epoch=chunk.epoch,
+        data=data,
+        head=head,
+        next_sequence=chunk.next_sequence,
+        granted_bytes=chunk.granted_bytes,
+        acknowledge=chunk.acknowledge,
+    )
 
 
 def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:

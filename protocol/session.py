@@ -12,8 +12,9 @@ A peer's fault closes the connection and changes nothing of what was agreed, rec
 Two limits bound what is under way. *Credit*: the receiver grants bytes as it consumes them, so a slow stage bounds its
 own memory, to its buffer and the rest of the one message that is coming in. *Acknowledgement*: `unacknowledged_bytes`
 is what the transport compares with its window of about 1.5 bandwidth-delay products, since nothing can overtake what is
-already inside gRPC. Why not HTTP/2's own windows: they count bytes taken off the socket, not bytes consumed by the
-stage, and they cannot be read from Python.
+already inside gRPC. Both ride on the chunks that go the other way; a frame of their own costs as much work as a chunk,
+so one is sent only where the peer asked for an answer at once or no chunk has gone for a while. Why not HTTP/2's own
+windows: they count bytes taken off the socket, not bytes consumed by the stage, and they cannot be read from Python.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class LinkSession:
         self._kept: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
         self.unacknowledged_bytes = 0
         self._expected = 0  # sequence of the next chunk from the peer
-        self._told = (0, self._receive_buffer_bytes)  # what the last credit said
+        self._told = (0, self._receive_buffer_bytes)  # what the last credit or chunk said
+        self._asked = False  # the peer wants to be told at once
         self._received_cost = 0
         self._delivered_cost = 0
         self._consumed_cost = 0
@@ -140,7 +142,7 @@ class LinkSession:
 
     def greeting(self) -> bytes:
         """Who this node is and from where it goes on; tells all that `credit` would."""
-        self._told = (self._expected, self._granted)
+        self._tell()
         return encode_frame(
             Greeting(
                 run_id=self.identity.run_id,
@@ -171,10 +173,11 @@ class LinkSession:
         """Whether the peer's credit covers the next chunk, with this much data."""
         return self._sent_cost + self._cost(data_bytes, starts=not self._unsent) <= self._peer_granted
 
-    def stamp(self, head: Head | None, data: bytes | memoryview) -> bytes:
-        """The frame for the next part of a message, kept until acknowledged.
+    def stamp(self, head: Head | None, data: bytes | memoryview, *, acknowledge: bool = True) -> bytes:
+        """The frame for the next part of a message, kept until acknowledged. It tells all that `credit` would.
 
-        Raises LocalProtocolError past credit, and for a part that does not continue the message that was begun.
+        `acknowledge` asks the peer to answer at once and not with its next chunk. Raises LocalProtocolError past
+        credit, and for a part that does not continue the message that was begun.
         """
         if not self.may_send(len(data)):
             raise LocalProtocolError(Fault.OVERDRAWN, f"stage {self.peer_stage} has not granted {len(data)} more bytes")
@@ -184,7 +187,17 @@ class LinkSession:
         due = self._unsent if head is None else head.data_bytes
         if len(data) > due or (due and not len(data)):
             raise LocalProtocolError(Fault.MALFORMED, f"a part of {len(data)} bytes where {due} are left")
-        frame = encode_frame(Chunk(sequence=self._next_sequence, epoch=self.identity.epoch, head=head, data=data))
+        next_sequence, granted_bytes = self._tell()
+        chunk = Chunk(
+            sequence=self._next_sequence,
+            epoch=self.identity.epoch,
+            head=head,
+            data=data,
+            next_sequence=next_sequence,
+            granted_bytes=granted_bytes,
+            acknowledge=acknowledge,
+        )
+        frame = encode_frame(chunk)
         self._kept.append((self._next_sequence, frame))
         self._next_sequence += 1
         self._sent_cost += self._cost(len(data), starts=head is not None)
@@ -248,17 +261,28 @@ class LinkSession:
 
     def credit(self) -> bytes:
         """The frame that acknowledges what came and grants what is free."""
-        self._told = (self._expected, self._granted)
-        return encode_frame(Credit(next_sequence=self._expected, granted_bytes=self._granted))
+        next_sequence, granted_bytes = self._tell()
+        return encode_frame(Credit(next_sequence=next_sequence, granted_bytes=granted_bytes))
+
+    def _tell(self) -> tuple[int, int]:
+        self._told, self._asked = (self._expected, self._granted), False
+        return self._told
 
     @property
     def credit_due(self) -> bool:
         """Whether `credit` would tell the peer something worth a frame: that a chunk came, or that much was consumed.
 
-        (A quarter of the buffer: the peer then never stalls for what is free, and credits are not answered by credits.)
+        It need not go at once, since the next chunk tells it too, unless `credit_urgent`.
         """
-        expected, granted = self._told
-        return self._expected != expected or self._granted - granted >= self._receive_buffer_bytes // 4
+        return self._expected != self._told[0] or self.credit_urgent
+
+    @property
+    def credit_urgent(self) -> bool:
+        """Whether the peer may soon have to wait for it: it asked, or a quarter of the buffer is free unbeknown to it.
+
+        (A quarter: the peer then never stalls for what is free, and credits are not answered by credits.)
+        """
+        return self._asked or self._granted - self._told[1] >= self._receive_buffer_bytes // 4
 
     @property
     def _granted(self) -> int:
@@ -284,11 +308,14 @@ class LinkSession:
         self._take_credit(peer.next_sequence, peer.granted_bytes)
         return Opened(peer=peer, resumed=resumed, started_over=started_over)
 
-    def _take_credit(self, next_sequence: int, granted_bytes: int) -> Acknowledged:
+    def _check_acknowledged(self, next_sequence: int) -> None:
         if next_sequence > self._next_sequence:
             raise RemoteProtocolError(
                 Fault.OUT_OF_ORDER, f"chunk {next_sequence - 1} acknowledged, only {self._next_sequence} were sent"
             )
+
+    def _take_credit(self, next_sequence: int, granted_bytes: int) -> Acknowledged:
+        self._check_acknowledged(next_sequence)
         while self._kept and self._kept[0][0] < next_sequence:
             self.unacknowledged_bytes -= len(self._kept.popleft()[1])
         self._peer_granted = max(self._peer_granted, granted_bytes)  # a grant is never taken back
@@ -300,6 +327,7 @@ class LinkSession:
                 Fault.EPOCH, f"chunk {chunk.sequence} is of epoch {chunk.epoch}, this run is in {self.identity.epoch}"
             )
         if chunk.sequence < self._expected:
+            self._take_credit(chunk.next_sequence, chunk.granted_bytes)  # what it said then is still true
             return None  # a duplicate, sent again after a reconnect
         if chunk.sequence > self._expected:
             raise RemoteProtocolError(Fault.OUT_OF_ORDER, f"chunk {chunk.sequence} came where {self._expected} was due")
@@ -308,8 +336,11 @@ class LinkSession:
             raise RemoteProtocolError(
                 Fault.OVERDRAWN, f"chunk {chunk.sequence} exceeds the {self._granted} bytes granted so far"
             )
+        self._check_acknowledged(chunk.next_sequence)
         message = self._assembly.add(chunk)
+        self._take_credit(chunk.next_sequence, chunk.granted_bytes)
         self._expected += 1
+        self._asked |= chunk.acknowledge
         self._received_cost += cost
         if message is None:
             return None

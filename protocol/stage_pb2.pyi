@@ -52,18 +52,24 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("sequence", "epoch", "head", "crc32", "data")
+    __slots__ = ("sequence", "epoch", "head", "crc32", "data", "next_sequence", "granted_bytes", "acknowledge")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     epoch: int
     head: MessageHead
     crc32: int
     data: bytes
-    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    next_sequence: int
+    granted_bytes: int
+    acknowledge: bool
+    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[bool] = ...) -> None: ...
 
 class MessageHead(_message.Message):
     __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "loss_sum")

@@ -224,6 +224,8 @@ class LinkMachine(RuleBasedStateMachine):
                     here.acknowledged = max(here.acknowledged, event.next_sequence)
                 case PeerDone():
                     raise AssertionError("nobody said goodbye")
+        if isinstance(frame := decode_frame(raw, LIMITS), Chunk):  # it acknowledges as well
+            here.acknowledged = max(here.acknowledged, frame.next_sequence)
 
     @precondition(lambda self: any(end.kept for end in self.ends))
     @rule(side=sides, data=st.data())
@@ -818,6 +820,37 @@ def test_credit_is_due_when_it_says_something_new() -> None:
     assert not lower.credit_due
     lower.consume(event.cost_bytes)
     assert lower.credit_due
+
+
+def test_a_chunk_tells_what_a_credit_would() -> None:
+    upper, lower = pair()
+    [first, *_] = stamped(upper, message(0))
+    lower.receive(first)
+    assert lower.credit_due
+    [back, *_] = stamped(lower, message(1))
+    assert not lower.credit_due, "the chunk has said it"
+    assert len(upper.kept_frames()) == len(list(split(message(0), 64)))
+    upper.receive(back)
+    assert first not in upper.kept_frames()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_credit_is_urgent_only_where_the_peer_asked(asked: bool) -> None:
+    upper, lower = pair()
+    lower.receive(upper.stamp(head_of(0), b"", acknowledge=asked))
+    assert lower.credit_due
+    assert lower.credit_urgent is asked
+    lower.credit()
+    assert not lower.credit_due
+    assert not lower.credit_urgent
+
+
+def test_a_chunk_that_acknowledges_what_was_never_sent_is_refused_and_changes_nothing() -> None:
+    _, lower = pair()
+    chunk = Chunk(sequence=0, epoch=lower.identity.epoch, head=head_of(0), data=b"", next_sequence=1)
+    before = transfer_state(lower)
+    assert fault_of(lower, encode_frame(chunk)).fault is Fault.OUT_OF_ORDER
+    assert transfer_state(lower) == before
 
 
 def test_no_more_is_consumed_than_was_received() -> None:

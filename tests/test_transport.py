@@ -196,8 +196,8 @@ def test_unacknowledged_bytes_stay_below_the_window(join: Join) -> None:
         under_way: list[int] = []
         stamp = upper.session.stamp
 
-        def recording(*args: object) -> bytes:
-            frame = stamp(*args)
+        def recording(*args: object, acknowledge: bool) -> bytes:
+            frame = stamp(*args, acknowledge=acknowledge)
             under_way.append(upper.session.unacknowledged_bytes)
             return frame
 

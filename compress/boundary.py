@@ -1,4 +1,4 @@
-"""What a codec is: an in-graph half and a byte half, and the spec strings that name them.
+"""What a codec is: an in-graph half and a byte half.
 
 A codec compresses what crosses one pipeline boundary. Its *in-graph half* is what autograd sees: `Sender.encode` at the
 upstream stage maps hidden states (B, T, D) to a narrower wire tensor (B, T, W), `Receiver.decode` at the downstream
@@ -13,24 +13,16 @@ nothing but bytes, the two directions are packed independently, and any projecti
 Why a `Key` and not a random generator: what a message contains may depend on (seed, boundary, direction, step,
 microbatch) and codec state, never on the order in which messages were packed; with a counter-based generator (Salmon et
 al., SC'11, Philox) a resent, reordered or recomputed message has the same bits.
-
-Spec strings: `name[:key=value,...]`, such as `bf16`, `identity` or `mapl:r=64,anchors=factorized`. The options of a
-codec or format are the keyword parameters of its constructor, typed by their annotations. The name of a byte format
-alone means the identity codec with that format both ways.
 """
 
 from __future__ import annotations
 
-import difflib
 import enum
-import importlib
-import inspect
-import math
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -144,12 +136,48 @@ class ByteFormat(ABC):
             )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedTable:
+    """A table (entries, width) that the sender owns and the receiver needs: known to both from the configuration."""
+
+    name: str
+    entries: int
+    width: int
+    delta: str  # byte format of the changes that follow it downstream
+    gradient: str | None  # byte format of the receiver's half of its gradient; None: it sends none
+    every: int  # steps between two changes; 0: it never changes
+
+
 class Sender(nn.Module, ABC):
-    """The in-graph half at the upstream stage."""
+    """The in-graph half at the upstream stage.
+
+    A half with a learned table codes with what the receiver holds (`use_table`), never with what it has learned since
+    (`master`), so that both ends compute with the same bits whatever is under way.
+    """
 
     @abstractmethod
     def encode(self, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         """Hidden states (B, T, D) and their token ids (B, T), int64, to the wire tensor (B, T, W)."""
+
+    @property
+    def master(self) -> Tensor:
+        """The learned table as it is now (entries, width)."""
+        raise NotImplementedError
+
+    def use_table(self, table: Tensor) -> None:
+        """From now on code with `table`; its gradient is gathered from here on."""
+        raise NotImplementedError
+
+    def learn(self, gradient: Tensor | None, *, rate: float) -> None:
+        """One step of the table with the gradient gathered here and the receiver's half. `rate`: of matrices, now."""
+
+    def measures(self) -> dict[str, float]:
+        """Figures of the steps since the last call, for the records."""
+        return {}
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What is learned here and no optimizer of the stage holds."""
+        return {}
 
 
 class Receiver(nn.Module, ABC):
@@ -159,15 +187,38 @@ class Receiver(nn.Module, ABC):
     def decode(self, z_BTW: Tensor, ids_BT: Tensor) -> Tensor:
         """The wire tensor (B, T, W) and the token ids (B, T), int64, to hidden states (B, T, D)."""
 
+    def use_table(self, table: Tensor) -> None:
+        """From now on decode with `table`."""
+        raise NotImplementedError
+
+    def take_gradient(self) -> Tensor:
+        """This half's part of the table's gradient (entries, width), gathered since the last call."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageContext:
+    """What a stage's own part of a codec may know when it is built."""
+
+    seed: int
+    stage: int
+    width: int  # D, of the hidden states
+    vocab_size: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BoundaryContext:
-    """What a half may know when it is built; equal at both ends, so both draw equal initial values from it."""
+    """What a half may know when it is built. All but `tokens` is equal at both ends."""
 
     seed: int
     boundary: int  # 0-based: boundary b lies between stages b and b + 1
     width: int  # D, of the hidden states
     vocab_size: int
+    dtype: torch.dtype = torch.float32
+    device: torch.device | str = "cpu"
+    tokens: nn.Module | None = None  # what this stage's codec knows of its tokens (`Codec.tokens`), for both its halves
 
 
 class Codec(ABC):
@@ -176,10 +227,26 @@ class Codec(ABC):
     name: str
     default_forward: str  # spec of the byte format of activations
     default_backward: str  # and of gradients
+    table_scale: float = 0.0  # of the frozen token table that is a part of stage 0's embedding; 0: there is none
+
+    def check(self, width: int) -> None:
+        """Raises CodecError for options that do not fit hidden states of `width`, before anything is built."""
+        del width
 
     @abstractmethod
     def wire_width(self, width: int) -> int:
         """W, the numbers per token that cross the boundary, for hidden states of `width`."""
+
+    def table(self, width: int) -> LearnedTable | None:
+        """The table that the sender owns and the receiver needs, if any."""
+        del width
+        return None
+
+    def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
+        """What one stage knows of its tokens, shared by its halves at both its boundaries. Parameters in it that want a
+        gradient are trained by the stage's optimizer. `table_VD`: the token table, if `table_scale` is not 0."""
+        del context, table_VD
+        return None
 
     @abstractmethod
     def sender(self, context: BoundaryContext) -> Sender:
@@ -200,121 +267,3 @@ class BoundaryCodec:
 
     def format(self, direction: Direction) -> ByteFormat:
         return self.forward if direction is Direction.FORWARD else self.backward
-
-
-_CODECS: dict[str, type[Codec]] = {}
-_FORMATS: dict[str, type[ByteFormat]] = {}
-_BUILT_IN = ("formats", "identity")  # modules of this package that register something
-
-_C = TypeVar("_C", bound=type[Codec])
-_F = TypeVar("_F", bound=type[ByteFormat])
-
-
-def register_codec(cls: _C) -> _C:
-    """Class decorator: `cls.name` becomes a spec name."""
-    _register(_CODECS, cls.name, cls)
-    return cls
-
-
-def register_format(cls: _F) -> _F:
-    """Class decorator: `cls.id` becomes a spec name."""
-    _register(_FORMATS, cls.id, cls)
-    return cls
-
-
-def codec_names() -> list[str]:
-    _load_built_in()
-    return sorted(_CODECS)
-
-
-def format_names() -> list[str]:
-    _load_built_in()
-    return sorted(_FORMATS)
-
-
-def parse_codec(spec: str, forward: str | None = None, backward: str | None = None) -> BoundaryCodec:
-    """A fresh codec and formats from spec strings; without `forward`/`backward` the codec's own formats.
-
-    Raises CodecError for an unknown name, option or value, naming the nearest known one.
-    """
-    _load_built_in()
-    name = spec.partition(":")[0].strip()
-    if name in _FORMATS:  # "int8" is the identity codec with int8 both ways
-        codec, own_forward, own_backward = _build(_CODECS["identity"], "codec", "identity"), spec, spec
-    elif name in _CODECS:
-        codec = _build(_CODECS[name], "codec", spec)
-        own_forward, own_backward = codec.default_forward, codec.default_backward
-    else:
-        raise CodecError(f"unknown codec '{name}'{_nearest(name, [*_CODECS, *_FORMATS])}")
-    return BoundaryCodec(
-        codec=codec,
-        forward=parse_format(forward or own_forward),
-        backward=parse_format(backward or own_backward),
-    )
-
-
-def parse_format(spec: str) -> ByteFormat:
-    """A fresh byte format from its spec string. Raises CodecError as `parse_codec` does."""
-    _load_built_in()
-    name = spec.partition(":")[0].strip()
-    if name not in _FORMATS:
-        raise CodecError(f"unknown byte format '{name}'{_nearest(name, list(_FORMATS))}")
-    return _build(_FORMATS[name], "byte format", spec)
-
-
-def _load_built_in() -> None:
-    for module in _BUILT_IN:  # late, because these modules import this one
-        importlib.import_module(f".{module}", __package__)
-
-
-def _register(table: dict[str, Any], name: str, cls: type) -> None:
-    if name in _CODECS or name in _FORMATS:
-        raise ValueError(f"two codecs or formats are called '{name}'")
-    table[name] = cls
-
-
-_T = TypeVar("_T")
-
-
-def _build(factory: Callable[..., _T], kind: str, spec: str) -> _T:
-    name, colon, rest = spec.partition(":")
-    name = name.strip()
-    known = list(inspect.signature(factory).parameters)
-    types = get_type_hints(factory.__init__)  # pyright: ignore[reportFunctionMemberAccess]
-    options: dict[str, Any] = {}
-    for item in rest.split(",") if colon else ():
-        key, equals, text = (part.strip() for part in item.partition("="))
-        if not (key and equals and text):
-            raise CodecError(f"{kind} '{name}': options are key=value, separated by commas; got '{item.strip()}'")
-        if key not in known:
-            raise CodecError(f"{kind} '{name}' has no option '{key}'{_nearest(key, known)}")
-        if key in options:
-            raise CodecError(f"{kind} '{name}': option '{key}' is given twice")
-        options[key] = _convert(text, types[key], f"{kind} '{name}': option '{key}'")
-    return factory(**options)
-
-
-def _convert(text: str, kind: Any, where: str) -> Any:
-    if get_origin(kind) is Literal:
-        choices = {str(choice): choice for choice in get_args(kind)}
-        if text not in choices:
-            raise CodecError(f"{where} cannot be '{text}'{_nearest(text, list(choices))}")
-        return choices[text]
-    if kind is bool:
-        return _convert(text, Literal["true", "false"], where) == "true"
-    if kind is str:
-        return text
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise CodecError(f"{where} wants {'a whole' if kind is int else 'a finite'} number, got '{text}'")
-    return value
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    if not known:
-        return "; it has none"
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"; the nearest known one is '{found[0]}'" if found else f"; known: {', '.join(sorted(known))}"

@@ -34,7 +34,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import ByteFormat, CodecError, Direction, Key, Payload, register_format
+from .boundary import ByteFormat, CodecError, Direction, Key, Payload
+from .registry import register_format
 
 if sys.byteorder != "little":
     raise ImportError("thinpipe's wire formats are little-endian and are copied as they lie in memory")

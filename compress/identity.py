@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .boundary import BoundaryContext, Codec, Receiver, Sender, register_codec
+from .boundary import BoundaryContext, Codec, CodecError, Receiver, Sender
+from .registry import register_codec
 
 
 class IdentitySender(Sender):
@@ -29,8 +30,15 @@ class IdentityReceiver(Receiver):
 
 @register_codec
 class Identity(Codec):
+    """`table`: scale of the frozen token table in stage 0's embedding, which helps dense training too; 0 for none."""
+
     name = "identity"
     default_forward = default_backward = "fp32"  # the usual training dtype: by itself, identity loses nothing
+
+    def __init__(self, table: float = 0.0) -> None:
+        if table < 0:
+            raise CodecError(f"codec 'identity': table={table:g} is negative; 0 means no token table")
+        self.table_scale = table
 
     def wire_width(self, width: int) -> int:
         return width

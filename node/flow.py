@@ -24,6 +24,7 @@ from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
 from .link import Link
 from .metrics import Stopwatch, Tracer
+from .ports import Received
 
 T = TypeVar("T")
 Reporter = Callable[[str, str], None]  # (fault code, one line for people)
@@ -88,8 +89,9 @@ class Arrival:
     """A message and what it holds. `generation` tells apart processes at the other end (see `Link.generation`)."""
 
     message: Message
-    ids_BS: np.ndarray | None
-    tensor: Tensor | None
+    ids_BS: np.ndarray | None = None
+    received: Received | None = None  # from above
+    tensor: Tensor | None = None  # from below
     generation: int = 0
 
 

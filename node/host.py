@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compress.boundary import CodecError, parse_codec
+from ..compress.boundary import CodecError
+from ..compress.registry import parse_codec
 from ..protocol.errors import ProtocolError
 from ..protocol.session import Identity, LinkSession
 from ..sim.shaper import LinkError, LinkProfile
@@ -105,12 +106,19 @@ def check_device(config: RunConfig) -> None:
         raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
 
 
-def check_codec(config: RunConfig) -> None:
-    """Raises ConfigError for a codec or byte format that there is not."""
+def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None) -> None:
+    """Raises ConfigError for a codec or byte format that there is not, or that does not fit this model."""
     try:
-        parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
+        codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
+        if architecture is not None:
+            codec.check(architecture.hidden_size)
     except CodecError as error:
         raise ConfigError(str(error)) from None
+    if codec.table_scale and config.model.pretrained:
+        raise ConfigError(
+            f"codec '{codec.name}': table={codec.table_scale:g} adds a random table to embeddings that are trained "
+            f"already, those of {config.model.path}; say table=0"
+        )
 
 
 def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
@@ -119,15 +127,18 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     check_codec(config)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
     architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    check_codec(config, architecture)
     check_sliceable(architecture)
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
-    return Stage(config, architecture, stage), run_digest(config, architecture)
+    built = Stage(config, architecture, stage)
+    return built, run_digest(config, architecture, built.token_table_digest)
 
 
-def run_digest(config: RunConfig, architecture: PretrainedConfig) -> str:
-    """Hex SHA-256 of all that two neighbours must share: settings and architecture."""
-    return hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
+def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
+    """Hex SHA-256 of all that two neighbours must share: settings, architecture, and the table that each generated."""
+    whole = f"{config.digest()} {architecture_digest(architecture)} {token_table_digest}".strip()
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def prepare_corpus(config: RunConfig) -> Corpus:

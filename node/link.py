@@ -107,7 +107,7 @@ class Link:
     async def send(self, message: Message) -> None:
         """Queue a message; waits while more than the send buffer is queued (one message always fits)."""
         self.session.used = self.session.used or message.kind is not Kind.PROBE
-        size, out = len(message.token_ids) + len(message.body), self._outgoing
+        size, out = message.head.data_bytes, self._outgoing
         while len(out.queue) and out.queue.queued_bytes + size > self._send_buffer_bytes:
             out.moved.clear()
             await out.moved.wait()

@@ -100,6 +100,7 @@ def _check(config: RunConfig) -> int:
     LinkProfile.parse(config.link.link)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
     architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    check_codec(config, architecture)
     partition(architecture.num_hidden_layers, config.pipeline.stages)
     return architecture.hidden_size
 

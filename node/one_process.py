@@ -13,20 +13,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..protocol.framing import framed_bytes
-from ..protocol.messages import Chunk, Kind, Message, encode_frame, split
+from ..protocol.messages import Chunk, Kind, Message, encode_frame
 from ..protocol.schedule import Backward, Evaluate, Forward, get_schedule, interleave
 from ..sim.shaper import LinkProfile
 from .config import RunConfig
 from .data import vocabulary_size
-from .host import check_device, prepare_corpus
+from .host import check_codec, check_device, prepare_corpus
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
-from .outgoing import chunk_bytes_for
+from .outgoing import accounted_parts, chunk_bytes_for, framed_rows
+from .ports import Encoded
 from .runtime import draw
 from .stage import Stage
 
+TYPICAL_GRANT = 2**30
 Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
 
 
@@ -40,6 +43,7 @@ class OneProcess:
         self.corpus = prepare_corpus(config)
         vocab = vocabulary_size(config.data, config.model.vocab_size)
         architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+        check_codec(config, architecture)
         check_sliceable(architecture)
         self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
         self.watches = [Stopwatch() for _ in self.stages]
@@ -64,8 +68,9 @@ class OneProcess:
                     case Backward():
                         self._backward(index, step, action.microbatch)
                     case _:
+                        half = self._table_gradient(index, step)
                         with self.watches[index].measure("compute"):
-                            loss, stats = self.stages[index].finish(step)
+                            loss, stats = self.stages[index].finish(step, half)
                         self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started, cpu)
             train_s += time.perf_counter() - started
             self._cpu_s += time.process_time() - cpu
@@ -83,15 +88,15 @@ class OneProcess:
         stage, watch = self.stages[index], self.watches[index]
         if stage.upstream_port:
             with watch.measure("codec"):
-                ids_BS, z_in = stage.upstream_port.unpack_activation(self._take(index, kind))
+                ids_BS, received = stage.upstream_port.unpack_activation(self._take(index, kind))
         else:
-            ids_BS, z_in = draw(self.corpus, self.config, kind, step, microbatch), None
+            ids_BS, received = draw(self.corpus, self.config, kind, step, microbatch), None
         with watch.measure("compute"):
             evaluating = kind is Kind.EVALUATION
-            out = stage.evaluate(ids_BS, z_in) if evaluating else stage.forward(microbatch, ids_BS, z_in)
-        if stage.downstream_port is None:
-            return 0.0 if out is None else float(out)
-        assert out is not None
+            out = stage.evaluate(ids_BS, received) if evaluating else stage.forward(step, microbatch, ids_BS, received)
+        if not isinstance(out, Encoded):
+            return out or 0.0
+        assert stage.downstream_port
         with watch.measure("codec"):
             message = stage.downstream_port.pack_activation(out, ids_BS, step, microbatch, kind)
         self._send(index, index + 1, message)
@@ -112,6 +117,20 @@ class OneProcess:
             with watch.measure("codec"):
                 message = stage.upstream_port.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
             self._send(index, index - 1, message)
+            if (half := stage.gradient_to_send(step)) is not None:
+                assert stage.upstream_port.table
+                with watch.measure("codec"):
+                    message = stage.upstream_port.table.pack_gradient(half, step)
+                self._send(index, index - 1, message)
+
+    def _table_gradient(self, index: int, step: int) -> Tensor | None:
+        stage = self.stages[index]
+        if not stage.awaits_gradient(step):
+            return None
+        assert stage.downstream_port
+        assert stage.downstream_port.table
+        with self.watches[index].measure("codec"):
+            return stage.downstream_port.table.unpack_gradient(self._take(index, Kind.PROJECTOR_GRADIENT))
 
     def _evaluate(self, step: int) -> float:
         count, loss_sum = self.config.evaluation_microbatches, 0.0
@@ -149,6 +168,7 @@ class OneProcess:
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
             rss_bytes=rss_bytes(),
+            codec=self.stages[index].measures(),
             **self.watches[index].take(),
         )
 
@@ -193,15 +213,17 @@ def _link_record(stage: int, name: str, rows: Counter[str]) -> dict[str, object]
 
 def accounted(message: Message, chunk_bytes: int) -> Counter[str]:
     """Framed bytes by kind of a message cut into chunks, as `node.link` counts them on the wire."""
-    rows: Counter[str] = Counter()
-    total = 0
-    for sequence, (head, data) in enumerate(split(message, chunk_bytes)):
-        # Sequence numbers are varints; a typical one stands for all.
-        total += framed_bytes(len(encode_frame(Chunk(sequence=1000 + sequence, epoch=0, head=head, data=data))))
-    if message.kind in (Kind.EVALUATION, Kind.EVALUATION_LOSS):
-        rows["evaluation"] = total
-        return rows
-    rows["activation" if message.kind is Kind.ACTIVATION else "gradient"] = len(message.body)
-    rows["token_ids"] = len(message.token_ids)
-    rows["framing"] = total - len(message.body) - len(message.token_ids)
-    return rows
+    total: Counter[str] = Counter()
+    for sequence, (head, data, rows) in enumerate(accounted_parts(message, chunk_bytes)):
+        # Numbers are varints; typical ones stand for all.
+        chunk = Chunk(
+            sequence=1000 + sequence,
+            epoch=0,
+            head=head,
+            data=data,
+            next_sequence=1000,
+            granted_bytes=TYPICAL_GRANT,
+            acknowledge=True,
+        )
+        total.update(framed_rows(rows, framed_bytes(len(encode_frame(chunk)))))
+    return total

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +34,9 @@ ROW = {
     Kind.EVALUATION: "evaluation",
     Kind.EVALUATION_LOSS: "evaluation",
     Kind.PROBE: "probe",
+    Kind.PROJECTOR_GRADIENT: "projector_gradient",
 }
+APART = ("evaluation", "probe")  # counted whole, outside the ratio
 
 Write = Callable[[bytes], Awaitable[None]]
 
@@ -46,14 +48,36 @@ def chunk_bytes_for(profile: LinkProfile) -> int:
     return min(256 * 1024, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
+def accounted_parts(
+    message: Message, chunk_bytes: int
+) -> Iterator[tuple[Head | None, bytes | memoryview, dict[str, int]]]:
+    """The parts of a message (`protocol.messages.split`), each with its data bytes by kind."""
+    row = ROW[message.kind]
+    left = {"token_ids": len(message.token_ids), "dictionary": len(message.dictionary), row: len(message.body)}
+    if row in APART:
+        left = {row: sum(left.values())}
+    for head, data in split(message, chunk_bytes):
+        rows, room = {}, len(data)
+        for name in left:
+            rows[name] = min(left[name], room)
+            left[name] -= rows[name]
+            room -= rows[name]
+        yield head, data, {name: count for name, count in rows.items() if count or name == row}
+
+
+def framed_rows(rows: dict[str, int], framed: int) -> dict[str, int]:
+    """The same with what the frame around the data takes: a row of its own, or in the row of what is counted whole."""
+    (first, *_), framing = rows, framed - sum(rows.values())
+    return {first: framed} if first in APART else {**rows, "framing": framing}
+
+
 @dataclass(slots=True, kw_only=True)
 class _Part:
-    """A queued part of a message and how its bytes are accounted."""
+    """A queued part of a message and how its data bytes are accounted."""
 
     head: Head | None
     data: bytes | memoryview
-    row: str
-    token_ids: int
+    rows: dict[str, int]
 
 
 _Item = _Part | Literal["credit", "goodbye"]
@@ -128,12 +152,8 @@ class Outgoing:
     def push(self, message: Message) -> None:
         """Queue a message, whole."""
         now = self._clock()
-        ids_left = len(message.token_ids)
-        row = ROW[message.kind]
-        for head, data in split(message, self._chunk_bytes):
-            ids = min(ids_left, len(data))
-            ids_left -= ids
-            part = _Part(head=head, data=data, row=row, token_ids=ids)
+        for head, data, rows in accounted_parts(message, self._chunk_bytes):
+            part = _Part(head=head, data=data, rows=rows)
             self.queue.push(part, framed_bytes(len(data)), control=False, now_s=now)
         self._admit.set()
 
@@ -247,11 +267,7 @@ class Outgoing:
         assert isinstance(item, _Part)
         under_way = self.session.unacknowledged_bytes + len(item.data)
         frame = self.session.stamp(item.head, item.data, acknowledge=under_way > ASK_SHARE * self.window_bytes)
-        total = framed_bytes(len(frame))
-        if item.row in ("evaluation", "probe"):
-            return frame, {item.row: total}
-        rows = {item.row: len(item.data) - item.token_ids, "token_ids": item.token_ids}
-        return frame, {**rows, "framing": total - len(item.data)}
+        return frame, framed_rows(item.rows, framed_bytes(len(frame)))
 
     def _enter_line(
         self, frame: bytes, rows: dict[str, int], enqueued_s: float, eligible_s: float, item: _Item | None = None

@@ -9,16 +9,27 @@ What a message contains is a function of (seed, boundary, direction, step, micro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..compress.bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from ..compress.boundary import BoundaryCodec, BoundaryContext, ByteFormat, CodecError, Direction, Key, Payload
+from ..compress.boundary import (
+    BoundaryCodec,
+    BoundaryContext,
+    ByteFormat,
+    CodecError,
+    Direction,
+    Key,
+    LearnedTable,
+    Payload,
+)
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Limits, Message
+from .tables import TableReceiver, TableSender, dictionary_of, gradient_bytes
 
 # Evaluation happens at a step too; its random keys (codecs that use any) must not repeat those of training.
 EVALUATION_MICROBATCH_OFFSET = 2**31
@@ -36,6 +47,8 @@ class BoundaryShape:
     vocab_size: int
     forward: ByteFormat
     backward: ByteFormat
+    table: LearnedTable | None
+    dtype: torch.dtype
 
     @classmethod
     def of(
@@ -50,6 +63,8 @@ class BoundaryShape:
             vocab_size=context.vocab_size,
             forward=codec.forward,
             backward=codec.backward,
+            table=codec.codec.table(context.width),
+            dtype=context.dtype,
         )
 
     @property
@@ -70,10 +85,28 @@ class BoundaryShape:
         """The largest message that may come from the neighbour, in either direction."""
         ids_bytes = packed_bytes(self.token_ids, self.token_id_bits)
         body_bytes = max(self.forward.body_bytes(self.z_shape), self.backward.body_bytes(self.z_shape))
-        return Limits(message_bytes=ids_bytes + body_bytes)
+        delta_bytes = dictionary_of(self.table, self.dtype).delta_bytes_max if self.table else 0
+        return Limits(message_bytes=max(ids_bytes + delta_bytes + body_bytes, gradient_bytes(self.table)))
 
     def key(self, direction: Direction, step: int, microbatch: int) -> Key:
         return Key(seed=self.seed, boundary=self.boundary, direction=direction, step=step, microbatch=microbatch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What a stage gives the one below: z, the version of the table that coded it, the change that leads to it."""
+
+    z_BTW: Tensor
+    coded_with: dict[str, Any] = field(default_factory=dict)
+    delta: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Received:
+    """What a stage has from the one above: z, and the learned table if it changed with this message."""
+
+    z_BTW: Tensor
+    table: Tensor | None = None
 
 
 class DownstreamPort:
@@ -82,18 +115,20 @@ class DownstreamPort:
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self._dtype, self._device = dtype, device
+        self.table = _table_end(TableSender, shape, device)
 
-    def pack_activation(self, z_BTW: Tensor, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> Message:
+    def pack_activation(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> Message:
         """An ACTIVATION or EVALUATION message. Raises CodecError for a value that must not be sent."""
         offset = EVALUATION_MICROBATCH_OFFSET if kind is Kind.EVALUATION else 0
-        payload = self.shape.forward.pack(z_BTW, self.shape.key(Direction.FORWARD, step, microbatch + offset))
+        payload = self.shape.forward.pack(out.z_BTW, self.shape.key(Direction.FORWARD, step, microbatch + offset))
         return Message(
             kind=kind,
             step=step,
             microbatch=microbatch,
             codec=payload.codec,
-            codec_header=payload.header,
+            codec_header={**payload.header, **out.coded_with},
             token_ids=pack_bits(ids_BS.reshape(-1), self.shape.token_id_bits),
+            dictionary=out.delta,
             body=payload.body,
         )
 
@@ -108,16 +143,25 @@ class UpstreamPort:
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self._dtype, self._device = dtype, device
+        self.table = _table_end(TableReceiver, shape, device)
 
-    def unpack_activation(self, message: Message) -> tuple[np.ndarray, Tensor]:
-        """(token ids (B, T+1), z (B, T, W)). Raises RemoteProtocolError."""
+    def unpack_activation(self, message: Message) -> tuple[np.ndarray, Received]:
+        """Token ids (B, T+1), and z (B, T, W) with the table that it needs. Raises RemoteProtocolError.
+
+        Messages have to come in order: each may bring a change of the table.
+        """
         shape = self.shape
         try:
             ids = unpack_bits(bytes(message.token_ids), shape.token_id_bits, shape.token_ids, shape.vocab_size)
         except CodecError as error:
             raise RemoteProtocolError(Fault.PAYLOAD, f"{_where(message, shape)}: token ids: {error}") from None
         z_BTW = _unpack(message, shape.forward, shape, self._dtype, self._device)
-        return ids.reshape(shape.microbatch_size, shape.sequence_length + 1), z_BTW
+        if self.table is None and len(message.dictionary):
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED, f"{_where(message, shape)}: a change of a table, but none is here"
+            )
+        table = self.table.follow(message) if self.table else None
+        return ids.reshape(shape.microbatch_size, shape.sequence_length + 1), Received(z_BTW=z_BTW, table=table)
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         """A GRADIENT message, with the microbatch's loss beside it. Raises CodecError."""
@@ -131,6 +175,15 @@ class UpstreamPort:
             body=payload.body,
             loss_sum=loss_sum,
         )
+
+
+_End = TypeVar("_End", TableSender, TableReceiver)
+
+
+def _table_end(end: type[_End], shape: BoundaryShape, device: torch.device) -> _End | None:
+    if shape.table is None:
+        return None
+    return end(shape.table, epoch=0, seed=shape.seed, boundary=shape.boundary, dtype=shape.dtype, device=device)
 
 
 def _where(message: Message, shape: BoundaryShape) -> str:

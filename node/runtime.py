@@ -11,7 +11,6 @@ import asyncio
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
@@ -22,6 +21,7 @@ from .data import Corpus
 from .flow import Arrival, Intake, Outbox, Reporter, Worker
 from .link import Link
 from .metrics import Lap, MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
+from .ports import Encoded, Received
 from .stage import Stage
 
 
@@ -55,6 +55,7 @@ class Node:
         self._to_above = above and Outbox(above, self._codec)
         self._to_below = below and Outbox(below, self._codec)
         self._evaluation_sum = 0.0
+        self._follows = 0  # the link's generation that the table above comes from
         self._train_s = 0.0
         self._cpu_s = 0.0
 
@@ -114,8 +115,7 @@ class Node:
                     case Backward():
                         await self._backward(step, action.microbatch)
                     case _:
-                        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
-                        grad_norm = stats.grad_norm
+                        loss, grad_norm = await self._finish(step)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
@@ -126,10 +126,10 @@ class Node:
     # -- actions ------------------------------------------------------------------------------------------------
 
     async def _forward(self, step: int, microbatch: int) -> None:
-        ids_BS, z_in = await self._input(Kind.ACTIVATION, step, microbatch)
-        z_out = await self._compute.run(f"forward {microbatch}", self.stage.forward, microbatch, ids_BS, z_in)
-        if z_out is not None:
-            await self._send_below(z_out, ids_BS, step, microbatch, Kind.ACTIVATION)
+        ids_BS, received = await self._input(Kind.ACTIVATION, step, microbatch)
+        out = await self._compute.run(f"forward {microbatch}", self.stage.forward, step, microbatch, ids_BS, received)
+        if out is not None:
+            await self._send_below(out, ids_BS, step, microbatch, Kind.ACTIVATION)
 
     async def _backward(self, step: int, microbatch: int) -> None:
         dz_out, loss_sum = None, None
@@ -143,6 +143,18 @@ class Node:
             assert dz_in is not None
             pack = lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum)  # noqa: E731
             await self._to_above.put(f"pack gradient {microbatch}", pack)
+            if (half := self.stage.gradient_to_send(step)) is not None:
+                table = port.table
+                assert table is not None
+                await self._to_above.put("pack projector gradient", lambda: table.pack_gradient(half, step))
+
+    async def _finish(self, step: int) -> tuple[float, float]:
+        """(mean loss, gradient norm) of the step that ends here."""
+        table_gradient = None
+        if self._from_below and self.stage.awaits_gradient(step):
+            table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
+        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, table_gradient)
+        return loss, stats.grad_norm
 
     async def _evaluate(self, step: int) -> None:
         count, loss_sum = self.config.evaluation_microbatches, 0.0
@@ -150,13 +162,13 @@ class Node:
             stage=self.stage.index, stages=self.config.pipeline.stages, microbatches=count
         ):
             assert isinstance(action, Evaluate)
-            ids_BS, z_in = await self._input(Kind.EVALUATION, step, action.microbatch)
+            ids_BS, received = await self._input(Kind.EVALUATION, step, action.microbatch)
             name = f"evaluate {action.microbatch}"
-            out = await self._compute.run(name, self.stage.evaluate, ids_BS, z_in)
-            if self.stage.last:
-                loss_sum += float(out)
-            else:
+            out = await self._compute.run(name, self.stage.evaluate, ids_BS, received)
+            if isinstance(out, Encoded):
                 await self._send_below(out, ids_BS, step, action.microbatch, Kind.EVALUATION)
+            else:
+                loss_sum += out
         if self._from_below:
             arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0)
             loss_sum = arrival.message.loss_sum
@@ -166,11 +178,11 @@ class Node:
         tokens = count * self.config.microbatch_size * self.config.data.sequence_length
         self._metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
 
-    async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, Tensor | None]:
+    async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, Received | None]:
         if self._from_above:
             arrival = await self._wait(self._from_above, kind, step, microbatch)
             assert arrival.ids_BS is not None
-            return arrival.ids_BS, arrival.tensor
+            return arrival.ids_BS, arrival.received
         assert self.corpus is not None
         return draw(self.corpus, self.config, kind, step, microbatch), None
 
@@ -178,11 +190,11 @@ class Node:
         with self._watch.waiting():
             return await intake.get(kind, step, microbatch, self.config.link.progress_timeout_s)
 
-    async def _send_below(self, z: Tensor, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
+    async def _send_below(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
         port = self.stage.downstream_port
         assert port is not None
         assert self._to_below
-        pack = lambda: port.pack_activation(z, ids_BS, step, microbatch, kind)  # noqa: E731
+        pack = lambda: port.pack_activation(out, ids_BS, step, microbatch, kind)  # noqa: E731
         await self._to_below.put(f"pack activation {microbatch}", pack)
 
     def _unpack_activation(self, message: Message) -> Arrival:
@@ -190,17 +202,23 @@ class Node:
         assert port is not None
         if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
-        ids_BS, z_in = port.unpack_activation(message)
-        return Arrival(message=message, ids_BS=ids_BS, tensor=z_in)
+        assert self.above is not None
+        if port.table and self._follows != self.above.generation:
+            self._follows = self.above.generation
+            port.table.forget()
+        ids_BS, received = port.unpack_activation(message)
+        return Arrival(message=message, ids_BS=ids_BS, received=received)
 
     def _unpack_from_below(self, message: Message) -> Arrival:
         port = self.stage.downstream_port
         assert port is not None
         if message.kind is Kind.EVALUATION_LOSS:
-            return Arrival(message=message, ids_BS=None, tensor=None)
+            return Arrival(message=message)
+        if message.kind is Kind.PROJECTOR_GRADIENT and port.table:
+            return Arrival(message=message, tensor=port.table.unpack_gradient(message))
         if message.kind is not Kind.GRADIENT:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
-        return Arrival(message=message, ids_BS=None, tensor=port.unpack_gradient(message))
+        return Arrival(message=message, tensor=port.unpack_gradient(message))
 
     # -- records ------------------------------------------------------------------------------------------------
 
@@ -221,6 +239,7 @@ class Node:
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={link.name: dict(link.sent) for link in self._links},
             rss_bytes=rss_bytes(),
+            codec=self.stage.measures(),
             **spent,
         )
 

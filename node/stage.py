@@ -13,18 +13,21 @@ from __future__ import annotations
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..compress.boundary import BoundaryCodec, BoundaryContext, parse_codec
+from ..compress.anchors import token_table
+from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
+from ..compress.registry import parse_codec
 from .config import RunConfig
 from .model import build_stage
 from .optim import OptimStats, StageOptimizer
-from .ports import BoundaryShape, DownstreamPort, UpstreamPort
+from .ports import BoundaryShape, DownstreamPort, Encoded, Received, UpstreamPort
+from .tables import gradient_due, moves_after
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -68,6 +71,7 @@ class Stage:
         )
         self.upstream_port: UpstreamPort | None = None
         self.downstream_port: DownstreamPort | None = None
+        self.token_table_digest, self.tokens = self._tokens()
         if not self.first:
             codec, context, shape = self._boundary(index - 1)
             self.receiver = codec.codec.receiver(context).to(self.device, self.dtype)
@@ -76,16 +80,57 @@ class Stage:
             codec, context, shape = self._boundary(index)
             self.sender = codec.codec.sender(context).to(self.device, self.dtype)
             self.downstream_port = DownstreamPort(shape, dtype=self.dtype, device=self.device)
-        self.optimizer = StageOptimizer(self.model.full_names(), config.optim, total_steps=config.run.steps)
+        self.optimizer = StageOptimizer(self._trained(), config.optim, total_steps=config.run.steps)
+        self._backwards = 0
         self._saved: dict[int, _Saved] = {}
+        self._begun = False  # this step's first forward is done
         self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, as far as known in this step
+
+    def _tokens(self) -> tuple[str, nn.Module | None]:
+        """The digest of the frozen token table, which all stages must generate alike ("" where there is none), and what
+        the codec knows of tokens on this stage."""
+        config = self.config
+        codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
+        context = StageContext(
+            seed=config.run.seed,
+            stage=self.index,
+            width=self.model.width,
+            vocab_size=self.model.vocab_size,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        table_VD, digest = None, ""
+        if codec.table_scale:
+            table_VD = token_table(
+                config.run.seed,
+                self.model.vocab_size,
+                self.model.width,
+                codec.table_scale,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            digest = hashlib.sha256(table_VD.cpu().numpy().tobytes()).hexdigest()
+            if self.first:
+                self.model.token_table_VD = table_VD
+        return digest, codec.tokens(context, table_VD) if config.pipeline.stages > 1 else None
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What the stage's optimizer moves: the model, and what the codec knows of tokens."""
+        learned = [] if self.tokens is None else list(self.tokens.named_parameters(prefix=f"codec.stage_{self.index}"))
+        return [*self.model.full_names(), *learned]
 
     def _boundary(self, boundary: int) -> tuple[BoundaryCodec, BoundaryContext, BoundaryShape]:
         """A boundary as the configuration says it is; each end builds its own and uses one half of it."""
         config = self.config
         codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
         context = BoundaryContext(
-            seed=config.run.seed, boundary=boundary, width=self.model.width, vocab_size=self.model.vocab_size
+            seed=config.run.seed,
+            boundary=boundary,
+            width=self.model.width,
+            vocab_size=self.model.vocab_size,
+            dtype=self.dtype,
+            device=self.device,
+            tokens=self.tokens,
         )
         shape = BoundaryShape.of(
             codec,
@@ -112,8 +157,11 @@ class Stage:
         logits_NV = out.flatten(0, 1).to(self.dtype)
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
 
-    def forward(self, microbatch: int, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor | None:
-        """z_BTW to send on, detached, or None from the last stage, which knows the loss now."""
+    def forward(self, step: int, microbatch: int, ids_BS: np.ndarray, received: Received | None) -> Encoded | None:
+        """What to send on, or None from the last stage, which knows the loss now."""
+        delta = self._publish(step) if not self._begun else b""
+        self._begun = True
+        z_in = self._accept(received)
         if z_in is not None:
             z_in.requires_grad_(True)
         out = self._run(ids_BS, z_in)
@@ -121,7 +169,29 @@ class Stage:
         if self.last:
             self.losses[microbatch] = float(out.detach())
             return None
-        return out.detach()
+        return self._encoded(out.detach(), delta)
+
+    def _publish(self, step: int) -> bytes:
+        """At a step's start, what the stage below has to know of this boundary's table before it can decode."""
+        table = self.downstream_port and self.downstream_port.table
+        published = table.publish(self.sender.master, step) if table else None
+        if published is None:
+            return b""
+        delta, shipped = published
+        self.sender.use_table(shipped)
+        return delta
+
+    def _accept(self, received: Received | None) -> Tensor | None:
+        if received is None:
+            return None
+        if received.table is not None:
+            self.receiver.use_table(received.table)
+        return received.z_BTW
+
+    def _encoded(self, z_BTW: Tensor, delta: bytes = b"") -> Encoded:
+        assert self.downstream_port
+        table = self.downstream_port.table
+        return Encoded(z_BTW=z_BTW, coded_with=table.coded_with if table else {}, delta=delta)
 
     def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
         """dL/dz (B, T, W) for the stage above, or None from the first stage.
@@ -132,24 +202,61 @@ class Stage:
         if loss_sum is not None:
             self.losses[microbatch] = loss_sum
         torch.autograd.backward(saved.out, dz_out)
+        self._backwards += 1
         return None if saved.z_in is None else saved.z_in.grad
 
-    def finish(self, step: int) -> tuple[float, OptimStats]:
-        """The optimizer's step; returns the mean token loss of the step and what the optimizer did."""
+    def gradient_to_send(self, step: int) -> Tensor | None:
+        """This stage's half of the gradient of the table above, once the step's last backward is done, where due."""
+        table = self.upstream_port and self.upstream_port.table
+        if self._backwards < self.config.pipeline.microbatches or not table or not gradient_due(table.table, step):
+            return None
+        return self.receiver.take_gradient()
+
+    def awaits_gradient(self, step: int) -> bool:
+        """Whether `finish` needs the other half of the gradient of the table below."""
+        table = self.downstream_port and self.downstream_port.table
+        return bool(table) and gradient_due(table.table, step)
+
+    def finish(self, step: int, table_gradient: Tensor | None = None) -> tuple[float, OptimStats]:
+        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did.
+
+        `table_gradient`: the receiver's half for the table below, where `awaits_gradient` says so.
+        """
         tokens = self.config.tokens_per_step
+        self._begun, self._backwards = False, 0
+        table = self.downstream_port and self.downstream_port.table
+        if table and moves_after(table.table, step):
+            rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
+            self.sender.learn(table_gradient, rate=rate)
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
         return loss, self.optimizer.step(step, tokens)
 
     @torch.no_grad()
-    def evaluate(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
-        """z_BTW to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
-        return self._run(ids_BS, z_in)
+    def evaluate(self, ids_BS: np.ndarray, received: Received | None) -> Encoded | float:
+        """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
+        out = self._run(ids_BS, self._accept(received))
+        return float(out) if self.last else self._encoded(out)
+
+    def measures(self) -> dict[str, float]:
+        """Figures of the codec below since the last call."""
+        return {} if self.last else self.sender.measures()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that training changes here, by name."""
-        weights = {f"weight/{name}": parameter.detach() for name, parameter in self.model.full_names()}
-        return {**weights, **self.optimizer.state_tensors()}
+        weights = {f"weight/{name}": parameter.detach() for name, parameter in self._trained()}
+        owners: dict[str, Any] = {}
+        if self.upstream_port and self.upstream_port.table:
+            owners["table_above"] = self.upstream_port.table
+        if self.downstream_port:
+            owners |= {"sender": self.sender, "table_below": self.downstream_port.table}
+        learned = {
+            f"codec/{owner}/{name}": tensor
+            for owner, part in owners.items()
+            if part is not None
+            for name, tensor in part.state_tensors().items()
+        }
+        return {**weights, **self.optimizer.state_tensors(), **learned}
 
     def state_sha256(self) -> str:
         """Digest of names, types, shapes and bits; equal digests mean bit-identical state."""

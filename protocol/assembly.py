@@ -58,7 +58,7 @@ class Assembly:
         self._filled = filled
         if filled < head.data_bytes:
             return None
-        data = memoryview(self._buffer)
+        data, tensor = memoryview(self._buffer), head.token_ids_bytes + head.dictionary_bytes
         self._head, self._buffer, self._filled = None, bytearray(), 0
         return Message(
             kind=head.kind,
@@ -67,6 +67,7 @@ class Assembly:
             codec=head.codec,
             codec_header=head.codec_header,
             token_ids=data[: head.token_ids_bytes],
-            body=data[head.token_ids_bytes :],
+            dictionary=data[head.token_ids_bytes : tensor],
+            body=data[tensor:],
             loss_sum=head.loss_sum,
         )

@@ -44,6 +44,7 @@ class Kind(IntEnum):
     GRADIENT = 2
     EVALUATION = 3
     EVALUATION_LOSS = 4
+    PROJECTOR_GRADIENT = 6  # the receiver's half of the gradient of a learned projector, once a step
     PROBE = 5  # ballast that measures the link; the receiver drops it
 
 
@@ -69,20 +70,23 @@ class Head:
     codec: str = ""
     codec_header: dict[str, Any] = field(default_factory=dict)
     token_ids_bytes: int = 0
+    dictionary_bytes: int = 0
     body_bytes: int = 0
     loss_sum: float = 0.0
 
     @property
     def data_bytes(self) -> int:
-        return self.token_ids_bytes + self.body_bytes
+        return self.token_ids_bytes + self.dictionary_bytes + self.body_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """What one stage tells its neighbour about one microbatch.
 
-    token_ids: bit-packed ids (forward only, else empty). body: the tensor as `codec` packed it. loss_sum: sum of the
-    microbatch's token losses, which travels upstream beside the gradient so that every stage knows it.
+    token_ids: bit-packed ids (forward only, else empty). dictionary: the change of the decoder's dictionary that leads
+    to the version with which the tensor was coded (`protocol.dictionary`), mostly empty. body: the tensor as `codec`
+    packed it. loss_sum: sum of the microbatch's token losses, which travels upstream beside the gradient so that every
+    stage knows it.
     """
 
     kind: Kind
@@ -91,6 +95,7 @@ class Message:
     codec: str = ""
     codec_header: dict[str, Any] = field(default_factory=dict)
     token_ids: bytes | memoryview = b""
+    dictionary: bytes | memoryview = b""
     body: bytes | memoryview = b""
     loss_sum: float = 0.0
 
@@ -103,6 +108,7 @@ class Message:
             codec=self.codec,
             codec_header=self.codec_header,
             token_ids_bytes=memoryview(self.token_ids).nbytes,
+            dictionary_bytes=memoryview(self.dictionary).nbytes,
             body_bytes=memoryview(self.body).nbytes,
             loss_sum=self.loss_sum,
         )
@@ -160,16 +166,18 @@ Frame = Greeting | Refusal | Chunk | Credit | Goodbye
 def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, bytes | memoryview]]:
     """The parts of a message, each at most `chunk_bytes` of data; the first one carries the head.
 
-    Token ids and body are never in one part unless both fit whole, so that no part has to be copied together twice.
+    Token ids, dictionary and body share a part only where the whole message is one, so that no part is copied twice.
     Raises LocalProtocolError, before the first part, for a head that the peer would refuse.
     """
     head: Head | None = message.head
     _head_to_pb(message.head)
-    ids, body = memoryview(message.token_ids).cast("B"), memoryview(message.body).cast("B")
-    if len(ids) + len(body) <= chunk_bytes:
-        yield head, bytes(ids) + bytes(body) if len(ids) and len(body) else (ids or body)
+    sections = [
+        memoryview(part).cast("B") for part in (message.token_ids, message.dictionary, message.body) if len(part)
+    ]
+    if sum(map(len, sections)) <= chunk_bytes:
+        yield head, sections[0] if len(sections) == 1 else b"".join(sections)
         return
-    for section in (ids, body):
+    for section in sections:
         for start in range(0, len(section), chunk_bytes):
             yield head, section[start : start + chunk_bytes]
             head = None
@@ -218,6 +226,7 @@ def _head_to_pb(head: Head) -> pb.MessageHead:
         codec=head.codec,
         codec_header=encode_header(head.codec, head.codec_header),
         token_ids_bytes=head.token_ids_bytes,
+        dictionary_bytes=head.dictionary_bytes,
         body_bytes=head.body_bytes,
         loss_sum=head.loss_sum,
     )
@@ -230,8 +239,8 @@ def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
     codec = head.codec.encode()
     flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head"), chunk.acknowledge]
     numbers = [chunk.sequence, chunk.epoch, head.step, head.token_ids_bytes, head.body_bytes]
-    numbers += [chunk.next_sequence, chunk.granted_bytes]
-    envelope = struct.pack("<6I7Qd", *flags, *numbers, head.loss_sum)
+    numbers += [head.dictionary_bytes, chunk.next_sequence, chunk.granted_bytes]
+    envelope = struct.pack("<6I8Qd", *flags, *numbers, head.loss_sum)
     return zlib.crc32(data, zlib.crc32(envelope + codec + head.codec_header))
 
 
@@ -289,7 +298,7 @@ def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:
     if head.kind not in Kind._value2member_map_:
         raise RemoteProtocolError(Fault.MALFORMED, f"message kind {head.kind} is unknown")
     _check_head(Kind(head.kind).name.lower(), head.step, head.microbatch, head.codec, head.loss_sum)
-    if (total := head.token_ids_bytes + head.body_bytes) > limits.message_bytes:
+    if (total := head.token_ids_bytes + head.dictionary_bytes + head.body_bytes) > limits.message_bytes:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a message of {total} bytes, at most {limits.message_bytes} here")
     return Head(
         kind=Kind(head.kind),
@@ -298,6 +307,7 @@ def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:
         codec=head.codec,
         codec_header=decode_header(head.codec_header),
         token_ids_bytes=head.token_ids_bytes,
+        dictionary_bytes=head.dictionary_bytes,
         body_bytes=head.body_bytes,
         loss_sum=head.loss_sum,
     )

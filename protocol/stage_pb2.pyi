@@ -72,7 +72,7 @@ class Chunk(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[bool] = ...) -> None: ...
 
 class MessageHead(_message.Message):
-    __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "loss_sum")
+    __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "dictionary_bytes", "loss_sum")
     KIND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
@@ -80,6 +80,7 @@ class MessageHead(_message.Message):
     CODEC_HEADER_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_BYTES_FIELD_NUMBER: _ClassVar[int]
     BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DICTIONARY_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
     kind: int
     step: int
@@ -88,8 +89,9 @@ class MessageHead(_message.Message):
     codec_header: bytes
     token_ids_bytes: int
     body_bytes: int
+    dictionary_bytes: int
     loss_sum: float
-    def __init__(self, kind: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., codec: _Optional[str] = ..., codec_header: _Optional[bytes] = ..., token_ids_bytes: _Optional[int] = ..., body_bytes: _Optional[int] = ..., loss_sum: _Optional[float] = ...) -> None: ...
+    def __init__(self, kind: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., codec: _Optional[str] = ..., codec_header: _Optional[bytes] = ..., token_ids_bytes: _Optional[int] = ..., body_bytes: _Optional[int] = ..., dictionary_bytes: _Optional[int] = ..., loss_sum: _Optional[float] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("next_sequence", "granted_bytes")

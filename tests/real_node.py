@@ -21,7 +21,8 @@ import grpc.aio
 import numpy as np
 import torch
 from thinpipe.compress.bits import bit_width, pack_bits
-from thinpipe.compress.boundary import Direction, Key, parse_format
+from thinpipe.compress.boundary import Direction, Key
+from thinpipe.compress.registry import parse_format
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import vocabulary_size
 from thinpipe.node.host import run_digest

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.compress.bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from thinpipe.compress.boundary import CodecError, Direction, Key, Payload, parse_format
+from thinpipe.compress.boundary import CodecError, Direction, Key, Payload
+from thinpipe.compress.registry import parse_format
 
 laws = settings(deadline=None, max_examples=100)
 F32_MAX = torch.finfo(torch.float32).max

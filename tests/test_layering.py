@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "compress": {"compress"},
     "protocol": {"protocol"},
 }
-SANS_IO = {"torch", "asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "numpy", "subprocess"}
+SANS_IO = {"torch", "asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "subprocess"}
 FOREIGN = {
     "protocol": SANS_IO,
     "compress": {"asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "transformers"},

@@ -3,14 +3,16 @@
 Written without the package: plain autograd over the whole batch at once, the mean loss, AdamW as in its paper, and a
 Muon whose matrix sign comes from a singular value decomposition: the published polynomials are applied to the singular
 values as numbers, where `compress.stiefel` multiplies matrices. Everything is float64.
+
+`Projector` is the same for a matrix that is learned on the Stiefel manifold (SPEL): plain formulas and SVDs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +57,48 @@ def matrix_sign(g: Tensor, polynomials: str) -> Tensor:
     return u @ torch.diag(s) @ vt
 
 
+@dataclass(kw_only=True)
+class Projector:
+    """A matrix (D, R) that is learned at `rate` times Muon's rate, once in `every` steps (0: never).
+
+    m <- beta m + (1 - beta) g', where g' = g - A (A'g + g'A) / 2 on the Stiefel manifold or g - A A'g along the
+    Grassmannian; then A <- polar(A - rate sign(m)). Without a manifold, g' = g and A <- A - rate sign(m).
+    """
+
+    matrix: Tensor  # a leaf that wants a gradient, and part of the loss
+    rate: float
+    beta: float
+    every: int
+    manifold: Literal["stiefel", "grassmann"] | None
+    used: Tensor = field(init=False)  # the matrix that the last step's loss was computed with
+
+    def __post_init__(self) -> None:
+        self.used = self.matrix.detach().clone()
+        self._momentum, self._gathered = torch.zeros_like(self.used), torch.zeros_like(self.used)
+
+    def move(self, g: Tensor, count: int, rate: float) -> None:
+        """Step number `count`, from 1; `rate` is Muon's."""
+        a = self.used = self.matrix.detach().clone()
+        self._gathered += g
+        if not self.every or count % self.every:
+            return
+        g, self._gathered = self._gathered, torch.zeros_like(a)
+        if self.manifold == "stiefel":
+            g = g - a @ (a.T @ g + g.T @ a) / 2
+        elif self.manifold == "grassmann":
+            g = g - a @ a.T @ g
+        self._momentum = self.beta * self._momentum + (1 - self.beta) * g
+        moved = a - rate * self.rate * matrix_sign(self._momentum, "polar_express")
+        with torch.no_grad():
+            self.matrix.copy_(moved if self.manifold is None else polar(moved))
+
+
+def polar(x: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns."""
+    u, _, vt = torch.linalg.svd(x, full_matrices=False)
+    return u @ vt
+
+
 def mean_loss(model: Any, ids: Tensor) -> Tensor:
     """ids (batch, T + 1) int64 -> the mean of the cross entropy over all batch x T predictions."""
     logits = model(input_ids=ids[:, :-1]).logits
@@ -62,11 +106,16 @@ def mean_loss(model: Any, ids: Tensor) -> Tensor:
 
 
 def train(
-    model: Any, batches: Iterable[Tensor], recipe: Recipe, group_of: Callable[[str], int]
+    model: Any,
+    batches: Iterable[Tensor],
+    recipe: Recipe,
+    group_of: Callable[[str], int],
+    projectors: Sequence[Projector] = (),
 ) -> tuple[list[float], list[dict[int, float]]]:
     """Train in place; returns the mean loss of every step and the gradient norm of every step's clipping groups.
 
     batches: ids (batch, T + 1) int64, one tensor a step. group_of: parameter name -> number of its clipping group.
+    projectors: learned beside the parameters, in no group and never clipped.
     """
     parameters = dict(model.named_parameters())
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
@@ -75,7 +124,9 @@ def train(
     for count, ids in enumerate(batches, start=1):
         loss = mean_loss(model, ids)
         losses.append(loss.item())
-        gradients = dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+        leaves = [*parameters.values(), *(projector.matrix for projector in projectors)]
+        of_leaves = torch.autograd.grad(loss, leaves)
+        gradients = dict(zip(parameters, of_leaves, strict=False))
         squares: dict[int, float] = {}
         for name, g in gradients.items():
             squares[group_of(name)] = squares.get(group_of(name), 0.0) + g.square().sum().item()
@@ -88,6 +139,8 @@ def train(
                     _muon(p, g, first[name], recipe, recipe.muon_rate * rate)
                 else:
                     _adamw(p, g, first[name], second[name], recipe, recipe.adam_rate * rate, count)
+        for projector, g in zip(projectors, of_leaves[len(parameters) :], strict=True):
+            projector.move(g, count, recipe.muon_rate * rate)
     return losses, norms
 
 

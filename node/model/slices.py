@@ -21,6 +21,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import ModelError, first_line, quiet_transformers, untied, with_layers
@@ -63,6 +64,7 @@ class StageModel(nn.Module):
         self.last = last
         self.width: int = causal.config.hidden_size
         self.vocab_size: int = causal.config.vocab_size
+        self.token_table_VD: Tensor | None = None  # the frozen part of the embedding, if there is one; first only
 
     @property
     def base(self) -> Any:
@@ -72,6 +74,8 @@ class StageModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """ids (B, T) or hidden (B, T, d) -> hidden (B, T, d), or logits (B, T, V) if last."""
         entry = {"input_ids": x} if self.first else {"inputs_embeds": x}
+        if self.first and self.token_table_VD is not None:
+            entry = {"inputs_embeds": self.base.embed_tokens(x) + F.embedding(x, self.token_table_VD)}
         if self.last:
             return self.causal(**entry, use_cache=False).logits
         return self.base(**entry, use_cache=False).last_hidden_state

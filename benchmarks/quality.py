@@ -1,0 +1,90 @@
+"""What a codec costs in loss: recipes trained alike in one process, held-out loss against bytes, seeds paired.
+
+    .venv/bin/python benchmarks/quality.py --out runs/screen --steps 250 --seeds 1 \\
+        --recipe "dense=identity:table=1 bf16 bf16" --recipe "r32=mapl:r=32 int4 int4"
+
+A recipe is NAME=CODEC [FORWARD [BACKWARD]]. The first one is what the others are compared with, seed by seed: the same
+data, the same first weights. One process computes bit for bit what the swarm does (tests/test_parity.py), and counts
+the same bytes but acknowledgements. Runs that `--out` holds already are not run again; `--jobs` run side by side.
+With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired differences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+def train(out: Path, recipe: str, seed: int, options: list[str]) -> dict[str, Any]:
+    """The summary of one run, from disk if it is there."""
+    name, _, spec = recipe.partition("=")
+    directory = out / f"{name}-seed{seed}"
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
+    codec, *formats = spec.split()
+    command += ["--out", str(directory), "--seed", str(seed), "--codec", codec, *options]
+    command += [part for pair in zip(("--forward", "--backward"), formats, strict=False) for part in pair]
+    told = json.dumps(command[7:])
+    if (directory / "summary.json").exists() and (directory / "recipe.json").read_text() == told:
+        return json.loads((directory / "summary.json").read_text())
+    started = time.monotonic()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{recipe}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    (directory / "recipe.json").write_text(told)
+    print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    return json.loads(done.stdout)
+
+
+def interval(values: list[float]) -> float:
+    """Half the width of the 95 % interval of the mean."""
+    if len(values) < 2:
+        return math.nan
+    return STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--recipe", action="append", required=True, metavar="NAME=CODEC [FORWARD [BACKWARD]]")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all recipes alike")
+    given = parser.parse_args()
+    options = ["--steps", str(given.steps)] + [part for item in given.set for part in ("--set", item)]
+    seeds = range(1, given.seeds + 1)
+    with ThreadPoolExecutor(given.jobs) as pool:
+        runs = {
+            recipe: [pool.submit(train, given.out, recipe, seed, options) for seed in seeds] for recipe in given.recipe
+        }
+        summaries = {recipe: [run.result() for run in of] for recipe, of in runs.items()}
+    first = [summary["val_loss"] for summary in summaries[given.recipe[0]]]
+    one = summaries[given.recipe[0]][0]
+    print(f"\n{one['tokens'] / 1e6:.2f}M tokens, {one['tokens_per_step']} a step, {given.seeds} seed(s)\n")
+    print("| recipe | codec | held-out loss | over the first | bytes/token | ratio |\n|---|---|---|---|---|---|")
+    for recipe, of in summaries.items():
+        name, _, spec = recipe.partition("=")
+        losses = [summary["val_loss"] for summary in of]
+        over = [100 * (loss / base - 1) for loss, base in zip(losses, first, strict=True)]
+        spread = f" ± {interval(over):.2f}" if given.seeds > 1 else ""
+        print(
+            f"| {name} | `{spec}` | {statistics.mean(losses):.4f} | {statistics.mean(over):+.2f}{spread} % "
+            f"| {of[0]['bytes_per_token']:.1f} | {of[0]['ratio']:.1f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""MAPL: each boundary learns its own orthogonal projection while the model trains (arXiv 2606.05484).
+
+    sender    Z = (H - a[t]) A          A in St(D, R): the columns are orthonormal, AᵀA = I
+    receiver  Ĥ = Ẑ Aᵀ + a'[t]          a, a': what each stage knows of a token by itself (`compress.anchors`)
+
+R numbers a token cross the boundary, in either direction. What depends on the token alone need not cross: the sender
+takes its anchors off, the receiver puts its own on, and no anchor is ever sent.
+
+The gradient of A has two halves, X̃ᵀ dZ with X̃ = H - a[t] at the sender and Gᵀ Ẑ with G = dL/dĤ at the receiver. The
+receiver sends its half once a step; autograd gives each its own, because each holds A as a leaf of its own graph. With
+both halves and no rounding Aᵀg is symmetric, so what moves is the subspace; the sender's half alone adds a rotation
+that means nothing and loses half of the signal. The sender owns A, steps it on the manifold (SPEL, `compress.stiefel`)
+and codes with what the receiver holds; how the change travels is not known here (`node.ports`).
+
+Why not a fixed subspace (Subspace Networks, arXiv 2506.01260): the same bytes, and the model must be constrained to
+stay in it. Why not a free matrix: without the manifold, encoder and decoder drift apart in scale and the published loss
+is worse; `projector=free` is here to measure that.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .anchors import Anchors, Kind, make_anchors
+from .boundary import (
+    BoundaryContext,
+    Codec,
+    CodecError,
+    LearnedTable,
+    Receiver,
+    Sender,
+    StageContext,
+)
+from .registry import register_codec
+from .stiefel import SPEL, Constraint, orthonormality_error, random_orthonormal, subspace_angle
+
+Projector = Literal["spel", "grassmann", "free", "fixed"]
+# int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
+DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
+CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "grassmann", "free": "none"}
+_STREAM = 0x4D41504C  # "MAPL": keeps the first projector's draws apart from every other use of the seed
+
+
+class MaplSender(Sender):
+    """Owns the projector: `master` (D, R) is learned, `shipped` is what the receiver holds and what codes."""
+
+    def __init__(self, context: BoundaryContext, *, rank: int, projector: Projector, rate: float, beta: float) -> None:
+        super().__init__()
+        generator = np.random.Generator(
+            np.random.Philox(key=np.array([context.seed, context.boundary << 32 | _STREAM], dtype=np.uint64))
+        )
+        first = random_orthonormal(context.width, rank, generator, dtype=context.dtype)
+        self._master = first.to(context.device).requires_grad_(projector != "fixed")
+        self._shipped = self._master.detach().clone()
+        self._tokens = context.tokens
+        self._rate = rate
+        self._spel: SPEL | None = None
+        if projector != "fixed":
+            kind, dtype = CONSTRAINTS[projector], context.dtype
+            self._spel = SPEL([self._master], lr=rate, beta=beta, constraint=kind, msign_dtype=dtype)
+        self._moved = 0.0
+        self._energy = torch.zeros(2, dtype=torch.float64, device=context.device)  # of what was projected, and kept
+
+    @property
+    def master(self) -> Tensor:
+        return self._master.detach()
+
+    @property
+    def shipped(self) -> Tensor:
+        """The projector in use (D, R)."""
+        return self._shipped
+
+    def use_table(self, table: Tensor) -> None:
+        self._shipped = table.requires_grad_(self._spel is not None)
+
+    def encode(self, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+        own_BTD = None if self._tokens is None else self._tokens(ids_BT)
+        x_BTD = hidden_BTD if own_BTD is None else hidden_BTD - own_BTD
+        z_BTR = x_BTD @ self._shipped
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                self._energy += torch.stack([x_BTD.square().sum(), z_BTR.square().sum()]).to(torch.float64)
+        return z_BTR
+
+    def learn(self, gradient: Tensor | None, *, rate: float) -> None:
+        if self._spel is None:
+            return
+        own = self._shipped.grad
+        if own is None:
+            raise CodecError("the projector is stepped before anything was encoded with it")
+        self._shipped.grad = None
+        before = self._master.detach().clone()
+        self._master.grad = own if gradient is None else own + gradient
+        self._spel.param_groups[0]["lr"] = self._rate * rate
+        self._spel.step()
+        self._master.grad = None
+        self._moved += subspace_angle(before, self._master)
+
+    def measures(self) -> dict[str, float]:
+        """Orthonormality errors, angle moved (radians, root mean square over principal angles), and the share of what
+        was to be projected that the projection lost (relative error, root of energies)."""
+        whole, kept = self._energy.tolist()
+        self._energy.zero_()
+        moved, self._moved = self._moved, 0.0
+        figures = {
+            "orthonormality_error_master": orthonormality_error(self.master),
+            "orthonormality_error_shipped": orthonormality_error(self._shipped),
+            "angle_moved_rad": moved,
+            "reconstruction_error": math.sqrt(max(0.0, 1 - kept / whole)) if whole else 0.0,
+        }
+        if isinstance(self._tokens, Anchors):
+            figures["anchor_norm"] = self._tokens.norm()
+        return figures
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The master and its momentum; what was shipped belongs to the dictionary."""
+        tensors = {"master": self.master}
+        if self._spel is not None and self._master in self._spel.state:
+            tensors["momentum"] = self._spel.state[self._master]["momentum"]
+        return tensors
+
+
+class MaplReceiver(Receiver):
+    """Knows of the projector only what arrived."""
+
+    def __init__(self, context: BoundaryContext, *, learned: bool) -> None:
+        super().__init__()
+        self._tokens = context.tokens
+        self._learned = learned
+        self._table: Tensor | None = None
+
+    def use_table(self, table: Tensor) -> None:
+        self._table = table.requires_grad_(self._learned)
+
+    def decode(self, z_BTW: Tensor, ids_BT: Tensor) -> Tensor:
+        if self._table is None:
+            raise CodecError("a tensor came before the projector that it was coded with")
+        hidden_BTD = z_BTW @ self._table.mT
+        own_BTD = None if self._tokens is None else self._tokens(ids_BT)
+        return hidden_BTD if own_BTD is None else hidden_BTD + own_BTD
+
+    def take_gradient(self) -> Tensor:
+        assert self._table is not None
+        gradient, self._table.grad = self._table.grad, None
+        if gradient is None:
+            raise CodecError("the projector's gradient is due before anything was decoded with it")
+        return gradient
+
+
+@register_codec
+class Mapl(Codec):
+    """`--codec mapl:r=64,anchors=factorized,ar=64,table=1.0,every=1`.
+
+    r: rank, the numbers a token on the wire. anchors, ar: kind and rank of a stage's anchors (ar=0: as r). table: scale
+    of the frozen token table that every node generates; 0 for none. projector: `spel` on the Stiefel manifold,
+    `grassmann` along it without rotations, `free` without it, `fixed`. every: steps between two changes of the
+    projector, its gradient gathered meanwhile. delta, gradient: byte formats of those changes and of the receiver's
+    half of the gradient (`none`: the sender's half alone). lr: its rate in parts of that of matrices; beta: momentum.
+    """
+
+    name = "mapl"
+    default_forward = default_backward = "bf16"
+
+    def __init__(
+        self,
+        r: int = 64,
+        anchors: Kind = "factorized",
+        ar: int = 0,
+        table: float = 1.0,
+        projector: Projector = "spel",
+        every: int = 1,
+        delta: DeltaFormat = "int8",
+        gradient: Literal["fp64", "fp32", "bf16", "int8", "int4", "none"] = "int8",
+        lr: float = 0.1,
+        beta: float = 0.9,
+    ) -> None:
+        for fault, bad, wanted in (
+            (f"r={r}", r < 1, "at least 1"),
+            (f"ar={ar}", ar < 0, "at least 1, or 0 for the wire's rank"),
+            (f"table={table:g}", table < 0, "at least 0"),
+            (f"every={every}", every < 1, "at least 1"),
+            (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
+            (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
+        ):
+            if bad:
+                raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
+        self.rank, self.anchor_rank = r, ar or r
+        self.anchors: Kind = anchors
+        self.projector: Projector = projector
+        self.table_scale, self.every = table, every
+        self.delta, self.gradient = delta, gradient
+        self.rate, self.beta = lr, beta
+
+    def check(self, width: int) -> None:
+        if self.rank > width:
+            raise CodecError(f"codec 'mapl': r={self.rank} is above the model's width {width}; lower r")
+        if self.projector == "grassmann" and self.rank == width:
+            raise CodecError(f"codec 'mapl': r={self.rank} is the whole width, which no subspace can move in; lower r")
+        if self.anchors == "factorized" and self.anchor_rank > width:
+            raise CodecError(f"codec 'mapl': ar={self.anchor_rank} is above the model's width {width}; lower ar")
+
+    def wire_width(self, width: int) -> int:
+        del width
+        return self.rank
+
+    def table(self, width: int) -> LearnedTable:
+        fixed = self.projector == "fixed"
+        return LearnedTable(
+            name="projector",
+            entries=width,
+            width=self.rank,
+            delta=self.delta,
+            gradient=None if fixed or self.gradient == "none" else self.gradient,
+            every=0 if fixed else self.every,
+        )
+
+    def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
+        if self.anchors == "none" and table_VD is None:
+            return None
+        return make_anchors(
+            self.anchors,
+            vocab_size=context.vocab_size,
+            width=context.width,
+            rank=self.anchor_rank,
+            seed=context.seed,
+            stage=context.stage,
+            table=table_VD,
+        ).to(device=context.device, dtype=context.dtype)
+
+    def sender(self, context: BoundaryContext) -> Sender:
+        return MaplSender(context, rank=self.rank, projector=self.projector, rate=self.rate, beta=self.beta)
+
+    def receiver(self, context: BoundaryContext) -> Receiver:
+        return MaplReceiver(context, learned=self.table(context.width).gradient is not None)

@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,20 +257,18 @@ async def _host(
                 connect_timeout_s=link.connect_timeout_s,
                 report=on_fault,
             )
-            await _first_to_end(_both(node.run(), calling), *endless)
+            await _first_to_end(_while_calling(node.run(), calling, link.greeting_timeout_s), *endless)
         else:
             await _first_to_end(node.run(), *endless)
 
 
-async def _both(one: Awaitable[None], other: Awaitable[None]) -> None:
-    """Wait for both; the failure of either ends the other."""
+async def _while_calling(work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: float) -> None:
+    """Wait for the work, and a little for the call to end after it; the failure of either ends the other."""
     async with asyncio.TaskGroup() as group:
-        for job in (one, other):
-            group.create_task(_as_coroutine(job))
-
-
-async def _as_coroutine(job: Awaitable[None]) -> None:
-    await job
+        call = group.create_task(calling)
+        await group.create_task(work)
+        await asyncio.wait([call], timeout=grace_s)
+        call.cancel()
 
 
 async def _until_signal() -> None:

@@ -16,6 +16,7 @@ import asyncio
 import time
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
@@ -27,6 +28,7 @@ from .outgoing import Outgoing, Write, chunk_bytes_for
 
 PROBE_S = 0.25  # several times the longest wake-up delay seen on a busy laptop
 PROBE_BYTES_MAX = 32 * 2**20
+LAST_WORD_S = 10.0
 
 Read = Callable[[], Awaitable[bytes | None]]
 
@@ -144,14 +146,21 @@ class Link:
             await self._outgoing.moved.wait()
 
     async def drain(self, timeout_s: float) -> None:
-        """Wait until the peer has acknowledged everything, say goodbye, and wait for the peer's."""
+        """Wait until the peer has acknowledged everything, say goodbye, and wait for the peer's.
+
+        Whether our own goodbye arrives is then of use to the peer alone, and if that has left, to nobody: it is not
+        waited for longer than `LAST_WORD_S`.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 await self._until_acknowledged()
                 self._outgoing.push_goodbye()
-                await self._both_done.wait()
+                await self.peer_done.wait()
         except TimeoutError:
             raise TimeoutError(self.late("the peer's acknowledgements and goodbye", timeout_s)) from None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._both_done.wait()
 
     def reject(self, error: RemoteProtocolError) -> None:
         """What the peer sent is not what was agreed (seen only after decoding): refuse it and close the connection."""
@@ -276,6 +285,7 @@ class Link:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _reading(self, read: Read) -> None:
+        out = self._outgoing
         while (raw := await read()) is not None:
             self.received_bytes += framed_bytes(len(raw))
             for event in self.session.receive(raw):
@@ -287,8 +297,13 @@ class Link:
                     self.peer_done.set()
                     self._note_end()
             if not self.peer_done.is_set():
-                self._outgoing.push_credit()
-            self._outgoing.acknowledged()
+                out.push_credit()
+            out.acknowledged()
+        if self.peer_done.is_set() and out.goodbye_leaving:
+            out.goodbye_sent = (
+                True  # who said goodbye ends the stream when it has ours: sooner than gRPC says we sent it
+            )
+            self._note_end()
 
     def _note_end(self) -> None:
         if self.finished:

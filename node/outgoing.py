@@ -119,6 +119,7 @@ class Outgoing:
         self.line: deque[_InFlight] = deque()
         self.round_trip_s = 2 * profile.latency_s
         self.goodbye_due = False  # said: nothing may follow it
+        self.goodbye_leaving = False  # being handed to gRPC
         self.goodbye_sent = False  # handed to gRPC
         self.moved = asyncio.Event()  # something left the queue or the line, or was acknowledged
         self._name = name
@@ -215,7 +216,7 @@ class Outgoing:
         for frame in self.session.kept_frames():
             self._enter_line(frame, {"retransmission": framed_bytes(len(frame))}, now, now)
         if self.goodbye_due:  # it is not kept, so what an earlier connection carried of it may be lost
-            self.goodbye_sent = False
+            self.goodbye_sent = self.goodbye_leaving = False
             self.push_goodbye()
         self._window_open_since = now
         self._admit.set()
@@ -293,6 +294,7 @@ class Outgoing:
                 await self._deliver.wait()
             flight = self.line[0]
             await self._sleep_until(flight.arrive_s)
+            self.goodbye_leaving = self.goodbye_leaving or flight.goodbye
             await write(flight.frame)
             now = self._clock()
             self.line.popleft()

@@ -107,10 +107,11 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
             frame = first.pop() if first else await receive()
             return frame if isinstance(frame, bytes) else None  # else: the end of the stream
 
-        peer, ended = context.peer(), "broke"
+        peer, ended, refused = context.peer(), "broke", False
 
         async def refuse(error: RemoteProtocolError) -> None:
-            nonlocal ended
+            nonlocal ended, refused
+            refused = True
             ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
             report(error.fault, f"{link.name}: refused the peer at {peer}: {error}")
             await _tell(write, error)
@@ -126,7 +127,8 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
                 return None
             if one_at_a_time.locked() and not link.take_over(frame):
                 reason = f"{link.name} has a connection already; close that one first"
-                return await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
+                await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
+                return await _linger(read)
             first.append(frame)
             async with one_at_a_time:
                 try:
@@ -139,6 +141,8 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
                     report(error.fault, f"{link.name}: refused by the peer at {peer}: {error}")
                 finally:
                     link.settle()
+            if refused:
+                await _linger(read)
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
             if ended and not (link.finished or stopping):
                 report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
@@ -167,6 +171,14 @@ async def _tell(write: Write, error: RemoteProtocolError) -> None:
     with suppress(Exception):
         async with asyncio.timeout(REFUSAL_TIMEOUT_S):
             await write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
+
+
+async def _linger(read: Callable[[], Awaitable[bytes | None]]) -> None:
+    """Ending a stream on which the peer still writes may overtake the refusal: read on until the peer ends it."""
+    with suppress(Exception):
+        async with asyncio.timeout(REFUSAL_TIMEOUT_S):
+            while await read() is not None:
+                pass
 
 
 def _uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

@@ -11,9 +11,7 @@ Why not the whole table each time: at full precision it is 4 to 8 times the byte
 one rounding (a bf16 cast of a projector leaves it 2.4e-3 off orthogonal). Why not the difference of successive masters:
 each one adds a rounding error that nothing takes away again, and the ends drift apart like a random walk.
 
-Payloads: fp64, fp32, bf16: the differences, to nearest even. int8, int4: a bf16 scale s = peak/127 or peak/7 for each
-row, to nearest and at least 2^-126 (no division by zero), then a code rint(difference/s) for each value; two int4 codes
-share a byte as q + 8, the earlier one in the low nibble, and the spare nibble of an odd count is 8. With each delta the
+How the values of an entry become bytes stands in `rows`. With each delta the
 distance to a constant master shrinks to 2^-24 (fp32), 2^-8 (bf16), 1/254 or 1/14 of it, down to its last bit.
 
 The digest covers the version and the *whole resulting table*, not the deltas that led there: those would not show an
@@ -37,14 +35,11 @@ import numpy as np
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import check_text, decode_header, encode_header
 from .messages import MICROBATCH_MAX, STEP_MAX
+from .rows import Encoding, decode_rows, encode_rows, rows_bytes
 
-Encoding = Literal["fp64", "fp32", "bf16", "int8", "int4"]
 DIGEST_BYTES = 16  # against accident, not malice: the owner may say what it likes
 _HEAD_BYTES_MAX = 192  # length, keys, two versions of four 9-byte numbers, count, encoding, digest; not the name
 _FIELDS = ["name", "version", "previous", "entries", "encoding", "digest"]
-_PLAIN_BYTES: dict[str, int] = {"fp64": 8, "fp32": 4, "bf16": 2}
-_LEVELS: dict[str, int] = {"int8": 127, "int4": 7}
-_MIN_SCALE, _MIN_SCALE_BITS, _MAX_SCALE_BITS = 2.0**-126, 0x0080, 0x7F7F  # the smallest normal, the largest bf16
 
 
 class Version(NamedTuple):
@@ -92,10 +87,7 @@ class DictionarySpec:
 
     def payload_bytes(self, rows: int, encoding: Encoding | None = None) -> int:
         """Exactly what `rows` entries take, in this dictionary's encoding unless another one is named."""
-        encoding, values = encoding or self.encoding, rows * self.width
-        if encoding in _PLAIN_BYTES:
-            return values * _PLAIN_BYTES[encoding]
-        return 2 * rows + (values if encoding == "int8" else (values + 1) // 2)
+        return rows_bytes(rows, self.width, encoding or self.encoding)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -225,7 +217,7 @@ class Publisher(_Table):
                 previous=old,
                 indices=indices,
                 encoding=encoding,
-                payload=_encode_rows(drift, encoding),
+                payload=encode_rows(drift, encoding),
                 digest=bytes(DIGEST_BYTES),
             )
             _check(delta, spec)
@@ -312,7 +304,7 @@ def _advance(table: np.ndarray | None, delta: Delta, spec: DictionarySpec) -> np
     rows = slice(None) if delta.indices is None else delta.indices
     with np.errstate(all="ignore"):
         after = np.zeros((spec.entries, spec.width), spec.dtype) if table is None else table.copy()
-        change = _decode_rows(delta.payload, delta.encoding, len(after[rows]), spec)
+        change = decode_rows(delta.payload, delta.encoding, after[rows].shape, spec.dtype, spec.name)
         after[rows] = change if table is None else after[rows] + change
     if not np.isfinite(after).all():
         raise RemoteProtocolError(Fault.PAYLOAD, f"dictionary '{spec.name}' would not be finite at {delta.version}")
@@ -325,41 +317,3 @@ def _digest(spec: DictionarySpec, version: Version, table: np.ndarray) -> bytes:
     digest = hashlib.blake2b(head or b"", digest_size=DIGEST_BYTES)
     digest.update(table.astype(table.dtype.newbyteorder("<"), copy=False).data)
     return digest.digest()
-
-
-def _to_bf16(x: np.ndarray) -> np.ndarray:
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")  # to nearest even
-
-
-def _from_bf16(bits: np.ndarray) -> np.ndarray:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _encode_rows(x: np.ndarray, encoding: Encoding) -> bytes:
-    """x: (rows, width). What is too large for the encoding becomes infinite or nan, which decoding refuses."""
-    with np.errstate(all="ignore"):
-        if encoding in _PLAIN_BYTES:
-            return (_to_bf16(x) if encoding == "bf16" else x.astype(f"<f{_PLAIN_BYTES[encoding]}")).tobytes()
-        scales = _to_bf16(np.maximum(np.abs(x).max(axis=1) / _LEVELS[encoding], _MIN_SCALE))
-        codes = np.rint(x / _from_bf16(scales).astype(x.dtype)[:, None]).astype(np.int8)
-    if encoding == "int4":
-        nibbles = np.append(codes + 8, [8] * (codes.size % 2)).astype(np.uint8)
-        codes = nibbles[::2] | nibbles[1::2] << 4
-    return scales.tobytes() + codes.tobytes()
-
-
-def _decode_rows(payload: bytes, encoding: Encoding, rows: int, spec: DictionarySpec) -> np.ndarray:
-    """(rows, width). `payload` has the right length; plain values and products may still not be finite."""
-    shape, values = (rows, spec.width), rows * spec.width
-    if encoding in _PLAIN_BYTES:
-        plain = np.frombuffer(payload, "<u2" if encoding == "bf16" else f"<f{_PLAIN_BYTES[encoding]}")
-        return (_from_bf16(plain) if encoding == "bf16" else plain).astype(spec.dtype).reshape(shape)
-    scales, codes = np.frombuffer(payload, "<u2", rows), np.frombuffer(payload, np.uint8, offset=2 * rows)
-    if encoding == "int4":
-        codes = np.stack([codes & 15, codes >> 4], axis=1).reshape(-1) - np.uint8(8)
-    codes, spare = codes[:values].view(np.int8), codes[values:]
-    known = codes.min() >= -_LEVELS[encoding] and not spare.any()
-    if not (known and scales.min() >= _MIN_SCALE_BITS and scales.max() <= _MAX_SCALE_BITS):
-        raise RemoteProtocolError(Fault.PAYLOAD, f"a delta of '{spec.name}' with a scale or code {encoding} has not")
-    return codes.astype(spec.dtype).reshape(shape) * _from_bf16(scales).astype(spec.dtype)[:, None]

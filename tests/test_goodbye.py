@@ -11,7 +11,7 @@ from thinpipe.node.link import Link
 from thinpipe.node.metrics import Tracer
 from thinpipe.node.transport import SERVICE, dial
 from thinpipe.protocol.messages import Limits
-from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone
+from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone, State
 from thinpipe.sim.shaper import LinkProfile
 
 from .in_memory import Cut, join
@@ -56,6 +56,57 @@ def test_a_goodbye_that_is_lost_is_said_again(cuts: list[Cut]) -> None:
         assert lower.finished
 
     asyncio.run(job())
+
+
+async def end_before_the_write_returns() -> Link:
+    """The peer answers a goodbye, and ends the stream, before gRPC reports that goodbye as written."""
+    link, peer = make_link(0), make_link(1).session
+    frames: asyncio.Queue[bytes | None] = asyncio.Queue()
+    peer.connect()
+
+    async def write(frame: bytes) -> None:
+        if any(isinstance(event, PeerDone) for event in peer.receive(frame)):
+            frames.put_nowait(peer.goodbye())
+            frames.put_nowait(None)
+            await asyncio.sleep(DEADLINE_S)
+        else:
+            frames.put_nowait(peer.greeting())
+
+    async with asyncio.timeout(DEADLINE_S / 2):
+        attached = link.attach(frames.get, write, speaks_first=True, greeting_timeout_s=DEADLINE_S)
+        await asyncio.gather(attached, link.drain(DEADLINE_S))
+    return link
+
+
+def test_a_stream_that_ends_after_both_goodbyes_is_not_taken_for_a_broken_one() -> None:
+    assert asyncio.run(end_before_the_write_returns()).finished
+
+
+async def part_from_one_who_left() -> Link:
+    """The peer's goodbye came, ours was lost with the connection, and there is no other one."""
+    link, peer = make_link(0), make_link(1).session
+    frames: asyncio.Queue[bytes | None] = asyncio.Queue()
+    peer.connect()
+
+    async def write(frame: bytes) -> None:
+        if frames.empty() and link.session.state is State.AWAIT:
+            peer.receive(frame)
+            frames.put_nowait(peer.greeting())
+            frames.put_nowait(peer.goodbye())
+        else:
+            raise ConnectionResetError("cut")
+
+    async with asyncio.timeout(DEADLINE_S):
+        draining = asyncio.ensure_future(link.drain(DEADLINE_S))
+        with pytest.raises(ConnectionResetError):
+            await link.attach(frames.get, write, speaks_first=True, greeting_timeout_s=DEADLINE_S)
+        await draining
+    return link
+
+
+def test_a_goodbye_that_nobody_is_left_to_hear_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("thinpipe.node.link.LAST_WORD_S", 0.05)
+    assert not asyncio.run(part_from_one_who_left()).finished
 
 
 async def dial_a_slow_reader() -> tuple[bool, list[Event]]:

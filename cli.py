@@ -103,7 +103,10 @@ def up(
     stages: Annotated[int | None, typer.Option(help="Pipeline stages, one process each. (4)")] = None,
     model: Annotated[str | None, typer.Option(help="Preset tiny, 150m, 500m, 1b, or a directory. (tiny)")] = None,
     data: Annotated[str | None, typer.Option(help="'stdlib', a file or directory, or hf:NAME. (stdlib)")] = None,
-    codec: Annotated[str | None, typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4. (bf16)")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4, or mapl:r=32,anchors=full,... (bf16)"),
+    ] = None,
     forward: Annotated[str | None, typer.Option(help="Byte format of activations, if not the codec's.")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients, if not the codec's.")] = None,
     link: Link = None,

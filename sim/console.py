@@ -6,6 +6,7 @@ of the run, so that a log stays readable. Both show the same figures, from the s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +114,26 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     tables = [run, stages]
     if summary["boundaries"]:
         tables.append(_links_table(summary))
+    if any(entry["codec"] for entry in summary["boundaries"]):
+        tables.append(_codecs_table(summary))
     return tables
+
+
+def _codecs_table(summary: dict[str, Any]) -> Table:
+    codecs = Table(title="learned projections", caption="at the last step; distance from the manifold in ‖AᵀA - I‖")
+    for column in ("boundary", "distance, as learned", "as shipped", "moved", "lost by projecting", "anchors"):
+        codecs.add_column(column, justify="right")
+    for entry in summary["boundaries"]:
+        if figures := entry["codec"]:
+            codecs.add_row(
+                f"{entry['boundary']}-{entry['boundary'] + 1}",
+                f"{figures['orthonormality_error_master']:.1e}",
+                f"{figures['orthonormality_error_shipped']:.1e}",
+                f"{math.degrees(figures['angle_moved_rad']):.3f}°",
+                f"{figures['reconstruction_error']:.1%}",
+                f"{figures['anchor_norm']:.3f}" if "anchor_norm" in figures else "-",
+            )
+    return codecs
 
 
 def _links_table(summary: dict[str, Any]) -> Table:

@@ -79,7 +79,7 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         "bytes_per_token": in_ratio / tokens,
         "dense_bf16_bytes": dense,
         "ratio": dense / in_ratio if in_ratio else None,
-        "boundaries": _boundaries(ends, stages),
+        "boundaries": _boundaries(ends, [of_stage[-1].get("codec", {}) for of_stage in steps]),
         "stages": [
             {
                 "cpu_s": end["cpu_s"],
@@ -101,10 +101,11 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
     }
 
 
-def _boundaries(ends: list[dict[str, Any]], stages: int) -> list[dict[str, Any]]:
-    """One entry a boundary; its headline figures are those of the direction that used the link more."""
+def _boundaries(ends: list[dict[str, Any]], codecs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """One entry a boundary; its headline figures are those of the direction that used the link more. `codec`: what the
+    stage above said of the learned half at the last step."""
     boundaries = []
-    for boundary in range(stages - 1):
+    for boundary, codec in enumerate(codecs[:-1]):
         ways = {
             link["direction"]: {key: value for key, value in link.items() if key not in ("boundary", "direction")}
             for end in ends
@@ -118,6 +119,7 @@ def _boundaries(ends: list[dict[str, Any]], stages: int) -> list[dict[str, Any]]
                 "configured_bits_per_s": busier["configured_bits_per_s"],
                 "measured_bits_per_s": busier["measured_bits_per_s"],
                 "utilisation": busier["utilisation"],
+                "codec": codec,
                 **ways,
             }
         )

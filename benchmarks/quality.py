@@ -55,6 +55,28 @@ def interval(values: list[float]) -> float:
     return STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def draw(path: Path, summaries: dict[str, list[dict[str, Any]]], tokens: float) -> None:
+    """Held-out loss against bytes a token, a point a recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    for recipe, of in summaries.items():
+        losses = [summary["val_loss"] for summary in of]
+        at = (of[0]["bytes_per_token"], statistics.mean(losses))
+        axes.errorbar(*at, yerr=0 if len(of) == 1 else interval(losses), fmt="o", capsize=3)
+        axes.annotate(recipe.partition("=")[0], at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlabel("bytes a token, all boundaries, both ways, everything counted")
+    axes.set_ylabel("held-out loss")
+    axes.set_title(f"{tokens / 1e6:.2f}M tokens, {len(next(iter(summaries.values())))} seed(s)")
+    axes.grid(True, alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -62,6 +84,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--plot", type=Path, help="also draw loss against bytes, as PNG")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all recipes alike")
     given = parser.parse_args()
     options = ["--steps", str(given.steps)] + [part for item in given.set for part in ("--set", item)]
@@ -84,6 +107,8 @@ def main() -> None:
             f"| {name} | `{spec}` | {statistics.mean(losses):.4f} | {statistics.mean(over):+.2f}{spread} % "
             f"| {of[0]['bytes_per_token']:.1f} | {of[0]['ratio']:.1f} |"
         )
+    if given.plot:
+        draw(given.plot, summaries, one["tokens"])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import torch
 from ..compress.boundary import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.errors import ProtocolError
+from ..protocol.greeting import TABLE_DIGEST
 from ..protocol.session import Identity, LinkSession
 from ..sim.shaper import LinkError, LinkProfile
 from .config import ConfigError, RunConfig
@@ -136,9 +137,9 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
 
 
 def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
-    """Hex SHA-256 of all that two neighbours must share: settings, architecture, and the table that each generated."""
-    whole = f"{config.digest()} {architecture_digest(architecture)} {token_table_digest}".strip()
-    return hashlib.sha256(whole.encode()).hexdigest()
+    """What two neighbours must share: hex SHA-256 of settings and architecture; of the table that each generated."""
+    whole = hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
+    return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
 
 
 def prepare_corpus(config: RunConfig) -> Corpus:

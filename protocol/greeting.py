@@ -27,12 +27,19 @@ class Identity:
     epoch: int = 0
 
 
+# In a configuration: what follows is the digest of a table that each node generates for itself.
+TABLE_DIGEST = " table "
+
+
 def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
     """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node expects."""
+    their_settings, _, their_table = peer.configuration.partition(TABLE_DIGEST)
+    our_settings, _, our_table = mine.configuration.partition(TABLE_DIGEST)
     rules = [
         (Fault.PROTOCOL_VERSION, "protocol version", peer.protocol_version, PROTOCOL_VERSION),
         (Fault.RUN_ID, "run id", peer.run_id, mine.run_id),
-        (Fault.CONFIGURATION, "configuration hash", peer.configuration, mine.configuration),
+        (Fault.CONFIGURATION, "configuration hash", their_settings, our_settings),
+        (Fault.CONFIGURATION, "digest of the token table", their_table, our_table),
         (Fault.STAGE, "number of stages", peer.stages, mine.stages),
         (Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage),
         (Fault.EPOCH, "epoch", peer.epoch, mine.epoch),
@@ -74,7 +81,7 @@ def check_resume(
 _REMEDIES = {
     Fault.PROTOCOL_VERSION: "install the same version of thinpipe on both",
     Fault.RUN_ID: "one of the two dials the wrong run; check --next",
-    Fault.CONFIGURATION: "start both from the same run.toml",
+    Fault.CONFIGURATION: "start both from the same run.toml and the same version",
     Fault.STAGE: "check --stage here and --next upstream",
     Fault.EPOCH: "the peer belongs to an earlier attempt of this run; stop it",
 }

@@ -156,11 +156,6 @@ class LinkSession:
             )
         )
 
-    def refuse(self, error: RemoteProtocolError) -> bytes:
-        """The frame that tells the peer why, and the end of this connection."""
-        self.state = State.CLOSED
-        return encode_frame(Refusal(code=error.fault, reason=error.reason))
-
     def goodbye(self) -> bytes:
         """The frame after which this node stamps no more. Raises LocalProtocolError in the middle of a message."""
         if self._unsent:
@@ -217,7 +212,7 @@ class LinkSession:
     # -- receiving ----------------------------------------------------------------------------------------------
 
     def receive(self, raw: bytes) -> list[Event]:
-        """Take one frame. Raises RemoteProtocolError (the caller answers with `refuse`) or RefusedError.
+        """Take one frame. Raises RemoteProtocolError (the caller answers with a Refusal) or RefusedError.
 
         Either closes the connection: whatever else had arrived on it is refused too.
         """

@@ -23,7 +23,8 @@ from thinpipe.node.local import run_local
 from thinpipe.node.stage import Stage
 from thinpipe.node.tables import TableReceiver, TableSender, gradient_due
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.messages import Kind, Message
+from thinpipe.protocol.greeting import Identity, check_greeting
+from thinpipe.protocol.messages import Greeting, Kind, Message
 from thinpipe.sim.report import read_records
 
 from .conftest import TinyConfig
@@ -191,7 +192,15 @@ def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> 
     for table in tables[1:]:
         assert torch.equal(table, tables[0])
     architecture = stages[0].model.causal.config
-    assert run_digest(config, architecture, "another") != run_digest(config, architecture, stages[0].token_table_digest)
+    mine, theirs = (run_digest(config, architecture, table) for table in (stages[0].token_table_digest, "0" * 64))
+    assert digests[0] == mine
+    identity = Identity(run_id="r", configuration=mine, stage=0, stages=3, incarnation=1)
+    peer = Greeting(
+        run_id="r", configuration=theirs, stage=1, stages=3, incarnation=2, next_sequence=0, granted_bytes=0
+    )
+    with pytest.raises(RemoteProtocolError, match=r"digest of the token table: stage 0 expects \w+…, .* says 000000"):
+        check_greeting(peer, identity, 1)
+    check_greeting(replace(peer, configuration=mine), identity, 1)
 
 
 # -- formulas -----------------------------------------------------------------------------------------------------

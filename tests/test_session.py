@@ -107,6 +107,11 @@ def fault_of(receiver: LinkSession, raw: bytes) -> RemoteProtocolError:
     return caught.value
 
 
+def refusal(error: RemoteProtocolError) -> bytes:
+    """What a transport answers to `error`."""
+    return encode_frame(Refusal(code=error.fault, reason=error.reason))
+
+
 def transfer_state(of: LinkSession) -> dict[str, Any]:
     """All that outlives a connection, byte for byte."""
     names = set(vars(of)) - {"state", "_assembly", "_kept"}
@@ -276,7 +281,7 @@ class LinkMachine(RuleBasedStateMachine):
             spoilt[-min(byte, len(raw))] ^= 1 << bit
             error = fault_of(here.session, bytes(spoilt))
             with pytest.raises(RefusedError) as told:
-                there.session.receive(here.session.refuse(error))
+                there.session.receive(refusal(error))
             assert told.value.fault is error.fault
             assert transfer_state(here.session) == before
             self.drop(5)
@@ -365,7 +370,7 @@ def test_every_pair_of_state_and_frame(state: State, kind: type[Frame]) -> None:
         assert kind.__name__.lower() in str(error)
         assert state.value in str(error)
         assert transfer_state(lower) == before
-        told = decode_frame(lower.refuse(error), LIMITS)
+        told = decode_frame(refusal(error), LIMITS)
         assert told == Refusal(code="unexpected-frame", reason=error.reason)
         assert lower.state is State.CLOSED
     elif kind is Refusal:
@@ -478,7 +483,7 @@ def test_a_greeting_that_does_not_agree_is_refused_with_both_values(
         assert text in str(error)
     assert transfer_state(lower) == before
     with pytest.raises(RefusedError) as told:
-        upper.receive(lower.refuse(error))
+        upper.receive(refusal(error))
     assert (told.value.fault, told.value.reason) == (fault, error.reason)
     greet(upper, lower)  # the right neighbour is still welcome
     assert received(lower, stamped(upper, message(0)))

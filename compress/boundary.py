@@ -195,6 +195,10 @@ class Receiver(nn.Module, ABC):
         """This half's part of the table's gradient (entries, width), gathered since the last call."""
         raise NotImplementedError
 
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What is gathered here and no optimizer of the stage holds."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageContext:
@@ -255,6 +259,12 @@ class Codec(ABC):
     @abstractmethod
     def receiver(self, context: BoundaryContext) -> Receiver:
         """The downstream half."""
+
+
+def check_table_scale(codec: str, scale: float) -> None:
+    """Raises CodecError for a token table that no model could use (`anchors.token_table` takes what passes)."""
+    if scale and not 1e-30 <= scale <= 1e30:
+        raise CodecError(f"codec '{codec}': table={scale:g} has to be 0 (no token table) or from 1e-30 to 1e30")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

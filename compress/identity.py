@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .boundary import BoundaryContext, Codec, CodecError, Receiver, Sender
+from .boundary import BoundaryContext, Codec, Receiver, Sender, check_table_scale
 from .registry import register_codec
 
 
@@ -36,8 +36,7 @@ class Identity(Codec):
     default_forward = default_backward = "fp32"  # the usual training dtype: by itself, identity loses nothing
 
     def __init__(self, table: float = 0.0) -> None:
-        if table < 0:
-            raise CodecError(f"codec 'identity': table={table:g} is negative; 0 means no token table")
+        check_table_scale(self.name, table)
         self.table_scale = table
 
     def wire_width(self, width: int) -> int:

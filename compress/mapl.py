@@ -10,7 +10,7 @@ The gradient of A has two halves, X̃ᵀ dZ with X̃ = H - a[t] at the sender an
 receiver sends its half once a step; autograd gives each its own, because each holds A as a leaf of its own graph. With
 both halves and no rounding Aᵀg is symmetric, so what moves is the subspace; the sender's half alone adds a rotation
 that means nothing and loses half of the signal. The sender owns A, steps it on the manifold (SPEL, `compress.stiefel`)
-and codes with what the receiver holds; how the change travels is not known here (`node.ports`).
+and codes with what the receiver holds; how the change travels is not known here (`node.tables`).
 
 Why not a fixed subspace (Subspace Networks, arXiv 2506.01260): the same bytes, and the model must be constrained to
 stay in it. Why not a free matrix: without the manifold, encoder and decoder drift apart in scale and the published loss
@@ -35,6 +35,7 @@ from .boundary import (
     Receiver,
     Sender,
     StageContext,
+    check_table_scale,
 )
 from .registry import register_codec
 from .stiefel import SPEL, Constraint, orthonormality_error, random_orthonormal, subspace_angle
@@ -58,6 +59,7 @@ class MaplSender(Sender):
         self._master = first.to(context.device).requires_grad_(projector != "fixed")
         self._shipped = self._master.detach().clone()
         self._tokens = context.tokens
+        self._boundary = context.boundary
         self._rate = rate
         self._spel: SPEL | None = None
         if projector != "fixed":
@@ -97,7 +99,10 @@ class MaplSender(Sender):
         before = self._master.detach().clone()
         self._master.grad = own if gradient is None else own + gradient
         self._spel.param_groups[0]["lr"] = self._rate * rate
-        self._spel.step()
+        try:
+            self._spel.step()
+        except ValueError as error:
+            raise CodecError(f"the projector of boundary {self._boundary} cannot be stepped: {error}") from None
         self._master.grad = None
         self._moved += subspace_angle(before, self._master)
 
@@ -118,8 +123,10 @@ class MaplSender(Sender):
         return figures
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The master and its momentum; what was shipped belongs to the dictionary."""
+        """The master, its momentum, and what was gathered since its last step; what was shipped is the dictionary's."""
         tensors = {"master": self.master}
+        if self._shipped.grad is not None:
+            tensors["gathered"] = self._shipped.grad
         if self._spel is not None and self._master in self._spel.state:
             tensors["momentum"] = self._spel.state[self._master]["momentum"]
         return tensors
@@ -150,6 +157,11 @@ class MaplReceiver(Receiver):
         if gradient is None:
             raise CodecError("the projector's gradient is due before anything was decoded with it")
         return gradient
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What was gathered since the last gradient was sent; the table itself is the dictionary's."""
+        gathered = None if self._table is None else self._table.grad
+        return {} if gathered is None else {"gathered": gathered}
 
 
 @register_codec
@@ -182,13 +194,13 @@ class Mapl(Codec):
         for fault, bad, wanted in (
             (f"r={r}", r < 1, "at least 1"),
             (f"ar={ar}", ar < 0, "at least 1, or 0 for the wire's rank"),
-            (f"table={table:g}", table < 0, "at least 0"),
             (f"every={every}", every < 1, "at least 1"),
             (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
             (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
         ):
             if bad:
                 raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
+        check_table_scale(self.name, table)
         self.rank, self.anchor_rank = r, ar or r
         self.anchors: Kind = anchors
         self.projector: Projector = projector

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar, cast
 
@@ -50,6 +50,7 @@ class Worker:
         torch.set_num_threads(1)
         while job := self._jobs.get():
             job()
+            del job  # and with it the tensors that it holds
 
     async def run(self, name: str, work: Callable[..., T], *args: Any) -> T:
         """The result of `work(*args)`, or what it raises, on this worker's thread, after all that came before."""
@@ -67,6 +68,8 @@ class Worker:
             try:
                 with self._stopwatch.measure(self._activity):
                     result = work(*args)
+            except StopIteration as raised:  # which no future takes
+                error = RuntimeError(f"{name} raised {raised!r}")
             except BaseException as raised:
                 error = raised
             self._tracer.span(name, self._activity, start, time.monotonic())
@@ -98,7 +101,9 @@ class Arrival:
 class Intake:
     """Messages from one neighbour, unpacked ahead of need and handed out in exactly the order the schedule expects."""
 
-    def __init__(self, link: Link, unpack: Callable[[Message], Arrival], codec: Worker, on_fault: Reporter) -> None:
+    def __init__(
+        self, link: Link, unpack: Callable[[Message, int], Arrival], codec: Worker, on_fault: Reporter
+    ) -> None:
         self.link = link
         self._unpack, self._codec, self._on_fault = unpack, codec, on_fault
         self._queue: asyncio.Queue[Arrival] = asyncio.Queue(AHEAD)
@@ -110,12 +115,13 @@ class Intake:
             if message.kind is Kind.PROBE:
                 continue
             try:
-                arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message)
+                arrival = await self._codec.run(f"unpack {message.microbatch}", self._unpack, message, generation)
             except RemoteProtocolError as error:
                 if generation == self.link.generation:
-                    self.reject(error)
+                    # Whatever is wrong with it, it was acknowledged: the link must know that it will not come again.
+                    self.reject(RemoteProtocolError(Fault.PAYLOAD, error.reason))
                 continue
-            await self._queue.put(replace(arrival, generation=generation))
+            await self._queue.put(arrival)
 
     async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> Arrival:
         """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""

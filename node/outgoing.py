@@ -26,7 +26,8 @@ from .metrics import Tracer
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
 CREDIT_DELAY_S = 0.05  # a chunk that goes the other way in this time saves a frame
-ASK_SHARE = 0.5  # of the window: with more under way than this, the peer is asked to acknowledge at once
+# With more under way than this share of the window, or where only one more chunk fits, the peer is asked at once.
+ASK_SHARE = 0.5
 BUSY_LEAST_S = 0.05  # of traffic at the cap, ten times a late wake-up: shorter stretches say nothing of the link
 ROW = {
     Kind.ACTIVATION: "activation",
@@ -267,7 +268,8 @@ class Outgoing:
             return frame, {"control": framed_bytes(len(frame))}
         assert isinstance(item, _Part)
         under_way = self.session.unacknowledged_bytes + len(item.data)
-        frame = self.session.stamp(item.head, item.data, acknowledge=under_way > ASK_SHARE * self.window_bytes)
+        asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * self._chunk_bytes)
+        frame = self.session.stamp(item.head, item.data, acknowledge=under_way > asks_from)
         return frame, framed_rows(item.rows, framed_bytes(len(frame)))
 
     def _enter_line(

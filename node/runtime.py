@@ -55,6 +55,7 @@ class Node:
         self._to_above = above and Outbox(above, self._codec)
         self._to_below = below and Outbox(below, self._codec)
         self._evaluation_sum = 0.0
+        self._measures: dict[str, float] = {}
         self._follows = 0  # the link's generation that the table above comes from
         self._train_s = 0.0
         self._cpu_s = 0.0
@@ -154,6 +155,7 @@ class Node:
         if self._from_below and self.stage.awaits_gradient(step):
             table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
         loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, table_gradient)
+        self._measures = await self._compute.run("measures", self.stage.measures)
         return loss, stats.grad_norm
 
     async def _evaluate(self, step: int) -> None:
@@ -197,28 +199,28 @@ class Node:
         pack = lambda: port.pack_activation(out, ids_BS, step, microbatch, kind)  # noqa: E731
         await self._to_below.put(f"pack activation {microbatch}", pack)
 
-    def _unpack_activation(self, message: Message) -> Arrival:
+    def _unpack_activation(self, message: Message, generation: int) -> Arrival:
         port = self.stage.upstream_port
         assert port is not None
         if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
-        assert self.above is not None
-        if port.table and self._follows != self.above.generation:
-            self._follows = self.above.generation
+        if port.table and self._follows != generation:
+            self._follows = generation
             port.table.forget()
         ids_BS, received = port.unpack_activation(message)
-        return Arrival(message=message, ids_BS=ids_BS, received=received)
+        return Arrival(message=message, generation=generation, ids_BS=ids_BS, received=received)
 
-    def _unpack_from_below(self, message: Message) -> Arrival:
+    def _unpack_from_below(self, message: Message, generation: int) -> Arrival:
         port = self.stage.downstream_port
         assert port is not None
         if message.kind is Kind.EVALUATION_LOSS:
-            return Arrival(message=message)
+            return Arrival(message=message, generation=generation)
         if message.kind is Kind.PROJECTOR_GRADIENT and port.table:
-            return Arrival(message=message, tensor=port.table.unpack_gradient(message))
+            tensor = port.table.unpack_gradient(message)
+            return Arrival(message=message, generation=generation, tensor=tensor)
         if message.kind is not Kind.GRADIENT:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
-        return Arrival(message=message, tensor=port.unpack_gradient(message))
+        return Arrival(message=message, generation=generation, tensor=port.unpack_gradient(message))
 
     # -- records ------------------------------------------------------------------------------------------------
 
@@ -239,7 +241,7 @@ class Node:
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={link.name: dict(link.sent) for link in self._links},
             rss_bytes=rss_bytes(),
-            codec=self.stage.measures(),
+            codec=self._measures,
             **spent,
         )
 

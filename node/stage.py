@@ -149,11 +149,12 @@ class Stage:
         """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
         ids = torch.from_numpy(ids_BS.astype(np.int64)).to(self.device)
         inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
+        # The codec stays out of autocast: a projector rounded to bfloat16 is off the manifold.
+        hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
         with self._precision():
-            hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
             out = self.model(hidden)
-            if not self.last:
-                return self.sender.encode(out, inputs_BT).to(self.dtype)
+        if not self.last:
+            return self.sender.encode(out.to(self.dtype), inputs_BT)
         logits_NV = out.flatten(0, 1).to(self.dtype)
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
 
@@ -224,13 +225,14 @@ class Stage:
         """
         tokens = self.config.tokens_per_step
         self._begun, self._backwards = False, 0
+        loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
+        self.losses.clear()
+        stats = self.optimizer.step(step, tokens)  # first: it refuses gradients that are not finite
         table = self.downstream_port and self.downstream_port.table
         if table and moves_after(table.table, step):
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
             self.sender.learn(table_gradient, rate=rate)
-        loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
-        self.losses.clear()
-        return loss, self.optimizer.step(step, tokens)
+        return loss, stats
 
     @torch.no_grad()
     def evaluate(self, ids_BS: np.ndarray, received: Received | None) -> Encoded | float:
@@ -246,8 +248,8 @@ class Stage:
         """Everything that training changes here, by name."""
         weights = {f"weight/{name}": parameter.detach() for name, parameter in self._trained()}
         owners: dict[str, Any] = {}
-        if self.upstream_port and self.upstream_port.table:
-            owners["table_above"] = self.upstream_port.table
+        if self.upstream_port:
+            owners |= {"receiver": self.receiver, "table_above": self.upstream_port.table}
         if self.downstream_port:
             owners |= {"sender": self.sender, "table_below": self.downstream_port.table}
         learned = {
@@ -256,6 +258,10 @@ class Stage:
             if part is not None
             for name, tensor in part.state_tensors().items()
         }
+        if self.tokens is not None:  # what is frozen but drawn by this machine's own arithmetic
+            trained = dict(self.tokens.named_parameters())
+            frozen = {name: tensor for name, tensor in self.tokens.state_dict().items() if name not in trained}
+            learned |= {f"codec/tokens/{name}": tensor for name, tensor in frozen.items()}
         return {**weights, **self.optimizer.state_tensors(), **learned}
 
     def state_sha256(self) -> str:

@@ -79,7 +79,9 @@ class TableSender:
         return self._coder.unpack(message).to(self._device)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {} if self._publisher.version is None else {"shipped": torch.from_numpy(self._publisher.shipped.copy())}
+        if self._publisher.version is None:
+            return {}
+        return {"shipped": torch.tensor(self._publisher.shipped), "version": torch.tensor(self._publisher.version)}
 
 
 class TableReceiver:
@@ -109,6 +111,10 @@ class TableReceiver:
             what = f"a change of '{self.table.name}' with a {message.kind.name.lower()} message"
             raise RemoteProtocolError(Fault.UNEXPECTED, what)
         delta = decode_delta(bytes(message.dictionary), self.spec)
+        due = self._mirror.version is None or moves_after(self.table, message.step - 1)
+        if delta.version[1:] != (message.step, message.microbatch, 0) or message.microbatch or not due:
+            what = f"a change of '{self.table.name}' to {delta.version} with microbatch {message.microbatch} of step "
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"{what}{message.step}, where none is due")
         if (delta.version, delta.digest) != (version, digest):  # seen before anything is changed
             raise RemoteProtocolError(
                 Fault.PAYLOAD,
@@ -123,7 +129,7 @@ class TableReceiver:
     def state_tensors(self) -> dict[str, Tensor]:
         tensors = {"error": self._coder.error} if self.table.gradient else {}
         if self._mirror.version is not None:
-            tensors["mirror"] = torch.from_numpy(self._mirror.table.copy())
+            tensors |= {"mirror": torch.tensor(self._mirror.table), "version": torch.tensor(self._mirror.version)}
         return tensors
 
 
@@ -145,7 +151,10 @@ class _GradientCoder:
         wanted = self.error + gradient.cpu()
         # FORWARD rounds to nearest; the direction of travel is in the message's kind.
         key = Key(seed=self._seed, boundary=self._boundary, direction=Direction.FORWARD, step=step, microbatch=0)
-        payload = self._format.pack(wanted, key)
+        try:
+            payload = self._format.pack(wanted, key)
+        except CodecError as error:
+            raise CodecError(f"projector gradient of step {step} at boundary {self._boundary}: {error}") from None
         self.error = wanted - self._format.unpack(payload, shape=self._shape, dtype=self._dtype)
         return Message(
             kind=Kind.PROJECTOR_GRADIENT,

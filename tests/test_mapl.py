@@ -273,14 +273,15 @@ BAD = {
     "mapl:r=64,projector=grassmann": "r=64 is the whole width, which no subspace can move in; lower r",
     "mapl:r=8,ar=65": "ar=65 is above the model's width 64; lower ar",
     "mapl:r=8,every=0": "every=0 has to be at least 1",
-    "mapl:r=8,table=-1": "table=-1 has to be at least 0",
+    "mapl:r=8,table=-1": "table=-1 has to be 0 (no token table) or from 1e-30 to 1e30",
+    "mapl:r=8,table=1e31": "table=1e+31 has to be 0",
     "mapl:r=8,lr=0": "lr=0 has to be above 0",
     "mapl:r=8,beta=1": "beta=1 has to be at least 0 and below 1",
     "mapl:r=8,anchors=half": "'anchors' cannot be 'half'",
     "mapl:r=8,delta=int4": "'delta' cannot be 'int4'",
     "mapl:rank=8": "has no option 'rank'",
     "mapl:r=8,gradient=all": "'gradient' cannot be 'all'",
-    "identity:table=-2": "table=-2 is negative",
+    "identity:table=-2": "table=-2 has to be 0 (no token table)",
 }
 
 
@@ -351,6 +352,53 @@ def test_a_projector_message_that_does_not_follow_is_refused(ends: tuple[Stage, 
     assert refused(lower, replace(second, kind=Kind.EVALUATION)).fault is Fault.UNEXPECTED
     header = {key: value for key, value in second.codec_header.items() if key != "projector"}
     assert "names no version of 'projector'" in str(refused(lower, replace(second, codec_header=header)))
+
+
+def test_a_projector_that_changes_within_a_step_is_refused(ends: tuple[Stage, Stage]) -> None:
+    """It would drop what the receiver had gathered of the gradient."""
+    upper, lower = ends
+    assert lower.upstream_port
+    first, second = messages(upper, 2)
+    assert refused(lower, replace(first, microbatch=1)).fault is Fault.UNEXPECTED
+    lower.upstream_port.unpack_activation(first)
+    assert refused(lower, replace(second, step=2)).fault is Fault.UNEXPECTED
+
+
+def test_what_is_gathered_between_two_steps_of_the_projector_is_state(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Five steps at every=2: the last one's halves wait on both sides."""
+    config = configure(tiny, "mapl:r=8,every=2", {"run.steps": 5})
+    stages = [prepare(config, index)[0] for index in range(2)]
+    assert not any("gathered" in name for stage in stages for name in stage.state_tensors())
+    outcome = run_reference(config, tmp_path)
+    assert outcome == run_in_memory(config, tmp_path / "swarm")
+    [message] = messages(stages[0], 1)
+    assert stages[1].upstream_port
+    ids_BS, received = stages[1].upstream_port.unpack_activation(message)
+    stages[1].forward(0, 0, ids_BS, received)
+    stages[1].backward(0, None, None)
+    names = [name for name in stages[1].state_tensors() if name.startswith("codec/receiver")]
+    assert names == ["codec/receiver/gathered"]
+
+
+def test_the_frozen_part_of_anchors_is_state_and_the_table_is_not(ends: tuple[Stage, Stage]) -> None:
+    names = [name for name in ends[0].state_tensors() if name.startswith("codec/tokens")]
+    assert names == ["codec/tokens/projection"]
+
+
+def test_a_projector_that_cannot_be_stepped_says_which(ends: tuple[Stage, Stage]) -> None:
+    upper, _ = ends
+    messages(upper, 1)
+    upper.sender.shipped.grad = torch.full((64, 8), torch.inf)  # pyright: ignore
+    with pytest.raises(CodecError, match="the projector of boundary 0 cannot be stepped"):
+        upper.sender.learn(None, rate=0.02)
+
+
+def test_autocast_leaves_the_projector_alone(tiny: TinyConfig) -> None:
+    stage, _ = prepare(configure(tiny, "mapl:r=8", {"compute.dtype": "bfloat16"}), 0)
+    ids = torch.zeros(2, 33, dtype=torch.int32).numpy()
+    out = stage.forward(0, 0, ids, None)
+    assert out is not None
+    assert not torch.equal(out.z_BTW, out.z_BTW.to(torch.bfloat16).to(torch.float32))
 
 
 def test_a_projector_of_another_epoch_is_refused(ends: tuple[Stage, Stage]) -> None:

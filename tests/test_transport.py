@@ -190,6 +190,24 @@ def test_latency_is_applied_to_a_lone_message(join: Join) -> None:
 
 
 @every_join
+@pytest.mark.parametrize("sender", ["upper", "lower"])
+def test_a_link_without_latency_does_not_wait_for_acknowledgements(join: Join, sender: str) -> None:
+    """Its window holds two chunks, so each has to be acknowledged as it comes, and not with the next chunk back."""
+
+    async def job() -> None:
+        ends = {"upper": make_link(0, 1, "80mbit"), "lower": make_link(1, 0, "80mbit")}
+        away = ends["lower" if sender == "upper" else "upper"]
+        async with join(ends["upper"], ends["lower"]):
+            started = time.monotonic()
+            sending = asyncio.create_task(_send_all(ends[sender], 20))
+            size = sum([len((await away.receive()).body) for _ in range(20)])
+            await sending
+            assert time.monotonic() - started < 2 * size * 8 / 80e6 + 0.1
+
+    run(job())
+
+
+@every_join
 def test_unacknowledged_bytes_stay_below_the_window(join: Join) -> None:
     async def job() -> None:
         upper, lower = make_link(0, 1, "300mbit,25ms"), make_link(1, 0, "300mbit,25ms")

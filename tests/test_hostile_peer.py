@@ -68,7 +68,7 @@ def hostilities(config: RunConfig, hello: Greeting) -> dict[str, tuple[list[byte
         "values that are not numbers": (bad(body=nan), "bad-payload"),
         "a token past the vocabulary": (bad(token_ids=b"\xff" * len(good.token_ids)), "bad-payload"),
         "short token ids": (bad(token_ids=good.token_ids[:-1]), "bad-payload"),
-        "a gradient from upstream": (bad(kind=Kind.GRADIENT, token_ids=b""), "unexpected-frame"),
+        "a gradient from upstream": (bad(kind=Kind.GRADIENT, token_ids=b""), "bad-payload"),
     }
     return frames
 

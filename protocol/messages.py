@@ -194,7 +194,7 @@ def encode_frame(frame: Frame) -> bytes:
                 data=bytes(frame.data),
                 next_sequence=frame.next_sequence,
                 granted_bytes=frame.granted_bytes,
-                acknowledge=frame.acknowledge,
+                acknowledge=int(frame.acknowledge),
             )
             chunk.crc32 = _checksum(chunk, frame.data)
             return pb.Frame(chunk=chunk).SerializeToString()
@@ -290,7 +290,7 @@ def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:
         head=head,
         next_sequence=chunk.next_sequence,
         granted_bytes=chunk.granted_bytes,
-        acknowledge=chunk.acknowledge,
+        acknowledge=bool(chunk.acknowledge),
     )
 
 

@@ -68,8 +68,8 @@ class Chunk(_message.Message):
     data: bytes
     next_sequence: int
     granted_bytes: int
-    acknowledge: bool
-    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[bool] = ...) -> None: ...
+    acknowledge: int
+    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[int] = ...) -> None: ...
 
 class MessageHead(_message.Message):
     __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "dictionary_bytes", "loss_sum")

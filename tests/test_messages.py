@@ -307,7 +307,7 @@ def test_no_flipped_bit_makes_another_chunk(head: Head, data: bytes) -> None:
 
     What may pass is the same chunk, or a greeting that is refused for its version.
     """
-    chunk = Chunk(sequence=5, epoch=1, data=data, head=head)
+    chunk = Chunk(sequence=5, epoch=1, data=data, head=head, next_sequence=300, granted_bytes=2**33, acknowledge=True)
     raw = encode_frame(chunk)
     for bit in range(8 * len(raw)):
         flipped = bytearray(raw)

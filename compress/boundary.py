@@ -148,6 +148,10 @@ class LearnedTable:
     every: int  # steps between two changes; 0: it never changes
 
 
+def _without_table(half: nn.Module) -> CodecError:
+    return CodecError(f"{type(half).__name__} has no learned table")
+
+
 class Sender(nn.Module, ABC):
     """The in-graph half at the upstream stage.
 
@@ -161,15 +165,19 @@ class Sender(nn.Module, ABC):
 
     @property
     def master(self) -> Tensor:
-        """The learned table as it is now (entries, width)."""
-        raise NotImplementedError
+        """The learned table as it is now (entries, width). Raises CodecError in a half that has none, as the next two
+        methods do: `Codec.table` says beforehand whether there is one."""
+        raise _without_table(self)
 
     def use_table(self, table: Tensor) -> None:
         """From now on code with `table`; its gradient is gathered from here on."""
-        raise NotImplementedError
+        del table
+        raise _without_table(self)
 
     def learn(self, gradient: Tensor | None, *, rate: float) -> None:
         """One step of the table with the gradient gathered here and the receiver's half. `rate`: of matrices, now."""
+        del gradient, rate
+        raise _without_table(self)
 
     def measures(self) -> dict[str, float]:
         """Figures of the steps since the last call, for the records."""
@@ -188,12 +196,13 @@ class Receiver(nn.Module, ABC):
         """The wire tensor (B, T, W) and the token ids (B, T), int64, to hidden states (B, T, D)."""
 
     def use_table(self, table: Tensor) -> None:
-        """From now on decode with `table`."""
-        raise NotImplementedError
+        """From now on decode with `table`. Raises CodecError in a half without one, as the next method does."""
+        del table
+        raise _without_table(self)
 
     def take_gradient(self) -> Tensor:
         """This half's part of the table's gradient (entries, width), gathered since the last call."""
-        raise NotImplementedError
+        raise _without_table(self)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What is gathered here and no optimizer of the stage holds."""

@@ -305,6 +305,15 @@ class TestCodecLaws:
         table = wire.codec.table(24)
         if table is None:
             assert sender.state_tensors() == {}
+            for ask in (
+                lambda: sender.master,
+                lambda: sender.use_table(torch.zeros(24, 4)),
+                lambda: sender.learn(None, rate=0.02),
+                lambda: receiver.use_table(torch.zeros(24, 4)),
+                receiver.take_gradient,
+            ):
+                with pytest.raises(CodecError, match="no learned table"):
+                    ask()
             return
         hidden_BTD, ids_BT = self.batch()
         z_BTW = sender.encode(hidden_BTD, ids_BT)

@@ -30,6 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from . import textbook
 from .conftest import TinyConfig
+from .float64 import assert_clipped_now_and_then, batches_of, recipe_of
 from .in_memory import Outcome, run_in_memory, run_reference
 
 TOLERANCE = 1e-8
@@ -109,35 +110,9 @@ def stage_of(name: str) -> int:
 
 def compare(model: Any, config: RunConfig, got: Outcome) -> dict[str, float]:
     """Train `model` by the book and say how far, relatively, `got` is from it; `model` ends trained."""
-    settings, microbatches, size = config.optim, config.pipeline.microbatches, config.microbatch_size
-    corpus = prepare_corpus(config)
-    batches = [
-        torch.cat(
-            [
-                torch.from_numpy(corpus.batch(step, part, microbatches=microbatches, batch_size=size)).long()
-                for part in range(microbatches)
-            ]
-        )
-        for step in range(config.run.steps)
-    ]
-    recipe = textbook.Recipe(
-        steps=config.run.steps,
-        muon_rate=settings.muon_lr,
-        adam_rate=settings.adamw_lr,
-        momentum=settings.momentum,
-        beta1=settings.adamw_beta1,
-        beta2=settings.adamw_beta2,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup_steps,
-        decay=round(settings.decay_fraction * config.run.steps),
-        clip=settings.clip,
-        polynomials=settings.msign_coefficients,
-    )
-    losses, norms = textbook.train(model, batches, recipe, stage_of)
-    clipped = [norm > settings.clip for of_step in norms for norm in of_step.values()]
-    assert any(clipped)
-    assert not all(clipped)
-    heldout = torch.from_numpy(corpus.heldout_batch(0, config.data.heldout_sequences)).long()
+    losses, norms = textbook.train(model, batches_of(config), recipe_of(config), stage_of)
+    assert_clipped_now_and_then(norms, config.optim.clip)
+    heldout = torch.from_numpy(prepare_corpus(config).heldout_batch(0, config.data.heldout_sequences)).long()
     with torch.no_grad():
         val_loss = textbook.mean_loss(model, heldout).item()
     weights = dict(model.named_parameters())

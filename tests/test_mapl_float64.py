@@ -39,6 +39,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from . import in_memory, textbook
 from .conftest import TinyConfig
+from .float64 import assert_clipped_now_and_then, batches_of, recipe_of
 from .in_memory import Outcome, run_in_memory
 from .test_float64_parity import LAYERS, TOLERANCE, norm_in_float64, plain_model, relative
 
@@ -181,40 +182,14 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def errors_of(plain: PlainModel, config: RunConfig, got: Outcome, stages: Sequence[Stage]) -> dict[str, float]:
     """Train `plain` by the book; how far, relatively, the swarm is from it."""
-    settings, microbatches, size = config.optim, config.pipeline.microbatches, config.microbatch_size
-    corpus = prepare_corpus(config)
-    batches = [
-        torch.cat(
-            [
-                torch.from_numpy(corpus.batch(step, part, microbatches=microbatches, batch_size=size)).long()
-                for part in range(microbatches)
-            ]
-        )
-        for step in range(config.run.steps)
-    ]
-    recipe = textbook.Recipe(
-        steps=config.run.steps,
-        muon_rate=settings.muon_lr,
-        adam_rate=settings.adamw_lr,
-        momentum=settings.momentum,
-        beta1=settings.adamw_beta1,
-        beta2=settings.adamw_beta2,
-        weight_decay=settings.weight_decay,
-        warmup=settings.warmup_steps,
-        decay=round(settings.decay_fraction * config.run.steps),
-        clip=settings.clip,
-        polynomials=settings.msign_coefficients,
-    )
     starts = [projector.used for projector in plain.projectors]
-    losses, norms = textbook.train(plain, batches, recipe, plain.stage_of, plain.projectors)
+    losses, norms = textbook.train(plain, batches_of(config), recipe_of(config), plain.stage_of, plain.projectors)
     assert losses[-1] < losses[0]
-    clipped = [norm > settings.clip for of_step in norms for norm in of_step.values()]
-    assert any(clipped)
-    assert not all(clipped)
+    assert_clipped_now_and_then(norms, config.optim.clip)
     learned = [projector.matrix.detach() for projector in plain.projectors]
     for projector in plain.projectors:
         projector.matrix = projector.used
-    heldout = torch.from_numpy(corpus.heldout_batch(0, config.data.heldout_sequences)).long()
+    heldout = torch.from_numpy(prepare_corpus(config).heldout_batch(0, config.data.heldout_sequences)).long()
     with torch.no_grad():
         val_loss = textbook.mean_loss(plain, heldout).item()
     weights = dict(plain.causal.named_parameters())

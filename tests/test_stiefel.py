@@ -381,11 +381,17 @@ def walk(a, gradient, steps, *, lr=lambda _: 0.05, **settings):
     return parameter.detach()
 
 
-@pytest.mark.parametrize("constraint", ["stiefel", "grassmann", "none"])
-@pytest.mark.parametrize("shape", [(1, 1), (9, 1), (12, 5), (16, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "constraint"),
+    [
+        (shape, constraint)
+        for shape in ((1, 1), (9, 1), (12, 5), (16, 16))
+        for constraint in ("stiefel", "grassmann", "none")
+        if constraint != "grassmann" or shape[0] > shape[1]  # square: the Grassmann manifold is one point
+    ],
+    ids=str,
+)
 def test_a_thousand_steps_stay_on_the_manifold(shape, constraint):
-    if constraint == "grassmann" and shape[0] == shape[1]:
-        pytest.skip("one point only")
     a, generator = orthonormal(shape, 1, torch.float32), torch.Generator().manual_seed(2)
     end = walk(a, lambda *_: torch.randn(shape, generator=generator), 1_000, constraint=constraint)
     if constraint == "none":

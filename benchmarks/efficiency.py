@@ -47,13 +47,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=16)
+    parser.add_argument("--sequences", type=int, default=2, help="of 128 tokens in one microbatch")
     parser.add_argument("--width", type=int, default=256, help="of the hidden states; 256 is `tiny`")
     parser.add_argument("--schedule", default="1f1b")
     given = parser.parse_args()
     cores = min(len(os.sched_getaffinity(0)), given.stages)
     shape = ["--stages", str(given.stages), "--steps", str(given.steps), "--microbatches", str(given.microbatches)]
     shape += ["--set", f"model.width={given.width}", "--schedule", given.schedule]
-    shape += ["--batch-size", str(2 * given.microbatches), "--link", "none"]
+    shape += ["--batch-size", str(given.sequences * given.microbatches), "--link", "none"]
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for repeat in range(given.repeats):

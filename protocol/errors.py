@@ -23,6 +23,7 @@ class Fault(StrEnum):
     CONFIGURATION = "configuration"
     STAGE = "wrong-stage"
     EPOCH = "wrong-epoch"
+    FENCED = "replaced"
     INCARNATION = "restarted"
     RESUME = "cannot-resume"
     TIMEOUT = "timeout"

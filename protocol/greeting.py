@@ -7,6 +7,7 @@ must see both values and what to do. So every rule is one row (fault, name, thei
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import Fault, RemoteProtocolError
@@ -32,7 +33,14 @@ TABLE_DIGEST = " table "
 
 
 def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
-    """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node expects."""
+    """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node expects, in the
+    same epoch."""
+    check_kinship(peer, mine, peer_stage)
+    _hold_to([(Fault.EPOCH, "epoch", peer.epoch, mine.epoch)], peer, mine)
+
+
+def check_kinship(peer: Greeting, mine: Identity, peer_stage: int) -> None:
+    """The same, in whatever epoch the two are."""
     their_settings, _, their_table = peer.configuration.partition(TABLE_DIGEST)
     our_settings, _, our_table = mine.configuration.partition(TABLE_DIGEST)
     rules = [
@@ -42,8 +50,11 @@ def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
         (Fault.CONFIGURATION, "digest of the token table", their_table, our_table),
         (Fault.STAGE, "number of stages", peer.stages, mine.stages),
         (Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage),
-        (Fault.EPOCH, "epoch", peer.epoch, mine.epoch),
     ]
+    _hold_to(rules, peer, mine)
+
+
+def _hold_to(rules: Sequence[tuple[Fault, str, object, object]], peer: Greeting, mine: Identity) -> None:
     for fault, what, theirs, ours in rules:
         if theirs != ours:
             theirs, ours = _print_apart(str(theirs), str(ours))

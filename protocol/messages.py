@@ -16,11 +16,12 @@ fields say. Only a greeting of another version may hold more, or it could not be
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
 
@@ -34,6 +35,7 @@ PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
 ENVELOPE_BYTES_MAX = HEADER_BYTES_MAX + 4 * TEXT_CHARACTERS_MAX + 256
 STEP_MAX = 2**48
+LISTED_MAX = 1024  # stages, or steps, that one frame names
 MICROBATCH_MAX = 2**32
 
 
@@ -126,7 +128,8 @@ class Greeting:
     next_sequence: int
     granted_bytes: int
     epoch: int = 0
-    committed_steps: int = 0
+    completed_steps: int = 0
+    joining: bool = False
     protocol_version: int = PROTOCOL_VERSION
 
 
@@ -160,7 +163,51 @@ class Goodbye:
     pass
 
 
-Frame = Greeting | Refusal | Chunk | Credit | Goodbye
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alive:
+    """I am in this epoch and have completed so many steps of it."""
+
+    epoch: int
+    completed_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Halt:
+    """The epoch is over."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Who has stopped, from the sender down to the last stage, and after which steps all of these could go on."""
+
+    epoch: int
+    incarnations: tuple[int, ...]
+    steps: tuple[int, ...]  # numbers of completed steps, falling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """The new epoch, its members, and how many steps are completed in it."""
+
+    epoch: int
+    completed_steps: int
+    incarnations: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """All stages from the sender down are through."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismissed:
+    """All stages are through."""
+
+
+ControlFrame = Alive | Halt | Offer | Commit | Finished | Dismissed
+Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame
 
 
 def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, bytes | memoryview]]:
@@ -202,16 +249,30 @@ def encode_frame(frame: Frame) -> bytes:
             credit = pb.Credit(next_sequence=frame.next_sequence, granted_bytes=frame.granted_bytes)
             return pb.Frame(credit=credit).SerializeToString()
         case Greeting():
-            greeting = pb.Greeting(**{name: getattr(frame, name) for name in _GREETING_FIELDS})
+            values = {name: getattr(frame, name) for name in _GREETING_FIELDS}
+            greeting = pb.Greeting(**{**values, "joining": int(frame.joining)})
             return pb.Frame(greeting=greeting).SerializeToString()
         case Refusal():
             refusal = pb.Refusal(code=printable(frame.code), reason=printable(frame.reason))
             return pb.Frame(refusal=refusal).SerializeToString()
         case Goodbye():
             return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
+        case _:
+            name = _CONTROL_NAMES[type(frame)]
+            body = _CONTROL[name][1](**{field.name: getattr(frame, field.name) for field in fields(frame)})
+            return pb.Frame(**{name: body}).SerializeToString()
 
 
 _GREETING_FIELDS = [field.name for field in pb.Greeting.DESCRIPTOR.fields]
+_CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
+    "alive": (Alive, pb.Alive),
+    "halt": (Halt, pb.Halt),
+    "offer": (Offer, pb.Offer),
+    "commit": (Commit, pb.Commit),
+    "finished": (Finished, pb.Finished),
+    "dismissed": (Dismissed, pb.Dismissed),
+}
+_CONTROL_NAMES = {frame: name for name, (frame, _) in _CONTROL.items()}
 
 
 def _head_to_pb(head: Head) -> pb.MessageHead:
@@ -265,15 +326,36 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
         case "greeting":
             check_text("run id", frame.greeting.run_id)
             check_text("configuration hash", frame.greeting.configuration)
-            return Greeting(**{name: getattr(frame.greeting, name) for name in _GREETING_FIELDS})
+            if frame.greeting.joining > 1:
+                raise RemoteProtocolError(Fault.MALFORMED, f"a greeting that is {frame.greeting.joining} times joining")
+            values = {name: getattr(frame.greeting, name) for name in _GREETING_FIELDS}
+            return Greeting(**{**values, "joining": bool(values["joining"])})
         case "refusal":
             check_text("code", frame.refusal.code)
             check_text("reason", frame.refusal.reason)
             return Refusal(code=frame.refusal.code, reason=frame.refusal.reason)
         case "goodbye":
             return Goodbye()
+        case str(name) if name in _CONTROL:
+            return _control_from_pb(name, getattr(frame, name))
         case _:
             raise RemoteProtocolError(Fault.MALFORMED, f"a frame of {len(raw)} bytes with no known body")
+
+
+def _control_from_pb(name: str, body: Any) -> ControlFrame:
+    values: dict[str, Any] = {}
+    for each in body.DESCRIPTOR.fields:
+        value = getattr(body, each.name)
+        values[each.name] = value if isinstance(value, int) else tuple(value)
+        numbers = (value,) if isinstance(value, int) else value
+        if len(numbers) > LISTED_MAX:
+            raise RemoteProtocolError(Fault.OVERSIZED, f"{len(numbers)} {each.name} in a frame, at most {LISTED_MAX}")
+        if each.name != "incarnations" and any(number >= STEP_MAX for number in numbers):
+            raise RemoteProtocolError(Fault.MALFORMED, f"{each.name} {max(numbers)} is out of range")
+    steps = values.get("steps")
+    if steps is not None and (not steps or steps[-1] != 0 or any(a <= b for a, b in itertools.pairwise(steps))):
+        raise RemoteProtocolError(Fault.MALFORMED, f"steps offered are {steps[:8]}, not falling to 0")
+    return _CONTROL[name][0](**values)
 
 
 def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:

@@ -1,26 +1,39 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
-from collections.abc import Mapping as _Mapping
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "alive", "halt", "offer", "commit", "finished", "dismissed")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
+    ALIVE_FIELD_NUMBER: _ClassVar[int]
+    HALT_FIELD_NUMBER: _ClassVar[int]
+    OFFER_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    DISMISSED_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     refusal: Refusal
     chunk: Chunk
     credit: Credit
     goodbye: Goodbye
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ...) -> None: ...
+    alive: Alive
+    halt: Halt
+    offer: Offer
+    commit: Commit
+    finished: Finished
+    dismissed: Dismissed
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., halt: _Optional[_Union[Halt, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., dismissed: _Optional[_Union[Dismissed, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "epoch", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "committed_steps")
+    __slots__ = ("protocol_version", "run_id", "epoch", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -30,7 +43,8 @@ class Greeting(_message.Message):
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     GRANTED_BYTES_FIELD_NUMBER: _ClassVar[int]
-    COMMITTED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    JOINING_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: str
     epoch: int
@@ -40,8 +54,9 @@ class Greeting(_message.Message):
     incarnation: int
     next_sequence: int
     granted_bytes: int
-    committed_steps: int
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., epoch: _Optional[int] = ..., configuration: _Optional[str] = ..., stage: _Optional[int] = ..., stages: _Optional[int] = ..., incarnation: _Optional[int] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., committed_steps: _Optional[int] = ...) -> None: ...
+    completed_steps: int
+    joining: int
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., epoch: _Optional[int] = ..., configuration: _Optional[str] = ..., stage: _Optional[int] = ..., stages: _Optional[int] = ..., incarnation: _Optional[int] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., completed_steps: _Optional[int] = ..., joining: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason")
@@ -102,5 +117,47 @@ class Credit(_message.Message):
     def __init__(self, next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ...) -> None: ...
 
 class Goodbye(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Alive(_message.Message):
+    __slots__ = ("epoch", "completed_steps")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    completed_steps: int
+    def __init__(self, epoch: _Optional[int] = ..., completed_steps: _Optional[int] = ...) -> None: ...
+
+class Halt(_message.Message):
+    __slots__ = ("epoch",)
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+
+class Offer(_message.Message):
+    __slots__ = ("epoch", "incarnations", "steps")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    incarnations: _containers.RepeatedScalarFieldContainer[int]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., incarnations: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Commit(_message.Message):
+    __slots__ = ("epoch", "completed_steps", "incarnations")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    completed_steps: int
+    incarnations: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, epoch: _Optional[int] = ..., completed_steps: _Optional[int] = ..., incarnations: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Dismissed(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

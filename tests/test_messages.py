@@ -29,15 +29,21 @@ from thinpipe.protocol.messages import (
     MICROBATCH_MAX,
     PROTOCOL_VERSION,
     STEP_MAX,
+    Alive,
     Chunk,
+    Commit,
     Credit,
+    Dismissed,
+    Finished,
     Frame,
     Goodbye,
     Greeting,
+    Halt,
     Head,
     Kind,
     Limits,
     Message,
+    Offer,
     Refusal,
     decode_frame,
     encode_frame,
@@ -74,6 +80,8 @@ heads = st.builds(
     loss_sum=st.floats(allow_nan=False, allow_infinity=False),
 )
 chunks = st.builds(Chunk, sequence=U64, epoch=U64, data=st.binary(max_size=LIMITS.chunk_bytes), head=st.none() | heads)
+STEPS = st.integers(0, STEP_MAX - 1)
+INCARNATIONS = st.lists(U64, max_size=64).map(tuple)
 frames: st.SearchStrategy[Frame] = st.one_of(
     chunks,
     st.builds(Credit, next_sequence=U64, granted_bytes=U64),
@@ -87,11 +95,23 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         next_sequence=U64,
         granted_bytes=U64,
         epoch=U64,
-        committed_steps=U64,
+        completed_steps=U64,
         protocol_version=U32,
+        joining=st.booleans(),
     ),
     st.builds(Refusal, code=PRINTABLE, reason=PRINTABLE),
     st.builds(Goodbye),
+    st.builds(Alive, epoch=STEPS, completed_steps=STEPS),
+    st.builds(Halt, epoch=STEPS),
+    st.builds(
+        Offer,
+        epoch=STEPS,
+        incarnations=INCARNATIONS,
+        steps=st.sets(st.integers(1, STEP_MAX - 1), max_size=32).map(lambda some: (*sorted(some, reverse=True), 0)),
+    ),
+    st.builds(Commit, epoch=STEPS, completed_steps=STEPS, incarnations=INCARNATIONS),
+    st.builds(Finished),
+    st.builds(Dismissed),
 )
 
 
@@ -111,6 +131,25 @@ def reencoded(frame: pb.Frame) -> bytes:
 def chunk_pb(**head: Any) -> pb.Frame:
     data = head.pop("data", b"")
     return pb.Frame(chunk=pb.Chunk(data=data, head=pb.MessageHead(**{"kind": 1, **head})))
+
+
+@pytest.mark.parametrize(
+    ("frame", "fault"),
+    [
+        (pb.Frame(alive=pb.Alive(epoch=2**48)), Fault.MALFORMED),
+        (pb.Frame(commit=pb.Commit(completed_steps=2**48)), Fault.MALFORMED),
+        (pb.Frame(commit=pb.Commit(incarnations=range(1025))), Fault.OVERSIZED),
+        (pb.Frame(offer=pb.Offer(steps=[])), Fault.MALFORMED),
+        (pb.Frame(offer=pb.Offer(steps=[4, 2])), Fault.MALFORMED),
+        (pb.Frame(offer=pb.Offer(steps=[2, 4, 0])), Fault.MALFORMED),
+        (pb.Frame(offer=pb.Offer(steps=[2, 0, 0])), Fault.MALFORMED),
+        (pb.Frame(greeting=pb.Greeting(protocol_version=1, joining=2)), Fault.MALFORMED),
+    ],
+    ids=lambda value: str(value).split("{")[0].strip(),
+)
+def test_control_frames_out_of_bounds_are_refused(frame: pb.Frame, fault: Fault) -> None:
+    limits = Limits(message_bytes=1)
+    assert refusal_of(frame.SerializeToString(), limits).fault is fault
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------
@@ -161,7 +200,7 @@ def test_the_largest_legal_frames_pass() -> None:
             next_sequence=2**64 - 1,
             granted_bytes=2**64 - 1,
             epoch=2**64 - 1,
-            committed_steps=2**64 - 1,
+            completed_steps=2**64 - 1,
             protocol_version=2**32 - 1,
         ),
     ]
@@ -449,7 +488,7 @@ def test_a_text_of_any_length_is_refused_beyond_its_limit(field: str) -> None:
     assert refusal_of(raw).fault is Fault.OVERSIZED
 
 
-@pytest.mark.parametrize("raw", [b"", b"\xfa\x3f\x04what", b"\x32\x00"], ids=["empty", "unknown field", "unknown kind"])
+@pytest.mark.parametrize("raw", [b"", b"\xfa\x3f\x04what", b"\x7a\x00"], ids=["empty", "unknown field", "unknown kind"])
 def test_a_frame_of_no_known_kind_is_refused(raw: bytes) -> None:
     assert refusal_of(raw).fault is Fault.MALFORMED
 

@@ -1,0 +1,313 @@
+"""Who is in the run, and from where all go on after a loss: a view change along the chain, sans-IO.
+
+A run is a sequence of *epochs*. In one epoch the members are fixed, one process a stage, and whatever carries another
+epoch's number is refused: a stage that was stopped, replaced and wakes up is fenced off. An epoch ends when a process
+appears in the place of another one, and the next begins in two waves, with nobody in charge but the order of stages:
+
+    Halt     from whoever notices, to both neighbours: everybody breaks off the step under way
+    Offer    upwards: "these processes, from me down, have stopped and could all go on after any of these steps"
+    Commit   downwards, from stage 0: the new epoch, its members, the newest step that all of them offered
+
+Every wait is on the neighbour alone and every frame can be said again: a process that dies in the middle of a wave only
+starts another one. What makes that safe: a Commit is applied by a stage only while the process below it is the one that
+the Commit names, an Offer that comes while training goes on is taken for a Halt, and a neighbour that greets with
+another epoch is one too. So whoever was left behind by a lost Commit drags the others into the next wave.
+
+At the end two more waves: Finished upwards, Dismissed downwards; until then nobody leaves, because whoever is through
+may be needed again by one who is not.
+
+Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
+them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
+of Viewstamped Replication (Liskov & Cowling, MIT-CSAIL-TR-2012-021), with a chain for a quorum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from .errors import Fault, RemoteProtocolError
+from .greeting import Identity, check_kinship
+from .messages import (
+    LISTED_MAX,
+    Alive,
+    Commit,
+    ControlFrame,
+    Dismissed,
+    Finished,
+    Frame,
+    Greeting,
+    Halt,
+    Offer,
+)
+
+Side = Literal["above", "below"]
+SIDES: tuple[Side, Side] = ("above", "below")
+OFFERED_MAX = 32  # steps that one stage offers; the newest, and 0
+
+
+class Phase(Enum):
+    """Where this node stands in the present epoch."""
+
+    RUNNING = "training"
+    HALTING = "breaking off"
+    HALTED = "waiting for the new epoch"
+    DISMISSED = "through"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """Tell the neighbour on that side."""
+
+    side: Side
+    frame: ControlFrame
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Break off the step under way, and say `stopped` when that is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Go on in `epoch` after `completed` steps. `members`: the process of each stage."""
+
+    epoch: int
+    completed: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismiss:
+    """All stages are through: the process may end."""
+
+
+Effect = Send | Stop | Start | Dismiss
+
+
+class Rewind:
+    """This node's part. Inputs are `meet`, `part`, `receive`, `stopped`, `finished`; each returns what is to be done.
+
+    A node that takes a stage's place (`joining`) begins HALTING, in no epoch: say `stopped` at once. A fresh one begins
+    RUNNING in epoch 0, whose members are whoever comes first (`protocol.session`). `epoch`: the highest that a joining
+    one knows of, from its checkpoints.
+    """
+
+    def __init__(self, identity: Identity, *, joining: bool, epoch: int = 0) -> None:
+        self.identity = identity
+        self.joining = joining
+        self.epoch = epoch
+        self.completed = 0  # steps of this epoch, for `alive`
+        self.members: tuple[int, ...] | None = None
+        self.phase = Phase.HALTING if joining else Phase.RUNNING
+        self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
+        self.progress: dict[Side, Alive] = {}  # what each said last of where it is
+        self._steps: tuple[int, ...] = ()
+        self._offer_below: Offer | None = None
+        self._offered: Offer | None = None  # on the present connection upwards
+        self._finished_here = self._finished_below = False
+
+    @property
+    def first(self) -> bool:
+        return self.identity.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.identity.stage == self.identity.stages - 1
+
+    def greeting(self) -> Greeting:
+        """The first frame on a connection."""
+        mine = self.identity
+        return Greeting(
+            run_id=mine.run_id,
+            configuration=mine.configuration,
+            stage=mine.stage,
+            stages=mine.stages,
+            incarnation=mine.incarnation,
+            epoch=self.epoch,
+            completed_steps=self.completed,
+            next_sequence=0,
+            granted_bytes=0,
+            joining=self.joining,
+        )
+
+    def alive(self) -> Alive:
+        return Alive(epoch=self.epoch, completed_steps=self.completed)
+
+    def meet(self, side: Side, peer: Greeting) -> list[Effect]:
+        """A neighbour is connected. Raises RemoteProtocolError if it is not one, or not one any more."""
+        stage = self._stage_at(side)
+        check_kinship(peer, self.identity, stage)
+        present = self.peers[side]
+        if present is not None and present != peer.incarnation:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"stage {stage} is served by process {present:x}, which answers, so there is no place for process "
+                f"{peer.incarnation:x}; stop one of the two",
+            )
+        if not peer.joining and self.members and peer.incarnation != self.members[stage] and peer.epoch <= self.epoch:
+            raise RemoteProtocolError(
+                Fault.FENCED,
+                f"process {peer.incarnation:x} of stage {stage} is of epoch {peer.epoch}; since epoch {self.epoch} "
+                f"process {self.members[stage]:x} has its place",
+            )
+        self._forget(side)
+        self.peers[side] = peer.incarnation
+        effects: list[Effect] = []
+        if self.phase is Phase.RUNNING:
+            if peer.joining or peer.epoch != self.epoch:
+                effects += self._halt()
+        elif self.phase is not Phase.DISMISSED:
+            effects.append(Send(side=side, frame=Halt(epoch=self.epoch)))
+        else:
+            effects += [Send(side=side, frame=Dismissed())] if side == "below" else []
+        return effects + self._advance()
+
+    def part(self, side: Side) -> None:
+        """The connection to that side is gone. By itself that changes nothing: it may come back."""
+        self.peers[side] = None
+        self._forget(side)
+
+    def _forget(self, side: Side) -> None:
+        """What a connection to that side had established."""
+        if side == "below":
+            self._offer_below, self._finished_below = None, False
+        else:
+            self._offered = None
+
+    def receive(self, side: Side, frame: Frame) -> list[Effect]:
+        """Take one frame. Raises RemoteProtocolError for what may not come from that side."""
+        match frame, side:
+            case Alive(), _:
+                self.progress[side] = frame
+                return []
+            case Halt(), _:
+                # One of an earlier epoch was under way when that epoch's Commit passed it.
+                return self._halt() if self.phase is Phase.RUNNING and frame.epoch >= self.epoch else []
+            case Offer(), "below":
+                return self._take_offer(frame)
+            case Commit(), "above":
+                return self._take_commit(frame)
+            case Finished(), "below":
+                self._finished_below = True
+                return self._advance()
+            case Dismissed(), "above":
+                if not self._finished_here:
+                    raise RemoteProtocolError(Fault.UNEXPECTED, "a dismissal before this stage was through")
+                return self._dismiss()
+            case _:
+                name = type(frame).__name__.lower()
+                raise RemoteProtocolError(
+                    Fault.UNEXPECTED, f"the {name} frame from {side} may not come on the control stream"
+                )
+
+    def halt(self) -> list[Effect]:
+        """This node itself wants the epoch to end. No effect unless it is training."""
+        return self._halt() if self.phase is Phase.RUNNING else []
+
+    def stopped(self, steps: set[int]) -> list[Effect]:
+        """Nothing of the old epoch moves here any more; these are the steps (besides 0) after which this node could go
+        on."""
+        self._steps = (*sorted(steps - {0}, reverse=True)[: OFFERED_MAX - 1], 0)
+        self.phase = Phase.HALTED
+        return self._advance()
+
+    def finished(self) -> list[Effect]:
+        """This stage has done all its steps."""
+        self._finished_here = True
+        return self._advance()
+
+    # -- the waves ----------------------------------------------------------------------------------------------
+
+    def _stage_at(self, side: Side) -> int:
+        return self.identity.stage + (1 if side == "below" else -1)
+
+    def _halt(self) -> list[Effect]:
+        self.phase = Phase.HALTING
+        self._finished_here = self._finished_below = False
+        self._offered = None
+        told: list[Effect] = [
+            Send(side=side, frame=Halt(epoch=self.epoch)) for side in SIDES if self.peers[side] is not None
+        ]
+        return [*told, Stop()]
+
+    def _take_offer(self, offer: Offer) -> list[Effect]:
+        due = self.identity.stages - 1 - self.identity.stage
+        if len(offer.incarnations) != due or offer.incarnations[0] != self.peers["below"]:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED, f"an offer of {len(offer.incarnations)} processes, where {due} are below this stage"
+            )
+        self._offer_below = offer
+        halted = self._halt() if self.phase is Phase.RUNNING else []
+        return halted + self._advance()
+
+    def _take_commit(self, commit: Commit) -> list[Effect]:
+        if len(commit.incarnations) != self.identity.stages:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED, f"an epoch of {len(commit.incarnations)} stages, this run has {self.identity.stages}"
+            )
+        if self.phase is not Phase.HALTED or commit.epoch <= self.epoch:
+            return []  # said again, or of a wave that another one has overtaken
+        names_me = commit.incarnations[self.identity.stage] == self.identity.incarnation
+        below = self.peers["below"]
+        if not names_me or (below is not None and below != commit.incarnations[self.identity.stage + 1]):
+            return []  # somebody has come since; the wave that this began is on its way
+        if commit.completed_steps not in self._steps:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"a start after {commit.completed_steps} steps, which stage {self.identity.stage} never offered",
+            )
+        return self._apply(commit)
+
+    def _advance(self) -> list[Effect]:
+        """Say upwards, or at stage 0 decide, what can be said or decided now."""
+        if self.phase is Phase.HALTED:
+            offer = self._whole_offer()
+            if offer is None:
+                return []
+            if self.first:
+                commit = Commit(epoch=offer.epoch + 1, completed_steps=offer.steps[0], incarnations=offer.incarnations)
+                return self._apply(commit)
+            if self.peers["above"] is not None and offer != self._offered:
+                self._offered = offer
+                return [Send(side="above", frame=offer)]
+            return []
+        if self.phase is Phase.RUNNING and self._finished_here and (self.last or self._finished_below):
+            if self.first:
+                return self._dismiss()
+            if self.peers["above"] is not None:
+                return [Send(side="above", frame=Finished())]
+        return []
+
+    def _whole_offer(self) -> Offer | None:
+        """What all from this stage down have in common; None while somebody has not said."""
+        mine = self.identity.incarnation
+        if self.last:
+            return Offer(epoch=self.epoch, incarnations=(mine,), steps=self._steps)
+        below = self._offer_below
+        if below is None:
+            return None
+        return Offer(
+            epoch=max(self.epoch, below.epoch),
+            incarnations=(mine, *below.incarnations),
+            steps=tuple(step for step in self._steps if step in below.steps),
+        )
+
+    def _apply(self, commit: Commit) -> list[Effect]:
+        self.epoch, self.completed = commit.epoch, commit.completed_steps
+        self.members, self.joining = commit.incarnations, False
+        self.phase = Phase.RUNNING
+        self._offer_below = self._offered = None
+        told: list[Effect] = [] if self.peers["below"] is None else [Send(side="below", frame=commit)]
+        return [*told, Start(epoch=self.epoch, completed=self.completed, members=commit.incarnations)]
+
+    def _dismiss(self) -> list[Effect]:
+        if self.phase is Phase.DISMISSED:
+            return []
+        self.phase = Phase.DISMISSED
+        told: list[Effect] = [] if self.peers["below"] is None else [Send(side="below", frame=Dismissed())]
+        return [*told, Dismiss()]
+
+
+assert OFFERED_MAX <= LISTED_MAX

@@ -127,6 +127,14 @@ def up(
     trace: Annotated[
         bool, typer.Option("--trace", help="Also trace.json (see ui.perfetto.dev) and trace.png: what ran when.")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", help="Go on with the run in this directory, from its newest common checkpoint."),
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="How often a stage that was lost is started again; the others wait for it.")
+    ] = 0,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none. (0)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
     """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""
@@ -147,18 +155,39 @@ def up(
         "data.sequence_length": sequence_length,
         "run.eval_every": eval_every,
         "run.seed": seed,
+        "checkpoint.every": checkpoint_every,
     }
+    if resume is not None:
+        config, out, options = _resumed(resume, one_process), resume, {"checkpoint.every": checkpoint_every}
     settings = _configuration(config, options, overrides)
     from .node.local import LocalRunError, run_local
 
     try:
-        summary = run_local(settings, out, one_process=one_process, overwrite=overwrite, trace=trace, quiet=as_json)
+        summary = run_local(
+            settings,
+            out,
+            one_process=one_process,
+            overwrite=overwrite,
+            trace=trace,
+            quiet=as_json,
+            resume=resume is not None,
+            restarts=restarts,
+        )
     except LocalRunError as error:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
     if as_json:
         print(json.dumps(summary, indent=2))
+
+
+def _resumed(run: Path, one_process: bool) -> Path:
+    """The run.toml to go on with."""
+    if one_process:
+        fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
+    if not (run / "run.toml").is_file():
+        fail(f"--resume {run}: there is no run.toml, so no run to go on with; give the --out of the run", 2)
+    return run / "run.toml"
 
 
 @app.command()
@@ -172,6 +201,10 @@ def node(
     out: Annotated[Path | None, typer.Option(help="Directory for this node's records. (beside run.toml)")] = None,
     overrides: Override = None,
     trace: Annotated[bool, typer.Option("--trace", help="Write what ran when, for ui.perfetto.dev.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Take the stage's place in a run that has begun, from its newest checkpoint."),
+    ] = False,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
 ) -> None:
     """Host one stage. Neighbours may start in any order and wait for each other."""
@@ -181,15 +214,131 @@ def node(
         fail(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
-    from .node.host import Addresses, HostError, check_input, host
+    from .node.host import Addresses, HostError, HostOptions, check_input, host
     from .node.local import LocalRunError, writable
 
     addresses = Addresses(listen=listen, next=next_)
     try:
         check_input(settings, stage, addresses)
-        host(settings, stage, addresses, writable(out or config.parent), trace=trace, parent=parent)
+        directory = writable(out or config.parent)
+        host(settings, stage, addresses, HostOptions(out=directory, trace=trace, parent=parent, resume=resume))
     except (HostError, LocalRunError) as error:
         fail(str(error), error.exit_code)
+
+
+checkpoint = typer.Typer(
+    help="Look at the checkpoints of a run, without changing anything.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(checkpoint, name="checkpoint")
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, which holds its run.toml.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+
+@checkpoint.command("ls")
+def checkpoint_ls(run: Run, as_json: Json = False) -> None:
+    """List the checkpoints: by step, what each stage has of it, and whether the run can go on from there.
+
+    Manifests and lengths are looked at; `verify` reads the tensors too.
+    """
+    _show_checkpoints(run, as_json, thorough=False)
+
+
+@checkpoint.command("verify")
+def checkpoint_verify(run: Run, as_json: Json = False) -> None:
+    """Read every checkpoint and compare its digests.
+
+    Exit code 1 if any is damaged, 2 if RUN is not a run's directory.
+    """
+    if _show_checkpoints(run, as_json, thorough=True):
+        raise typer.Exit(1)
+
+
+def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
+    """Print what is there; returns how many are damaged, each of which has its line on stderr."""
+    if not (run / "run.toml").is_file():
+        fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
+    settings = _configuration(run / "run.toml", {}, None)
+    from .node.manifest import CheckpointError
+    from .node.survey import survey, survey_table
+
+    directory = settings.checkpoint.path(run)
+    try:
+        found = survey(directory, run=settings.run.name, stages=settings.pipeline.stages, thorough=thorough)
+    except CheckpointError as error:
+        fail(str(error), 1)
+    if as_json:
+        print(json.dumps({"directory": str(directory), "verified": thorough, "checkpoints": found}, indent=2))
+    elif not found:
+        print(f"no checkpoints in {directory}; set checkpoint.every to have some")
+    else:
+        from rich.console import Console
+
+        Console().print(survey_table(found))
+    damaged = [held["problem"] for row in found for held in row["stages"] if held["state"] == "damaged"]
+    for line in damaged:
+        print(f"thinpipe: {line}", file=sys.stderr)
+    return len(damaged)
+
+
+@app.command()
+def chaos(
+    stages: Annotated[int, typer.Option(help="Pipeline stages, one process each.")] = 4,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
+    kills: Annotated[int, typer.Option(min=1, help="Faults, spread over the run.")] = 50,
+    kinds: Annotated[
+        str, typer.Option(help="Which, in turn: kill, twice, pause, sleeper, cut, half (docs/failures.md).")
+    ] = "kill,twice,pause,sleeper,cut,half",
+    seed: Annotated[int, typer.Option(help="Of the training and of the faults.")] = 1,
+    codec: Annotated[str, typer.Option(help="What crosses a boundary.")] = "mapl:r=16,anchors=full",
+    forward: Annotated[str | None, typer.Option(help="Byte format of activations.")] = "int4",
+    backward: Annotated[str | None, typer.Option(help="Byte format of gradients.")] = "int4",
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 2,
+    link: Link = None,
+    out: Annotated[Path, typer.Option(help="Directory for the two runs and chaos.json.")] = Path("runs/chaos"),
+    overrides: Override = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print chaos.json on stdout, and nothing else.")] = False,
+) -> None:
+    """Break a swarm on this machine at random, and see whether it ends in the bits of an undisturbed one.
+
+    Exit code 0 if it does, 1 if not.
+    """
+    _one_arithmetic_thread()
+    from .sim.chaos import KINDS, Kind
+
+    named = kinds.split(",")
+    chosen: tuple[Kind, ...] = tuple(kind for kind in KINDS if named.count(kind))
+    if unknown := [kind for kind in named if kind not in KINDS]:
+        fail(f"--kinds: no fault is called '{unknown[0]}'; choose from {', '.join(KINDS)}", 2)
+    # Small, because what is tested is the machinery: a step has to be short beside the start of a process.
+    small = {"model.preset": "tiny", "pipeline.batch_size": 8, "pipeline.microbatches": 4, "data.sequence_length": 32}
+    options = {
+        "pipeline.stages": stages,
+        "run.steps": steps,
+        "run.seed": seed,
+        "codec.codec": codec,
+        "codec.forward": forward,
+        "codec.backward": backward,
+        "checkpoint.every": checkpoint_every,
+        "link.link": link,
+    }
+    settings = _configuration(None, {**small, **options}, overrides)
+    from .node.chaos import run_chaos
+    from .node.local import LocalRunError
+
+    try:
+        found, survived = run_chaos(settings, out, count=kills, kinds=chosen, seed=seed, quiet=as_json)
+    except LocalRunError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    if not survived:
+        raise typer.Exit(1)
 
 
 def main() -> None:

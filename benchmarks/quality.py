@@ -1,12 +1,15 @@
 """What a codec costs in loss: recipes trained alike in one process, held-out loss against bytes, seeds paired.
 
     .venv/bin/python benchmarks/quality.py --out runs/screen --steps 250 --seeds 1 \\
-        --recipe "dense=identity:table=1 bf16 bf16" --recipe "r32=mapl:r=32 int4 int4"
+        --set compute.dtype=bfloat16 --recipe "dense=identity:table=1 bf16 bf16" \\
+        --recipe "r32=mapl:r=32 int4 int4" --recipe "faster=mapl:r=32 int4 int4 optim.muon_lr=0.04"
 
-A recipe is NAME=CODEC [FORWARD [BACKWARD]]. The first one is what the others are compared with, seed by seed: the same
-data, the same first weights. One process computes bit for bit what the swarm does (tests/test_parity.py), and counts
-the same bytes but acknowledgements. Runs that `--out` holds already are not run again; `--jobs` run side by side.
-With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired differences.
+A recipe is NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]. Settings of its own come after those of `--set`,
+which are for all recipes, and win. The first recipe is what the others are compared with, seed by seed: the same data
+and the same first weights, unless a recipe's own settings change them. One process computes bit for bit what the swarm
+does (tests/test_parity.py), and counts the same bytes but acknowledgements. Runs that `--out` holds already, made by
+the same command, are not run again; `--jobs` run side by side. With several seeds the table gives the mean and a 95 %
+interval (Student's t) of the paired differences.
 """
 
 from __future__ import annotations
@@ -20,31 +23,60 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+METAVAR = "NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]"
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
-def train(out: Path, recipe: str, seed: int, options: list[str]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What one row of the table trains with."""
+
+    name: str
+    codec: str
+    formats: tuple[str, ...]  # FORWARD, then BACKWARD, as far as given
+    settings: tuple[str, ...]  # SECTION.KEY=VALUE, for this recipe only
+
+    @classmethod
+    def parse(cls, text: str) -> Recipe:
+        """Raises ArgumentTypeError for what is not NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]."""
+        name, equals, rest = text.partition("=")
+        codec, *words = rest.split() or [""]
+        # An option of a format has an equals sign too, but after the format's name and a colon.
+        is_setting = ["=" in word and ":" not in word.partition("=")[0] for word in words]
+        formats = words[: is_setting.index(True)] if True in is_setting else words
+        if not (name and equals and codec) or len(formats) > 2 or not all(is_setting[len(formats) :]):
+            raise argparse.ArgumentTypeError(f"a recipe is {METAVAR}, got '{text}'")
+        return cls(name=name, codec=codec, formats=tuple(formats), settings=tuple(words[len(formats) :]))
+
+    def arguments(self, directory: Path, seed: int, shared: list[str]) -> list[str]:
+        """Of `thinpipe up`, and what `recipe.json` holds: the same list for settings shared by all and for a recipe's
+        own, so that a run is found again however they were given."""
+        arguments = ["--out", str(directory), "--seed", str(seed), "--codec", self.codec, *shared]
+        arguments += [part for setting in self.settings for part in ("--set", setting)]
+        directions = zip(("--forward", "--backward"), self.formats, strict=False)
+        return arguments + [part for pair in directions for part in pair]
+
+
+def train(out: Path, recipe: Recipe, seed: int, shared: list[str]) -> dict[str, Any]:
     """The summary of one run, from disk if it is there."""
-    name, _, spec = recipe.partition("=")
-    directory = out / f"{name}-seed{seed}"
-    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
-    codec, *formats = spec.split()
-    command += ["--out", str(directory), "--seed", str(seed), "--codec", codec, *options]
-    command += [part for pair in zip(("--forward", "--backward"), formats, strict=False) for part in pair]
-    told = json.dumps(command[7:])
-    if (directory / "summary.json").exists() and (directory / "recipe.json").read_text() == told:
-        return json.loads((directory / "summary.json").read_text())
+    directory = out / f"{recipe.name}-seed{seed}"
+    arguments = recipe.arguments(directory, seed, shared)
+    told, record, summary = json.dumps(arguments), directory / "recipe.json", directory / "summary.json"
+    if summary.exists() and record.exists() and record.read_text() == told:
+        return json.loads(summary.read_text())
     started = time.monotonic()
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(f"{recipe}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-    (directory / "recipe.json").write_text(told)
-    print(f"{name}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        sys.exit(f"{recipe.name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    record.write_text(told)
+    print(f"{recipe.name}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
     return json.loads(done.stdout)
 
 
@@ -55,7 +87,7 @@ def interval(values: list[float]) -> float:
     return STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def draw(path: Path, summaries: dict[str, list[dict[str, Any]]], tokens: float) -> None:
+def draw(path: Path, summaries: dict[Recipe, list[dict[str, Any]]], tokens: float) -> None:
     """Held-out loss against bytes a token, a point a recipe."""
     import matplotlib
 
@@ -67,7 +99,7 @@ def draw(path: Path, summaries: dict[str, list[dict[str, Any]]], tokens: float) 
         losses = [summary["val_loss"] for summary in of]
         at = (of[0]["bytes_per_token"], statistics.mean(losses))
         axes.errorbar(*at, yerr=0 if len(of) == 1 else interval(losses), fmt="o", capsize=3)
-        axes.annotate(recipe.partition("=")[0], at, textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axes.annotate(recipe.name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
     axes.set_xscale("log")
     axes.set_xlabel("bytes a token, all boundaries, both ways, everything counted")
     axes.set_ylabel("held-out loss")
@@ -80,31 +112,37 @@ def draw(path: Path, summaries: dict[str, list[dict[str, Any]]], tokens: float) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", action="append", required=True, metavar="NAME=CODEC [FORWARD [BACKWARD]]")
+    parser.add_argument("--recipe", action="append", required=True, type=Recipe.parse, metavar=METAVAR)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--plot", type=Path, help="also draw loss against bytes, as PNG")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all recipes alike")
     given = parser.parse_args()
-    options = ["--steps", str(given.steps)] + [part for item in given.set for part in ("--set", item)]
+    names = [recipe.name for recipe in given.recipe]
+    if twice := [name for name in names if names.count(name) > 1]:
+        parser.error(f"two recipes are called '{twice[0]}'; their runs would share a directory")
+    shared = ["--steps", str(given.steps)] + [part for item in given.set for part in ("--set", item)]
     seeds = range(1, given.seeds + 1)
     with ThreadPoolExecutor(given.jobs) as pool:
         runs = {
-            recipe: [pool.submit(train, given.out, recipe, seed, options) for seed in seeds] for recipe in given.recipe
+            recipe: [pool.submit(train, given.out, recipe, seed, shared) for seed in seeds] for recipe in given.recipe
         }
         summaries = {recipe: [run.result() for run in of] for recipe, of in runs.items()}
     first = [summary["val_loss"] for summary in summaries[given.recipe[0]]]
     one = summaries[given.recipe[0]][0]
     print(f"\n{one['tokens'] / 1e6:.2f}M tokens, {one['tokens_per_step']} a step, {given.seeds} seed(s)\n")
-    print("| recipe | codec | held-out loss | over the first | bytes/token | ratio |\n|---|---|---|---|---|---|")
+    print("| recipe | codec | own settings | held-out loss | over the first | bytes/token | ratio |")
+    print("|---|---|---|---|---|---|---|")
     for recipe, of in summaries.items():
-        name, _, spec = recipe.partition("=")
+        spec, own = " ".join((recipe.codec, *recipe.formats)), " ".join(recipe.settings)
+        own = f"`{own}`" if own else ""
         losses = [summary["val_loss"] for summary in of]
         over = [100 * (loss / base - 1) for loss, base in zip(losses, first, strict=True)]
         spread = f" ± {interval(over):.2f}" if given.seeds > 1 else ""
         print(
-            f"| {name} | `{spec}` | {statistics.mean(losses):.4f} | {statistics.mean(over):+.2f}{spread} % "
+            f"| {recipe.name} | `{spec}` | {own} "
+            f"| {statistics.mean(losses):.4f} | {statistics.mean(over):+.2f}{spread} % "
             f"| {of[0]['bytes_per_token']:.1f} | {of[0]['ratio']:.1f} |"
         )
     if given.plot:

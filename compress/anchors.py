@@ -1,9 +1,9 @@
 """What a stage knows of each token before anything arrives: the frozen token table, and anchors that learn.
 
 Token ids reach every stage, so whatever a hidden state owes to its own token alone need not be sent. A sender subtracts
-`anchor[t]` from what it projects, and the receiver adds its own `anchor[t]` to what it lifts:
+its `anchor` from what it projects, and the receiver adds its own to what it lifts:
 
-    Z = (H - anchor_p[t]) A,    Ĥ = Z Aᵀ + anchor_{p+1}[t],    anchor[t] = table[t] + E[t] P
+    Z = (H - anchor_p) A,    Ĥ = Z Aᵀ + anchor_{p+1},    anchor[i] = table[t_i] + (E[t_i] + F[hash(t_{i-1}, t_i)]) P
 
 * `table` (V, D): frozen, N(0, 1)-like, the same on every node and never sent, because each generates it from the seed.
   A narrow boundary can carry few of the D dimensions in which tokens differ; the table gives every stage a view of them
@@ -11,6 +11,11 @@ Token ids reach every stage, so whatever a hidden state owes to its own token al
 * `E P` (MAPL, arXiv 2606.05484): what this stage learns about tokens. E (V, ra) is trainable and starts at zero, so at
   first both sides know exactly the table; P (ra, D) is frozen with orthonormal rows. The two sides of a boundary learn
   apart and nothing of them crosses the wire. "full" is the V x D table without P: better where there is memory for it.
+* `F P` (ours, not the paper's; optional): the same for this token after the one before it. Both ends know that one too,
+  so what a hidden state owes to its last two tokens need not cross either. V² rows would be too many, so a hash names
+  one of N (the hashing trick, Weinberger et al., arXiv 0902.2206; hash embeddings of n-grams: Byte Latent Transformer,
+  Pagnoni et al., arXiv 2412.09871). Pairs that meet in a row share what it learns, most from the one that is seen most.
+  It costs N ra (full: N D) numbers a stage, as many for their gradient, twice as many for AdamW, and no byte.
 
 Why not send the embedding once: V D numbers to every stage (128 MB of bf16 at V = 32768, D = 2048, seven seconds of a
 150 Mb/s link for each hop), and again after every loss of a machine. Why not `torch.randn` under a shared seed: its
@@ -45,6 +50,8 @@ _WORDS_A_BLOCK = 4  # Philox 4x64
 _SLAB_VALUES = 1 << 15  # scratch of about 2 MB, in a processor's cache; twice as fast as slabs of 2^20
 _BEYOND_EVERY_STEP = 2**63  # a counter word in which `boundary.Key.generator` puts a step < 2^63: the two never overlap
 _TABLE_STREAM, _FIRST_ANCHOR_STREAM = 0, 1
+
+MAX_PAIRS = 2**24  # rows for pairs: a 32-bit hash fills them evenly to N / 2^32, that is to 0.4 % at this many
 
 _LARGEST_SCALE = 2.0**100  # keeps every value a normal fp32 number, whatever a processor does with subnormal ones
 
@@ -88,31 +95,62 @@ def table_digest(seed: int, vocab_size: int, width: int, scale: float = 1.0) -> 
     return digest.hexdigest()
 
 
-class Anchors(nn.Module):
-    """What one stage knows of each token: `table[t] + weight[t] @ projection`, each part optional.
+def pair_buckets(ids_BT: Tensor, vocab_size: int, buckets: int) -> Tensor:
+    """The row (B, T) in [0, buckets), int64, of each token after the one before it in its sequence.
 
-    `weight` is the only trainable part: E (V, ra) with a `projection` P (ra, D), or a full (V, D) table without one.
+    ids_BT: whole sequences of ids in [0, vocab_size). A first token comes after `vocab_size`, which no token is.
+    A function of (vocab_size, the two ids, buckets) alone, for vocabularies below 2^32 and 1 to `MAX_PAIRS` buckets:
+    whole numbers that no int64 is too small for, hence the same on every device.
+    """
+    before_BT = ids_BT.to(torch.int64).roll(1, dims=1)
+    before_BT[:, :1] = vocab_size
+    hashed_BT = _mix(_mix(before_BT) ^ ids_BT)  # mixed once more than its token, so (a, b) and (b, a) are two pairs
+    return hashed_BT * buckets >> 32  # the upper bits of 32, without a division: Lemire, arXiv 1805.10941
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A permutation of the numbers below 2^32 in which each bit depends on all: lowbias32 (C. Wellons, "Prospecting for
+    Hash Functions", nullprogram.com/blog/2018/07/31)."""
+    x = x ^ x >> 16
+    x = x * 0x7FEB_352D & 0xFFFF_FFFF
+    x = x ^ x >> 15
+    x = x * (0x846C_A68B - 2**32) & 0xFFFF_FFFF  # the same modulo 2^32, and a product that stays within int64
+    return x ^ x >> 16
+
+
+class Anchors(nn.Module):
+    """What one stage knows of each token: `table[t] + (weight[t] + pairs[hash]) @ projection`, each part optional.
+
+    Trainable are `weight`, E (V, ra) with a `projection` P (ra, D) or a full (V, D) table without one, and beside it
+    `pairs`, F (N, ra or D): the row of a token and the one before it is `pair_buckets`'.
     `table` (V, D) is a buffer that checkpoints leave out and that shares its storage with the tensor given. A move to
     another device or dtype gives each module a copy of its own, so where several share it, make it there first.
     """
 
     weight: nn.Parameter | None
+    pairs: nn.Parameter | None
     projection: Tensor | None
     table: Tensor | None
 
-    def __init__(self, *, weight: Tensor | None, projection: Tensor | None, table: Tensor | None) -> None:
+    def __init__(
+        self, *, weight: Tensor | None, projection: Tensor | None, table: Tensor | None, pairs: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
+        self.register_parameter("pairs", None if pairs is None else nn.Parameter(pairs))
         self.register_buffer("projection", projection)
         self.register_buffer("table", None if table is None else table.detach(), persistent=False)
 
     def forward(self, ids_BT: Tensor) -> Tensor | None:
         """Token ids (B, T) to (B, T, D), what to subtract or add; None where this stage knows nothing of any token.
 
-        The factorised part gathers rows of E and multiplies them by P: B T ra D products and no (V, D) intermediate.
+        Each row of ids is a sequence from its first token on, or pairs would be others here than at the neighbour.
+        The factorised part gathers rows of E (and F) and multiplies them by P: B T ra D products, no (V, D) between.
         Raises ValueError for an id outside the vocabulary (on a GPU, its own assertion does, without a name).
         """
         known_BTD = None if self.weight is None else self._rows(self.weight, ids_BT)
+        if self.weight is not None and known_BTD is not None and self.pairs is not None:
+            known_BTD = known_BTD + F.embedding(pair_buckets(ids_BT, len(self.weight), len(self.pairs)), self.pairs)
         if known_BTD is not None and self.projection is not None:
             known_BTD = known_BTD @ self.projection
         if self.table is None:
@@ -122,7 +160,8 @@ class Anchors(nn.Module):
 
     @torch.no_grad()
     def norm(self) -> float:
-        """Root mean square, over the vocabulary, of the length of what was learned of a token; the table not counted.
+        """Root mean square, over the vocabulary, of the length of what was learned of a token by itself: E alone, and
+        neither the table nor what was learned of pairs.
 
         Orthonormal rows of P leave lengths alone, so it is ‖E‖ / sqrt(V), Frobenius, and comparable between the kinds.
         """
@@ -145,15 +184,24 @@ class Anchors(nn.Module):
 
 
 def make_anchors(
-    kind: Kind, *, vocab_size: int, width: int, rank: int, seed: int, stage: int, table: Tensor | None = None
+    kind: Kind,
+    *,
+    vocab_size: int,
+    width: int,
+    rank: int,
+    seed: int,
+    stage: int,
+    table: Tensor | None = None,
+    pairs: int = 0,
 ) -> Anchors:
     """The anchors of one stage before training: all that is learned is zero, in fp32 on the CPU.
 
     "factorized" learns `rank` numbers a token (any rank up to `width`, whatever the boundary's own), "full" learns
     `width`, "none" nothing; the last two ignore `rank`. `table` is the run's `token_table` or a checkpoint's embedding.
+    `pairs`: rows for pairs of tokens, as wide as those for tokens; 0 for none.
 
-    Raises ValueError for an unknown kind, a rank outside [1, width], a table of another shape or an integer dtype, and
-    a seed, stage or size that cannot be.
+    Raises ValueError for an unknown kind, a rank outside [1, width], a table of another shape or an integer dtype,
+    pairs outside [0, MAX_PAIRS] or beside "none", and a seed, stage or size that cannot be.
     """
     _check_sizes(seed, vocab_size, width)
     if table is not None and table.shape != (vocab_size, width):
@@ -163,18 +211,30 @@ def make_anchors(
         )
     if table is not None and not table.is_floating_point():
         raise ValueError(f"the token table's dtype is {table.dtype}, which is not floating; convert it first")
+    if not 0 <= pairs <= MAX_PAIRS:
+        raise ValueError(f"pairs={pairs} is outside [0, {MAX_PAIRS}]; 0 learns nothing of pairs of tokens")
     if kind == "none":
+        if pairs:
+            raise ValueError(f"pairs={pairs} beside anchors=none, which learn nothing; choose full or factorized ones")
         return Anchors(weight=None, projection=None, table=table)
     if kind == "full":
-        return Anchors(weight=torch.zeros(vocab_size, width, dtype=torch.float32), projection=None, table=table)
+        return Anchors(weight=_zeros(vocab_size, width), pairs=_zeros(pairs, width), projection=None, table=table)
     if kind != "factorized":
         raise ValueError(f"unknown anchors '{kind}'; choose {', '.join(get_args(Kind))}")
     if not 1 <= rank <= width:
         raise ValueError(f"anchor rank {rank} is outside [1, {width}], the model's width; choose a rank within")
     if not 0 <= stage < 2**63:
         raise ValueError(f"stage {stage} is outside [0, 2**63); stages are counted from 0")
-    weight_VR = torch.zeros(vocab_size, rank, dtype=torch.float32)
-    return Anchors(weight=weight_VR, projection=_orthonormal_rows(seed, stage, rank, width), table=table)
+    return Anchors(
+        weight=_zeros(vocab_size, rank),
+        pairs=_zeros(pairs, rank),
+        projection=_orthonormal_rows(seed, stage, rank, width),
+        table=table,
+    )
+
+
+def _zeros(rows: int, width: int) -> Tensor | None:
+    return torch.zeros(rows, width, dtype=torch.float32) if rows else None
 
 
 def _orthonormal_rows(seed: int, stage: int, rank: int, width: int) -> Tensor:

@@ -187,6 +187,17 @@ class Sender(nn.Module, ABC):
         """What is learned here and no optimizer of the stage holds."""
         return {}
 
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        """What `state_tensors` has after `completed` steps: names, with shapes and dtypes as meta tensors."""
+        del completed
+        return {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
+        """Go on from `state_tensors`, which fit `state_layout`, and the table in use then, which this half takes over
+        (None: no step was taken yet). A step that was broken off leaves nothing behind."""
+        if state or table is not None:
+            raise _without_table(self)
+
 
 class Receiver(nn.Module, ABC):
     """The in-graph half at the downstream stage."""
@@ -207,6 +218,17 @@ class Receiver(nn.Module, ABC):
     def state_tensors(self) -> dict[str, Tensor]:
         """What is gathered here and no optimizer of the stage holds."""
         return {}
+
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        """What `state_tensors` has after `completed` steps: names, with shapes and dtypes as meta tensors."""
+        del completed
+        return {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
+        """Go on from `state_tensors`, which fit `state_layout`, and the table in use then, which this half takes over
+        (None: none has come yet). A step that was broken off leaves nothing behind."""
+        if state or table is not None:
+            raise _without_table(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,8 @@
     receiver  Ĥ = Ẑ Aᵀ + a'[t]          a, a': what each stage knows of a token by itself (`compress.anchors`)
 
 R numbers a token cross the boundary, in either direction. What depends on the token alone need not cross: the sender
-takes its anchors off, the receiver puts its own on, and no anchor is ever sent.
+takes its anchors off, the receiver puts its own on, and no anchor is ever sent. With `pairs`, neither does what depends
+on the token and the one before it; that is ours, not the paper's.
 
 The gradient of A has two halves, X̃ᵀ dZ with X̃ = H - a[t] at the sender and Gᵀ Ẑ with G = dL/dĤ at the receiver. The
 receiver sends its half once a step; autograd gives each its own, because each holds A as a leaf of its own graph. With
@@ -20,13 +21,14 @@ is worse; `projector=free` is here to measure that.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .anchors import Anchors, Kind, make_anchors
+from .anchors import MAX_PAIRS, Anchors, Kind, make_anchors
 from .boundary import (
     BoundaryContext,
     Codec,
@@ -50,7 +52,9 @@ _STREAM = 0x4D41504C  # "MAPL": keeps the first projector's draws apart from eve
 class MaplSender(Sender):
     """Owns the projector: `master` (D, R) is learned, `shipped` is what the receiver holds and what codes."""
 
-    def __init__(self, context: BoundaryContext, *, rank: int, projector: Projector, rate: float, beta: float) -> None:
+    def __init__(
+        self, context: BoundaryContext, *, rank: int, projector: Projector, every: int, rate: float, beta: float
+    ) -> None:
         super().__init__()
         generator = np.random.Generator(
             np.random.Philox(key=np.array([context.seed, context.boundary << 32 | _STREAM], dtype=np.uint64))
@@ -60,6 +64,7 @@ class MaplSender(Sender):
         self._shipped = self._master.detach().clone()
         self._tokens = context.tokens
         self._boundary = context.boundary
+        self._every = every
         self._rate = rate
         self._spel: SPEL | None = None
         if projector != "fixed":
@@ -131,14 +136,36 @@ class MaplSender(Sender):
             tensors["momentum"] = self._spel.state[self._master]["momentum"]
         return tensors
 
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        layout = {"master": self.master.to("meta")}
+        if self._spel is not None and completed % self._every:
+            layout["gathered"] = layout["master"]
+        if self._spel is not None and completed >= self._every:
+            layout["momentum"] = layout["master"]
+        return layout
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
+        self._master.copy_(state["master"])
+        self._master.grad = None
+        if self._spel is not None:
+            self._spel.state.pop(self._master, None)  # before its first step, SPEL has no momentum and not zeros
+            if "momentum" in state:
+                self._spel.state[self._master]["momentum"] = _copy(state["momentum"], self._master)
+        self.use_table(self.master.clone() if table is None else table)
+        self._shipped.grad = _copy(state["gathered"], self._shipped) if "gathered" in state else None
+        self._moved = 0.0
+        self._energy.zero_()
+
 
 class MaplReceiver(Receiver):
     """Knows of the projector only what arrived."""
 
-    def __init__(self, context: BoundaryContext, *, learned: bool) -> None:
+    def __init__(self, context: BoundaryContext, *, rank: int, every: int, learned: bool) -> None:
         super().__init__()
         self._tokens = context.tokens
-        self._learned = learned
+        self._shape, self._dtype = (context.width, rank), context.dtype
+        self._every, self._learned = every, learned
         self._table: Tensor | None = None
 
     def use_table(self, table: Tensor) -> None:
@@ -163,13 +190,30 @@ class MaplReceiver(Receiver):
         gathered = None if self._table is None else self._table.grad
         return {} if gathered is None else {"gathered": gathered}
 
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        if not self._learned or not completed % self._every:
+            return {}
+        return {"gathered": torch.empty(self._shape, dtype=self._dtype, device="meta")}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
+        self._table = None
+        if table is not None:
+            self.use_table(table)
+            table.grad = _copy(state["gathered"], table) if "gathered" in state else None
+
+
+def _copy(value: Tensor, like: Tensor) -> Tensor:
+    """A tensor of its own, laid out as if it had been computed here: a file's are views at any address."""
+    return torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False).copy_(value)
+
 
 @register_codec
 class Mapl(Codec):
     """`--codec mapl:r=64,anchors=factorized,ar=64,table=1.0,every=1`.
 
-    r: rank, the numbers a token on the wire. anchors, ar: kind and rank of a stage's anchors (ar=0: as r). table: scale
-    of the frozen token table that every node generates; 0 for none. projector: `spel` on the Stiefel manifold,
+    r: rank, the numbers a token on the wire. anchors, ar: kind and rank of a stage's anchors (ar=0: as r). pairs: rows
+    that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none. table: scale of the frozen
+    token table that every node generates; 0 for none. projector: `spel` on the Stiefel manifold,
     `grassmann` along it without rotations, `free` without it, `fixed`. every: steps between two changes of the
     projector, its gradient gathered meanwhile. delta, gradient: byte formats of those changes and of the receiver's
     half of the gradient (`none`: the sender's half alone). lr: its rate in parts of that of matrices; beta: momentum.
@@ -183,6 +227,7 @@ class Mapl(Codec):
         r: int = 64,
         anchors: Kind = "factorized",
         ar: int = 0,
+        pairs: int = 0,
         table: float = 1.0,
         projector: Projector = "spel",
         every: int = 1,
@@ -194,6 +239,8 @@ class Mapl(Codec):
         for fault, bad, wanted in (
             (f"r={r}", r < 1, "at least 1"),
             (f"ar={ar}", ar < 0, "at least 1, or 0 for the wire's rank"),
+            (f"pairs={pairs}", not 0 <= pairs <= MAX_PAIRS, f"from 0 (none) to {MAX_PAIRS}"),
+            (f"pairs={pairs}", pairs > 0 and anchors == "none", "0 beside anchors=none, which learn nothing"),
             (f"every={every}", every < 1, "at least 1"),
             (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
             (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
@@ -203,6 +250,7 @@ class Mapl(Codec):
         check_table_scale(self.name, table)
         self.rank, self.anchor_rank = r, ar or r
         self.anchors: Kind = anchors
+        self.pairs = pairs
         self.projector: Projector = projector
         self.table_scale, self.every = table, every
         self.delta, self.gradient = delta, gradient
@@ -242,10 +290,14 @@ class Mapl(Codec):
             seed=context.seed,
             stage=context.stage,
             table=table_VD,
+            pairs=self.pairs,
         ).to(device=context.device, dtype=context.dtype)
 
     def sender(self, context: BoundaryContext) -> Sender:
-        return MaplSender(context, rank=self.rank, projector=self.projector, rate=self.rate, beta=self.beta)
+        return MaplSender(
+            context, rank=self.rank, projector=self.projector, every=self.every, rate=self.rate, beta=self.beta
+        )
 
     def receiver(self, context: BoundaryContext) -> Receiver:
-        return MaplReceiver(context, learned=self.table(context.width).gradient is not None)
+        learned = self.table(context.width).gradient is not None
+        return MaplReceiver(context, rank=self.rank, every=self.every, learned=learned)

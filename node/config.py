@@ -124,6 +124,20 @@ class LinkSection(Section):
     progress_timeout_s: float = Field(default=300.0, gt=0, description="how long a node waits for one message")
 
 
+class CheckpointSection(Section):
+    """When a stage writes its state to disk, and where. Each node may differ: what is written is the same."""
+
+    every: int = Field(default=0, ge=0, description="steps between two checkpoints; 0: none")
+    keep: int = Field(
+        default=3, ge=3, description="newest ones that stay; fewer could leave stages without a common one"
+    )
+    directory: Path | None = Field(default=None, description="default: checkpoints in the run's directory")
+
+    def path(self, out: Path) -> Path:
+        """Where the checkpoints of a run are whose records are in `out`."""
+        return self.directory or out / "checkpoints"
+
+
 class ComputeSection(Section):
     """How a stage computes."""
 
@@ -146,6 +160,7 @@ class RunConfig(Section):
     pipeline: PipelineSection = PipelineSection()
     link: LinkSection = LinkSection()
     compute: ComputeSection = ComputeSection()
+    checkpoint: CheckpointSection = CheckpointSection()
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> Self:
@@ -179,10 +194,17 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Hex SHA-256 of all that must agree between the nodes of a run.
 
-        Left out: paths (they differ between machines), the device, and how a node's own link is shaped and buffered.
+        Left out: paths (they differ between machines), the device, how a node's own link is shaped and buffered, and
+        when it writes checkpoints.
         The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
         """
-        exclude = {"data": {"cache", "source", "tokenizer"}, "model": {"path"}, "link": True, "compute": {"device"}}
+        exclude = {
+            "data": {"cache", "source", "tokenizer"},
+            "model": {"path"},
+            "link": True,
+            "compute": {"device"},
+            "checkpoint": True,
+        }
         tree = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

@@ -43,7 +43,8 @@ class Worker:
         self._activity: Literal["compute", "codec"] = activity
         self._stopwatch, self._tracer = stopwatch, tracer
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        threading.Thread(target=self._work, name=activity).start()  # torch aborts if it still runs at exit
+        self._thread = threading.Thread(target=self._work, name=activity)
+        self._thread.start()  # no daemon: torch aborts if it still runs at exit
 
     def _work(self) -> None:
         # A new thread has its own OpenMP pool size; parity and speed both want exactly one thread of arithmetic.
@@ -85,6 +86,10 @@ class Worker:
             while True:
                 self._jobs.get_nowait()
         self._jobs.put(None)
+
+    def join(self) -> None:
+        """Wait, after `close`, until the present job is done."""
+        self._thread.join()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,26 +24,27 @@ import torch
 from ..compress.boundary import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.errors import ProtocolError
-from ..protocol.greeting import TABLE_DIGEST
-from ..protocol.session import Identity, LinkSession
+from ..protocol.greeting import TABLE_DIGEST, Identity
 from ..sim.shaper import LinkError, LinkProfile
+from .checkpoint import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
-from .link import Link, LinkLost
+from .flow import Reporter
+from .lifecycle import Lifecycle
+from .link import LinkLost
+from .manifest import Fingerprint
 from .metrics import MetricsWriter, Tracer
 from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
-from .ports import BoundaryShape
-from .runtime import Node
-from .stage import Stage
-from .transport import ListenError, NeighbourMismatch, check_listen, dial, listening, split_address
+from .stage import Stage, StateError
+from .transport import ListenError, NeighbourMismatch, check_listen, dial, dial_control, listening, split_address
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch)
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
-FAILED = (TimeoutError, LinkLost, CodecError, OptimizerError, ProtocolError, OSError)
+FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 
 
 class HostError(RuntimeError):
@@ -155,26 +156,29 @@ def prepare_corpus(config: RunConfig) -> Corpus:
     return corpus
 
 
-def make_link(config: RunConfig, identity: Identity, peer: int, shape: BoundaryShape, tracer: Tracer) -> Link:
-    """This node's end of the boundary to stage `peer`, which has that shape."""
-    settings, limits = config.link, shape.limits
-    buffer_bytes = max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes))
-    return Link(
-        session=LinkSession(identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes),
-        profile=LinkProfile.parse(settings.link),
-        chunk_bytes=settings.chunk_bytes,
-        send_buffer_bytes=settings.send_buffer_bytes,
-        uncapped_window_bytes=settings.uncapped_window_bytes,
-        seed=config.run.seed,
-        tracer=tracer,
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostOptions:
+    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun."""
+
+    out: Path
+    trace: bool = False
+    parent: int | None = None
+    resume: bool = False
 
 
-def host(config: RunConfig, stage: int, addresses: Addresses, out: Path, *, trace: bool, parent: int | None) -> None:
+def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptions) -> None:
     """Run one stage until the configured steps are done. Raises HostError."""
-    metrics = MetricsWriter(out / f"stage-{stage}.jsonl")
+    out, trace = options.out, options.trace
+    metrics = MetricsWriter(out / f"stage-{stage}.jsonl", append=options.resume)
     tracer = Tracer(stage=stage, enabled=trace)
-    metrics.write("start", stage=stage, process=os.getpid(), listen=addresses.listen, next=addresses.next)
+    metrics.write(
+        "start",
+        stage=stage,
+        process=os.getpid(),
+        listen=addresses.listen,
+        next=addresses.next,
+        resume=options.resume,
+    )
 
     def on_fault(code: str, line: str) -> None:
         metrics.write("fault", code=code, reason=line)
@@ -183,7 +187,7 @@ def host(config: RunConfig, stage: int, addresses: Addresses, out: Path, *, trac
     # An idle event loop that wakes up to send a frame must not wait 5 ms (Python's default) for the compute thread.
     sys.setswitchinterval(0.0005)
     try:
-        asyncio.run(_host(config, stage, addresses, metrics, tracer, on_fault, parent))
+        asyncio.run(_host(config, stage, addresses, options, metrics, tracer, on_fault))
     except Exception as error:
         cause = _first(error)
         exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
@@ -208,14 +212,13 @@ async def _host(
     config: RunConfig,
     index: int,
     addresses: Addresses,
+    options: HostOptions,
     metrics: MetricsWriter,
     tracer: Tracer,
-    on_fault: Any,
-    parent: int | None,
+    on_fault: Reporter,
 ) -> None:
     link = config.link
     stage, digest = prepare(config, index)
-    corpus = prepare_corpus(config) if index == 0 else None
     identity = Identity(
         run_id=config.run.name,
         configuration=digest,
@@ -223,44 +226,47 @@ async def _host(
         stages=config.pipeline.stages,
         incarnation=secrets.randbits(63),
     )
-
-    above = make_link(config, identity, index - 1, stage.upstream_port.shape, tracer) if stage.upstream_port else None
-    below = (
-        make_link(config, identity, index + 1, stage.downstream_port.shape, tracer) if stage.downstream_port else None
-    )
-    node = Node(
+    fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=config.pipeline.stages)
+    waits = {
+        "greeting_timeout_s": link.greeting_timeout_s,
+        "connect_timeout_s": link.connect_timeout_s,
+        "report": on_fault,
+    }
+    next_address = addresses.next or ""
+    lifecycle = Lifecycle(
         config,
         stage,
-        above=above,
-        below=below,
-        corpus=corpus,
+        identity,
+        joining=options.resume,
+        rebuild=lambda: prepare(config, index)[0],
+        store=CheckpointStore(
+            config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
+        ),
+        dial=lambda below: dial(next_address, below, **waits),
+        corpus=prepare_corpus(config) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
     )
     async with AsyncExitStack() as open_ends:
-        open_ends.callback(node.close)
-        if above:
+        if stage.upstream_port:
             assert addresses.listen
-            port = await open_ends.enter_async_context(
-                listening(addresses.listen, above, greeting_timeout_s=link.greeting_timeout_s, report=on_fault)
+            serving = listening(
+                addresses.listen,
+                lambda: lifecycle.link_above,
+                greeting_timeout_s=link.greeting_timeout_s,
+                report=on_fault,
+                control=lifecycle.control,
             )
+            port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
         endless: list[Awaitable[None]] = [_until_signal()]
-        if parent is not None:
-            endless.append(_watch_parent(parent))
-        if below:
-            assert addresses.next
-            calling = dial(
-                addresses.next,
-                below,
-                greeting_timeout_s=link.greeting_timeout_s,
-                connect_timeout_s=link.connect_timeout_s,
-                report=on_fault,
-            )
-            await _first_to_end(_while_calling(node.run(), calling, link.greeting_timeout_s), *endless)
-        else:
-            await _first_to_end(node.run(), *endless)
+        if options.parent is not None:
+            endless.append(_watch_parent(options.parent))
+        work = lifecycle.run()
+        if stage.downstream_port:
+            work = _while_calling(work, dial_control(next_address, lifecycle.control, **waits), link.greeting_timeout_s)
+        await _first_to_end(work, *endless)
 
 
 async def _while_calling(work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: float) -> None:

@@ -18,7 +18,7 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
-from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
+from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Greeting, Kind, Message, decode_frame
 from ..protocol.session import LinkSession, Opened, PeerDone, Received
@@ -35,6 +35,10 @@ Read = Callable[[], Awaitable[bytes | None]]
 
 class LinkLost(RuntimeError):
     """What the peer sent, or was sent, was refused for good: the run has to start again."""
+
+
+class EpochOver(ConnectionError):
+    """The connection ends because its epoch has: nobody is to blame."""
 
 
 class Link:
@@ -55,8 +59,11 @@ class Link:
         seed: int,
         tracer: Tracer,
         clock: Callable[[], float] = time.monotonic,
+        sent: Counter[str] | None = None,
     ) -> None:
         self.session = session
+        self.serving = asyncio.Lock()  # held while a connection from above is attached
+        self.over = False  # its epoch is
         self.profile = profile
         self.received_bytes = 0
         self.peer_done = asyncio.Event()
@@ -73,6 +80,7 @@ class Link:
             seed=seed,
             tracer=tracer,
             clock=clock,
+            sent=sent,
         )
         self.generation = 0  # rises when what came so far must not be used
         self._rejected = False  # a message on this connection was refused for what it says, here or there
@@ -82,7 +90,7 @@ class Link:
         self._clock = clock
         self._tracer = tracer
         self._greeted_at: float | None = None
-        self._close_connection: Callable[[ProtocolError], None] | None = None
+        self._close_connection: Callable[[Exception], None] | None = None
 
     @property
     def name(self) -> str:
@@ -171,6 +179,12 @@ class Link:
         else:
             self.settle()
 
+    def abandon(self) -> None:
+        """The epoch is over, and this link with it."""
+        self.over = True
+        if self._close_connection is not None:
+            self._close_connection(EpochOver(f"{self.name}: the epoch is over"))
+
     def settle(self) -> None:
         """The connection is over and both ends know why: is the link lost with it?"""
         if self.session.used and self._rejected:
@@ -221,7 +235,7 @@ class Link:
         self._outgoing.begin_connection()
         closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-        def close(error: ProtocolError) -> None:
+        def close(error: Exception) -> None:
             if not closing.done():
                 closing.set_exception(error)
 

@@ -26,7 +26,8 @@ from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus
 from .model import partition, resolve_model
 from .one_process import OneProcess
 
-RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "trace-stage-*.json", "trace.json", "trace.png")
+RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*")
+RECORDS += ("trace-stage-*.json", "trace.json", "trace.png")
 
 
 class LocalRunError(RuntimeError):
@@ -50,26 +51,45 @@ def writable(directory: Path) -> Path:
 
 
 def run_local(
-    config: RunConfig, out: Path, *, one_process: bool, overwrite: bool, trace: bool, quiet: bool
+    config: RunConfig,
+    out: Path,
+    *,
+    one_process: bool = False,
+    overwrite: bool = False,
+    trace: bool = False,
+    quiet: bool = False,
+    resume: bool = False,
+    restarts: int = 0,
 ) -> dict[str, Any]:
-    """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError."""
+    """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
+
+    resume: go on with the run that is in `out`. restarts: how many lost stages are replaced.
+    """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
     try:
         width = _check(config)
-        _check_room(out, overwrite)
+        _check_room(out, overwrite or resume)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
         started = True
-        _clear(out)
-        (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
+        if not resume:
+            clear(out)
+            (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
         display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
         with display:
             if one_process:
                 _run_one_process(config, out, display)
             else:
-                run_swarm(out, stages=config.pipeline.stages, trace=trace, on_progress=display.update)
+                run_swarm(
+                    out,
+                    stages=config.pipeline.stages,
+                    trace=trace,
+                    resume=resume,
+                    restarts=restarts,
+                    on_progress=display.update,
+                )
         if trace and not one_process:
             draw(merge(out, config.pipeline.stages), config.pipeline.stages, out / "trace.png")
     except BAD_INPUT as error:
@@ -111,7 +131,8 @@ def _check_room(out: Path, overwrite: bool) -> None:
         raise LocalRunError(f"{out} holds a run already; choose another --out, or say --overwrite to replace it", 2)
 
 
-def _clear(out: Path) -> None:
+def clear(out: Path) -> None:
+    """Remove what a run leaves in its directory, and nothing else."""
     for pattern in RECORDS:
         for path in out.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

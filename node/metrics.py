@@ -22,8 +22,12 @@ from typing import Any, Literal, TextIO
 class MetricsWriter:
     """Appends records to `stage-<n>.jsonl`."""
 
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, *, append: bool = False) -> None:
+        """append: after the records of the process whose place this one takes, less the one that it broke off in."""
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1 if append else 0)
+        self._file: TextIO = path.open("a", encoding="utf-8")  # always: one that was replaced may wake up and write
 
     def write(self, event: str, **fields: Any) -> None:
         self._file.write(json.dumps({"event": event, "time_s": time.time(), **fields}) + "\n")

@@ -111,9 +111,11 @@ class Outgoing:
         seed: int,
         tracer: Tracer,
         clock: Callable[[], float],
+        sent: Counter[str] | None = None,
     ) -> None:
         self.session, self.profile = session, profile
-        self.sent: Counter[str] = Counter()  # framed bytes by kind, counted when handed to gRPC; resent frames too
+        # Framed bytes by kind, counted when handed to gRPC; resent frames too, and what earlier epochs sent.
+        self.sent: Counter[str] = Counter() if sent is None else sent
         self.meter = BusyMeter(least_bytes=int(BUSY_LEAST_S * (profile.rate_bits_per_s or 0) / 8))
         self.shaper = Shaper(profile, random=seed)
         self.queue: WireQueue[_Item] = WireQueue()

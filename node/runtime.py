@@ -8,6 +8,7 @@ coordinator and no barrier, and a stage starts its next step as soon as its last
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,11 @@ from .stage import Stage
 
 
 class Node:
-    """Stage `stage.index`, its links to the stages `above` and `below`, and its part of the schedule.
+    """Stage `stage.index`, its links to the stages `above` and `below`, and its part of the schedule, in one epoch.
 
-    `run` returns when the configured steps are done and both neighbours said goodbye. Raises TimeoutError (a wait ran
+    `run` goes on after the steps that the stage has completed, and returns when the configured ones are done and both
+    neighbours said goodbye. `on_completed` is awaited after each step, with the thread that may look at the stage and
+    how many are completed. Raises TimeoutError (a wait ran
     out, and for what), LinkLost, CodecError and optimizer errors by name.
     """
 
@@ -43,8 +46,12 @@ class Node:
         metrics: MetricsWriter,
         tracer: Tracer,
         on_fault: Reporter,
+        epoch: int = 0,
+        on_completed: Callable[[Worker, int], Awaitable[None]] | None = None,
+        train_s: float = 0.0,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
+        self._epoch, self._on_completed = epoch, on_completed
         self.above, self.below = above, below
         self._metrics = metrics
         self._watch = Stopwatch()
@@ -57,7 +64,7 @@ class Node:
         self._evaluation_sum = 0.0
         self._measures: dict[str, float] = {}
         self._follows = 0  # the link's generation that the table above comes from
-        self._train_s = 0.0
+        self.train_s = train_s  # seconds of steps, in earlier epochs too
         self._cpu_s = 0.0
 
     # -- life ---------------------------------------------------------------------------------------------------
@@ -81,6 +88,11 @@ class Node:
     def close(self) -> None:
         self._compute.close()
         self._codec.close()
+
+    def join(self) -> None:
+        """Wait, after `close`, until nothing looks at the stage any more."""
+        self._compute.join()
+        self._codec.join()
 
     @property
     def _links(self) -> list[Link]:
@@ -106,7 +118,7 @@ class Node:
         schedule = get_schedule(pipeline.schedule)
         lap = Lap()
         loss, grad_norm = float("nan"), 0.0
-        for step in range(run.steps):
+        for step in range(self.stage.completed, run.steps):
             for action in schedule.actions(
                 stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
             ):
@@ -123,6 +135,8 @@ class Node:
             if due or step + 1 == run.steps:
                 await self._evaluate(step)
                 lap = Lap()
+            if self._on_completed:
+                await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
 
     # -- actions ------------------------------------------------------------------------------------------------
 
@@ -226,12 +240,13 @@ class Node:
 
     def _write_step(self, step: int, loss: float, grad_norm: float, lap: Lap) -> None:
         spent, seconds, cpu_s = self._watch.take(), lap.seconds, lap.cpu_s
-        self._train_s += seconds
+        self.train_s += seconds
         self._cpu_s += cpu_s
         tokens = self.config.tokens_per_step
         self._metrics.write(
             "step",
             step=step,
+            epoch=self._epoch,
             loss=loss,
             grad_norm=grad_norm,
             tokens=tokens,
@@ -250,13 +265,13 @@ class Node:
             "end",
             stage=self.stage.index,
             steps=self.config.run.steps,
-            train_s=round(self._train_s, 6),
+            train_s=round(self.train_s, 6),
             cpu_s=round(self._cpu_s, 6),
             **self._watch.total,
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self.stage.state_bytes(),
             state_sha256=self.stage.state_sha256(),
-            links=[link_record(link, self._train_s) for link in self._links],
+            links=[link_record(link, self.train_s) for link in self._links],
         )
 
 

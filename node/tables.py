@@ -4,11 +4,22 @@
 `TableReceiver` follows them, and returns the receiver's half of the gradient. `compress` knows nothing of versions and
 `protocol` nothing of tensors; this is where they meet. Tables are numpy arrays on the CPU, and each version that
 reaches a device is a fresh copy: the backward pass may still need the one before.
+
+Messages are unpacked ahead of the stage's compute and packed behind it, so a receiver's mirror may know the next step's
+table while the stage still finishes this one, and a gradient that was taken may not be packed yet. A checkpoint must
+depend on neither: the receiver keeps the version before its newest one, and packs what it owes before it tells its
+state.
+
+A run that was rewound counts a new epoch, and both ends then name the tables that they hold with it, by the same
+arithmetic (`_reissued`). Why not leave the old names: a replayed step may be written to disk in two epochs, and ends
+that restored one of each would hold the same table under two names.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +28,7 @@ from torch import Tensor
 from ..compress.boundary import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
 from ..compress.registry import parse_format
 from ..protocol.dictionary import (
+    Delta,
     DictionarySpec,
     Mirror,
     Publisher,
@@ -24,8 +36,10 @@ from ..protocol.dictionary import (
     decode_delta,
     encode_delta,
 )
-from ..protocol.errors import Fault, RemoteProtocolError
+from ..protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from ..protocol.messages import Kind, Message
+
+_EPOCHS = 2**64  # an epoch is an unsigned number of 64 bits
 
 
 def dictionary_of(table: LearnedTable, dtype: torch.dtype) -> DictionarySpec:
@@ -49,6 +63,14 @@ def moves_after(table: LearnedTable, step: int) -> bool:
     return table.every > 0 and (step + 1) % table.every == 0
 
 
+class Held(NamedTuple):
+    """A table as both ends know it: which version it is, the digest of that, its numbers (entries, width)."""
+
+    version: Version
+    digest: bytes
+    table: np.ndarray
+
+
 class TableSender:
     """The owner's side of one table."""
 
@@ -56,7 +78,8 @@ class TableSender:
         self, table: LearnedTable, *, epoch: int, seed: int, boundary: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.table = table
-        self._publisher = Publisher(dictionary_of(table, dtype), epoch)
+        self.spec = dictionary_of(table, dtype)
+        self._publisher = Publisher(self.spec, epoch)
         self._coder = _GradientCoder(table, seed=seed, boundary=boundary, dtype=dtype)
         self._device = device
 
@@ -78,10 +101,39 @@ class TableSender:
         """The receiver's half of the gradient (entries, width). Raises RemoteProtocolError."""
         return self._coder.unpack(message).to(self._device)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The run's new epoch: later changes carry it, and so does the name of what is held. Both ends of the boundary
+        have to be told, at the same step. Raises LocalProtocolError for an earlier one."""
+        _check_epoch(self.spec, self._publisher.epoch, epoch)
+        if epoch > self._publisher.epoch:
+            self._publisher, _ = _reissued(self.spec, epoch, self._held)
+
+    @property
+    def _held(self) -> Held | None:
+        book = self._publisher
+        return None if book.version is None else Held(book.version, book.digest, book.table)
+
     def state_tensors(self) -> dict[str, Tensor]:
-        if self._publisher.version is None:
-            return {}
-        return {"shipped": torch.tensor(self._publisher.shipped), "version": torch.tensor(self._publisher.version)}
+        """What both ends agree on, by the place in the training and not by the epoch: see `dictionary_state`."""
+        return _tensors("shipped", self._held)
+
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        """What `state_tensors` has after `completed` steps, as meta tensors."""
+        return _layout("shipped", self.spec) if completed else {}
+
+    def dictionary_state(self) -> dict[str, Any]:
+        """The version's name with its epoch, and its digest: values that JSON can hold."""
+        return _described(self._held)
+
+    def read_state(self, tensors: Mapping[str, Tensor], dictionary: Mapping[str, Any]) -> Held | None:
+        """What `restore` takes, of tensors that fit `state_layout`. Raises LocalProtocolError; changes nothing."""
+        return _read("shipped", self.spec, tensors, dictionary)
+
+    def restore(self, held: Held | None) -> Tensor | None:
+        """Go on from there; the table that codes (entries, width), on the device, None before the first step."""
+        epoch = max(self._publisher.epoch, held.version.epoch if held else 0)
+        self._publisher, _ = _reissued(self.spec, epoch, held)
+        return None if held is None else _on_device(held.table, self._device)
 
 
 class TableReceiver:
@@ -94,11 +146,28 @@ class TableReceiver:
         self.spec = dictionary_of(table, dtype)
         self._epoch, self._device = epoch, device
         self._coder = _GradientCoder(table, seed=seed, boundary=boundary, dtype=dtype)
-        self.forget()
+        self._lock = threading.Lock()  # of the two below: one thread packs, another one asks for the state
+        self._owed: tuple[Tensor, int] | None = None  # a gradient that was taken and is not packed yet, its step
+        self._packed: Message | None = None
+        self._start_from(None)
+
+    def _start_from(self, held: Held | None) -> None:
+        self._origin = held
+        self._mirror = _mirroring(self.spec, self._epoch, held)
+        # Replaced as a whole and never changed: one thread unpacks, another one asks for the state.
+        self._latest: tuple[Held, ...] = () if held is None else (_held(self._mirror),)
 
     def forget(self) -> None:
-        """What came so far was another process's, and nothing of it was used."""
-        self._mirror = Mirror(self.spec, self._epoch)
+        """What came since the last `restore`, or ever, was another process's, and nothing of it was used."""
+        self._start_from(self._origin)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The run's new epoch: only changes that carry it are followed from now on, and what is held is named with it.
+        Both ends of the boundary have to be told, at the same step. Raises LocalProtocolError for an earlier one."""
+        _check_epoch(self.spec, self._epoch, epoch)
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self._start_from(self._latest[-1] if self._latest else None)
 
     def follow(self, message: Message) -> Tensor | None:
         """The new table (entries, width) if this message brings one. Raises RemoteProtocolError, by name, for a change
@@ -120,17 +189,60 @@ class TableReceiver:
                 Fault.PAYLOAD,
                 f"a tensor coded with {version} of '{self.table.name}' brings the change to {delta.version}",
             )
-        return _on_device(self._mirror.apply(delta), self._device)
+        after = self._mirror.apply(delta)
+        self._latest = (*self._latest[-1:], _held(self._mirror))
+        return _on_device(after, self._device)
+
+    def owe(self, gradient: Tensor, step: int) -> None:
+        """`gradient` was taken from the receiver; `pack_gradient` will follow, now or when the link has room."""
+        with self._lock:
+            self._owed, self._packed = (gradient, step), None
 
     def pack_gradient(self, gradient: Tensor, step: int) -> Message:
         """The PROJECTOR_GRADIENT message of a step; what rounding takes from it is in the next one."""
-        return self._coder.pack(gradient, step)
+        with self._lock:
+            packed, self._owed, self._packed = self._packed, None, None
+            return packed if packed and packed.step == step else self._coder.pack(gradient, step)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        tensors = {"error": self._coder.error} if self.table.gradient else {}
-        if self._mirror.version is not None:
-            tensors |= {"mirror": torch.tensor(self._mirror.table), "version": torch.tensor(self._mirror.version)}
-        return tensors
+    def _settled_error(self) -> Tensor:
+        """What rounding took, after all that was taken: whoever comes first packs, and the other finds it done."""
+        with self._lock:
+            if self._owed:
+                self._packed, self._owed = self._coder.pack(*self._owed), None
+            return self._coder.error
+
+    def _held_after(self, completed: int | None) -> Held | None:
+        known = [held for held in self._latest if completed is None or held.version.step < completed]
+        return known[-1] if known else None
+
+    def state_tensors(self, completed: int | None = None) -> dict[str, Tensor]:
+        """The mirror as it was after `completed` steps, whatever came since then (None: as it is now), named by its
+        place in the training and not by the epoch; and what rounding took from gradients so far."""
+        error = {"error": self._settled_error()} if self.table.gradient else {}
+        return error | _tensors("mirror", self._held_after(completed))
+
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        """What `state_tensors` has after `completed` steps, as meta tensors."""
+        error = {"error": self._coder.error.to("meta")} if self.table.gradient else {}
+        return error | (_layout("mirror", self.spec) if completed else {})
+
+    def dictionary_state(self, completed: int | None = None) -> dict[str, Any]:
+        """The version's name with its epoch, and its digest: values that JSON can hold."""
+        return _described(self._held_after(completed))
+
+    def read_state(self, tensors: Mapping[str, Tensor], dictionary: Mapping[str, Any]) -> Held | None:
+        """What `restore` takes, of tensors that fit `state_layout`. Raises LocalProtocolError; changes nothing."""
+        return _read("mirror", self.spec, tensors, dictionary)
+
+    def restore(self, held: Held | None, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Go on from there; the table to decode with (entries, width), on the device, None before the first step."""
+        self._epoch = max(self._epoch, held.version.epoch if held else 0)
+        self._start_from(held)
+        with self._lock:
+            self._owed = self._packed = None
+            if self.table.gradient:
+                self._coder.error = tensors["error"].clone()
+        return None if held is None else _on_device(held.table, self._device)
 
 
 class _GradientCoder:
@@ -194,6 +306,64 @@ def _named_version(message: Message, name: str) -> tuple[Version, bytes]:
                 f"{message.kind.name.lower()} of step {message.step}, microbatch {message.microbatch} names no version "
                 f"of '{name}' that it was coded with",
             )
+
+
+def _reissued(spec: DictionarySpec, epoch: int, held: Held | None) -> tuple[Publisher, Delta | None]:
+    """A publisher that has just shipped this very table, as of the same step, in `epoch`; and how it did.
+
+    The first change of a dictionary is a snapshot without rounding, so not a bit of the table changes.
+    """
+    publisher = Publisher(spec, epoch)
+    if held is None:
+        return publisher, None
+    return publisher, publisher.publish(held.table, step=held.version.step, microbatch=held.version.microbatch)
+
+
+def _mirroring(spec: DictionarySpec, epoch: int, held: Held | None) -> Mirror:
+    mirror = Mirror(spec, epoch)
+    _, delta = _reissued(spec, epoch, held)
+    if delta is not None:
+        mirror.apply(delta)
+    return mirror
+
+
+def _held(mirror: Mirror) -> Held:
+    assert mirror.version is not None
+    return Held(mirror.version, mirror.digest, mirror.table)
+
+
+def _check_epoch(spec: DictionarySpec, old: int, new: int) -> None:
+    if not old <= new < _EPOCHS:
+        what = f"table '{spec.name}' is in epoch {old} and cannot go to {new}"
+        raise LocalProtocolError(Fault.EPOCH, f"{what}; each rewind of a run raises its epoch")
+
+
+def _tensors(name: str, held: Held | None) -> dict[str, Tensor]:
+    if held is None:
+        return {}
+    return {name: torch.tensor(held.table), "version": torch.tensor(held.version[1:])}
+
+
+def _layout(name: str, spec: DictionarySpec) -> dict[str, Tensor]:
+    dtype = torch.float64 if spec.dtype == "float64" else torch.float32
+    table = torch.empty((spec.entries, spec.width), dtype=dtype, device="meta")
+    return {name: table, "version": torch.empty(3, dtype=torch.int64, device="meta")}
+
+
+def _described(held: Held | None) -> dict[str, Any]:
+    return {"version": held and list(held.version), "digest": held.digest.hex() if held else ""}
+
+
+def _read(name: str, spec: DictionarySpec, tensors: Mapping[str, Tensor], dictionary: Mapping[str, Any]) -> Held | None:
+    table = tensors[name].numpy() if name in tensors else np.empty((0, spec.width), spec.dtype)
+    reader = Mirror(spec, _EPOCHS - 1)  # checks names, shapes and the digest
+    reader.load_state({**dictionary, "table": table})
+    if reader.version is None:
+        return None
+    if (place := tensors["version"].tolist()) != [*reader.version[1:]]:
+        what = f"the state of table '{spec.name}' is as of {place} and says {[*reader.version[1:]]}"
+        raise LocalProtocolError(Fault.RESUME, f"{what} (step, microbatch, number)")
+    return _held(reader)
 
 
 def _on_device(table: np.ndarray, device: torch.device) -> Tensor:

@@ -1,4 +1,6 @@
-"""gRPC: one bidirectional stream a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
+"""gRPC: two bidirectional streams a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
+
+Link carries tensors within one epoch, Control outlives epochs.
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
@@ -19,11 +21,12 @@ import grpc.aio
 
 from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
-from .link import Link, Write
+from .control import Control
+from .link import LAST_WORD_S, EpochOver, Link, Write
 
 SERVICE = "thinpipe.v1.Stage"
-METHOD = f"/{SERVICE}/Link"
-CONNECTIONS_MAX = 8  # the neighbour, its next connection while the old one dies, and a few strangers
+METHOD, CONTROL_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control"
+CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 REFUSAL_TIMEOUT_S = 2.0
 # A peer that differs in one of these will differ again: nothing is gained by dialling it anew.
@@ -32,10 +35,12 @@ PERMANENT = {
     Fault.RUN_ID,
     Fault.CONFIGURATION,
     Fault.STAGE,
-    Fault.EPOCH,
+    Fault.FENCED,
     Fault.INCARNATION,
     Fault.RESUME,
 }
+# A new epoch is on its way here or there: dial again at once.
+PASSING = {Fault.EPOCH, Fault.HALTED}
 
 T = TypeVar("T")
 Report = Callable[[str, str], None]  # (fault code, one line for people)
@@ -80,7 +85,12 @@ def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),  # gRPC's own are 1 s and 120 s: a replacement would be long unseen
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # Or a new channel would take over the connection of the one before it, which may be why that one was given up.
+        ("grpc.use_local_subchannel_pool", 1),
         ("grpc.so_reuseport", 0),  # a busy port must be an error, not a silent share
         ("grpc.enable_http_proxy", 0),
     ]
@@ -90,66 +100,26 @@ FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
 
 
 @asynccontextmanager
-async def listening(address: str, link: Link, *, greeting_timeout_s: float, report: Report) -> AsyncIterator[int]:
+async def listening(
+    address: str,
+    link: Link | Callable[[], Link | None],
+    *,
+    greeting_timeout_s: float,
+    report: Report,
+    control: Control | None = None,
+) -> AsyncIterator[int]:
     """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
 
-    A second stream is admitted only if it is the same process dialling again (its first stream is then half-dead and is
-    closed); anything else is refused while a stream is open. Raises ListenError for a taken or malformed address.
+    `link`: the present one, None between two epochs. A second stream on it is admitted only if it is the same process
+    dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream is open.
+    Raises ListenError for a taken or malformed address.
     """
-    one_at_a_time = asyncio.Lock()
-    stopping = False
-
-    async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
-        receive, write = _uncancelled(context.read), _uncancelled(context.write)
-        first: list[bytes] = []
-
-        async def read() -> bytes | None:
-            frame = first.pop() if first else await receive()
-            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
-
-        peer, ended, refused = context.peer(), "broke", False
-
-        async def refuse(error: RemoteProtocolError) -> None:
-            nonlocal ended, refused
-            refused = True
-            ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
-            report(error.fault, f"{link.name}: refused the peer at {peer}: {error}")
-            await _tell(write, error)
-
-        try:
-            try:
-                async with asyncio.timeout(greeting_timeout_s):  # who says nothing takes nobody's place
-                    frame = await read()
-            except TimeoutError:
-                reason = f"no greeting within {greeting_timeout_s:g} s"
-                return await refuse(RemoteProtocolError(Fault.TIMEOUT, reason))
-            if frame is None:
-                return None
-            if one_at_a_time.locked() and not link.take_over(frame):
-                reason = f"{link.name} has a connection already; close that one first"
-                await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
-                return await _linger(read)
-            first.append(frame)
-            async with one_at_a_time:
-                try:
-                    await link.attach(read, write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
-                    ended = "was ended there"
-                except RemoteProtocolError as error:
-                    await refuse(error)
-                except RefusedError as error:
-                    ended = ""
-                    report(error.fault, f"{link.name}: refused by the peer at {peer}: {error}")
-                finally:
-                    link.settle()
-            if refused:
-                await _linger(read)
-        finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
-            if ended and not (link.finished or stopping):
-                report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
-
+    doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report)
     server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
-    handler = grpc.stream_stream_rpc_method_handler(handle)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Link": handler}),))
+    handlers = {"Link": grpc.stream_stream_rpc_method_handler(doors.link)}
+    if control:
+        handlers["Control"] = grpc.stream_stream_rpc_method_handler(doors.control)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
         port = server.add_insecure_port(address)
     except RuntimeError:
@@ -162,8 +132,94 @@ async def listening(address: str, link: Link, *, greeting_timeout_s: float, repo
     try:
         yield port
     finally:
-        stopping = True
+        doors.stopping = True
         await server.stop(grace=1.0)
+
+
+class _Doors:
+    """What a server does with each stream that a peer opens."""
+
+    def __init__(
+        self, current: Callable[[], Link | None], control: Control | None, greeting_timeout_s: float, report: Report
+    ) -> None:
+        self.stopping = False
+        self._current, self._control = current, control
+        self._greeting_timeout_s, self._report = greeting_timeout_s, report
+
+    async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = _uncancelled(context.read), _uncancelled(context.write)
+        first: list[bytes] = []
+
+        async def read() -> bytes | None:
+            frame = first.pop() if first else await receive()
+            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
+
+        peer, ended, refused, link = context.peer(), "broke", False, self._current()
+
+        async def refuse(error: RemoteProtocolError) -> None:
+            nonlocal ended, refused
+            refused = True
+            ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
+            if error.fault is not Fault.HALTED:
+                self._report(error.fault, f"{link.name if link else 'link'}: refused the peer at {peer}: {error}")
+            await _tell(write, error)
+
+        try:
+            try:
+                async with asyncio.timeout(self._greeting_timeout_s):  # who says nothing takes nobody's place
+                    frame = await read()
+            except TimeoutError:
+                reason = f"no greeting within {self._greeting_timeout_s:g} s"
+                return await refuse(RemoteProtocolError(Fault.TIMEOUT, reason))
+            if frame is None:
+                return None
+            if link is None:
+                await refuse(RemoteProtocolError(Fault.HALTED, "this stage waits for a new epoch; dial again"))
+                return await _linger(read)
+            if link.serving.locked() and not link.take_over(frame):
+                reason = f"{link.name} has a connection already; close that one first"
+                await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
+                return await _linger(read)
+            first.append(frame)
+            async with link.serving:
+                try:
+                    await link.attach(read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s)
+                    ended = "was ended there"
+                except EpochOver:
+                    ended = ""
+                except RemoteProtocolError as error:
+                    await refuse(error)
+                except RefusedError as error:
+                    ended = ""
+                    if error.fault not in PASSING:
+                        self._report(error.fault, f"{link.name}: refused by the peer at {peer}: {error}")
+                finally:
+                    link.settle()
+            if refused:
+                await _linger(read)
+        finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
+            if ended and not (self.stopping or link is None or link.finished or link.over):
+                self._report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
+
+    async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        assert self._control
+        receive, write = _uncancelled(context.read), _uncancelled(context.write)
+
+        async def read() -> bytes | None:
+            frame = await receive()
+            return frame if isinstance(frame, bytes) else None
+
+        try:
+            await self._control.converse(
+                "above", read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s
+            )
+        except RemoteProtocolError as error:
+            self._report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
+            await _tell(write, error)
+            await _linger(read)
+        except (RefusedError, ConnectionError) as error:
+            if not self.stopping:
+                self._report("connection-lost", f"control stream from {context.peer()}: {error}")
 
 
 async def _tell(write: Write, error: RemoteProtocolError) -> None:
@@ -224,7 +280,10 @@ async def dial(
             line = f"{link.name}: {blame} the node at {address}: {error}"
             if error.fault in PERMANENT:
                 raise NeighbourMismatch(line) from None
-            report(error.fault, line)
+            if error.fault in PASSING:
+                pause_s = RETRY_FIRST_S
+            else:
+                report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             if not link.finished:
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
@@ -269,9 +328,83 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
             link.settle()
 
 
-async def _end_gently(call: grpc.aio.StreamStreamCall, timeout_s: float) -> None:
-    """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its."""
+async def _end_gently(call: grpc.aio.StreamStreamCall, timeout_s: float) -> bool:
+    """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its.
+    Whether that came in time and without an error, so that the peer has read all of ours."""
     with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
         async with asyncio.timeout(timeout_s):
             await call.done_writing()
-            await call.code()
+            return await call.code() is grpc.StatusCode.OK
+    return False
+
+
+async def dial_control(
+    address: str, control: Control, *, greeting_timeout_s: float, connect_timeout_s: float, report: Report
+) -> None:
+    """Keep the control stream to the neighbour below open until all stages are through.
+
+    Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
+    `connect_timeout_s` without a connection.
+    """
+    loop = asyncio.get_running_loop()
+    last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+    while True:
+        control.met["below"].clear()
+        try:
+            # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
+            patience_s = LAST_WORD_S if control.through else connect_timeout_s
+            remaining_s = last_open_s + patience_s - loop.time()
+            if await _one_control(address, control, remaining_s, greeting_timeout_s):
+                return
+        except _NotReached:
+            if control.through:
+                return
+            below = control.machine.identity.stage + 1
+            raise TimeoutError(
+                f"no connection to {address} for {connect_timeout_s:g} s; is stage {below} running there? "
+                "If it was lost, start it again with --resume"
+            ) from None
+        except ProtocolError as error:
+            blame = "refused by" if isinstance(error, RefusedError) else "refused"
+            line = f"control stream: {blame} the node at {address}: {error}"
+            if error.fault in PERMANENT:
+                raise NeighbourMismatch(line) from None
+            report(error.fault, line)
+        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                return  # only a test's stand-in for a node has no control stream
+            if not control.through:
+                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                report("connection-lost", f"control stream to {address}: {detail}")
+        if control.met["below"].is_set():
+            last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+        await asyncio.sleep(pause_s)
+        pause_s = min(RETRY_MOST_S, 2 * pause_s)
+
+
+async def _one_control(address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float) -> bool:
+    """One connection; whether the neighbour took the last word."""
+    async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
+        try:
+            async with asyncio.timeout(connect_timeout_s):
+                await channel.channel_ready()
+        except TimeoutError:
+            raise _NotReached from None
+        call = channel.stream_stream(CONTROL_METHOD)()
+        receive, write = _uncancelled(call.read), _uncancelled(call.write)
+
+        async def read() -> bytes | None:
+            frame = await receive()
+            return frame if isinstance(frame, bytes) else None
+
+        try:
+            last = await control.converse(
+                "below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s
+            )
+            return await _end_gently(call, greeting_timeout_s) and last
+        except RemoteProtocolError as error:
+            await _tell(write, error)
+            await _end_gently(call, greeting_timeout_s)
+            raise
+        finally:
+            call.cancel()

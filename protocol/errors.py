@@ -24,6 +24,7 @@ class Fault(StrEnum):
     STAGE = "wrong-stage"
     EPOCH = "wrong-epoch"
     FENCED = "replaced"
+    HALTED = "between-epochs"
     INCARNATION = "restarted"
     RESUME = "cannot-resume"
     TIMEOUT = "timeout"

@@ -139,18 +139,18 @@ class Rewind:
         """A neighbour is connected. Raises RemoteProtocolError if it is not one, or not one any more."""
         stage = self._stage_at(side)
         check_kinship(peer, self.identity, stage)
+        if not peer.joining and self.members and peer.incarnation != self.members[stage] and peer.epoch <= self.epoch:
+            raise RemoteProtocolError(
+                Fault.FENCED,
+                f"process {peer.incarnation:x} of stage {stage} is of epoch {peer.epoch}; since epoch {self.epoch} "
+                f"process {self.members[stage]:x} has its place",
+            )
         present = self.peers[side]
         if present is not None and present != peer.incarnation:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
                 f"stage {stage} is served by process {present:x}, which answers, so there is no place for process "
                 f"{peer.incarnation:x}; stop one of the two",
-            )
-        if not peer.joining and self.members and peer.incarnation != self.members[stage] and peer.epoch <= self.epoch:
-            raise RemoteProtocolError(
-                Fault.FENCED,
-                f"process {peer.incarnation:x} of stage {stage} is of epoch {peer.epoch}; since epoch {self.epoch} "
-                f"process {self.members[stage]:x} has its place",
             )
         self._forget(side)
         self.peers[side] = peer.incarnation

@@ -95,9 +95,17 @@ Event = Opened | Received | Acknowledged | PeerDone
 
 
 class LinkSession:
-    """This node's side of the link to stage `peer_stage`."""
+    """This node's side of the link to stage `peer_stage`, in one epoch."""
 
-    def __init__(self, *, identity: Identity, peer_stage: int, limits: Limits, receive_buffer_bytes: int) -> None:
+    def __init__(
+        self,
+        *,
+        identity: Identity,
+        peer_stage: int,
+        limits: Limits,
+        receive_buffer_bytes: int,
+        member: int | None = None,
+    ) -> None:
         needed = message_cost(limits.message_bytes)
         if receive_buffer_bytes < needed:
             raise LocalProtocolError(
@@ -109,6 +117,7 @@ class LinkSession:
         self.peer_stage = peer_stage
         self.limits = limits
         self.state = State.CLOSED
+        self._member = member  # the only process that may greet here; None: whoever comes first
         self.used = False  # set by the owner: it took something from the peer, or told it what cannot be told again
         self._receive_buffer_bytes = receive_buffer_bytes
         self._start_over()
@@ -285,6 +294,12 @@ class LinkSession:
 
     def _take_greeting(self, peer: Greeting) -> Opened:
         check_greeting(peer, self.identity, self.peer_stage)
+        if self._member is not None and peer.incarnation != self._member:
+            raise RemoteProtocolError(
+                Fault.FENCED,
+                f"in epoch {self.identity.epoch} stage {self.peer_stage} is process {self._member:x}, not "
+                f"{peer.incarnation:x}",
+            )
         another = self.peer is not None and self.peer.incarnation != peer.incarnation
         started_over = another and not self.used
         if started_over:  # a stranger that knew how to greet must not keep the true neighbour out

@@ -44,23 +44,43 @@ def ratio_of(sent: Counter[str], dense: int) -> float | None:
     return dense / moved if moved else None
 
 
+def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
+    """Bytes by kind that all the processes sent that wrote `records`, one after the other: each counts from zero, and
+    of one that was lost the newest count stands."""
+    total: Counter[str] = Counter()
+    newest: Counter[str] = Counter()
+    for record in records:
+        if record["event"] == "start":
+            total.update(newest)
+            newest = Counter()
+        elif record["event"] == "step":
+            newest = total_by_kind([record])
+        elif record["event"] == "end":
+            newest = Counter()
+            for link in record["links"]:
+                newest.update(link["sent_bytes"])
+    total.update(newest)
+    return total
+
+
 def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
     """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end."""
     by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
-    ends, steps = [], []
+    ends: list[dict[str, Any]] = []
+    steps: list[list[dict[str, Any]]] = []
     for stage, records in enumerate(by_stage):
         end = [record for record in records if record["event"] == "end"]
         if not end:
             raise ValueError(f"stage {stage} wrote no end record in {run}: the run did not finish")
         ends.append(end[-1])
-        steps.append([record for record in records if record["event"] == "step"])
+        done = {record["step"]: record for record in records if record["event"] == "step"}  # the last time it was done
+        steps.append([done[step] for step in sorted(done)])
     head = steps[0]
     tokens = sum(record["tokens"] for record in head)
-    train_s = ends[0]["train_s"]
+    train_s = sum(record["seconds"] for record in by_stage[0] if record["event"] == "step")  # what was done twice too
     sent: Counter[str] = Counter()
-    for end in ends:
-        for link in end["links"]:
-            sent.update(link["sent_bytes"])
+    for records in by_stage:
+        sent.update(sent_by(records))
     in_ratio = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
     dense = dense_bytes(width=width, tokens=tokens, stages=stages)
     evaluations = [record for record in by_stage[0] if record["event"] == "evaluation"]
@@ -92,6 +112,7 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
             }
             for end in ends
         ],
+        "rewinds": [record for record in by_stage[0] if record["event"] == "rewind"],
         "faults": [
             {"stage": stage, "code": record["code"], "reason": record["reason"]}
             for stage, records in enumerate(by_stage)

@@ -35,7 +35,9 @@ class SwarmError(RuntimeError):
 
 
 @dataclass(slots=True)
-class _Node:
+class Node:
+    """A process that serves a stage."""
+
     stage: int
     process: subprocess.Popen[bytes]
     log: Path
@@ -67,34 +69,80 @@ def run_swarm(
     *,
     stages: int,
     trace: bool = False,
+    resume: bool = False,
+    restarts: int = 0,
     on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
-    `on_progress` gets, about ten times a second, the newest step record of every stage that has one. Raises SwarmError
-    when a node ends early, naming it; KeyboardInterrupt passes through. No node is left running either way.
+    `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
+    from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
+    again; the others wait for it. Raises SwarmError when a node ends early otherwise, naming it; KeyboardInterrupt
+    passes through. No node is left running either way.
     """
-    ports = free_ports(stages)
-    nodes: list[_Node] = []
+    swarm = Swarm(run, stages=stages, trace=trace)
     try:
         for stage in range(stages):
-            nodes.append(_start(run, stage, stages, ports, trace))
-        _watch(run, nodes, on_progress)
+            swarm.start(stage, resume=resume)
+        _watch(swarm, restarts, on_progress)
     finally:
-        _stop(nodes)
+        swarm.stop()
 
 
-def _start(run: Path, stage: int, stages: int, ports: list[int], trace: bool) -> _Node:
+class Swarm:
+    """The node processes of a run on this machine. A stage keeps its port, whichever process serves it.
+
+    ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        stages: int,
+        trace: bool = False,
+        ports: list[int] | None = None,
+        next_ports: list[int] | None = None,
+    ) -> None:
+        self.run = run
+        self.nodes: list[Node | None] = [None] * stages
+        self.ports = ports or free_ports(stages)
+        self._next_ports = next_ports or self.ports
+        self._trace = trace
+        self._gone: list[Node] = []  # replaced, but perhaps still there
+
+    def start(self, stage: int, *, resume: bool) -> None:
+        """Start stage `stage`, in the place of the process that had it, if there was one."""
+        if before := self.nodes[stage]:
+            self._gone.append(before)
+        listen = self.ports[stage] if stage else None
+        below = self._next_ports[stage + 1] if stage + 1 < len(self.nodes) else None
+        self.nodes[stage] = _start(self.run, stage, listen, below, trace=self._trace, resume=resume)
+
+    def process(self, stage: int) -> subprocess.Popen[bytes]:
+        """The one that serves `stage` now."""
+        node = self.nodes[stage]
+        assert node
+        return node.process
+
+    def stop(self) -> None:
+        """Leave none behind."""
+        _stop([node for node in (*self.nodes, *self._gone) if node])
+
+
+def _start(run: Path, stage: int, listen: int | None, below: int | None, *, trace: bool, resume: bool) -> Node:
     command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml"), "--stage", str(stage)]
     command += ["--out", str(run), "--parent", str(os.getpid())]
-    if stage > 0:
-        command += ["--listen", f"127.0.0.1:{ports[stage]}"]
-    if stage < stages - 1:
-        command += ["--next", f"127.0.0.1:{ports[stage + 1]}"]
+    if listen:
+        command += ["--listen", f"127.0.0.1:{listen}"]
+    if below:
+        command += ["--next", f"127.0.0.1:{below}"]
     if trace:
         command.append("--trace")
+    if resume:
+        command.append("--resume")
     log = run / f"stage-{stage}.log"
-    with log.open("wb") as output:
+    with log.open("ab" if resume else "wb") as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -103,26 +151,31 @@ def _start(run: Path, stage: int, stages: int, ports: list[int], trace: bool) ->
             env=node_environment(),
             start_new_session=True,
         )
-    return _Node(stage, process, log)
+    return Node(stage, process, log)
 
 
-def _watch(run: Path, nodes: list[_Node], on_progress: Callable[[list[dict[str, Any]]], None] | None) -> None:
-    tails = [_Tail(run / f"stage-{node.stage}.jsonl") for node in nodes]
+def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[dict[str, Any]]], None] | None) -> None:
+    tails = [_Tail(swarm.run / f"stage-{stage}.jsonl") for stage in range(len(swarm.nodes))]
     while True:
+        nodes = [node for node in swarm.nodes if node]
         codes = [node.process.poll() for node in nodes]
         for tail in tails:
             tail.read()
         if on_progress:
             on_progress([tail.step for tail in tails if tail.step])
+        over = 0 in codes  # nobody leaves before all are through: who is lost now has nothing left to do
         for node, code in zip(nodes, codes, strict=True):
-            if code:
-                raise SwarmError(_obituary(node, code), 2 if code == 2 else 1)
-        if all(code == 0 for code in codes):
+            if code and code != 2 and restarts and not over:
+                restarts -= 1
+                swarm.start(node.stage, resume=True)
+            elif code and not over:
+                raise SwarmError(obituary(node, code), 2 if code == 2 else 1)
+        if all(code is not None for code in codes) and over:
             return
         time.sleep(POLL_S)
 
 
-def _obituary(node: _Node, code: int) -> str:
+def obituary(node: Node, code: int) -> str:
     """Which node ended and why: the signal that killed it, or its own last words."""
     if code < 0:
         name = signal.Signals(-code).name
@@ -156,7 +209,7 @@ class _Tail:
                 self.step = record
 
 
-def _stop(nodes: list[_Node]) -> None:
+def _stop(nodes: list[Node]) -> None:
     """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
     alive = [node for node in nodes if node.process.poll() is None]
     for node in alive:

@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 import torch
 from thinpipe.node.config import RunConfig
-from thinpipe.node.host import make_link, prepare, prepare_corpus
+from thinpipe.node.host import prepare, prepare_corpus
+from thinpipe.node.lifecycle import make_link
 from thinpipe.node.link import Link, Read, Write
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess

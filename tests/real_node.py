@@ -1,7 +1,7 @@
 """Real node processes, started as a user starts them, and what to put between or against them.
 
-A stranger here is a plain gRPC client or server that speaks in bytes of the test's choosing. `Proxy` stands between two
-nodes and breaks their TCP connections when told to.
+A stranger here is a plain gRPC client or server that speaks in bytes of the test's choosing. A `proxy` stands between
+two nodes and breaks their TCP connections when told to.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
+from thinpipe.sim.proxy import Proxy
 from thinpipe.sim.swarm import free_ports, node_environment
 
 DEADLINE_S = 60.0  # of a busy machine; a quiet one needs a third
@@ -138,70 +138,6 @@ async def attempt(address: str, frames: list[bytes], compression: grpc.Compressi
 # -- between two nodes --------------------------------------------------------------------------------------------
 
 
-class Proxy:
-    """Passes bytes from its own address to another, on a thread of its own, until told to break what stands."""
-
-    def __init__(self, to: str) -> None:
-        self._to = to.rpartition(":")
-        self.address = free_address()
-        self.connections = 0
-        self._pairs: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
-
-    def __enter__(self) -> Proxy:
-        self._thread.start()
-        host, _, port = self.address.rpartition(":")
-        serving = asyncio.start_server(self._serve, host, int(port))
-        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        async def stop() -> None:
-            self._server.close()
-            self._break(half=False)
-            tasks = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-        asyncio.run_coroutine_threadsafe(stop(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    def cut(self, *, half: bool = False) -> None:
-        """Reset every connection. half: only towards who dialled; the other end is left to believe in it."""
-
-        async def job() -> None:
-            self._break(half=half)
-
-        asyncio.run_coroutine_threadsafe(job(), self._loop).result()
-
-    def _break(self, *, half: bool) -> None:
-        for upper, lower in self._pairs:
-            upper.transport.abort()
-            if not half:
-                lower.transport.abort()
-        if not half:
-            self._pairs.clear()
-
-    async def _serve(self, reader: asyncio.StreamReader, upper: asyncio.StreamWriter) -> None:
-        try:
-            lower_reader, lower = await asyncio.open_connection(self._to[0], int(self._to[2]))
-        except OSError:
-            upper.transport.abort()
-            return
-        self.connections += 1
-        self._pairs.append((upper, lower))
-
-        async def pass_on(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-            with suppress(OSError):
-                while data := await source.read(2**16):
-                    sink.write(data)
-                    await sink.drain()
-                sink.write_eof()
-
-        both = asyncio.gather(pass_on(reader, lower), pass_on(lower_reader, upper))
-        with suppress(asyncio.CancelledError):
-            await both
+def proxy(to: str) -> Proxy:
+    """A relay on a free address, to break the connections of two nodes with."""
+    return Proxy(to, port=free_ports(1)[0])

@@ -1,13 +1,22 @@
-"""The token table's bits, derived a second time; its statistics; what anchors add, learn and refuse."""
+"""The token table's bits and pairs' hashes, derived once more; their statistics; what anchors add, learn and refuse."""
 
 import hashlib
+import itertools
 import math
 import struct
 
 import numpy as np
 import pytest
 import torch
-from thinpipe.compress.anchors import Anchors, _integers, make_anchors, table_digest, token_table
+from thinpipe.compress.anchors import (
+    MAX_PAIRS,
+    Anchors,
+    _integers,
+    make_anchors,
+    pair_buckets,
+    table_digest,
+    token_table,
+)
 from thinpipe.compress.boundary import Direction, Key
 
 KINDS = ["factorized", "full", "none"]
@@ -178,16 +187,75 @@ def test_extreme_scales_stay_normal_and_finite(scale):
     assert torch.equal(table / scale, token_table(0, 200, 200))
 
 
+# --- pairs of tokens, in plain Python integers ---------------------------------------------------------------------
+
+
+def plain_mix(x: int) -> int:
+    """lowbias32, as its page has it: 32-bit unsigned C arithmetic."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def plain_bucket(before: int, own: int, buckets: int) -> int:
+    return plain_mix(plain_mix(before) ^ own) * buckets // 2**32
+
+
+@pytest.mark.parametrize("buckets", [1, 2, 97, 4096, MAX_PAIRS - 1, MAX_PAIRS])
+@pytest.mark.parametrize("vocab_size", [1, 37, 32_000, 2**20, 2**31])
+def test_buckets_equal_slow_ones_in_plain_integers(vocab_size, buckets):
+    ids = torch.randint(vocab_size, (3, 50), generator=torch.Generator().manual_seed(1))
+    ids[0, :4] = torch.tensor([0, vocab_size - 1, vocab_size - 1, 0])
+    before = ids.clone()
+    got = pair_buckets(ids, vocab_size, buckets)
+    assert got.dtype is torch.int64
+    assert got.tolist() == [
+        [plain_bucket(*pair, buckets) for pair in itertools.pairwise([vocab_size, *row])] for row in ids.tolist()
+    ]
+    assert torch.equal(ids, before)
+    if vocab_size < 2**31:
+        assert torch.equal(pair_buckets(ids.to(torch.int32), vocab_size, buckets), got)
+
+
+def test_buckets_are_those_they_were_when_this_test_was_written():
+    assert pair_buckets(torch.tensor([[1, 2, 3, 3, 2, 1]]), 32_000, 2**20).tolist() == [
+        [561168, 831486, 333524, 1012320, 871213, 74660]
+    ]
+
+
+def test_pairs_spread_evenly():
+    vocab_size, buckets = 700, 1000
+    first = torch.arange(vocab_size).repeat_interleave(vocab_size)
+    ids = torch.stack([first, torch.arange(vocab_size).repeat(vocab_size)], dim=1)
+    for chosen in (slice(None), (ids % 64 == 0).all(dim=1), (ids < 100).all(dim=1)):  # all; ids alike in low, high bits
+        found = torch.bincount(pair_buckets(ids[chosen], vocab_size, buckets)[:, 1], minlength=buckets)
+        expected = found.sum() / buckets
+        chi_square = ((found - expected).square() / expected).sum().item()
+        assert abs(chi_square - (buckets - 1)) < 5 * math.sqrt(2 * (buckets - 1))
+    whole = pair_buckets(ids, vocab_size, MAX_PAIRS)[:, 1]
+    distinct, wanted = len(whole.unique()), MAX_PAIRS * (1 - math.exp(-len(ids) / MAX_PAIRS))
+    assert abs(distinct - wanted) < 0.01 * wanted
+    swapped = pair_buckets(ids.flip(1), vocab_size, buckets)[:, 1]
+    same = (swapped == pair_buckets(ids, vocab_size, buckets)[:, 1]).double().mean().item()
+    assert same < 2 / buckets + 1 / vocab_size  # a token twice is its own mirror image; all others by chance
+
+
 # --- anchors -------------------------------------------------------------------------------------------------------
 
 
-def build(kind, *, table: torch.Tensor | None = None, seed=1, stage=2, rank=R, width=D, vocab_size=V) -> Anchors:
-    return make_anchors(kind, vocab_size=vocab_size, width=width, rank=rank, seed=seed, stage=stage, table=table)
+def build(
+    kind, *, table: torch.Tensor | None = None, seed=1, stage=2, rank=R, width=D, vocab_size=V, pairs=0
+) -> Anchors:
+    return make_anchors(
+        kind, vocab_size=vocab_size, width=width, rank=rank, seed=seed, stage=stage, table=table, pairs=pairs
+    )
 
 
-def trained(kind, table: torch.Tensor | None = None) -> Anchors:
+def trained(kind, table: torch.Tensor | None = None, pairs=0) -> Anchors:
     """In float64, as if training had moved what is trainable."""
-    anchors = build(kind, table=table).double()
+    anchors = build(kind, table=table, pairs=pairs).double()
     generator = torch.Generator().manual_seed(4)
     for parameter in anchors.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -336,6 +404,9 @@ def test_an_empty_batch_is_an_empty_answer():
         ({"kind": "factorised"}, "unknown anchors 'factorised'; choose factorized, full, none"),
         ({"rank": 0}, r"anchor rank 0 is outside \[1, 24\]"),
         ({"rank": D + 1}, r"anchor rank 25 is outside \[1, 24\]"),
+        ({"pairs": -1}, r"pairs=-1 is outside \[0, 16777216\]"),
+        ({"pairs": 2**24 + 1}, r"pairs=16777217 is outside"),
+        ({"kind": "none", "pairs": 3}, "pairs=3 beside anchors=none, which learn nothing"),
         ({"stage": -1}, "stage -1 is outside"),
         ({"seed": -1}, "seed -1 is outside"),
         ({"vocab_size": 0}, "vocabulary 0 x width 24"),
@@ -380,9 +451,106 @@ def test_checkpoint_restores_another_start():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_parameter_is_named_as_a_hidden_matrix(kind):  # node/optim.py gives Muon what has `layers` in its name
-    names = [name for name, _ in build(kind, table=token_table(9, V, D)).named_parameters()]
-    assert len(names) == (kind != "none")
+    pairs = 0 if kind == "none" else 7
+    names = [name for name, _ in build(kind, table=token_table(9, V, D), pairs=pairs).named_parameters()]
+    assert len(names) == 2 * (kind != "none")
     assert not any("layers" in name.split(".") for name in names)
+
+
+# --- anchors of pairs ----------------------------------------------------------------------------------------------
+
+LEARNING = ["factorized", "full"]
+N = 50
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_values_with_pairs_are_the_formula(kind):
+    table = token_table(9, V, D)
+    anchors, ids = trained(kind, table, N), some_ids()
+    assert anchors.pairs is not None
+    assert anchors.pairs.shape == (N, R if kind == "factorized" else D)
+    projection = torch.eye(D, dtype=torch.float64) if anchors.projection is None else anchors.projection
+    got = anchors(ids)
+    for b, row in enumerate(ids.tolist()):
+        for i, (before, own) in enumerate(itertools.pairwise([V, *row])):
+            learned = anchors.weight[own] + anchors.pairs[plain_bucket(before, own, N)]
+            torch.testing.assert_close(got[b, i], table[own].double() + learned @ projection, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_pairs_start_at_zero_and_learn_at_once(kind):
+    table, ids = token_table(9, V, D), some_ids()
+    anchors = build(kind, table=table, pairs=N)
+    assert torch.equal(anchors(ids), table[ids])
+    anchors(ids).sum().backward()
+    rows = pair_buckets(ids, V, N)
+    assert anchors.pairs.grad[rows].any(dim=-1).all()
+    unseen = torch.ones(N, dtype=torch.bool)
+    unseen[rows] = False
+    assert unseen.any()
+    assert not anchors.pairs.grad[unseen].any()
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_an_anchor_depends_on_its_token_and_the_one_before_alone(kind):
+    anchors, ids = trained(kind, pairs=MAX_PAIRS // 2**10), some_ids()[:1]
+    base = anchors(ids)
+    for changed in range(ids.shape[1]):
+        other = ids.clone()
+        other[0, changed] = (ids[0, changed] + 1) % V
+        moved = (anchors(other) != base).any(dim=-1)[0].nonzero().flatten().tolist()
+        assert moved == [changed, changed + 1][: ids.shape[1] - changed]
+
+
+def test_every_sequence_starts_anew_with_a_number_that_no_token_has():
+    anchors, ids = trained("full", pairs=MAX_PAIRS // 2**10), some_ids()
+    together = anchors(ids)
+    for row in range(len(ids)):
+        assert torch.equal(anchors(ids[row : row + 1]), together[row : row + 1])
+        assert torch.equal(anchors(ids[row : row + 1, :4]), together[row : row + 1, :4])
+    first = anchors(torch.tensor([[5, 5]]))[0]
+    assert not any(torch.equal(first[0], anchors(torch.tensor([[t, 5]]))[0, 1]) for t in range(V))
+
+
+def test_pairs_are_ordered_and_share_a_row_where_their_hashes_meet():
+    anchors = trained("full", pairs=MAX_PAIRS // 2**10)
+    assert not torch.equal(*(anchors.pairs[pair_buckets(torch.tensor([p]), V, N)[0, 1]] for p in ((3, 4), (4, 3))))
+    alone = trained("full", pairs=1)
+    ids = some_ids()
+    torch.testing.assert_close(alone(ids), alone.weight[ids] + alone.pairs[0])  # one row: all pairs share it
+    rows = {}
+    for before, own in itertools.product(range(V), repeat=2):
+        rows.setdefault(plain_bucket(before, own, N), []).append((before, own))
+    few = trained("full", pairs=N)
+    one, other = rows[7][:2]
+    learned = [few(torch.tensor([pair]))[0, 1] - few.weight[pair[1]] for pair in (one, other)]
+    torch.testing.assert_close(learned[0], learned[1], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", LEARNING)
+def test_gradient_of_pairs_is_right(kind):
+    anchors, ids = trained(kind, pairs=9), some_ids(2, 5)
+
+    def value(weight, pairs):
+        return torch.func.functional_call(anchors, {"weight": weight, "pairs": pairs}, (ids,))
+
+    assert torch.autograd.gradcheck(value, [p.detach().requires_grad_() for p in (anchors.weight, anchors.pairs)])
+
+
+def test_pairs_are_in_checkpoints_and_not_in_the_norm():
+    source, target = trained("factorized", pairs=N), build("factorized", seed=8, stage=0, pairs=N).double()
+    assert set(source.state_dict()) == {"weight", "pairs", "projection"}
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(some_ids()), source(some_ids()))
+    norm = source.norm()
+    source.pairs.data.zero_()
+    assert source.norm() == norm
+
+
+def test_pairs_of_an_empty_batch_and_of_no_tokens():
+    anchors = build("factorized", pairs=N)
+    for shape in ((0, 4), (3, 0)):
+        assert anchors(torch.empty(shape, dtype=torch.int64)).shape == (*shape, D)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -392,3 +560,6 @@ def test_table_and_anchors_on_cuda():
     assert torch.equal(there.cpu(), table)
     anchors = build("factorized", table=table).cuda()
     assert torch.equal(anchors(ids.cuda()).cpu(), table[ids])
+    many = torch.randint(2**20, (64, 512))
+    for buckets in (97, MAX_PAIRS):
+        assert torch.equal(pair_buckets(many.cuda(), 2**20, buckets).cpu(), pair_buckets(many, 2**20, buckets))

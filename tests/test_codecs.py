@@ -31,6 +31,7 @@ TOLERANCE = {
     "bf16": (2**-8, 2**-8),
     "int8": (0.5 / 127 * (1 + 2**-8), 1 / 127 * (1 + 2**-7)),  # half a step, a step; the scale itself is rounded
     "int4": (0.5 / 7 * (1 + 2**-8), 1 / 7 * (1 + 2**-7)),
+    "int3": (0.5 / 3 * (1 + 2**-8), 1 / 3 * (1 + 2**-7)),
 }
 UNIT_ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8}
 SMALLEST = 2.0**-125  # absolute error that a scale of at least 2**-126 may add

@@ -14,7 +14,7 @@ from thinpipe.compress.registry import parse_format
 laws = settings(deadline=None, max_examples=100)
 F32_MAX = torch.finfo(torch.float32).max
 BF16_MAX = torch.finfo(torch.bfloat16).max
-BLOCKWISE = [("int8", 127), ("int4", 7)]
+BLOCKWISE = [("int8", 127), ("int4", 7), ("int3", 3)]
 
 
 def key(direction, microbatch=0):
@@ -56,6 +56,8 @@ BF16_BYTES = "0000803f80bf003f80be4040e0c0d040cd3d"
         ("int8", BACKWARD, "623d" + "0012ee09fc37827602"),
         ("int4", FORWARD, "803f" + "9887b8e188"),
         ("int4", BACKWARD, "803f" + "9897b8e188"),
+        ("int3", FORWARD, "1540" + "24c9e6" + "244992"),
+        ("int3", BACKWARD, "1640" + "e4c8e6" + "244992"),
     ],
 )
 def test_golden_bytes(name, k, body):
@@ -69,20 +71,33 @@ def test_golden_bytes_are_what_the_text_says():
     """Decoded by hand from the description, not by the code under test."""
     assert unpack("int8", bytes.fromhex("003f" + "7f" + "81" + "02"), 3).tolist() == [63.5, -63.5, 1.0]  # s = 0.5
     assert unpack("int4", bytes.fromhex("003f" + "1f" + "8a"), 3).tolist() == [3.5, -3.5, 1.0]
+    eight = sum((code + 4) << 3 * i for i, code in enumerate([3, -3, 2, 0, 1, -1, -2, 3])).to_bytes(3, "little")
+    ninth = (0o4444_4440 + 1 + 4).to_bytes(3, "little")
+    assert unpack("int3", bytes.fromhex("003f") + eight, 8).tolist() == [1.5, -1.5, 1.0, 0.0, 0.5, -0.5, -1.0, 1.5]
+    assert unpack("int3", bytes.fromhex("003f") + eight + ninth, 9)[8].item() == 0.5
     two_blocks = bytes.fromhex("003f" + "0040") + bytes([1] * 128 + [3])  # scales first: 0.5, 2
     assert unpack("int8", two_blocks, 129).tolist() == [0.5] * 128 + [6.0]
     assert unpack("bf16", bytes.fromhex("803f"), 1).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("count", [128, 129, 1000, 65536])
-def test_int4_is_half_of_int8(count):
+def test_int4_is_half_of_int8_and_int3_three_quarters_of_int4(count):
     z = torch.randn(count)
-    four, eight = (len(parse_format(name).pack(z, FORWARD).body) for name in ("int4", "int8"))
+    three, four, eight = (len(parse_format(name).pack(z, FORWARD).body) for name in ("int3", "int4", "int8"))
+    assert three <= 0.8 * four  # 0.758 from many blocks on
     assert four <= 0.52 * eight
     assert eight <= 1.04 * count
 
 
-@pytest.mark.parametrize(("name", "least_db"), [("int8", 43.5), ("int4", 18.4)])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 127, 128, 129, 135, 136, 1000])
+def test_int3_takes_three_bytes_for_eight_values(count):
+    body = parse_format("int3").pack(torch.randn(count), FORWARD).body
+    assert (
+        len(body) == parse_format("int3").body_bytes((count,)) == 2 * math.ceil(count / 128) + 3 * math.ceil(count / 8)
+    )
+
+
+@pytest.mark.parametrize(("name", "least_db"), [("int8", 43.5), ("int4", 18.4), ("int3", 11.1)])
 def test_signal_to_noise_of_gaussian_values(name, least_db):
     z = torch.randn(1 << 17, generator=torch.Generator().manual_seed(0))
     error = round_trip(name, z, FORWARD) - z
@@ -136,8 +151,8 @@ class TestBlockwise:
                 assert 1 <= ratio < 1 + 2**-7 + 2**-20
             else:
                 assert abs(ratio - 1) <= 2**-8 + 2**-20
-                low_nibble_or_byte = fmt.pack(z, k).body[2]
-                assert low_nibble_or_byte == (127 if name == "int8" else 0x1F)
+                first_byte = fmt.pack(z, k).body[2]
+                assert first_byte == {"int8": 127, "int4": 0x1F, "int3": 0b00_001_111}[name]  # the peak, less the peak
 
     @pytest.mark.parametrize("k", [FORWARD, BACKWARD])
     def test_whole_steps_survive_exactly(self, name, peak, k):
@@ -205,8 +220,21 @@ def test_codes_that_no_value_has_are_refused():
         unpack("int8", bytes.fromhex("803f" + "01" + "80"), 2)
     with pytest.raises(CodecError, match="code -8 at element 2"):
         unpack("int4", bytes.fromhex("803f" + "11" + "80"), 3)
-    with pytest.raises(CodecError, match="spare nibble is 9, not 8"):
+    with pytest.raises(CodecError, match="code 1 at element 3 of 3; 0 fills it up"):
         unpack("int4", bytes.fromhex("803f" + "11" + "91"), 3)
+
+
+@pytest.mark.parametrize("at", range(8))
+def test_int3_refuses_the_pattern_that_it_has_to_spare_and_a_padding_that_is_not_zero(at):
+    def body(code):
+        return bytes.fromhex("803f") + (0o4444_4444 + (code << 3 * at)).to_bytes(3, "little")
+
+    with pytest.raises(CodecError, match=f"int3 payload has code -4 at element {at}, below -3"):
+        unpack("int3", body(-4), 8)
+    unpack("int3", body(-1), 8)
+    for count in range(1, at + 1):
+        with pytest.raises(CodecError, match=f"int3 payload has code -1 at element {at} of {count}; 0 fills it up"):
+            unpack("int3", body(-1), count)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from thinpipe.sim.shaper import LinkProfile
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
-from .real_node import LIMITS, Proxy, activation, attempt, free_address, hello_of, node, parts, until
+from .real_node import LIMITS, activation, attempt, free_address, hello_of, node, parts, proxy, until
 
 STEPS = 10
 SLOW = ("--link", "2mbit,5ms")  # so that there is a middle of the run to be disturbed in
@@ -61,7 +61,7 @@ def test_broken_connections_and_strangers_leave_no_trace_in_the_result(
     answers: list[str] = []
     with node(tmp_path, 1, "--listen", address, *SLOW) as lower:
         until(lambda: "listens on" in (tmp_path / "stage-1.log").read_text() or lower.poll() is not None, "a listener")
-        with Proxy(address) as proxy, node(tmp_path, 0, "--next", proxy.address, *SLOW) as upper:
+        with proxy(address) as between, node(tmp_path, 0, "--next", between.address, *SLOW) as upper:
 
             def steps() -> int:
                 return sum(record["event"] == "step" for record in read_records(tmp_path / "stage-0.jsonl"))
@@ -69,11 +69,11 @@ def test_broken_connections_and_strangers_leave_no_trace_in_the_result(
             for due in range(1, STEPS - 1, 2):
                 until(lambda due=due: steps() >= due or None not in (upper.poll(), lower.poll()), f"step {due}")
                 answers += [asyncio.run(attempt(address, [knock])) for knock in knocks]
-                proxy.cut(half=due % 4 == 1)
+                between.cut(half=due % 4 == 1)
             until(lambda: None not in (upper.poll(), lower.poll()), "the run to end")
             said = [(tmp_path / f"stage-{stage}.log").read_text() for stage in range(2)]
             assert (upper.returncode, lower.returncode) == (0, 0), said
-            assert proxy.connections >= 4
+            assert between.connections >= 4
     assert outcome(tmp_path) == expected
     assert set(answers) <= {"unexpected-frame", "restarted", "malformed-frame"}  # by whether a connection stood
     assert faults(tmp_path, 0).count("connection-lost") >= 3

@@ -35,6 +35,11 @@ VARIANTS = {
     "int4, four stages": ("mapl:r=8", {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"}),
     "full anchors, gpipe": ("mapl:r=8,anchors=full", {"pipeline.stages": 4, "pipeline.schedule": "gpipe"}),
     "anchors of more rank": ("mapl:r=8,ar=16,delta=bf16,gradient=int4", {}),
+    "anchors of pairs": ("mapl:r=8,ar=16,pairs=97", {}),
+    "full anchors of pairs, int3, four stages": (
+        "mapl:r=8,anchors=full,pairs=512",
+        {"pipeline.stages": 4, "codec.forward": "int3", "codec.backward": "int3"},
+    ),
     "neither anchors nor table": ("mapl:r=16,anchors=none,table=0,delta=bf16", {}),
     "every second step": ("mapl:r=8,every=2", {"pipeline.stages": 4, "run.steps": 5}),
     "fixed": ("mapl:r=8,projector=fixed", {"codec.forward": "int8"}),
@@ -183,6 +188,20 @@ def test_an_interior_stage_has_one_table_for_both_sides(tiny: TinyConfig) -> Non
     assert names == ["codec.stage_1.weight"]
 
 
+def test_pairs_are_trained_state_of_the_stage_and_no_byte_of_a_message(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = configure(tiny, "mapl:r=8,pairs=97", {"run.steps": 2})
+    stage, _ = prepare(config, 1)
+    state = stage.state_tensors()
+    assert state["weight/codec.stage_1.pairs"].shape == (97, 8)
+    assert {name for name in state if name.endswith("/codec.stage_1.pairs")} == {
+        f"{part}/codec.stage_1.pairs" for part in ("weight", "adamw.exp_avg", "adamw.exp_avg_sq")
+    }
+    with_pairs = run_reference(config, tmp_path / "with")
+    without = run_reference(configure(tiny, "mapl:r=8", {"run.steps": 2}), tmp_path / "without")
+    assert with_pairs.state_sha256 != without.state_sha256
+    assert with_pairs.sent_bytes == without.sent_bytes
+
+
 def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> None:
     config = configure(tiny, "mapl:r=8", {"pipeline.stages": 3})
     stages, digests = zip(*(prepare(config, index) for index in range(3)), strict=True)
@@ -218,15 +237,17 @@ def halves(**options: Any) -> tuple[MaplSender, MaplReceiver, Anchors, Anchors]:
     assert isinstance(own[0], Anchors)
     assert isinstance(own[1], Anchors)
     for anchors in own:
-        torch.nn.init.normal_(anchors.weight)  # pyright: ignore
+        for parameter in anchors.parameters():
+            torch.nn.init.normal_(parameter)
     sender.use_table(sender.master.clone())
     receiver.use_table(sender.master.clone())
     return sender, receiver, own[0], own[1]
 
 
+@pytest.mark.parametrize("pairs", [0, 5])
 @pytest.mark.parametrize("anchors", ["factorized", "full"])
-def test_encode_and_decode_are_the_papers(anchors: Any) -> None:
-    sender, receiver, above, below = halves(anchors=anchors)
+def test_encode_and_decode_are_the_papers(anchors: Any, pairs: int) -> None:
+    sender, receiver, above, below = halves(anchors=anchors, pairs=pairs)
     hidden = torch.randn(2, 5, 12, dtype=torch.float64)
     ids = torch.randint(0, 7, (2, 5))
     a = sender.master
@@ -272,6 +293,9 @@ BAD = {
     "mapl:r=65": "r=65 is above the model's width 64; lower r",
     "mapl:r=64,projector=grassmann": "r=64 is the whole width, which no subspace can move in; lower r",
     "mapl:r=8,ar=65": "ar=65 is above the model's width 64; lower ar",
+    "mapl:r=8,pairs=-1": "pairs=-1 has to be from 0 (none) to 16777216",
+    "mapl:r=8,pairs=16777217": "pairs=16777217 has to be from 0 (none) to 16777216",
+    "mapl:r=8,anchors=none,pairs=5": "pairs=5 has to be 0 beside anchors=none, which learn nothing",
     "mapl:r=8,every=0": "every=0 has to be at least 1",
     "mapl:r=8,table=-1": "table=-1 has to be 0 (no token table) or from 1e-30 to 1e30",
     "mapl:r=8,table=1e31": "table=1e+31 has to be 0",

@@ -3,7 +3,8 @@
 The yardstick is one Hugging Face model over the whole batch, under the training loop of `textbook`. Between two groups
 of its layers a hook does what a boundary does, Z = (H - T[t] - E[t] P) A and H' = Z Aᵀ + T[t] + E'[t] P', with one leaf
 A: autograd then adds up the two halves of its gradient, which the swarm has on two machines. An interior stage's E has
-two uses. Nothing of the codec is used but its first numbers: weights, T, P and A.
+two uses. With pairs, the rows F[hash] of a second table stand beside E[t], the hash in plain integers, id by id.
+Nothing of the codec is used but its first numbers: weights, T, P and A.
 
 Plain training is what the swarm does although its projectors travel, because the step that uses A is the step that
 brings it. Only held-out text after the last step is coded with the A of that step's start, not with what it became.
@@ -26,6 +27,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinpipe.compress import anchors as anchors_module
 from thinpipe.compress.anchors import Anchors
 from thinpipe.compress.boundary import BoundaryContext, Receiver, Sender
 from thinpipe.compress.mapl import Mapl, MaplSender
@@ -41,6 +43,7 @@ from . import in_memory, textbook
 from .conftest import TinyConfig
 from .float64 import assert_clipped_now_and_then, batches_of, recipe_of
 from .in_memory import Outcome, run_in_memory
+from .test_anchors import plain_bucket
 from .test_float64_parity import LAYERS, TOLERANCE, norm_in_float64, plain_model, relative
 
 STEPS, FEW_STEPS = 50, 8
@@ -64,6 +67,7 @@ class PlainModel:
         self.table = torch.zeros(vocab, width, dtype=torch.float64) if table is None else table.clone()
         rank = {"none": 0, "factorized": codec.anchor_rank, "full": width}[codec.anchors]
         self.anchors = [torch.zeros(vocab, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
+        self.pairs = [torch.zeros(codec.pairs, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
         self.frozen = [frozen_part(stage, rank, width) for stage in stages]
         self.projectors = [
             textbook.Projector(
@@ -92,15 +96,29 @@ class PlainModel:
         return z @ (a if self._halves == 2 else a.detach()).T + self._known(boundary + 1)
 
     def _known(self, stage: int) -> Tensor:
-        return self.table[self._ids] + self.anchors[stage][self._ids] @ self.frozen[stage]
+        learned = self.anchors[stage][self._ids]
+        if len(self.pairs[stage]):
+            learned = learned + self.pairs[stage][self._rows_of_pairs(len(self.pairs[stage]))]
+        return self.table[self._ids] + learned @ self.frozen[stage]
+
+    def _rows_of_pairs(self, count: int) -> Tensor:
+        nothing = len(self.table)
+        return torch.tensor(
+            [
+                [plain_bucket(before, own, count) for before, own in itertools.pairwise([nothing, *ids])]
+                for ids in self._ids.tolist()
+            ]
+        )
 
     def named_parameters(self) -> list[tuple[str, Tensor]]:
-        return [*self.causal.named_parameters(), *((f"anchors {stage}", e) for stage, e in enumerate(self.anchors))]
+        own = [(f"anchors {stage}", e) for stage, e in enumerate(self.anchors)]
+        own += [(f"anchors {stage} of pairs", f) for stage, f in enumerate(self.pairs) if len(f)]
+        return [*self.causal.named_parameters(), *own]
 
     def stage_of(self, name: str) -> int:
         """The group in which a parameter is clipped."""
         if name.startswith("anchors "):
-            return int(name.removeprefix("anchors "))
+            return int(name.split()[1])
         if ".layers." not in name:
             return 0 if "embed_tokens" in name else len(self._groups) - 1
         layer = int(name.partition(".layers.")[2].partition(".")[0])
@@ -122,6 +140,12 @@ def anchors(stages: Sequence[Stage]) -> list[Tensor]:
     """E of every stage, where there is one."""
     every = [stage.tokens.weight for stage in stages if isinstance(stage.tokens, Anchors)]
     return [weight.detach() for weight in every if weight is not None]
+
+
+def pairs(stages: Sequence[Stage]) -> list[Tensor]:
+    """F of every stage, where there is one."""
+    every = [stage.tokens.pairs for stage in stages if isinstance(stage.tokens, Anchors)]
+    return [rows.detach() for rows in every if rows is not None]
 
 
 def shipped(stages: Sequence[Stage]) -> list[Tensor]:
@@ -204,6 +228,7 @@ def errors_of(plain: PlainModel, config: RunConfig, got: Outcome, stages: Sequen
         ),
         "weight": farthest(got.weights.values(), [weights[name] for name in got.weights]),
         "anchors": farthest(anchors(stages), [e for e in plain.anchors if e.numel()]),
+        "pairs": farthest(pairs(stages), [f for f in plain.pairs if f.numel()]),
         "projector": farthest(masters(stages), learned),
         "way of a projector": farthest(*way),
         "projector in use": farthest(
@@ -238,6 +263,7 @@ def test_a_swarm_learns_projectors_as_one_graph_would(
 
 VARIANTS = [
     "anchors=full",
+    "anchors=full,pairs=61",
     "anchors=none",
     "projector=fixed",
     "projector=grassmann",
@@ -247,7 +273,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("options", [*VARIANTS, "table=0,ar=16"])
+@pytest.mark.parametrize("options", [*VARIANTS, "table=0,ar=16", "ar=16,pairs=300"])
 def test_so_does_every_variant(options: str, compare: Compare) -> None:
     errors = compare(f"{WITHOUT_ROUNDING},{options}", polynomials="polar_express")
     assert max(errors.values()) < TOLERANCE, errors
@@ -361,6 +387,20 @@ def one_projector_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(MaplSender, "encode", wrong)
 
 
+def pairs_the_other_way_round(patch: pytest.MonkeyPatch) -> None:
+    """A token is paired with the one that follows it."""
+    buckets = anchors_module.pair_buckets
+    patch.setattr(anchors_module, "pair_buckets", lambda ids, *sizes: buckets(ids.flip(1), *sizes).flip(1))
+
+
+def pairs_run_on_from_the_last_sequence(patch: pytest.MonkeyPatch) -> None:
+    """The first token of a sequence is paired with the last one of the sequence before."""
+    buckets = anchors_module.pair_buckets
+    patch.setattr(
+        anchors_module, "pair_buckets", lambda ids, *sizes: buckets(ids.reshape(1, -1), *sizes).view(ids.shape)
+    )
+
+
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "receiver's half dropped": lambda patch: receivers_half(patch, 0.0),
     "receiver's half counted twice": lambda patch: receivers_half(patch, 2.0),
@@ -368,6 +408,8 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "sender's anchors on both sides": anchors_of_the_sender,
     "one use of the anchors forgotten": one_use_forgotten,
     "token table on one side": no_token_table_below,
+    "pairs the other way round": pairs_the_other_way_round,
+    "pairs across sequences": pairs_run_on_from_the_last_sequence,
     "sender one projector late": one_projector_late,
     "sender one projector early": one_projector_early,
 }
@@ -378,5 +420,5 @@ def test_a_small_bug_is_seen(
     bug: Callable[[pytest.MonkeyPatch], None], compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bug(monkeypatch)
-    errors = compare(f"{WITHOUT_ROUNDING},lr=1", polynomials="polar_express")
+    errors = compare(f"{WITHOUT_ROUNDING},lr=1,pairs=300", polynomials="polar_express")
     assert max(errors.values()) > 10 * TOLERANCE, errors

@@ -1,0 +1,392 @@
+"""A stage's state on disk: a crash at any moment leaves whole checkpoints only, and they are read with suspicion.
+
+    <directory>/stage-<i>/step-<completed, 8 digits>/state.safetensors    all tensors of `Stage.snapshot`
+                                                     manifest.json        whose it is, after which step, digests
+
+A checkpoint is written into a temporary sibling, files and directories are flushed to the disk (fsync), and then the
+directory is renamed: a name that can be listed is a checkpoint that was complete. What the disk does to it later shows
+in the digests: of the file in the manifest, and of the manifest in itself. Each stage writes its own and nobody
+coordinates; stages that fail together go on from the newest step that all of them have intact, which is why several
+are kept.
+
+Why not torch.save: it is pickle, and a checkpoint may come from another machine. Why not one file with all in it: a
+listing would have to read gigabytes to know what is there. Why no state of random generators: all draws are functions
+of (seed, step, ...), and the batch of a step is one too, so the number of completed steps says where everything stands.
+No decision here depends on a clock: times are arguments, kept for people to read.
+
+torch is imported where tensors are, because `thinpipe checkpoint ls` need not wait for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from .manifest import (
+    MANIFEST,
+    NOTES,
+    CheckpointError,
+    Fingerprint,
+    ForeignCheckpoint,
+    Manifest,
+    read_manifest,
+    regular_size,
+    seal,
+)
+
+if TYPE_CHECKING:
+    from .stage import StageSnapshot
+
+STATE = "state.safetensors"
+KEEP_MIN = 3  # neighbours are a checkpoint apart at most, and the newest may be damaged
+
+
+class CheckpointStore:
+    """The checkpoints of one stage of one run. One process at a time may write; any number may read.
+
+    directory: of the whole run. keep: the newest ones that stay, at least KEEP_MIN.
+    """
+
+    def __init__(self, directory: Path, *, stage: int, fingerprint: Fingerprint, keep: int = KEEP_MIN) -> None:
+        if keep < KEEP_MIN:
+            raise ValueError(f"keep = {keep}: with fewer than {KEEP_MIN} the stages may be left without a common one")
+        self.directory = directory / f"stage-{stage}"
+        self.stage, self.fingerprint, self.keep = stage, fingerprint, keep
+        self._verified: dict[int, tuple[int, ...]] = {}  # completed -> the file that had its digest
+
+    def path(self, completed: int) -> Path:
+        """Of the checkpoint after `completed` steps."""
+        return self.directory / f"step-{completed:08d}"
+
+    # -- reading ----------------------------------------------------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """Completed steps, ascending, of the checkpoints that look whole: the manifest is of this run and stage, and
+        the file as long as it says. Reads no tensors; `verify` does."""
+        listed = []
+        for completed in self.numbers():
+            with suppress(CheckpointError):
+                self.manifest(completed)
+                listed.append(completed)
+        return listed
+
+    def numbers(self) -> list[int]:
+        """Completed steps, ascending, of all directories that are called so, whatever they hold. Raises CheckpointError
+        for a directory that cannot be read."""
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            remedy = "set checkpoint.directory"
+            raise CheckpointError(f"cannot list {self.directory}: {error.strerror}; {remedy}") from None
+        numbers = {name: int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,18}", name)}
+        return sorted(number for name, number in numbers.items() if self.path(number).name == name)
+
+    def manifest(self, completed: int) -> Manifest:
+        """What the checkpoint says of itself. Raises CheckpointError for one that is torn, ForeignCheckpoint for one
+        that is not of this run and stage; the tensors are not read."""
+        path = self.path(completed)
+        manifest = read_manifest(path)
+        ours = {"run": self.fingerprint.run, "stages": self.fingerprint.stages, "stage": self.stage}
+        if self.fingerprint.configuration is not None:
+            ours["configuration"] = self.fingerprint.configuration
+        for name, wanted in ours.items():
+            if (found := getattr(manifest, name)) != wanted:
+                raise ForeignCheckpoint(
+                    f"{path} is of another run: its {name} is {found!a}, here {wanted!a}; start with the run.toml that "
+                    "it was written with, or choose another checkpoint.directory"
+                )
+        remedy = "delete it, an older one is used"
+        if manifest.completed != completed:
+            raise CheckpointError(f"{path} is after {manifest.completed} steps and not {completed}; {remedy}")
+        try:
+            size = regular_size(path / STATE)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path / STATE}: {error.strerror}; {remedy}") from None
+        if size != manifest.file_bytes:
+            wanted = f"{manifest.file_bytes} bytes were written"
+            raise CheckpointError(f"{path / STATE} is damaged: it has {size} bytes, {wanted}; {remedy}")
+        return manifest
+
+    def verify(self, completed: int) -> Manifest:
+        """Read all of it and compare the digests. Raises CheckpointError, as `manifest` does."""
+        manifest, file_path = self.manifest(completed), self.path(completed) / STATE
+        try:
+            with file_path.open("rb") as file:
+                stamp = _stamp(os.fstat(file.fileno()))
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file_path}: {error.strerror}; an older one is used") from None
+        if found != manifest.file_sha256:
+            raise CheckpointError(
+                f"{file_path} is damaged: it has the digest {found[:16]}…, {manifest.file_sha256[:16]}… was written; "
+                "delete that checkpoint, an older one is used"
+            )
+        self._verified[completed] = stamp
+        return manifest
+
+    def newest_intact(self, limit: int, report: Callable[[str], None]) -> list[int]:
+        """At most `limit` completed steps, newest first, whose checkpoints were verified just now. Damaged and foreign
+        ones are reported, a line each, and left out; what broken-off writes left is put away first."""
+        with suppress(OSError):  # a directory that is only read
+            self._sweep()
+        intact: list[int] = []
+        for completed in reversed(self.numbers()):
+            if len(intact) == limit:
+                break
+            try:
+                self.verify(completed)
+                intact.append(completed)
+            except CheckpointError as error:
+                report(str(error))
+        return intact
+
+    def load(self, completed: int) -> StageSnapshot:
+        """The state after `completed` steps, verified; its tensors are mapped from the file. Raises CheckpointError."""
+        from safetensors.torch import load_file
+
+        from .stage import StageSnapshot
+
+        manifest, path = self.manifest(completed), self.path(completed) / STATE
+        try:
+            if self._verified.get(completed) != _stamp(path.stat()):
+                self.verify(completed)
+            tensors = load_file(path)
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever the library makes of a file that is not its own
+            cause = " ".join(str(error).split())
+            raise CheckpointError(f"{path} cannot be loaded: {cause}; an older one is used") from None
+        dictionaries = {name: held.model_dump() for name, held in manifest.dictionaries.items()}
+        return StageSnapshot(completed=completed, tensors=tensors, dictionaries={**dictionaries})
+
+    # -- writing ----------------------------------------------------------------------------------------------------
+
+    def write(self, snapshot: StageSnapshot, *, epoch: int, written_s: float) -> int:
+        """Write a checkpoint, then remove all but the newest `keep` up to it; returns its bytes.
+
+        One that is there already (the step was replayed) is replaced; later ones stay. `written_s`: seconds since 1970,
+        for people. Raises CheckpointError for a full or unwritable disk and leaves all others as they were, and
+        ForeignCheckpoint rather than replace another run's.
+        """
+        completed = snapshot.completed
+        final = self.path(completed)
+        self._refuse_foreign(completed)
+        try:
+            _make(self.directory)
+            self._sweep()
+            temporary = self.directory / f".tmp-{final.name}-{os.getpid()}"
+            try:
+                os.mkdir(temporary)
+                size = self._fill(temporary, snapshot, epoch=epoch, written_s=written_s)
+                self._publish(temporary, final)
+            except BaseException:
+                with suppress(OSError):
+                    self._sweep()
+                raise
+            self._prune(completed)
+        except (OSError, SafetensorError) as error:
+            cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+            raise CheckpointError(
+                f"cannot write the checkpoint {final}: {cause}; the earlier ones are as they were: "
+                "make room there, or set checkpoint.directory"
+            ) from None
+        return size
+
+    def _refuse_foreign(self, completed: int) -> None:
+        try:
+            self.manifest(completed)
+        except ForeignCheckpoint:
+            raise
+        except CheckpointError:
+            return  # nothing there, or damaged: to be replaced
+
+    def _fill(self, temporary: Path, snapshot: StageSnapshot, *, epoch: int, written_s: float) -> int:
+        from safetensors.torch import save_file
+        from torch import __version__ as torch_version
+
+        path = temporary / STATE
+        save_file(snapshot.tensors, path)
+        with path.open("rb") as file:  # once, and of what is there: the library has told nobody what it wrote
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        size = path.stat().st_size
+        manifest = seal(
+            {
+                "format": 1,
+                "notes": NOTES,
+                "run": self.fingerprint.run,
+                "configuration": self.fingerprint.configuration,
+                "stage": self.stage,
+                "stages": self.fingerprint.stages,
+                "completed": snapshot.completed,
+                "epoch": epoch,
+                "dictionaries": snapshot.dictionaries,
+                "file_bytes": size,
+                "file_sha256": digest,
+                "torch": str(torch_version),
+                "written_s": int(written_s),
+            }
+        )
+        with (temporary / MANIFEST).open("wb") as file:
+            file.write(manifest.rendered())
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(temporary)
+        return size
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        replaced = self.directory / f".old-{final.name}"
+        if final.exists():  # a directory that is not empty cannot be renamed over
+            os.rename(final, replaced)
+        os.rename(temporary, final)
+        _sync_directory(self.directory)
+        if replaced.exists():
+            _remove(replaced)
+
+    def _sweep(self) -> None:
+        """Put away what a broken-off write left: unfinished ones go, one that was about to be replaced comes back."""
+        for left in sorted(self.directory.glob(".tmp-*")):
+            _remove(left)
+        for old in sorted(self.directory.glob(".old-*")):
+            final = self.directory / old.name.removeprefix(".old-")
+            _remove(old) if final.exists() else os.rename(old, final)
+
+    def _prune(self, completed: int) -> None:
+        """Of what a rewind left behind later steps stay: they will be replaced, and must not push out earlier ones."""
+        kept = [number for number in self.steps() if number <= completed][-self.keep :]
+        for number in self.numbers():
+            if len(kept) < self.keep or number >= kept[0]:
+                break
+            try:
+                self.manifest(number)
+            except ForeignCheckpoint:
+                continue
+            except CheckpointError:
+                pass  # damaged, and too old to be missed
+            doomed = self.directory / f".tmp-{self.path(number).name}"
+            os.rename(self.path(number), doomed)  # half of one must never be listed
+            _remove(doomed)
+            self._verified.pop(number, None)
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _remove(path: Path) -> None:
+    """Whatever it is that bears the name."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _make(directory: Path) -> None:
+    """Create a directory and its parents, and have the disk know of each."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    """A rename or a new file is on the disk when its directory is."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
+            raise
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointWriter:
+    """Writes checkpoints on a thread of its own, one at a time, while training goes on. A write that fails is told of
+    and nothing more.
+
+    on_written(completed, bytes, seconds) and on_error(line) are called on that thread. `waited_s` is how long `submit`
+    has waited in all, for the records. Two snapshots are in memory at most, and their makers': a queue of several would
+    cost more of it and only put off the wait of a disk that is too slow.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        on_written: Callable[[int, int, float], None],
+        on_error: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        calendar: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._on_written, self._on_error = on_written, on_error
+        self._clock, self._calendar = clock, calendar
+        self._changed = threading.Condition()
+        self._job: tuple[StageSnapshot, int] | None = None  # stays until it is written
+        self._closed = False
+        self.waited_s = 0.0
+        # A daemon, so that a process that fails elsewhere can end; half a write is no checkpoint anyway.
+        self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: StageSnapshot, *, epoch: int) -> float:
+        """Have `snapshot` written; waits until the one before is. Returns the seconds waited.
+
+        The snapshot must not change any more. Raises RuntimeError after `close`.
+        """
+        began = self._clock()
+        with self._changed:
+            self._changed.wait_for(lambda: self._job is None or self._closed)
+            if self._closed:
+                raise RuntimeError("the checkpoint writer is closed")
+            self._job = (snapshot, epoch)
+            self._changed.notify_all()
+            waited = self._clock() - began
+            self.waited_s += waited
+        return waited
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until nothing is under way; whether that came within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._job is None, timeout_s)
+
+    def close(self) -> None:
+        """Finish what was submitted, then end the thread. May be called twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._job is not None or self._closed)
+                job = self._job
+            if job is None:
+                return
+            self._write(*job)
+            del job  # and with it the tensors
+            with self._changed:
+                self._job = None
+                self._changed.notify_all()
+
+    def _write(self, snapshot: StageSnapshot, epoch: int) -> None:
+        began = self._clock()
+        try:
+            size = self._store.write(snapshot, epoch=epoch, written_s=self._calendar())
+            self._on_written(snapshot.completed, size, self._clock() - began)
+        except Exception as error:  # training must go on whatever is wrong here
+            line = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+            with suppress(Exception):
+                self._on_error(" ".join(line.split()))

@@ -1,0 +1,160 @@
+"""The control stream to each neighbour: who is there, and the frames with which a new epoch is agreed.
+
+One conversation a side runs while a connection stands; the rules are `protocol.rewind`'s. It outlives epochs, so it is
+apart from the tensors' stream, and it is never shaped: a frame of it is some sixty bytes, once a second and at a loss.
+
+Silence means something here, because each side says `Alive` every second: who says nothing for `silence_s` (computed
+from the link, `silence_of`) is taken for gone, its process being stopped, its machine off, or the path broken. That
+alone changes nothing, it may come back; but from then on another process may take its place. Why not gRPC's keep-alive:
+it is answered by the library's own threads while the node itself may hang, and its intervals are seconds at the least.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+
+from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
+from ..protocol.framing import framed_bytes
+from ..protocol.messages import ControlFrame, Dismissed, Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
+from ..protocol.rewind import Dismiss, Effect, Phase, Rewind, Send, Side, Start, Stop
+from ..sim.shaper import LinkProfile
+from .link import Read
+from .outgoing import Write
+
+ALIVE_EVERY_S = 1.0
+# What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.
+HOLD_UP_S = 6.0
+LIMITS = Limits(message_bytes=1, chunk_bytes=1)  # no tensor comes this way
+
+
+def silence_of(profile: LinkProfile, window_bytes: int) -> float:
+    """Seconds after which a neighbour that says nothing is gone: what the link itself may hold a frame up (a full
+    window before it and the way there), two frames lost, and a busy machine."""
+    rate = profile.rate_bits_per_s
+    ahead_s = 0.0 if rate is None else 2 * window_bytes * 8 / rate
+    return ahead_s + 2 * (profile.latency_s + profile.jitter_s) + 2 * ALIVE_EVERY_S + HOLD_UP_S
+
+
+class Control:
+    """Runs `machine` over whatever connections there are. What it wants done goes to `on_effect`, in order."""
+
+    def __init__(
+        self,
+        machine: Rewind,
+        *,
+        silence_s: float,
+        on_effect: Callable[[Stop | Start | Dismiss], None],
+        sent: dict[Side, Counter[str]],
+    ) -> None:
+        self.machine = machine
+        self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
+        self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
+        self._silence_s = silence_s
+        self._on_effect = on_effect
+        self._queues: dict[Side, asyncio.Queue[ControlFrame]] = {}
+        self._present: dict[Side, asyncio.Future[None]] = {}  # ends the conversation of that side
+
+    def act(self, effects: list[Effect]) -> None:
+        """Carry out what an input of the machine asked for."""
+        for effect in effects:
+            if not isinstance(effect, Send):
+                self._on_effect(effect)
+            elif effect.side in self._queues:
+                self._queues[effect.side].put_nowait(effect.frame)
+
+    @property
+    def through(self) -> bool:
+        """Nobody will need this node again."""
+        return self.machine.phase is Phase.DISMISSED
+
+    async def converse(
+        self, side: Side, read: Read, write: Write, *, speaks_first: bool, greeting_timeout_s: float
+    ) -> bool:
+        """Run one connection until it ends: True after the last word, Dismissed, was written.
+
+        Raises RemoteProtocolError (the peer is still to be told), RefusedError (it told us), ConnectionError (it says
+        nothing), or what `read` and `write` raise.
+        """
+        if speaks_first:
+            await self._write(side, write, self.machine.greeting())
+        frame = await self._read(read, greeting_timeout_s, "no greeting")
+        if frame is None:
+            raise ConnectionError(f"the control stream {side} ended before the greeting")
+        if not isinstance(frame, Greeting):
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(frame).__name__.lower()} frame before the greeting")
+        mine = self.machine.greeting()  # as it was when the peer came, whatever the peer changes
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._take_place(side, frame)
+        effects = self.machine.meet(side, frame)
+        self._present[side] = ended
+        self._queues[side] = asyncio.Queue()
+        self.met[side].set()
+        self.act(effects)
+        try:
+            if not speaks_first:
+                await self._write(side, write, mine)
+            return await self._talk(side, read, write, ended)
+        finally:
+            ended.cancel()
+            if self._present.get(side) is ended:
+                del self._present[side], self._queues[side]
+                self.machine.part(side)
+
+    def _take_place(self, side: Side, peer: Greeting) -> None:
+        """The process that is connected already dials again: its first connection must be half-dead."""
+        if self.machine.peers[side] == peer.incarnation and side in self._present:
+            present = self._present.pop(side)
+            del self._queues[side]
+            self.machine.part(side)
+            if not present.done():
+                present.set_exception(ConnectionError("the same process opened another connection"))
+
+    async def _talk(self, side: Side, read: Read, write: Write, ended: asyncio.Future[None]) -> bool:
+        tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read), self._say(side, write))]
+        try:
+            done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for each in (ended, *tasks):
+                if each in done:
+                    each.result()
+            return tasks[1] in done
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear(self, side: Side, read: Read) -> None:
+        while (frame := await self._read(read, self._silence_s, f"stage {side} was silent")) is not None:
+            self.act(self.machine.receive(side, frame))
+
+    async def _say(self, side: Side, write: Write) -> None:
+        queue = self._queues[side]
+        while True:
+            frame: ControlFrame = self.machine.alive()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ALIVE_EVERY_S):
+                    frame = await queue.get()
+            await self._write(side, write, frame)
+            if isinstance(frame, Dismissed):
+                return  # the last word: who listens ends when the stream does
+
+    async def _write(self, side: Side, write: Write, frame: Frame) -> None:
+        raw = encode_frame(frame)
+        await write(raw)
+        self._sent[side]["control"] += framed_bytes(len(raw))
+
+    @staticmethod
+    async def _read(read: Read, timeout_s: float, otherwise: str) -> Frame | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                raw = await read()
+        except TimeoutError:
+            raise ConnectionError(f"{otherwise} for {timeout_s:.1f} s") from None
+        if raw is None:
+            return None
+        frame = decode_frame(raw, LIMITS)
+        if isinstance(frame, Refusal):
+            raise RefusedError(frame.code, frame.reason)
+        return frame

@@ -1,0 +1,292 @@
+"""One stage through all epochs of a run: train, break off, restore, train again, until all stages are through.
+
+Within an epoch nothing is shared with the next one: links, sessions, queues and threads are made anew, and all that
+crosses over is the stage's state, restored from a snapshot. So whatever a loss left half done (a message under way, a
+partial gradient, an unpacked tensor) is gone with its epoch and needs no rule of its own. Why not repair the links in
+place: each of those leftovers would be a case, and the order of two cases another one.
+
+Snapshots: after every `checkpoint.every` steps the state is copied; the newest copies stay in memory, because who
+survives a loss restores from there, and each goes to disk in the background, because who was lost restores from that.
+The step after 0 needs neither: a stage can be built anew from the run's settings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ..protocol.greeting import Identity
+from ..protocol.rewind import Dismiss, Phase, Rewind, Side, Start, Stop
+from ..protocol.session import LinkSession
+from ..sim.shaper import LinkProfile
+from .checkpoint import CheckpointStore, CheckpointWriter
+from .config import RunConfig
+from .control import Control, silence_of
+from .data import Corpus
+from .flow import Reporter, Worker
+from .link import Link
+from .metrics import MetricsWriter, Tracer
+from .outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
+from .ports import BoundaryShape
+from .runtime import Node
+from .stage import Stage, StageSnapshot
+
+IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
+
+Dial = Callable[[Link], Coroutine[Any, Any, None]]
+
+
+def make_link(
+    config: RunConfig,
+    identity: Identity,
+    peer: int,
+    shape: BoundaryShape,
+    tracer: Tracer,
+    *,
+    member: int | None = None,
+    sent: Counter[str] | None = None,
+) -> Link:
+    """This node's end of the boundary to stage `peer`, which has that shape, in the epoch of `identity`.
+
+    member: the only process that may be at the other end. sent: the account to go on with.
+    """
+    settings, limits = config.link, shape.limits
+    buffer_bytes = max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes))
+    return Link(
+        session=LinkSession(
+            identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member
+        ),
+        profile=LinkProfile.parse(settings.link),
+        chunk_bytes=settings.chunk_bytes,
+        send_buffer_bytes=settings.send_buffer_bytes,
+        uncapped_window_bytes=settings.uncapped_window_bytes,
+        seed=config.run.seed,
+        tracer=tracer,
+        sent=sent,
+    )
+
+
+class Lifecycle:
+    """Stage `stage.index` from its first epoch to its last.
+
+    `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
+    anew, as it is before the first step. Raises what `node.runtime.Node` does, and TimeoutError if no new epoch is
+    agreed in time.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: Stage,
+        identity: Identity,
+        *,
+        joining: bool,
+        rebuild: Callable[[], Stage],
+        store: CheckpointStore,
+        dial: Dial | None,
+        corpus: Corpus | None,
+        metrics: MetricsWriter,
+        tracer: Tracer,
+        on_fault: Reporter,
+    ) -> None:
+        self.config, self.stage = config, stage
+        self.link_above: Link | None = None
+        self._identity, self._joining = identity, joining
+        self._rebuild, self._store, self._dial = rebuild, store, dial
+        self._corpus, self._metrics, self._tracer, self._on_fault = corpus, metrics, tracer, on_fault
+        self._effects: asyncio.Queue[Stop | Start | Dismiss] = asyncio.Queue()
+        self._snapshots: dict[int, StageSnapshot] = {}
+        self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
+        self._node: Node | None = None
+        self._training: asyncio.Task[None] | None = None
+        self._train_s = 0.0
+        self._writer = CheckpointWriter(store, on_written=self._written, on_error=self._unwritten)
+        profile = LinkProfile.parse(config.link.link)
+        window = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (profile.rate_bits_per_s or 0) / 8 * 2 * profile.latency_s
+        known = self._on_disk() if joining else []
+        epoch = max((store.manifest(step).epoch for step in known), default=0)
+        self.machine = Rewind(identity, joining=joining, epoch=epoch)
+        self.control = Control(
+            self.machine,
+            silence_s=silence_of(profile, int(window) + 2**18),
+            on_effect=self._effects.put_nowait,
+            sent=self._sent,
+        )
+
+    async def run(self) -> None:
+        """Returns when every stage is through."""
+        self._loop = asyncio.get_running_loop()
+        try:
+            if self._joining:
+                self.control.act(self.machine.stopped(set(self._on_disk())))
+            else:
+                self._begin(Start(epoch=0, completed=0, members=()))
+            while not await self._next():
+                pass
+        finally:
+            await self._break_off()
+            await asyncio.to_thread(
+                self._writer.close
+            )  # what was submitted is written; its records come before the end
+
+    async def _next(self) -> bool:
+        """Wait for whatever comes first and do it; True when this node may leave."""
+        wanted = asyncio.ensure_future(self._effects.get())
+        waits: set[asyncio.Future[Any]] = {wanted}
+        if self._training:
+            waits.add(self._training)
+        timeout_s = None if self._training else self.config.link.progress_timeout_s
+        done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            wanted.cancel()
+            if self.machine.phase is not Phase.RUNNING:
+                raise TimeoutError(self._late(timeout_s))
+            line = f"this stage is through; waited {timeout_s:g} s in vain to hear that the others are, and leaves"
+            self._on_fault("timeout", line)
+            return True
+        if wanted not in done:
+            wanted.cancel()
+            return await self._trained()
+        match wanted.result():
+            case Stop():
+                began = time.monotonic()
+                await self._break_off()
+                offered = {*self._snapshots, *await asyncio.to_thread(self._on_disk)}
+                self._metrics.write("halt", epoch=self.machine.epoch, seconds=round(time.monotonic() - began, 6))
+                self.control.act(self.machine.stopped(offered))
+            case Start() as start:
+                await self._restore(start)
+                self._begin(start)
+            case Dismiss():
+                return True
+        return False
+
+    async def _trained(self) -> bool:
+        """The epoch's training ended by itself: this stage has done all its steps, or has failed."""
+        assert self._training
+        training, self._training = self._training, None
+        training.result()
+        ends = {"above": self.stage.first, "below": self.stage.last}
+        if not all(met.is_set() for side, met in self.control.met.items() if not ends[side]):
+            return True  # nobody there who could need this stage again
+        self.control.act(self.machine.finished())
+        return False
+
+    def _late(self, timeout_s: float | None) -> str:
+        missing = [f"{side} ({self._peer(side)})" for side, peer in self.machine.peers.items() if peer is None]
+        return f"waited {timeout_s:g} s for a new epoch to be agreed; not connected: {', '.join(missing) or 'nobody'}"
+
+    def _peer(self, side: Side) -> str:
+        return f"stage {self._identity.stage + (1 if side == 'below' else -1)}"
+
+    # -- an epoch -----------------------------------------------------------------------------------------------
+
+    def _begin(self, start: Start) -> None:
+        """Train in this epoch, in the background."""
+        identity = replace(self._identity, epoch=start.epoch)
+        index, members = self.stage.index, start.members
+
+        def link(side: Side, shape: BoundaryShape) -> Link:
+            peer = index + (1 if side == "below" else -1)
+            member = members[peer] if members else None
+            return make_link(self.config, identity, peer, shape, self._tracer, member=member, sent=self._sent[side])
+
+        above = link("above", self.stage.upstream_port.shape) if self.stage.upstream_port else None
+        below = link("below", self.stage.downstream_port.shape) if self.stage.downstream_port else None
+        self._node = Node(
+            self.config,
+            self.stage,
+            above=above,
+            below=below,
+            corpus=self._corpus,
+            metrics=self._metrics,
+            tracer=self._tracer,
+            on_fault=self._on_fault,
+            epoch=start.epoch,
+            on_completed=self._completed,
+            train_s=self._train_s,
+        )
+        self.link_above = above
+        self._training = asyncio.create_task(self._train(self._node, below))
+
+    async def _train(self, node: Node, below: Link | None) -> None:
+        if below is None:
+            return await node.run()
+        assert self._dial
+        async with asyncio.TaskGroup() as group:
+            call = group.create_task(self._dial(below))
+            await group.create_task(node.run())
+            await asyncio.wait([call], timeout=self.config.link.greeting_timeout_s)  # for its end after the goodbyes
+            call.cancel()
+        return None
+
+    async def _break_off(self) -> None:
+        """Nothing of the epoch moves any more, in any thread."""
+        node, self._node = self._node, None
+        training, self._training = self._training, None
+        self.link_above = None
+        if node is None:
+            return
+        self._train_s = node.train_s
+        for link in (node.above, node.below):
+            if link:
+                link.abandon()
+        if training:
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+        node.close()
+        await asyncio.to_thread(node.join)
+
+    async def _completed(self, compute: Worker, completed: int) -> None:
+        """A step is done; `compute` is the thread that may look at the stage."""
+        self.machine.completed = completed
+        every = self.config.checkpoint.every
+        if not every or (completed % every and completed != self.config.run.steps):
+            return
+        snapshot = await compute.run("snapshot", self.stage.snapshot)
+        self._snapshots[completed] = snapshot
+        for old in sorted(self._snapshots)[:-IN_MEMORY]:
+            del self._snapshots[old]
+        await asyncio.to_thread(self._writer.submit, snapshot, epoch=self.machine.epoch)
+
+    async def _restore(self, start: Start) -> None:
+        """Bring the stage to where it was after `start.completed` steps."""
+        began = time.monotonic()
+        await asyncio.to_thread(self._writer.flush, self.config.link.progress_timeout_s)
+        snapshot = self._snapshots.get(start.completed)
+        where = "memory"
+        if snapshot is None and start.completed:
+            snapshot, where = await asyncio.to_thread(self._store.load, start.completed), "disk"
+        if snapshot is None:
+            self.stage, where = await asyncio.to_thread(self._rebuild), "settings"
+        else:
+            await asyncio.to_thread(self.stage.restore, snapshot)
+        self.stage.set_epoch(start.epoch)
+        self._snapshots = {step: kept for step, kept in self._snapshots.items() if step <= start.completed}
+        seconds = round(time.monotonic() - began, 6)
+        self._metrics.write("rewind", epoch=start.epoch, completed=start.completed, source=where, seconds=seconds)
+        print(f"epoch {start.epoch}: goes on after {start.completed} steps, restored from {where}", flush=True)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _on_disk(self) -> list[int]:
+        """What can be restored from disk, newest first; what is damaged is said, and left out."""
+        return self._store.newest_intact(IN_MEMORY + 1, report=lambda line: self._on_fault("checkpoint", line))
+
+    def _written(self, completed: int, size: int, seconds: float) -> None:
+        record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
+        self._in_loop(record)
+
+    def _unwritten(self, line: str) -> None:
+        self._in_loop(partial(self._on_fault, "checkpoint", line))
+
+    def _in_loop(self, call: Callable[[], None]) -> None:
+        """Records are written by one thread."""
+        with suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(call)

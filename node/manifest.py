@@ -1,0 +1,127 @@
+"""A checkpoint's manifest: whose state it is, after which step, and what its file of tensors must be.
+
+A small JSON file beside the tensors, so that a listing reads kilobytes and not gigabytes. It may be torn, damaged or
+from another machine, so it is read as a message from a stranger is: never more than a limit, by a strict schema
+(pydantic), in the one spelling in which it is written, and only if the digest that it carries of itself is right. Sizes
+that it states are compared with what is there, and never used to allocate. Why not as metadata in the tensors' file:
+whether that file is whole could not be seen without hashing all of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+MANIFEST = "manifest.json"
+MANIFEST_BYTES_MAX = 64 * 1024  # what is written takes about 1.5 KB
+NOTES = (
+    "completed counts finished steps and is the position in the data: training goes on with the batch of step number "
+    "`completed`, counted from 0. No generator has a state: all random draws are functions of (seed, step, ...)."
+)
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or is damaged; one line with its path, what was found, and the remedy."""
+
+
+class ForeignCheckpoint(CheckpointError):
+    """It may be whole, but it is another run's, model's or stage's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fingerprint:
+    """What all checkpoints of a run have in common."""
+
+    run: str
+    stages: int
+    configuration: str | None  # the digest that neighbours compare (`host.run_digest`); None: any, to look at
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _Dictionary(_Strict):
+    """A boundary's table, beside its numbers: what must not enter the state's own digest (see `StageSnapshot`)."""
+
+    version: Annotated[list[Annotated[int, Field(ge=0, lt=2**64)]], Field(min_length=4, max_length=4)] | None
+    digest: str = Field(pattern=r"^[0-9a-f]{0,128}$")
+
+
+class Manifest(_Strict):
+    """manifest.json: whose state it is, after which step, and what its file must be."""
+
+    format: Literal[1]
+    notes: str = Field(max_length=1000)
+    run: str = Field(max_length=64)
+    configuration: str = Field(max_length=1000)
+    stage: Count
+    stages: Count
+    completed: Count  # steps, and so the position in the data
+    epoch: Annotated[int, Field(ge=0, lt=2**64)]  # of the run, when it was written
+    dictionaries: dict[Literal["table_above", "table_below"], _Dictionary]
+    file_bytes: Count
+    file_sha256: Sha256
+    torch: str = Field(max_length=100)  # the bits that follow are the same under the same version only
+    written_s: Count  # seconds since 1970; for people
+    manifest_sha256: Sha256  # of all above
+
+    def rendered(self) -> bytes:
+        """The one spelling that is read."""
+        return _render(self.model_dump(mode="json"))
+
+
+def _render(tree: dict[str, Any]) -> bytes:
+    return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
+
+
+def seal(tree: dict[str, Any]) -> Manifest:
+    """The manifest with these fields and the digest of them. Raises pydantic's ValidationError for what is none."""
+    return Manifest.model_validate({**tree, "manifest_sha256": hashlib.sha256(_render(tree)).hexdigest()})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest in a checkpoint's directory. Raises CheckpointError unless it is whole; never reads more than
+    MANIFEST_BYTES_MAX."""
+    path, remedy = directory / MANIFEST, "delete that checkpoint, an older one is used"
+    try:
+        regular_size(path)
+        with path.open("rb") as file:
+            raw = file.read(MANIFEST_BYTES_MAX + 1)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    if len(raw) > MANIFEST_BYTES_MAX:
+        raise CheckpointError(f"{path} is longer than the {MANIFEST_BYTES_MAX} bytes that one can have; {remedy}")
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(f"{part!a:.40}" for part in first["loc"]) or "it"
+        raise CheckpointError(f"{path} is damaged: {where}: {first['msg']!a:.200}; {remedy}") from None
+    if manifest.rendered() != raw:
+        raise CheckpointError(f"{path} is damaged: it is not spelled as it was written; {remedy}")
+    content = hashlib.sha256(_render(manifest.model_dump(mode="json", exclude={"manifest_sha256"}))).hexdigest()
+    if content != manifest.manifest_sha256:
+        raise CheckpointError(
+            f"{path} is damaged: its content has the digest {content[:16]}…, it says {manifest.manifest_sha256[:16]}…; "
+            f"{remedy}"
+        )
+    return manifest
+
+
+def regular_size(path: Path) -> int:
+    """Bytes of a file. Raises OSError for what is missing, or is no regular file: a pipe would be read for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return found.st_size

@@ -1,0 +1,40 @@
+"""Any stage may be lost at any frame, as often as one likes: the run ends in the bits of the undisturbed one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from .cluster import faults_of, run_cluster
+from .conftest import TinyConfig
+from .in_memory import Outcome, run_reference
+
+MAPL = {"codec.codec": "mapl:r=8,anchors=full,every=2", "codec.forward": "int4", "codec.backward": "int4"}
+SETTINGS = {"pipeline.stages": 3, "pipeline.microbatches": 2, "pipeline.batch_size": 4, "run.steps": 6}
+SETTINGS |= {"checkpoint.every": 1, "run.eval_every": 3, **MAPL}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> Outcome:
+    return run_reference(tiny(SETTINGS), tmp_path_factory.mktemp("reference"))
+
+
+def assert_equal(ended, undisturbed: Outcome) -> None:
+    assert ended.losses == undisturbed.losses, ended.faults
+    assert ended.val_losses == [values[-1] for values in undisturbed.val_losses]
+    assert ended.state_sha256 == undisturbed.state_sha256, ended.faults
+
+
+def test_undisturbed(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path) -> None:
+    ended = run_cluster(tiny(SETTINGS), tmp_path, [])
+    assert_equal(ended, undisturbed)
+    assert ended.epochs == 1
+    print(ended.frames, ended.seconds)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_losses_at_any_frame(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
+    faults = faults_of(seed, stages=3, count=3, frames=150)
+    ended = run_cluster(tiny(SETTINGS), tmp_path, faults)
+    assert_equal(ended, undisturbed)

@@ -19,7 +19,7 @@ from contextlib import suppress
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import ControlFrame, Dismissed, Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
-from ..protocol.rewind import Dismiss, Effect, Phase, Rewind, Send, Side, Start, Stop
+from ..protocol.rewind import ChooseEnd, Dismiss, Effect, EndAfter, Phase, Rewind, Send, Side, Start, Stop
 from ..sim.shaper import LinkProfile
 from .link import Read
 from .outgoing import Write
@@ -27,6 +27,7 @@ from .outgoing import Write
 ALIVE_EVERY_S = 1.0
 # What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.
 HOLD_UP_S = 6.0
+Wanted = Stop | Start | Dismiss | ChooseEnd | EndAfter  # effects that are not this module's
 LIMITS = Limits(message_bytes=1, chunk_bytes=1)  # no tensor comes this way
 
 
@@ -46,7 +47,7 @@ class Control:
         machine: Rewind,
         *,
         silence_s: float,
-        on_effect: Callable[[Stop | Start | Dismiss], None],
+        on_effect: Callable[[Wanted], None],
         sent: dict[Side, Counter[str]],
     ) -> None:
         self.machine = machine

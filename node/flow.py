@@ -112,6 +112,11 @@ class Intake:
         self.link = link
         self._unpack, self._codec, self._on_fault = unpack, codec, on_fault
         self._queue: asyncio.Queue[Arrival] = asyncio.Queue(AHEAD)
+        self.changed = asyncio.Event()  # something came, or whoever waits for it has to look at something else
+
+    @property
+    def empty(self) -> bool:
+        return self._queue.empty()
 
     async def pump(self) -> None:
         while True:
@@ -127,6 +132,7 @@ class Intake:
                     self.reject(RemoteProtocolError(Fault.PAYLOAD, error.reason))
                 continue
             await self._queue.put(arrival)
+            self.changed.set()
 
     async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> Arrival:
         """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""

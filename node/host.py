@@ -13,7 +13,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +260,7 @@ async def _host(
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
-        endless: list[Awaitable[None]] = [_until_signal()]
+        endless: list[Awaitable[None]] = [_until_signal(lifecycle.drain)]
         if options.parent is not None:
             endless.append(_watch_parent(options.parent))
         work = lifecycle.run()
@@ -278,13 +278,22 @@ async def _while_calling(work: Coroutine[Any, Any, None], calling: Coroutine[Any
         call.cancel()
 
 
-async def _until_signal() -> None:
-    """Raises Stopped on SIGTERM or SIGINT."""
-    stop: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+async def _until_signal(drain: Callable[[], bool]) -> None:
+    """Raises Stopped on SIGINT. The first SIGTERM asks to end after the step under way; where that cannot be, and the
+    second time, it is a SIGINT."""
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[str] = loop.create_future()
+    asked = False
+
+    def told(name: str) -> None:
+        nonlocal asked
+        if name == "SIGTERM" and not asked and drain():
+            asked = True
+        elif not stop.done():
+            stop.set_result(name)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(
-            number, lambda name=number.name: stop.done() or stop.set_result(name)
-        )
+        loop.add_signal_handler(number, told, number.name)
     raise Stopped(f"stopped by {await stop}")
 
 

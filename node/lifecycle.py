@@ -22,12 +22,12 @@ from functools import partial
 from typing import Any
 
 from ..protocol.greeting import Identity
-from ..protocol.rewind import Dismiss, Phase, Rewind, Side, Start, Stop
+from ..protocol.rewind import ChooseEnd, Dismiss, EndAfter, Phase, Rewind, Side, Start, Stop
 from ..protocol.session import LinkSession
 from ..sim.shaper import LinkProfile
 from .checkpoint import CheckpointStore, CheckpointWriter
 from .config import RunConfig
-from .control import Control, silence_of
+from .control import Control, Wanted, silence_of
 from .data import Corpus
 from .flow import Reporter, Worker
 from .link import Link
@@ -100,7 +100,7 @@ class Lifecycle:
         self._identity, self._joining = identity, joining
         self._rebuild, self._store, self._dial = rebuild, store, dial
         self._corpus, self._metrics, self._tracer, self._on_fault = corpus, metrics, tracer, on_fault
-        self._effects: asyncio.Queue[Stop | Start | Dismiss] = asyncio.Queue()
+        self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
         self._node: Node | None = None
@@ -163,15 +163,35 @@ class Lifecycle:
             case Start() as start:
                 await self._restore(start)
                 self._begin(start)
+            case ChooseEnd():
+                under_way = self._node.under_way if self._node else self.machine.completed
+                if self._node:
+                    self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
+                self.control.act(self.machine.end_after(under_way))
+            case EndAfter() as end:
+                print(f"the run ends, for now, after {end.completed} steps", flush=True)
+                if self._node:
+                    self._node.end_after(end.completed)
             case Dismiss():
                 return True
         return False
+
+    def drain(self) -> bool:
+        """End after the step under way, and all others too. False if that cannot be arranged: nobody trains, or who
+        would have to know is not there."""
+        reachable = self.machine.first or self.machine.peers["above"] is not None
+        if self._training is None or self.machine.phase is not Phase.RUNNING or not reachable:
+            return False
+        self.control.act(self.machine.drain())
+        return True
 
     async def _trained(self) -> bool:
         """The epoch's training ended by itself: this stage has done all its steps, or has failed."""
         assert self._training
         training, self._training = self._training, None
         training.result()
+        if self.config.checkpoint.every and self.stage.completed not in self._snapshots:
+            await self._keep(await asyncio.to_thread(self.stage.snapshot))
         ends = {"above": self.stage.first, "below": self.stage.last}
         if not all(met.is_set() for side, met in self.control.met.items() if not ends[side]):
             return True  # nobody there who could need this stage again
@@ -211,6 +231,7 @@ class Lifecycle:
             epoch=start.epoch,
             on_completed=self._completed,
             train_s=self._train_s,
+            last=self.machine.end,
         )
         self.link_above = above
         self._training = asyncio.create_task(self._train(self._node, below))
@@ -247,10 +268,12 @@ class Lifecycle:
         """A step is done; `compute` is the thread that may look at the stage."""
         self.machine.completed = completed
         every = self.config.checkpoint.every
-        if not every or (completed % every and completed != self.config.run.steps):
-            return
-        snapshot = await compute.run("snapshot", self.stage.snapshot)
-        self._snapshots[completed] = snapshot
+        if every and completed % every == 0:
+            await self._keep(await compute.run("snapshot", self.stage.snapshot))
+
+    async def _keep(self, snapshot: StageSnapshot) -> None:
+        """In memory now, on disk soon."""
+        self._snapshots[snapshot.completed] = snapshot
         for old in sorted(self._snapshots)[:-IN_MEMORY]:
             del self._snapshots[old]
         await asyncio.to_thread(self._writer.submit, snapshot, epoch=self.machine.epoch)

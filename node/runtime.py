@@ -49,9 +49,12 @@ class Node:
         epoch: int = 0,
         on_completed: Callable[[Worker, int], Awaitable[None]] | None = None,
         train_s: float = 0.0,
+        last: int | None = None,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
         self._epoch, self._on_completed = epoch, on_completed
+        self._last = config.run.steps if last is None else last
+        self.under_way = stage.completed  # steps that are completed once the present one is
         self.above, self.below = above, below
         self._metrics = metrics
         self._watch = Stopwatch()
@@ -118,7 +121,8 @@ class Node:
         schedule = get_schedule(pipeline.schedule)
         lap = Lap()
         loss, grad_norm = float("nan"), 0.0
-        for step in range(self.stage.completed, run.steps):
+        while await self._may_begin(step := self.stage.completed):
+            self.under_way = step + 1
             for action in schedule.actions(
                 stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
             ):
@@ -137,6 +141,26 @@ class Node:
                 lap = Lap()
             if self._on_completed:
                 await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
+
+    def end_after(self, completed: int) -> None:
+        """Begin no step after so many are completed."""
+        self._last = min(self._last, completed)
+        if self._from_above:
+            self._from_above.changed.set()
+
+    async def _may_begin(self, step: int) -> bool:
+        """Whether there is a step to do; below the first stage, once there is something to do it with."""
+        intake, timeout_s = self._from_above, self.config.link.progress_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                with self._watch.waiting():
+                    while step < self._last and intake and intake.empty:
+                        intake.changed.clear()
+                        await intake.changed.wait()
+        except TimeoutError:
+            assert intake
+            raise TimeoutError(intake.link.late(f"the beginning of step {step}", timeout_s)) from None
+        return step < self._last
 
     # -- actions ------------------------------------------------------------------------------------------------
 
@@ -264,7 +288,7 @@ class Node:
         self._metrics.write(
             "end",
             stage=self.stage.index,
-            steps=self.config.run.steps,
+            steps=self.stage.completed,
             train_s=round(self.train_s, 6),
             cpu_s=round(self._cpu_s, 6),
             **self._watch.total,

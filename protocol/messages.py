@@ -206,7 +206,19 @@ class Dismissed:
     """All stages are through."""
 
 
-ControlFrame = Alive | Halt | Offer | Commit | Finished | Dismissed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drain:
+    """Let all end after the step under way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LastStep:
+    """All end when so many steps are completed."""
+
+    completed_steps: int
+
+
+ControlFrame = Alive | Halt | Offer | Commit | Finished | Dismissed | Drain | LastStep
 Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame
 
 
@@ -271,6 +283,8 @@ _CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
     "commit": (Commit, pb.Commit),
     "finished": (Finished, pb.Finished),
     "dismissed": (Dismissed, pb.Dismissed),
+    "drain": (Drain, pb.Drain),
+    "last_step": (LastStep, pb.LastStep),
 }
 _CONTROL_NAMES = {frame: name for name, (frame, _) in _CONTROL.items()}
 

@@ -14,7 +14,8 @@ the Commit names, an Offer that comes while training goes on is taken for a Halt
 another epoch is one too. So whoever was left behind by a lost Commit drags the others into the next wave.
 
 At the end two more waves: Finished upwards, Dismissed downwards; until then nobody leaves, because whoever is through
-may be needed again by one who is not.
+may be needed again by one who is not. A node that has to leave earlier asks upwards (Drain), and stage 0, which alone
+knows what is under way, says downwards after which step all end (LastStep): the end is then like any other.
 
 Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
 them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
@@ -35,10 +36,12 @@ from .messages import (
     Commit,
     ControlFrame,
     Dismissed,
+    Drain,
     Finished,
     Frame,
     Greeting,
     Halt,
+    LastStep,
     Offer,
 )
 
@@ -83,7 +86,19 @@ class Dismiss:
     """All stages are through: the process may end."""
 
 
-Effect = Send | Stop | Start | Dismiss
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChooseEnd:
+    """Say, with `end_after`, how many steps will be completed when the one under way is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndAfter:
+    """Begin no step after so many are completed."""
+
+    completed: int
+
+
+Effect = Send | Stop | Start | Dismiss | ChooseEnd | EndAfter
 
 
 class Rewind:
@@ -107,6 +122,8 @@ class Rewind:
         self._offer_below: Offer | None = None
         self._offered: Offer | None = None  # on the present connection upwards
         self._finished_here = self._finished_below = False
+        self._draining = False
+        self.end: int | None = None  # all end when so many steps are completed
 
     @property
     def first(self) -> bool:
@@ -162,6 +179,10 @@ class Rewind:
             effects.append(Send(side=side, frame=Halt(epoch=self.epoch)))
         else:
             effects += [Send(side=side, frame=Dismissed())] if side == "below" else []
+        if side == "below" and self.end is not None:
+            effects.append(Send(side=side, frame=LastStep(completed_steps=self.end)))
+        if side == "above" and self._draining:
+            effects.append(Send(side=side, frame=Drain()))
         return effects + self._advance()
 
     def part(self, side: Side) -> None:
@@ -192,6 +213,10 @@ class Rewind:
             case Finished(), "below":
                 self._finished_below = True
                 return self._advance()
+            case Drain(), "below":
+                return self.drain()
+            case LastStep(), "above":
+                return self.end_after(frame.completed_steps)
             case Dismissed(), "above":
                 if not self._finished_here:
                     raise RemoteProtocolError(Fault.UNEXPECTED, "a dismissal before this stage was through")
@@ -217,6 +242,23 @@ class Rewind:
         """This stage has done all its steps."""
         self._finished_here = True
         return self._advance()
+
+    def drain(self) -> list[Effect]:
+        """This node, or one below it, has to leave."""
+        if self._draining or self.end is not None:
+            return []
+        self._draining = True
+        if self.first:
+            return [ChooseEnd()]
+        return [] if self.peers["above"] is None else [Send(side="above", frame=Drain())]
+
+    def end_after(self, completed: int) -> list[Effect]:
+        """Stage 0 says when all end."""
+        self.end = completed if self.end is None else min(self.end, completed)
+        told: list[Effect] = []
+        if self.peers["below"] is not None:
+            told.append(Send(side="below", frame=LastStep(completed_steps=self.end)))
+        return [*told, EndAfter(completed=self.end)]
 
     # -- the waves ----------------------------------------------------------------------------------------------
 

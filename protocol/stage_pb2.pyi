@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "alive", "halt", "offer", "commit", "finished", "dismissed")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "alive", "halt", "offer", "commit", "finished", "dismissed", "drain", "last_step")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -19,6 +19,8 @@ class Frame(_message.Message):
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     DISMISSED_FIELD_NUMBER: _ClassVar[int]
+    DRAIN_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     refusal: Refusal
     chunk: Chunk
@@ -30,7 +32,9 @@ class Frame(_message.Message):
     commit: Commit
     finished: Finished
     dismissed: Dismissed
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., halt: _Optional[_Union[Halt, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., dismissed: _Optional[_Union[Dismissed, _Mapping]] = ...) -> None: ...
+    drain: Drain
+    last_step: LastStep
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., halt: _Optional[_Union[Halt, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., dismissed: _Optional[_Union[Dismissed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
     __slots__ = ("protocol_version", "run_id", "epoch", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
@@ -161,3 +165,13 @@ class Finished(_message.Message):
 class Dismissed(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LastStep(_message.Message):
+    __slots__ = ("completed_steps",)
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    completed_steps: int
+    def __init__(self, completed_steps: _Optional[int] = ...) -> None: ...

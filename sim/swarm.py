@@ -78,14 +78,16 @@ def run_swarm(
     `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
     from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
     again; the others wait for it. Raises SwarmError when a node ends early otherwise, naming it; KeyboardInterrupt
-    passes through. No node is left running either way.
+    passes through. No node is left running either way. SIGTERM ends the run after the step under way.
     """
     swarm = Swarm(run, stages=stages, trace=trace)
+    before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
     try:
         for stage in range(stages):
             swarm.start(stage, resume=resume)
         _watch(swarm, restarts, on_progress)
     finally:
+        signal.signal(signal.SIGTERM, before)
         swarm.stop()
 
 
@@ -124,6 +126,12 @@ class Swarm:
         node = self.nodes[stage]
         assert node
         return node.process
+
+    def drain(self) -> None:
+        """Ask all to end after the step under way."""
+        for node in self.nodes:
+            if node and node.process.poll() is None:
+                node.process.terminate()
 
     def stop(self) -> None:
         """Leave none behind."""
@@ -213,7 +221,7 @@ def _stop(nodes: list[Node]) -> None:
     """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
     alive = [node for node in nodes if node.process.poll() is None]
     for node in alive:
-        node.process.terminate()
+        node.process.send_signal(signal.SIGINT)
     deadline = time.monotonic() + STOP_GRACE_S
     for node in alive:
         try:

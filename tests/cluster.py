@@ -97,7 +97,7 @@ class Fault:
     """At the swarm's frame number `frame`, counted over all streams, `kind` happens to `stage` (a cut: below it)."""
 
     frame: int
-    kind: str  # kill, cut, tear
+    kind: str  # kill, cut, tear (a kill that damages the newest checkpoint too), drain
     stage: int
     away_s: float = 1.0  # until a killed stage is started again
 
@@ -145,20 +145,24 @@ class Cluster:
         self.stages = config.pipeline.stages
         self.seats = [Seat() for _ in range(self.stages)]
         self.frames = 0
+        self.drained = False
+        self.failures: list[Exception] = []
         self.said: list[str] = []
         self._faults = list(faults)
         self._born = 0
         self._connections: dict[int, set[Connection]] = {boundary: set() for boundary in range(self.stages - 1)}
         self._background: set[asyncio.Task[Any]] = set()
 
-    async def run(self) -> Ended:
+    async def run(self, *, resume: bool = False) -> Ended:
         self.out.mkdir(parents=True, exist_ok=True)
         try:
             async with asyncio.timeout(RUN_S):
                 for stage in range(self.stages):
-                    self._start(stage, joining=False)
+                    self._start(stage, joining=resume)
                 for seat in self.seats:
                     await seat.through.wait()
+                if self.failures:
+                    raise self.failures[0]
         finally:
             for task in [*self._background, *(seat.task for seat in self.seats if seat.task)]:
                 task.cancel()
@@ -167,7 +171,9 @@ class Cluster:
         losses = [{r["step"]: r["loss"] for r in of if r["event"] == "step"} for of in records]
         return Ended(
             losses=[[of[step] for step in sorted(of)] for of in losses],
-            val_losses=[[r["val_loss"] for r in of if r["event"] == "evaluation"][-1] for of in records],
+            val_losses=[
+                next((r["val_loss"] for r in reversed(of) if r["event"] == "evaluation"), 0.0) for of in records
+            ],
             state_sha256=[[r["state_sha256"] for r in of if r["event"] == "end"][-1] for of in records],
             epochs=1 + max((r["epoch"] for r in records[0] if r["event"] == "rewind"), default=0),
             frames=self.frames,
@@ -210,8 +216,13 @@ class Cluster:
             await life.run()
             if calling:
                 await calling
-            seat.through.set()
+        except Exception as error:
+            self.failures.append(error)
+            for each in self.seats:  # nobody need wait for the rest
+                each.through.set()
         finally:
+            if self.seats[stage] is seat and seat.task is asyncio.current_task():
+                seat.through.set()
             if calling:
                 calling.cancel()
             if seat.metrics:
@@ -256,8 +267,11 @@ class Cluster:
         self.frames += 1
         while self._faults and self._faults[0].frame <= self.frames:
             fault = self._faults.pop(0)
+            life = self.seats[fault.stage].lifecycle
             if fault.kind == "cut":
                 self._cut(fault.stage)
+            elif fault.kind == "drain":
+                self.drained = bool(life and life.drain())
             else:
                 self._spawn(self._kill(fault))
 
@@ -342,9 +356,9 @@ class Cluster:
             await asyncio.sleep(RETRY_S)
 
 
-def run_cluster(config: RunConfig, out: Path, faults: list[Fault]) -> Ended:
-    """The whole story on the jumping clock."""
+def run_cluster(config: RunConfig, out: Path, faults: list[Fault], *, resume: bool = False) -> Ended:
+    """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`."""
     with pytest.MonkeyPatch.context() as patch:
         count_work(patch)
         with asyncio.Runner(loop_factory=JumpingClock) as runner:
-            return runner.run(Cluster(config, out, faults).run())
+            return runner.run(Cluster(config, out, faults).run(resume=resume))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .cluster import faults_of, run_cluster
+from .cluster import Fault, faults_of, run_cluster
 from .conftest import TinyConfig
 from .in_memory import Outcome, run_reference
 
@@ -30,7 +30,37 @@ def test_undisturbed(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path) -> 
     ended = run_cluster(tiny(SETTINGS), tmp_path, [])
     assert_equal(ended, undisturbed)
     assert ended.epochs == 1
-    print(ended.frames, ended.seconds)
+    assert ended.seconds < 1  # nobody waited for anything
+
+
+@pytest.mark.parametrize("frame", range(5, 90, 7))
+@pytest.mark.parametrize("stage", range(3))
+def test_a_drained_run_goes_on_where_it_ended(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, frame: int, stage: int
+) -> None:
+    """All end after the same step, whoever asked and whenever; the rest is done later, by other processes."""
+    config = tiny(SETTINGS | {"checkpoint.every": 4})  # so that the last step is seldom one that is written anyway
+    first = run_cluster(config, tmp_path, [Fault(frame=frame, kind="drain", stage=stage)])
+    done = {len(losses) for losses in first.losses}
+    assert len(done) == 1
+    assert done.pop() <= 6
+    assert_equal(run_cluster(config, tmp_path, [], resume=True), undisturbed)
+
+
+def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    run_cluster(tiny(SETTINGS), tmp_path, [])
+    ended = run_cluster(tiny(SETTINGS), tmp_path, [], resume=True)
+    assert_equal(ended, undisturbed)
+    assert ended.epochs == 2
+
+
+def test_without_checkpoints_a_loss_begins_the_run_again(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    config = tiny(SETTINGS | {"checkpoint.every": 0})
+    assert_equal(run_cluster(config, tmp_path, [Fault(frame=60, kind="kill", stage=1)]), undisturbed)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -221,7 +221,8 @@ def _stop(nodes: list[Node]) -> None:
     """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
     alive = [node for node in nodes if node.process.poll() is None]
     for node in alive:
-        node.process.send_signal(signal.SIGINT)
+        node.process.send_signal(signal.SIGINT)  # stop now, and not after the step under way
+        node.process.terminate()  # one that only starts may have been born with SIGINT ignored
     deadline = time.monotonic() + STOP_GRACE_S
     for node in alive:
         try:

@@ -1,0 +1,147 @@
+"""Losses of real processes, over gRPC: what the in-memory tier cannot show of starting, dying and coming back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.sim.report import read_records
+
+from .conftest import TinyConfig
+from .in_memory import Outcome, run_reference
+from .real_node import until
+
+STEPS = 120  # of 30 ms: enough that three losses fall into the run
+SETTINGS = {
+    "pipeline.stages": 3,
+    "run.steps": STEPS,
+    "checkpoint.every": 2,
+    "codec.codec": "mapl:r=8,anchors=full,every=2",
+    "codec.forward": "int4",
+    "codec.backward": "int4",
+}
+END_S = 180.0
+
+Up = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="module")
+def config(tiny: TinyConfig) -> RunConfig:
+    return tiny(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_reference(config, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture
+def up() -> Iterator[Up]:
+    """Starts `thinpipe up` with these options; whatever still runs at the test's end is ended."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "thinpipe.cli", "up", "--json", *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started.append(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()  # the nodes watch it
+        process.communicate()
+
+
+def records(run: Path, stage: int, event: str) -> list[dict[str, Any]]:
+    return [record for record in read_records(run / f"stage-{stage}.jsonl") if record["event"] == event]
+
+
+def ended(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
+    stdout, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == code, stderr
+    return json.loads(stdout) if stdout else {}
+
+
+def states(summary: dict[str, Any]) -> list[str]:
+    return [stage["state_sha256"] for stage in summary["stages"]]
+
+
+def after_steps(run: Path, count: int) -> Callable[[], bool]:
+    return lambda: len(records(run, 0, "step")) >= count
+
+
+def test_killed_stages_come_back(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
+    """Head, middle and tail, by SIGKILL; each is started again by the launcher and restores from its own disk."""
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run = tmp_path / "run"
+    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "3")
+    for stage, step in ((1, 4), (0, 10), (2, 16)):
+        until(after_steps(run, step), f"step {step}")
+        before = len(records(run, stage, "rewind"))
+        os.kill(records(run, stage, "start")[-1]["process"], signal.SIGKILL)
+        until(lambda stage=stage, before=before: len(records(run, stage, "rewind")) > before, "the rewind")
+    summary = ended(process)
+    assert states(summary) == undisturbed.state_sha256
+    assert summary["val_loss"] == undisturbed.val_losses[0][-1]
+    assert len(summary["rewinds"]) >= 3
+    assert summary["steps"] == STEPS
+
+
+def test_without_restarts_a_loss_ends_the_run(up: Up, config: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run = tmp_path / "run"
+    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run))
+    until(after_steps(run, 2), "a step")
+    os.kill(records(run, 1, "start")[-1]["process"], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == 1
+    assert "stage 1 was killed by SIGKILL" in stderr.splitlines()[-1]
+
+
+def test_terminated_runs_go_on_with_resume(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run = tmp_path / "run"
+    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run))
+    until(after_steps(run, 7), "a few steps")
+    process.terminate()
+    first = ended(process)
+    assert 7 <= first["steps"] < STEPS
+    listing = subprocess.run(
+        [sys.executable, "-m", "thinpipe.cli", "checkpoint", "ls", str(run), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert str(first["steps"]) in listing.stdout
+    summary = ended(up("--resume", str(run)))
+    assert states(summary) == undisturbed.state_sha256
+    assert summary["steps"] == STEPS
+    assert summary["rewinds"][-1]["completed"] == first["steps"]
+    assert len(records(run, 0, "step")) == STEPS  # nothing was done twice
+
+
+def test_resume_of_what_is_no_run(up: Up, tmp_path: Path) -> None:
+    process = up("--resume", str(tmp_path))
+    _, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == 2
+    (line,) = stderr.splitlines()
+    assert line.startswith(f"thinpipe: error: --resume {tmp_path}: there is no run.toml")
+
+
+@pytest.mark.long
+def test_chaos_of_every_kind(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "thinpipe.cli", "chaos", "--steps", "60", "--kills", "12", "--json"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert sum(found["faults"].values()) == 12
+    assert found["fenced"] >= 1
+    assert found["epochs"] > 4

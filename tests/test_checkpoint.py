@@ -46,22 +46,23 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 
+PUBLISHED = "mapl:anchors=factorized,table=1,every=1"  # everything switched on
 STEPS = 8
 STAGES = 3
 VARIANTS = {
-    "mapl": "mapl:r=8",
-    "every third step": "mapl:r=8,every=3",
-    "every third step, sender's half": "mapl:r=8,every=3,gradient=none,anchors=full",
-    "sender's half": "mapl:r=8,gradient=none",
-    "fixed": "mapl:r=8,projector=fixed",
-    "grassmann, int4 gradient, bf16 changes": "mapl:r=8,projector=grassmann,gradient=int4,delta=bf16",
-    "neither anchors nor table": "mapl:r=8,anchors=none,table=0",
+    "mapl": f"{PUBLISHED},r=8",
+    "every third step": "mapl:r=8,every=3,anchors=factorized,table=1",
+    "every third step, sender's half": "mapl:r=8,every=3,gradient=none,anchors=full,table=1",
+    "sender's half": f"{PUBLISHED},r=8,gradient=none",
+    "fixed": f"{PUBLISHED},r=8,projector=fixed",
+    "grassmann, int4 gradient, bf16 changes": f"{PUBLISHED},r=8,projector=grassmann,gradient=int4,delta=bf16",
+    "neither anchors nor table": "mapl:r=8,anchors=none,table=0,every=1",
     "identity": "identity",
     "identity with the token table": "identity:table=1",
 }
 
 
-def configure(tiny: TinyConfig, codec: str = "mapl:r=8", **more: Any) -> RunConfig:
+def configure(tiny: TinyConfig, codec: str = f"{PUBLISHED},r=8", **more: Any) -> RunConfig:
     microbatches = {"pipeline.microbatches": 2}
     return tiny({"pipeline.stages": STAGES, "run.steps": STEPS, "codec.codec": codec, **microbatches, **more})
 
@@ -172,7 +173,7 @@ def test_a_run_is_rewound_from_anywhere(variant: tuple[RunConfig, Undisturbed]) 
 
 
 def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = configure(tiny, "mapl:r=8,every=3")
+    config = configure(tiny, "mapl:r=8,every=3,anchors=factorized,table=1")
     run = Run(config)
     run.train_from(0, 4)
     for index, snapshot in enumerate(run.snapshots()):
@@ -363,7 +364,7 @@ UNFIT = {
 
 @pytest.fixture(scope="module")
 def trained(tiny: TinyConfig) -> tuple[Run, list[StageSnapshot]]:
-    run = Run(configure(tiny, "mapl:r=8,every=3"))
+    run = Run(configure(tiny, "mapl:r=8,every=3,anchors=factorized,table=1"))
     run.train_from(0, 5)
     snapshots = run.snapshots()
     run.train_from(5, 7)

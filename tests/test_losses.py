@@ -10,7 +10,7 @@ from .cluster import Fault, faults_of, run_cluster
 from .conftest import TinyConfig
 from .in_memory import Outcome, run_reference
 
-MAPL = {"codec.codec": "mapl:r=8,anchors=full,every=2", "codec.forward": "int4", "codec.backward": "int4"}
+MAPL = {"codec.codec": "mapl:r=8,anchors=full,every=2,table=1", "codec.forward": "int4", "codec.backward": "int4"}
 SETTINGS = {"pipeline.stages": 3, "pipeline.microbatches": 2, "pipeline.batch_size": 4, "run.steps": 6}
 SETTINGS |= {"checkpoint.every": 1, "run.eval_every": 3, **MAPL}
 

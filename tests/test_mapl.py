@@ -30,23 +30,30 @@ from thinpipe.sim.report import read_records
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
 
+PUBLISHED = "mapl:anchors=factorized,table=1,every=1"  # everything switched on
 VARIANTS = {
-    "as it comes": ("mapl:r=8", {}),
-    "int4, four stages": ("mapl:r=8", {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"}),
-    "full anchors, gpipe": ("mapl:r=8,anchors=full", {"pipeline.stages": 4, "pipeline.schedule": "gpipe"}),
-    "anchors of more rank": ("mapl:r=8,ar=16,delta=bf16,gradient=int4", {}),
-    "anchors of pairs": ("mapl:r=8,ar=16,pairs=97", {}),
+    "as it comes": (f"{PUBLISHED},r=8", {}),
+    "int4, four stages": (
+        f"{PUBLISHED},r=8",
+        {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"},
+    ),
+    "full anchors, gpipe": (
+        "mapl:r=8,anchors=full,table=1,every=1",
+        {"pipeline.stages": 4, "pipeline.schedule": "gpipe"},
+    ),
+    "anchors of more rank": (f"{PUBLISHED},r=8,ar=16,delta=bf16,gradient=int4", {}),
+    "anchors of pairs": (f"{PUBLISHED},r=8,ar=16,pairs=97", {}),
     "full anchors of pairs, int3, four stages": (
-        "mapl:r=8,anchors=full,pairs=512",
+        "mapl:r=8,anchors=full,pairs=512,table=1,every=1",
         {"pipeline.stages": 4, "codec.forward": "int3", "codec.backward": "int3"},
     ),
-    "neither anchors nor table": ("mapl:r=16,anchors=none,table=0,delta=bf16", {}),
-    "every second step": ("mapl:r=8,every=2", {"pipeline.stages": 4, "run.steps": 5}),
-    "fixed": ("mapl:r=8,projector=fixed", {"codec.forward": "int8"}),
-    "sender's half": ("mapl:r=8,gradient=none", {}),
-    "along the Grassmannian": ("mapl:r=8,projector=grassmann", {"pipeline.stages": 4}),
-    "free": ("mapl:r=8,projector=free", {}),
-    "autocast": ("mapl:r=8", {"compute.dtype": "bfloat16", "pipeline.microbatches": 1}),
+    "neither anchors nor table": ("mapl:r=16,anchors=none,table=0,delta=bf16,every=1", {}),
+    "every second step": ("mapl:r=8,every=2,anchors=factorized,table=1", {"pipeline.stages": 4, "run.steps": 5}),
+    "fixed": (f"{PUBLISHED},r=8,projector=fixed", {"codec.forward": "int8"}),
+    "sender's half": (f"{PUBLISHED},r=8,gradient=none", {}),
+    "along the Grassmannian": (f"{PUBLISHED},r=8,projector=grassmann", {"pipeline.stages": 4}),
+    "free": (f"{PUBLISHED},r=8,projector=free", {}),
+    "autocast": (f"{PUBLISHED},r=8", {"compute.dtype": "bfloat16", "pipeline.microbatches": 1}),
     "dense with the token table": ("identity:table=1", {}),
 }
 
@@ -75,7 +82,7 @@ def test_the_variants_differ(tiny: TinyConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", ["read", "write"])
 def test_broken_connections_change_no_bit(at: Any, tiny: TinyConfig, tmp_path: Path) -> None:
-    config = configure(tiny, "mapl:r=8", {"pipeline.stages": 3, "codec.forward": "int4"})
+    config = configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 3, "codec.forward": "int4"})
     cuts = {0: [Cut(frame=frame, at=at) for frame in (3, 4, 9, 7)], 1: [Cut(frame=frame, at=at) for frame in (7, 3, 5)]}
     disturbed = run_in_memory(config, tmp_path / "swarm", cuts=cuts)
     assert disturbed.connections == {0: 5, 1: 4}
@@ -83,7 +90,9 @@ def test_broken_connections_change_no_bit(at: Any, tiny: TinyConfig, tmp_path: P
 
 
 def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = configure(tiny, "mapl:r=8", {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"})
+    config = configure(
+        tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"}
+    )
     run_local(config, tmp_path / "swarm", one_process=False, overwrite=False, trace=False, quiet=True)
     assert read_outcome(tmp_path / "swarm", 4) == run_reference(config, tmp_path / "reference")
 
@@ -98,7 +107,7 @@ def measures(directory: Path, stage: int) -> list[dict[str, float]]:
 @pytest.mark.parametrize("delta", ["int8", "bf16"])
 def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path: Path) -> None:
     steps = {"run.steps": 60, "pipeline.microbatches": 1, "run.eval_every": 0, "optim.muon_lr": 0.02}
-    run_reference(configure(tiny, f"mapl:r=16,delta={delta}", steps), tmp_path)
+    run_reference(configure(tiny, f"{PUBLISHED},r=16,delta={delta}", steps), tmp_path)
     figures = measures(tmp_path, 0)
     assert len(figures) == 60
     assert max(of["orthonormality_error_master"] for of in figures) <= 1e-5
@@ -113,7 +122,7 @@ def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path:
 def test_a_free_projector_leaves_the_manifold_and_a_fixed_one_rests(tiny: TinyConfig, tmp_path: Path) -> None:
     steps = {"run.steps": 12, "pipeline.microbatches": 1, "run.eval_every": 0}
     for projector in ("free", "fixed"):
-        run_reference(configure(tiny, f"mapl:r=16,projector={projector}", steps), tmp_path / projector)
+        run_reference(configure(tiny, f"{PUBLISHED},r=16,projector={projector}", steps), tmp_path / projector)
     free, fixed = (measures(tmp_path / projector, 0)[-1] for projector in ("free", "fixed"))
     assert free["orthonormality_error_master"] > 1e-4
     assert fixed["orthonormality_error_master"] < 1e-5
@@ -126,11 +135,16 @@ def rows(outcome: Outcome) -> dict[str, int]:
 
 def test_every_byte_has_its_row(tiny: TinyConfig, tmp_path: Path) -> None:
     """d = 64, r = 8: the snapshot is 2,048 bytes of fp32, a change 64 rows of 8 codes and a scale, all with a head."""
-    steps = 5
+    steps, formats = 5, {"codec.forward": "bf16", "codec.backward": "bf16"}
     full, half, seldom, fixed = (
-        rows(run_reference(configure(tiny, codec, {"run.steps": steps}), tmp_path / str(i)))
+        rows(run_reference(configure(tiny, codec, {"run.steps": steps, **formats}), tmp_path / str(i)))
         for i, codec in enumerate(
-            ["mapl:r=8", "mapl:r=8,gradient=none", "mapl:r=8,every=2", "mapl:r=8,projector=fixed"]
+            [
+                f"{PUBLISHED},r=8",
+                f"{PUBLISHED},r=8,gradient=none",
+                "mapl:r=8,every=2,anchors=factorized,table=1",
+                f"{PUBLISHED},r=8,projector=fixed",
+            ]
         )
     )
     gradient = steps * (64 * 8 + 2 * 64 * 8 // 128)
@@ -148,7 +162,8 @@ def test_every_byte_has_its_row(tiny: TinyConfig, tmp_path: Path) -> None:
 
 def test_evaluation_brings_no_change(tiny: TinyConfig, tmp_path: Path) -> None:
     seldom, often = (
-        run_reference(configure(tiny, "mapl:r=8", {"run.eval_every": every}), tmp_path / str(every)) for every in (0, 1)
+        run_reference(configure(tiny, f"{PUBLISHED},r=8", {"run.eval_every": every}), tmp_path / str(every))
+        for every in (0, 1)
     )
     assert seldom.state_sha256 == often.state_sha256
     assert seldom.sent_bytes["dictionary"] == often.sent_bytes["dictionary"]
@@ -165,7 +180,7 @@ def storages(stage: Stage, part: str) -> set[int]:
 
 
 def test_the_two_sides_share_nothing(tiny: TinyConfig) -> None:
-    config = configure(tiny, "mapl:r=8", {"pipeline.stages": 3})
+    config = configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 3})
     stages = [prepare(config, index)[0] for index in range(3)]
     assert [hasattr(stage, "sender") for stage in stages] == [True, True, False]
     assert [hasattr(stage, "receiver") for stage in stages] == [False, True, True]
@@ -180,7 +195,7 @@ def test_the_two_sides_share_nothing(tiny: TinyConfig) -> None:
 
 
 def test_an_interior_stage_has_one_table_for_both_sides(tiny: TinyConfig) -> None:
-    stage, _ = prepare(configure(tiny, "mapl:r=8", {"pipeline.stages": 3}), 1)
+    stage, _ = prepare(configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 3}), 1)
     assert isinstance(stage.sender, MaplSender)
     assert isinstance(stage.receiver, MaplReceiver)
     assert stage.sender._tokens is stage.receiver._tokens is stage.tokens
@@ -189,7 +204,7 @@ def test_an_interior_stage_has_one_table_for_both_sides(tiny: TinyConfig) -> Non
 
 
 def test_pairs_are_trained_state_of_the_stage_and_no_byte_of_a_message(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = configure(tiny, "mapl:r=8,pairs=97", {"run.steps": 2})
+    config = configure(tiny, f"{PUBLISHED},r=8,pairs=97", {"run.steps": 2})
     stage, _ = prepare(config, 1)
     state = stage.state_tensors()
     assert state["weight/codec.stage_1.pairs"].shape == (97, 8)
@@ -197,13 +212,13 @@ def test_pairs_are_trained_state_of_the_stage_and_no_byte_of_a_message(tiny: Tin
         f"{part}/codec.stage_1.pairs" for part in ("weight", "adamw.exp_avg", "adamw.exp_avg_sq")
     }
     with_pairs = run_reference(config, tmp_path / "with")
-    without = run_reference(configure(tiny, "mapl:r=8", {"run.steps": 2}), tmp_path / "without")
+    without = run_reference(configure(tiny, f"{PUBLISHED},r=8", {"run.steps": 2}), tmp_path / "without")
     assert with_pairs.state_sha256 != without.state_sha256
     assert with_pairs.sent_bytes == without.sent_bytes
 
 
 def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> None:
-    config = configure(tiny, "mapl:r=8", {"pipeline.stages": 3})
+    config = configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 3})
     stages, digests = zip(*(prepare(config, index) for index in range(3)), strict=True)
     assert len(set(digests)) == 1
     tables = [stage.tokens.table for stage in stages if isinstance(stage.tokens, Anchors)]
@@ -292,7 +307,7 @@ BAD = {
     "mapl:r=0": "r=0 has to be at least 1",
     "mapl:r=65": "r=65 is above the model's width 64; lower r",
     "mapl:r=64,projector=grassmann": "r=64 is the whole width, which no subspace can move in; lower r",
-    "mapl:r=8,ar=65": "ar=65 is above the model's width 64; lower ar",
+    "mapl:r=8,anchors=factorized,ar=65": "ar=65 is above the model's width 64; lower ar",
     "mapl:r=8,pairs=-1": "pairs=-1 has to be from 0 (none) to 16777216",
     "mapl:r=8,pairs=16777217": "pairs=16777217 has to be from 0 (none) to 16777216",
     "mapl:r=8,anchors=none,pairs=5": "pairs=5 has to be 0 beside anchors=none, which learn nothing",
@@ -320,13 +335,13 @@ def test_bad_options_are_one_line(codec: str, line: str, tiny: TinyConfig) -> No
 def test_a_table_beside_trained_embeddings_is_refused(tiny: TinyConfig, tmp_path: Path) -> None:
     pretrained = {"model.pretrained": True, "model.path": str(tmp_path)}
     with pytest.raises(ConfigError, match=r"table=1 adds a random table .* say table=0"):
-        check_codec(configure(tiny, "mapl:r=8", pretrained))
-    check_codec(configure(tiny, "mapl:r=8,table=0", pretrained))
+        check_codec(configure(tiny, f"{PUBLISHED},r=8", pretrained))
+    check_codec(configure(tiny, "mapl:r=8,table=0,anchors=factorized,every=1", pretrained))
 
 
 @pytest.fixture
 def ends(tiny: TinyConfig) -> tuple[Stage, Stage]:
-    config = configure(tiny, "mapl:r=8", {})
+    config = configure(tiny, f"{PUBLISHED},r=8", {})
     return prepare(config, 0)[0], prepare(config, 1)[0]
 
 
@@ -390,7 +405,7 @@ def test_a_projector_that_changes_within_a_step_is_refused(ends: tuple[Stage, St
 
 def test_what_is_gathered_between_two_steps_of_the_projector_is_state(tiny: TinyConfig, tmp_path: Path) -> None:
     """Five steps at every=2: the last one's halves wait on both sides."""
-    config = configure(tiny, "mapl:r=8,every=2", {"run.steps": 5})
+    config = configure(tiny, "mapl:r=8,every=2,anchors=factorized,table=1", {"run.steps": 5})
     stages = [prepare(config, index)[0] for index in range(2)]
     assert not any("gathered" in name for stage in stages for name in stage.state_tensors())
     outcome = run_reference(config, tmp_path)
@@ -418,7 +433,7 @@ def test_a_projector_that_cannot_be_stepped_says_which(ends: tuple[Stage, Stage]
 
 
 def test_autocast_leaves_the_projector_alone(tiny: TinyConfig) -> None:
-    stage, _ = prepare(configure(tiny, "mapl:r=8", {"compute.dtype": "bfloat16"}), 0)
+    stage, _ = prepare(configure(tiny, f"{PUBLISHED},r=8", {"compute.dtype": "bfloat16"}), 0)
     ids = torch.zeros(2, 33, dtype=torch.int32).numpy()
     out = stage.forward(0, 0, ids, None)
     assert out is not None

@@ -189,7 +189,7 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
                 "optim.muon_lr": 0.005,
                 "optim.weight_decay": 0.01,
                 "optim.clip": 1.0,
-                "codec.codec": f"mapl:r=8,{options}",
+                "codec.codec": "mapl:r=8," + everything_on(options),
                 "codec.forward": "fp64",
                 "codec.backward": "fp64",
                 "pipeline.stages": stages,
@@ -202,6 +202,12 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return errors_of(plain, config, run_in_memory(config, tmp_path / "run"), trained)
 
     return both
+
+
+def everything_on(options: str) -> str:
+    """`options`, and for what they leave out anchors, the token table and a projector that moves every step."""
+    given = dict(option.split("=") for option in options.split(","))
+    return ",".join(f"{k}={v}" for k, v in ({"anchors": "factorized", "table": "1", "every": "1"} | given).items())
 
 
 def errors_of(plain: PlainModel, config: RunConfig, got: Outcome, stages: Sequence[Stage]) -> dict[str, float]:

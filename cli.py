@@ -105,7 +105,7 @@ def up(
     data: Annotated[str | None, typer.Option(help="'stdlib', a file or directory, or hf:NAME. (stdlib)")] = None,
     codec: Annotated[
         str | None,
-        typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4, or mapl:r=32,anchors=full,... (bf16)"),
+        typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4, int3, or mapl, mapl:r=64,... (bf16)"),
     ] = None,
     forward: Annotated[str | None, typer.Option(help="Byte format of activations, if not the codec's.")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients, if not the codec's.")] = None,
@@ -134,7 +134,7 @@ def up(
     restarts: Annotated[
         int, typer.Option(min=0, help="How often a stage that was lost is started again; the others wait for it.")
     ] = 0,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none. (0)")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none. (100)")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
     """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""

@@ -284,6 +284,8 @@ async def dial(
                 pause_s = RETRY_FIRST_S
             else:
                 report(error.fault, line)
+        except EpochOver:
+            return
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             if not link.finished:
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)

@@ -125,7 +125,7 @@ def test_ctrl_c_stops_all_stages(endless: dict[str, Up]) -> None:
     assert errors == [f"thinpipe: error: interrupted; all stages are stopped, the records so far are in {run.out}"]
     assert run.nodes() == []
     for stage in range(STAGES):
-        assert (run.out / f"stage-{stage}.log").read_text().endswith("thinpipe: error: stopped by SIGTERM\n")
+        assert (run.out / f"stage-{stage}.log").read_text().endswith("thinpipe: error: stopped by SIGINT\n")
         assert run.steps(stage)
 
 

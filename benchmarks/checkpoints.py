@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/checkpoints.py [--every 10] [--repeats 3] [--steps 40]
 
 Prints, pair by pair and as a median: tokens/s with a checkpoint every `--every` steps / tokens/s without, the bytes of
-one stage's checkpoint and the seconds that its writing took (in the background). A copy of the state is made on the compute
-thread, so part of the cost is there whatever the disk does.
+one stage's checkpoint and the seconds that its writing took (in the background). A copy of the state is made on the
+compute thread, so part of the cost is there whatever the disk does.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """An uncapped swarm on all cores against one single-threaded process, and where the difference goes.
 
-    .venv/bin/python benchmarks/efficiency.py [--repeats 3] [--steps 20] [--stages 4] [--microbatches 16]
+    .venv/bin/python benchmarks/efficiency.py [--repeats 3] [--stages 4] [--microbatches 16] [--sequences 8]
 
 Prints, pair by pair and as a median: swarm tokens/s / (cores x tokens/s of one process). The two run in turn, so that
 a machine whose speed drifts slows both. The rest is CPU time that the swarm spent beyond the reference (packing,
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--microbatches", type=int, default=16)
-    parser.add_argument("--sequences", type=int, default=2, help="of 128 tokens in one microbatch")
+    parser.add_argument("--sequences", type=int, default=8, help="of 128 tokens in one microbatch")
     parser.add_argument("--width", type=int, default=256, help="of the hidden states; 256 is `tiny`")
     parser.add_argument("--schedule", default="1f1b")
     given = parser.parse_args()

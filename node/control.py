@@ -16,9 +16,10 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
+from ..protocol.control import ControlFrame, Dismissed
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
-from ..protocol.messages import ControlFrame, Dismissed, Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
+from ..protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
 from ..protocol.rewind import ChooseEnd, Dismiss, Effect, EndAfter, Phase, Rewind, Send, Side, Start, Stop
 from ..sim.shaper import LinkProfile
 from .link import Read

@@ -29,6 +29,7 @@ from ..sim.shaper import LinkError, LinkProfile
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
+from .dialling import NeighbourMismatch, dial, dial_control
 from .flow import Reporter
 from .lifecycle import Lifecycle
 from .link import LinkLost
@@ -37,7 +38,7 @@ from .metrics import MetricsWriter, Tracer
 from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
 from .stage import Stage, StateError
-from .transport import ListenError, NeighbourMismatch, check_listen, dial, dial_control, listening, split_address
+from .transport import ListenError, check_listen, listening, split_address
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

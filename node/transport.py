@@ -19,26 +19,15 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
-from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
+from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
 from .control import Control
-from .link import LAST_WORD_S, EpochOver, Link, Write
+from .link import EpochOver, Link, Write
 
 SERVICE = "thinpipe.v1.Stage"
 METHOD, CONTROL_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control"
 CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
-RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 REFUSAL_TIMEOUT_S = 2.0
-# A peer that differs in one of these will differ again: nothing is gained by dialling it anew.
-PERMANENT = {
-    Fault.PROTOCOL_VERSION,
-    Fault.RUN_ID,
-    Fault.CONFIGURATION,
-    Fault.STAGE,
-    Fault.FENCED,
-    Fault.INCARNATION,
-    Fault.RESUME,
-}
 # A new epoch is on its way here or there: dial again at once.
 PASSING = {Fault.EPOCH, Fault.HALTED}
 
@@ -48,10 +37,6 @@ Report = Callable[[str, str], None]  # (fault code, one line for people)
 
 class ListenError(ValueError):
     """The address cannot be listened on."""
-
-
-class NeighbourMismatch(ValueError):
-    """The node at the other end is not the neighbour that this run needs."""
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -147,7 +132,7 @@ class _Doors:
         self._greeting_timeout_s, self._report = greeting_timeout_s, report
 
     async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        receive, write = _uncancelled(context.read), _uncancelled(context.write)
+        receive, write = uncancelled(context.read), uncancelled(context.write)
         first: list[bytes] = []
 
         async def read() -> bytes | None:
@@ -162,7 +147,7 @@ class _Doors:
             ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
             if error.fault is not Fault.HALTED:
                 self._report(error.fault, f"{link.name if link else 'link'}: refused the peer at {peer}: {error}")
-            await _tell(write, error)
+            await tell(write, error)
 
         try:
             try:
@@ -175,11 +160,11 @@ class _Doors:
                 return None
             if link is None:
                 await refuse(RemoteProtocolError(Fault.HALTED, "this stage waits for a new epoch; dial again"))
-                return await _linger(read)
+                return await linger(read)
             if link.serving.locked() and not link.take_over(frame):
                 reason = f"{link.name} has a connection already; close that one first"
                 await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
-                return await _linger(read)
+                return await linger(read)
             first.append(frame)
             async with link.serving:
                 try:
@@ -196,14 +181,14 @@ class _Doors:
                 finally:
                     link.settle()
             if refused:
-                await _linger(read)
+                await linger(read)
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
             if ended and not (self.stopping or link is None or link.finished or link.over):
                 self._report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
 
     async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
         assert self._control
-        receive, write = _uncancelled(context.read), _uncancelled(context.write)
+        receive, write = uncancelled(context.read), uncancelled(context.write)
 
         async def read() -> bytes | None:
             frame = await receive()
@@ -215,21 +200,21 @@ class _Doors:
             )
         except RemoteProtocolError as error:
             self._report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
-            await _tell(write, error)
-            await _linger(read)
+            await tell(write, error)
+            await linger(read)
         except (RefusedError, ConnectionError) as error:
             if not self.stopping:
                 self._report("connection-lost", f"control stream from {context.peer()}: {error}")
 
 
-async def _tell(write: Write, error: RemoteProtocolError) -> None:
+async def tell(write: Write, error: RemoteProtocolError) -> None:
     """Why we refuse. That the peer cannot be told, being gone or not listening, matters less than the reason itself."""
     with suppress(Exception):
         async with asyncio.timeout(REFUSAL_TIMEOUT_S):
             await write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
 
 
-async def _linger(read: Callable[[], Awaitable[bytes | None]]) -> None:
+async def linger(read: Callable[[], Awaitable[bytes | None]]) -> None:
     """Ending a stream on which the peer still writes may overtake the refusal: read on until the peer ends it."""
     with suppress(Exception):
         async with asyncio.timeout(REFUSAL_TIMEOUT_S):
@@ -237,7 +222,7 @@ async def _linger(read: Callable[[], Awaitable[bytes | None]]) -> None:
                 pass
 
 
-def _uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+def uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
     """gRPC takes the cancellation of a read or a write for that of the whole call, and with it of what was written
     last. So the operation runs on, and the next one waits for it."""
     running: asyncio.Future[T] | None = None
@@ -251,162 +236,3 @@ def _uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaita
         return await asyncio.shield(running)
 
     return run
-
-
-async def dial(
-    address: str, link: Link, *, greeting_timeout_s: float, connect_timeout_s: float, report: Report
-) -> None:
-    """Keep a stream to the neighbour below open until both sides said goodbye.
-
-    Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
-    never agree (another run, configuration, stage), and TimeoutError after `connect_timeout_s` without a connection.
-    """
-    loop = asyncio.get_running_loop()
-    last_open_s = loop.time()
-    pause_s = RETRY_FIRST_S
-    while not link.finished:
-        link.opened.clear()
-        remaining_s = last_open_s + connect_timeout_s - loop.time()
-        try:
-            await _one_connection(address, link, remaining_s, greeting_timeout_s)
-        except _NotReached:
-            why = f"the last one ended with {link.fault}; " if link.fault else ""
-            raise TimeoutError(
-                f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
-                f"{why}is stage {link.session.peer_stage} running there?"
-            ) from None
-        except ProtocolError as error:
-            blame = "refused by" if isinstance(error, RefusedError) else "refused"
-            line = f"{link.name}: {blame} the node at {address}: {error}"
-            if error.fault in PERMANENT:
-                raise NeighbourMismatch(line) from None
-            if error.fault in PASSING:
-                pause_s = RETRY_FIRST_S
-            else:
-                report(error.fault, line)
-        except EpochOver:
-            return
-        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            if not link.finished:
-                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                report("connection-lost", f"{link.name}: the connection to {address} broke ({detail})")
-        else:
-            if not link.finished:
-                report("connection-lost", f"{link.name}: the node at {address} ended the stream")
-        if link.opened.is_set():
-            last_open_s, pause_s = loop.time(), RETRY_FIRST_S
-        if not link.finished:
-            await asyncio.sleep(pause_s)
-            pause_s = min(RETRY_MOST_S, 2 * pause_s)
-
-
-class _NotReached(Exception):
-    pass
-
-
-async def _one_connection(address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float) -> None:
-    async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
-        try:
-            async with asyncio.timeout(connect_timeout_s):
-                await channel.channel_ready()
-        except TimeoutError:
-            raise _NotReached from None
-        call = channel.stream_stream(METHOD)()
-        receive, write = _uncancelled(call.read), _uncancelled(call.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
-
-        try:
-            await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-            await _end_gently(call, greeting_timeout_s)
-        except RemoteProtocolError as error:
-            await _tell(write, error)
-            await _end_gently(call, greeting_timeout_s)
-            raise
-        finally:
-            call.cancel()
-            link.settle()
-
-
-async def _end_gently(call: grpc.aio.StreamStreamCall, timeout_s: float) -> bool:
-    """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its.
-    Whether that came in time and without an error, so that the peer has read all of ours."""
-    with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
-        async with asyncio.timeout(timeout_s):
-            await call.done_writing()
-            return await call.code() is grpc.StatusCode.OK
-    return False
-
-
-async def dial_control(
-    address: str, control: Control, *, greeting_timeout_s: float, connect_timeout_s: float, report: Report
-) -> None:
-    """Keep the control stream to the neighbour below open until all stages are through.
-
-    Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `connect_timeout_s` without a connection.
-    """
-    loop = asyncio.get_running_loop()
-    last_open_s, pause_s = loop.time(), RETRY_FIRST_S
-    while True:
-        control.met["below"].clear()
-        try:
-            # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
-            patience_s = LAST_WORD_S if control.through else connect_timeout_s
-            remaining_s = last_open_s + patience_s - loop.time()
-            if await _one_control(address, control, remaining_s, greeting_timeout_s):
-                return
-        except _NotReached:
-            if control.through:
-                return
-            below = control.machine.identity.stage + 1
-            raise TimeoutError(
-                f"no connection to {address} for {connect_timeout_s:g} s; is stage {below} running there? "
-                "If it was lost, start it again with --resume"
-            ) from None
-        except ProtocolError as error:
-            blame = "refused by" if isinstance(error, RefusedError) else "refused"
-            line = f"control stream: {blame} the node at {address}: {error}"
-            if error.fault in PERMANENT:
-                raise NeighbourMismatch(line) from None
-            report(error.fault, line)
-        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return  # only a test's stand-in for a node has no control stream
-            if not control.through:
-                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
-                report("connection-lost", f"control stream to {address}: {detail}")
-        if control.met["below"].is_set():
-            last_open_s, pause_s = loop.time(), RETRY_FIRST_S
-        await asyncio.sleep(pause_s)
-        pause_s = min(RETRY_MOST_S, 2 * pause_s)
-
-
-async def _one_control(address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float) -> bool:
-    """One connection; whether the neighbour took the last word."""
-    async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
-        try:
-            async with asyncio.timeout(connect_timeout_s):
-                await channel.channel_ready()
-        except TimeoutError:
-            raise _NotReached from None
-        call = channel.stream_stream(CONTROL_METHOD)()
-        receive, write = _uncancelled(call.read), _uncancelled(call.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None
-
-        try:
-            last = await control.converse(
-                "below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s
-            )
-            return await _end_gently(call, greeting_timeout_s) and last
-        except RemoteProtocolError as error:
-            await _tell(write, error)
-            await _end_gently(call, greeting_timeout_s)
-            raise
-        finally:
-            call.cancel()

@@ -16,26 +16,24 @@ fields say. Only a greeting of another version may hold more, or it could not be
 
 from __future__ import annotations
 
-import itertools
 import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
+from .control import CONTROL, STEP_MAX, ControlFrame, control_from_pb, control_to_pb
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
 PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
 ENVELOPE_BYTES_MAX = HEADER_BYTES_MAX + 4 * TEXT_CHARACTERS_MAX + 256
-STEP_MAX = 2**48
-LISTED_MAX = 1024  # stages, or steps, that one frame names
 MICROBATCH_MAX = 2**32
 
 
@@ -163,62 +161,6 @@ class Goodbye:
     pass
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alive:
-    """I am in this epoch and have completed so many steps of it."""
-
-    epoch: int
-    completed_steps: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Halt:
-    """The epoch is over."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
-    """Who has stopped, from the sender down to the last stage, and after which steps all of these could go on."""
-
-    epoch: int
-    incarnations: tuple[int, ...]
-    steps: tuple[int, ...]  # numbers of completed steps, falling
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """The new epoch, its members, and how many steps are completed in it."""
-
-    epoch: int
-    completed_steps: int
-    incarnations: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """All stages from the sender down are through."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dismissed:
-    """All stages are through."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drain:
-    """Let all end after the step under way."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LastStep:
-    """All end when so many steps are completed."""
-
-    completed_steps: int
-
-
-ControlFrame = Alive | Halt | Offer | Commit | Finished | Dismissed | Drain | LastStep
 Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame
 
 
@@ -270,23 +212,10 @@ def encode_frame(frame: Frame) -> bytes:
         case Goodbye():
             return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
         case _:
-            name = _CONTROL_NAMES[type(frame)]
-            body = _CONTROL[name][1](**{field.name: getattr(frame, field.name) for field in fields(frame)})
-            return pb.Frame(**{name: body}).SerializeToString()
+            return control_to_pb(frame).SerializeToString()
 
 
 _GREETING_FIELDS = [field.name for field in pb.Greeting.DESCRIPTOR.fields]
-_CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
-    "alive": (Alive, pb.Alive),
-    "halt": (Halt, pb.Halt),
-    "offer": (Offer, pb.Offer),
-    "commit": (Commit, pb.Commit),
-    "finished": (Finished, pb.Finished),
-    "dismissed": (Dismissed, pb.Dismissed),
-    "drain": (Drain, pb.Drain),
-    "last_step": (LastStep, pb.LastStep),
-}
-_CONTROL_NAMES = {frame: name for name, (frame, _) in _CONTROL.items()}
 
 
 def _head_to_pb(head: Head) -> pb.MessageHead:
@@ -350,26 +279,10 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
             return Refusal(code=frame.refusal.code, reason=frame.refusal.reason)
         case "goodbye":
             return Goodbye()
-        case str(name) if name in _CONTROL:
-            return _control_from_pb(name, getattr(frame, name))
+        case str(name) if name in CONTROL:
+            return control_from_pb(name, getattr(frame, name))
         case _:
             raise RemoteProtocolError(Fault.MALFORMED, f"a frame of {len(raw)} bytes with no known body")
-
-
-def _control_from_pb(name: str, body: Any) -> ControlFrame:
-    values: dict[str, Any] = {}
-    for each in body.DESCRIPTOR.fields:
-        value = getattr(body, each.name)
-        values[each.name] = value if isinstance(value, int) else tuple(value)
-        numbers = (value,) if isinstance(value, int) else value
-        if len(numbers) > LISTED_MAX:
-            raise RemoteProtocolError(Fault.OVERSIZED, f"{len(numbers)} {each.name} in a frame, at most {LISTED_MAX}")
-        if each.name != "incarnations" and any(number >= STEP_MAX for number in numbers):
-            raise RemoteProtocolError(Fault.MALFORMED, f"{each.name} {max(numbers)} is out of range")
-    steps = values.get("steps")
-    if steps is not None and (not steps or steps[-1] != 0 or any(a <= b for a, b in itertools.pairwise(steps))):
-        raise RemoteProtocolError(Fault.MALFORMED, f"steps offered are {steps[:8]}, not falling to 0")
-    return _CONTROL[name][0](**values)
 
 
 def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:

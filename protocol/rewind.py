@@ -28,9 +28,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
-from .errors import Fault, RemoteProtocolError
-from .greeting import Identity, check_kinship
-from .messages import (
+from .control import (
     LISTED_MAX,
     Alive,
     Commit,
@@ -38,12 +36,13 @@ from .messages import (
     Dismissed,
     Drain,
     Finished,
-    Frame,
-    Greeting,
     Halt,
     LastStep,
     Offer,
 )
+from .errors import Fault, RemoteProtocolError
+from .greeting import Identity, check_kinship
+from .messages import Frame, Greeting
 
 Side = Literal["above", "below"]
 SIDES: tuple[Side, Side] = ("above", "below")

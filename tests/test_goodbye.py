@@ -7,9 +7,10 @@ import asyncio
 import grpc
 import grpc.aio
 import pytest
+from thinpipe.node.dialling import dial
 from thinpipe.node.link import Link
 from thinpipe.node.metrics import Tracer
-from thinpipe.node.transport import SERVICE, dial
+from thinpipe.node.transport import SERVICE
 from thinpipe.protocol.messages import Limits
 from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone, State
 from thinpipe.sim.shaper import LinkProfile

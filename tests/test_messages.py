@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from thinpipe.protocol import messages
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.assembly import MESSAGE_COST_BYTES, Assembly
+from thinpipe.protocol.control import STEP_MAX, Alive, Commit, Dismissed, Finished, Halt, Offer
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from thinpipe.protocol.header import (
     HEADER_BYTES_MAX,
@@ -28,22 +29,15 @@ from thinpipe.protocol.messages import (
     ENVELOPE_BYTES_MAX,
     MICROBATCH_MAX,
     PROTOCOL_VERSION,
-    STEP_MAX,
-    Alive,
     Chunk,
-    Commit,
     Credit,
-    Dismissed,
-    Finished,
     Frame,
     Goodbye,
     Greeting,
-    Halt,
     Head,
     Kind,
     Limits,
     Message,
-    Offer,
     Refusal,
     decode_frame,
     encode_frame,

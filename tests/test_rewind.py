@@ -12,9 +12,10 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.protocol.control import Alive, Commit, Dismissed, Finished, Halt, Offer
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
-from thinpipe.protocol.messages import Alive, Commit, Dismissed, Finished, Greeting, Halt, Limits, Offer, decode_frame
+from thinpipe.protocol.messages import Greeting, Limits, decode_frame
 from thinpipe.protocol.messages import encode_frame as encode
 from thinpipe.protocol.rewind import Dismiss, Phase, Rewind, Send, Start, Stop
 

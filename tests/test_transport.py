@@ -7,9 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from thinpipe.node.dialling import dial
 from thinpipe.node.link import Link
 from thinpipe.node.metrics import Tracer
-from thinpipe.node.transport import dial, listening
+from thinpipe.node.transport import listening
 from thinpipe.protocol.framing import framed_bytes
 from thinpipe.protocol.messages import Kind, Limits, Message
 from thinpipe.protocol.session import Identity, LinkSession

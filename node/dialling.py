@@ -140,9 +140,8 @@ async def dial_control(
                 raise NeighbourMismatch(line) from None
             report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            if isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                return  # only a test's stand-in for a node has no control stream
-            if not control.through:
+            stranger = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED
+            if not control.through and not stranger:  # of a server that is no node the other stream says enough
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
         if control.met["below"].is_set():

@@ -266,16 +266,19 @@ async def _host(
             endless.append(_watch_parent(options.parent))
         work = lifecycle.run()
         if stage.downstream_port:
-            work = _while_calling(work, dial_control(next_address, lifecycle.control, **waits), link.greeting_timeout_s)
+            calling = dial_control(next_address, lifecycle.control, **waits)
+            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if lifecycle.control.through else 0)
         await _first_to_end(work, *endless)
 
 
-async def _while_calling(work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: float) -> None:
+async def _while_calling(
+    work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: Callable[[], float]
+) -> None:
     """Wait for the work, and a little for the call to end after it; the failure of either ends the other."""
     async with asyncio.TaskGroup() as group:
         call = group.create_task(calling)
         await group.create_task(work)
-        await asyncio.wait([call], timeout=grace_s)
+        await asyncio.wait([call], timeout=grace_s())
         call.cancel()
 
 

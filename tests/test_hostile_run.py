@@ -44,8 +44,8 @@ def expected(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 
 def outcome(run: Path) -> list[str]:
-    ends = [read_records(run / f"stage-{stage}.jsonl")[-1] for stage in range(2)]
-    return [end["state_sha256"] for end in ends]
+    records = [read_records(run / f"stage-{stage}.jsonl") for stage in range(2)]
+    return [[record for record in of if record["event"] == "end"][-1]["state_sha256"] for of in records]
 
 
 def faults(run: Path, stage: int) -> list[str]:

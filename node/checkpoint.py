@@ -259,6 +259,8 @@ class CheckpointStore:
     def _sweep(self) -> None:
         """Put away what a broken-off write left: unfinished ones go, one that was about to be replaced comes back."""
         for left in sorted(self.directory.glob(".tmp-*")):
+            if _another_writes(left):
+                continue
             _remove(left)
         for old in sorted(self.directory.glob(".old-*")):
             final = self.directory / old.name.removeprefix(".old-")
@@ -289,6 +291,20 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
 def _remove(path: Path) -> None:
     """Whatever it is that bears the name."""
     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _another_writes(temporary: Path) -> bool:
+    """Whether another process, whose number the name ends in, may be at it still."""
+    number = temporary.name.rpartition("-")[2]
+    if not number.isdecimal() or int(number) == os.getpid():
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _make(directory: Path) -> None:

@@ -29,6 +29,7 @@ ALIVE_EVERY_S = 1.0
 # What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.
 HOLD_UP_S = 6.0
 Wanted = Stop | Start | Dismiss | ChooseEnd | EndAfter  # effects that are not this module's
+QUEUED_MAX = 64  # frames for one neighbour
 LIMITS = Limits(message_bytes=1, chunk_bytes=1)  # no tensor comes this way
 
 
@@ -52,6 +53,7 @@ class Control:
         sent: dict[Side, Counter[str]],
     ) -> None:
         self.machine = machine
+        self.meetings: Counter[Side] = Counter()  # how often each was met
         self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
         self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
         self._silence_s = silence_s
@@ -65,7 +67,10 @@ class Control:
             if not isinstance(effect, Send):
                 self._on_effect(effect)
             elif effect.side in self._queues:
-                self._queues[effect.side].put_nowait(effect.frame)
+                try:
+                    self._queues[effect.side].put_nowait(effect.frame)
+                except asyncio.QueueFull:  # it takes nothing: the next connection begins with what matters
+                    self._end(effect.side, f"{QUEUED_MAX} frames wait for the stage {effect.side}")
 
     @property
     def through(self) -> bool:
@@ -92,8 +97,9 @@ class Control:
         self._take_place(side, frame)
         effects = self.machine.meet(side, frame)
         self._present[side] = ended
-        self._queues[side] = asyncio.Queue()
+        self._queues[side] = asyncio.Queue(QUEUED_MAX)
         self.met[side].set()
+        self.meetings[side] += 1
         self.act(effects)
         try:
             if not speaks_first:
@@ -107,12 +113,16 @@ class Control:
 
     def _take_place(self, side: Side, peer: Greeting) -> None:
         """The process that is connected already dials again: its first connection must be half-dead."""
+        self.machine.check(side, peer)
         if self.machine.peers[side] == peer.incarnation and side in self._present:
-            present = self._present.pop(side)
-            del self._queues[side]
-            self.machine.part(side)
-            if not present.done():
-                present.set_exception(ConnectionError("the same process opened another connection"))
+            self._end(side, "the same process opened another connection")
+
+    def _end(self, side: Side, why: str) -> None:
+        present = self._present.pop(side)
+        del self._queues[side]
+        self.machine.part(side)
+        if not present.done():
+            present.set_exception(ConnectionError(why))
 
     async def _talk(self, side: Side, read: Read, write: Write, ended: asyncio.Future[None]) -> bool:
         tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read), self._say(side, write))]

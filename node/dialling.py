@@ -26,6 +26,14 @@ PERMANENT = {
 }
 
 
+# Refused here, these mean that the process there is the wrong one for its place, and the right one may still come.
+THEIR_PLACE = {Fault.FENCED, Fault.INCARNATION, Fault.RESUME}
+
+
+def _hopeless(error: ProtocolError) -> bool:
+    return error.fault in PERMANENT and (isinstance(error, RefusedError) or error.fault not in THEIR_PLACE)
+
+
 class NeighbourMismatch(ValueError):
     """The node at the other end is not the neighbour that this run needs."""
 
@@ -55,7 +63,7 @@ async def dial(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"{link.name}: {blame} the node at {address}: {error}"
-            if error.fault in PERMANENT:
+            if _hopeless(error):
                 raise NeighbourMismatch(line) from None
             if error.fault in PASSING:
                 pause_s = RETRY_FIRST_S
@@ -118,7 +126,7 @@ async def dial_control(
     loop = asyncio.get_running_loop()
     last_open_s, pause_s = loop.time(), RETRY_FIRST_S
     while True:
-        control.met["below"].clear()
+        before = control.meetings["below"]
         try:
             # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
             patience_s = LAST_WORD_S if control.through else connect_timeout_s
@@ -136,7 +144,7 @@ async def dial_control(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"control stream: {blame} the node at {address}: {error}"
-            if error.fault in PERMANENT:
+            if _hopeless(error):
                 raise NeighbourMismatch(line) from None
             report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
@@ -144,7 +152,7 @@ async def dial_control(
             if not control.through and not stranger:  # of a server that is no node the other stream says enough
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
-        if control.met["below"].is_set():
+        if control.meetings["below"] != before:
             last_open_s, pause_s = loop.time(), RETRY_FIRST_S
         await asyncio.sleep(pause_s)
         pause_s = min(RETRY_MOST_S, 2 * pause_s)

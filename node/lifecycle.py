@@ -106,10 +106,13 @@ class Lifecycle:
         self._node: Node | None = None
         self._training: asyncio.Task[None] | None = None
         self._train_s = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = CheckpointWriter(store, on_written=self._written, on_error=self._unwritten)
         profile = LinkProfile.parse(config.link.link)
         window = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (profile.rate_bits_per_s or 0) / 8 * 2 * profile.latency_s
-        known = self._on_disk() if joining else []
+        self._known = known = (
+            store.newest_intact(IN_MEMORY + 1, report=partial(on_fault, "checkpoint")) if joining else []
+        )
         epoch = max((store.manifest(step).epoch for step in known), default=0)
         self.machine = Rewind(identity, joining=joining, epoch=epoch)
         self.control = Control(
@@ -124,7 +127,7 @@ class Lifecycle:
         self._loop = asyncio.get_running_loop()
         try:
             if self._joining:
-                self.control.act(self.machine.stopped(set(self._on_disk())))
+                self.control.act(self.machine.stopped(set(self._known)))
             else:
                 self._begin(Start(epoch=0, completed=0, members=()))
             while not await self._next():
@@ -157,6 +160,7 @@ class Lifecycle:
             case Stop():
                 began = time.monotonic()
                 await self._break_off()
+                await self._written_out()  # a checkpoint that is being written is not to be looked at
                 offered = {*self._snapshots, *await asyncio.to_thread(self._on_disk)}
                 self._metrics.write("halt", epoch=self.machine.epoch, seconds=round(time.monotonic() - began, 6))
                 self.control.act(self.machine.stopped(offered))
@@ -177,10 +181,10 @@ class Lifecycle:
         return False
 
     def drain(self) -> bool:
-        """End after the step under way, and all others too. False if that cannot be arranged: nobody trains, or who
-        would have to know is not there."""
+        """End after the step under way, and all others too. False if that cannot be arranged, because who would have
+        to know is not there."""
         reachable = self.machine.first or self.machine.peers["above"] is not None
-        if self._training is None or self.machine.phase is not Phase.RUNNING or not reachable:
+        if self.machine.phase is Phase.DISMISSED or not (reachable and self._loop):
             return False
         self.control.act(self.machine.drain())
         return True
@@ -195,8 +199,12 @@ class Lifecycle:
         ends = {"above": self.stage.first, "below": self.stage.last}
         if not all(met.is_set() for side, met in self.control.met.items() if not ends[side]):
             return True  # nobody there who could need this stage again
+        await self._written_out()  # who says that it is through has nothing left to lose
         self.control.act(self.machine.finished())
         return False
+
+    async def _written_out(self) -> None:
+        await asyncio.to_thread(self._writer.flush, self.config.link.progress_timeout_s)
 
     def _late(self, timeout_s: float | None) -> str:
         missing = [f"{side} ({self._peer(side)})" for side, peer in self.machine.peers.items() if peer is None]
@@ -281,7 +289,6 @@ class Lifecycle:
     async def _restore(self, start: Start) -> None:
         """Bring the stage to where it was after `start.completed` steps."""
         began = time.monotonic()
-        await asyncio.to_thread(self._writer.flush, self.config.link.progress_timeout_s)
         snapshot = self._snapshots.get(start.completed)
         where = "memory"
         if snapshot is None and start.completed:
@@ -300,7 +307,7 @@ class Lifecycle:
 
     def _on_disk(self) -> list[int]:
         """What can be restored from disk, newest first; what is damaged is said, and left out."""
-        return self._store.newest_intact(IN_MEMORY + 1, report=lambda line: self._on_fault("checkpoint", line))
+        return self._store.newest_intact(IN_MEMORY + 1, report=self._unwritten)
 
     def _written(self, completed: int, size: int, seconds: float) -> None:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
@@ -312,4 +319,5 @@ class Lifecycle:
     def _in_loop(self, call: Callable[[], None]) -> None:
         """Records are written by one thread."""
         with suppress(RuntimeError):  # the loop has ended
+            assert self._loop
             self._loop.call_soon_threadsafe(call)

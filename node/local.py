@@ -104,7 +104,10 @@ def run_local(
                 for directory in missing:
                     directory.rmdir()
     mode = "one-process" if one_process else "swarm"
-    summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
+    try:
+        summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
+    except ValueError as error:
+        raise LocalRunError(str(error), 1) from None
     write_summary(out, summary)
     if not quiet:
         for table in summary_tables(summary):

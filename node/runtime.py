@@ -53,7 +53,7 @@ class Node:
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
         self._epoch, self._on_completed = epoch, on_completed
-        self._last = config.run.steps if last is None else last
+        self._last = config.run.steps if last is None else min(last, config.run.steps)
         self.under_way = stage.completed  # steps that are completed once the present one is
         self.above, self.below = above, below
         self._metrics = metrics

@@ -78,7 +78,7 @@ def check_resume(
         raise RemoteProtocolError(
             Fault.INCARNATION,
             f"stage {peer.stage} was restarted (process {before.incarnation if before else 0:x}, now "
-            f"{peer.incarnation:x}) in the middle of the run; start the whole swarm again",
+            f"{peer.incarnation:x}) in the middle of the run; start it with --resume",
         )
     if not first_kept <= peer.next_sequence <= next_sequence:
         raise RemoteProtocolError(

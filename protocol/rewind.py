@@ -46,6 +46,7 @@ from .messages import Frame, Greeting
 
 Side = Literal["above", "below"]
 SIDES: tuple[Side, Side] = ("above", "below")
+EPOCHS_AHEAD_MAX = 2**20  # a stage may have missed some; more is no run's number
 OFFERED_MAX = 32  # steps that one stage offers; the newest, and 0
 
 
@@ -116,11 +117,12 @@ class Rewind:
         self.members: tuple[int, ...] | None = None
         self.phase = Phase.HALTING if joining else Phase.RUNNING
         self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
-        self.progress: dict[Side, Alive] = {}  # what each said last of where it is
         self._steps: tuple[int, ...] = ()
         self._offer_below: Offer | None = None
         self._offered: Offer | None = None  # on the present connection upwards
         self._finished_here = self._finished_below = False
+        # In this epoch. Never taken back: a Halt may pass a Dismissed that is on its way.
+        self._said_finished = False
         self._draining = False
         self.end: int | None = None  # all end when so many steps are completed
 
@@ -153,6 +155,25 @@ class Rewind:
 
     def meet(self, side: Side, peer: Greeting) -> list[Effect]:
         """A neighbour is connected. Raises RemoteProtocolError if it is not one, or not one any more."""
+        self.check(side, peer)
+        self._forget(side)
+        self.peers[side] = peer.incarnation
+        effects: list[Effect] = []
+        if self.phase is Phase.RUNNING:
+            if peer.joining or peer.epoch != self.epoch:
+                effects += self._halt()
+        elif self.phase is not Phase.DISMISSED:
+            effects.append(Send(side=side, frame=Halt(epoch=self.epoch)))
+        else:
+            effects += [Send(side=side, frame=Dismissed())] if side == "below" else []
+        if side == "below" and self.end is not None:
+            effects.append(Send(side=side, frame=LastStep(completed_steps=self.end)))
+        if side == "above" and (self._draining or self.end is not None):  # who knew of it may have been lost
+            effects.append(Send(side=side, frame=Drain()))
+        return effects + self._advance()
+
+    def check(self, side: Side, peer: Greeting) -> None:
+        """Raises RemoteProtocolError if `peer` is not the neighbour on that side, or not the one any more."""
         stage = self._stage_at(side)
         check_kinship(peer, self.identity, stage)
         if not peer.joining and self.members and peer.incarnation != self.members[stage] and peer.epoch <= self.epoch:
@@ -168,21 +189,6 @@ class Rewind:
                 f"stage {stage} is served by process {present:x}, which answers, so there is no place for process "
                 f"{peer.incarnation:x}; stop one of the two",
             )
-        self._forget(side)
-        self.peers[side] = peer.incarnation
-        effects: list[Effect] = []
-        if self.phase is Phase.RUNNING:
-            if peer.joining or peer.epoch != self.epoch:
-                effects += self._halt()
-        elif self.phase is not Phase.DISMISSED:
-            effects.append(Send(side=side, frame=Halt(epoch=self.epoch)))
-        else:
-            effects += [Send(side=side, frame=Dismissed())] if side == "below" else []
-        if side == "below" and self.end is not None:
-            effects.append(Send(side=side, frame=LastStep(completed_steps=self.end)))
-        if side == "above" and self._draining:
-            effects.append(Send(side=side, frame=Drain()))
-        return effects + self._advance()
 
     def part(self, side: Side) -> None:
         """The connection to that side is gone. By itself that changes nothing: it may come back."""
@@ -200,8 +206,7 @@ class Rewind:
         """Take one frame. Raises RemoteProtocolError for what may not come from that side."""
         match frame, side:
             case Alive(), _:
-                self.progress[side] = frame
-                return []
+                return []  # that it came says it
             case Halt(), _:
                 # One of an earlier epoch was under way when that epoch's Commit passed it.
                 return self._halt() if self.phase is Phase.RUNNING and frame.epoch >= self.epoch else []
@@ -217,7 +222,7 @@ class Rewind:
             case LastStep(), "above":
                 return self.end_after(frame.completed_steps)
             case Dismissed(), "above":
-                if not self._finished_here:
+                if not self._said_finished:
                     raise RemoteProtocolError(Fault.UNEXPECTED, "a dismissal before this stage was through")
                 return self._dismiss()
             case _:
@@ -253,7 +258,10 @@ class Rewind:
 
     def end_after(self, completed: int) -> list[Effect]:
         """Stage 0 says when all end."""
-        self.end = completed if self.end is None else min(self.end, completed)
+        end = completed if self.end is None else min(self.end, completed)
+        if end == self.end:
+            return []
+        self.end = end
         told: list[Effect] = []
         if self.peers["below"] is not None:
             told.append(Send(side="below", frame=LastStep(completed_steps=self.end)))
@@ -279,6 +287,8 @@ class Rewind:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED, f"an offer of {len(offer.incarnations)} processes, where {due} are below this stage"
             )
+        if offer.epoch > self.epoch + EPOCHS_AHEAD_MAX:
+            raise RemoteProtocolError(Fault.EPOCH, f"an offer of epoch {offer.epoch}, this run is in {self.epoch}")
         self._offer_below = offer
         halted = self._halt() if self.phase is Phase.RUNNING else []
         return halted + self._advance()
@@ -318,6 +328,7 @@ class Rewind:
             if self.first:
                 return self._dismiss()
             if self.peers["above"] is not None:
+                self._said_finished = True
                 return [Send(side="above", frame=Finished())]
         return []
 
@@ -339,6 +350,7 @@ class Rewind:
         self.epoch, self.completed = commit.epoch, commit.completed_steps
         self.members, self.joining = commit.incarnations, False
         self.phase = Phase.RUNNING
+        self._said_finished = False
         self._offer_below = self._offered = None
         told: list[Effect] = [] if self.peers["below"] is None else [Send(side="below", frame=commit)]
         return [*told, Start(epoch=self.epoch, completed=self.completed, members=commit.incarnations)]

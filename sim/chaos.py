@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .proxy import Proxy
-from .report import read_records
+from .report import read_records, steps_of
 from .swarm import Swarm, SwarmError, free_ports, obituary
 
 Kind = Literal["kill", "twice", "pause", "sleeper", "cut", "half"]
@@ -245,7 +245,7 @@ def measure(run: Path, story: Story, *, stages: int) -> None:
             (
                 r["time_s"]
                 for r in records[0]
-                if r["event"] == "step" and r["step"] >= injected.step and r["time_s"] > injected.at_s
+                if r["event"] == "step" and r["step"] >= injected.step and r["time_s"] > injected.back_s
             ),
             default=None,
         )
@@ -256,8 +256,7 @@ def report(run: Path, undisturbed: Path, story: Story, *, stages: int) -> dict[s
     measure(run, story, stages=stages)
     ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (run, undisturbed))
     losses, expected = (
-        {r["step"]: r["loss"] for r in read_records(each / "stage-0.jsonl") if r["event"] == "step"}
-        for each in (run, undisturbed)
+        {r["step"]: r["loss"] for r in steps_of(read_records(each / "stage-0.jsonl"))} for each in (run, undisturbed)
     )
     done = [r for r in read_records(run / "stage-0.jsonl") if r["event"] == "step"]
     step_s = statistics.median(

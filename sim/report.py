@@ -44,6 +44,19 @@ def ratio_of(sent: Counter[str], dense: int) -> float | None:
     return dense / moved if moved else None
 
 
+def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The step records that count, in order: each step's newest, and none past the end. (A step that was gone back
+    behind may be done again and recorded, or be taken up from an older epoch's checkpoint, which has the same bits.)"""
+    done: dict[int, dict[str, Any]] = {}
+    end: int | None = None
+    for record in records:
+        if record["event"] == "step":
+            done[record["step"]] = record
+        elif record["event"] == "end":
+            end = record["steps"]
+    return [done[step] for step in sorted(done) if end is None or step < end]
+
+
 def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
     """Bytes by kind that all the processes sent that wrote `records`, one after the other: each counts from zero, and
     of one that was lost the newest count stands."""
@@ -64,7 +77,8 @@ def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
 
 
 def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
-    """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end."""
+    """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end,
+    or nothing was done."""
     by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
     ends: list[dict[str, Any]] = []
     steps: list[list[dict[str, Any]]] = []
@@ -73,9 +87,10 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         if not end:
             raise ValueError(f"stage {stage} wrote no end record in {run}: the run did not finish")
         ends.append(end[-1])
-        done = {record["step"]: record for record in records if record["event"] == "step"}  # the last time it was done
-        steps.append([done[step] for step in sorted(done)])
+        steps.append(steps_of(records))
     head = steps[0]
+    if not head:
+        raise ValueError(f"the run in {run} ended before its first step; go on with --resume")
     tokens = sum(record["tokens"] for record in head)
     train_s = sum(record["seconds"] for record in by_stage[0] if record["event"] == "step")  # what was done twice too
     sent: Counter[str] = Counter()

@@ -110,6 +110,7 @@ class Swarm:
         self.nodes: list[Node | None] = [None] * stages
         self.ports = ports or free_ports(stages)
         self._next_ports = next_ports or self.ports
+        self.draining = False  # nobody is started again
         self._trace = trace
         self._gone: list[Node] = []  # replaced, but perhaps still there
 
@@ -129,6 +130,7 @@ class Swarm:
 
     def drain(self) -> None:
         """Ask all to end after the step under way."""
+        self.draining = True
         for node in self.nodes:
             if node and node.process.poll() is None:
                 node.process.terminate()
@@ -173,7 +175,7 @@ def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[dict[str, An
             on_progress([tail.step for tail in tails if tail.step])
         over = 0 in codes  # nobody leaves before all are through: who is lost now has nothing left to do
         for node, code in zip(nodes, codes, strict=True):
-            if code and code != 2 and restarts and not over:
+            if code and code != 2 and restarts and not over and not swarm.draining:
                 restarts -= 1
                 swarm.start(node.stage, resume=True)
             elif code and not over:

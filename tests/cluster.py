@@ -27,7 +27,7 @@ from thinpipe.node.manifest import Fingerprint
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.protocol.errors import ProtocolError
 from thinpipe.protocol.greeting import Identity
-from thinpipe.sim.report import read_records
+from thinpipe.sim.report import read_records, steps_of
 
 from .in_memory import Connection
 
@@ -148,7 +148,7 @@ class Cluster:
         self.drained = False
         self.failures: list[Exception] = []
         self.said: list[str] = []
-        self._faults = list(faults)
+        self._faults, self._planned = list(faults), tuple(faults)
         self._born = 0
         self._connections: dict[int, set[Connection]] = {boundary: set() for boundary in range(self.stages - 1)}
         self._background: set[asyncio.Task[Any]] = set()
@@ -163,14 +163,14 @@ class Cluster:
                     await seat.through.wait()
                 if self.failures:
                     raise self.failures[0]
+                assert self.drained or not any(fault.kind == "drain" for fault in self._planned)
         finally:
             for task in [*self._background, *(seat.task for seat in self.seats if seat.task)]:
                 task.cancel()
             await asyncio.gather(*self._background, return_exceptions=True)
         records = [read_records(self.out / f"stage-{stage}.jsonl") for stage in range(self.stages)]
-        losses = [{r["step"]: r["loss"] for r in of if r["event"] == "step"} for of in records]
         return Ended(
-            losses=[[of[step] for step in sorted(of)] for of in losses],
+            losses=[[record["loss"] for record in steps_of(of)] for of in records],
             val_losses=[
                 next((r["val_loss"] for r in reversed(of) if r["event"] == "evaluation"), 0.0) for of in records
             ],

@@ -295,11 +295,11 @@ def _remove(path: Path) -> None:
 
 def _another_writes(temporary: Path) -> bool:
     """Whether another process, whose number the name ends in, may be at it still."""
-    number = temporary.name.rpartition("-")[2]
-    if not number.isdecimal() or int(number) == os.getpid():
+    named = re.fullmatch(r"\.tmp-step-[0-9]+-([0-9]+)", temporary.name)
+    if not named or int(named[1]) == os.getpid():
         return False
     try:
-        os.kill(int(number), 0)
+        os.kill(int(named[1]), 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):

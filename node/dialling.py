@@ -27,7 +27,7 @@ PERMANENT = {
 
 
 # Refused here, these mean that the process there is the wrong one for its place, and the right one may still come.
-THEIR_PLACE = {Fault.FENCED, Fault.INCARNATION, Fault.RESUME}
+THEIR_PLACE = {Fault.FENCED, Fault.INCARNATION}
 
 
 def _hopeless(error: ProtocolError) -> bool:

@@ -892,7 +892,7 @@ def test_settings_are_a_nodes_own(tiny: TinyConfig, tmp_path: Path) -> None:
     plain = configure(tiny)
     other = configure(tiny, **{"checkpoint.every": 5, "checkpoint.keep": 7, "checkpoint.directory": str(tmp_path)})
     assert plain.digest() == other.digest()
-    assert (plain.checkpoint.every, plain.checkpoint.keep, plain.checkpoint.directory) == (0, 3, None)
+    assert (plain.checkpoint.every, plain.checkpoint.keep, plain.checkpoint.directory) == (100, 3, None)
     assert plain.checkpoint.path(Path("run")) == Path("run/checkpoints")
     assert other.checkpoint.path(Path("run")) == tmp_path
     with pytest.raises(ConfigError, match=r"checkpoint\.keep: .*greater than or equal to 3 \(got 2\)"):

@@ -152,7 +152,31 @@ def _without_table(half: nn.Module) -> CodecError:
     return CodecError(f"{type(half).__name__} has no learned table")
 
 
-class Sender(nn.Module, ABC):
+class Half(nn.Module, ABC):
+    """What both halves of a boundary have: a table that may be there, and a state that may be empty."""
+
+    def use_table(self, table: Tensor) -> None:
+        """From now on work with `table`. Raises CodecError in a half without one."""
+        del table
+        raise _without_table(self)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What is learned or gathered here and no optimizer of the stage holds."""
+        return {}
+
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        """What `state_tensors` has after `completed` steps: names, with shapes and dtypes as meta tensors."""
+        del completed
+        return {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
+        """Go on from `state_tensors`, which fit `state_layout`, and the table in use then, which this half takes over
+        (None: there was none yet). A step that was broken off leaves nothing behind."""
+        if state or table is not None:
+            raise _without_table(self)
+
+
+class Sender(Half):
     """The in-graph half at the upstream stage.
 
     A half with a learned table codes with what the receiver holds (`use_table`), never with what it has learned since
@@ -169,11 +193,6 @@ class Sender(nn.Module, ABC):
         methods do: `Codec.table` says beforehand whether there is one."""
         raise _without_table(self)
 
-    def use_table(self, table: Tensor) -> None:
-        """From now on code with `table`; its gradient is gathered from here on."""
-        del table
-        raise _without_table(self)
-
     def learn(self, gradient: Tensor | None, *, rate: float) -> None:
         """One step of the table with the gradient gathered here and the receiver's half. `rate`: of matrices, now."""
         del gradient, rate
@@ -183,52 +202,17 @@ class Sender(nn.Module, ABC):
         """Figures of the steps since the last call, for the records."""
         return {}
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What is learned here and no optimizer of the stage holds."""
-        return {}
 
-    def state_layout(self, completed: int) -> dict[str, Tensor]:
-        """What `state_tensors` has after `completed` steps: names, with shapes and dtypes as meta tensors."""
-        del completed
-        return {}
-
-    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
-        """Go on from `state_tensors`, which fit `state_layout`, and the table in use then, which this half takes over
-        (None: no step was taken yet). A step that was broken off leaves nothing behind."""
-        if state or table is not None:
-            raise _without_table(self)
-
-
-class Receiver(nn.Module, ABC):
+class Receiver(Half):
     """The in-graph half at the downstream stage."""
 
     @abstractmethod
     def decode(self, z_BTW: Tensor, ids_BT: Tensor) -> Tensor:
         """The wire tensor (B, T, W) and the token ids (B, T), int64, to hidden states (B, T, D)."""
 
-    def use_table(self, table: Tensor) -> None:
-        """From now on decode with `table`. Raises CodecError in a half without one, as the next method does."""
-        del table
-        raise _without_table(self)
-
     def take_gradient(self) -> Tensor:
         """This half's part of the table's gradient (entries, width), gathered since the last call."""
         raise _without_table(self)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """What is gathered here and no optimizer of the stage holds."""
-        return {}
-
-    def state_layout(self, completed: int) -> dict[str, Tensor]:
-        """What `state_tensors` has after `completed` steps: names, with shapes and dtypes as meta tensors."""
-        del completed
-        return {}
-
-    def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
-        """Go on from `state_tensors`, which fit `state_layout`, and the table in use then, which this half takes over
-        (None: none has come yet). A step that was broken off leaves nothing behind."""
-        if state or table is not None:
-            raise _without_table(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import grpc
 import grpc.aio
 
 from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from .control import Control
-from .link import LAST_WORD_S, EpochOver, Link
+from .link import LAST_WORD_S, EpochOver, Link, Read
+from .outgoing import Write
 from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, channel_options, tell, uncancelled
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
@@ -90,29 +92,12 @@ class _NotReached(Exception):
 
 
 async def _one_connection(address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float) -> None:
-    async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
-        try:
-            async with asyncio.timeout(connect_timeout_s):
-                await channel.channel_ready()
-        except TimeoutError:
-            raise _NotReached from None
-        call = channel.stream_stream(METHOD)()
-        receive, write = uncancelled(call.read), uncancelled(call.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
-
-        try:
+    try:
+        async with _stream(address, METHOD, connect_timeout_s, greeting_timeout_s) as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
             await _end_gently(call, greeting_timeout_s)
-        except RemoteProtocolError as error:
-            await tell(write, error)
-            await _end_gently(call, greeting_timeout_s)
-            raise
-        finally:
-            call.cancel()
-            link.settle()
+    finally:
+        link.settle()
 
 
 async def dial_control(
@@ -160,33 +145,45 @@ async def dial_control(
 
 async def _one_control(address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float) -> bool:
     """One connection; whether the neighbour took the last word."""
+    async with _stream(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s) as (call, read, write):
+        last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
+        return await _end_gently(call, greeting_timeout_s) and last
+
+
+Call = grpc.aio.StreamStreamCall
+
+
+@asynccontextmanager
+async def _stream(
+    address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float
+) -> AsyncIterator[tuple[Call, Read, Write]]:
+    """A stream of that method, gone at the end of the block; a peer that the block refuses is told why first.
+
+    Raises _NotReached if nobody listens there in time."""
     async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
         try:
             async with asyncio.timeout(connect_timeout_s):
                 await channel.channel_ready()
         except TimeoutError:
             raise _NotReached from None
-        call = channel.stream_stream(CONTROL_METHOD)()
+        call = channel.stream_stream(method)()
         receive, write = uncancelled(call.read), uncancelled(call.write)
 
         async def read() -> bytes | None:
             frame = await receive()
-            return frame if isinstance(frame, bytes) else None
+            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
 
         try:
-            last = await control.converse(
-                "below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s
-            )
-            return await _end_gently(call, greeting_timeout_s) and last
+            yield call, read, write
         except RemoteProtocolError as error:
             await tell(write, error)
-            await _end_gently(call, greeting_timeout_s)
+            await _end_gently(call, farewell_timeout_s)
             raise
         finally:
             call.cancel()
 
 
-async def _end_gently(call: grpc.aio.StreamStreamCall, timeout_s: float) -> bool:
+async def _end_gently(call: Call, timeout_s: float) -> bool:
     """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its.
     Whether that came in time and without an error, so that the peer has read all of ours."""
     with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):

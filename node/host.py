@@ -37,7 +37,8 @@ from .manifest import Fingerprint
 from .metrics import MetricsWriter, Tracer
 from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
-from .stage import Stage, StateError
+from .stage import Stage
+from .state import StateError
 from .transport import ListenError, check_listen, listening, split_address
 
 if TYPE_CHECKING:

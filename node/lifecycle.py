@@ -25,7 +25,8 @@ from ..protocol.greeting import Identity
 from ..protocol.rewind import ChooseEnd, Dismiss, EndAfter, Phase, Rewind, Side, Start, Stop
 from ..protocol.session import LinkSession
 from ..sim.shaper import LinkProfile
-from .checkpoint import CheckpointStore, CheckpointWriter
+from .checkpoint import CheckpointStore
+from .checkpoint_writer import CheckpointWriter
 from .config import RunConfig
 from .control import Control, Wanted, silence_of
 from .data import Corpus
@@ -35,7 +36,8 @@ from .metrics import MetricsWriter, Tracer
 from .outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
 from .ports import BoundaryShape
 from .runtime import Node
-from .stage import Stage, StageSnapshot
+from .stage import Stage
+from .state import StageSnapshot
 
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,37 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compress.anchors import token_table
-from ..compress.boundary import BoundaryCodec, BoundaryContext, Receiver, Sender, StageContext
+from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
-from ..protocol.errors import LocalProtocolError
 from .config import RunConfig
 from .model import build_stage
 from .optim import OptimStats, StageOptimizer
 from .ports import BoundaryShape, DownstreamPort, Encoded, Received, UpstreamPort
-from .tables import Held, TableReceiver, TableSender, gradient_due, moves_after
+from .state import StageSnapshot, StageState, StateError, sha256_of
+from .tables import gradient_due, moves_after
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class StateError(RuntimeError):
-    """A state that cannot be taken now, or that is not one of this stage; one line names what, and the remedy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class StageSnapshot:
-    """Everything that training has changed in one stage after `completed` steps; its memory is its own.
-
-    tensors: on the CPU, contiguous, by name. dictionaries: what must not enter a digest of the state because a rewind
-    changes it: under "table_above" and "table_below" (where there is one) {"version": [epoch, step, microbatch, index]
-    or None, "digest": hex}.
-    """
-
-    completed: int
-    tensors: dict[str, Tensor]
-    dictionaries: dict[str, Any]
 
 
 @dataclass(slots=True)
@@ -100,6 +82,16 @@ class Stage:
             self.sender = codec.codec.sender(context).to(self.device, self.dtype)
             self.downstream_port = DownstreamPort(shape, dtype=self.dtype, device=self.device)
         self.optimizer = StageOptimizer(self._trained(), config.optim, total_steps=config.run.steps)
+        self._state = StageState(
+            stage=index,
+            trained=self._trained(),
+            optimizer=self.optimizer,
+            tokens=self.tokens,
+            receiver=None if self.first else self.receiver,
+            sender=None if self.last else self.sender,
+            table_above=self.upstream_port.table if self.upstream_port else None,
+            table_below=self.downstream_port.table if self.downstream_port else None,
+        )
         self._backwards = 0
         self._saved: dict[int, _Saved] = {}
         self._begun = False  # this step's first forward is done
@@ -271,35 +263,7 @@ class Stage:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that training has changed here, by name; meaningful between steps."""
-        parts = {
-            name: part.state_tensors(self.completed) if isinstance(part, TableReceiver) else part.state_tensors()
-            for name, part in self._codec_parts().items()
-        }
-        return self._model_state() | _joined(parts | {"tokens": self._frozen_tokens()})
-
-    def _state_layout(self, completed: int) -> dict[str, Tensor]:
-        """What `state_tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing."""
-        parts = {name: part.state_layout(completed) for name, part in self._codec_parts().items()}
-        return self._model_state() | _joined(parts | {"tokens": self._frozen_tokens()})
-
-    def _model_state(self) -> dict[str, Tensor]:
-        weights = {f"weight/{name}": parameter.detach() for name, parameter in self._trained()}
-        return {**weights, **self.optimizer.state_tensors()}
-
-    def _frozen_tokens(self) -> dict[str, Tensor]:
-        """What is frozen but drawn by this machine's own arithmetic."""
-        if self.tokens is None:
-            return {}
-        trained = dict(self.tokens.named_parameters())
-        return {name: tensor for name, tensor in self.tokens.state_dict().items() if name not in trained}
-
-    def _codec_parts(self) -> dict[str, Receiver | Sender | TableReceiver | TableSender]:
-        parts: dict[str, Any] = {}
-        if self.upstream_port:
-            parts |= {"receiver": self.receiver, "table_above": self.upstream_port.table}
-        if self.downstream_port:
-            parts |= {"sender": self.sender, "table_below": self.downstream_port.table}
-        return {name: part for name, part in parts.items() if part is not None}
+        return self._state.tensors(self.completed)
 
     def snapshot(self) -> StageSnapshot:
         """A copy of the state as it is between two steps, on the compute thread: other threads may unpack the next
@@ -309,16 +273,7 @@ class Stage:
                 f"stage {self.index}: a snapshot in the middle of step {self.completed}; take it after the step's "
                 "finish and before the next one's first forward"
             )
-        dictionaries = {}
-        if self.upstream_port and (above := self.upstream_port.table):
-            dictionaries["table_above"] = above.dictionary_state(self.completed)
-        if self.downstream_port and (below := self.downstream_port.table):
-            dictionaries["table_below"] = below.dictionary_state()
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in self.state_tensors().items()
-        }
-        return StageSnapshot(completed=self.completed, tensors=tensors, dictionaries=dictionaries)
+        return self._state.snapshot(self.completed)
 
     def restore(self, snapshot: StageSnapshot) -> None:
         """Go on from `snapshot`, bit for bit; a step that was broken off leaves nothing behind.
@@ -327,61 +282,11 @@ class Stage:
         the later of their own epoch and the snapshot's. Raises StateError, before anything is changed, for a tensor
         that is missing, foreign, or of another shape or dtype, and for a table that is not what its version says.
         """
-        self._check(snapshot)
-        held = self._read_tables(snapshot)
-        tensors = snapshot.tensors
+        self._state.restore(snapshot)
         self._saved.clear()
         self.losses.clear()
         self._begun, self._backwards = False, 0
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.grad = None
-                parameter.copy_(tensors[f"weight/{name}"])
-            for name, frozen in self._frozen_tokens().items():
-                frozen.copy_(tensors[f"codec/tokens/{name}"])
-        self.optimizer.load_state_tensors({name: tensors[name] for name in self.optimizer.state_tensors()})
-        if self.upstream_port:
-            end = self.upstream_port.table
-            table = end and end.restore(held["table_above"], _part(tensors, "table_above"))
-            self.receiver.load_state_tensors(_part(tensors, "receiver"), table)
-        if self.downstream_port:
-            end = self.downstream_port.table
-            table = end and end.restore(held["table_below"])
-            self.sender.load_state_tensors(_part(tensors, "sender"), table)
         self.completed = snapshot.completed
-
-    def _check(self, snapshot: StageSnapshot) -> None:
-        where = f"stage {self.index} after {snapshot.completed} steps"
-        remedy = "restore a checkpoint of the same stage, run.toml and version"
-        if snapshot.completed < 0:
-            raise StateError(f"stage {self.index}: a state after {snapshot.completed} steps cannot be; {remedy}")
-        layout, found = self._state_layout(snapshot.completed), snapshot.tensors
-        if missing := sorted(layout.keys() - found.keys()):
-            wanted = _shown(layout[missing[0]])
-            raise StateError(f"{where}: the state lacks '{missing[0]}', wanted {wanted}; {remedy}")
-        if foreign := sorted(found.keys() - layout.keys()):
-            raise StateError(
-                f"{where}: the state has '{foreign[0]}' ({_shown(found[foreign[0]])}), wanted no such; {remedy}"
-            )
-        for name, wanted in layout.items():
-            if (found[name].shape, found[name].dtype) != (wanted.shape, wanted.dtype):
-                raise StateError(f"{where}: '{name}' is {_shown(found[name])}, wanted {_shown(wanted)}; {remedy}")
-
-    def _read_tables(self, snapshot: StageSnapshot) -> dict[str, Held | None]:
-        ends = {name: end for name, end in self._codec_parts().items() if isinstance(end, TableReceiver | TableSender)}
-        if sorted(snapshot.dictionaries) != sorted(ends):
-            raise StateError(
-                f"stage {self.index}: the state has the dictionaries {sorted(snapshot.dictionaries)}, wanted "
-                f"{sorted(ends)}; restore a checkpoint of the same stage and run.toml"
-            )
-        try:
-            return {
-                name: end.read_state(_part(snapshot.tensors, name), snapshot.dictionaries[name])
-                for name, end in ends.items()
-            }
-        except (LocalProtocolError, TypeError) as error:
-            reason = error.reason if isinstance(error, LocalProtocolError) else f"its dictionary is no table: {error}"
-            raise StateError(f"stage {self.index}: {reason}; restore an older checkpoint") from None
 
     def set_epoch(self, epoch: int) -> None:
         """The run's new epoch, after `restore`: both tables are named with it. Raises LocalProtocolError for an earlier
@@ -393,25 +298,8 @@ class Stage:
     def state_sha256(self) -> str:
         """Digest of names, types, shapes and bits; equal digests mean bit-identical state. A function of training
         alone: a run that was rewound, in a later epoch, has that of an undisturbed one."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_tensors().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return sha256_of(self.state_tensors())
 
     def state_bytes(self) -> int:
         """Bytes of weights and optimizer state."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_tensors().values())
-
-
-def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"codec/{owner}/{name}": tensor for owner, part in parts.items() for name, tensor in part.items()}
-
-
-def _part(tensors: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
-    prefix = f"codec/{owner}/"
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _shown(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

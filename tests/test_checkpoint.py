@@ -27,7 +27,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.cli import app
 from thinpipe.node import checkpoint as checkpoint_module
-from thinpipe.node.checkpoint import STATE, CheckpointStore, CheckpointWriter
+from thinpipe.node.checkpoint import STATE, CheckpointStore
+from thinpipe.node.checkpoint_writer import CheckpointWriter
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, parse_config
 from thinpipe.node.manifest import (
     MANIFEST,
@@ -38,7 +39,7 @@ from thinpipe.node.manifest import (
     read_manifest,
 )
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.stage import StageSnapshot, StateError
+from thinpipe.node.state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind
 from thinpipe.protocol.schedule import Backward, Forward, get_schedule, interleave
@@ -140,7 +141,7 @@ def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunC
     config, undisturbed = variant
     run = Run(config)
     for stage in run.stages:
-        for frozen in stage._frozen_tokens().values():
+        for frozen in stage._state._frozen_tokens().values():
             frozen.zero_()  # another machine draws others
     run.rewind(undisturbed.snapshots[completed], epoch=0)
     assert run.digests() == undisturbed.digests[completed]

@@ -1,0 +1,188 @@
+"""A stage's state: what training has changed, gathered by name from the parts that hold it, copied, and put back.
+
+A state is two things. Tensors by name: weights, the optimizer's buffers, the codec's halves, their tables; their digest
+is a function of training alone. And what a rewind changes: the versions of the dictionaries, kept beside the tensors so
+that no digest sees them. Whatever comes from a disk or another machine is compared with the layout that this stage has
+itself before one number is changed.
+
+Why not `Module.state_dict`: it knows nothing of optimizers, of error feedback, of tables that belong to a boundary, nor
+of what is frozen and need not be kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.boundary import Receiver, Sender
+from ..protocol.errors import LocalProtocolError
+from .optim import StageOptimizer
+from .tables import Held, TableReceiver, TableSender
+
+
+class StateError(RuntimeError):
+    """A state that cannot be taken now, or that is not one of this stage; one line names what, and the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageSnapshot:
+    """Everything that training has changed in one stage after `completed` steps; its memory is its own.
+
+    tensors: on the CPU, contiguous, by name. dictionaries: what must not enter a digest of the state because a rewind
+    changes it: under "table_above" and "table_below" (where there is one) {"version": [epoch, step, microbatch, index]
+    or None, "digest": hex}.
+    """
+
+    completed: int
+    tensors: dict[str, Tensor]
+    dictionaries: dict[str, Any]
+
+
+class StageState:
+    """All that training changes in stage `stage`: its parts, as they are, under names.
+
+    trained: what the optimizer moves. tokens: what the codec knows of tokens, parts of which may be frozen. The halves
+    of the two boundaries and their tables, where there are any.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: int,
+        trained: list[tuple[str, nn.Parameter]],
+        optimizer: StageOptimizer,
+        tokens: nn.Module | None,
+        receiver: Receiver | None,
+        sender: Sender | None,
+        table_above: TableReceiver | None,
+        table_below: TableSender | None,
+    ) -> None:
+        self._stage = stage
+        self._trained, self._optimizer, self._tokens = trained, optimizer, tokens
+        self._receiver, self._sender = receiver, sender
+        self._above, self._below = table_above, table_below
+
+    def tensors(self, completed: int) -> dict[str, Tensor]:
+        """The parts themselves, not copies, by name; meaningful between steps, after `completed` of them."""
+        parts = {
+            name: part.state_tensors(completed) if isinstance(part, TableReceiver) else part.state_tensors()
+            for name, part in self._codec_parts().items()
+        }
+        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
+
+    def layout(self, completed: int) -> dict[str, Tensor]:
+        """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing."""
+        parts = {name: part.state_layout(completed) for name, part in self._codec_parts().items()}
+        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
+
+    def snapshot(self, completed: int) -> StageSnapshot:
+        """A copy after `completed` steps."""
+        dictionaries = {}
+        if self._above:
+            dictionaries["table_above"] = self._above.dictionary_state(completed)
+        if self._below:
+            dictionaries["table_below"] = self._below.dictionary_state()
+        tensors = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in self.tensors(completed).items()
+        }
+        return StageSnapshot(completed=completed, tensors=tensors, dictionaries=dictionaries)
+
+    def restore(self, snapshot: StageSnapshot) -> None:
+        """Put `snapshot` back into the parts. Raises StateError, before anything is changed, for one that does not
+        fit."""
+        self._check(snapshot)
+        held = self._read_tables(snapshot)
+        tensors = snapshot.tensors
+        with torch.no_grad():
+            for name, parameter in self._trained:
+                parameter.grad = None
+                parameter.copy_(tensors[f"weight/{name}"])
+            for name, frozen in self._frozen_tokens().items():
+                frozen.copy_(tensors[f"codec/tokens/{name}"])
+        self._optimizer.load_state_tensors({name: tensors[name] for name in self._optimizer.state_tensors()})
+        if self._receiver:
+            table = self._above and self._above.restore(held["table_above"], _part(tensors, "table_above"))
+            self._receiver.load_state_tensors(_part(tensors, "receiver"), table)
+        if self._sender:
+            table = self._below and self._below.restore(held["table_below"])
+            self._sender.load_state_tensors(_part(tensors, "sender"), table)
+
+    def _model(self) -> dict[str, Tensor]:
+        weights = {f"weight/{name}": parameter.detach() for name, parameter in self._trained}
+        return {**weights, **self._optimizer.state_tensors()}
+
+    def _frozen_tokens(self) -> dict[str, Tensor]:
+        """What is frozen but drawn by this machine's own arithmetic."""
+        if self._tokens is None:
+            return {}
+        trained = dict(self._tokens.named_parameters())
+        return {name: tensor for name, tensor in self._tokens.state_dict().items() if name not in trained}
+
+    def _codec_parts(self) -> dict[str, Receiver | Sender | TableReceiver | TableSender]:
+        parts = {
+            "receiver": self._receiver,
+            "table_above": self._above,
+            "sender": self._sender,
+            "table_below": self._below,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _check(self, snapshot: StageSnapshot) -> None:
+        where = f"stage {self._stage} after {snapshot.completed} steps"
+        remedy = "restore a checkpoint of the same stage, run.toml and version"
+        if snapshot.completed < 0:
+            raise StateError(f"stage {self._stage}: a state after {snapshot.completed} steps cannot be; {remedy}")
+        layout, found = self.layout(snapshot.completed), snapshot.tensors
+        if missing := sorted(layout.keys() - found.keys()):
+            wanted = _shown(layout[missing[0]])
+            raise StateError(f"{where}: the state lacks '{missing[0]}', wanted {wanted}; {remedy}")
+        if foreign := sorted(found.keys() - layout.keys()):
+            raise StateError(
+                f"{where}: the state has '{foreign[0]}' ({_shown(found[foreign[0]])}), wanted no such; {remedy}"
+            )
+        for name, wanted in layout.items():
+            if (found[name].shape, found[name].dtype) != (wanted.shape, wanted.dtype):
+                raise StateError(f"{where}: '{name}' is {_shown(found[name])}, wanted {_shown(wanted)}; {remedy}")
+
+    def _read_tables(self, snapshot: StageSnapshot) -> dict[str, Held | None]:
+        ends = {name: end for name, end in self._codec_parts().items() if isinstance(end, TableReceiver | TableSender)}
+        if sorted(snapshot.dictionaries) != sorted(ends):
+            raise StateError(
+                f"stage {self._stage}: the state has the dictionaries {sorted(snapshot.dictionaries)}, wanted "
+                f"{sorted(ends)}; restore a checkpoint of the same stage and run.toml"
+            )
+        try:
+            return {
+                name: end.read_state(_part(snapshot.tensors, name), snapshot.dictionaries[name])
+                for name, end in ends.items()
+            }
+        except (LocalProtocolError, TypeError) as error:
+            reason = error.reason if isinstance(error, LocalProtocolError) else f"its dictionary is no table: {error}"
+            raise StateError(f"stage {self._stage}: {reason}; restore an older checkpoint") from None
+
+
+def sha256_of(tensors: dict[str, Tensor]) -> str:
+    """Digest of names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"codec/{owner}/{name}": tensor for owner, part in parts.items() for name, tensor in part.items()}
+
+
+def _part(tensors: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
+    prefix = f"codec/{owner}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shown(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

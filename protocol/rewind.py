@@ -298,6 +298,8 @@ class Rewind:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED, f"an epoch of {len(commit.incarnations)} stages, this run has {self.identity.stages}"
             )
+        if commit.epoch - 1 > self.epoch + EPOCHS_AHEAD_MAX:  # as in an offer: nobody would take this node's next one
+            raise RemoteProtocolError(Fault.EPOCH, f"a start of epoch {commit.epoch}, this run is in {self.epoch}")
         if self.phase is not Phase.HALTED or commit.epoch <= self.epoch:
             return []  # said again, or of a wave that another one has overtaken
         names_me = commit.incarnations[self.identity.stage] == self.identity.incarnation

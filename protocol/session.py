@@ -301,17 +301,18 @@ class LinkSession:
                 f"{peer.incarnation:x}",
             )
         another = self.peer is not None and self.peer.incarnation != peer.incarnation
-        started_over = another and not self.used
-        if started_over:  # a stranger that knew how to greet must not keep the true neighbour out
-            self._start_over()
+        started_over = another and not self.used  # a stranger that knew how to greet must not keep the true one out
+        first_kept = self._kept[0][0] if self._kept else self._next_sequence
         resumed = check_resume(
             peer,
             self.identity,
-            before=self.peer,
-            began=bool(self._expected or self._next_sequence),
-            first_kept=self._kept[0][0] if self._kept else self._next_sequence,
-            next_sequence=self._next_sequence,
+            before=None if started_over else self.peer,
+            began=not started_over and bool(self._expected or self._next_sequence),
+            first_kept=0 if started_over else first_kept,
+            next_sequence=0 if started_over else self._next_sequence,
         )
+        if started_over:  # only now: what is refused changes nothing
+            self._start_over()
         if not resumed:
             self._peer_granted = 0  # nothing that an earlier process granted binds this one
         self.peer = peer

@@ -82,8 +82,93 @@ def test_package_list_names_every_package() -> None:
     assert set(listed) == expected
 
 
-def test_no_pickle_of_anything() -> None:
-    for path in modules():
-        names = {name for where, name in imported(path) if where == "outside"}
-        assert not names & {"pickle", "cloudpickle", "dill", "marshal", "shelve"}, path
-        assert "torch.load(" not in path.read_text(), path
+# Modules whose readers run what they read, and calls that do, by their full names.
+RUNS_ITS_INPUT = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "pickletools"}
+RUNS_ITS_ARGUMENT = {"eval", "exec", "__import__", "torch.load", "torch.save", "torch.jit.load"}
+RUNS_ITS_ARGUMENT |= {
+    "torch.hub.load",
+    "torch.package.PackageImporter",
+    "pandas.read_pickle",
+    "pandas.DataFrame.to_pickle",
+}
+RUNS_ITS_ARGUMENT |= {f"yaml.{name}" for name in ("load", "load_all", "full_load", "unsafe_load", "unsafe_load_all")}
+MAY_PICKLE = {"numpy.load", "numpy.save", "numpy.savez", "numpy.lib.format.read_array"}  # unless they are told not to
+
+
+def dangers(source: str) -> Iterator[str]:
+    """What in a module could run code that comes with its data: imports and uses, whatever they are called there."""
+    tree = ast.parse(source)
+    known: dict[str, str] = {}  # name here -> full name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.partition(".")[0]
+                known[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    yield from (name for name in known.values() if name.partition(".")[0] in RUNS_ITS_INPUT)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and (name := full_name(node, known)) in RUNS_ITS_ARGUMENT:
+            yield name
+        elif isinstance(node, ast.Call) and (name := full_name(node.func, known)) in MAY_PICKLE:
+            told = [each.value for each in node.keywords if each.arg == "allow_pickle"]
+            if not (told and isinstance(told[0], ast.Constant) and told[0].value is False):
+                yield name
+
+
+def full_name(node: ast.expr, known: dict[str, str]) -> str:
+    """`numpy.load` of `np.load`; "" for what is no dotted name."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, node.id)
+    if isinstance(node, ast.Attribute):
+        before = full_name(node.value, known)
+        return f"{before}.{node.attr}" if before else ""
+    return ""
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_pickle_of_anything(path: Path) -> None:
+    assert not list(dangers(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "import os, cloudpickle as fine",
+        "from dill import loads",
+        "def f():\n    from marshal import loads as read",
+        "import joblib.numpy_pickle",
+        "import shelve",
+        "import torch\ntorch.load(path)",
+        "import torch as t\nread = t.load",
+        "from torch import load as read\nread(path)",
+        "from torch import jit\njit.load(path)",
+        "import torch\ntorch.save({}, path)",
+        "import numpy as np\nnp.load(path, allow_pickle=True)",
+        "from numpy import load\nload(path)",
+        "import numpy\nnumpy.load(path, allow_pickle=flag)",
+        "import yaml\nyaml.load(text, yaml.Loader)",
+        "eval(text)",
+        "list(map(eval, texts))",
+        "exec(text)",
+        "__import__(name)",
+    ],
+)
+def test_the_check_sees_what_runs_its_input(source: str) -> None:
+    assert list(dangers(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import numpy as np\nnp.load(path, allow_pickle=False)",
+        "model.eval()",
+        "import re\nre.compile(text)",
+        "import torch\ntorch.compile(model)",
+        "import json\njson.load(file)",
+        "from .pickle import cucumber",
+    ],
+)
+def test_the_check_lets_pass_what_does_not(source: str) -> None:
+    assert not list(dangers(source))

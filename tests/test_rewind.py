@@ -17,7 +17,7 @@ from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
 from thinpipe.protocol.messages import Greeting, Limits, decode_frame
 from thinpipe.protocol.messages import encode_frame as encode
-from thinpipe.protocol.rewind import Dismiss, Phase, Rewind, Send, Start, Stop
+from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Dismiss, Phase, Rewind, Send, Start, Stop
 
 LIMITS = Limits(message_bytes=1)
 
@@ -351,6 +351,19 @@ def test_a_start_that_was_never_offered_is_refused():
     machine.stopped({5})
     with pytest.raises(RemoteProtocolError, match="a start after 4 steps, which stage 1 never offered"):
         machine.receive("above", Commit(epoch=1, completed_steps=4, incarnations=(1, 2)))
+
+
+@pytest.mark.parametrize("epoch", [EPOCHS_AHEAD_MAX + 2, 2**48 - 1])
+def test_a_start_of_an_epoch_out_of_reach_is_refused(epoch):
+    """It would be taken, and no offer that this stage makes afterwards."""
+    machine = Rewind(identity(1, 2, 2), joining=True)
+    machine.meet("above", Rewind(identity(0, 2, 1), joining=False).greeting())
+    machine.stopped({5})
+    with pytest.raises(RemoteProtocolError, match=f"a start of epoch {epoch}, this run is in 0"):
+        machine.receive("above", Commit(epoch=epoch, completed_steps=5, incarnations=(1, 2)))
+    assert machine.epoch == 0
+    machine.receive("above", Commit(epoch=EPOCHS_AHEAD_MAX + 1, completed_steps=5, incarnations=(1, 2)))
+    assert machine.epoch == EPOCHS_AHEAD_MAX + 1
 
 
 @given(st.sampled_from(["halt", "alive"]), st.integers(0, 3))

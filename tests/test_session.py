@@ -534,6 +534,23 @@ def test_another_process_may_take_the_place_of_one_of_which_nothing_was_used(sen
     assert received(lower, stamped(true_neighbour, message(1))) == [message(1)]
 
 
+@pytest.mark.parametrize("sent", ["here", "there"])
+def test_another_process_that_is_refused_takes_nobodys_place(sent: str) -> None:
+    """One that knows how to greet, but asks for chunks that it can never have got."""
+    upper, lower = pair()
+    frames = stamped(upper, message(0))
+    received(lower, frames[:1]) if sent == "there" else stamped(lower, message(0))
+    lower.disconnect()
+    lower.connect()
+    before = transfer_state(lower)
+    stranger = replace(decode_frame(upper.greeting(), LIMITS), incarnation=0xBEEF, next_sequence=1)
+    assert fault_of(lower, encode_frame(stranger)).fault is Fault.RESUME
+    assert transfer_state(lower) == before
+    _, there = greet(upper, lower)
+    assert there.resumed
+    assert received(lower, upper.kept_frames() if sent == "there" else frames) == [message(0)]
+
+
 def test_a_restart_before_anything_moved_is_a_fresh_start() -> None:
     upper, lower = session(1, 2), session(2, 1, 3 * BUFFER_BYTES)
     here, there = greet(upper, lower)

@@ -1,0 +1,220 @@
+"""Targets for what messages carry: tensors, and changes of dictionaries.
+
+A message is read as a stage reads it, through reassembly and the boundary's ports, of which some hold a table; a
+change by a mirror that is empty or has its snapshot.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+import numpy as np
+import torch
+from thinpipe.compress.boundary import LearnedTable
+from thinpipe.compress.registry import parse_format
+from thinpipe.node.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
+from thinpipe.protocol.assembly import Assembly
+from thinpipe.protocol.dictionary import DictionarySpec, Mirror, Publisher, decode_delta, encode_delta
+from thinpipe.protocol.errors import Fault, RemoteProtocolError
+from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX, Chunk, Kind, Message, decode_frame, encode_frame, split
+
+from . import mutators
+from .judge import Ends, Finding, Target, check_refusal
+from .wire import INPUT_BYTES_MAX, READING_BYTES
+
+# -- tensors ----------------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+MICROBATCH, LENGTH, WIDTH, VOCABULARY = 2, 7, 10, 500  # 140 values: two blocks, the second one short
+
+
+@dataclass(slots=True, eq=False)
+class Ports:
+    """Both halves of one boundary, as both ends hold them after the first step."""
+
+    shape: BoundaryShape
+    down: DownstreamPort
+    up: UpstreamPort
+    seeds: list[bytes]
+
+    def read(self, message: Message) -> None:
+        """As a stage does. Raises RemoteProtocolError."""
+        shape, table = self.shape.z_shape, self.shape.table
+        if message.kind is Kind.PROJECTOR_GRADIENT:
+            if self.down.table is None or table is None:
+                raise RemoteProtocolError(Fault.UNEXPECTED, "no table is here")
+            tensor, shape = self.down.table.unpack_gradient(message), (table.entries, table.width)
+        elif message.kind in (Kind.ACTIVATION, Kind.EVALUATION):
+            try:
+                ids, received = self.up.unpack_activation(message)
+            finally:
+                if self.up.table and self.up.table._mirror.version != self.up.table._latest[0].version:
+                    self.up.table.forget()
+            tensor = received.z_BTW
+            if ids.min() < 0 or ids.max() >= VOCABULARY:
+                raise Finding(f"token ids are {ids}")
+        else:
+            tensor = self.down.unpack_gradient(message)
+        if tensor.shape != shape or not tensor.isfinite().all():
+            raise Finding(f"a tensor of {tuple(tensor.shape)} came through: {tensor}")
+
+
+def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = torch.float32) -> Ports:
+    draw = torch.Generator().manual_seed(7)
+    shape = BoundaryShape(
+        boundary=0,
+        seed=1,
+        microbatch_size=MICROBATCH,
+        sequence_length=LENGTH,
+        wire_width=WIDTH,
+        vocab_size=VOCABULARY,
+        forward=parse_format(spec),
+        backward=parse_format(spec),
+        table=table,
+        dtype=dtype,
+    )
+    down, up = DownstreamPort(shape, dtype=dtype, device=CPU), UpstreamPort(shape, dtype=dtype, device=CPU)
+    z, ids = torch.randn(shape.z_shape, generator=draw, dtype=dtype), np.arange(MICROBATCH * (LENGTH + 1))
+    said = [up.pack_gradient(z, 1, 0, 3.5)]
+    if table is None or down.table is None or up.table is None:
+        said += [down.pack_activation(Encoded(z_BTW=z), ids, 1, 0, kind) for kind in (Kind.ACTIVATION, Kind.EVALUATION)]
+    else:
+        for step in range(2):  # the snapshot, which both ends then hold, and the change that comes next
+            master = torch.randn((table.entries, table.width), generator=draw, dtype=dtype)
+            delta, _ = down.table.publish(master, step) or (b"", None)
+            out = Encoded(z_BTW=z, coded_with=down.table.coded_with, delta=delta)
+            message = down.pack_activation(out, ids, step, 0, Kind.ACTIVATION)
+            if step == 0:
+                up.unpack_activation(message)
+                up.table._origin = up.table._latest[-1]
+                rests = replace(out, delta=b"")
+                said.append(down.pack_activation(rests, ids, 0, 1, Kind.EVALUATION))
+            else:
+                said.append(message)
+        said.append(up.table.pack_gradient(torch.ones(table.entries, table.width, dtype=dtype), 1))
+    wholes = [
+        Chunk(sequence=0, epoch=3, head=head, data=data) for message in said for head, data in split(message, 2**16)
+    ]
+    return Ports(shape, down, up, [encode_frame(whole) for whole in wholes])
+
+
+def _table(delta: str, gradient: str) -> LearnedTable:
+    return LearnedTable(name="projector", entries=9, width=5, delta=delta, gradient=gradient, every=1)
+
+
+PORTS = [
+    *(_ports(spec) for spec in ("fp32", "bf16", "int8", "int4", "int3")),
+    _ports("fp64", dtype=torch.float64),
+    _ports("int8", _table("int8", "bf16")),
+    _ports("bf16", _table("int4", "int4"), torch.float64),
+]
+TENSOR_BYTES_MAX = max(ports.shape.limits.message_bytes for ports in PORTS)
+
+
+def tensors(data: bytes) -> Ends:
+    """One frame with a whole message, through reassembly to the tensor; the first byte chooses the boundary."""
+    ports = PORTS[data[0] % len(PORTS) if data else 0]
+    try:
+        frame = decode_frame(data[1:], ports.shape.limits)
+        message = Assembly().add(frame) if isinstance(frame, Chunk) else None
+        if message is None:
+            return Ends(0, 0)
+        ports.read(message)
+    except RemoteProtocolError as error:
+        check_refusal(error)
+        return Ends(0, 1)
+    return Ends(1, 0)
+
+
+# -- dictionaries -----------------------------------------------------------------------------------------------------
+
+EPOCH = 3
+
+
+def _books() -> list[tuple[DictionarySpec, dict[str, Any], list[bytes]]]:
+    """For each spec a mirror's state, empty and after its snapshot, and changes that follow it."""
+    books = []
+    for encoding, dtype, entries in (
+        ("int8", "float32", 300),
+        ("int4", "float32", 9),
+        ("bf16", "float32", 9),
+        ("fp32", "float64", 9),
+        ("fp64", "float64", 1),
+    ):
+        spec = DictionarySpec("projector", entries, 3, dtype, encoding)  # pyright: ignore
+        draw = np.random.default_rng(1)
+        publisher, mirror = Publisher(spec, EPOCH), Mirror(spec, EPOCH)
+        empty = mirror.state()
+        tables = [draw.standard_normal((entries, 3)).astype(dtype) for _ in range(3)]
+        snapshot = publisher.publish(tables[0], step=0, microbatch=0)
+        some = np.arange(0, entries, 2)
+        books.append((spec, empty, [encode_delta(snapshot)]))
+        mirror.apply(snapshot)
+        held = publisher.state()
+        whole = encode_delta(publisher.publish(tables[1], step=1, microbatch=0))
+        publisher.load_state(held)
+        part = encode_delta(publisher.publish(tables[2], step=1, microbatch=2, entries=some))
+        books.append((spec, mirror.state(), [whole, part]))
+    return books
+
+
+BOOKS = _books()
+
+
+def _book(data: bytes) -> tuple[DictionarySpec, Mirror]:
+    spec, state, _ = BOOKS[data[0] % len(BOOKS) if data else 0]
+    mirror = Mirror(spec, EPOCH)
+    mirror.load_state(state)
+    return spec, mirror
+
+
+def deltas(data: bytes) -> Ends:
+    """A change of a dictionary; the first byte chooses which one, and whether there is a snapshot already."""
+    spec, mirror = _book(data)
+    version, digest, table = mirror.version, mirror.digest, mirror._table
+    try:
+        delta = decode_delta(data[1:], spec)
+        after = mirror.apply(delta)
+    except RemoteProtocolError as error:
+        check_refusal(error)
+        if mirror.version != version or mirror.digest != digest or mirror._table is not table:
+            raise Finding(f"'{error}' changed the mirror") from error
+        return Ends(0, 1)
+    ends = (EPOCH + 1, STEP_MAX, MICROBATCH_MAX, MICROBATCH_MAX)
+    if delta.previous != version or any(number >= end for number, end in zip(delta.version, ends, strict=True)):
+        raise Finding(f"a change of {delta.previous} to {delta.version} was applied to {version}")
+    if after.shape != (spec.entries, spec.width) or not np.isfinite(after).all() or after.flags.writeable:
+        raise Finding(f"a table of {after.shape} came of it")
+    fresh = Mirror(spec, EPOCH)
+    fresh.load_state(mirror.state())  # what a checkpoint would hold of it can be read
+    return Ends(1, 0)
+
+
+def _mutated_delta(data: bytes, draw: Random) -> bytes:
+    first = data[:1] if data and draw.random() < 0.95 else bytes([draw.randrange(256)])
+    return first + mutators.delta(data[1:], draw, lambda: _book(first))
+
+
+TABLE_BYTES_MAX = max(spec.entries * spec.width * np.dtype(spec.dtype).itemsize for spec, _, _ in BOOKS)
+
+PAYLOADS = [
+    Target(
+        name="tensors",
+        run=tensors,
+        mutate=mutators.choosing(mutators.frame),
+        seeds=[bytes([nth]) + raw for nth, ports in enumerate(PORTS) for raw in ports.seeds],
+        # A tensor's bytes, the codes and the values made of them, eight bytes each: a few times the largest message.
+        peak_bytes=READING_BYTES + 16 * TENSOR_BYTES_MAX + 2 * INPUT_BYTES_MAX,
+        input_bytes_max=INPUT_BYTES_MAX,
+    ),
+    Target(
+        name="deltas",
+        run=deltas,
+        mutate=_mutated_delta,
+        seeds=[bytes([nth]) + raw for nth, (_, _, raws) in enumerate(BOOKS) for raw in raws],
+        peak_bytes=READING_BYTES + 12 * TABLE_BYTES_MAX + 2 * INPUT_BYTES_MAX,
+        input_bytes_max=INPUT_BYTES_MAX,
+    ),
+]

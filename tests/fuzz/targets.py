@@ -1,0 +1,10 @@
+"""All targets by name."""
+
+from __future__ import annotations
+
+from .disk import DISK
+from .judge import Target
+from .payloads import PAYLOADS
+from .wire import WIRE
+
+TARGETS: dict[str, Target] = {target.name: target for target in [*WIRE, *PAYLOADS, *DISK]}

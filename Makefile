@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-long lint proto bench clean
+.PHONY: setup train test test-long test-schedules lint proto bench clean
 
 setup: $(STAMP)
 
@@ -28,6 +28,10 @@ test: lint
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
 
+# Hundreds of random losses, cuts, pauses, damaged and full disks over a small swarm in memory.
+test-schedules: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests/test_losses.py
+
 # The stubs are committed, so only someone who changes stage.proto needs this.
 proto: $(STAMP)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. protocol/stage.proto
@@ -40,3 +44,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/efficiency.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/memory.py
+
+# Hostile input, guided by coverage: FUZZ_RUNS inputs for each target, half an hour. FUZZ_TARGETS=frames: only that one.
+FUZZ_RUNS ?= 1000000
+
+.PHONY: fuzz
+fuzz: $(STAMP)
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
+	$(BIN)/python -m tests.fuzz --runs $(FUZZ_RUNS) $(FUZZ_TARGETS)

@@ -19,11 +19,9 @@ torch is imported where tensors are, because `thinpipe checkpoint ls` need not w
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +29,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
+from .durable import another_writes, make, remove, sync_directory, temporary_name
 from .manifest import (
     MANIFEST,
     NOTES,
@@ -97,15 +96,7 @@ class CheckpointStore:
         that is not of this run and stage; the tensors are not read."""
         path = self.path(completed)
         manifest = read_manifest(path)
-        ours = {"run": self.fingerprint.run, "stages": self.fingerprint.stages, "stage": self.stage}
-        if self.fingerprint.configuration is not None:
-            ours["configuration"] = self.fingerprint.configuration
-        for name, wanted in ours.items():
-            if (found := getattr(manifest, name)) != wanted:
-                raise ForeignCheckpoint(
-                    f"{path} is of another run: its {name} is {found!a}, here {wanted!a}; start with the run.toml that "
-                    "it was written with, or choose another checkpoint.directory"
-                )
+        self.check_kinship(manifest, str(path))
         remedy = "delete it, an older one is used"
         if manifest.completed != completed:
             raise CheckpointError(f"{path} is after {manifest.completed} steps and not {completed}; {remedy}")
@@ -117,6 +108,18 @@ class CheckpointStore:
             wanted = f"{manifest.file_bytes} bytes were written"
             raise CheckpointError(f"{path / STATE} is damaged: it has {size} bytes, {wanted}; {remedy}")
         return manifest
+
+    def check_kinship(self, manifest: Manifest, where: str) -> None:
+        """Raises ForeignCheckpoint unless it is of this run and stage."""
+        ours = {"run": self.fingerprint.run, "stages": self.fingerprint.stages, "stage": self.stage}
+        if self.fingerprint.configuration is not None:
+            ours["configuration"] = self.fingerprint.configuration
+        for name, wanted in ours.items():
+            if (found := getattr(manifest, name)) != wanted:
+                raise ForeignCheckpoint(
+                    f"{where} is of another run: its {name} is {found!a}, here {wanted!a}; start with the run.toml "
+                    "that it was written with, or choose another checkpoint.directory"
+                )
 
     def verify(self, completed: int) -> Manifest:
         """Read all of it and compare the digests. Raises CheckpointError, as `manifest` does."""
@@ -179,16 +182,39 @@ class CheckpointStore:
         for people. Raises CheckpointError for a full or unwritable disk and leaves all others as they were, and
         ForeignCheckpoint rather than replace another run's.
         """
-        completed = snapshot.completed
+        manifest = self._place(snapshot.completed, lambda to: self._fill(to, snapshot, epoch, written_s))
+        return manifest.file_bytes
+
+    def adopt(self, manifest: Manifest, state: Path) -> None:
+        """Take in a checkpoint that came from elsewhere: `state`, a file on the same disk, is moved here if it is what
+        the manifest says. Raises CheckpointError, as `write` does."""
+        self.check_kinship(manifest, "the copy")
+        try:
+            with state.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise CheckpointError(f"cannot read {state}: {error.strerror}") from None
+        if found != manifest.file_sha256:
+            raise CheckpointError(f"the copy after {manifest.completed} steps is damaged: its digest is another one")
+
+        def fill(to: Path) -> Manifest:
+            os.rename(state, to / STATE)
+            return _finish(to, manifest)
+
+        self._place(manifest.completed, fill)
+
+    def _place(self, completed: int, fill: Callable[[Path], Manifest]) -> Manifest:
+        """Have a directory filled aside, and give it its name."""
         final = self.path(completed)
         self._refuse_foreign(completed)
         try:
-            _make(self.directory)
+            make(self.directory)
             self._sweep()
-            temporary = self.directory / f".tmp-{final.name}-{os.getpid()}"
+            temporary = self.directory / temporary_name(final.name)
             try:
                 os.mkdir(temporary)
-                size = self._fill(temporary, snapshot, epoch=epoch, written_s=written_s)
+                manifest = fill(temporary)
                 self._publish(temporary, final)
             except BaseException:
                 with suppress(OSError):
@@ -201,7 +227,7 @@ class CheckpointStore:
                 f"cannot write the checkpoint {final}: {cause}; the earlier ones are as they were: "
                 "make room there, or set checkpoint.directory"
             ) from None
-        return size
+        return manifest
 
     def _refuse_foreign(self, completed: int) -> None:
         try:
@@ -211,7 +237,7 @@ class CheckpointStore:
         except CheckpointError:
             return  # nothing there, or damaged: to be replaced
 
-    def _fill(self, temporary: Path, snapshot: StageSnapshot, *, epoch: int, written_s: float) -> int:
+    def _fill(self, temporary: Path, snapshot: StageSnapshot, epoch: int, written_s: float) -> Manifest:
         from safetensors.torch import save_file
         from torch import __version__ as torch_version
 
@@ -220,7 +246,6 @@ class CheckpointStore:
         with path.open("rb") as file:  # once, and of what is there: the library has told nobody what it wrote
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             os.fsync(file.fileno())
-        size = path.stat().st_size
         manifest = seal(
             {
                 "format": 1,
@@ -232,37 +257,32 @@ class CheckpointStore:
                 "completed": snapshot.completed,
                 "epoch": epoch,
                 "dictionaries": snapshot.dictionaries,
-                "file_bytes": size,
+                "file_bytes": path.stat().st_size,
                 "file_sha256": digest,
                 "torch": str(torch_version),
                 "written_s": int(written_s),
             }
         )
-        with (temporary / MANIFEST).open("wb") as file:
-            file.write(manifest.rendered())
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_directory(temporary)
-        return size
+        return _finish(temporary, manifest)
 
     def _publish(self, temporary: Path, final: Path) -> None:
         replaced = self.directory / f".old-{final.name}"
         if final.exists():  # a directory that is not empty cannot be renamed over
             os.rename(final, replaced)
         os.rename(temporary, final)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
         if replaced.exists():
-            _remove(replaced)
+            remove(replaced)
 
     def _sweep(self) -> None:
         """Put away what a broken-off write left: unfinished ones go, one that was about to be replaced comes back."""
         for left in sorted(self.directory.glob(".tmp-*")):
-            if _another_writes(left):
+            if another_writes(left):
                 continue
-            _remove(left)
+            remove(left)
         for old in sorted(self.directory.glob(".old-*")):
             final = self.directory / old.name.removeprefix(".old-")
-            _remove(old) if final.exists() else os.rename(old, final)
+            remove(old) if final.exists() else os.rename(old, final)
 
     def _prune(self, completed: int) -> None:
         """Of what a rewind left behind later steps stay: they will be replaced, and must not push out earlier ones."""
@@ -278,48 +298,19 @@ class CheckpointStore:
                 pass  # damaged, and too old to be missed
             doomed = self.directory / f".tmp-{self.path(number).name}"
             os.rename(self.path(number), doomed)  # half of one must never be listed
-            _remove(doomed)
+            remove(doomed)
             self._verified.pop(number, None)
+
+
+def _finish(directory: Path, manifest: Manifest) -> Manifest:
+    """Put the manifest beside a state that is on the disk already."""
+    with (directory / MANIFEST).open("wb") as file:
+        file.write(manifest.rendered())
+        file.flush()
+        os.fsync(file.fileno())
+    sync_directory(directory)
+    return manifest
 
 
 def _stamp(found: os.stat_result) -> tuple[int, ...]:
     return (found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _remove(path: Path) -> None:
-    """Whatever it is that bears the name."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _another_writes(temporary: Path) -> bool:
-    """Whether another process, whose number the name ends in, may be at it still."""
-    named = re.fullmatch(r"\.tmp-step-[0-9]+-([0-9]+)", temporary.name)
-    if not named or int(named[1]) == os.getpid():
-        return False
-    try:
-        os.kill(int(named[1]), 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def _make(directory: Path) -> None:
-    """Create a directory and its parents, and have the disk know of each."""
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    for path in missing:
-        _sync_directory(path.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    """A rename or a new file is on the disk when its directory is."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems cannot, and need not
-            raise
-    finally:
-        os.close(descriptor)

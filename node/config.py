@@ -132,6 +132,9 @@ class CheckpointSection(Section):
         default=3, ge=3, description="newest ones that stay; fewer could leave stages without a common one"
     )
     directory: Path | None = Field(default=None, description="default: checkpoints in the run's directory")
+    copy_bytes_max: int = Field(
+        default=16 * 2**30, ge=0, description="the largest state of a neighbour of which a node keeps copies; 0: none"
+    )
 
     def path(self, out: Path) -> Path:
         """Where the checkpoints of a run are whose records are in `out`."""

@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..protocol.control import ControlFrame, Dismissed
+from ..protocol.control import PART_BYTES_MAX, ControlFrame, CopyFrame, CopyPart, Dismissed
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
 from ..protocol.rewind import ChooseEnd, Dismiss, Effect, EndAfter, Phase, Rewind, Send, Side, Start, Stop
 from ..sim.shaper import LinkProfile
+from .copies import Copies
 from .link import Read
 from .outgoing import Write
 
@@ -30,7 +31,7 @@ ALIVE_EVERY_S = 1.0
 HOLD_UP_S = 6.0
 Wanted = Stop | Start | Dismiss | ChooseEnd | EndAfter  # effects that are not this module's
 QUEUED_MAX = 64  # frames for one neighbour
-LIMITS = Limits(message_bytes=1, chunk_bytes=1)  # no tensor comes this way
+LIMITS = Limits(message_bytes=1, chunk_bytes=PART_BYTES_MAX)  # no tensor comes this way
 
 
 def silence_of(profile: LinkProfile, window_bytes: int) -> float:
@@ -53,6 +54,7 @@ class Control:
         sent: dict[Side, Counter[str]],
     ) -> None:
         self.machine = machine
+        self.copies: Copies | None = None
         self.meetings: Counter[Side] = Counter()  # how often each was met
         self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
         self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
@@ -66,11 +68,22 @@ class Control:
         for effect in effects:
             if not isinstance(effect, Send):
                 self._on_effect(effect)
-            elif effect.side in self._queues:
-                try:
-                    self._queues[effect.side].put_nowait(effect.frame)
-                except asyncio.QueueFull:  # it takes nothing: the next connection begins with what matters
-                    self._end(effect.side, f"{QUEUED_MAX} frames wait for the stage {effect.side}")
+            else:
+                self.tell(effect.side, effect.frame)
+
+    def tell(self, side: Side, frame: ControlFrame) -> None:
+        """Say it to who is connected on that side, if anybody is."""
+        if side not in self._queues:
+            return
+        try:
+            self._queues[side].put_nowait(frame)
+        except asyncio.QueueFull:  # it takes nothing: the next connection begins with what matters
+            self._end(side, ConnectionError(f"{QUEUED_MAX} frames wait for the stage {side}"))
+
+    def refuse(self, side: Side, error: RemoteProtocolError) -> None:
+        """What came from that side breaks a rule, as was found only after it had been taken: end the connection."""
+        if side in self._present:
+            self._end(side, error)
 
     @property
     def through(self) -> bool:
@@ -101,6 +114,8 @@ class Control:
         self.met[side].set()
         self.meetings[side] += 1
         self.act(effects)
+        if self.copies:
+            self.copies.met(side)
         try:
             if not speaks_first:
                 await self._write(side, write, mine)
@@ -108,21 +123,25 @@ class Control:
         finally:
             ended.cancel()
             if self._present.get(side) is ended:
-                del self._present[side], self._queues[side]
-                self.machine.part(side)
+                self._part(side)
 
     def _take_place(self, side: Side, peer: Greeting) -> None:
         """The process that is connected already dials again: its first connection must be half-dead."""
         self.machine.check(side, peer)
         if self.machine.peers[side] == peer.incarnation and side in self._present:
-            self._end(side, "the same process opened another connection")
+            self._end(side, ConnectionError("the same process opened another connection"))
 
-    def _end(self, side: Side, why: str) -> None:
-        present = self._present.pop(side)
-        del self._queues[side]
-        self.machine.part(side)
+    def _end(self, side: Side, why: Exception) -> None:
+        present = self._present[side]
+        self._part(side)
         if not present.done():
-            present.set_exception(ConnectionError(why))
+            present.set_exception(why)
+
+    def _part(self, side: Side) -> None:
+        del self._present[side], self._queues[side]
+        self.machine.part(side)
+        if self.copies:
+            self.copies.parted(side)
 
     async def _talk(self, side: Side, read: Read, write: Write, ended: asyncio.Future[None]) -> bool:
         tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read), self._say(side, write))]
@@ -139,7 +158,10 @@ class Control:
 
     async def _hear(self, side: Side, read: Read) -> None:
         while (frame := await self._read(read, self._silence_s, f"stage {side} was silent")) is not None:
-            self.act(self.machine.receive(side, frame))
+            if not isinstance(frame, CopyFrame):
+                self.act(self.machine.receive(side, frame))
+            elif self.copies:
+                self.copies.receive(side, frame)
 
     async def _say(self, side: Side, write: Write) -> None:
         queue = self._queues[side]
@@ -155,7 +177,8 @@ class Control:
     async def _write(self, side: Side, write: Write, frame: Frame) -> None:
         raw = encode_frame(frame)
         await write(raw)
-        self._sent[side]["control"] += framed_bytes(len(raw))
+        kind = "checkpoint_copy" if isinstance(frame, CopyPart) else "control"
+        self._sent[side][kind] += framed_bytes(len(raw))
 
     @staticmethod
     async def _read(read: Read, timeout_s: float, otherwise: str) -> Frame | None:

@@ -21,14 +21,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from ..protocol.control import PART_BYTES_MAX, CopyFrame, CopyPart
+from ..protocol.framing import framed_bytes
 from ..protocol.greeting import Identity
 from ..protocol.rewind import ChooseEnd, Dismiss, EndAfter, Phase, Rewind, Side, Start, Stop
 from ..protocol.session import LinkSession
-from ..sim.shaper import LinkProfile
+from ..sim.shaper import LinkProfile, Shaper
 from .checkpoint import CheckpointStore
 from .checkpoint_writer import CheckpointWriter
 from .config import RunConfig
 from .control import Control, Wanted, silence_of
+from .copies import Copies
 from .data import Corpus
 from .flow import Reporter, Worker
 from .link import Link
@@ -72,6 +75,11 @@ def make_link(
         tracer=tracer,
         sent=sent,
     )
+
+
+def part_bytes_for(profile: LinkProfile) -> int:
+    """Of a copy: a tensor that comes may have to wait for one, so about 2 ms of the link, and not too little."""
+    return max(16 * 1024, min(PART_BYTES_MAX, int((profile.rate_bits_per_s or 1e9) / 8 * 0.002)))
 
 
 class Lifecycle:
@@ -123,12 +131,28 @@ class Lifecycle:
             on_effect=self._effects.put_nowait,
             sent=self._sent,
         )
+        self._idle_wires = {side: Shaper(profile) for side in self._sent}  # between two epochs there are no links
+        if config.checkpoint.every and config.checkpoint.copy_bytes_max:
+            self.control.copies = Copies(
+                stage=identity.stage,
+                stages=identity.stages,
+                store=store,
+                bytes_max=config.checkpoint.copy_bytes_max,
+                part_bytes=part_bytes_for(profile),
+                say=self._say_of_copies,
+                refuse=self.control.refuse,
+                on_fault=on_fault,
+                on_copied=lambda completed, size: metrics.write("copy", completed=completed, bytes=size),
+            )
 
     async def run(self) -> None:
         """Returns when every stage is through."""
         self._loop = asyncio.get_running_loop()
         try:
             if self._joining:
+                if self.control.copies:
+                    await self.control.copies.fetch(self._known, patience_s=self.config.link.progress_timeout_s)
+                    self._known = await asyncio.to_thread(self._on_disk)
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
                 self._begin(Start(epoch=0, completed=0, members=()))
@@ -136,6 +160,8 @@ class Lifecycle:
                 pass
         finally:
             await self._break_off()
+            if self.control.copies:
+                await self.control.copies.close()
             await asyncio.to_thread(
                 self._writer.close
             )  # what was submitted is written; its records come before the end
@@ -314,6 +340,19 @@ class Lifecycle:
     def _written(self, completed: int, size: int, seconds: float) -> None:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
         self._in_loop(record)
+        if self.control.copies:
+            self._in_loop(self.control.copies.written)
+
+    async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
+        """A part takes the wire's time first, when nobody else wants it."""
+        if isinstance(frame, CopyPart):
+            nbytes = framed_bytes(len(frame.data))
+            link = self._node and (self._node.above if side == "above" else self._node.below)
+            if not (link and await link.lend(nbytes)):
+                loop = asyncio.get_running_loop()
+                passage = self._idle_wires[side].admit(nbytes, loop.time())
+                await asyncio.sleep(max(0.0, passage.depart_s - loop.time()))
+        self.control.tell(side, frame)
 
     def _unwritten(self, line: str) -> None:
         self._in_loop(partial(self._on_fault, "checkpoint", line))

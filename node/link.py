@@ -133,6 +133,14 @@ class Link:
         self._outgoing.push_credit()
         return message
 
+    async def lend(self, nbytes: int) -> bool:
+        """Take the link's time, when it has nothing else to do, for so many bytes that travel beside it. Returns when
+        they have left; False if the epoch is over before."""
+        while not self.over:
+            if await self._outgoing.lend(nbytes):
+                return True
+        return False
+
     async def probe(self, timeout_s: float) -> None:
         """Fill the capped link for a moment, so that its rate is known before it is trusted. Raises TimeoutError."""
         if self.profile.rate_bits_per_s is None:
@@ -182,6 +190,7 @@ class Link:
     def abandon(self) -> None:
         """The epoch is over, and this link with it."""
         self.over = True
+        self._outgoing.moved.set()
         if self._close_connection is not None:
             self._close_connection(EpochOver(f"{self.name}: the epoch is over"))
 

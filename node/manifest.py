@@ -21,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
 MANIFEST_BYTES_MAX = 64 * 1024  # what is written takes about 1.5 KB
+_LINE_CHARACTERS_MAX = 1500
+_FAULTS_LISTED_MAX = 100  # the list of all that is wrong with a file of this size would take a hundred times as much
 NOTES = (
     "completed counts finished steps and is the position in the data: training goes on with the batch of step number "
     "`completed`, counted from 0. No generator has a state: all random draws are functions of (seed, step, ...)."
@@ -31,7 +33,15 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or is damaged; one line with its path, what was found, and the remedy."""
+    """A checkpoint that cannot be written, or is damaged; one line with its path, what was found, and the remedy. What
+    it quotes of a file (a library's text does) is cut short, and cannot steer a terminal."""
+
+    def __init__(self, line: str) -> None:
+        if len(line) > _LINE_CHARACTERS_MAX:
+            line = f"{line[: _LINE_CHARACTERS_MAX - 200]}…{line[-200:]}"
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        super().__init__(line)
 
 
 class ForeignCheckpoint(CheckpointError):
@@ -100,21 +110,29 @@ def read_manifest(directory: Path) -> Manifest:
             raw = file.read(MANIFEST_BYTES_MAX + 1)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    return parse_manifest(raw, where=str(path), remedy=remedy)
+
+
+def parse_manifest(raw: bytes, *, where: str, remedy: str) -> Manifest:
+    """The manifest that these bytes are; `where` they come from and the `remedy` are for the error. Raises
+    CheckpointError unless it is whole and spelled as it was written."""
     if len(raw) > MANIFEST_BYTES_MAX:
-        raise CheckpointError(f"{path} is longer than the {MANIFEST_BYTES_MAX} bytes that one can have; {remedy}")
+        raise CheckpointError(f"{where} is longer than the {MANIFEST_BYTES_MAX} bytes that one can have; {remedy}")
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
+        if (count := error.error_count()) > _FAULTS_LISTED_MAX:
+            raise CheckpointError(f"{where} is damaged: it has {count} faults; {remedy}") from None
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(f"{part!a:.40}" for part in first["loc"]) or "it"
-        raise CheckpointError(f"{path} is damaged: {where}: {first['msg']!a:.200}; {remedy}") from None
+        field = ".".join(f"{part!a:.40}" for part in first["loc"]) or "it"
+        raise CheckpointError(f"{where} is damaged: {field}: {first['msg']!a:.200}; {remedy}") from None
     if manifest.rendered() != raw:
-        raise CheckpointError(f"{path} is damaged: it is not spelled as it was written; {remedy}")
+        raise CheckpointError(f"{where} is damaged: it is not spelled as it was written; {remedy}")
     content = hashlib.sha256(_render(manifest.model_dump(mode="json", exclude={"manifest_sha256"}))).hexdigest()
     if content != manifest.manifest_sha256:
         raise CheckpointError(
-            f"{path} is damaged: its content has the digest {content[:16]}…, it says {manifest.manifest_sha256[:16]}…; "
-            f"{remedy}"
+            f"{where} is damaged: its content has the digest {content[:16]}…, "
+            f"it says {manifest.manifest_sha256[:16]}…; {remedy}"
         )
     return manifest
 

@@ -225,6 +225,23 @@ class Outgoing:
         self._admit.set()
         self._deliver.set()
 
+    async def lend(self, nbytes: int) -> bool:
+        """If nothing here waits for the wire, take it for so many bytes that travel elsewhere, and return when they
+        have left; otherwise wait until something has moved. Whether they have left."""
+        if len(self.queue):
+            self.moved.clear()
+            await self.moved.wait()
+            return False
+        now = self._clock()
+        free_at = self.shaper.wire_free_at(now)
+        if free_at > now:
+            await self._sleep_until(free_at)
+            return False
+        passage = self.shaper.admit(nbytes, now)
+        self._measure(now, nbytes, passage.depart_s, tensor=True)
+        await self._sleep_until(passage.depart_s)
+        return True
+
     def _may_enter(self, entry: Queued[_Item] | None) -> bool:
         if entry is None or not isinstance(entry.item, _Part):
             return False
@@ -306,25 +323,26 @@ class Outgoing:
                 self.goodbye_sent = True
                 on_goodbye()
             self.sent.update(flight.rows)
-            self._measure(flight, now - self.profile.latency_s)
+            nbytes = framed_bytes(len(flight.frame))
+            self._measure(flight.enqueued_s, nbytes, now - self.profile.latency_s, tensor=flight.tensor)
             if flight.tensor:
                 started_s = flight.depart_s - self.profile.serialisation_s(framed_bytes(len(flight.frame)))
                 self._tracer.span("send", self._name, started_s, now)
             self.moved.set()
 
-    def _measure(self, flight: _InFlight, left_s: float) -> None:
+    def _measure(self, enqueued_s: float, nbytes: int, left_s: float, *, tensor: bool) -> None:
         """Count a frame at the time it really left, not at the ideal one: a cap that is missed must show.
 
         The queue was not empty since the last frame left if this one waited by then; otherwise a new stretch began when
         it was queued. A control frame alone is no stretch: nobody waited for bandwidth.
         """
-        waited = flight.enqueued_s <= self._last_left_s
-        if flight.tensor and not (self.meter.busy and waited):
+        waited = enqueued_s <= self._last_left_s
+        if tensor and not (self.meter.busy and waited):
             if self.meter.busy:
                 self.meter.end(self._last_left_s)
-            self.meter.begin(max(flight.enqueued_s, self._last_left_s))
-        if self.meter.busy and (flight.tensor or waited):
-            self.meter.delivered(framed_bytes(len(flight.frame)), left_s)
+            self.meter.begin(max(enqueued_s, self._last_left_s))
+        if self.meter.busy and (tensor or waited):
+            self.meter.delivered(nbytes, left_s)
             self._last_left_s = left_s
 
     async def _sleep_until(self, moment_s: float) -> None:

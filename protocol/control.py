@@ -1,7 +1,8 @@
 """What is said on the control stream beside greetings, as frozen dataclasses, and how it lies in a frame.
 
-`protocol.rewind` gives these sentences their meaning; `protocol.messages` wraps them into frames, with the same bounds
-for what may come: no frame names more than `LISTED_MAX` stages or steps, and no step or epoch is past `STEP_MAX`.
+`protocol.rewind` gives the first of these sentences their meaning, `protocol.copies` those on copies of checkpoints;
+`protocol.messages` wraps them into frames, with the same bounds for what may come: no frame names more than
+`LISTED_MAX` stages or steps or holds more than `PART_BYTES_MAX` of a file; no step, epoch or offset is past `STEP_MAX`.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 from . import stage_pb2 as pb
 from .errors import Fault, RemoteProtocolError
+from .header import check_text
 
 STEP_MAX = 2**48
 LISTED_MAX = 1024  # stages, or steps, that one frame names
+PART_BYTES_MAX = 64 * 1024  # of a manifest, or of a part of a state
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +75,61 @@ class LastStep:
     completed_steps: int
 
 
-ControlFrame = Alive | Halt | Offer | Commit | Finished | Dismissed | Drain | LastStep
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopiesHeld:
+    """Of the states of `stage` I have those after so many steps."""
+
+    stage: int
+    steps: tuple[int, ...]  # falling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyOffer:
+    """I would send you this state."""
+
+    stage: int
+    completed_steps: int
+    manifest: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyProgress:
+    """I have got so many bytes of it."""
+
+    stage: int
+    completed_steps: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPart:
+    """Here are more of its bytes."""
+
+    stage: int
+    completed_steps: int
+    offset: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyWanted:
+    """I take that stage's place and need this state back."""
+
+    stage: int
+    completed_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyDeclined:
+    """I do not take it, or cannot send it."""
+
+    stage: int
+    completed_steps: int
+    reason: str
+
+
+CopyFrame = CopiesHeld | CopyOffer | CopyProgress | CopyPart | CopyWanted | CopyDeclined
+ControlFrame = Alive | Halt | Offer | Commit | Finished | Dismissed | Drain | LastStep | CopyFrame
 
 CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
     "alive": (Alive, pb.Alive),
@@ -83,6 +140,12 @@ CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
     "dismissed": (Dismissed, pb.Dismissed),
     "drain": (Drain, pb.Drain),
     "last_step": (LastStep, pb.LastStep),
+    "copies_held": (CopiesHeld, pb.CopiesHeld),
+    "copy_offer": (CopyOffer, pb.CopyOffer),
+    "copy_progress": (CopyProgress, pb.CopyProgress),
+    "copy_part": (CopyPart, pb.CopyPart),
+    "copy_wanted": (CopyWanted, pb.CopyWanted),
+    "copy_declined": (CopyDeclined, pb.CopyDeclined),
 }
 _NAMES = {frame: name for name, (frame, _) in CONTROL.items()}
 
@@ -95,17 +158,29 @@ def control_to_pb(frame: ControlFrame) -> pb.Frame:
 
 
 def control_from_pb(name: str, body: Any) -> ControlFrame:
-    """Raises RemoteProtocolError for numbers that are out of bounds."""
-    values: dict[str, Any] = {}
-    for each in body.DESCRIPTOR.fields:
-        value = getattr(body, each.name)
-        values[each.name] = value if isinstance(value, int) else tuple(value)
-        numbers = (value,) if isinstance(value, int) else value
-        if len(numbers) > LISTED_MAX:
-            raise RemoteProtocolError(Fault.OVERSIZED, f"{len(numbers)} {each.name} in a frame, at most {LISTED_MAX}")
-        if each.name != "incarnations" and any(number >= STEP_MAX for number in numbers):
-            raise RemoteProtocolError(Fault.MALFORMED, f"{each.name} {max(numbers)} is out of range")
+    """Raises RemoteProtocolError for numbers, lists or bytes that are out of bounds."""
+    values = {field.name: _bounded(field.name, getattr(body, field.name)) for field in body.DESCRIPTOR.fields}
     steps = values.get("steps")
-    if steps is not None and (not steps or steps[-1] != 0 or any(a <= b for a, b in itertools.pairwise(steps))):
-        raise RemoteProtocolError(Fault.MALFORMED, f"steps offered are {steps[:8]}, not falling to 0")
+    if steps is not None:
+        ends_well = name == "copies_held" or (steps and steps[-1] == 0)
+        if not ends_well or any(a <= b for a, b in itertools.pairwise(steps)):
+            goal = "falling" if name == "copies_held" else "falling to 0"
+            raise RemoteProtocolError(Fault.MALFORMED, f"steps in a frame are {steps[:8]}, not {goal}")
     return CONTROL[name][0](**values)
+
+
+def _bounded(name: str, value: Any) -> Any:
+    """A field's value, lists as tuples."""
+    if isinstance(value, str):
+        check_text(name, value)
+        return value
+    if isinstance(value, bytes):
+        if len(value) > PART_BYTES_MAX:
+            raise RemoteProtocolError(Fault.OVERSIZED, f"{len(value)} bytes of {name}, at most {PART_BYTES_MAX}")
+        return value
+    numbers = (value,) if isinstance(value, int) else tuple(value)
+    if len(numbers) > LISTED_MAX:
+        raise RemoteProtocolError(Fault.OVERSIZED, f"{len(numbers)} {name} in a frame, at most {LISTED_MAX}")
+    if name != "incarnations" and any(number >= STEP_MAX for number in numbers):
+        raise RemoteProtocolError(Fault.MALFORMED, f"{name} {max(numbers)} is out of range")
+    return value if isinstance(value, int) else numbers

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protocol/stage.proto\x12\x0bthinpipe.v1\"\x95\x04\n\x05\x46rame\x12)\n\x08greeting\x18\x01 \x01(\x0b\x32\x15.thinpipe.v1.GreetingH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.thinpipe.v1.RefusalH\x00\x12#\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.thinpipe.v1.ChunkH\x00\x12%\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x13.thinpipe.v1.CreditH\x00\x12\'\n\x07goodbye\x18\x05 \x01(\x0b\x32\x14.thinpipe.v1.GoodbyeH\x00\x12#\n\x05\x61live\x18\x06 \x01(\x0b\x32\x12.thinpipe.v1.AliveH\x00\x12!\n\x04halt\x18\x07 \x01(\x0b\x32\x11.thinpipe.v1.HaltH\x00\x12#\n\x05offer\x18\x08 \x01(\x0b\x32\x12.thinpipe.v1.OfferH\x00\x12%\n\x06\x63ommit\x18\t \x01(\x0b\x32\x13.thinpipe.v1.CommitH\x00\x12)\n\x08\x66inished\x18\n \x01(\x0b\x32\x15.thinpipe.v1.FinishedH\x00\x12+\n\tdismissed\x18\x0b \x01(\x0b\x32\x16.thinpipe.v1.DismissedH\x00\x12#\n\x05\x64rain\x18\x0c \x01(\x0b\x32\x12.thinpipe.v1.DrainH\x00\x12*\n\tlast_step\x18\r \x01(\x0b\x32\x15.thinpipe.v1.LastStepH\x00\x42\x06\n\x04\x62ody\"\xe6\x01\n\x08Greeting\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rconfiguration\x18\x04 \x01(\t\x12\r\n\x05stage\x18\x05 \x01(\r\x12\x0e\n\x06stages\x18\x06 \x01(\r\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x15\n\rnext_sequence\x18\x08 \x01(\x04\x12\x15\n\rgranted_bytes\x18\t \x01(\x04\x12\x17\n\x0f\x63ompleted_steps\x18\n \x01(\x04\x12\x0f\n\x07joining\x18\x0b \x01(\r\"\'\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xb0\x01\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12&\n\x04head\x18\x03 \x01(\x0b\x32\x18.thinpipe.v1.MessageHead\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x15\n\rnext_sequence\x18\x06 \x01(\x04\x12\x15\n\rgranted_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x61\x63knowledge\x18\x08 \x01(\r\"\xbb\x01\n\x0bMessageHead\x12\x0c\n\x04kind\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x12\n\nmicrobatch\x18\x03 \x01(\r\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x14\n\x0c\x63odec_header\x18\x05 \x01(\x0c\x12\x17\n\x0ftoken_ids_bytes\x18\x06 \x01(\x04\x12\x12\n\nbody_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x64ictionary_bytes\x18\t \x01(\x04\x12\x10\n\x08loss_sum\x18\x08 \x01(\x01\"6\n\x06\x43redit\x12\x15\n\rnext_sequence\x18\x01 \x01(\x04\x12\x15\n\rgranted_bytes\x18\x02 \x01(\x04\"\t\n\x07Goodbye\"/\n\x05\x41live\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\"\x15\n\x04Halt\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\";\n\x05Offer\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cincarnations\x18\x02 \x03(\x06\x12\r\n\x05steps\x18\x03 \x03(\x04\"F\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\x12\x14\n\x0cincarnations\x18\x03 \x03(\x06\"\n\n\x08\x46inished\"\x0b\n\tDismissed\"\x07\n\x05\x44rain\"#\n\x08LastStep\x12\x17\n\x0f\x63ompleted_steps\x18\x01 \x01(\x04\x32r\n\x05Stage\x12\x32\n\x04Link\x12\x12.thinpipe.v1.Frame\x1a\x12.thinpipe.v1.Frame(\x01\x30\x01\x12\x35\n\x07\x43ontrol\x12\x12.thinpipe.v1.Frame\x1a\x12.thinpipe.v1.Frame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14protocol/stage.proto\x12\x0bthinpipe.v1\"\xb7\x06\n\x05\x46rame\x12)\n\x08greeting\x18\x01 \x01(\x0b\x32\x15.thinpipe.v1.GreetingH\x00\x12\'\n\x07refusal\x18\x02 \x01(\x0b\x32\x14.thinpipe.v1.RefusalH\x00\x12#\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.thinpipe.v1.ChunkH\x00\x12%\n\x06\x63redit\x18\x04 \x01(\x0b\x32\x13.thinpipe.v1.CreditH\x00\x12\'\n\x07goodbye\x18\x05 \x01(\x0b\x32\x14.thinpipe.v1.GoodbyeH\x00\x12#\n\x05\x61live\x18\x06 \x01(\x0b\x32\x12.thinpipe.v1.AliveH\x00\x12!\n\x04halt\x18\x07 \x01(\x0b\x32\x11.thinpipe.v1.HaltH\x00\x12#\n\x05offer\x18\x08 \x01(\x0b\x32\x12.thinpipe.v1.OfferH\x00\x12%\n\x06\x63ommit\x18\t \x01(\x0b\x32\x13.thinpipe.v1.CommitH\x00\x12)\n\x08\x66inished\x18\n \x01(\x0b\x32\x15.thinpipe.v1.FinishedH\x00\x12+\n\tdismissed\x18\x0b \x01(\x0b\x32\x16.thinpipe.v1.DismissedH\x00\x12#\n\x05\x64rain\x18\x0c \x01(\x0b\x32\x12.thinpipe.v1.DrainH\x00\x12*\n\tlast_step\x18\r \x01(\x0b\x32\x15.thinpipe.v1.LastStepH\x00\x12.\n\x0b\x63opies_held\x18\x0e \x01(\x0b\x32\x17.thinpipe.v1.CopiesHeldH\x00\x12,\n\ncopy_offer\x18\x0f \x01(\x0b\x32\x16.thinpipe.v1.CopyOfferH\x00\x12\x32\n\rcopy_progress\x18\x10 \x01(\x0b\x32\x19.thinpipe.v1.CopyProgressH\x00\x12*\n\tcopy_part\x18\x11 \x01(\x0b\x32\x15.thinpipe.v1.CopyPartH\x00\x12.\n\x0b\x63opy_wanted\x18\x12 \x01(\x0b\x32\x17.thinpipe.v1.CopyWantedH\x00\x12\x32\n\rcopy_declined\x18\x13 \x01(\x0b\x32\x19.thinpipe.v1.CopyDeclinedH\x00\x42\x06\n\x04\x62ody\"\xe6\x01\n\x08Greeting\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x15\n\rconfiguration\x18\x04 \x01(\t\x12\r\n\x05stage\x18\x05 \x01(\r\x12\x0e\n\x06stages\x18\x06 \x01(\r\x12\x13\n\x0bincarnation\x18\x07 \x01(\x04\x12\x15\n\rnext_sequence\x18\x08 \x01(\x04\x12\x15\n\rgranted_bytes\x18\t \x01(\x04\x12\x17\n\x0f\x63ompleted_steps\x18\n \x01(\x04\x12\x0f\n\x07joining\x18\x0b \x01(\r\"\'\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xb0\x01\n\x05\x43hunk\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12&\n\x04head\x18\x03 \x01(\x0b\x32\x18.thinpipe.v1.MessageHead\x12\r\n\x05\x63rc32\x18\x04 \x01(\x07\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x15\n\rnext_sequence\x18\x06 \x01(\x04\x12\x15\n\rgranted_bytes\x18\x07 \x01(\x04\x12\x13\n\x0b\x61\x63knowledge\x18\x08 \x01(\r\"\xbb\x01\n\x0bMessageHead\x12\x0c\n\x04kind\x18\x01 \x01(\r\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x12\n\nmicrobatch\x18\x03 \x01(\r\x12\r\n\x05\x63odec\x18\x04 \x01(\t\x12\x14\n\x0c\x63odec_header\x18\x05 \x01(\x0c\x12\x17\n\x0ftoken_ids_bytes\x18\x06 \x01(\x04\x12\x12\n\nbody_bytes\x18\x07 \x01(\x04\x12\x18\n\x10\x64ictionary_bytes\x18\t \x01(\x04\x12\x10\n\x08loss_sum\x18\x08 \x01(\x01\"6\n\x06\x43redit\x12\x15\n\rnext_sequence\x18\x01 \x01(\x04\x12\x15\n\rgranted_bytes\x18\x02 \x01(\x04\"\t\n\x07Goodbye\"/\n\x05\x41live\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\"\x15\n\x04Halt\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\";\n\x05Offer\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cincarnations\x18\x02 \x03(\x06\x12\r\n\x05steps\x18\x03 \x03(\x04\"F\n\x06\x43ommit\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\x12\x14\n\x0cincarnations\x18\x03 \x03(\x06\"\n\n\x08\x46inished\"\x0b\n\tDismissed\"\x07\n\x05\x44rain\"#\n\x08LastStep\x12\x17\n\x0f\x63ompleted_steps\x18\x01 \x01(\x04\"*\n\nCopiesHeld\x12\r\n\x05stage\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x03(\x04\"E\n\tCopyOffer\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\x12\x10\n\x08manifest\x18\x03 \x01(\x0c\"F\n\x0c\x43opyProgress\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"P\n\x08\x43opyPart\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"4\n\nCopyWanted\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\"F\n\x0c\x43opyDeclined\x12\r\n\x05stage\x18\x01 \x01(\r\x12\x17\n\x0f\x63ompleted_steps\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t2r\n\x05Stage\x12\x32\n\x04Link\x12\x12.thinpipe.v1.Frame\x1a\x12.thinpipe.v1.Frame(\x01\x30\x01\x12\x35\n\x07\x43ontrol\x12\x12.thinpipe.v1.Frame\x1a\x12.thinpipe.v1.Frame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,35 +32,47 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protocol.stage_pb2', _globa
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FRAME']._serialized_start=38
-  _globals['_FRAME']._serialized_end=571
-  _globals['_GREETING']._serialized_start=574
-  _globals['_GREETING']._serialized_end=804
-  _globals['_REFUSAL']._serialized_start=806
-  _globals['_REFUSAL']._serialized_end=845
-  _globals['_CHUNK']._serialized_start=848
-  _globals['_CHUNK']._serialized_end=1024
-  _globals['_MESSAGEHEAD']._serialized_start=1027
-  _globals['_MESSAGEHEAD']._serialized_end=1214
-  _globals['_CREDIT']._serialized_start=1216
-  _globals['_CREDIT']._serialized_end=1270
-  _globals['_GOODBYE']._serialized_start=1272
-  _globals['_GOODBYE']._serialized_end=1281
-  _globals['_ALIVE']._serialized_start=1283
-  _globals['_ALIVE']._serialized_end=1330
-  _globals['_HALT']._serialized_start=1332
-  _globals['_HALT']._serialized_end=1353
-  _globals['_OFFER']._serialized_start=1355
-  _globals['_OFFER']._serialized_end=1414
-  _globals['_COMMIT']._serialized_start=1416
-  _globals['_COMMIT']._serialized_end=1486
-  _globals['_FINISHED']._serialized_start=1488
-  _globals['_FINISHED']._serialized_end=1498
-  _globals['_DISMISSED']._serialized_start=1500
-  _globals['_DISMISSED']._serialized_end=1511
-  _globals['_DRAIN']._serialized_start=1513
-  _globals['_DRAIN']._serialized_end=1520
-  _globals['_LASTSTEP']._serialized_start=1522
-  _globals['_LASTSTEP']._serialized_end=1557
-  _globals['_STAGE']._serialized_start=1559
-  _globals['_STAGE']._serialized_end=1673
+  _globals['_FRAME']._serialized_end=861
+  _globals['_GREETING']._serialized_start=864
+  _globals['_GREETING']._serialized_end=1094
+  _globals['_REFUSAL']._serialized_start=1096
+  _globals['_REFUSAL']._serialized_end=1135
+  _globals['_CHUNK']._serialized_start=1138
+  _globals['_CHUNK']._serialized_end=1314
+  _globals['_MESSAGEHEAD']._serialized_start=1317
+  _globals['_MESSAGEHEAD']._serialized_end=1504
+  _globals['_CREDIT']._serialized_start=1506
+  _globals['_CREDIT']._serialized_end=1560
+  _globals['_GOODBYE']._serialized_start=1562
+  _globals['_GOODBYE']._serialized_end=1571
+  _globals['_ALIVE']._serialized_start=1573
+  _globals['_ALIVE']._serialized_end=1620
+  _globals['_HALT']._serialized_start=1622
+  _globals['_HALT']._serialized_end=1643
+  _globals['_OFFER']._serialized_start=1645
+  _globals['_OFFER']._serialized_end=1704
+  _globals['_COMMIT']._serialized_start=1706
+  _globals['_COMMIT']._serialized_end=1776
+  _globals['_FINISHED']._serialized_start=1778
+  _globals['_FINISHED']._serialized_end=1788
+  _globals['_DISMISSED']._serialized_start=1790
+  _globals['_DISMISSED']._serialized_end=1801
+  _globals['_DRAIN']._serialized_start=1803
+  _globals['_DRAIN']._serialized_end=1810
+  _globals['_LASTSTEP']._serialized_start=1812
+  _globals['_LASTSTEP']._serialized_end=1847
+  _globals['_COPIESHELD']._serialized_start=1849
+  _globals['_COPIESHELD']._serialized_end=1891
+  _globals['_COPYOFFER']._serialized_start=1893
+  _globals['_COPYOFFER']._serialized_end=1962
+  _globals['_COPYPROGRESS']._serialized_start=1964
+  _globals['_COPYPROGRESS']._serialized_end=2034
+  _globals['_COPYPART']._serialized_start=2036
+  _globals['_COPYPART']._serialized_end=2116
+  _globals['_COPYWANTED']._serialized_start=2118
+  _globals['_COPYWANTED']._serialized_end=2170
+  _globals['_COPYDECLINED']._serialized_start=2172
+  _globals['_COPYDECLINED']._serialized_end=2242
+  _globals['_STAGE']._serialized_start=2244
+  _globals['_STAGE']._serialized_end=2358
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "alive", "halt", "offer", "commit", "finished", "dismissed", "drain", "last_step")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "alive", "halt", "offer", "commit", "finished", "dismissed", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -21,6 +21,12 @@ class Frame(_message.Message):
     DISMISSED_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    COPIES_HELD_FIELD_NUMBER: _ClassVar[int]
+    COPY_OFFER_FIELD_NUMBER: _ClassVar[int]
+    COPY_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    COPY_PART_FIELD_NUMBER: _ClassVar[int]
+    COPY_WANTED_FIELD_NUMBER: _ClassVar[int]
+    COPY_DECLINED_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     refusal: Refusal
     chunk: Chunk
@@ -34,7 +40,13 @@ class Frame(_message.Message):
     dismissed: Dismissed
     drain: Drain
     last_step: LastStep
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., halt: _Optional[_Union[Halt, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., dismissed: _Optional[_Union[Dismissed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ...) -> None: ...
+    copies_held: CopiesHeld
+    copy_offer: CopyOffer
+    copy_progress: CopyProgress
+    copy_part: CopyPart
+    copy_wanted: CopyWanted
+    copy_declined: CopyDeclined
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., halt: _Optional[_Union[Halt, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., dismissed: _Optional[_Union[Dismissed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
     __slots__ = ("protocol_version", "run_id", "epoch", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
@@ -175,3 +187,61 @@ class LastStep(_message.Message):
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     completed_steps: int
     def __init__(self, completed_steps: _Optional[int] = ...) -> None: ...
+
+class CopiesHeld(_message.Message):
+    __slots__ = ("stage", "steps")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, stage: _Optional[int] = ..., steps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CopyOffer(_message.Message):
+    __slots__ = ("stage", "completed_steps", "manifest")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MANIFEST_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    completed_steps: int
+    manifest: bytes
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., manifest: _Optional[bytes] = ...) -> None: ...
+
+class CopyProgress(_message.Message):
+    __slots__ = ("stage", "completed_steps", "offset")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    completed_steps: int
+    offset: int
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
+
+class CopyPart(_message.Message):
+    __slots__ = ("stage", "completed_steps", "offset", "data")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    completed_steps: int
+    offset: int
+    data: bytes
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class CopyWanted(_message.Message):
+    __slots__ = ("stage", "completed_steps")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    completed_steps: int
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ...) -> None: ...
+
+class CopyDeclined(_message.Message):
+    __slots__ = ("stage", "completed_steps", "reason")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    completed_steps: int
+    reason: str
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...

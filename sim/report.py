@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-OUTSIDE_RATIO = ("evaluation", "probe")
+OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -680,7 +680,7 @@ class Mortal:
         self.left = lives
         for call in self.CALLS:
             room, name = call.split(".")
-            monkeypatch.setattr(getattr(checkpoint_module, room), name, self._guard(getattr(sys.modules[room], name)))
+            monkeypatch.setattr(sys.modules[room], name, self._guard(getattr(sys.modules[room], name)))
         monkeypatch.setattr(safetensors.torch, "save_file", self._guard(safetensors.torch.save_file))
 
     def _guard(self, real: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,77 @@
+"""A file goes to a neighbour in parts, in whatever time the link has to spare, sans-IO: who may send what, and when.
+
+The receiver says how far it is (`CopyProgress`), the sender goes on from there, a few parts ahead of what was said. So
+a connection may break at any moment: at the next one the receiver names its offset again and nothing is sent twice. The
+stream beneath keeps the order, so a part that does not begin where the last one ended is a broken rule and no loss;
+what the bytes are worth is settled once, by the digest in the manifest.
+
+Why not as messages of the tensors' stream: those must arrive before training goes on, are kept until acknowledged, and
+end with their epoch. A copy may take many epochs, matters to nobody until a disk is lost, and can be read again.
+"""
+
+from __future__ import annotations
+
+from .errors import Fault, RemoteProtocolError
+
+PARTS_AHEAD = 4  # sent and not yet acknowledged: enough to use a link, little enough to hold up nobody
+
+
+class Sending:
+    """The sender's side of one file of `size` bytes."""
+
+    def __init__(self, *, size: int, part_bytes: int) -> None:
+        if size < 0 or part_bytes <= 0:
+            raise ValueError(f"a file of {size} bytes in parts of {part_bytes}")
+        self.size = size
+        self._part_bytes = part_bytes
+        self._sent: int | None = None  # None: the receiver has not said yet where it is
+        self._acknowledged = 0
+
+    @property
+    def done(self) -> bool:
+        """The receiver has all of it."""
+        return self._sent is not None and self._acknowledged == self.size
+
+    def next(self) -> tuple[int, int] | None:
+        """(offset, bytes) of the part that may leave now; None: wait for the receiver."""
+        if self._sent is None or self._sent == self.size:
+            return None
+        if self._sent - self._acknowledged >= PARTS_AHEAD * self._part_bytes:
+            return None
+        offset = self._sent
+        self._sent = min(self.size, offset + self._part_bytes)
+        return offset, self._sent - offset
+
+    def progress(self, offset: int) -> None:
+        """The receiver has so many bytes. The first one says where to begin. Raises RemoteProtocolError for more than
+        was sent and for less than it had."""
+        most = self.size if self._sent is None else self._sent
+        if not self._acknowledged <= offset <= most:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED, f"a copy is said to be at byte {offset}, not at {self._acknowledged} to {most}"
+            )
+        self._acknowledged = offset
+        if self._sent is None:
+            self._sent = offset
+
+
+class Receiving:
+    """The receiver's side: what it has of a file of `size` bytes."""
+
+    def __init__(self, *, size: int) -> None:
+        self.size = size
+        self.offset = 0
+
+    @property
+    def done(self) -> bool:
+        return self.offset == self.size
+
+    def part(self, offset: int, length: int) -> None:
+        """The next part came. Raises RemoteProtocolError unless it goes on where the last one ended, within the
+        file."""
+        if offset != self.offset or not 0 < length <= self.size - offset:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"bytes {offset} to {offset + length} of a copy of {self.size}, due from {self.offset}",
+            )
+        self.offset += length

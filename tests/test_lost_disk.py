@@ -1,0 +1,100 @@
+"""A machine is lost with its disk: the stage comes back elsewhere, from the copy that its neighbour kept."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.sim.report import read_records
+from thinpipe.sim.swarm import free_ports, node_environment
+
+from .conftest import TinyConfig
+from .in_memory import run_reference
+from .real_node import until
+
+STAGES = 3
+SETTINGS = {
+    "pipeline.stages": STAGES,
+    "run.steps": 80,
+    "checkpoint.every": 5,
+    "codec.codec": "mapl:r=8,anchors=full,every=2",
+    "codec.forward": "int4",
+    "codec.backward": "int4",
+    "link.link": "200mbit,2ms",
+}
+END_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def config(tiny: TinyConfig) -> RunConfig:
+    return tiny(SETTINGS)
+
+
+class Machines:
+    """One a stage: each node has a directory of its own, and nothing else is shared."""
+
+    def __init__(self, config: RunConfig, root: Path) -> None:
+        self.config, self.root = config, root
+        self.addresses = [f"127.0.0.1:{port}" for port in free_ports(STAGES)]
+        self.processes: list[subprocess.Popen[bytes] | None] = [None] * STAGES
+        (root / "run.toml").write_text(dump_config(config))
+
+    def directory(self, stage: int, name: str = "") -> Path:
+        return self.root / f"machine-{stage}{name}"
+
+    @contextmanager
+    def running(self, stage: int, *options: str, name: str = "") -> Iterator[subprocess.Popen[bytes]]:
+        out = self.directory(stage, name)
+        out.mkdir()
+        command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(self.root / "run.toml")]
+        command += ["--stage", str(stage), "--out", str(out), *options]
+        if stage:
+            command += ["--listen", self.addresses[stage]]
+        if stage < STAGES - 1:
+            command += ["--next", self.addresses[stage + 1]]
+        with (self.root / f"machine-{stage}{name}.log").open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=node_environment())
+            try:
+                yield process
+            finally:
+                process.kill()
+                process.wait()
+
+    def records(self, stage: int, event: str, name: str = "") -> list[dict[str, Any]]:
+        path = self.directory(stage, name) / f"stage-{stage}.jsonl"
+        return [record for record in read_records(path) if record["event"] == event] if path.exists() else []
+
+
+@pytest.mark.parametrize("lost", [1, 2])  # whose buddy is below, and above
+def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp_path: Path) -> None:
+    undisturbed = run_reference(config, tmp_path / "reference")
+    machines = Machines(config, tmp_path)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(machines.running(stage)) for stage in range(STAGES)]
+        until(lambda: len([each for each in machines.records(lost, "copy") if each["bytes"]]) >= 2, "two copies")
+        processes[lost].send_signal(signal.SIGKILL)
+        processes[lost].wait()
+        copied = machines.records(lost, "copy")[-1]["completed"]
+        shutil.rmtree(machines.directory(lost))
+        processes[lost] = stack.enter_context(machines.running(lost, "--resume", name=" again"))
+        for stage, process in enumerate(processes):
+            log = tmp_path / f"machine-{stage}{' again' if stage == lost else ''}.log"
+            assert process.wait(END_S) == 0, log.read_text()
+    names = ["" if stage != lost else " again" for stage in range(STAGES)]
+    ends = [machines.records(stage, "end", names[stage])[-1] for stage in range(STAGES)]
+    assert [end["state_sha256"] for end in ends] == undisturbed.state_sha256
+    rewinds = machines.records(lost, "rewind", " again")
+    assert rewinds[0]["source"] == "disk"
+    assert rewinds[0]["completed"] in (copied, copied - 5)
+    assert rewinds[0]["completed"] > 0
+    buddy = lost + 1 if lost < STAGES - 1 else lost - 1
+    links = machines.records(buddy, "end", names[buddy])[-1]["links"]
+    assert sum(link["sent_bytes"].get("checkpoint_copy", 0) for link in links) > 0  # what came back, at least

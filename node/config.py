@@ -121,7 +121,15 @@ class LinkSection(Section):
     connect_timeout_s: float = Field(
         default=120.0, gt=0, description="how long a node waits for a neighbour to be there"
     )
-    progress_timeout_s: float = Field(default=300.0, gt=0, description="how long a node waits for one message")
+    progress_timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="how long a node waits for one message while all stages are there; default: computed from bytes, "
+        "rate and what steps have taken",
+    )
+    replacement_timeout_s: float = Field(
+        default=1800.0, gt=0, description="how long a node holds its state and waits for a lost stage to come back"
+    )
 
 
 class CheckpointSection(Section):

@@ -4,9 +4,10 @@ One conversation a side runs while a connection stands; the rules are `protocol.
 apart from the tensors' stream, and it is never shaped: a frame of it is some sixty bytes, once a second and at a loss.
 
 Silence means something here, because each side says `Alive` every second: who says nothing for `silence_s` (computed
-from the link, `silence_of`) is taken for gone, its process being stopped, its machine off, or the path broken. That
-alone changes nothing, it may come back; but from then on another process may take its place. Why not gRPC's keep-alive:
-it is answered by the library's own threads while the node itself may hang, and its intervals are seconds at the least.
+from the link, `node.wiring.silence_of`) is taken for gone, its process being stopped, its machine off, or the path
+broken. That alone changes nothing, it may come back; but from then on another process may take its place. Why not
+gRPC's keep-alive: it is answered by the library's own threads while the node itself may hang, and its intervals are
+seconds at the least.
 """
 
 from __future__ import annotations
@@ -21,25 +22,14 @@ from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
 from ..protocol.rewind import ChooseEnd, Dismiss, Effect, EndAfter, Phase, Rewind, Send, Side, Start, Stop
-from ..sim.shaper import LinkProfile
 from .copies import Copies
 from .link import Read
 from .outgoing import Write
 
 ALIVE_EVERY_S = 1.0
-# What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.
-HOLD_UP_S = 6.0
 Wanted = Stop | Start | Dismiss | ChooseEnd | EndAfter  # effects that are not this module's
 QUEUED_MAX = 64  # frames for one neighbour
 LIMITS = Limits(message_bytes=1, chunk_bytes=PART_BYTES_MAX)  # no tensor comes this way
-
-
-def silence_of(profile: LinkProfile, window_bytes: int) -> float:
-    """Seconds after which a neighbour that says nothing is gone: what the link itself may hold a frame up (a full
-    window before it and the way there), two frames lost, and a busy machine."""
-    rate = profile.rate_bits_per_s
-    ahead_s = 0.0 if rate is None else 2 * window_bytes * 8 / rate
-    return ahead_s + 2 * (profile.latency_s + profile.jitter_s) + 2 * ALIVE_EVERY_S + HOLD_UP_S
 
 
 class Control:
@@ -55,6 +45,8 @@ class Control:
     ) -> None:
         self.machine = machine
         self.copies: Copies | None = None
+        self._missing_since: float | None = None
+        self._missing_last = float("-inf")
         self.meetings: Counter[Side] = Counter()  # how often each was met
         self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
         self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
@@ -70,6 +62,16 @@ class Control:
                 self._on_effect(effect)
             else:
                 self.tell(effect.side, effect.frame)
+
+    def missing_s(self) -> tuple[float, float]:
+        """For how long some stage has been missing (0: none is), and how long ago the last such time ended."""
+        now = asyncio.get_running_loop().time()
+        if not self.machine.missing:
+            self._missing_since = None
+        else:
+            self._missing_since = self._missing_since or now
+            self._missing_last = now
+        return now - (self._missing_since or now), now - self._missing_last
 
     def tell(self, side: Side, frame: ControlFrame) -> None:
         """Say it to who is connected on that side, if anybody is."""
@@ -140,6 +142,7 @@ class Control:
     def _part(self, side: Side) -> None:
         del self._present[side], self._queues[side]
         self.machine.part(side)
+        self.missing_s()
         if self.copies:
             self.copies.parted(side)
 
@@ -158,6 +161,7 @@ class Control:
 
     async def _hear(self, side: Side, read: Read) -> None:
         while (frame := await self._read(read, self._silence_s, f"stage {side} was silent")) is not None:
+            self.missing_s()
             if not isinstance(frame, CopyFrame):
                 self.act(self.machine.receive(side, frame))
             elif self.copies:
@@ -166,7 +170,7 @@ class Control:
     async def _say(self, side: Side, write: Write) -> None:
         queue = self._queues[side]
         while True:
-            frame: ControlFrame = self.machine.alive()
+            frame: ControlFrame = self.machine.alive(side)
             with suppress(TimeoutError):
                 async with asyncio.timeout(ALIVE_EVERY_S):
                     frame = await queue.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import grpc
@@ -41,18 +41,19 @@ class NeighbourMismatch(ValueError):
 
 
 async def dial(
-    address: str, link: Link, *, greeting_timeout_s: float, connect_timeout_s: float, report: Report
+    address: str, link: Link, *, greeting_timeout_s: float, patience_s: Callable[[], float], report: Report
 ) -> None:
     """Keep a stream to the neighbour below open until both sides said goodbye.
 
     Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
-    never agree (another run, configuration, stage), and TimeoutError after `connect_timeout_s` without a connection.
+    never agree (another run, configuration, stage), and TimeoutError after `patience_s()` without a connection.
     """
     loop = asyncio.get_running_loop()
     last_open_s = loop.time()
     pause_s = RETRY_FIRST_S
     while not link.finished:
         link.opened.clear()
+        connect_timeout_s = patience_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
         try:
             await _one_connection(address, link, remaining_s, greeting_timeout_s)
@@ -101,21 +102,21 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
 
 
 async def dial_control(
-    address: str, control: Control, *, greeting_timeout_s: float, connect_timeout_s: float, report: Report
+    address: str, control: Control, *, greeting_timeout_s: float, patience_s: Callable[[], float], report: Report
 ) -> None:
     """Keep the control stream to the neighbour below open until all stages are through.
 
     Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `connect_timeout_s` without a connection.
+    `patience_s()` without a connection.
     """
     loop = asyncio.get_running_loop()
     last_open_s, pause_s = loop.time(), RETRY_FIRST_S
     while True:
         before = control.meetings["below"]
+        # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
+        connect_timeout_s = LAST_WORD_S if control.through else patience_s()
+        remaining_s = last_open_s + connect_timeout_s - loop.time()
         try:
-            # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
-            patience_s = LAST_WORD_S if control.through else connect_timeout_s
-            remaining_s = last_open_s + patience_s - loop.time()
             if await _one_control(address, control, remaining_s, greeting_timeout_s):
                 return
         except _NotReached:

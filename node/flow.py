@@ -24,6 +24,7 @@ from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
 from .link import Link
 from .metrics import Stopwatch, Tracer
+from .patience import Patience
 from .ports import Received
 
 T = TypeVar("T")
@@ -134,23 +135,43 @@ class Intake:
             await self._queue.put(arrival)
             self.changed.set()
 
-    async def get(self, kind: Kind, step: int, microbatch: int, timeout_s: float) -> Arrival:
+    async def get(self, kind: Kind, step: int, microbatch: int, patience: Patience) -> Arrival:
         """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""
         what = f"the {kind.name.lower()} of step {step}, microbatch {microbatch}"
-        try:
-            async with asyncio.timeout(timeout_s):
-                while True:
-                    arrival = await self._queue.get()
-                    if arrival.generation != self.link.generation:
-                        continue  # from a process that is gone, and of which nothing was used
-                    got = arrival.message
-                    if (got.kind, got.step, got.microbatch) == (kind, step, microbatch):
-                        self.link.session.used = True
-                        return arrival
-                    came = f"{got.kind.name.lower()} of step {got.step}, microbatch {got.microbatch}"
-                    self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))
-        except TimeoutError:
-            raise TimeoutError(self.link.late(what, timeout_s)) from None
+        while True:
+            timeout_s = patience.timeout_s
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self._get(kind, step, microbatch, what)
+            except TimeoutError:
+                if not patience.again(timeout_s):
+                    raise TimeoutError(self.link.late(what, timeout_s)) from None
+
+    async def begins(self, step: int, goes_on: Callable[[], bool], patience: Patience) -> None:
+        """Wait until there is an arrival, or `goes_on` says no after `changed` was set. Raises TimeoutError."""
+        while True:
+            timeout_s = patience.timeout_s
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while self.empty and goes_on():
+                        self.changed.clear()
+                        await self.changed.wait()
+                return
+            except TimeoutError:
+                if not patience.again(timeout_s):
+                    raise TimeoutError(self.link.late(f"the beginning of step {step}", timeout_s)) from None
+
+    async def _get(self, kind: Kind, step: int, microbatch: int, what: str) -> Arrival:
+        while True:
+            arrival = await self._queue.get()
+            if arrival.generation != self.link.generation:
+                continue  # from a process that is gone, and of which nothing was used
+            got = arrival.message
+            if (got.kind, got.step, got.microbatch) == (kind, step, microbatch):
+                self.link.session.used = True
+                return arrival
+            came = f"{got.kind.name.lower()} of step {got.step}, microbatch {got.microbatch}"
+            self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))
 
     def reject(self, error: RemoteProtocolError) -> None:
         self._on_fault(error.fault, f"{self.link.name}: refused stage {self.link.session.peer_stage}: {error}")

@@ -229,11 +229,13 @@ async def _host(
         incarnation=secrets.randbits(63),
     )
     fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=config.pipeline.stages)
-    waits = {
-        "greeting_timeout_s": link.greeting_timeout_s,
-        "connect_timeout_s": link.connect_timeout_s,
-        "report": on_fault,
-    }
+
+    def patience_s() -> float:
+        """For the stage below: one that was there may have been lost, and somebody has to start it again."""
+        was_there = lifecycle.control.met["below"].is_set()
+        return max(link.connect_timeout_s, link.replacement_timeout_s) if was_there else link.connect_timeout_s
+
+    waits = {"greeting_timeout_s": link.greeting_timeout_s, "patience_s": patience_s, "report": on_fault}
     next_address = addresses.next or ""
     lifecycle = Lifecycle(
         config,

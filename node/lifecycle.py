@@ -21,65 +21,31 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..protocol.control import PART_BYTES_MAX, CopyFrame, CopyPart
+from ..protocol.control import CopyFrame, CopyPart
 from ..protocol.framing import framed_bytes
 from ..protocol.greeting import Identity
 from ..protocol.rewind import ChooseEnd, Dismiss, EndAfter, Phase, Rewind, Side, Start, Stop
-from ..protocol.session import LinkSession
 from ..sim.shaper import LinkProfile, Shaper
+from .account import Account
 from .checkpoint import CheckpointStore
 from .checkpoint_writer import CheckpointWriter
 from .config import RunConfig
-from .control import Control, Wanted, silence_of
+from .control import Control, Wanted
 from .copies import Copies
 from .data import Corpus
 from .flow import Reporter, Worker
 from .link import Link
 from .metrics import MetricsWriter, Tracer
-from .outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
+from .patience import Patience
 from .ports import BoundaryShape
 from .runtime import Node
 from .stage import Stage
 from .state import StageSnapshot
+from .wiring import make_link, part_bytes_for, silence_of, transfer_s
 
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
 Dial = Callable[[Link], Coroutine[Any, Any, None]]
-
-
-def make_link(
-    config: RunConfig,
-    identity: Identity,
-    peer: int,
-    shape: BoundaryShape,
-    tracer: Tracer,
-    *,
-    member: int | None = None,
-    sent: Counter[str] | None = None,
-) -> Link:
-    """This node's end of the boundary to stage `peer`, which has that shape, in the epoch of `identity`.
-
-    member: the only process that may be at the other end. sent: the account to go on with.
-    """
-    settings, limits = config.link, shape.limits
-    buffer_bytes = max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes))
-    return Link(
-        session=LinkSession(
-            identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member
-        ),
-        profile=LinkProfile.parse(settings.link),
-        chunk_bytes=settings.chunk_bytes,
-        send_buffer_bytes=settings.send_buffer_bytes,
-        uncapped_window_bytes=settings.uncapped_window_bytes,
-        seed=config.run.seed,
-        tracer=tracer,
-        sent=sent,
-    )
-
-
-def part_bytes_for(profile: LinkProfile) -> int:
-    """Of a copy: a tensor that comes may have to wait for one, so about 2 ms of the link, and not too little."""
-    return max(16 * 1024, min(PART_BYTES_MAX, int((profile.rate_bits_per_s or 1e9) / 8 * 0.002)))
 
 
 class Lifecycle:
@@ -115,11 +81,10 @@ class Lifecycle:
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
         self._node: Node | None = None
         self._training: asyncio.Task[None] | None = None
-        self._train_s = 0.0
+        self._account = Account()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = CheckpointWriter(store, on_written=self._written, on_error=self._unwritten)
         profile = LinkProfile.parse(config.link.link)
-        window = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (profile.rate_bits_per_s or 0) / 8 * 2 * profile.latency_s
         self._known = known = (
             store.newest_intact(IN_MEMORY + 1, report=partial(on_fault, "checkpoint")) if joining else []
         )
@@ -127,9 +92,15 @@ class Lifecycle:
         self.machine = Rewind(identity, joining=joining, epoch=epoch)
         self.control = Control(
             self.machine,
-            silence_s=silence_of(profile, int(window) + 2**18),
+            silence_s=silence_of(profile),
             on_effect=self._effects.put_nowait,
             sent=self._sent,
+        )
+        self._patience = Patience(
+            transfer_s=transfer_s(config, stage, profile),
+            fixed_s=config.link.progress_timeout_s,
+            replacement_s=config.link.replacement_timeout_s,
+            missing_s=self.control.missing_s,
         )
         self._idle_wires = {side: Shaper(profile) for side in self._sent}  # between two epochs there are no links
         if config.checkpoint.every and config.checkpoint.copy_bytes_max:
@@ -151,7 +122,7 @@ class Lifecycle:
         try:
             if self._joining:
                 if self.control.copies:
-                    await self.control.copies.fetch(self._known, patience_s=self.config.link.progress_timeout_s)
+                    await self.control.copies.fetch(self._known, patience_s=self.config.link.connect_timeout_s)
                     self._known = await asyncio.to_thread(self._on_disk)
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
@@ -172,7 +143,7 @@ class Lifecycle:
         waits: set[asyncio.Future[Any]] = {wanted}
         if self._training:
             waits.add(self._training)
-        timeout_s = None if self._training else self.config.link.progress_timeout_s
+        timeout_s = None if self._training else self.config.link.replacement_timeout_s
         done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             wanted.cancel()
@@ -232,7 +203,7 @@ class Lifecycle:
         return False
 
     async def _written_out(self) -> None:
-        await asyncio.to_thread(self._writer.flush, self.config.link.progress_timeout_s)
+        await asyncio.to_thread(self._writer.flush, self.config.link.replacement_timeout_s)
 
     def _late(self, timeout_s: float | None) -> str:
         missing = [f"{side} ({self._peer(side)})" for side, peer in self.machine.peers.items() if peer is None]
@@ -266,7 +237,8 @@ class Lifecycle:
             on_fault=self._on_fault,
             epoch=start.epoch,
             on_completed=self._completed,
-            train_s=self._train_s,
+            account=self._account,
+            patience=self._patience,
             last=self.machine.end,
         )
         self.link_above = above
@@ -290,15 +262,16 @@ class Lifecycle:
         self.link_above = None
         if node is None:
             return
-        self._train_s = node.train_s
         for link in (node.above, node.below):
             if link:
                 link.abandon()
+                self._account.close(link)
         if training:
             training.cancel()
             await asyncio.gather(training, return_exceptions=True)
         node.close()
         await asyncio.to_thread(node.join)
+        self._account.watch.take()
 
     async def _completed(self, compute: Worker, completed: int) -> None:
         """A step is done; `compute` is the thread that may look at the stage."""

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
 from ..protocol.schedule import Backward, Evaluate, Evaluation, Forward, get_schedule
-from ..sim.report import OUTSIDE_RATIO
+from .account import Account
 from .config import RunConfig
 from .data import Corpus
 from .flow import Arrival, Intake, Outbox, Reporter, Worker
 from .link import Link
-from .metrics import Lap, MetricsWriter, Stopwatch, Tracer, peak_rss_bytes, rss_bytes
+from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
+from .patience import Patience
 from .ports import Encoded, Received
 from .stage import Stage
 
@@ -48,7 +49,8 @@ class Node:
         on_fault: Reporter,
         epoch: int = 0,
         on_completed: Callable[[Worker, int], Awaitable[None]] | None = None,
-        train_s: float = 0.0,
+        account: Account | None = None,
+        patience: Patience | None = None,
         last: int | None = None,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
@@ -57,7 +59,9 @@ class Node:
         self.under_way = stage.completed  # steps that are completed once the present one is
         self.above, self.below = above, below
         self._metrics = metrics
-        self._watch = Stopwatch()
+        self.account = account or Account()
+        self._patience = patience or Patience(fixed_s=config.link.progress_timeout_s)
+        self._watch = self.account.watch
         self._compute = Worker("compute", self._watch, tracer)
         self._codec = Worker("codec", self._watch, tracer)
         self._from_above = above and Intake(above, self._unpack_activation, self._codec, on_fault)
@@ -67,8 +71,6 @@ class Node:
         self._evaluation_sum = 0.0
         self._measures: dict[str, float] = {}
         self._follows = 0  # the link's generation that the table above comes from
-        self.train_s = train_s  # seconds of steps, in earlier epochs too
-        self._cpu_s = 0.0
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -83,7 +85,7 @@ class Node:
                 if outbox:
                     await outbox.flush()
             self._write_end()
-            timeout_s = self.config.link.progress_timeout_s
+            timeout_s = self.config.link.replacement_timeout_s
             await asyncio.gather(*(link.drain(timeout_s) for link in self._links))
             for pump in pumps:
                 pump.cancel()
@@ -106,11 +108,12 @@ class Node:
         for link in self._links:
             # Who dials has the same deadline, and knows better what to say when it passes.
             grace_s = self.config.link.greeting_timeout_s if link is self.below else 0.0
-            try:
-                async with asyncio.timeout(timeout_s + grace_s):
-                    await link.opened.wait()
-            except TimeoutError:
-                raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s)) from None
+            while not link.opened.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s + grace_s):
+                        await link.opened.wait()
+                if not (link.opened.is_set() or (self._epoch and self._patience.again(timeout_s))):
+                    raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
         await asyncio.gather(*(link.probe(timeout_s) for link in self._links))
         self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes())
         for link in self._links:
@@ -138,6 +141,7 @@ class Node:
             due = run.eval_every and (step + 1) % run.eval_every == 0
             if due or step + 1 == run.steps:
                 await self._evaluate(step)
+                self._patience.took(lap.seconds)
                 lap = Lap()
             if self._on_completed:
                 await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
@@ -150,16 +154,9 @@ class Node:
 
     async def _may_begin(self, step: int) -> bool:
         """Whether there is a step to do; below the first stage, once there is something to do it with."""
-        intake, timeout_s = self._from_above, self.config.link.progress_timeout_s
-        try:
-            async with asyncio.timeout(timeout_s):
-                with self._watch.waiting():
-                    while step < self._last and intake and intake.empty:
-                        intake.changed.clear()
-                        await intake.changed.wait()
-        except TimeoutError:
-            assert intake
-            raise TimeoutError(intake.link.late(f"the beginning of step {step}", timeout_s)) from None
+        if self._from_above:
+            with self._watch.waiting():
+                await self._from_above.begins(step, lambda: step < self._last, self._patience)
         return step < self._last
 
     # -- actions ------------------------------------------------------------------------------------------------
@@ -228,7 +225,7 @@ class Node:
 
     async def _wait(self, intake: Intake, kind: Kind, step: int, microbatch: int) -> Arrival:
         with self._watch.waiting():
-            return await intake.get(kind, step, microbatch, self.config.link.progress_timeout_s)
+            return await intake.get(kind, step, microbatch, self._patience)
 
     async def _send_below(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
         port = self.stage.downstream_port
@@ -263,9 +260,8 @@ class Node:
     # -- records ------------------------------------------------------------------------------------------------
 
     def _write_step(self, step: int, loss: float, grad_norm: float, lap: Lap) -> None:
-        spent, seconds, cpu_s = self._watch.take(), lap.seconds, lap.cpu_s
-        self.train_s += seconds
-        self._cpu_s += cpu_s
+        spent, seconds, cpu_s = self.account.step(lap), lap.seconds, lap.cpu_s
+        self._patience.took(seconds)
         tokens = self.config.tokens_per_step
         self._metrics.write(
             "step",
@@ -289,13 +285,13 @@ class Node:
             "end",
             stage=self.stage.index,
             steps=self.stage.completed,
-            train_s=round(self.train_s, 6),
-            cpu_s=round(self._cpu_s, 6),
+            train_s=round(self.account.train_s, 6),
+            cpu_s=round(self.account.cpu_s, 6),
             **self._watch.total,
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self.stage.state_bytes(),
             state_sha256=self.stage.state_sha256(),
-            links=[link_record(link, self.train_s) for link in self._links],
+            links=[self.account.record(link) for link in self._links],
         )
 
 
@@ -309,21 +305,3 @@ def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: i
     if kind is Kind.EVALUATION:
         return corpus.heldout_batch(microbatch, config.microbatch_size)
     return corpus.batch(step, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)
-
-
-def link_record(link: Link, elapsed_s: float) -> dict[str, Any]:
-    """What this node sent over one boundary, and how fast while its queue was not empty."""
-    rate = link.profile.rate_bits_per_s
-    upstream = link.session.peer_stage < link.session.identity.stage
-    training = sum(count for kind, count in link.sent.items() if kind not in OUTSIDE_RATIO)
-    return {
-        "boundary": min(link.session.peer_stage, link.session.identity.stage),
-        "direction": "backward" if upstream else "forward",
-        "link": str(link.profile),
-        "configured_bits_per_s": rate,
-        "measured_bits_per_s": link.meter.rate_bits_per_s(),
-        "busy_s": round(link.meter.busy_s, 6),
-        "utilisation": training * 8 / (rate * elapsed_s) if rate and elapsed_s else None,
-        "sent_bytes": dict(link.sent),
-        "received_bytes": link.received_bytes,
-    }

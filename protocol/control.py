@@ -22,10 +22,12 @@ PART_BYTES_MAX = 64 * 1024  # of a manifest, or of a part of a state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alive:
-    """I am in this epoch and have completed so many steps of it."""
+    """I am in this epoch and have completed so many steps of it. missing: 1 + the stage, on my other side, that nobody
+    serves at present, so that who waits knows for whom; 0: all are there."""
 
     epoch: int
     completed_steps: int
+    missing: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -117,6 +117,7 @@ class Rewind:
         self.members: tuple[int, ...] | None = None
         self.phase = Phase.HALTING if joining else Phase.RUNNING
         self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
+        self._missing_beyond: dict[Side, int] = dict.fromkeys(SIDES, 0)
         self._steps: tuple[int, ...] = ()
         self._offer_below: Offer | None = None
         self._offered: Offer | None = None  # on the present connection upwards
@@ -150,8 +151,20 @@ class Rewind:
             joining=self.joining,
         )
 
-    def alive(self) -> Alive:
-        return Alive(epoch=self.epoch, completed_steps=self.completed)
+    def alive(self, side: Side) -> Alive:
+        """What to say to that side now and then."""
+        other: Side = "below" if side == "above" else "above"
+        return Alive(epoch=self.epoch, completed_steps=self.completed, missing=self._missing_towards(other))
+
+    @property
+    def missing(self) -> int:
+        """1 + the nearest stage that nobody serves, as far as is known here; 0: all are there."""
+        return self._missing_towards("above") or self._missing_towards("below")
+
+    def _missing_towards(self, side: Side) -> int:
+        if self.last if side == "below" else self.first:
+            return 0
+        return self._missing_beyond[side] if self.peers[side] is not None else self._stage_at(side) + 1
 
     def meet(self, side: Side, peer: Greeting) -> list[Effect]:
         """A neighbour is connected. Raises RemoteProtocolError if it is not one, or not one any more."""
@@ -197,6 +210,7 @@ class Rewind:
 
     def _forget(self, side: Side) -> None:
         """What a connection to that side had established."""
+        self._missing_beyond[side] = 0
         if side == "below":
             self._offer_below, self._finished_below = None, False
         else:
@@ -206,7 +220,10 @@ class Rewind:
         """Take one frame. Raises RemoteProtocolError for what may not come from that side."""
         match frame, side:
             case Alive(), _:
-                return []  # that it came says it
+                if frame.missing > self.identity.stages:
+                    raise RemoteProtocolError(Fault.MALFORMED, f"stage {frame.missing - 1} cannot be missing")
+                self._missing_beyond[side] = frame.missing
+                return []
             case Halt(), _:
                 # One of an earlier epoch was under way when that epoch's Commit passed it.
                 return self._halt() if self.phase is Phase.RUNNING and frame.epoch >= self.epoch else []

@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from thinpipe.node.config import RunConfig
 from thinpipe.node.host import prepare, prepare_corpus
-from thinpipe.node.lifecycle import make_link
 from thinpipe.node.link import Link, Read, Write
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.runtime import Node
 from thinpipe.node.stage import Stage
+from thinpipe.node.wiring import make_link
 from thinpipe.protocol.session import Identity
 from thinpipe.sim.report import read_records
 

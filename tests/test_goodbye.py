@@ -136,7 +136,7 @@ async def dial_a_slow_reader() -> tuple[bool, list[Event]]:
         f"127.0.0.1:{port}",
         link,
         greeting_timeout_s=DEADLINE_S,
-        connect_timeout_s=DEADLINE_S,
+        patience_s=lambda: DEADLINE_S,
         report=lambda code, line: pytest.fail(f"{code}: {line}"),
     )
     leaving = asyncio.ensure_future(asyncio.gather(calling, link.drain(DEADLINE_S)))

@@ -200,7 +200,7 @@ async def dialled(
                 f"127.0.0.1:{port}",
                 make_link(),
                 greeting_timeout_s=0.3,
-                connect_timeout_s=connect_timeout_s,
+                patience_s=lambda: connect_timeout_s,
                 report=lambda code, line: reports.append((code, line)),
             )
         except (NeighbourMismatch, TimeoutError) as error:

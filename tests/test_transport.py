@@ -58,7 +58,9 @@ async def joined_by_memory(upper: Link, lower: Link) -> AsyncIterator[None]:
 async def joined_by_grpc(upper: Link, lower: Link) -> AsyncIterator[None]:
     async with listening("127.0.0.1:0", lower, greeting_timeout_s=5, report=complain) as port:
         address = f"127.0.0.1:{port}"
-        calling = asyncio.create_task(dial(address, upper, greeting_timeout_s=5, connect_timeout_s=10, report=complain))
+        calling = asyncio.create_task(
+            dial(address, upper, greeting_timeout_s=5, patience_s=lambda: 10, report=complain)
+        )
         await asyncio.gather(upper.opened.wait(), lower.opened.wait())
         yield
         await asyncio.gather(upper.drain(10), lower.drain(10))

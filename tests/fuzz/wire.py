@@ -362,7 +362,7 @@ def control(data: bytes) -> Ends:
         _carry_out(machine, effects)
         if machine.epoch > MINE.epoch + mutators.PARTS_MAX * (EPOCHS_AHEAD_MAX + 1):
             raise Finding(f"{frame} led to epoch {machine.epoch}")
-        decode_frame(encode_frame(machine.alive()), CONTROL_LIMITS)
+        decode_frame(encode_frame(machine.alive("above")), CONTROL_LIMITS)
         if any(isinstance(effect, Dismiss) for effect in effects):
             break
     return Ends(taken, refused)

@@ -1,0 +1,93 @@
+"""How long is waited for a message, and for whom: deadlines that follow from the link, the work and who is missing."""
+
+from __future__ import annotations
+
+import pytest
+from thinpipe.node.patience import FIRST_S, LEAST_S, TIMES, Patience
+from thinpipe.protocol.control import Alive
+from thinpipe.protocol.errors import RemoteProtocolError
+from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.rewind import Rewind, Side
+
+NEVER = float("inf")
+
+
+def test_the_deadline_follows_the_work_and_the_bytes() -> None:
+    patience = Patience(transfer_s=7.0)
+    assert patience.timeout_s == FIRST_S + TIMES * 7
+    patience.took(0.5)
+    assert patience.timeout_s == LEAST_S + TIMES * 7
+    patience.took(200.0)
+    patience.took(3.0)  # the longest counts
+    assert patience.timeout_s == TIMES * 207
+
+
+def test_the_users_own_deadline_wins() -> None:
+    patience = Patience(transfer_s=7.0, fixed_s=5.0)
+    patience.took(200.0)
+    assert patience.timeout_s == 5.0
+
+
+@pytest.mark.parametrize(
+    ("missing", "once_more"),
+    [
+        ((0.0, NEVER), False),  # all are there, and always were
+        ((1.0, 0.0), True),  # somebody is missing
+        ((99.0, 0.0), True),
+        ((101.0, 0.0), False),  # for longer than anybody waits
+        ((0.0, 59.0), True),  # somebody was missing while this wait went on
+        ((0.0, 61.0), False),
+    ],
+)
+def test_nobody_is_late_while_somebody_is_missing(missing: tuple[float, float], once_more: bool) -> None:
+    patience = Patience(fixed_s=60.0, replacement_s=100.0, missing_s=lambda: missing)
+    assert patience.again(60.0) is once_more
+
+
+def chain(stages: int) -> list[Rewind]:
+    identities = [
+        Identity(run_id="r", configuration="c", stage=stage, stages=stages, incarnation=stage + 1)
+        for stage in range(stages)
+    ]
+    machines = [Rewind(identity, joining=False) for identity in identities]
+    for stage in range(stages - 1):
+        machines[stage].meet("below", machines[stage + 1].greeting())
+        machines[stage + 1].meet("above", machines[stage].greeting())
+    return machines
+
+
+def beat(machines: list[Rewind]) -> None:
+    """Everybody says Alive to everybody who is there, once."""
+    sides: tuple[tuple[Side, int, Side], ...] = (("above", -1, "below"), ("below", 1, "above"))
+    for side, step, back in sides:
+        for stage, machine in enumerate(machines):
+            if machine.peers[side] is not None:
+                machines[stage + step].receive(back, machine.alive(side))
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_all_learn_who_is_missing_and_that_it_is_back(lost: int) -> None:
+    machines = chain(5)
+    beat(machines)
+    assert [machine.missing for machine in machines] == [0] * 5
+    for neighbour, side in ((lost - 1, "below"), (lost + 1, "above")):
+        if 0 <= neighbour < 5:
+            machines[neighbour].part(side)  # pyright: ignore[reportArgumentType]
+    for side in ("above", "below"):
+        machines[lost].part(side)
+    for _ in range(5):
+        beat(machines)
+    assert [machine.missing for stage, machine in enumerate(machines) if stage != lost] == [lost + 1] * 4
+    for neighbour, side, back in ((lost - 1, "below", "above"), (lost + 1, "above", "below")):
+        if 0 <= neighbour < 5:
+            machines[neighbour].meet(side, machines[lost].greeting())  # pyright: ignore[reportArgumentType]
+            machines[lost].meet(back, machines[neighbour].greeting())  # pyright: ignore[reportArgumentType]
+    for _ in range(5):
+        beat(machines)
+    assert [machine.missing for machine in machines] == [0] * 5
+
+
+def test_a_stage_that_there_is_not_cannot_be_missing() -> None:
+    machines = chain(2)
+    with pytest.raises(RemoteProtocolError, match="stage 2 cannot be missing"):
+        machines[0].receive("below", Alive(epoch=0, completed_steps=0, missing=3))

@@ -128,10 +128,13 @@ class Control:
                 self._part(side)
 
     def _take_place(self, side: Side, peer: Greeting) -> None:
-        """The process that is connected already dials again: its first connection must be half-dead."""
+        """The process that is connected already dials again: its first connection must be half-dead. Or the one that is
+        connected was replaced in a later epoch, and it is its successor that comes."""
         self.machine.check(side, peer)
-        if self.machine.peers[side] == peer.incarnation and side in self._present:
-            self._end(side, ConnectionError("the same process opened another connection"))
+        if side in self._present:
+            same = self.machine.peers[side] == peer.incarnation
+            why = "the same process opened another connection" if same else "its successor came"
+            self._end(side, ConnectionError(why))
 
     def _end(self, side: Side, why: Exception) -> None:
         present = self._present[side]

@@ -117,6 +117,7 @@ class Rewind:
         self.members: tuple[int, ...] | None = None
         self.phase = Phase.HALTING if joining else Phase.RUNNING
         self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
+        self._member_of: dict[Side, int | None] = dict.fromkeys(SIDES)  # its epoch, unless it was to join one
         self._missing_beyond: dict[Side, int] = dict.fromkeys(SIDES, 0)
         self._steps: tuple[int, ...] = ()
         self._offer_below: Offer | None = None
@@ -171,6 +172,7 @@ class Rewind:
         self.check(side, peer)
         self._forget(side)
         self.peers[side] = peer.incarnation
+        self._member_of[side] = None if peer.joining else peer.epoch
         effects: list[Effect] = []
         if self.phase is Phase.RUNNING:
             if peer.joining or peer.epoch != self.epoch:
@@ -195,8 +197,10 @@ class Rewind:
                 f"process {peer.incarnation:x} of stage {stage} is of epoch {peer.epoch}; since epoch {self.epoch} "
                 f"process {self.members[stage]:x} has its place",
             )
-        present = self.peers[side]
-        if present is not None and present != peer.incarnation:
+        present, since = self.peers[side], self._member_of[side]
+        # Two that were members, and this node, which joins, knows of neither: that of the earlier epoch was replaced.
+        later = since is not None and not peer.joining and not self.members and peer.epoch > since
+        if present is not None and present != peer.incarnation and not later:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
                 f"stage {stage} is served by process {present:x}, which answers, so there is no place for process "
@@ -205,7 +209,7 @@ class Rewind:
 
     def part(self, side: Side) -> None:
         """The connection to that side is gone. By itself that changes nothing: it may come back."""
-        self.peers[side] = None
+        self.peers[side] = self._member_of[side] = None
         self._forget(side)
 
     def _forget(self, side: Side) -> None:

@@ -1,130 +1,75 @@
-"""A whole swarm and its losses in this process: real lifecycles, stages, links, checkpoints; no sockets, no waiting.
+"""A whole swarm and what befalls it in this process: real nodes from the host down, no sockets, no threads, no waiting.
 
-What moves frames is a pair of queues, what tells the time is a clock that jumps to the next deadline as soon as nobody
-has anything to do, and "kill" cancels a lifecycle between two frames and forgets all of it but its disk. A run with
-several losses takes about a second, and where they fall is counted in frames, so every phase of a step and of a rewind
-is hit sooner or later, the same one for the same seed.
+What stands in for gRPC, threads and time is `tests/virtual.py`; what can befall the swarm, and when, is
+`tests/faults.py`. Faults are carried out where the code really is: the methods of a stage, of its store and of its
+rewind are wrapped to tell when they are called, and then do what they always do; frames tell by what is in them. A
+killed process is cut off from everything, its disk included, and then cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
-import selectors
-from collections.abc import Callable, Coroutine
+import contextvars
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from thinpipe.node import host
 from thinpipe.node.checkpoint import CheckpointStore
 from thinpipe.node.config import RunConfig
-from thinpipe.node.flow import Worker
-from thinpipe.node.host import prepare, prepare_corpus
+from thinpipe.node.host import Addresses, HostOptions
 from thinpipe.node.lifecycle import Lifecycle
-from thinpipe.node.link import Link
-from thinpipe.node.manifest import Fingerprint
 from thinpipe.node.metrics import MetricsWriter, Tracer
-from thinpipe.protocol.errors import ProtocolError
-from thinpipe.protocol.greeting import Identity
+from thinpipe.node.model import architecture_digest, check_sliceable
+from thinpipe.node.stage import Stage
+from thinpipe.protocol.control import Commit
+from thinpipe.protocol.messages import Chunk, Kind, Limits, decode_frame
 from thinpipe.sim.report import read_records, steps_of
 
-from .in_memory import Connection
+from .faults import (
+    Corrupt,
+    Cut,
+    DiskFull,
+    Done,
+    Drain,
+    During,
+    Fault,
+    Frame,
+    Kill,
+    Pause,
+    Phase,
+    Slow,
+    TornCheckpoint,
+)
+from .virtual import PROCESS, JumpingClock, Network, Process, Stream, without_threads
 
-RUN_S = 3_000.0  # of the jumping clock
-RETRY_S = 0.1
-
-
-class JumpingClock(asyncio.SelectorEventLoop):
-    """An event loop whose time stands still while anybody works and jumps to the next timer when nobody does."""
-
-    def __init__(self) -> None:
-        self._now = 0.0
-        self.at_work = 0  # jobs in threads
-        super().__init__(_Selector(self))
-
-    def time(self) -> float:
-        return self._now
-
-    def jump(self, seconds: float) -> None:
-        self._now += seconds
-
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
-        self.at_work += 1
-        future = super().run_in_executor(executor, func, *args)
-        future.add_done_callback(self._done)
-        return future
-
-    def _done(self, _: object) -> None:
-        self.at_work -= 1
-
-
-class _Selector(selectors.DefaultSelector):
-    def __init__(self, loop: JumpingClock) -> None:
-        super().__init__()
-        self._loop = loop
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        ready = super().select(0)
-        if ready or timeout == 0:
-            return ready
-        if self._loop.at_work:
-            return super().select(10.0)
-        if timeout is None:
-            return super().select(10.0)
-        self._loop.jump(timeout)
-        return []
-
-
-def count_work(patch: pytest.MonkeyPatch) -> None:
-    """Let the clock know of jobs on the nodes' own threads."""
-    run = Worker.run
-
-    async def counted(self: Worker, name: str, work: Callable[..., Any], *args: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, JumpingClock)
-        loop.at_work += 1
-        try:
-            return await run(self, name, work, *args)
-        finally:
-            loop.at_work -= 1
-
-    patch.setattr(Worker, "run", counted)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """At the swarm's frame number `frame`, counted over all streams, `kind` happens to `stage` (a cut: below it)."""
-
-    frame: int
-    kind: str  # kill, cut, tear (a kill that damages the newest checkpoint too), drain
-    stage: int
-    away_s: float = 1.0  # until a killed stage is started again
-
-
-def faults_of(seed: int, *, stages: int, count: int, frames: int) -> list[Fault]:
-    """`count` faults at random frames; every third loses the newest checkpoint of its disk as well."""
-    chance = random.Random(seed)
-    drawn = []
-    for frame in sorted(chance.randrange(5, frames) for _ in range(count)):
-        kind = chance.choice(("kill", "kill", "cut", "tear"))
-        within = stages - 1 if kind == "cut" else stages
-        away_s = chance.choice((0.0, 0.3, 5.0))
-        drawn.append(Fault(frame=frame, kind=kind, stage=chance.randrange(within), away_s=away_s))
-    return drawn
+RUN_S = 6_000.0  # of the jumping clock
+CHUNK_BYTES = 128  # so that even a small tensor takes several frames; less than the configuration allows
+LIMITS = Limits(message_bytes=2**30)
+IN_STAGE = {
+    "backward": Phase.MID_BACKWARD,
+    "finish": Phase.BEFORE_COMMIT,
+    "snapshot": Phase.SNAPSHOT,
+    "restore": Phase.RESTORE,
+}
 
 
 @dataclass(slots=True)
 class Seat:
-    """A stage's place, whichever process serves it."""
+    """A stage's place, whichever process serves it, and its disk."""
 
-    lifecycle: Lifecycle | None = None
-    task: asyncio.Task[None] | None = None
-    metrics: MetricsWriter | None = None
+    process: Process | None = None
     through: asyncio.Event = field(default_factory=asyncio.Event)
+    full_writes: int = 0  # so many more find no space
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Ended:
     """What the run came to."""
 
@@ -133,232 +78,478 @@ class Ended:
     state_sha256: list[str]
     epochs: int
     frames: int
-    seconds: float
-    faults: list[str] = field(default_factory=list)
+    seconds: float  # of the jumping clock
+    said: list[str]  # by stages, of faults
+    happened: list[Fault]  # in this order
+    connections: Counter[int]  # tensor streams that a boundary took
+    meetings: Counter[int]  # control streams
+    starts: list[int]  # processes that a stage took
+    fenced: list[tuple[int, str]]  # replaced processes that woke up: the stage, and with which words it ended
+    rewinds: list[dict[str, Any]]
+    checkpoints: list[list[int]]  # by stage: after which steps one was written
+    damaged: list[tuple[int, int]]  # (stage, step) of checkpoints that were torn
+
+    def said_of(self, *words: str) -> list[str]:
+        """What was said that has all of these in it."""
+        return [line for line in self.said if all(word in line for word in words)]
+
+
+class _Records(MetricsWriter):
+    """A process's records; the dead write none."""
+
+    def __init__(self, path: Path, process: Process, *, append: bool, on_step: Callable[[int, int], None]) -> None:
+        super().__init__(path, append=append)
+        self._process, self._on_step = process, on_step
+
+    def write(self, event: str, **fields: Any) -> None:
+        if self._process.dead:
+            return
+        super().write(event, **fields)
+        if event == "rewind":
+            self._process.restored.set()
+        elif event == "step":
+            self._on_step(self._process.stage, fields["step"] + 1)
 
 
 class Cluster:
     """`config` as a swarm in this process, with `faults`."""
 
     def __init__(self, config: RunConfig, out: Path, faults: list[Fault]) -> None:
-        self.config, self.out = config, out
+        link = config.link.model_copy(update={"chunk_bytes": CHUNK_BYTES})
+        self.config, self.out = config.model_copy(update={"link": link}), out
         self.stages = config.pipeline.stages
         self.seats = [Seat() for _ in range(self.stages)]
         self.frames = 0
         self.drained = False
-        self.failures: list[Exception] = []
+        self.failures: list[BaseException] = []
         self.said: list[str] = []
-        self._faults, self._planned = list(faults), tuple(faults)
+        self.happened: list[Fault] = []
+        self.fenced: list[tuple[int, str]] = []
+        self.damaged: list[tuple[int, int]] = []
+        self.network = Network(self._carry, self._called)
+        self.connections: Counter[int] = Counter()
+        self.meetings: Counter[int] = Counter()
+        self._pending, self._planned = list(faults), tuple(faults)
+        self._passed: Counter[tuple[int, Phase, int | None]] = Counter()
         self._born = 0
-        self._connections: dict[int, set[Connection]] = {boundary: set() for boundary in range(self.stages - 1)}
+        self._streams: dict[Stream, None] = {}
+        self._slow: dict[int, float] = {}  # boundary -> bits a second
+        self._wires: dict[tuple[int, bool], asyncio.Lock] = {}  # boundary and direction, while they are slow
+        self._to_damage: dict[tuple[int, bool], list[int]] = {}  # boundary and control -> frames until then
+        self._writing: tuple[Process, int] | None = None  # whose store writes, and a checkpoint of which step
+        self._flushed = 0
         self._background: set[asyncio.Task[Any]] = set()
+        self._sleepers: list[Process] = []
 
     async def run(self, *, resume: bool = False) -> Ended:
         self.out.mkdir(parents=True, exist_ok=True)
+        self._outside = contextvars.copy_context()
+        self._loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(RUN_S):
                 for stage in range(self.stages):
                     self._start(stage, joining=resume)
                 for seat in self.seats:
                     await seat.through.wait()
-                if self.failures:
-                    raise self.failures[0]
-                assert self.drained or not any(fault.kind == "drain" for fault in self._planned)
+                for sleeper in self._sleepers:
+                    assert sleeper.task
+                    await asyncio.wait([sleeper.task])
+                for problem in (*self.failures, *self.network.bugs):
+                    raise problem
+                assert self.drained or not any(isinstance(fault, Drain) for fault in self._planned)
         finally:
-            for task in [*self._background, *(seat.task for seat in self.seats if seat.task)]:
+            everyone = [*self._background, *(s.process.task for s in self.seats if s.process and s.process.task)]
+            for seat in self.seats:
+                if seat.process:
+                    seat.process.go_on(self._loop)
+            for task in everyone:
                 task.cancel()
-            await asyncio.gather(*self._background, return_exceptions=True)
+            await asyncio.gather(*everyone, return_exceptions=True)
+        return self._ended()
+
+    def _ended(self) -> Ended:
         records = [read_records(self.out / f"stage-{stage}.jsonl") for stage in range(self.stages)]
+        rewinds = [r for r in records[0] if r["event"] == "rewind"]
         return Ended(
             losses=[[record["loss"] for record in steps_of(of)] for of in records],
             val_losses=[
                 next((r["val_loss"] for r in reversed(of) if r["event"] == "evaluation"), 0.0) for of in records
             ],
             state_sha256=[[r["state_sha256"] for r in of if r["event"] == "end"][-1] for of in records],
-            epochs=1 + max((r["epoch"] for r in records[0] if r["event"] == "rewind"), default=0),
+            epochs=1 + max((r["epoch"] for r in rewinds), default=0),
             frames=self.frames,
-            seconds=asyncio.get_running_loop().time(),
-            faults=self.said,
+            seconds=self._loop.time(),
+            said=self.said,
+            happened=self.happened,
+            connections=self.connections,
+            meetings=self.meetings,
+            starts=[sum(r["event"] == "start" for r in of) for of in records],
+            fenced=self.fenced,
+            rewinds=rewinds,
+            checkpoints=[[r["completed"] for r in of if r["event"] == "checkpoint"] for of in records],
+            damaged=self.damaged,
         )
 
     # -- processes ----------------------------------------------------------------------------------------------
 
     def _start(self, stage: int, *, joining: bool) -> None:
+        """Begin a process in the place of `stage`, as `host` does."""
         self._born += 1
-        config, seat = self.config, self.seats[stage]
-        built, digest = prepare(config, stage)
-        identity = Identity(
-            run_id=config.run.name, configuration=digest, stage=stage, stages=self.stages, incarnation=self._born
-        )
-        seat.metrics = MetricsWriter(self.out / f"stage-{stage}.jsonl", append=joining)
-        seat.metrics.write("start", stage=stage)
-        fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=self.stages)
-        seat.lifecycle = Lifecycle(
-            config,
-            built,
-            identity,
-            joining=joining,
-            rebuild=lambda: prepare(config, stage)[0],
-            store=CheckpointStore(self.out / "checkpoints", stage=stage, fingerprint=fingerprint),
-            dial=(lambda below: self._dial(stage, below)) if stage < self.stages - 1 else None,
-            corpus=prepare_corpus(config) if stage == 0 else None,
-            metrics=seat.metrics,
-            tracer=Tracer(stage=stage, enabled=False),
-            on_fault=lambda code, line: self.said.append(f"{code}: {line}"),
-        )
-        seat.task = asyncio.create_task(self._serve(seat, stage))
+        process = Process(stage=stage, number=self._born)
+        self.seats[stage].process = process
+        path = self.out / f"stage-{stage}.jsonl"
+        metrics = _Records(path, process, append=joining, on_step=self._stepped)
+        metrics.write("start", stage=stage)
+        addresses = Addresses(listen=_address(stage) if stage else None, next=_address(stage + 1))
 
-    async def _serve(self, seat: Seat, stage: int) -> None:
-        assert seat.lifecycle
-        life = seat.lifecycle
-        calling = asyncio.create_task(self._dial_control(stage, life)) if stage < self.stages - 1 else None
+        def on_fault(code: str, line: str) -> None:
+            if not process.dead:
+                self.said.append(f"stage {stage}: {code}: {line}")
+
+        options = HostOptions(out=self.out, resume=joining)
+        tracer = Tracer(stage=stage, enabled=False)
+        node = host._host(self.config, stage, addresses, options, metrics, tracer, on_fault)
+        process.task = self._loop.create_task(self._serve(process, node, metrics), context=process.context)
+
+    async def _serve(self, process: Process, node: Any, metrics: MetricsWriter) -> None:
+        seat = self.seats[process.stage]
         try:
-            await life.run()
-            if calling:
-                await calling
-        except Exception as error:
-            self.failures.append(error)
-            for each in self.seats:  # nobody need wait for the rest
-                each.through.set()
+            await node
+        except Exception as raised:
+            error = host._first(raised)
+            if seat.process is not process and not process.dead:
+                self.fenced.append((process.stage, f"{type(error).__name__}: {error}"))
+            elif not process.dead:
+                self.failures.append(error)
+                for each in self.seats:  # nobody need wait for the rest
+                    each.through.set()
         finally:
-            if self.seats[stage] is seat and seat.task is asyncio.current_task():
+            metrics.close()
+            if seat.process is process and not process.dead:
                 seat.through.set()
-            if calling:
-                calling.cancel()
-            if seat.metrics:
-                seat.metrics.close()
 
-    def _spawn(self, job: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        task = asyncio.create_task(job)
+    def _spawn(self, job: Any) -> None:
+        """From outside all processes, even if one of them has just come to where it is due."""
+        task = self._loop.create_task(job, context=self._outside.copy())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-        return task
 
-    async def _kill(self, fault: Fault) -> None:
-        seat = self.seats[fault.stage]
-        over = any(each.lifecycle and each.lifecycle.control.through for each in self.seats)
-        if seat.task is None or over:  # then all have done all, and nothing can be lost any more
+    # -- moments ------------------------------------------------------------------------------------------------
+
+    def reached(self, process: Process | None, phase: Phase, step: int | None = None) -> None:
+        """`process` is there: whatever is due, happens."""
+        if process is None or process.dead or self.seats[process.stage].process is not process:
             return
-        task, seat.task, seat.lifecycle = seat.task, None, None
-        for boundary in (fault.stage - 1, fault.stage):
-            self._cut(boundary)
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        passed = self._passed
+        passed[process.stage, phase, step] += 1
+        if step is not None:
+            passed[process.stage, phase, None] += 1
+
+        def due(at: Any) -> bool:
+            here = isinstance(at, During) and (at.stage, at.phase) == (process.stage, phase)
+            if not here or at.step not in (None, step):
+                return False
+            count = self._flushed if phase is Phase.CHECKPOINT else passed[at.stage, at.phase, at.step]
+            return count == at.point
+
+        self._all_due(due)
+
+    def _stepped(self, stage: int, steps: int) -> None:
+        self._all_due(lambda at: isinstance(at, Done) and at.stage == stage and steps >= at.steps)
+
+    def _all_due(self, due: Callable[[Any], bool]) -> None:
+        for fault in [fault for fault in self._pending if due(fault.at)]:
+            self._pending.remove(fault)
+            if self._inject(fault):
+                self.happened.append(fault)
+
+    def adopt(self, life: Lifecycle) -> Lifecycle:
+        """Its rewind tells when it is where."""
+        process = PROCESS.get()
+        assert process
+        process.lifecycle = life
+        machine, last = life.machine, life.machine.last
+        stopped, receive = machine.stopped, machine.receive
+
+        def now_stopped(steps: set[int]) -> Any:
+            self.reached(process, Phase.HALTED)
+            return stopped(steps)
+
+        def now_received(side: Any, frame: Any) -> Any:
+            if last and isinstance(frame, Commit):
+                self.reached(process, Phase.COMMIT)
+            return receive(side, frame)
+
+        machine.stopped, machine.receive = now_stopped, now_received
+        return life
+
+    def watch(self, stage: Stage) -> Stage:
+        """Its methods tell that they were called."""
+        process = PROCESS.get()
+        assert process
+        if process.lifecycle:  # it is built anew
+            self.reached(process, Phase.RESTORE)
+        for name, phase in IN_STAGE.items():
+
+            def hooked(*given: Any, really: Any = getattr(stage, name), phase: Phase = phase, **named: Any) -> Any:
+                of = {Phase.RESTORE: None, Phase.SNAPSHOT: stage.completed - 1}.get(phase, stage.completed)
+                self.reached(process, phase, of)
+                return really(*given, **named)
+
+            setattr(stage, name, hooked)
+        return stage
+
+    def store(self, *given: Any, **named: Any) -> CheckpointStore:
+        process = PROCESS.get()
+        assert process
+        return _Store(self, process, *given, **named)
+
+    def begin_writing(self, process: Process, step: int) -> None:
+        self._writing, self._flushed = (process, step), 0
+
+    def end_writing(self, *, failed: bool) -> None:
+        assert self._writing
+        seat = self.seats[self._writing[0].stage]
+        if failed and not self._writing[0].dead:
+            seat.full_writes = max(0, seat.full_writes - 1)
+        self._writing = None
+
+    def fsync(self, _: int) -> None:
+        """In place of os.fsync. Nothing that a process does outlives the kernel's memory in this tier."""
+        if self._writing is None:
+            return
+        process, step = self._writing
+        self._flushed += 1
+        self.reached(process, Phase.CHECKPOINT, step)
+        if process.dead:
+            raise OSError(errno.EIO, "killed")
+        if self.seats[process.stage].full_writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    # -- what happens -------------------------------------------------------------------------------------------
+
+    def _inject(self, fault: Fault) -> bool:
+        """Whether it could be done."""
+        match fault:
+            case Kill() | TornCheckpoint():
+                return self._kill(fault)
+            case Pause():
+                return self._pause(fault)
+            case Cut():
+                return self._cut(fault)
+            case Slow():
+                self._slow[fault.boundary] = fault.bits_per_s
+                self._spawn(self._fast_again(fault))
+            case Corrupt():
+                self._to_damage.setdefault((fault.boundary, fault.control), []).append(fault.frame)
+                return True
+            case DiskFull():
+                self.seats[fault.stage].full_writes += fault.writes
+            case Drain():
+                process = self.seats[fault.stage].process
+                self.drained = bool(process and process.drain())
+        return True
+
+    def _over(self) -> bool:
+        """All have done all, and nothing can be lost any more."""
+        lives = [seat.process.lifecycle for seat in self.seats if seat.process]
+        return any(life.control.through for life in lives if life)
+
+    def _present(self, stage: int) -> Process | None:
+        """Who serves it, unless that is over or has been interfered with already."""
+        process = self.seats[stage].process
+        gone = process is None or process.dead or process.stopped or self.seats[stage].through.is_set()
+        return None if gone else process
+
+    def _kill(self, fault: Kill | TornCheckpoint) -> bool:
+        process = self.seats[fault.stage].process
+        if process is None or process.dead or self._over():
+            return False
+        process.die(self._loop)
+        self._spawn(self._replace_dead(process, fault))
+        return True
+
+    async def _replace_dead(self, process: Process, fault: Kill | TornCheckpoint) -> None:
+        assert process.task
+        await asyncio.wait([process.task])
         await asyncio.sleep(fault.away_s)
-        if fault.kind == "tear":
-            self._tear(fault.stage)
+        if isinstance(fault, TornCheckpoint):
+            self._tear(fault)
         self._start(fault.stage, joining=True)
 
-    def _tear(self, stage: int) -> None:
-        """The newest checkpoint lost a byte."""
-        files = sorted((self.out / "checkpoints" / f"stage-{stage}").glob("step-*/state.safetensors"))
-        if files:
-            content = bytearray(files[-1].read_bytes())
-            content[len(content) // 2] ^= 1
-            files[-1].write_bytes(content)
+    def _tear(self, fault: TornCheckpoint) -> None:
+        name = "manifest.json" if fault.how == "manifest" else "state.safetensors"
+        files = sorted((self.out / "checkpoints" / f"stage-{fault.stage}").glob(f"step-*/{name}"))
+        if not files:
+            return
+        content = bytearray(files[-1].read_bytes())
+        content[len(content) // 2] ^= 1
+        files[-1].write_bytes(content[:-1] if fault.how == "short" else content)
+        self.damaged.append((fault.stage, int(files[-1].parent.name.removeprefix("step-"))))
 
-    # -- streams ------------------------------------------------------------------------------------------------
+    def _pause(self, fault: Pause) -> bool:
+        process = self._present(fault.stage)
+        if process is None or (fault.replaced and self._over()):
+            return False
+        process.stop()
+        if fault.replaced:
+            self._sleepers.append(process)
+            self._start(fault.stage, joining=True)
+        self._spawn(self._wake(process, fault))
+        return True
 
-    def _cut(self, boundary: int) -> None:
-        for connection in self._connections.get(boundary, set()).copy():
-            connection.break_off()
+    async def _wake(self, process: Process, fault: Pause) -> None:
+        if fault.replaced:
+            while True:  # by whoever it is that takes the place in the end
+                present = self.seats[fault.stage].process
+                if present is not None and present.restored.is_set():
+                    break
+                await asyncio.sleep(0.1)
+        else:
+            await asyncio.sleep(fault.seconds)
+        process.go_on(self._loop)
+        self.network.notify()
 
-    def _count(self) -> None:
+    def _cut(self, fault: Cut) -> bool:
+        standing = [stream for stream in self._streams if stream.boundary == fault.boundary and not stream.status]
+        for stream in standing:
+            stream.break_off(half=fault.half)
+        return bool(standing)
+
+    async def _fast_again(self, fault: Slow) -> None:
+        await asyncio.sleep(fault.seconds)
+        self._slow.pop(fault.boundary, None)
+
+    # -- frames -------------------------------------------------------------------------------------------------
+
+    def _called(self, stream: Stream) -> None:
+        self._streams = {each: None for each in (*self._streams, stream) if not each.status}
+        (self.meetings if stream.control else self.connections)[stream.boundary] += 1
+
+    async def _carry(self, stream: Stream, frame: bytes, down: bool) -> bytes:
+        """Take a frame on its way; returns it as it arrives."""
+        sender = stream.upper if down else stream.lower
+        if self._pending and down:
+            self._look(stream, frame)
+        if sender.stopped:
+            await asyncio.sleep(0)  # until it goes on
+        if stream.boundary in self._slow:
+            async with self._wires.setdefault((stream.boundary, down), asyncio.Lock()):
+                if rate := self._slow.get(stream.boundary):
+                    await asyncio.sleep(8 * len(frame) / rate)
         self.frames += 1
-        while self._faults and self._faults[0].frame <= self.frames:
-            fault = self._faults.pop(0)
-            life = self.seats[fault.stage].lifecycle
-            if fault.kind == "cut":
-                self._cut(fault.stage)
-            elif fault.kind == "drain":
-                self.drained = bool(life and life.drain())
-            else:
-                self._spawn(self._kill(fault))
+        self._all_due(lambda at: isinstance(at, Frame) and at.number <= self.frames)
+        return self._damaged(stream, frame)
 
-    def _ends(self, boundary: int) -> tuple[Connection, Any, Any]:
-        connection = Connection(None)
-        self._connections[boundary].add(connection)
+    def _look(self, stream: Stream, raw: bytes) -> None:
+        """At which phase of a step or a rewind a frame that goes down shows the stage above to be."""
+        frame = decode_frame(raw, LIMITS)
+        if isinstance(frame, Commit):
+            self.reached(stream.upper, Phase.COMMIT)
+        if not isinstance(frame, Chunk):
+            return
+        if frame.head:
+            stream.part = (frame.head, 0)
+        if not stream.part:  # a new connection goes on in the middle of a message
+            return
+        head, sent = stream.part
+        stream.part = (head, sent + len(frame.data))
+        if head.kind is not Kind.ACTIVATION:
+            return
+        self.reached(stream.upper, Phase.MID_SEND if sent else Phase.BEFORE_SEND, head.step)
+        if head.token_ids_bytes < sent < head.token_ids_bytes + head.dictionary_bytes:
+            self.reached(stream.upper, Phase.DELTA, head.step)
 
-        def counted(end: tuple[Any, Any]) -> tuple[Any, Any]:
-            read, write = end
+    def _damaged(self, stream: Stream, frame: bytes) -> bytes:
+        waiting = self._to_damage.get((stream.boundary, stream.control))
+        if not waiting or not (stream.control or isinstance(decode_frame(frame, LIMITS), Chunk)):
+            return frame
+        waiting[0] -= 1
+        if waiting[0]:
+            return frame
+        del waiting[0]
+        if stream.control:
+            return frame[:-1]
+        content = bytearray(frame)
+        content[len(content) // 2] ^= 1
+        return bytes(content)
 
-            async def write_counted(frame: bytes) -> None:
-                await write(frame)
-                self._count()
 
-            return read, write_counted
+class _Store(CheckpointStore):
+    """A stage's disk: it tells how far a write has come, may be full, and is out of reach of the dead."""
 
-        return connection, counted(connection.end(upper=True)), counted(connection.end(upper=False))
+    def __init__(self, cluster: Cluster, process: Process, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._cluster, self._process = cluster, process
 
-    async def _together(self, boundary: int, connection: Connection, *ends: Coroutine[Any, Any, Any]) -> Any:
-        """What the upper end returned; None if the connection broke."""
-
-        async def one(end: Coroutine[Any, Any, Any]) -> Any:
-            try:
-                result = await end
-            except ConnectionError:
-                connection.break_off()
-            except ProtocolError as error:
-                self.said.append(str(error))
-                connection.break_off()
-            except asyncio.CancelledError:
-                connection.break_off()
-                raise
-            else:
-                connection.hang_up()
-                return result
-            return None
-
-        upper, lower = (asyncio.create_task(one(end)) for end in ends)
-        self._background.add(lower)  # the lower end is not the dialler's to cancel
-        lower.add_done_callback(self._background.discard)
+    def write(self, snapshot: Any, **told: Any) -> Any:
+        if self._process.dead:
+            raise OSError(errno.EIO, "killed")
+        self._cluster.begin_writing(self._process, snapshot.completed - 1)
+        failed = True
         try:
-            return await upper
+            result = super().write(snapshot, **told)
+            failed = False
+            return result
         finally:
-            upper.cancel()
-            self._connections[boundary].discard(connection)
+            self._cluster.end_writing(failed=failed)
 
-    async def _dial(self, stage: int, below: Link) -> None:
-        while not below.finished:
-            below.opened.clear()
-            life = self.seats[stage + 1].lifecycle
-            lower = life and life.link_above
-            if lower and not lower.serving.locked():
-                connection, up, down = self._ends(stage)
-                await self._together(
-                    stage,
-                    connection,
-                    below.attach(*up, speaks_first=True, greeting_timeout_s=5.0),
-                    self._attach_lower(lower, down),
-                )
-            if not below.finished:
-                await asyncio.sleep(RETRY_S)
-
-    async def _attach_lower(self, lower: Link, down: tuple[Any, Any]) -> None:
-        async with lower.serving:
-            await lower.attach(*down, speaks_first=False, greeting_timeout_s=5.0)
-
-    async def _dial_control(self, stage: int, life: Lifecycle) -> None:
-        while True:
-            below = self.seats[stage + 1].lifecycle
-            if below:
-                connection, up, down = self._ends(stage)
-                last_word = await self._together(
-                    stage,
-                    connection,
-                    life.control.converse("below", *up, speaks_first=True, greeting_timeout_s=5.0),
-                    below.control.converse("above", *down, speaks_first=False, greeting_timeout_s=5.0),
-                )
-                if last_word:
-                    return
-            if life.control.through and self.seats[stage + 1].through.is_set():
-                return
-            await asyncio.sleep(RETRY_S)
+    def _sweep(self) -> None:
+        if not self._process.dead:
+            super()._sweep()
 
 
-def run_cluster(config: RunConfig, out: Path, faults: list[Fault], *, resume: bool = False) -> Ended:
-    """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`."""
+_sliceable: set[str] = set()
+
+
+def _check_sliceable(architecture: Any) -> None:
+    """The real check, but once for an architecture: it builds a whole model and would be a quarter of all work here."""
+    digest = architecture_digest(architecture)
+    if digest not in _sliceable:
+        check_sliceable(architecture)
+        _sliceable.add(digest)
+
+
+def _address(stage: int) -> str:
+    return f"127.0.0.1:{7000 + stage}"
+
+
+async def _until_drained(drain: Callable[[], bool]) -> None:
+    """In place of what waits for signals."""
+    process = PROCESS.get()
+    assert process
+    process.drain = drain
+    await asyncio.Event().wait()
+
+
+def run_cluster(
+    config: RunConfig, out: Path, faults: list[Fault], *, resume: bool = False, seed: int = 0, hurry: bool = False
+) -> Ended:
+    """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`. seed: of how long
+    everything takes. hurry: everything takes no time."""
+    cluster = Cluster(config, out, faults)
+    prepare, corpus = host.prepare, host.prepare_corpus(config)
+    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        count_work(patch)
-        with asyncio.Runner(loop_factory=JumpingClock) as runner:
-            return runner.run(Cluster(config, out, faults).run(resume=resume))
+        workers = without_threads(patch)
+        cluster.network.stand_in(patch)
+        patch.setattr(os, "fsync", cluster.fsync)
+        patch.setattr(host, "Lifecycle", lambda *given, **named: cluster.adopt(Lifecycle(*given, **named)))
+        patch.setattr(host, "CheckpointStore", cluster.store)
+        patch.setattr(host, "prepare_corpus", lambda _: corpus)
+        patch.setattr(host, "_until_signal", _until_drained)
+        patch.setattr(host, "check_sliceable", _check_sliceable)
+
+        def watched(config: RunConfig, stage: int) -> tuple[Stage, str]:
+            built, digest = prepare(config, stage)
+            return cluster.watch(built), digest
+
+        patch.setattr(host, "prepare", watched)
+        torch.set_num_threads(1)  # as a node's own thread does
+        try:
+            with asyncio.Runner(loop_factory=lambda: JumpingClock(seed, hurry=hurry)) as runner:
+                return runner.run(cluster.run(resume=resume))
+        finally:
+            torch.set_num_threads(threads)
+            for worker in workers:
+                worker.close()

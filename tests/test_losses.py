@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from .cluster import Fault, faults_of, run_cluster
+from .cluster import run_cluster
 from .conftest import TinyConfig
+from .faults import Drain, Frame, Kill, draw
+from .faults_reference import FRAMES, SETTINGS, STAGES, STEPS, assert_equal
 from .in_memory import Outcome, run_reference
 
-MAPL = {"codec.codec": "mapl:r=8,anchors=full,every=2,table=1", "codec.forward": "int4", "codec.backward": "int4"}
-SETTINGS = {"pipeline.stages": 3, "pipeline.microbatches": 2, "pipeline.batch_size": 4, "run.steps": 6}
-SETTINGS |= {"checkpoint.every": 1, "run.eval_every": 3, **MAPL}
+SCHEDULES = 30  # of `make test`
+MANY = 300  # of `make test-schedules`
 
 
 @pytest.fixture(scope="module")
@@ -20,30 +21,36 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> O
     return run_reference(tiny(SETTINGS), tmp_path_factory.mktemp("reference"))
 
 
-def assert_equal(ended, undisturbed: Outcome) -> None:
-    assert ended.losses == undisturbed.losses, ended.faults
-    assert ended.val_losses == [values[-1] for values in undisturbed.val_losses]
-    assert ended.state_sha256 == undisturbed.state_sha256, ended.faults
-
-
 def test_undisturbed(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path) -> None:
-    ended = run_cluster(tiny(SETTINGS), tmp_path, [])
+    ended = run_cluster(tiny(SETTINGS), tmp_path, [], hurry=True)
     assert_equal(ended, undisturbed)
     assert ended.epochs == 1
     assert ended.seconds < 1  # nobody waited for anything
+    assert not ended.said
+    assert FRAMES <= ended.frames <= FRAMES + 100
 
 
-@pytest.mark.parametrize("frame", range(5, 90, 10))
-@pytest.mark.parametrize("stage", range(3))
+def test_the_same_seed_tells_the_same_story(tiny: TinyConfig, tmp_path: Path) -> None:
+    """And another one another: the order of events is the seed's and not the machine's."""
+    faults = draw(5, stages=STAGES, steps=STEPS, frames=FRAMES, count=3)
+    first, again, other = (
+        run_cluster(tiny(SETTINGS), tmp_path / name, faults, seed=seed) for name, seed in (("a", 5), ("b", 5), ("c", 6))
+    )
+    assert (first.frames, first.seconds, first.happened) == (again.frames, again.seconds, again.happened)
+    assert first.seconds != other.seconds
+
+
+@pytest.mark.parametrize("frame", range(5, FRAMES, 22))
+@pytest.mark.parametrize("stage", range(STAGES))
 def test_a_drained_run_goes_on_where_it_ended(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, frame: int, stage: int
 ) -> None:
     """All end after the same step, whoever asked and whenever; the rest is done later, by other processes."""
     config = tiny(SETTINGS | {"checkpoint.every": 4})  # so that the last step is seldom one that is written anyway
-    first = run_cluster(config, tmp_path, [Fault(frame=frame, kind="drain", stage=stage)])
+    first = run_cluster(config, tmp_path, [Drain(at=Frame(number=frame), stage=stage)])
     done = {len(losses) for losses in first.losses}
     assert len(done) == 1
-    assert done.pop() <= 6
+    assert done.pop() <= STEPS
     assert_equal(run_cluster(config, tmp_path, [], resume=True), undisturbed)
 
 
@@ -60,25 +67,42 @@ def test_without_checkpoints_a_loss_begins_the_run_again(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path
 ) -> None:
     config = tiny(SETTINGS | {"checkpoint.every": 0})
-    assert_equal(run_cluster(config, tmp_path, [Fault(frame=60, kind="kill", stage=1)]), undisturbed)
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_losses_at_any_frame(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
-    faults = faults_of(seed, stages=3, count=3, frames=150)
-    ended = run_cluster(tiny(SETTINGS), tmp_path, faults)
+    ended = run_cluster(config, tmp_path, [Kill(at=Frame(number=FRAMES // 2), stage=1)])
     assert_equal(ended, undisturbed)
-    kills = [fault for fault in faults if fault.kind != "cut" and fault.frame < 60]  # 92 frames, undisturbed
-    assert ended.epochs >= 1 + bool(kills)
+    assert [rewind["completed"] for rewind in ended.rewinds] == [0]
+
+
+def story(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
+    """Three faults of any kind at any moment. One that is due when all is over, or of a stage that is away, is
+    spared."""
+    faults = draw(seed, stages=STAGES, steps=STEPS, frames=FRAMES, count=3)
+    ended = run_cluster(tiny(SETTINGS), tmp_path, faults, seed=seed)
+    assert_equal(ended, undisturbed)
+    lost = [fault for fault in ended.happened if isinstance(fault, Kill)]
+    assert ended.epochs >= 1 + bool(lost)
+    certain = [fault for fault in faults if isinstance(fault.at, Frame) and fault.at.number < FRAMES // 2]
+    assert ended.happened or not certain
+
+
+@pytest.mark.parametrize("seed", range(SCHEDULES))
+def test_schedules_at_random(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
+    story(tiny, undisturbed, tmp_path, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(SCHEDULES, SCHEDULES + MANY))
+def test_many_schedules_at_random(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
+    story(tiny, undisturbed, tmp_path, seed)
 
 
 @pytest.mark.parametrize("later", [1, 2, 3, 4, 6])
-@pytest.mark.parametrize("frame", [20, 31, 44])
+@pytest.mark.parametrize("frame", [60, 93, 132])
 def test_a_drain_survives_the_loss_of_whoever_knew_of_it(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, frame: int, later: int
 ) -> None:
     config = tiny(SETTINGS)
-    faults = [Fault(frame=frame, kind="drain", stage=0), Fault(frame=frame + later, kind="kill", stage=0)]
-    first = run_cluster(config, tmp_path, faults)
+    faults = [Drain(at=Frame(number=frame), stage=0), Kill(at=Frame(number=frame + later), stage=0)]
+    first = run_cluster(config, tmp_path, list(faults))
+    assert first.happened == faults
     assert len({len(losses) for losses in first.losses}) == 1
     assert_equal(run_cluster(config, tmp_path, [], resume=True), undisturbed)

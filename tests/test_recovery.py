@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
-from thinpipe.sim.report import read_records
 
 from .conftest import TinyConfig
+from .faults import DiskFull, Done, During, Fault, Kill, Pause, Phase, TornCheckpoint
 from .in_memory import Outcome, run_reference
+from .real_faults import carry_out, records, unwritten
 from .real_node import until
 
 STEPS = 120  # of 30 ms: enough that three losses fall into the run
@@ -60,10 +61,6 @@ def up() -> Iterator[Up]:
         process.communicate()
 
 
-def records(run: Path, stage: int, event: str) -> list[dict[str, Any]]:
-    return [record for record in read_records(run / f"stage-{stage}.jsonl") if record["event"] == event]
-
-
 def ended(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
     stdout, stderr = process.communicate(timeout=END_S)
     assert process.returncode == code, stderr
@@ -78,21 +75,32 @@ def after_steps(run: Path, count: int) -> Callable[[], bool]:
     return lambda: len(records(run, 0, "step")) >= count
 
 
-def test_killed_stages_come_back(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
-    """Head, middle and tail, by SIGKILL; each is started again by the launcher and restores from its own disk."""
+FROM_OUTSIDE: list[Fault] = [
+    Kill(at=Done(stage=0, steps=4), stage=1),
+    Kill(at=During(stage=0, phase=Phase.HALTED), stage=0),  # the first one is not mended yet
+    TornCheckpoint(at=Done(stage=0, steps=12), stage=2),
+    Pause(at=Done(stage=0, steps=20), stage=1, seconds=1.0),
+    DiskFull(at=Done(stage=0, steps=24), stage=1),
+]
+
+
+def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
+    """SIGKILL to the middle, to the head while that is being mended, and to the tail, whose newest checkpoint is
+    damaged, each started again by the launcher; SIGSTOP for a moment; a disk that is full for a while."""
     (tmp_path / "run.toml").write_text(dump_config(config))
     run = tmp_path / "run"
     process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "3")
-    for stage, step in ((1, 4), (0, 10), (2, 16)):
-        until(after_steps(run, step), f"step {step}")
-        before = len(records(run, stage, "rewind"))
-        os.kill(records(run, stage, "start")[-1]["process"], signal.SIGKILL)
-        until(lambda stage=stage, before=before: len(records(run, stage, "rewind")) > before, "the rewind")
+    carry_out(run, FROM_OUTSIDE)
     summary = ended(process)
     assert states(summary) == undisturbed.state_sha256
     assert summary["val_loss"] == undisturbed.val_losses[0][-1]
-    assert len(summary["rewinds"]) >= 3
     assert summary["steps"] == STEPS
+    assert [len(records(run, stage, "start")) for stage in range(3)] == [2, 2, 2]
+    assert len(summary["rewinds"]) >= 2
+    assert any(r["code"] == "checkpoint" and "is damaged" in r["reason"] for r in records(run, 2, "fault"))
+    full = unwritten(run, 1)
+    assert len(full) >= 2
+    assert any(record["time_s"] > full[-1]["time_s"] for record in records(run, 1, "checkpoint"))  # there is room again
 
 
 def test_without_restarts_a_loss_ends_the_run(up: Up, config: RunConfig, tmp_path: Path) -> None:

@@ -290,8 +290,11 @@ def chaos(
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
     kills: Annotated[int, typer.Option(min=1, help="Faults, spread over the run.")] = 50,
     kinds: Annotated[
-        str, typer.Option(help="Which, in turn: kill, twice, pause, sleeper, cut, half (docs/failures.md).")
-    ] = "kill,twice,pause,sleeper,cut,half",
+        str, typer.Option(help="Which, in turn: kill, twice, pause, sleeper, disk, cut, half (docs/failures.md).")
+    ] = "kill,twice,pause,sleeper,disk,cut,half",
+    every: Annotated[
+        float | None, typer.Option(min=0.1, help="Seconds between two faults, instead of --kills over the steps.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the training and of the faults.")] = 1,
     codec: Annotated[str, typer.Option(help="What crosses a boundary.")] = "mapl:r=16,anchors=full",
     forward: Annotated[str | None, typer.Option(help="Byte format of activations.")] = "int4",
@@ -330,7 +333,7 @@ def chaos(
     from .node.local import LocalRunError
 
     try:
-        found, survived = run_chaos(settings, out, count=kills, kinds=chosen, seed=seed, quiet=as_json)
+        found, survived = run_chaos(settings, out, count=kills, every_s=every, kinds=chosen, seed=seed, quiet=as_json)
     except LocalRunError as error:
         fail(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -1,19 +1,25 @@
-"""What checkpoints cost in throughput: the same swarm with and without them, in turn.
+"""What checkpoints, and copies of them on neighbours, cost in throughput: the same swarm without and with them.
 
-    .venv/bin/python benchmarks/checkpoints.py [--every 10] [--repeats 3] [--steps 40]
+    .venv/bin/python benchmarks/checkpoints.py [--every 10] [--repeats 3] [--steps 40] [--link 300mbit,25ms]
 
-Prints, pair by pair and as a median: tokens/s with a checkpoint every `--every` steps / tokens/s without, the bytes of
-one stage's checkpoint and the seconds that its writing took (in the background). A copy of the state is made on the
-compute thread, so part of the cost is there whatever the disk does.
+Prints, for each repeat and as a median, tokens/s as a share of those without checkpoints: with one every `--every`
+steps on a disk that all share, and with a disk for each stage, so that each is copied to a neighbour too; then the size
+of a checkpoint, how long its writing took (in the background), and how many were copied. A snapshot of the state is
+taken on the compute thread, so part of the cost is there whatever the disk does.
 """
 
 import argparse
 import statistics
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
-from efficiency import run, steady
+from efficiency import steady
+from thinpipe.node.config import CheckpointSection, CodecSection, LinkSection, RunConfig, RunSection, dump_config
 from thinpipe.sim.report import read_records
+from thinpipe.sim.swarm import run_swarm
+
+VARIANTS = ("none", "checkpoints", "checkpoints and copies")
 
 
 def main() -> None:
@@ -22,28 +28,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--stages", type=int, default=4)
+    parser.add_argument("--link", default="none")
     given = parser.parse_args()
-    shape = ["--stages", str(given.stages), "--steps", str(given.steps), "--link", "none"]
-    ratios = []
+    shares: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
         for repeat in range(given.repeats):
-            speed = {}
-            for every in (0, given.every):
-                out = Path(directory) / f"{repeat}-{every}"
-                run(out, *shape, "--checkpoint-every", str(every))
-                speed[every] = steady(out, given.stages)[0]
-            ratios.append(speed[given.every] / speed[0])
-            print(f"with / without: {ratios[-1]:.3f}  ({speed[given.every]:.0f} / {speed[0]:.0f} tokens/s)", flush=True)
-            written = [
-                record
-                for stage in range(given.stages)
-                for record in read_records(out / f"stage-{stage}.jsonl")
-                if record["event"] == "checkpoint"
-            ]
-    print(f"\nwith a checkpoint every {given.every} steps: {statistics.median(ratios):.3f} of the throughput (median)")
+            speed: dict[str, float] = {}
+            for variant in VARIANTS:
+                out = Path(directory) / f"{repeat} {variant}"
+                out.mkdir()
+                config = RunConfig(
+                    run=RunSection(steps=given.steps, eval_every=0),
+                    codec=CodecSection(codec="mapl", forward="int4", backward="int3"),
+                    link=LinkSection(link=given.link),
+                    checkpoint=CheckpointSection(every=0 if variant == "none" else given.every),
+                )
+                config = config.model_copy(
+                    update={"pipeline": config.pipeline.model_copy(update={"stages": given.stages})}
+                )
+                (out / "run.toml").write_text(dump_config(config))
+                run_swarm(out, stages=given.stages, disks=out / "disks" if "copies" in variant else None)
+                speed[variant] = steady(out, given.stages)[0]
+            for variant in VARIANTS[1:]:
+                shares[variant].append(speed[variant] / speed["none"])
+            told = ", ".join(f"{variant} {speed[variant]:.0f}" for variant in VARIANTS)
+            print(f"tokens/s: {told}", flush=True)
+        records = [record for stage in range(given.stages) for record in read_records(out / f"stage-{stage}.jsonl")]
+    written = [record for record in records if record["event"] == "checkpoint"]
+    copied = [record for record in records if record["event"] == "copy"]
+    for variant, ratios in shares.items():
+        every = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+        print(f"{variant}: {statistics.median(ratios):.3f} of the throughput without ({every})")
     sizes = [record["bytes"] for record in written]
     seconds = statistics.median(record["seconds"] for record in written)
     print(f"a stage's checkpoint: {min(sizes) / 2**20:.1f} to {max(sizes) / 2**20:.1f} MiB, {seconds:.2f} s to write")
+    print(f"{len(copied)} of {len(written)} were copied to a neighbour before the run ended")
 
 
 if __name__ == "__main__":

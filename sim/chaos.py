@@ -4,6 +4,7 @@
     twice     a second SIGKILL, to another stage, while the first loss is being mended
     pause     SIGSTOP for a moment: a machine that hangs, and comes back before it is missed
     sleeper   SIGSTOP, a replacement in its place, SIGCONT: the one that wakes up must be fenced off
+    disk      SIGKILL to a stage, and its checkpoints are lost; it comes back from the copy that its neighbour kept
     cut       every connection of one boundary is reset
     half      the same, but only the upper end notices
 
@@ -14,16 +15,18 @@ in which it notices. That is the point: the end must not depend on it.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import shutil
 import signal
 import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -31,8 +34,9 @@ from .proxy import Proxy
 from .report import read_records, steps_of
 from .swarm import Swarm, SwarmError, free_ports, obituary
 
-Kind = Literal["kill", "twice", "pause", "sleeper", "cut", "half"]
+Kind = Literal["kill", "twice", "pause", "sleeper", "disk", "cut", "half"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # pyright: ignore[reportAssignmentType]
+LOSSES = ("kill", "twice", "sleeper", "disk")  # of a process
 PAUSE_S = 2.0
 POLL_S = 0.02
 STEP_TIMEOUT_S = 300.0  # without a step from anybody
@@ -41,13 +45,14 @@ STEP_TIMEOUT_S = 300.0  # without a step from anybody
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
     """One fault: of stage `stage` (for cuts: of the boundary below it) once the head has done `step` steps, `part` of a
-    step later."""
+    step later; or, where `after_s` is given, so many seconds after the first step."""
 
     kind: Kind
     step: int
     part: float
     stage: int
     second: int  # another stage, for `twice`
+    after_s: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,32 +79,46 @@ def plan(seed: int, *, steps: int, stages: int, count: int, kinds: tuple[Kind, .
     chance = random.Random(seed)
     last = max(1, steps - 2)
     moments = sorted(chance.uniform(0, last) for _ in range(count))
-    faults = []
-    for number, moment in enumerate(moments):
-        kind = kinds[number % len(kinds)]
+    drawn = _draw(chance, stages, kinds)
+    return [replace(fault, step=int(moment), part=moment % 1) for moment, fault in zip(moments, drawn, strict=False)]
+
+
+def plan_every(every_s: float, seed: int, *, stages: int, kinds: tuple[Kind, ...] = KINDS) -> Iterator[Planned]:
+    """A fault every so many seconds, without end. Kinds take turns."""
+    for number, fault in enumerate(_draw(random.Random(seed), stages, kinds), start=1):
+        yield replace(fault, after_s=number * every_s)
+
+
+def _draw(chance: random.Random, stages: int, kinds: tuple[Kind, ...]) -> Iterator[Planned]:
+    for kind in itertools.cycle(kinds):
         # A boundary has a stage above it; the last stage dials nobody, so nobody tells it that it was replaced.
         within = stages - 1 if kind in ("cut", "half", "sleeper") else stages
         stage = chance.randrange(within)
         second = (stage + chance.randrange(1, stages)) % stages
-        faults.append(Planned(kind=kind, step=int(moment), part=moment % 1, stage=stage, second=second))
-    return faults
+        yield Planned(kind=kind, step=0, part=0.0, stage=stage, second=second)
 
 
-def disturb(run: Path, faults: list[Planned], *, stages: int, on_event: Callable[[str], None]) -> Story:
-    """Run the swarm of `run`/run.toml while `faults` happen to it. Raises SwarmError when it does not come through."""
+def disturb(
+    run: Path, faults: Iterable[Planned], *, stages: int, apart: bool, on_event: Callable[[str], None]
+) -> Story:
+    """Run the swarm of `run`/run.toml while `faults` happen to it, until it ends; apart: each stage has a disk of its
+    own. Raises SwarmError when it does not come through."""
     with ExitStack() as held:
         ports, relays = free_ports(stages), free_ports(stages)
         proxies = {
             stage: held.enter_context(Proxy(f"127.0.0.1:{ports[stage + 1]}", port=relays[stage + 1]))
             for stage in range(stages - 1)
         }
-        swarm = Swarm(run, stages=stages, ports=ports, next_ports=relays)
+        disks = run / "disks" if apart else None
+        swarm = Swarm(run, stages=stages, ports=ports, next_ports=relays, disks=disks)
         held.callback(swarm.stop)
         for stage in range(stages):
             swarm.start(stage, resume=False)
         chaos = _Chaos(run, swarm, proxies, on_event)
         for fault in faults:
             chaos.inject(fault)
+            if chaos.over:
+                break
         chaos.until_ended()
         return chaos.story
 
@@ -111,6 +130,7 @@ class _Chaos:
         self._sleepers: list[_Sleeper] = []
         self._seen_at = time.monotonic()
         self._seen = -1
+        self._began: float | None = None  # when the head had done its first step
 
     def _head_steps(self) -> int:
         """Steps that the head has done, at most; also keeps watch."""
@@ -120,6 +140,7 @@ class _Chaos:
         now = time.monotonic()
         if done != self._seen:
             self._seen, self._seen_at = done, now
+            self._began = self._began or (now if done else None)
         elif now - self._seen_at > STEP_TIMEOUT_S:
             raise SwarmError(f"no step for {STEP_TIMEOUT_S:g} s after step {done}; see the logs in {self._run}", 1)
         self._mind_the_dead()
@@ -130,9 +151,9 @@ class _Chaos:
         for stage, node in enumerate(self._swarm.nodes):
             assert node
             code = node.process.poll()
-            if code == -signal.SIGKILL and not self._over():
+            if code == -signal.SIGKILL and not self.over:
                 self._swarm.start(stage, resume=True)
-            elif code and not self._over():
+            elif code and not self.over:
                 raise SwarmError(obituary(node, code), 1)
         for sleeper in list(self._sleepers):
             if not sleeper.awake and self._is_back(sleeper.stage, sleeper.since_s):
@@ -149,18 +170,25 @@ class _Chaos:
                 raise SwarmError(f"waited {timeout_s:g} s for {what}; see the logs in {self._run}", 1)
             time.sleep(POLL_S)
 
-    def _over(self) -> bool:
+    @property
+    def over(self) -> bool:
         """Whether anybody has left, which nobody does before all are through."""
         return any(node and node.process.poll() == 0 for node in self._swarm.nodes)
 
+    def _due(self, fault: Planned) -> bool:
+        done = self._head_steps()
+        if fault.after_s is None:
+            return done >= fault.step
+        return self._began is not None and time.monotonic() >= self._began + fault.after_s
+
     def _ended(self) -> bool:
-        return self._over() and all(node and node.process.poll() is not None for node in self._swarm.nodes)
+        return self.over and all(node and node.process.poll() is not None for node in self._swarm.nodes)
 
     def inject(self, fault: Planned) -> None:
         """Wait for the fault's moment, and let it happen. Faults that come too late for the run are left out."""
-        self._wait(lambda: self._ended() or self._head_steps() >= fault.step, 10 * STEP_TIMEOUT_S, f"step {fault.step}")
+        self._wait(lambda: self._ended() or self._due(fault), 10 * STEP_TIMEOUT_S, f"the moment of {fault}")
         time.sleep(fault.part * self._step_s())
-        if self._over():
+        if self.over:
             return
         done = self._head_steps()
         injected = Injected(fault=fault, at_s=time.time(), step=done)
@@ -181,6 +209,10 @@ class _Chaos:
             case "sleeper":
                 process.send_signal(signal.SIGSTOP)
                 self._replace(fault.stage, process)
+            case "disk":
+                self._kill(process)
+                if disk := self._swarm.disk(fault.stage):
+                    shutil.rmtree(disk, ignore_errors=True)
             case "cut" | "half":
                 self._proxies[fault.stage].cut(half=fault.kind == "half")
         self.story.injected.append(injected)
@@ -230,7 +262,7 @@ def measure(run: Path, story: Story, *, stages: int) -> None:
     """Fill in, from the records, when the run had recovered from each fault."""
     records = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
     for injected in story.injected:
-        lost = {"kill": (injected.fault.stage,), "sleeper": (injected.fault.stage,)}.get(injected.fault.kind, ())
+        lost = (injected.fault.stage,) if injected.fault.kind in ("kill", "sleeper", "disk") else ()
         if injected.fault.kind == "twice":
             lost = (injected.fault.stage, injected.fault.second)
         found = [
@@ -259,12 +291,13 @@ def report(run: Path, undisturbed: Path, story: Story, *, stages: int) -> dict[s
         {r["step"]: r["loss"] for r in steps_of(read_records(each / "stage-0.jsonl"))} for each in (run, undisturbed)
     )
     done = [r for r in read_records(run / "stage-0.jsonl") if r["event"] == "step"]
-    step_s = statistics.median(
-        r["seconds"] for r in read_records(undisturbed / "stage-0.jsonl") if r["event"] == "step"
-    )
-    lost = [i for i in story.injected if i.progress_s is not None and i.fault.kind in ("kill", "twice", "sleeper")]
+    alone = [r for r in read_records(undisturbed / "stage-0.jsonl") if r["event"] == "step"]
+    step_s = statistics.median(r["seconds"] for r in alone)
+    lost = [i for i in story.injected if i.progress_s is not None and i.fault.kind in LOSSES]
     waits = [(i.progress_s or 0) - (i.back_s or 0) for i in lost]
     wholes = [(i.progress_s or 0) - i.at_s for i in lost]
+    seconds = done[-1]["time_s"] - done[0]["time_s"] if done else 0.0
+    undisturbed_s = alone[-1]["time_s"] - alone[0]["time_s"]
     return {
         "stages": stages,
         "steps": len(losses),
@@ -273,8 +306,9 @@ def report(run: Path, undisturbed: Path, story: Story, *, stages: int) -> dict[s
         "fenced": story.fenced,
         "steps_replayed": len(done) - len(losses),
         "step_s": step_s,
-        "seconds": done[-1]["time_s"] - done[0]["time_s"] if done else 0.0,
-        "seconds_undisturbed": theirs["train_s"],
+        "seconds": seconds,
+        "seconds_undisturbed": undisturbed_s,
+        "throughput_share": undisturbed_s / seconds if seconds else None,
         "back_to_progress_s": _spread(waits),
         "fault_to_progress_s": _spread(wholes),
         "back_to_progress_steps": _spread([wait / step_s for wait in waits]),

@@ -71,16 +71,17 @@ def run_swarm(
     trace: bool = False,
     resume: bool = False,
     restarts: int = 0,
+    disks: Path | None = None,
     on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
     from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
-    again; the others wait for it. Raises SwarmError when a node ends early otherwise, naming it; KeyboardInterrupt
-    passes through. No node is left running either way. SIGTERM ends the run after the step under way.
+    again; the others wait for it. `disks`: see `Swarm`. Raises SwarmError when a node ends early otherwise, naming it;
+    KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run after the step under way.
     """
-    swarm = Swarm(run, stages=stages, trace=trace)
+    swarm = Swarm(run, stages=stages, trace=trace, disks=disks)
     before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
     try:
         for stage in range(stages):
@@ -95,6 +96,8 @@ class Swarm:
     """The node processes of a run on this machine. A stage keeps its port, whichever process serves it.
 
     ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
+    disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
+    own; None: one for all.
     """
 
     def __init__(
@@ -105,8 +108,9 @@ class Swarm:
         trace: bool = False,
         ports: list[int] | None = None,
         next_ports: list[int] | None = None,
+        disks: Path | None = None,
     ) -> None:
-        self.run = run
+        self.run, self._disks = run, disks
         self.nodes: list[Node | None] = [None] * stages
         self.ports = ports or free_ports(stages)
         self._next_ports = next_ports or self.ports
@@ -120,7 +124,13 @@ class Swarm:
             self._gone.append(before)
         listen = self.ports[stage] if stage else None
         below = self._next_ports[stage + 1] if stage + 1 < len(self.nodes) else None
-        self.nodes[stage] = _start(self.run, stage, listen, below, trace=self._trace, resume=resume)
+        self.nodes[stage] = _start(
+            self.run, stage, listen, below, trace=self._trace, resume=resume, disk=self.disk(stage)
+        )
+
+    def disk(self, stage: int) -> Path | None:
+        """Where that stage keeps its checkpoints, and copies for its neighbours, if not with all others."""
+        return self._disks / f"stage-{stage}" if self._disks else None
 
     def process(self, stage: int) -> subprocess.Popen[bytes]:
         """The one that serves `stage` now."""
@@ -140,13 +150,17 @@ class Swarm:
         _stop([node for node in (*self.nodes, *self._gone) if node])
 
 
-def _start(run: Path, stage: int, listen: int | None, below: int | None, *, trace: bool, resume: bool) -> Node:
+def _start(
+    run: Path, stage: int, listen: int | None, below: int | None, *, trace: bool, resume: bool, disk: Path | None
+) -> Node:
     command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml"), "--stage", str(stage)]
     command += ["--out", str(run), "--parent", str(os.getpid())]
     if listen:
         command += ["--listen", f"127.0.0.1:{listen}"]
     if below:
         command += ["--next", f"127.0.0.1:{below}"]
+    if disk:
+        command += ["--set", f"checkpoint.directory={disk}"]
     if trace:
         command.append("--trace")
     if resume:

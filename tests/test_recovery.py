@@ -146,10 +146,10 @@ def test_resume_of_what_is_no_run(up: Up, tmp_path: Path) -> None:
 
 @pytest.mark.long
 def test_chaos_of_every_kind(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "thinpipe.cli", "chaos", "--steps", "60", "--kills", "12", "--json"]
+    command = [sys.executable, "-m", "thinpipe.cli", "chaos", "--steps", "60", "--kills", "14", "--json"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert sum(found["faults"].values()) == 12
+    assert sum(found["faults"].values()) == 14
     assert found["fenced"] >= 1
     assert found["epochs"] > 4

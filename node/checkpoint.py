@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,7 @@ class CheckpointStore:
         self.directory = directory / f"stage-{stage}"
         self.stage, self.fingerprint, self.keep = stage, fingerprint, keep
         self._verified: dict[int, tuple[int, ...]] = {}  # completed -> the file that had its digest
+        self._writing = threading.Lock()  # what a write leaves half done is not to be put away by another thread
 
     def path(self, completed: int) -> Path:
         """Of the checkpoint after `completed` steps."""
@@ -141,7 +143,7 @@ class CheckpointStore:
     def newest_intact(self, limit: int, report: Callable[[str], None]) -> list[int]:
         """At most `limit` completed steps, newest first, whose checkpoints were verified just now. Damaged and foreign
         ones are reported, a line each, and left out; what broken-off writes left is put away first."""
-        with suppress(OSError):  # a directory that is only read
+        with self._writing, suppress(OSError):  # a directory that is only read
             self._sweep()
         intact: list[int] = []
         for completed in reversed(self.numbers()):
@@ -185,9 +187,10 @@ class CheckpointStore:
         manifest = self._place(snapshot.completed, lambda to: self._fill(to, snapshot, epoch, written_s))
         return manifest.file_bytes
 
-    def adopt(self, manifest: Manifest, state: Path) -> None:
+    def adopt(self, manifest: Manifest, state: Path, *, supersede: bool = False) -> None:
         """Take in a checkpoint that came from elsewhere: `state`, a file on the same disk, is moved here if it is what
-        the manifest says. Raises CheckpointError, as `write` does."""
+        the manifest says. supersede: it is the newest there is, and later ones go. Raises CheckpointError, as `write`
+        does."""
         self.check_kinship(manifest, "the copy")
         try:
             with state.open("rb") as file:
@@ -203,10 +206,20 @@ class CheckpointStore:
             return _finish(to, manifest)
 
         self._place(manifest.completed, fill)
+        if supersede:
+            try:
+                for later in [number for number in self.numbers() if number > manifest.completed]:
+                    self._discard(later)
+            except OSError as error:
+                raise CheckpointError(f"cannot put away {self.directory}: {error.strerror}") from None
 
     def _place(self, completed: int, fill: Callable[[Path], Manifest]) -> Manifest:
         """Have a directory filled aside, and give it its name."""
         final = self.path(completed)
+        with self._writing:
+            return self._place_alone(completed, final, fill)
+
+    def _place_alone(self, completed: int, final: Path, fill: Callable[[Path], Manifest]) -> Manifest:
         self._refuse_foreign(completed)
         try:
             make(self.directory)
@@ -296,10 +309,13 @@ class CheckpointStore:
                 continue
             except CheckpointError:
                 pass  # damaged, and too old to be missed
-            doomed = self.directory / f".tmp-{self.path(number).name}"
-            os.rename(self.path(number), doomed)  # half of one must never be listed
-            remove(doomed)
-            self._verified.pop(number, None)
+            self._discard(number)
+
+    def _discard(self, number: int) -> None:
+        doomed = self.directory / f".tmp-{self.path(number).name}"
+        os.rename(self.path(number), doomed)  # half of one must never be listed
+        remove(doomed)
+        self._verified.pop(number, None)
 
 
 def _finish(directory: Path, manifest: Manifest) -> Manifest:

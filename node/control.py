@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..protocol.control import PART_BYTES_MAX, ControlFrame, CopyFrame, CopyPart, Dismissed
+from ..protocol.control import PART_BYTES_MAX, ControlFrame, CopyFrame, Dismissed
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
@@ -110,6 +110,7 @@ class Control:
         mine = self.machine.greeting()  # as it was when the peer came, whatever the peer changes
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._take_place(side, frame)
+        self.missing_s()  # up to now
         effects = self.machine.meet(side, frame)
         self._present[side] = ended
         self._queues[side] = asyncio.Queue(QUEUED_MAX)
@@ -150,7 +151,7 @@ class Control:
             self.copies.parted(side)
 
     async def _talk(self, side: Side, read: Read, write: Write, ended: asyncio.Future[None]) -> bool:
-        tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read), self._say(side, write))]
+        tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read, ended), self._say(side, write))]
         try:
             done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for each in (ended, *tasks):
@@ -162,8 +163,10 @@ class Control:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _hear(self, side: Side, read: Read) -> None:
+    async def _hear(self, side: Side, read: Read, ended: asyncio.Future[None]) -> None:
         while (frame := await self._read(read, self._silence_s, f"stage {side} was silent")) is not None:
+            if self._present.get(side) is not ended:  # another connection has taken the place of this one
+                return
             self.missing_s()
             if not isinstance(frame, CopyFrame):
                 self.act(self.machine.receive(side, frame))
@@ -184,7 +187,7 @@ class Control:
     async def _write(self, side: Side, write: Write, frame: Frame) -> None:
         raw = encode_frame(frame)
         await write(raw)
-        kind = "checkpoint_copy" if isinstance(frame, CopyPart) else "control"
+        kind = "checkpoint_copy" if isinstance(frame, CopyFrame) else "control"
         self._sent[side][kind] += framed_bytes(len(raw))
 
     @staticmethod

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import IO, Any
 
 from ..protocol.control import (
@@ -35,10 +34,12 @@ from ..protocol.header import printable
 from ..protocol.rewind import Side
 from .arrivals import Arrivals
 from .checkpoint import STATE, CheckpointStore
+from .durable import sweep_incoming
 from .flow import Reporter
-from .manifest import CheckpointError, Manifest, parse_manifest
+from .manifest import CheckpointError, Manifest
+from .wards import QUEUED_MAX, Talk, Ward
 
-QUEUED_MAX = 16  # frames from one neighbour that wait for the disk; it may send `PARTS_AHEAD` unasked
+DECLINED_MAX = 64  # on one connection; who is declined so often does not listen
 BROUGHT_BACK = 2  # of the newest copies: the others may not have completed the very newest yet
 
 Say = Callable[[Side, CopyFrame], Awaitable[None]]
@@ -51,21 +52,13 @@ def buddy_side(stage: int, stages: int) -> Side | None:
     return "below" if stage < stages - 1 else "above"
 
 
-@dataclass(slots=True)
-class _Talk:
-    """What belongs to one connection."""
-
-    inbox: asyncio.Queue[CopyFrame] = field(default_factory=lambda: asyncio.Queue(QUEUED_MAX))
-    outgoing: dict[int, tuple[int, Sending]] = field(default_factory=dict)  # stage -> (completed, how far)
-    declined: set[tuple[int, int]] = field(default_factory=set)  # (stage, completed)
-    jobs: set[asyncio.Task[None]] = field(default_factory=set)
-
-
 class Copies:
     """The copies that one node sends, keeps and asks for.
 
-    store: the node's own. say: have a frame sent to a side; for a part it waits until the link is idle. refuse: end the
-    connection to a side, which broke a rule. Frames come in through `receive`, and `met` and `parted` say whether
+    store: the node's own. bytes_max: the largest state of a neighbour that is kept; 0: this node neither keeps nor
+    sends copies. say: have a frame sent to a side; for a part it waits until the link is idle. refuse: end the
+    connection to a side, which broke a rule. on_copy(completed, bytes, fetched): a copy of ours is whole, at the buddy
+    or here; 0 bytes: nothing had to be sent. Frames come in through `receive`, and `met` and `parted` say whether
     anybody is there; all on the event loop.
     """
 
@@ -77,56 +70,58 @@ class Copies:
         store: CheckpointStore,
         bytes_max: int,
         part_bytes: int,
+        parts_ahead: int,
         say: Say,
         refuse: Callable[[Side, RemoteProtocolError], None],
         on_fault: Reporter,
-        on_copied: Callable[[int, int], None],
+        on_copy: Callable[[int, int, bool], None],
     ) -> None:
         self.side: Side | None = buddy_side(stage, stages)
-        self._stage = stage
-        self._store, self._directory = store, store.directory.parent
-        self._bytes_max, self._part_bytes = bytes_max, min(part_bytes, PART_BYTES_MAX)
-        self._say, self._refuse_peer, self._on_fault, self._on_copied = say, refuse, on_fault, on_copied
-        self._kept: dict[Side, CheckpointStore] = {}  # of whom this node is the buddy
+        self._stage, self._store, self._enabled = stage, store, bytes_max > 0
+        self._part_bytes, self._parts_ahead = min(part_bytes, PART_BYTES_MAX), parts_ahead
+        self._say, self._refuse, self._on_fault, self._on_copy = say, refuse, on_fault, on_copy
+        self._wards: dict[Side, Ward] = {}
         others: dict[Side, tuple[int, Side]] = {"above": (stage - 1, "below"), "below": (stage + 1, "above")}
         for side, (other, towards_us) in others.items():
             if 0 <= other < stages and buddy_side(other, stages) == towards_us:
-                self._kept[side] = CheckpointStore(
-                    self._directory / "copies", stage=other, fingerprint=store.fingerprint
-                )
-        self._talks: dict[Side, _Talk] = {}
+                self._wards[side] = Ward(other, store, bytes_max)
+        self._own = Arrivals(store, check=self._check_wanted, supersede=False, directory=store.directory.parent)
+        self._talks: dict[Side, Talk] = {}
         self._closed = False
-        self._arrivals = Arrivals(self._directory)
-        self._held: set[int] | None = None  # what the buddy has of ours; None: it has not said yet
-        self._wanted: set[int] = set()  # what we asked for
-        self._offers = asyncio.Event()  # there may be something to send to the buddy
-        self._moved = asyncio.Event()  # something came
+        self._newest = 0  # of our checkpoints: the one that was written last
+        self._wanted: set[int] = set()  # what we ask for
+        self._came: set[int] = set()  # of these
+        self._settling = False  # one of these is being read once more, and may take its time
+        self._restored = asyncio.Event()  # the buddy has said something that `fetch` has to look at
 
     # -- what the node does ---------------------------------------------------------------------------------------
 
-    def written(self) -> None:
-        """There is a new checkpoint on the disk."""
-        self._offers.set()
+    def written(self, completed: int) -> None:
+        """This checkpoint is on the disk now, and the one to keep a copy of."""
+        self._newest = completed
+        if self.side in self._talks:
+            self._talks[self.side].offers.set()
 
     def met(self, side: Side) -> None:
         """A neighbour is connected."""
         if self._closed:
             return
-        talk = self._talks[side] = _Talk()
+        talk = self._talks[side] = Talk()
         self._begin(talk, self._hear, side, talk)
-        if side in self._kept:
+        if side in self._wards:
             self._begin(talk, self._tell_held, side)
         if side == self.side:
-            self._held = None
-            self._begin(talk, self._trickle, side, talk)
+            self._restored.set()
+            if self._enabled:
+                self._begin(talk, self._trickle, side, talk)
 
     def parted(self, side: Side) -> None:
         """Its connection is gone."""
-        talk = self._talks.pop(side, None)
-        if talk:
+        if talk := self._talks.pop(side, None):
             for job in talk.jobs:
                 job.cancel()
-        self._moved.set()
+        if side == self.side:
+            self._restored.set()
 
     async def close(self) -> None:
         """Nothing is sent or written any more."""
@@ -135,51 +130,61 @@ class Copies:
         for side in list(self._talks):
             self.parted(side)
         await asyncio.gather(*jobs, return_exceptions=True)
-        self._arrivals.clear()
+        for arrivals in (self._own, *(ward.arrivals for ward in self._wards.values())):
+            await asyncio.to_thread(arrivals.close)
 
-    async def fetch(self, have: list[int], *, patience_s: float) -> list[int]:
-        """Bring back what the buddy has and this disk lacks of the newest checkpoints; returns the steps that came.
+    async def fetch(self, have: list[int], *, patience_s: float, replacement_s: float) -> bool:
+        """Bring back what the buddy has and this disk lacks of the newest checkpoints; whether anything came.
 
-        `have`: completed steps, newest first, of what is intact here. Waits for the buddy to be there, and gives up,
-        loudly, when nothing has come for `patience_s`.
+        `have`: completed steps of what is intact here. Waits `replacement_s` for a buddy that is not there, without
+        whom nobody could go on anyway; gives up, loudly, when one that is there sends nothing for `patience_s`.
         """
-        if self.side is None:
-            return []
-        await asyncio.to_thread(self._arrivals.sweep)
-        came: list[int] = []
-        asked: _Talk | None = None
+        if self.side is None or not self._enabled:
+            return False
+        await asyncio.to_thread(sweep_incoming, self._store.directory.parent)
+        try:
+            await self._fetch(self.side, have, patience_s, replacement_s)
+        finally:
+            self._wanted.clear()
+            await asyncio.to_thread(self._own.drop)
+        return bool(self._came)
+
+    async def _fetch(self, side: Side, have: list[int], patience_s: float, replacement_s: float) -> None:
+        asked: tuple[Talk, int] | None = None
         while True:
-            talk = self._talks.get(self.side)
-            if talk and self._held is not None:
-                newest = sorted(self._held | set(have), reverse=True)[:BROUGHT_BACK]
-                missing = [step for step in newest if step not in have]
-                came = sorted(set(came) | (set(missing) & set(self._store.steps())), reverse=True)
-                left = [step for step in missing if step not in came and (self._stage, step) not in talk.declined]
+            self._restored.clear()
+            talk = self._talks.get(side)
+            if talk and talk.held is not None:
+                newest = sorted(talk.held | set(have), reverse=True)[:BROUGHT_BACK]
+                missing = [step for step in newest if step not in have and step not in self._came]
+                left = [step for step in missing if (self._stage, step) not in talk.declined]
                 if not left:
-                    return came
-                if asked is not talk or left[0] not in self._wanted:
-                    asked = talk
+                    return
+                if asked != (talk, left[0]):
+                    asked = talk, left[0]
                     self._wanted.add(left[0])
-                    print(f"asks stage {self._peer(self.side)} for its copy after {left[0]} steps", flush=True)
-                    await self._say(self.side, CopyWanted(stage=self._stage, completed_steps=left[0]))
-            self._moved.clear()
+                    print(f"asks stage {self._peer(side)} for its copy after {left[0]} steps", flush=True)
+                    await self._say(side, CopyWanted(stage=self._stage, completed_steps=left[0]))
+            timeout_s = patience_s if talk else replacement_s
             try:
-                async with asyncio.timeout(patience_s):
-                    await self._moved.wait()
+                async with asyncio.timeout(timeout_s):
+                    await self._restored.wait()
             except TimeoutError:
-                line = f"waited {patience_s:g} s in vain for copies of checkpoints at stage {self._peer(self.side)}"
+                if self._settling or self._restored.is_set():
+                    continue
+                line = f"waited {timeout_s:g} s in vain for copies of checkpoints at stage {self._peer(side)}"
                 self._on_fault("timeout", f"{line}; goes on with what is on this disk: steps {have or 'none'}")
-                return came
+                return
 
     def _peer(self, side: Side) -> int:
         return self._stage + (1 if side == "below" else -1)
 
-    def _begin(self, talk: _Talk, job: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+    def _begin(self, talk: Talk, job: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         async def told() -> None:
             try:
                 await job(*arguments)
             except (CheckpointError, OSError) as error:
-                self._on_fault("checkpoint", f"copies of checkpoints: {error}")
+                self._on_fault("copy", f"copies of checkpoints: {error}")
 
         task = asyncio.create_task(told())
         talk.jobs.add(task)
@@ -187,35 +192,41 @@ class Copies:
 
     # -- sending --------------------------------------------------------------------------------------------------
 
-    async def _trickle(self, side: Side, talk: _Talk) -> None:
+    async def _trickle(self, side: Side, talk: Talk) -> None:
         """Keep the buddy's copy as new as the link allows."""
         while True:
-            self._offers.clear()
-            completed = max(await asyncio.to_thread(self._store.steps), default=0)
-            known = self._held or set()
-            if completed > max(known, default=0) and (self._stage, completed) not in talk.declined:
-                await self._send(side, talk, self._store, completed)
+            talk.offers.clear()
+            completed = self._newest
+            lacks = talk.held is not None and completed and completed not in talk.held
+            if lacks and (self._stage, completed) not in talk.declined:
+                talk.outgoing[self._stage] = (completed, None)
+                try:
+                    await self._send(side, talk, self._store, completed)
+                except (CheckpointError, OSError) as error:
+                    self._on_fault("copy", f"the copy after {completed} steps: {error}")
             else:
-                await self._offers.wait()
+                await talk.offers.wait()
 
-    async def _send(self, side: Side, talk: _Talk, store: CheckpointStore, completed: int) -> None:
-        """One checkpoint, until the other side has it or does not want it."""
-        stage, path = store.stage, store.path(completed)
+    async def _send(
+        self, side: Side, talk: Talk, store: CheckpointStore, completed: int, *, verify: bool = False
+    ) -> None:
+        """One checkpoint, until the other side has it or does not want it. verify: read it once before."""
+        stage = store.stage
         try:
-            manifest = await asyncio.to_thread(store.manifest, completed)
-            with (path / STATE).open("rb") as file:
-                sending = Sending(size=manifest.file_bytes, part_bytes=self._part_bytes)
+            manifest = await asyncio.to_thread(store.verify if verify else store.manifest, completed)
+            with (store.path(completed) / STATE).open("rb") as file:
+                sending = Sending(size=manifest.file_bytes, part_bytes=self._part_bytes, parts_ahead=self._parts_ahead)
                 talk.outgoing[stage] = (completed, sending)
                 offer = CopyOffer(stage=stage, completed_steps=completed, manifest=manifest.rendered())
                 await self._say(side, offer)
-                while stage in talk.outgoing:
+                while talk.under_way(stage, completed):
                     if part := sending.next():
                         data = await asyncio.to_thread(_read_at, file, *part)
                         frame = CopyPart(stage=stage, completed_steps=completed, offset=part[0], data=data)
                         await self._say(side, frame)
                     else:
-                        self._moved.clear()
-                        await self._moved.wait()
+                        talk.moved.clear()
+                        await talk.moved.wait()
         except (CheckpointError, OSError) as error:
             talk.declined.add((stage, completed))
             reason = printable(f"it cannot be read: {error}")
@@ -225,15 +236,8 @@ class Copies:
             talk.outgoing.pop(stage, None)
 
     async def _tell_held(self, side: Side) -> None:
-        steps = await asyncio.to_thread(self._steps_of, self._kept[side])
-        await self._say(side, CopiesHeld(stage=self._kept[side].stage, steps=steps))
-
-    def _shared(self, kept: CheckpointStore) -> CheckpointStore:
-        """Where that stage writes itself, if it sees the same directory."""
-        return CheckpointStore(self._directory, stage=kept.stage, fingerprint=kept.fingerprint)
-
-    def _steps_of(self, kept: CheckpointStore) -> tuple[int, ...]:
-        return tuple(sorted({*kept.steps(), *self._shared(kept).steps()}, reverse=True))
+        ward = self._wards[side]
+        await self._say(side, CopiesHeld(stage=ward.stage, steps=await asyncio.to_thread(ward.steps)))
 
     # -- receiving ------------------------------------------------------------------------------------------------
 
@@ -248,107 +252,105 @@ class Copies:
         except asyncio.QueueFull:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"more than {QUEUED_MAX} frames on copies unasked") from None
 
-    async def _hear(self, side: Side, talk: _Talk) -> None:
+    async def _hear(self, side: Side, talk: Talk) -> None:
         while True:
             frame = await talk.inbox.get()
             try:
                 await self._take(side, talk, frame)
+                if len(talk.declined) > DECLINED_MAX:
+                    raise RemoteProtocolError(Fault.UNEXPECTED, f"more than {DECLINED_MAX} copies that are declined")
             except RemoteProtocolError as error:
-                self._refuse_peer(side, error)
+                self._refuse(side, error)
                 return
-            self._moved.set()
+            except (CheckpointError, OSError) as error:
+                self._on_fault("copy", f"copies of checkpoints: {error}")
+            talk.moved.set()
 
-    async def _take(self, side: Side, talk: _Talk, frame: CopyFrame) -> None:
+    async def _take(self, side: Side, talk: Talk, frame: CopyFrame) -> None:
         """Raises RemoteProtocolError for what that neighbour may not say."""
-        mine, kept = side == self.side and frame.stage == self._stage, self._kept.get(side)
-        store = self._store if mine else kept
-        if store is None or frame.stage != store.stage:
+        mine, ward = side == self.side and frame.stage == self._stage, self._wards.get(side)
+        if not mine and (ward is None or frame.stage != ward.stage):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a copy of stage {frame.stage} is not for this stage")
         match frame:
             case CopiesHeld() if mine:
                 self._take_held(talk, set(frame.steps))
-            case CopyWanted() if not mine:
-                here = await asyncio.to_thread(store.steps)
-                source = store if frame.completed_steps in here else self._shared(store)
+            case CopyWanted() if ward and not mine:
                 if frame.stage not in talk.outgoing:
-                    self._begin(talk, self._send, side, talk, source, frame.completed_steps)
-            case CopyOffer():
-                await self._take_offer(side, frame, store)
-            case CopyPart():
-                await self._take_part(side, frame, store)
+                    talk.outgoing[frame.stage] = (frame.completed_steps, None)
+                    await self._give_back(side, talk, ward, frame.completed_steps)
+            case CopyOffer() | CopyPart():
+                await self._arrive(side, talk, frame, None if mine else ward)
             case CopyProgress():
-                completed, sending = talk.outgoing.get(frame.stage, (None, None))
-                if sending and completed == frame.completed_steps:
+                if sending := talk.under_way(frame.stage, frame.completed_steps):
                     sending.progress(frame.offset)
                     if sending.done and not mine:  # of a restored one nobody says that it is held
                         del talk.outgoing[frame.stage]
             case CopyDeclined():
+                if talk.under_way(frame.stage, frame.completed_steps):
+                    del talk.outgoing[frame.stage]
+                elif not (mine and frame.completed_steps in self._wanted):
+                    return
                 talk.declined.add((frame.stage, frame.completed_steps))
-                talk.outgoing.pop(frame.stage, None)
                 which = f"the copy of stage {frame.stage} after {frame.completed_steps} steps"
                 self._on_fault("copy", f"stage {self._peer(side)} and {which}: {frame.reason}")
             case _:
                 raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(frame).__name__} from {side} on a copy")
+        if mine:
+            self._restored.set()
 
-    def _take_held(self, talk: _Talk, steps: set[int]) -> None:
+    def _take_held(self, talk: Talk, steps: set[int]) -> None:
         completed, sending = talk.outgoing.get(self._stage, (None, None))
-        if sending and completed in steps:
+        if completed in steps and sending:
             del talk.outgoing[self._stage]
-            self._on_copied(completed or 0, sending.size if sending.done else 0)
-        self._held = steps
-        self._offers.set()
+            self._on_copy(completed, sending.size if sending.done else 0, False)
+        talk.held = steps
+        talk.offers.set()
 
-    async def _take_offer(self, side: Side, frame: CopyOffer, store: CheckpointStore) -> None:
-        restoring, completed = store is self._store, frame.completed_steps
+    async def _give_back(self, side: Side, talk: Talk, ward: Ward, completed: int) -> None:
         try:
-            manifest = parse_manifest(frame.manifest, where="the manifest of a copy", remedy="it is not taken")
-            store.check_kinship(manifest, "a copy that was offered")
-            self._refuse(manifest, frame, restoring=restoring)
-            if not restoring and completed in await asyncio.to_thread(self._steps_of, store):
-                return await self._tell_held(side)
-            offset = await asyncio.to_thread(self._arrivals.expect, manifest)
-        except (CheckpointError, OSError) as error:
-            return await self._decline(side, frame, error)
-        await self._say(side, CopyProgress(stage=frame.stage, completed_steps=completed, offset=offset))
-        return await self._complete(side, frame, store)
+            source = await asyncio.to_thread(ward.source, completed)
+        except CheckpointError:
+            del talk.outgoing[ward.stage]
+            raise
 
-    def _refuse(self, manifest: Manifest, frame: CopyOffer, *, restoring: bool) -> None:
-        if manifest.completed != frame.completed_steps:
-            raise CheckpointError(f"its manifest is after {manifest.completed} steps")
-        if restoring and manifest.completed not in self._wanted:
+        async def send() -> None:
+            await self._send(side, talk, source, completed, verify=True)
+
+        self._begin(talk, send)
+
+    def _check_wanted(self, manifest: Manifest) -> None:
+        if manifest.completed not in self._wanted:
             raise CheckpointError("it was not asked for")
-        if not restoring and manifest.file_bytes > self._bytes_max:
-            raise CheckpointError(
-                f"it has {manifest.file_bytes} bytes, checkpoint.copy_bytes_max there is {self._bytes_max}"
-            )
 
-    async def _take_part(self, side: Side, frame: CopyPart, store: CheckpointStore) -> None:
+    async def _arrive(self, side: Side, talk: Talk, frame: CopyOffer | CopyPart, ward: Ward | None) -> None:
+        """A copy of a ward's, or of our own (None), is coming."""
+        arrivals, completed = ward.arrivals if ward else self._own, frame.completed_steps
         try:
-            offset = await asyncio.to_thread(self._arrivals.part, frame)
-        except OSError as error:
-            return await self._decline(side, frame, error)
-        if offset is None:  # of one that was declined while it was under way
-            return None
-        await self._say(side, CopyProgress(stage=frame.stage, completed_steps=frame.completed_steps, offset=offset))
-        return await self._complete(side, frame, store)
-
-    async def _complete(self, side: Side, frame: CopyOffer | CopyPart, store: CheckpointStore) -> None:
-        """If all bytes are here: are they the right ones?"""
-        try:
-            whole = await asyncio.to_thread(self._arrivals.settle, frame.stage, store)
+            if isinstance(frame, CopyPart):
+                offset = await asyncio.to_thread(arrivals.part, frame)
+            elif ward and completed in await asyncio.to_thread(ward.steps):
+                return await self._tell_held(side)
+            else:
+                offset = await asyncio.to_thread(arrivals.offer, frame)
+            if offset is None:  # of one that was declined while it was under way
+                return None
+            await self._say(side, CopyProgress(stage=frame.stage, completed_steps=completed, offset=offset))
+            self._settling = ward is None
+            came = await asyncio.to_thread(arrivals.settle)
         except (CheckpointError, OSError) as error:
-            return await self._decline(side, frame, error)
-        if whole and store is not self._store:
+            talk.declined.add((frame.stage, completed))
+            line = f"stage {self._stage} does not take it: {error}"
+            self._on_fault("copy", f"a copy of stage {frame.stage} after {completed} steps: {line}")
+            declined = CopyDeclined(stage=frame.stage, completed_steps=completed, reason=printable(line))
+            return await self._say(side, declined)
+        finally:
+            self._settling = False
+        if came is not None and ward:
             await self._tell_held(side)
+        elif came is not None:
+            self._came.add(came)
+            self._on_copy(came, offset, True)
         return None
-
-    async def _decline(self, side: Side, frame: CopyOffer | CopyPart, error: Exception) -> None:
-        line = f"stage {self._stage} does not take it: {error}"
-        self._on_fault("copy", f"a copy of stage {frame.stage} after {frame.completed_steps} steps: {line}")
-        if talk := self._talks.get(side):
-            talk.declined.add((frame.stage, frame.completed_steps))
-        reason = printable(line)
-        await self._say(side, CopyDeclined(stage=frame.stage, completed_steps=frame.completed_steps, reason=reason))
 
 
 def _read_at(file: IO[bytes], offset: int, length: int) -> bytes:

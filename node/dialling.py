@@ -96,7 +96,7 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
     try:
         async with _stream(address, METHOD, connect_timeout_s, greeting_timeout_s) as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-            await _end_gently(call, greeting_timeout_s)
+            await _end_gently(call, read, greeting_timeout_s)
     finally:
         link.settle()
 
@@ -148,7 +148,7 @@ async def _one_control(address: str, control: Control, connect_timeout_s: float,
     """One connection; whether the neighbour took the last word."""
     async with _stream(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s) as (call, read, write):
         last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-        return await _end_gently(call, greeting_timeout_s) and last
+        return await _end_gently(call, read, greeting_timeout_s) and last
 
 
 Call = grpc.aio.StreamStreamCall
@@ -178,17 +178,19 @@ async def _stream(
             yield call, read, write
         except RemoteProtocolError as error:
             await tell(write, error)
-            await _end_gently(call, farewell_timeout_s)
+            await _end_gently(call, read, farewell_timeout_s)
             raise
         finally:
             call.cancel()
 
 
-async def _end_gently(call: Call, timeout_s: float) -> bool:
+async def _end_gently(call: Call, read: Read, timeout_s: float) -> bool:
     """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its.
     Whether that came in time and without an error, so that the peer has read all of ours."""
     with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
         async with asyncio.timeout(timeout_s):
             await call.done_writing()
+            while await read() is not None:  # gRPC tells the status only when all that came has been read
+                pass
             return await call.code() is grpc.StatusCode.OK
     return False

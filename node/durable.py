@@ -27,7 +27,8 @@ def incoming_path(directory: Path, stage: int) -> Path:
 def sweep_incoming(directory: Path) -> None:
     """Put away what dead processes were receiving."""
     for left in directory.glob(".incoming-stage-*"):
-        if not _lives(int(left.name.rpartition("-")[2])):
+        named = re.fullmatch(r"\.incoming-stage-[0-9]+-([0-9]+)", left.name)
+        if named and not _lives(int(named[1])):
             left.unlink(missing_ok=True)
 
 

@@ -41,7 +41,7 @@ from .ports import BoundaryShape
 from .runtime import Node
 from .stage import Stage
 from .state import StageSnapshot
-from .wiring import make_link, part_bytes_for, silence_of, transfer_s
+from .wiring import make_link, part_bytes_for, parts_ahead_for, silence_of, transfer_s
 
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
@@ -103,26 +103,30 @@ class Lifecycle:
             missing_s=self.control.missing_s,
         )
         self._idle_wires = {side: Shaper(profile) for side in self._sent}  # between two epochs there are no links
-        if config.checkpoint.every and config.checkpoint.copy_bytes_max:
-            self.control.copies = Copies(
-                stage=identity.stage,
-                stages=identity.stages,
-                store=store,
-                bytes_max=config.checkpoint.copy_bytes_max,
-                part_bytes=part_bytes_for(profile),
-                say=self._say_of_copies,
-                refuse=self.control.refuse,
-                on_fault=on_fault,
-                on_copied=lambda completed, size: metrics.write("copy", completed=completed, bytes=size),
-            )
+        self._copies = self.control.copies = Copies(
+            stage=identity.stage,
+            stages=identity.stages,
+            store=store,
+            bytes_max=config.checkpoint.copy_bytes_max if config.checkpoint.every else 0,
+            part_bytes=part_bytes_for(profile),
+            parts_ahead=parts_ahead_for(profile),
+            say=self._say_of_copies,
+            refuse=self.control.refuse,
+            on_fault=on_fault,
+            on_copy=lambda completed, size, fetched: metrics.write(
+                "copy", completed=completed, bytes=size, fetched=fetched
+            ),
+        )
 
     async def run(self) -> None:
         """Returns when every stage is through."""
         self._loop = asyncio.get_running_loop()
         try:
             if self._joining:
-                if self.control.copies:
-                    await self.control.copies.fetch(self._known, patience_s=self.config.link.connect_timeout_s)
+                link = self.config.link
+                if await self._copies.fetch(
+                    self._known, patience_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
+                ):
                     self._known = await asyncio.to_thread(self._on_disk)
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
@@ -131,11 +135,9 @@ class Lifecycle:
                 pass
         finally:
             await self._break_off()
-            if self.control.copies:
-                await self.control.copies.close()
-            await asyncio.to_thread(
-                self._writer.close
-            )  # what was submitted is written; its records come before the end
+            await self._copies.close()
+            # What was submitted is written; its records come before the end.
+            await asyncio.to_thread(self._writer.close)
 
     async def _next(self) -> bool:
         """Wait for whatever comes first and do it; True when this node may leave."""
@@ -299,6 +301,7 @@ class Lifecycle:
         else:
             await asyncio.to_thread(self.stage.restore, snapshot)
         self.stage.set_epoch(start.epoch)
+        self._copies.written(start.completed)  # what comes after it is not to be copied any more
         self._snapshots = {step: kept for step, kept in self._snapshots.items() if step <= start.completed}
         seconds = round(time.monotonic() - began, 6)
         self._metrics.write("rewind", epoch=start.epoch, completed=start.completed, source=where, seconds=seconds)
@@ -313,8 +316,7 @@ class Lifecycle:
     def _written(self, completed: int, size: int, seconds: float) -> None:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
         self._in_loop(record)
-        if self.control.copies:
-            self._in_loop(self.control.copies.written)
+        self._in_loop(partial(self._copies.written, completed))
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
         """A part takes the wire's time first, when nobody else wants it."""

@@ -26,8 +26,8 @@ from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus
 from .model import partition, resolve_model
 from .one_process import OneProcess
 
-RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*")
-RECORDS += ("trace-stage-*.json", "trace.json", "trace.png")
+RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
+RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png")
 
 
 class LocalRunError(RuntimeError):

@@ -16,6 +16,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from ..protocol.framing import framed_bytes
@@ -238,7 +239,10 @@ class Outgoing:
             await self._sleep_until(free_at)
             return False
         passage = self.shaper.admit(nbytes, now)
-        self._measure(now, nbytes, passage.depart_s, tensor=True)
+        # Later, in the order in which the line's own frames are measured, which is when they have arrived.
+        loop, arrives_s = asyncio.get_running_loop(), passage.depart_s + self.profile.latency_s
+        measure = partial(self._measure, now, nbytes, passage.depart_s, tensor=True)
+        loop.call_later(max(0.0, arrives_s - now), measure)
         await self._sleep_until(passage.depart_s)
         return True
 

@@ -3,7 +3,7 @@
 That a neighbour is gone shows on the control stream within seconds (`node.wiring.silence_of`), and then everybody
 holds and waits for a replacement. What is left for this module is a neighbour that answers and yet sends nothing: its
 compute hangs, or its disk. It may need as long as the longest round of work so far, several times over, and the bytes
-of a step their time on the wire. Before the first round is done nothing is known of it, so the first has a constant.
+of a step their time on the wire. Before the first round is done nothing is known of it, so there is a least.
 
 While any stage of the run is missing, however far away, nobody can be blamed for being late: the wait begins again when
 all are there. Why not one constant: what is generous on a laptop is short for a stage of billions of parameters.
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-FIRST_S = 300.0  # for a round of work of which nothing is known yet: compilation, a first touch of the data
-LEAST_S = 60.0  # a busy machine, a disk that is being flushed
+# For a round of work of which nothing is known yet (compilation, a first touch of the data), and at least: a neighbour
+# may have to wait for its disk before it can take the next snapshot.
+LEAST_S = 300.0
 TIMES = 10.0  # the longest round so far
 
 
@@ -32,19 +33,21 @@ class Patience:
     ) -> None:
         self._transfer_s, self._fixed_s, self._replacement_s = transfer_s, fixed_s, replacement_s
         self._missing_s = missing_s
-        self._longest_s: float | None = None
+        self._longest_s = 0.0
 
     def took(self, seconds: float) -> None:
-        """A round of work (a step, an evaluation) is done."""
-        self._longest_s = max(seconds, self._longest_s or 0.0)
+        """A round of work (a step, an evaluation) is done. One in which somebody was missing says nothing of work."""
+        since_s, ago_s = self._missing_s()
+        if since_s or ago_s < seconds:
+            return
+        self._longest_s = max(seconds, self._longest_s)
 
     @property
     def timeout_s(self) -> float:
         """For the next message."""
         if self._fixed_s is not None:
             return self._fixed_s
-        work_s = FIRST_S if self._longest_s is None else max(LEAST_S, TIMES * self._longest_s)
-        return work_s + TIMES * self._transfer_s
+        return max(LEAST_S, TIMES * self._longest_s) + TIMES * self._transfer_s
 
     def again(self, waited_s: float) -> bool:
         """A wait of so long was in vain: whether to wait once more, because somebody is missing, or was meanwhile."""

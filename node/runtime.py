@@ -32,8 +32,8 @@ class Node:
 
     `run` goes on after the steps that the stage has completed, and returns when the configured ones are done and both
     neighbours said goodbye. `on_completed` is awaited after each step, with the thread that may look at the stage and
-    how many are completed. Raises TimeoutError (a wait ran
-    out, and for what), LinkLost, CodecError and optimizer errors by name.
+    how many are completed. Raises TimeoutError (a wait ran out, and for what), LinkLost, CodecError and optimizer
+    errors by name.
     """
 
     def __init__(
@@ -114,7 +114,8 @@ class Node:
                         await link.opened.wait()
                 if not (link.opened.is_set() or (self._epoch and self._patience.again(timeout_s))):
                     raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
-        await asyncio.gather(*(link.probe(timeout_s) for link in self._links))
+        probe_s = self.config.link.replacement_timeout_s if self._epoch else timeout_s  # who is lost now comes back
+        await asyncio.gather(*(link.probe(probe_s) for link in self._links))
         self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes())
         for link in self._links:
             print(f"{link.name}: sends at {link.profile}, {_measured(link)}", flush=True)

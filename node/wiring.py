@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..protocol.control import PART_BYTES_MAX
+from ..protocol.copies import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import Identity
 from ..protocol.session import LinkSession
 from ..sim.shaper import LinkProfile
@@ -53,6 +54,13 @@ def make_link(
 def part_bytes_for(profile: LinkProfile) -> int:
     """Of a copy: a tensor that comes may have to wait for one, so about 2 ms of the link, and not too little."""
     return max(16 * 1024, min(PART_BYTES_MAX, int((profile.rate_bits_per_s or 1e9) / 8 * 0.002)))
+
+
+def parts_ahead_for(profile: LinkProfile) -> int:
+    """Of a copy: what fills the link for a round trip."""
+    product = profile.bandwidth_delay_product_bytes() or 0
+    wanted = int(WINDOW_BANDWIDTH_DELAY_PRODUCTS * product) // part_bytes_for(profile) + 1
+    return max(PARTS_AHEAD_LEAST, min(PARTS_AHEAD_MOST, wanted))
 
 
 def transfer_s(config: RunConfig, stage: Stage, profile: LinkProfile) -> float:

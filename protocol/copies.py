@@ -13,17 +13,18 @@ from __future__ import annotations
 
 from .errors import Fault, RemoteProtocolError
 
-PARTS_AHEAD = 4  # sent and not yet acknowledged: enough to use a link, little enough to hold up nobody
+# Sent and not yet acknowledged: as many as fill the link for a round trip, within these bounds.
+PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST = 4, 32
 
 
 class Sending:
     """The sender's side of one file of `size` bytes."""
 
-    def __init__(self, *, size: int, part_bytes: int) -> None:
-        if size < 0 or part_bytes <= 0:
-            raise ValueError(f"a file of {size} bytes in parts of {part_bytes}")
+    def __init__(self, *, size: int, part_bytes: int, parts_ahead: int = PARTS_AHEAD_LEAST) -> None:
+        if size < 0 or part_bytes <= 0 or not PARTS_AHEAD_LEAST <= parts_ahead <= PARTS_AHEAD_MOST:
+            raise ValueError(f"a file of {size} bytes in parts of {part_bytes}, {parts_ahead} ahead")
         self.size = size
-        self._part_bytes = part_bytes
+        self._part_bytes, self._ahead_bytes = part_bytes, parts_ahead * part_bytes
         self._sent: int | None = None  # None: the receiver has not said yet where it is
         self._acknowledged = 0
 
@@ -36,7 +37,7 @@ class Sending:
         """(offset, bytes) of the part that may leave now; None: wait for the receiver."""
         if self._sent is None or self._sent == self.size:
             return None
-        if self._sent - self._acknowledged >= PARTS_AHEAD * self._part_bytes:
+        if self._sent - self._acknowledged >= self._ahead_bytes:
             return None
         offset = self._sent
         self._sent = min(self.size, offset + self._part_bytes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from thinpipe.node.patience import FIRST_S, LEAST_S, TIMES, Patience
+from thinpipe.node.patience import LEAST_S, TIMES, Patience
 from thinpipe.protocol.control import Alive
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
@@ -14,7 +14,7 @@ NEVER = float("inf")
 
 def test_the_deadline_follows_the_work_and_the_bytes() -> None:
     patience = Patience(transfer_s=7.0)
-    assert patience.timeout_s == FIRST_S + TIMES * 7
+    assert patience.timeout_s == LEAST_S + TIMES * 7
     patience.took(0.5)
     assert patience.timeout_s == LEAST_S + TIMES * 7
     patience.took(200.0)

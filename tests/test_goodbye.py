@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
 import pytest
-from thinpipe.node.dialling import dial
+from thinpipe.node.control import Control
+from thinpipe.node.dialling import dial, dial_control
 from thinpipe.node.link import Link
 from thinpipe.node.metrics import Tracer
-from thinpipe.node.transport import SERVICE
+from thinpipe.node.transport import SERVICE, listening
+from thinpipe.protocol.control import CopyProgress
 from thinpipe.protocol.messages import Limits
+from thinpipe.protocol.rewind import Dismiss, Rewind, Side
 from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone, State
 from thinpipe.sim.shaper import LinkProfile
 
@@ -151,3 +157,47 @@ def test_over_grpc_the_end_of_a_stream_does_not_overtake_its_goodbye() -> None:
     left_early, events = asyncio.run(dial_a_slow_reader())
     assert not left_early
     assert events == [PeerDone()]
+
+
+@pytest.mark.parametrize("under_way", [0, 5])
+def test_who_is_dismissed_leaves_at_once_whatever_is_still_coming(under_way: int) -> None:
+    """gRPC tells how a stream ended only when all that came on it has been read."""
+
+    async def story() -> float:
+        machines = [
+            Rewind(Identity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=stage + 1), joining=False)
+            for stage in (0, 1)
+        ]
+        through = [asyncio.Event(), asyncio.Event()]
+        controls: list[Control] = []
+
+        def on_effect(stage: int) -> Callable[[object], None]:
+            def took(effect: object) -> None:
+                if isinstance(effect, Dismiss):
+                    through[stage].set()
+                    for offset in range(under_way if stage else 0):
+                        controls[1].tell("above", CopyProgress(stage=0, completed_steps=5, offset=offset))
+
+            return took
+
+        for stage, machine in enumerate(machines):
+            sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
+            controls.append(Control(machine, silence_s=60, on_effect=on_effect(stage), sent=sent))
+        listener = listening("127.0.0.1:0", lambda: None, greeting_timeout_s=30, report=print, control=controls[1])
+        async with listener as port:
+            calling = asyncio.create_task(
+                dial_control(
+                    f"127.0.0.1:{port}", controls[0], greeting_timeout_s=30, patience_s=lambda: 60, report=print
+                )
+            )
+            for control, side in ((controls[1], "above"), (controls[0], "below")):
+                await control.met[side].wait()
+            controls[1].act(machines[1].finished())
+            controls[0].act(machines[0].finished())
+            for each in through:
+                await each.wait()
+            began = time.monotonic()
+            await asyncio.wait_for(calling, 60)
+            return time.monotonic() - began
+
+    assert asyncio.run(story()) < 10  # it would be 30

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
+
 import pytest
+from thinpipe.node.control import Control
 from thinpipe.node.patience import LEAST_S, TIMES, Patience
 from thinpipe.protocol.control import Alive
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.messages import encode_frame
 from thinpipe.protocol.rewind import Rewind, Side
 
 NEVER = float("inf")
@@ -26,6 +31,13 @@ def test_the_users_own_deadline_wins() -> None:
     patience = Patience(transfer_s=7.0, fixed_s=5.0)
     patience.took(200.0)
     assert patience.timeout_s == 5.0
+
+
+@pytest.mark.parametrize(("missing", "counts"), [((0.0, NEVER), True), ((5.0, 0.0), False), ((0.0, 100.0), False)])
+def test_an_outage_says_nothing_of_work(missing: tuple[float, float], counts: bool) -> None:
+    patience = Patience(missing_s=lambda: missing)
+    patience.took(1200.0)
+    assert patience.timeout_s == (TIMES * 1200 if counts else LEAST_S)
 
 
 @pytest.mark.parametrize(
@@ -91,3 +103,33 @@ def test_a_stage_that_there_is_not_cannot_be_missing() -> None:
     machines = chain(2)
     with pytest.raises(RemoteProtocolError, match="stage 2 cannot be missing"):
         machines[0].receive("below", Alive(epoch=0, completed_steps=0, missing=3))
+
+
+def test_who_has_just_come_back_is_not_late_yet() -> None:
+    """Nobody looked while it was away: that it was missing until now has to be noted when it comes."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        now = 1000.0
+        loop.time = lambda: now
+        upper, lower = chain(2)
+        lower.part("above")
+        upper.part("below")
+        control = Control(upper, silence_s=1e6, on_effect=lambda _: None, sent={"above": Counter(), "below": Counter()})
+        control.missing_s()
+        frames = asyncio.Queue[bytes]()
+        frames.put_nowait(encode_frame(lower.greeting()))
+
+        async def write(_: bytes) -> None:
+            pass
+
+        now = 1119.5
+        talk = control.converse("below", frames.get, write, speaks_first=True, greeting_timeout_s=1e6)
+        talking = asyncio.create_task(talk)
+        await control.met["below"].wait()
+        now = 1120.0
+        assert control.missing_s() == (0.0, 0.5)
+        talking.cancel()
+        await asyncio.gather(talking, return_exceptions=True)
+
+    asyncio.run(story())

@@ -80,8 +80,32 @@ class Payload:
     body: bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedTable:
+    """A table (entries, width) that the sender owns and the receiver needs: known to both from the configuration."""
+
+    name: str
+    entries: int
+    width: int
+    delta: str  # byte format of the changes that follow it downstream
+    gradient: str | None  # byte format of the receiver's half of its gradient; None: it sends none
+    every: int  # steps between two changes; 0: it never changes
+    policy: str = "full"  # how a change chooses its entries, as `protocol.selection` calls it
+    divisor: int = 1  # a change covers one part in so many
+
+
+def _without_table(what: object) -> CodecError:
+    return CodecError(f"{type(what).__name__} has no learned table")
+
+
 class ByteFormat(ABC):
-    """The byte half: tensor <-> bytes. One instance serves one direction of one boundary (it may have state)."""
+    """The byte half: tensor <-> bytes. One instance serves one direction of one boundary (it may have state).
+
+    Some formats code with a learned table, which the node that packs owns: `learn` moves `master`, the dictionary
+    protocol ships changes of it, and both ends pack and unpack with what has been shipped (`use_table`). Packing leaves
+    all state as it is, so whoever only packs (evaluation) learns nothing. The first `learn` has to come before the
+    first `pack`, because no table can be shipped before it; later ones come after the `pack` of the same tensor.
+    """
 
     id: str  # on the wire
 
@@ -106,8 +130,50 @@ class ByteFormat(ABC):
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         """Exact length of `Payload.body` for a tensor of this shape."""
 
+    def table(self, width: int) -> LearnedTable | None:
+        """The learned table, if any, for tensors (..., width). Raises CodecError for a width that cannot be packed."""
+        del width
+        return None
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a master: something was learned from."""
+        return False
+
+    @property
+    def master(self) -> Tensor:
+        """The table as it has been learned (entries, width): float32, on the CPU, another tensor after each `learn`.
+
+        Raises CodecError before the first `learn`, and, as the next three do, in a format without a table.
+        """
+        raise _without_table(self)
+
+    @property
+    def usage(self) -> Tensor:
+        """How much each entry of the master is used (entries,), at least 0: what `drift` weighs its distance with."""
+        raise _without_table(self)
+
+    def use_table(self, table: Tensor) -> None:
+        """From now on pack and unpack with `table` (entries, width), which nobody changes any more."""
+        del table
+        raise _without_table(self)
+
+    def learn(self, z: Tensor, key: Key) -> None:
+        """Move `master` towards what `z` (..., width) needs: a function of state, table in use, `z` and `key`."""
+        del z, key
+        raise _without_table(self)
+
+    def measures(self) -> dict[str, float]:
+        """Figures of what was learned from since the last call, for the records."""
+        return {}
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Named tensors that a checkpoint has to hold; a format without state has none."""
+        """Named tensors that the packing node's checkpoint has to hold; a format without state has none."""
+        return {}
+
+    def state_layout(self, width: int, completed: int) -> dict[str, Tensor]:
+        """What `state_tensors` has after `completed` steps of learning: names, shapes and dtypes as meta tensors."""
+        del width, completed
         return {}
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
@@ -134,22 +200,6 @@ class ByteFormat(ABC):
             raise CodecError(
                 f"{self.id} payload has {len(body)} bytes, expected {self.body_bytes(shape)} for shape {list(shape)}"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnedTable:
-    """A table (entries, width) that the sender owns and the receiver needs: known to both from the configuration."""
-
-    name: str
-    entries: int
-    width: int
-    delta: str  # byte format of the changes that follow it downstream
-    gradient: str | None  # byte format of the receiver's half of its gradient; None: it sends none
-    every: int  # steps between two changes; 0: it never changes
-
-
-def _without_table(half: nn.Module) -> CodecError:
-    return CodecError(f"{type(half).__name__} has no learned table")
 
 
 class Half(nn.Module, ABC):

@@ -1,6 +1,6 @@
 """Names of codecs and byte formats, and the spec strings that build them.
 
-Spec strings: `name[:key=value,...]`, such as `bf16`, `identity` or `mapl:r=64,anchors=factorized`. The options of a
+Spec strings: `name[:key=value,...]`, such as `bf16`, `rvq:groups=8` or `mapl:r=64,anchors=factorized`. The options of a
 codec or format are the keyword parameters of its constructor, typed by their annotations. The name of a byte format
 alone means the identity codec with that format both ways.
 
@@ -21,7 +21,7 @@ from .boundary import BoundaryCodec, ByteFormat, Codec, CodecError
 
 _CODECS: dict[str, type[Codec]] = {}
 _FORMATS: dict[str, type[ByteFormat]] = {}
-_BUILT_IN = ("formats", "identity", "mapl")  # modules of this package that register something
+_BUILT_IN = ("formats", "identity", "mapl", "rvq")  # modules of this package that register something
 
 _C = TypeVar("_C", bound=type[Codec])
 _F = TypeVar("_F", bound=type[ByteFormat])

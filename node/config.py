@@ -141,7 +141,9 @@ class CheckpointSection(Section):
     )
     directory: Path | None = Field(default=None, description="default: checkpoints in the run's directory")
     copy_bytes_max: int = Field(
-        default=16 * 2**30, ge=0, description="the largest state of a neighbour of which a node keeps copies (three); 0: none"
+        default=16 * 2**30,
+        ge=0,
+        description="the largest state of a neighbour that a node keeps copies of (three); 0: none",
     )
 
     def path(self, out: Path) -> Path:

@@ -39,6 +39,7 @@ UP = [
     (["--out", "{dir}/file/below"], r"cannot write in .*below: .*; choose another --out"),
     (["--out", "/proc/thinpipe"], r"cannot write in /proc/thinpipe: .*; choose another --out"),
     (["--out", "{dir}/taken"], r"taken holds a run already; choose another --out, or say --overwrite"),
+    (["--codec", "mapl", "--forward", "rvq"], r"byte format 'rvq' has a codebook, which nodes do not keep in step yet"),
     (["--codec", "bf15"], r"unknown codec 'bf15'; the nearest known one is 'bf16'"),
     (["--forward", "int5"], r"unknown byte format 'int5'; the nearest known one is 'int"),
     (["--schedule", "2f2b"], r"pipeline\.schedule: .*'gpipe' or '1f1b' \(got '2f2b'\)"),

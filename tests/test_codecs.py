@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from thinpipe.compress import registry
 from thinpipe.compress.boundary import (
@@ -33,11 +33,13 @@ TOLERANCE = {
     "int4": (0.5 / 7 * (1 + 2**-8), 1 / 7 * (1 + 2**-7)),
     "int3": (0.5 / 3 * (1 + 2**-8), 1 / 3 * (1 + 2**-7)),
 }
+LEARNED = ["rvq"]  # formats whose error depends on a table that they learn; their own laws are in their own tests
+EXACT = [name for name in FORMATS if name not in LEARNED]
 UNIT_ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2**-8}
 SMALLEST = 2.0**-125  # absolute error that a scale of at least 2**-126 may add
 CONTEXT = BoundaryContext(seed=3, boundary=1, width=24, vocab_size=64)
-# options that suit so small a model, for codecs whose defaults do not
-SMALL = {"mapl": "mapl:r=6,anchors=factorized,table=1,every=1"}
+# options that suit so small a model, for codecs and formats whose defaults do not
+SMALL = {"mapl": "mapl:r=6,anchors=factorized,table=1,every=1", "rvq": "rvq:groups=1,codes=5,levels=2"}
 
 laws = settings(deadline=None, max_examples=40)
 shapes = st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple) | st.sampled_from(
@@ -61,6 +63,24 @@ def tensor(shape, dtype=torch.float32, magnitude=1.0, seed=0):
     return z.to(dtype)
 
 
+def made(name, z=None):
+    """A format that can pack tensors like `z`: one that learns has learned from it."""
+    fmt = parse_format(SMALL.get(name, name))
+    prepare(fmt, tensor((3, 70)) if z is None else z)
+    return fmt
+
+
+def prepare(fmt, z):
+    if fmt.id in LEARNED:
+        fmt.learn(z, key(step=0))
+        fmt.use_table(fmt.master)
+
+
+def packable(name, shape):
+    """Whether the format takes tensors of this shape: a codebook needs tokens of some width."""
+    return name not in LEARNED or (len(shape) > 0 and shape[-1] > 0)
+
+
 def round_trip(fmt, z, k, dtype=None):
     return fmt.unpack(fmt.pack(z, k), shape=tuple(z.shape), dtype=dtype or z.dtype)
 
@@ -70,8 +90,9 @@ class TestFormatLaws:
     @laws
     @given(shape=shapes, dtype=dtypes, direction=directions, magnitude=magnitudes, seed=st.integers(0, 5))
     def test_round_trip_has_shape_dtype_length_and_bounded_error(self, name, shape, dtype, direction, magnitude, seed):
-        fmt, z = parse_format(name), tensor(shape, dtype, magnitude, seed)
-        before = z.clone()
+        assume(packable(name, shape))
+        z = tensor(shape, dtype, magnitude, seed)
+        fmt, before = made(name, z), z.clone()
         payload = fmt.pack(z, key(direction))
         back = fmt.unpack(payload, shape=shape, dtype=dtype)
         assert payload.codec == name
@@ -82,7 +103,7 @@ class TestFormatLaws:
         assert back.dtype == dtype
         assert not back.requires_grad
         assert torch.equal(z, before)
-        if z.numel():
+        if z.numel() and name in EXACT:
             peak = z.double().abs().max().item()
             bound = peak * (TOLERANCE[name][direction] + UNIT_ROUNDOFF[dtype]) * (1 + 1e-5) + SMALLEST
             assert (z.double() - back.double()).abs().max().item() <= bound
@@ -90,6 +111,8 @@ class TestFormatLaws:
     @laws
     @given(shape=shapes, dtype=dtypes, magnitude=magnitudes, seed=st.integers(0, 5))
     def test_nearest_rounding_twice_gives_the_same_bytes(self, name, shape, dtype, magnitude, seed):
+        if name not in EXACT:
+            pytest.skip("a token's scale is not that of its code")
         fmt = parse_format(name)
         first = fmt.pack(tensor(shape, dtype, magnitude, seed), key())
         # a dtype that holds every value of the format exactly
@@ -100,8 +123,8 @@ class TestFormatLaws:
     @pytest.mark.parametrize("direction", Direction)
     def test_bytes_depend_on_tensor_and_key_alone(self, name, direction):
         z, other = tensor((3, 5, 40)), tensor((3, 5, 40), seed=1)
-        payload = parse_format(name).pack(z, key(direction))
-        fmt = parse_format(name)
+        payload = made(name, z).pack(z, key(direction))
+        fmt = made(name, z)
         fmt.pack(other, key(direction, microbatch=2))  # another message in between
         assert fmt.pack(z, key(direction)) == payload
         strided = z.transpose(0, 1).contiguous().transpose(0, 1)
@@ -113,14 +136,20 @@ class TestFormatLaws:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     @pytest.mark.parametrize("direction", Direction)
     def test_bytes_are_equal_on_cuda(self, name, direction):
-        fmt, z = parse_format(name), tensor((5, 1001))
+        z = tensor((5, 1001))
+        fmt = made(name, z)
         payload = fmt.pack(z, key(direction))
-        assert fmt.pack(z.cuda(), key(direction)) == payload
+        if name in LEARNED:  # which code is nearest is the encoder's choice alone; what comes of it is not
+            fmt.use_table(fmt.master.cuda())
+            assert len(fmt.pack(z.cuda(), key(direction)).body) == len(payload.body)
+        else:
+            assert fmt.pack(z.cuda(), key(direction)) == payload
         there = fmt.unpack(payload, shape=(5, 1001), dtype=torch.float32, device="cuda")
-        assert torch.equal(there.cpu(), fmt.unpack(payload, shape=(5, 1001), dtype=torch.float32))
+        assert torch.equal(there.cpu(), made(name, z).unpack(payload, shape=(5, 1001), dtype=torch.float32))
 
     def test_threads_do_not_change_bytes(self, name):
-        fmt, z, threads = parse_format(name), tensor((2, 200, 256)), torch.get_num_threads()
+        z, threads = tensor((2, 200, 256)), torch.get_num_threads()
+        fmt = made(name, z)
         try:
             bodies = set()
             for count in (1, 2):
@@ -131,7 +160,7 @@ class TestFormatLaws:
         assert len(bodies) == 1
 
     def test_unpacked_memory_is_its_own(self, name):
-        fmt = parse_format(name)
+        fmt = made(name, tensor((4, 40)))
         payload = fmt.pack(tensor((4, 40)), key())
         body = bytes(bytearray(payload.body))
         first = fmt.unpack(payload, shape=(4, 40), dtype=torch.float32)
@@ -143,7 +172,8 @@ class TestFormatLaws:
 
     def test_pack_ignores_the_graph(self, name):
         z = tensor((4, 40)).requires_grad_()
-        assert parse_format(name).pack(z * 1, key()) == parse_format(name).pack(z.detach(), key())
+        fmt = made(name, z)
+        assert fmt.pack(z * 1, key()) == fmt.pack(z.detach(), key())
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("at", [0, 200])
@@ -151,7 +181,7 @@ class TestFormatLaws:
         z = tensor((3, 70))
         z.view(-1)[at] = bad
         with pytest.raises(CodecError) as error:
-            parse_format(name).pack(z, key(Direction.BACKWARD, boundary=2, step=11, microbatch=5))
+            made(name).pack(z, key(Direction.BACKWARD, boundary=2, step=11, microbatch=5))
         text = str(error.value)
         assert f"value {bad} at element {at} of BACKWARD tensor of boundary 2, step 11, microbatch 5" in text
 
@@ -160,25 +190,26 @@ class TestFormatLaws:
         if name == "fp64":
             assert torch.equal(round_trip(parse_format(name), z, key()), z)
             return
+        fmt = made(name, torch.ones(2))
         with pytest.raises(CodecError, match=f"1e\\+39 at element 1 .* overflows {name}"):
-            parse_format(name).pack(z, key())
+            fmt.pack(z, key())
 
     def test_refuses_what_is_not_finite_in_the_local_dtype(self, name):
-        fmt = parse_format(name)
+        fmt = made(name, torch.tensor([1.0, 1e30]))
         payload = fmt.pack(torch.tensor([1.0, 1e30]), key())
         with pytest.raises(CodecError, match="float16"):
             fmt.unpack(payload, shape=(2,), dtype=torch.float16)
 
     @pytest.mark.parametrize("change", [-1, 1, -10, 100, None])
     def test_refuses_another_length(self, name, change):
-        fmt = parse_format(name)
+        fmt = made(name)
         payload = fmt.pack(tensor((3, 70)), key())
         body = b"" if change is None else payload.body[:change] if change < 0 else payload.body + bytes(change)
         with pytest.raises(CodecError, match=f"has {len(body)} bytes, expected {len(payload.body)}"):
             fmt.unpack(dataclasses.replace(payload, body=body), shape=(3, 70), dtype=torch.float32)
 
     def test_refuses_another_format(self, name):
-        fmt = parse_format(name)
+        fmt = made(name)
         payload = fmt.pack(tensor((3, 70)), key())
         for other in [*FORMATS, "", "x" * 10_000]:
             if other != name:
@@ -188,7 +219,7 @@ class TestFormatLaws:
 
     @pytest.mark.parametrize("shape", [(70, 3), (210,), (3, 71), (10**12, 10**6)])
     def test_refuses_another_shape_and_prints_both(self, name, shape):
-        fmt = parse_format(name)
+        fmt = made(name)
         payload = fmt.pack(tensor((3, 70)), key())
         with pytest.raises(CodecError) as error:
             fmt.unpack(payload, shape=shape, dtype=torch.float32)
@@ -199,7 +230,7 @@ class TestFormatLaws:
         "header", [{}, None, [3, 70], {"shape": None}, {"shape": "3,70"}, {"shape": [[3], 70]}, {"shape": [1] * 10**5}]
     )
     def test_refuses_a_malformed_header(self, name, header):
-        fmt = parse_format(name)
+        fmt = made(name)
         payload = dataclasses.replace(fmt.pack(tensor((3, 70)), key()), header=header)
         with pytest.raises(CodecError) as error:
             fmt.unpack(payload, shape=(3, 70), dtype=torch.float32)
@@ -208,46 +239,84 @@ class TestFormatLaws:
     @laws
     @given(data=st.data(), count=st.integers(0, 300), dtype=dtypes)
     def test_garbage_gives_finite_values_or_a_codec_error(self, name, data, count, dtype):
-        fmt = parse_format(name)
-        size = fmt.body_bytes((count,))
+        shape = (count, 2)
+        fmt = made(name, tensor((9, 2)))
+        size = fmt.body_bytes(shape)
         seed = data.draw(st.integers(0, 2**32))
         body = torch.randint(0, 256, (size,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
         if data.draw(st.booleans()):  # plausible exponents, so that garbage gets further
             body = body.clamp_(1, 0x7E)
-        payload = Payload(codec=name, header={"shape": [count]}, body=body.numpy().tobytes())
+        payload = Payload(codec=name, header={"shape": list(shape)}, body=body.numpy().tobytes())
         try:
-            values = fmt.unpack(payload, shape=(count,), dtype=dtype)
+            values = fmt.unpack(payload, shape=shape, dtype=dtype)
         except CodecError:
             return
-        assert values.shape == (count,)
+        assert values.shape == shape
         assert bool(values.isfinite().all())
 
     @laws
     @given(body=st.binary(max_size=40))
     @example(body=b"")
     def test_any_bytes_raise_nothing_but_codec_error(self, name, body):
+        fmt = made(name, tensor((5,)))
         payload = Payload(codec=name, header={"shape": [5]}, body=body)
         try:
-            values = parse_format(name).unpack(payload, shape=(5,), dtype=torch.float32)
+            values = fmt.unpack(payload, shape=(5,), dtype=torch.float32)
         except CodecError:
             return
-        assert len(body) == parse_format(name).body_bytes((5,))
+        assert len(body) == fmt.body_bytes((5,))
         assert bool(values.isfinite().all())
 
     def test_state_survives_a_checkpoint(self, name):
-        fmt, copy = parse_format(name), parse_format(name)
         z = tensor((4, 40))
+        fmt, copy = made(name, z), parse_format(SMALL.get(name, name))
         fmt.pack(z, key())
         copy.load_state_tensors(fmt.state_tensors())
+        if name in LEARNED:
+            copy.use_table(copy.master)  # what was shipped is the dictionary's to keep
         assert copy.pack(z, key(microbatch=2)) == fmt.pack(z, key(microbatch=2))
+        found = {n: (t.shape, t.dtype) for n, t in fmt.state_tensors().items()}
+        assert found == {n: (t.shape, t.dtype) for n, t in fmt.state_layout(40, 1).items()}
+        assert parse_format(name).state_tensors() == fmt.state_layout(40, 0) == {}
         with pytest.raises(CodecError, match="nonsense"):
             copy.load_state_tensors({**fmt.state_tensors(), "nonsense": torch.zeros(1)})
+
+    def test_a_table_is_learned_or_asked_for_in_vain(self, name):
+        fmt, z = parse_format(SMALL.get(name, name)), tensor((4, 40))
+        table = fmt.table(40)
+        assert not fmt.begun
+        assert fmt.measures() == {}
+        if table is None:
+            for ask in (
+                lambda: fmt.master,
+                lambda: fmt.usage,
+                lambda: fmt.use_table(torch.zeros(24, 4)),
+                lambda: fmt.learn(z, key()),
+            ):
+                with pytest.raises(CodecError, match="no learned table"):
+                    ask()
+            return
+        with pytest.raises(CodecError, match="no codebook"):
+            fmt.pack(z, key())
+        fmt.learn(z, key())
+        assert fmt.begun
+        assert (fmt.master.shape, fmt.master.dtype) == ((table.entries, table.width), torch.float32)
+        assert fmt.usage.shape == (table.entries,)
+        assert bool((fmt.usage >= 0).all())
+        first, kept = fmt.master, fmt.master.clone()
+        fmt.use_table(first)
+        fmt.learn(tensor((4, 40), seed=3), key(microbatch=2))
+        assert not torch.equal(fmt.master, kept)
+        assert torch.equal(first, kept)
+        assert all(math.isfinite(value) for value in fmt.measures().values())
+        with pytest.raises(CodecError, match="wants a table"):
+            fmt.use_table(torch.zeros(table.entries + 1, table.width))
 
 
 @pytest.mark.parametrize(("spec", "name"), list(itertools.product(codec_names(), FORMATS)))
 class TestCodecLaws:
     def halves(self, spec, name, context=CONTEXT):
-        wire = parse_codec(SMALL.get(spec, spec), name, name)
+        wire = parse_codec(SMALL.get(spec, spec), SMALL.get(name, name), SMALL.get(name, name))
         tokens = [
             wire.codec.tokens(self.stage(index), torch.ones(64, 24)) for index in (1, 2)
         ]  # a table of its own each
@@ -277,6 +346,7 @@ class TestCodecLaws:
         z_BTW = sender.encode(hidden_BTD, ids_BT)
         shape = (2, 5, wire.codec.wire_width(CONTEXT.width))
         assert z_BTW.shape == shape
+        prepare(wire.format(Direction.FORWARD), z_BTW)
         down = wire.format(Direction.FORWARD).pack(z_BTW, key())
         arrived_BTW = wire.format(Direction.FORWARD).unpack(down, shape=shape, dtype=torch.float32)
         arrived_BTW.requires_grad_()
@@ -285,6 +355,7 @@ class TestCodecLaws:
         (out_BTD * out_BTD.detach().sign()).sum().backward()
         assert arrived_BTW.grad is not None
         assert bool(arrived_BTW.grad.any())
+        prepare(wire.format(Direction.BACKWARD), arrived_BTW.grad)
         up = wire.format(Direction.BACKWARD).pack(arrived_BTW.grad, key(Direction.BACKWARD))
         dz_BTW = wire.format(Direction.BACKWARD).unpack(up, shape=shape, dtype=torch.float32)
         z_BTW.backward(dz_BTW)

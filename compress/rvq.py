@@ -1,0 +1,300 @@
+"""Grouped residual vector quantisation as a byte format: `rvq:groups=8,codes=256,levels=2`.
+
+A tensor (..., W) is N tokens of W numbers. Each token has one scale, the root mean square of its numbers, and is
+divided by it; then its numbers are cut into G groups side by side, and each group is coded in L rounds with one of K
+rows a round (`compress.codebook`, learned in `compress.kmeans`). Body: N scales in bf16, then the codes,
+ceil(log2(K)) bits each, in the order (level, token, group). A token of zeros has the scale 0 and is exact; other scales
+are at least 2^-126, so nothing depends on whether a processor flushes subnormal numbers. Decoding is single IEEE
+operations on fp32 in a fixed order (rows of the levels added up, then times the scale): every device has the same bits.
+
+Why vectors: at two bits a number a uniform grid wastes most of its points on combinations that never occur, and a
+codebook of groups learns how neighbouring coordinates go together. Why residual: one codebook of as many bits would
+have K^L rows. Why a scale for each token: norms of hidden states differ by orders of magnitude between tokens, and a
+codebook spent on lengths has none left for directions (Gersho & Gray, 1992, chapter 12: shape-gain quantisation).
+
+MAPL (arXiv 2606.05484) doubles its ratio with residual VQ, but says neither its sizes, nor how it learns, nor what
+becomes of dead codes: all of that is our own choice. Gradients are coded in the same way, to the nearest row, with a
+codebook of their own, which lives where they are packed.
+
+How a node uses it. Who packs owns the table, so a boundary may have two: the upstream node that of activations, the
+downstream node that of gradients, each beside a `TableSender` (dictionary "codebook", always float32), with a
+`TableReceiver` at the other end. A training tensor, in the order of the schedule:
+
+    if not format.begun: format.learn(z, key)           k-means: from here on there is a master
+    delta = publisher.publish(format.master, entries=select(...)); format.use_table(shipped)
+    payload = format.pack(z, key)                        the message carries delta and names its version
+    if it had begun before: format.learn(z, key)         reuses the search that pack did
+
+and at the other end: apply the delta, `use_table`, unpack. Tensors of an evaluation are packed only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
+from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload
+from .codebook import Codebooks, Coded, Grid
+from .formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value, is_finite, refusal
+from .kmeans import Learner
+from .registry import register_format
+
+Policy = Literal["full", "random", "robin", "drift"]  # as `protocol.selection` knows them
+_POLICIES: dict[str, Policy] = {name: name for name in get_args(Policy)}
+MAX_CODES, MAX_LEVELS, MAX_DIVISOR = 2**16, 16, 2**16
+_MAX_SCALE = torch.finfo(torch.bfloat16).max
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Search:
+    """What `pack` made of `z`, for `learn` to use again; `version` tells whether somebody changed `z` since."""
+
+    z: Tensor
+    version: int | None
+    scales_N: Tensor
+    coded: Coded
+
+
+@register_format
+class Rvq(ByteFormat):
+    """`rvq:groups=8,codes=256,levels=2,decay=0.99,delta=drift/16,encoding=int4`
+
+    groups: parts of a token, each with codebooks of its own. codes: rows of each, 2 to 65536. levels: rounds. decay: of
+    the moving average, a microbatch. delta: which entries each message's change covers: `random/D`, `robin/D` or
+    `drift/D` for one part in D, or `full`. encoding: byte format of those changes.
+    """
+
+    id = "rvq"
+
+    def __init__(
+        self,
+        groups: int = 8,
+        codes: int = 256,
+        levels: int = 2,
+        decay: float = 0.99,
+        delta: str = "drift/16",
+        encoding: Literal["fp32", "bf16", "int8", "int4"] = "int4",
+    ) -> None:
+        for fault, bad, wanted in (
+            (f"groups={groups}", groups < 1, "at least 1"),
+            (f"codes={codes}", not 2 <= codes <= MAX_CODES, f"from 2 to {MAX_CODES}"),
+            (f"levels={levels}", not 1 <= levels <= MAX_LEVELS, f"from 1 to {MAX_LEVELS}"),
+            (f"decay={decay:g}", not 0 <= decay < 1, "at least 0 and below 1"),
+        ):
+            if bad:
+                raise CodecError(f"byte format 'rvq': {fault} has to be {wanted}")
+        self.policy, self.divisor = _parse_delta(delta)
+        self.encoding = encoding
+        self.grid = Grid(levels=levels, groups=groups, codes=codes)
+        self._bits = bit_width(codes)
+        self._learner = Learner(self.grid, decay)
+        self._books: Codebooks | None = None
+        self._search: _Search | None = None
+
+    # -- the table ------------------------------------------------------------------------------------------------
+
+    def table(self, width: int) -> LearnedTable:
+        return LearnedTable(
+            name="codebook",
+            entries=self.grid.entries,
+            width=self._group_width(width),
+            delta=self.encoding,
+            gradient=None,
+            every=1,
+            policy=self.policy,
+            divisor=self.divisor,
+        )
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a master."""
+        return self._learner.begun
+
+    @property
+    def master(self) -> Tensor:
+        if not self.begun:
+            raise CodecError("format 'rvq' has no codebook before the first tensor that it learns from")
+        return self._learner.master
+
+    @property
+    def usage(self) -> Tensor:
+        counts_LGK = self._learner.counts
+        # A row that was revived is not used before it has been shipped: it counts as if it had an even share.
+        return counts_LGK.clamp(min=counts_LGK.mean(dim=2, keepdim=True)).view(-1)
+
+    def use_table(self, table: Tensor) -> None:
+        entries = self.grid.entries
+        if table.ndim != 2 or table.shape[0] != entries or not table.shape[1] or table.dtype != torch.float32:
+            raise CodecError(
+                f"format 'rvq' wants a table ({entries}, width), float32; got {list(table.shape)} {table.dtype}"
+            )
+        self._books, self._search = Codebooks(table.contiguous(), self.grid), None
+
+    # -- bytes ----------------------------------------------------------------------------------------------------
+
+    def body_bytes(self, shape: tuple[int, ...]) -> int:
+        tokens, _ = self._tokens(shape)
+        return 2 * tokens + packed_bytes(tokens * self.grid.groups * self.grid.levels, self._bits)
+
+    def pack(self, z: Tensor, key: Key) -> Payload:
+        self._tokens(tuple(z.shape))
+        search = self._search = self._searched(z.detach(), key)
+        scales = search.scales_N.cpu().view(torch.uint8).numpy().tobytes()
+        codes = pack_bits(search.coded.codes_LNG.cpu().numpy(), self._bits)
+        return Payload(codec=self.id, header={"shape": list(z.shape)}, body=scales + codes)
+
+    def unpack(
+        self, payload: Payload, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        self.check(payload, shape)
+        tokens, width = self._tokens(shape)
+        books = self._in_use(width)
+        bits = np.frombuffer(payload.body, "<i2", count=tokens)
+        _check_scales(bits)
+        count = tokens * self.grid.groups * self.grid.levels
+        try:
+            codes = unpack_bits(payload.body[2 * tokens :], self._bits, count, self.grid.codes)
+        except CodecError as error:
+            raise CodecError(f"rvq payload's codes: {error}") from None
+        where = books.table.device
+        codes_LNG = torch.from_numpy(codes).to(where).view(self.grid.levels, tokens, self.grid.groups)
+        scales_N1 = torch.from_numpy(bits.copy()).view(torch.bfloat16).to(where, torch.float32).unsqueeze(1)
+        values_NW = books.decode(codes_LNG).view(tokens, width).mul_(scales_N1)
+        values = values_NW.view(shape).to(device=device, dtype=dtype)
+        if not is_finite(values):
+            index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
+            scale = bf16_value(int(bits[index]))
+            raise CodecError(f"rvq payload's token {index} is not finite in {dtype}; its scale is {scale}")
+        return values
+
+    def _searched(self, z: Tensor, key: Key) -> _Search:
+        """`z` coded with the table in use."""
+        x_NGD, scales_N = self._scaled(z, key)
+        coded = self._in_use(z.shape[-1]).encode(x_NGD)
+        return _Search(z=z, version=_version(z), scales_N=scales_N, coded=coded)
+
+    def _scaled(self, z: Tensor, key: Key) -> tuple[Tensor, Tensor]:
+        """The tokens divided by their scales (N, G, D), fp32, and the scales (N,), bf16. Raises CodecError for a value
+        that is not finite."""
+        tokens, width = self._tokens(tuple(z.shape))
+        flat_NW = z.to(torch.float32).reshape(tokens, width)
+        peaks_N1 = flat_NW.abs().amax(dim=1, keepdim=True)
+        if not is_finite(peaks_N1):
+            raise refusal(self, z, flat_NW, key)
+        x_NW = flat_NW / peaks_N1.clamp(min=MIN_SCALE)  # before squares, which would overflow
+        rms_N1 = x_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
+        scales_N1 = rms_N1.clamp_(MIN_SCALE, _MAX_SCALE).to(torch.bfloat16)
+        torch.div(flat_NW, scales_N1.to(torch.float32), out=x_NW)
+        scales_N1.masked_fill_(peaks_N1 == 0, 0.0)
+        x_NGD = x_NW.view(tokens, self.grid.groups, width // self.grid.groups)
+        return x_NGD, scales_N1.squeeze(1)
+
+    def _tokens(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """N and W."""
+        if not shape:
+            raise CodecError("format 'rvq' codes tokens (..., W), and not a number alone")
+        self._group_width(shape[-1])
+        return math.prod(shape[:-1]), shape[-1]
+
+    def _group_width(self, width: int) -> int:
+        groups = self.grid.groups
+        if width < 1 or width % groups:
+            divisors = [n for n in range(1, min(width, 4 * groups) + 1) if width % n == 0]
+            remedy = f"groups={min(divisors, key=lambda n: abs(n - groups))}" if divisors else "a width above 0"
+            raise CodecError(f"format 'rvq': a width of {width} cannot be cut into groups={groups}; say {remedy}")
+        return width // groups
+
+    def _in_use(self, width: int) -> Codebooks:
+        if self._books is None:
+            raise CodecError("format 'rvq' has no codebook yet: learn, publish and use one before tensors are coded")
+        if self._books.width != self._group_width(width):
+            has = self._books.width * self.grid.groups
+            raise CodecError(f"format 'rvq': a tensor of width {width}, and a codebook for width {has}")
+        return self._books
+
+    # -- learning -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def learn(self, z: Tensor, key: Key) -> None:
+        z = z.detach()
+        if self._learner.blank:
+            x_NGD, scales_N = self._scaled(z, key)
+            self._learner.start(x_NGD[scales_N != 0].cpu(), key)
+            return
+        last, self._search = self._search, None
+        if last is None or not _same(last.z, z) or last.version is None or last.version != _version(z):
+            last = self._searched(z, key)
+        self._learner.follow(last.coded, last.scales_N, key)
+
+    def measures(self) -> dict[str, float]:
+        """`kmeans.Learner.measures`, and how far what is in use stands from the master, relative to it."""
+        if not self.begun:
+            return {}
+        return self._learner.measures() | {"staleness": self._staleness()}
+
+    def _staleness(self) -> float:
+        if self._books is None:
+            return 0.0
+        master, used = self._learner.master.double(), self._books.table.cpu().double()
+        norm = master.norm().item()
+        return (master - used).norm().item() / norm if norm else 0.0
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What the owner has learned; what is in use is the dictionary's. Nothing at the other end."""
+        return self._learner.state() if self.begun else {}
+
+    def state_layout(self, width: int, completed: int) -> dict[str, Tensor]:
+        return self._learner.layout(self._group_width(width)) if completed else {}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """As the base class says; the table that was in use has to follow (`use_table`)."""
+        if state:
+            self._learner.load(state)
+        else:
+            self._learner.reset()
+        self._books = self._search = None
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether both are the same view of the same memory, which `one` keeps alive."""
+    views = [(z.data_ptr(), z.shape, z.stride(), z.dtype, z.device) for z in (one, other)]
+    return views[0] == views[1]
+
+
+def _version(z: Tensor) -> int | None:
+    """How often `z` was changed in place, where anybody counts."""
+    return None if z.is_inference() else z._version
+
+
+def _check_scales(bits: np.ndarray) -> None:
+    bad = (bits != 0) & ((bits < MIN_SCALE_BITS) | (bits > MAX_SCALE_BITS))
+    if bad.any():
+        index = int(np.argmax(bad))
+        bounds = f"neither 0 nor from {MIN_SCALE} to {_MAX_SCALE}"
+        raise CodecError(f"rvq payload's scale of token {index} is {bf16_value(int(bits[index]))}, {bounds}")
+
+
+def _parse_delta(text: str) -> tuple[Policy, int]:
+    """`random/16` -> ("random", 16). Raises CodecError."""
+    name, slash, part = text.partition("/")
+    policy = _POLICIES.get(name)
+    if policy is None:
+        near = difflib.get_close_matches(name, _POLICIES, n=1, cutoff=0.4)
+        hint = f"the nearest known one is '{near[0]}'" if near else f"known: {', '.join(_POLICIES)}"
+        raise CodecError(f"byte format 'rvq': option 'delta' cannot be '{text}'; {hint}")
+    if policy == "full" and not slash:
+        return policy, 1
+    if policy == "full" or not (part.isascii() and part.isdigit() and 1 <= int(part[:9]) <= MAX_DIVISOR):
+        wanted = "full alone" if policy == "full" else f"{policy}/D with D from 1 to {MAX_DIVISOR}"
+        raise CodecError(f"byte format 'rvq': option 'delta' is '{text}', wants {wanted}")
+    return policy, int(part[:9])

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .state import StageSnapshot
 
 STATE = "state.safetensors"
+HELD_TIMES = 4  # times `keep`: more than so many are not held for copies that fall behind
 KEEP_MIN = 3  # neighbours are a checkpoint apart at most, and the newest may be damaged
 
 
@@ -62,6 +63,7 @@ class CheckpointStore:
         self.directory = directory / f"stage-{stage}"
         self.stage, self.fingerprint, self.keep = stage, fingerprint, keep
         self._verified: dict[int, tuple[int, ...]] = {}  # completed -> the file that had its digest
+        self.floor = 0  # nothing from here on is pruned: a copy of another stage's state may need what goes with it
         self._writing = threading.Lock()  # what a write leaves half done is not to be put away by another thread
 
     def path(self, completed: int) -> Path:
@@ -141,13 +143,14 @@ class CheckpointStore:
         return manifest
 
     def newest_intact(self, limit: int, report: Callable[[str], None]) -> list[int]:
-        """At most `limit` completed steps, newest first, whose checkpoints were verified just now. Damaged and foreign
-        ones are reported, a line each, and left out; what broken-off writes left is put away first."""
+        """At most `limit` completed steps, and those from `floor` on, newest first, whose checkpoints were verified
+        just now. Damaged and foreign ones are reported, a line each, and left out; what broken-off writes left is put
+        away first."""
         with self._writing, suppress(OSError):  # a directory that is only read
             self._sweep()
         intact: list[int] = []
         for completed in reversed(self.numbers()):
-            if len(intact) == limit:
+            if len(intact) >= limit and not 0 < self.floor <= completed:
                 break
             try:
                 self.verify(completed)
@@ -299,7 +302,9 @@ class CheckpointStore:
 
     def _prune(self, completed: int) -> None:
         """Of what a rewind left behind later steps stay: they will be replaced, and must not push out earlier ones."""
-        kept = [number for number in self.steps() if number <= completed][-self.keep :]
+        whole = [number for number in self.steps() if number <= completed]
+        held = sum(number >= self.floor for number in whole) if self.floor else 0
+        kept = whole[-max(self.keep, min(held, HELD_TIMES * self.keep)) :]
         for number in self.numbers():
             if len(kept) < self.keep or number >= kept[0]:
                 break

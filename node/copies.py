@@ -58,7 +58,8 @@ class Copies:
     store: the node's own. bytes_max: the largest state of a neighbour that is kept; 0: this node neither keeps nor
     sends copies. say: have a frame sent to a side; for a part it waits until the link is idle. refuse: end the
     connection to a side, which broke a rule. on_copy(completed, bytes, fetched): a copy of ours is whole, at the buddy
-    or here; 0 bytes: nothing had to be sent. Frames come in through `receive`, and `met` and `parted` say whether
+    or here; 0 bytes: nothing had to be sent. on_held(completed): the newest of our states that the buddy has a copy
+    of; 0: none. Frames come in through `receive`, and `met` and `parted` say whether
     anybody is there; all on the event loop.
     """
 
@@ -75,11 +76,13 @@ class Copies:
         refuse: Callable[[Side, RemoteProtocolError], None],
         on_fault: Reporter,
         on_copy: Callable[[int, int, bool], None],
+        on_held: Callable[[int], None],
     ) -> None:
         self.side: Side | None = buddy_side(stage, stages)
         self._stage, self._store, self._enabled = stage, store, bytes_max > 0
         self._part_bytes, self._parts_ahead = min(part_bytes, PART_BYTES_MAX), parts_ahead
-        self._say, self._refuse, self._on_fault, self._on_copy = say, refuse, on_fault, on_copy
+        self._say, self._refuse, self._on_fault = say, refuse, on_fault
+        self._on_copy, self._on_held = on_copy, on_held
         self._wards: dict[Side, Ward] = {}
         others: dict[Side, tuple[int, Side]] = {"above": (stage - 1, "below"), "below": (stage + 1, "above")}
         for side, (other, towards_us) in others.items():
@@ -101,6 +104,7 @@ class Copies:
         self._newest = completed
         if self.side in self._talks:
             self._talks[self.side].offers.set()
+            self._tell_newest(self._talks[self.side])
 
     def met(self, side: Side) -> None:
         """A neighbour is connected."""
@@ -304,7 +308,12 @@ class Copies:
             del talk.outgoing[self._stage]
             self._on_copy(completed, sending.size if sending.done else 0, False)
         talk.held = steps
+        self._tell_newest(talk)
         talk.offers.set()
+
+    def _tell_newest(self, talk: Talk) -> None:
+        """What lies after the newest checkpoint is of training that was undone."""
+        self._on_held(max((step for step in talk.held or () if step <= self._newest), default=0))
 
     async def _give_back(self, side: Side, talk: Talk, ward: Ward, completed: int) -> None:
         try:

@@ -116,6 +116,7 @@ class Lifecycle:
             on_copy=lambda completed, size, fetched: metrics.write(
                 "copy", completed=completed, bytes=size, fetched=fetched
             ),
+            on_held=self._held_at_buddy,
         )
 
     async def run(self) -> None:
@@ -160,6 +161,7 @@ class Lifecycle:
         match wanted.result():
             case Stop():
                 began = time.monotonic()
+                self._store.floor = self.machine.copied_by_all
                 await self._break_off()
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
                 offered = {*self._snapshots, *await asyncio.to_thread(self._on_disk)}
@@ -284,6 +286,7 @@ class Lifecycle:
 
     async def _keep(self, snapshot: StageSnapshot) -> None:
         """In memory now, on disk soon."""
+        self._store.floor = self.machine.copied_by_all
         self._snapshots[snapshot.completed] = snapshot
         for old in sorted(self._snapshots)[:-IN_MEMORY]:
             del self._snapshots[old]
@@ -317,6 +320,9 @@ class Lifecycle:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
         self._in_loop(record)
         self._in_loop(partial(self._copies.written, completed))
+
+    def _held_at_buddy(self, completed: int) -> None:
+        self.machine.copied = completed
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
         """A part takes the wire's time first, when nobody else wants it."""

@@ -22,12 +22,17 @@ PART_BYTES_MAX = 64 * 1024  # of a manifest, or of a part of a state
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alive:
-    """I am in this epoch and have completed so many steps of it. missing: 1 + the stage, on my other side, that nobody
-    serves at present, so that who waits knows for whom; 0: all are there."""
+    """I am in this epoch and have completed so many steps of it.
+
+    missing: 1 + the stage, on my other side, that nobody serves at present, so that who waits knows for whom; 0: all
+    are there. copied_steps: the least, over me and all on my other side, of the newest state that a neighbour has a
+    copy of, so that all keep what would go with it; 0: somebody has none.
+    """
 
     epoch: int
     completed_steps: int
     missing: int = 0
+    copied_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

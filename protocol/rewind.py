@@ -30,6 +30,7 @@ from typing import Literal
 
 from .control import (
     LISTED_MAX,
+    STEP_MAX,
     Alive,
     Commit,
     ControlFrame,
@@ -119,6 +120,8 @@ class Rewind:
         self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
         self._member_of: dict[Side, int | None] = dict.fromkeys(SIDES)  # its epoch, unless it was to join one
         self._missing_beyond: dict[Side, int] = dict.fromkeys(SIDES, 0)
+        self.copied = 0  # the newest of this stage's states that a neighbour has a copy of
+        self._copied_beyond: dict[Side, int] = dict.fromkeys(SIDES, 0)  # stays while nobody is there
         self._steps: tuple[int, ...] = ()
         self._offer_below: Offer | None = None
         self._offered: Offer | None = None  # on the present connection upwards
@@ -155,7 +158,23 @@ class Rewind:
     def alive(self, side: Side) -> Alive:
         """What to say to that side now and then."""
         other: Side = "below" if side == "above" else "above"
-        return Alive(epoch=self.epoch, completed_steps=self.completed, missing=self._missing_towards(other))
+        return Alive(
+            epoch=self.epoch,
+            completed_steps=self.completed,
+            missing=self._missing_towards(other),
+            copied_steps=min(self.copied, self._copied_towards(other)),
+        )
+
+    @property
+    def copied_by_all(self) -> int:
+        """The least, over all stages, of the newest state that a neighbour has a copy of; 0: somebody has none, or
+        nobody knows."""
+        return min(self.copied, self._copied_towards("above"), self._copied_towards("below"))
+
+    def _copied_towards(self, side: Side) -> int:
+        if self.last if side == "below" else self.first:
+            return STEP_MAX - 1  # nobody is there whose copy could be older
+        return self._copied_beyond[side]
 
     @property
     def missing(self) -> int:
@@ -227,6 +246,7 @@ class Rewind:
                 if frame.missing > self.identity.stages:
                     raise RemoteProtocolError(Fault.MALFORMED, f"stage {frame.missing - 1} cannot be missing")
                 self._missing_beyond[side] = frame.missing
+                self._copied_beyond[side] = frame.copied_steps
                 return []
             case Halt(), _:
                 # One of an earlier epoch was under way when that epoch's Commit passed it.

@@ -137,14 +137,16 @@ class Goodbye(_message.Message):
     def __init__(self) -> None: ...
 
 class Alive(_message.Message):
-    __slots__ = ("epoch", "completed_steps", "missing")
+    __slots__ = ("epoch", "completed_steps", "missing", "copied_steps")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
+    COPIED_STEPS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     completed_steps: int
     missing: int
-    def __init__(self, epoch: _Optional[int] = ..., completed_steps: _Optional[int] = ..., missing: _Optional[int] = ...) -> None: ...
+    copied_steps: int
+    def __init__(self, epoch: _Optional[int] = ..., completed_steps: _Optional[int] = ..., missing: _Optional[int] = ..., copied_steps: _Optional[int] = ...) -> None: ...
 
 class Halt(_message.Message):
     __slots__ = ("epoch",)

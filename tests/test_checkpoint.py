@@ -447,6 +447,21 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert store.path(20) == tmp_path / "a" / "b" / "stage-1" / "step-00000020"
 
 
+def test_what_a_copy_may_need_is_not_pruned(tmp_path: Path) -> None:
+    store = store_of(tmp_path)
+    write(store, 10, 20, 30, 40)
+    assert store.steps() == [20, 30, 40]
+    store.floor = 30
+    write(store, 50, 60)
+    assert store.steps() == [30, 40, 50, 60]
+    assert store.newest_intact(2, report=pytest.fail) == [60, 50, 40, 30]
+    write(store, *range(70, 300, 10))
+    assert store.steps() == list(range(180, 300, 10))  # one that has fallen so far behind is of no use
+    store.floor = 0
+    write(store, 300)
+    assert store.steps() == [280, 290, 300]
+
+
 def test_a_real_state_survives_the_disk(trained: tuple[Run, list[StageSnapshot]], tmp_path: Path) -> None:
     for index, snapshot in enumerate(trained[1]):
         store = store_of(tmp_path, stage=index)

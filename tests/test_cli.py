@@ -161,7 +161,7 @@ def test_a_run_prints_json_alone_and_its_summary_is_complete(run_toml: Path, tmp
     boundary_elements = summary["tokens"] * 64  # width; bf16 both ways
     assert sent["activation"] == sent["gradient"] == 2 * boundary_elements
     assert min(sent[kind] for kind in ("token_ids", "control", "framing", "evaluation", "probe")) > 0
-    outside = sent["evaluation"] + sent["probe"]
+    outside = sent["evaluation"] + sent["probe"] + sent.get("checkpoint_copy", 0)
     assert sent["total"] == sum(sent.values()) - sent["total"] - outside
     assert summary["bytes_per_token"] == pytest.approx(sent["total"] / summary["tokens"])
     assert summary["ratio"] == pytest.approx(4 * boundary_elements / sent["total"])

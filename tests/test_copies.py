@@ -111,6 +111,7 @@ class NodeUnderTest:
         self.faults: list[str] = []
         self.copied: list[tuple[int, int]] = []
         self.fetched: list[int] = []
+        self.held: list[int] = []
         self.refused: list[RemoteProtocolError] = []
         self.peers: dict[Side, NodeUnderTest] = {}
         self.said: list[CopyFrame] = []
@@ -126,6 +127,7 @@ class NodeUnderTest:
             refuse=lambda _, error: self.refused.append(error),
             on_fault=lambda code, line: self.faults.append(f"{code}: {line}"),
             on_copy=self._on_copy,
+            on_held=self.held.append,
         )
 
     def _on_copy(self, completed: int, size: int, fetched: bool) -> None:
@@ -562,10 +564,13 @@ def test_after_a_rewind_the_copy_is_of_the_new_training(tmp_path: Path) -> None:
             for step in (90, 100):
                 upper.write(step)
                 await until(lambda step=step: upper.copied and upper.copied[-1][0] == step)
+            assert upper.held[-1] == 100
             upper.copies.written(0)  # the run begins again
+            assert upper.held[-1] == 0
             upper.write(5)
             await until(lambda: upper.copied[-1][0] == 5)
             assert lower.kept(0).steps() == [5]
+            assert upper.held[-1] == 5
 
     asyncio.run(story())
 

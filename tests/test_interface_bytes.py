@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.config import dump_config
+from thinpipe.sim.report import OUTSIDE_RATIO
 
 from .conftest import TinyConfig
 
@@ -69,4 +70,4 @@ def test_reported_bytes_are_on_the_interface(tiny: TinyConfig, tmp_path: Path) -
     assert sent == pytest.approx(payload_on_wire, rel=0.02)
     by_kind = {kind: count for kind, count in summary["bytes"].items() if kind != "total"}
     assert sum(by_kind.values()) == sent
-    assert summary["bytes"]["total"] == sent - by_kind["evaluation"] - by_kind["probe"]
+    assert summary["bytes"]["total"] == sent - sum(by_kind.get(kind, 0) for kind in OUTSIDE_RATIO)

@@ -99,6 +99,28 @@ def test_all_learn_who_is_missing_and_that_it_is_back(lost: int) -> None:
     assert [machine.missing for machine in machines] == [0] * 5
 
 
+def test_all_learn_how_old_the_oldest_copy_is() -> None:
+    """And keep their own checkpoints from there on, since a lost disk takes all back to its copy."""
+    machines = chain(4)
+    for _ in range(4):
+        beat(machines)
+    assert [machine.copied_by_all for machine in machines] == [0] * 4
+    for machine, copied in zip(machines, (30, 20, 50, 40), strict=True):
+        machine.copied = copied
+    for _ in range(4):
+        beat(machines)
+    assert [machine.copied_by_all for machine in machines] == [20] * 4
+    machines[1].copied = 60
+    for _ in range(4):
+        beat(machines)
+    assert [machine.copied_by_all for machine in machines] == [30] * 4
+    machines[3].copied = 0  # its neighbour was lost, and the copies with it
+    for _ in range(4):
+        beat(machines)
+    assert [machine.copied_by_all for machine in machines] == [0] * 4
+    assert Rewind(machines[0].identity, joining=True).copied_by_all == 0
+
+
 def test_a_stage_that_there_is_not_cannot_be_missing() -> None:
     machines = chain(2)
     with pytest.raises(RemoteProtocolError, match="stage 2 cannot be missing"):

@@ -174,12 +174,18 @@ class Control:
                 self.copies.receive(side, frame)
 
     async def _say(self, side: Side, write: Write) -> None:
-        queue = self._queues[side]
+        queue, clock = self._queues[side], asyncio.get_running_loop().time
+        due_s = clock() + ALIVE_EVERY_S
         while True:
-            frame: ControlFrame = self.machine.alive(side)
+            frame: ControlFrame | None = None
             with suppress(TimeoutError):
-                async with asyncio.timeout(ALIVE_EVERY_S):
+                async with asyncio.timeout_at(due_s):
                     frame = await queue.get()
+            if frame is None or clock() >= due_s:  # it tells more than that we live, so it comes between others too
+                due_s = clock() + ALIVE_EVERY_S
+                await self._write(side, write, self.machine.alive(side))
+            if frame is None:
+                continue
             await self._write(side, write, frame)
             if isinstance(frame, Dismissed):
                 return  # the last word: who listens ends when the stream does

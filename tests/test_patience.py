@@ -6,12 +6,12 @@ import asyncio
 from collections import Counter
 
 import pytest
-from thinpipe.node.control import Control
+from thinpipe.node.control import LIMITS, Control
 from thinpipe.node.patience import LEAST_S, TIMES, Patience
-from thinpipe.protocol.control import Alive
+from thinpipe.protocol.control import Alive, CopyPart
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
-from thinpipe.protocol.messages import encode_frame
+from thinpipe.protocol.messages import Frame, decode_frame, encode_frame
 from thinpipe.protocol.rewind import Rewind, Side
 
 NEVER = float("inf")
@@ -153,5 +153,41 @@ def test_who_has_just_come_back_is_not_late_yet() -> None:
         assert control.missing_s() == (0.0, 0.5)
         talking.cancel()
         await asyncio.gather(talking, return_exceptions=True)
+
+    asyncio.run(story())
+
+
+def test_alive_comes_between_other_frames_too() -> None:
+    """While a copy is on its way there is always something else to say."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        now = 0.0
+        loop.time = lambda: now
+        upper, lower = chain(2)
+        lower.part("above")
+        upper.part("below")
+        control = Control(upper, silence_s=1e6, on_effect=lambda _: None, sent={"above": Counter(), "below": Counter()})
+        frames = asyncio.Queue[bytes]()
+        frames.put_nowait(encode_frame(lower.greeting()))
+        said: list[Frame] = []
+
+        async def write(raw: bytes) -> None:
+            nonlocal now
+            now += 0.1
+            said.append(decode_frame(raw, LIMITS))
+            if len(said) < 100:
+                control.tell("below", CopyPart(stage=0, completed_steps=1, offset=0, data=b"x"))
+
+        talk = control.converse("below", frames.get, write, speaks_first=True, greeting_timeout_s=1e6)
+        talking = asyncio.create_task(talk)
+        await control.met["below"].wait()
+        control.tell("below", CopyPart(stage=0, completed_steps=1, offset=0, data=b"x"))
+        for _ in range(2000):
+            await asyncio.sleep(0)
+        talking.cancel()
+        await asyncio.gather(talking, return_exceptions=True)
+        assert sum(isinstance(frame, CopyPart) for frame in said) > 50
+        assert sum(isinstance(frame, Alive) for frame in said) in range(6, 13)  # ten seconds
 
     asyncio.run(story())

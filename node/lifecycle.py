@@ -27,7 +27,7 @@ from ..protocol.greeting import Identity
 from ..protocol.rewind import ChooseEnd, Dismiss, EndAfter, Phase, Rewind, Side, Start, Stop
 from ..sim.shaper import LinkProfile, Shaper
 from .account import Account
-from .checkpoint import CheckpointStore
+from .checkpoint import HELD_TIMES, CheckpointStore
 from .checkpoint_writer import CheckpointWriter
 from .config import RunConfig
 from .control import Control, Wanted
@@ -86,7 +86,7 @@ class Lifecycle:
         self._writer = CheckpointWriter(store, on_written=self._written, on_error=self._unwritten)
         profile = LinkProfile.parse(config.link.link)
         self._known = known = (
-            store.newest_intact(IN_MEMORY + 1, report=partial(on_fault, "checkpoint")) if joining else []
+            store.newest_intact(HELD_TIMES * store.keep, report=partial(on_fault, "checkpoint")) if joining else []
         )
         epoch = max((store.manifest(step).epoch for step in known), default=0)
         self.machine = Rewind(identity, joining=joining, epoch=epoch)
@@ -314,7 +314,7 @@ class Lifecycle:
 
     def _on_disk(self) -> list[int]:
         """What can be restored from disk, newest first; what is damaged is said, and left out."""
-        return self._store.newest_intact(IN_MEMORY + 1, report=self._unwritten)
+        return self._store.newest_intact(HELD_TIMES * self._store.keep, report=self._unwritten)
 
     def _written(self, completed: int, size: int, seconds: float) -> None:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))

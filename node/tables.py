@@ -27,15 +27,8 @@ from torch import Tensor
 
 from ..compress.boundary import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
 from ..compress.registry import parse_format
-from ..protocol.dictionary import (
-    Delta,
-    DictionarySpec,
-    Mirror,
-    Publisher,
-    Version,
-    decode_delta,
-    encode_delta,
-)
+from ..protocol.delta import Delta, DictionarySpec, Version, decode_delta, encode_delta
+from ..protocol.dictionary import Mirror, Publisher
 from ..protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from ..protocol.messages import Kind, Message
 

@@ -15,19 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from thinpipe.protocol.dictionary import (
-    DIGEST_BYTES,
-    Delta,
-    DictionarySpec,
-    Encoding,
-    Mirror,
-    Publisher,
-    Version,
-    decode_delta,
-    encode_delta,
-)
+from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, Version, decode_delta, encode_delta
+from thinpipe.protocol.dictionary import Mirror, Publisher
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX
+from thinpipe.protocol.rows import Encoding
 
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
 DTYPES = ("float32", "float64")

@@ -20,7 +20,8 @@ from thinpipe.compress.registry import parse_codec, parse_format
 from thinpipe.compress.rvq import Rvq
 from thinpipe.node.tables import dictionary_of
 from thinpipe.protocol import selection
-from thinpipe.protocol.dictionary import DictionarySpec, Mirror, Publisher, decode_delta, encode_delta
+from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
+from thinpipe.protocol.dictionary import Mirror, Publisher
 
 laws = settings(deadline=None, max_examples=30)
 

@@ -17,7 +17,8 @@ import msgpack
 from google.protobuf.message import DecodeError, Message
 from thinpipe.protocol import dictionary, messages
 from thinpipe.protocol import stage_pb2 as pb
-from thinpipe.protocol.dictionary import Delta, DictionarySpec, Mirror
+from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, as_version, check_delta
+from thinpipe.protocol.dictionary import Mirror
 from thinpipe.protocol.errors import ProtocolError
 
 Mutator = Callable[[bytes, Random], bytes]
@@ -281,8 +282,8 @@ def _digest(values: dict[str, Any], rest: bytes, spec: DictionarySpec, mirror: M
     count = values["entries"]
     indices = None if count is None else np.frombuffer(rest, spec.index_dtype, count)
     payload = rest[(count or 0) * spec.index_dtype.itemsize :]
-    version = dictionary._version(values["version"])
-    previous = None if values["previous"] is None else dictionary._version(values["previous"])
+    version = as_version(values["version"])
+    previous = None if values["previous"] is None else as_version(values["previous"])
     made = Delta(
         name=values["name"],
         version=version,
@@ -290,9 +291,9 @@ def _digest(values: dict[str, Any], rest: bytes, spec: DictionarySpec, mirror: M
         indices=indices,
         encoding=values["encoding"],
         payload=payload,
-        digest=bytes(dictionary.DIGEST_BYTES),
+        digest=bytes(DIGEST_BYTES),
     )
-    dictionary._check(made, spec)
+    check_delta(made, spec)
     before = None if mirror.version is None else mirror.table
     return dictionary._digest(spec, version, dictionary._advance(before, made, spec))
 

@@ -16,7 +16,8 @@ from thinpipe.compress.boundary import LearnedTable
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
 from thinpipe.protocol.assembly import Assembly
-from thinpipe.protocol.dictionary import DictionarySpec, Mirror, Publisher, decode_delta, encode_delta
+from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
+from thinpipe.protocol.dictionary import Mirror, Publisher
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX, Chunk, Kind, Message, decode_frame, encode_frame, split
 

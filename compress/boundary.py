@@ -22,7 +22,7 @@ import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -80,6 +80,9 @@ class Payload:
     body: bytes
 
 
+Policy = Literal["full", "random", "robin", "drift"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedTable:
     """A table (entries, width) that the sender owns and the receiver needs: known to both from the configuration."""
@@ -90,7 +93,8 @@ class LearnedTable:
     delta: str  # byte format of the changes that follow it downstream
     gradient: str | None  # byte format of the receiver's half of its gradient; None: it sends none
     every: int  # steps between two changes; 0: it never changes
-    policy: str = "full"  # how a change chooses its entries, as `protocol.selection` calls it
+    streamed: bool = False  # instead, each tensor of training brings a change
+    policy: Policy = "full"  # how a change chooses its entries, as `protocol.selection` calls it
     divisor: int = 1  # a change covers one part in so many
 
 
@@ -176,10 +180,15 @@ class ByteFormat(ABC):
         del width, completed
         return {}
 
-    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned. Raises CodecError for tensors that this format does not have."""
+    def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Raises CodecError for what `state_tensors` cannot have returned; changes nothing."""
         if state:
             raise CodecError(f"format '{self.id}' has no state, but was given {reprlib.repr(sorted(state))}")
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned. Raises CodecError, and changes nothing, for tensors that this format
+        does not have."""
+        self.check_state_tensors(state)
 
     def check(self, payload: Payload, shape: tuple[int, ...]) -> None:
         """Refuse, before anything is allocated, a payload that is not this format's or not of this shape."""

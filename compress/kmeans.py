@@ -39,7 +39,7 @@ _START, _REVIVE = 0x52565130, 0x52565131  # streams of a key's generator
 
 
 class Learner:
-    """counts (L, G, K) and sums (L, G, K, D), fp32 on the CPU; the master is their quotient. updates (): how many
+    """counts (L, G, K) and sums (L, G, K, D), fp32 on the CPU; the master is their quotient. updates (1,): how many
     microbatches came after the start."""
 
     def __init__(self, grid: Grid, decay: float) -> None:
@@ -49,7 +49,7 @@ class Learner:
     def reset(self) -> None:
         self.counts = torch.zeros(self.grid.levels, self.grid.groups, self.grid.codes)
         self.sums = torch.zeros(*self.counts.shape, 0)
-        self.updates = torch.zeros(())
+        self.updates = torch.zeros(1)
         self._forget_measures()
 
     @property
@@ -121,7 +121,7 @@ class Learner:
 
     def _next_decay(self) -> float:
         count = self.updates.item()
-        self.updates = torch.tensor(min(count + 1, _UPDATES_MAX))
+        self.updates = torch.tensor([min(count + 1, _UPDATES_MAX)])
         return min(self.decay, (1 + count) / (10 + count))
 
     def _revive(self, given: list[Tensor], key: Key) -> int:
@@ -161,10 +161,10 @@ class Learner:
     def layout(self, width: int) -> dict[str, Tensor]:
         """What `state` has once it has begun, as meta tensors."""
         counts = self.counts.to("meta")
-        return {"counts": counts, "sums": counts.new_empty(*counts.shape, width), "updates": counts.new_empty(())}
+        return {"counts": counts, "sums": counts.new_empty(*counts.shape, width), "updates": counts.new_empty(1)}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`. Raises CodecError, and changes nothing, for tensors that cannot be a learner's."""
+    def check(self, state: Mapping[str, Tensor]) -> None:
+        """Raises CodecError for tensors that cannot be a learner's."""
         names = list(self.state())
         if sorted(state) != sorted(names):
             raise CodecError(f"the state of a codebook is {names}, but was given {sorted(state)!r:.200}")
@@ -176,8 +176,12 @@ class Learner:
                 raise CodecError(f"the state of a codebook: '{name}' is {shown}")
             if not bool(found.isfinite().all()) or (name != "sums" and bool((found < 0).any())):
                 raise CodecError(f"the state of a codebook: '{name}' has a value that no count or sum has")
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state`. Raises CodecError, and changes nothing, for tensors that cannot be a learner's."""
+        self.check(state)
         self.reset()
-        for name in names:
+        for name in self.state():
             copied = state[name].to("cpu", copy=True, memory_format=torch.contiguous_format)
             setattr(self, name, copied)
 

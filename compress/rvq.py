@@ -34,21 +34,20 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload
+from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy
 from .codebook import Codebooks, Coded, Grid
 from .formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value, is_finite, refusal
 from .kmeans import Learner
 from .registry import register_format
 
-Policy = Literal["full", "random", "robin", "drift"]  # as `protocol.selection` knows them
-_POLICIES: dict[str, Policy] = {name: name for name in get_args(Policy)}
+_POLICIES: dict[str, Policy] = {name: name for name in cast("tuple[Policy, ...]", get_args(Policy))}
 MAX_CODES, MAX_LEVELS, MAX_DIVISOR = 2**16, 16, 2**16
 _MAX_SCALE = torch.finfo(torch.bfloat16).max
 
@@ -91,6 +90,7 @@ class Rvq(ByteFormat):
         ):
             if bad:
                 raise CodecError(f"byte format 'rvq': {fault} has to be {wanted}")
+        self.policy: Policy
         self.policy, self.divisor = _parse_delta(delta)
         self.encoding = encoding
         self.grid = Grid(levels=levels, groups=groups, codes=codes)
@@ -109,6 +109,7 @@ class Rvq(ByteFormat):
             delta=self.encoding,
             gradient=None,
             every=1,
+            streamed=True,
             policy=self.policy,
             divisor=self.divisor,
         )
@@ -255,6 +256,10 @@ class Rvq(ByteFormat):
 
     def state_layout(self, width: int, completed: int) -> dict[str, Tensor]:
         return self._learner.layout(self._group_width(width)) if completed else {}
+
+    def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            self._learner.check(state)
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """As the base class says; the table that was in use has to follow (`use_table`)."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..compress.boundary import ByteFormat, CodecError
+from ..compress.boundary import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.errors import ProtocolError
 from ..protocol.greeting import TABLE_DIGEST, Identity
@@ -115,14 +115,10 @@ def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None)
     try:
         boundary = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
         codec = boundary.codec
-        for fmt in (boundary.forward, boundary.backward):
-            if type(fmt).table is not ByteFormat.table:
-                raise ConfigError(
-                    f"byte format '{fmt.id}' has a codebook, which nodes do not keep in step yet; "
-                    "choose bf16, int8, int4 or int3"
-                )
         if architecture is not None:
             codec.check(architecture.hidden_size)
+            for fmt in (boundary.forward, boundary.backward):
+                fmt.table(codec.wire_width(architecture.hidden_size))
     except CodecError as error:
         raise ConfigError(str(error)) from None
     if codec.table_scale and config.model.pretrained:

@@ -29,6 +29,14 @@ NOTES = (
 )
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+DictionaryName = Literal[
+    "table_above",
+    "table_below",
+    "activation_codebook_above",
+    "activation_codebook_below",
+    "gradient_codebook_above",
+    "gradient_codebook_below",
+]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -79,7 +87,7 @@ class Manifest(_Strict):
     stages: Count
     completed: Count  # steps, and so the position in the data
     epoch: Annotated[int, Field(ge=0, lt=2**64)]  # of the run, when it was written
-    dictionaries: dict[Literal["table_above", "table_below"], _Dictionary]
+    dictionaries: dict[DictionaryName, _Dictionary]
     file_bytes: Count
     file_sha256: Sha256
     torch: str = Field(max_length=100)  # the bits that follow are the same under the same version only

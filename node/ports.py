@@ -27,9 +27,14 @@ from ..compress.boundary import (
     LearnedTable,
     Payload,
 )
+from ..protocol.delta import join_deltas, joined_bytes_max, split_deltas
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Limits, Message
-from .tables import TableReceiver, TableSender, dictionary_of, gradient_bytes
+from .codebooks import CodebookReceiver, CodebookSender, Packed
+from .held import DictionaryEnd
+from .packing import Packing
+from .projector_gradient import gradient_bytes
+from .tables import TableReceiver, TableSender, dictionary_of
 
 # Evaluation happens at a step too; its random keys (codecs that use any) must not repeat those of training.
 EVALUATION_MICROBATCH_OFFSET = 2**31
@@ -49,10 +54,17 @@ class BoundaryShape:
     backward: ByteFormat
     table: LearnedTable | None
     dtype: torch.dtype
+    microbatches: int  # of one step
 
     @classmethod
     def of(
-        cls, codec: BoundaryCodec, context: BoundaryContext, *, microbatch_size: int, sequence_length: int
+        cls,
+        codec: BoundaryCodec,
+        context: BoundaryContext,
+        *,
+        microbatch_size: int,
+        sequence_length: int,
+        microbatches: int,
     ) -> BoundaryShape:
         return cls(
             boundary=context.boundary,
@@ -65,6 +77,7 @@ class BoundaryShape:
             backward=codec.backward,
             table=codec.codec.table(context.width),
             dtype=context.dtype,
+            microbatches=microbatches,
         )
 
     @property
@@ -84,9 +97,37 @@ class BoundaryShape:
     def limits(self) -> Limits:
         """The largest message that may come from the neighbour, in either direction."""
         ids_bytes = packed_bytes(self.token_ids, self.token_id_bits)
-        body_bytes = max(self.forward.body_bytes(self.z_shape), self.backward.body_bytes(self.z_shape))
-        delta_bytes = dictionary_of(self.table, self.dtype).delta_bytes_max if self.table else 0
-        return Limits(message_bytes=max(ids_bytes + delta_bytes + body_bytes, gradient_bytes(self.table)))
+        downstream = ids_bytes + self._changes_bytes(self.table, self._book(self.forward))
+        upstream = self._changes_bytes(self._book(self.backward))
+        sizes = (
+            downstream + self.forward.body_bytes(self.z_shape),
+            upstream + self.backward.body_bytes(self.z_shape),
+            gradient_bytes(self.table),
+        )
+        return Limits(message_bytes=max(sizes))
+
+    def _book(self, fmt: ByteFormat) -> LearnedTable | None:
+        return fmt.table(self.wire_width)
+
+    def _changes_bytes(self, *tables: LearnedTable | None) -> int:
+        return joined_bytes_max(dictionary_of(table, self.dtype) for table in tables if table)
+
+    def codebook_sender(self, fmt: ByteFormat, device: torch.device) -> CodebookSender | None:
+        if (table := self._book(fmt)) is None:
+            return None
+        return CodebookSender(
+            fmt,
+            table,
+            width=self.wire_width,
+            seed=self.seed,
+            boundary=self.boundary,
+            microbatches=self.microbatches,
+            device=device,
+        )
+
+    def codebook_receiver(self, fmt: ByteFormat, device: torch.device) -> CodebookReceiver | None:
+        table = self._book(fmt)
+        return table and CodebookReceiver(fmt, table, seed=self.seed, boundary=self.boundary, device=device)
 
     def key(self, direction: Direction, step: int, microbatch: int) -> Key:
         return Key(seed=self.seed, boundary=self.boundary, direction=direction, step=step, microbatch=microbatch)
@@ -109,72 +150,143 @@ class Received:
     table: Tensor | None = None
 
 
-class DownstreamPort:
-    """The sender's half: activations go out, gradients come in."""
+class _Port:
+    """What both halves have: the order in which they pack, and the dictionaries of which they hold an end."""
 
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
+        self.packing = Packing()
+        self.ends: dict[str, DictionaryEnd] = {}  # under the names that a checkpoint has
         self._dtype, self._device = dtype, device
+
+    def _own(self, **ends: DictionaryEnd | None) -> None:
+        self.ends = {name: end for name, end in ends.items() if end is not None}
+
+    def _packed(self, fmt: ByteFormat, book: CodebookSender | None, z: Tensor, key: Key, *, training: bool) -> Packed:
+        if book:
+            return book.pack(z, key, training=training)
+        return Packed(fmt.pack(z, key), {}, b"")
+
+    def _unpacked(self, fmt: ByteFormat, message: Message) -> Tensor:
+        """Raises RemoteProtocolError for a payload that is not what was agreed."""
+        payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
+        try:
+            return fmt.unpack(payload, shape=self.shape.z_shape, dtype=self._dtype, device=self._device)
+        except CodecError as error:
+            raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: {error}") from None
+
+    def _followed(self, message: Message, *followers: TableReceiver | None) -> list[Tensor | None]:
+        """The new table of each follower that the message changes. Raises RemoteProtocolError."""
+        names = [follower.table.name for follower in followers if follower]
+        try:
+            changes = split_deltas(message.dictionary, names)
+        except RemoteProtocolError as error:
+            raise RemoteProtocolError(error.fault, f"{self._where(message)}: {error.reason}") from None
+        return [
+            follower.follow(message, changes.get(follower.table.name)) if follower else None for follower in followers
+        ]
+
+    def forget(self) -> None:
+        """What came since the last restored state, or ever, was another process's, and nothing of it was used."""
+        for end in self.ends.values():
+            if isinstance(end, TableReceiver):
+                end.forget()
+
+    def _where(self, message: Message) -> str:
+        kind = message.kind.name.lower()
+        return f"{kind} of step {message.step}, microbatch {message.microbatch} at boundary {self.shape.boundary}"
+
+
+class DownstreamPort(_Port):
+    """The sender's half: activations go out, gradients come in."""
+
+    def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(shape, dtype=dtype, device=device)
         self.table = _table_end(TableSender, shape, device)
+        self._activations = shape.codebook_sender(shape.forward, device)
+        self._gradients = shape.codebook_receiver(shape.backward, device)
+        self._own(
+            table_below=self.table,
+            activation_codebook_below=self._activations,
+            gradient_codebook_below=self._gradients,
+        )
 
     def pack_activation(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> Message:
         """An ACTIVATION or EVALUATION message. Raises CodecError for a value that must not be sent."""
-        offset = EVALUATION_MICROBATCH_OFFSET if kind is Kind.EVALUATION else 0
-        payload = self.shape.forward.pack(out.z_BTW, self.shape.key(Direction.FORWARD, step, microbatch + offset))
+        training = kind is Kind.ACTIVATION
+        offset = 0 if training else EVALUATION_MICROBATCH_OFFSET
+        key = self.shape.key(Direction.FORWARD, step, microbatch + offset)
+        packed = self._packed(self.shape.forward, self._activations, out.z_BTW, key, training=training)
         return Message(
             kind=kind,
             step=step,
             microbatch=microbatch,
-            codec=payload.codec,
-            codec_header={**payload.header, **out.coded_with},
+            codec=packed.payload.codec,
+            codec_header={**packed.payload.header, **out.coded_with, **packed.coded_with},
             token_ids=pack_bits(ids_BS.reshape(-1), self.shape.token_id_bits),
-            dictionary=out.delta,
-            body=payload.body,
+            dictionary=join_deltas(change for change in (out.delta, packed.change) if change),
+            body=packed.payload.body,
         )
 
     def unpack_gradient(self, message: Message) -> Tensor:
-        """dL/dz (B, T, W). Raises RemoteProtocolError for a payload that is not what was agreed."""
-        return _unpack(message, self.shape.backward, self.shape, self._dtype, self._device)
+        """dL/dz (B, T, W). Raises RemoteProtocolError for a payload that is not what was agreed.
+
+        Messages have to come in order: each may bring a change of the codebook.
+        """
+        self._followed(message, self._gradients)
+        return self._unpacked(self.shape.backward, message)
+
+    def measures(self) -> dict[str, float]:
+        """Figures of what was learned for activations since the last call."""
+        return self.packing.between(self.shape.forward.measures)
 
 
-class UpstreamPort:
+class UpstreamPort(_Port):
     """The receiver's half: activations come in, gradients go out."""
 
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.shape = shape
-        self._dtype, self._device = dtype, device
+        super().__init__(shape, dtype=dtype, device=device)
         self.table = _table_end(TableReceiver, shape, device)
+        self._activations = shape.codebook_receiver(shape.forward, device)
+        self._gradients = shape.codebook_sender(shape.backward, device)
+        self._own(
+            table_above=self.table,
+            activation_codebook_above=self._activations,
+            gradient_codebook_above=self._gradients,
+        )
 
     def unpack_activation(self, message: Message) -> tuple[np.ndarray, Received]:
         """Token ids (B, T+1), and z (B, T, W) with the table that it needs. Raises RemoteProtocolError.
 
-        Messages have to come in order: each may bring a change of the table.
+        Messages have to come in order: each may bring a change of a table.
         """
         shape = self.shape
         try:
             ids = unpack_bits(bytes(message.token_ids), shape.token_id_bits, shape.token_ids, shape.vocab_size)
         except CodecError as error:
-            raise RemoteProtocolError(Fault.PAYLOAD, f"{_where(message, shape)}: token ids: {error}") from None
-        z_BTW = _unpack(message, shape.forward, shape, self._dtype, self._device)
-        if self.table is None and len(message.dictionary):
-            raise RemoteProtocolError(
-                Fault.UNEXPECTED, f"{_where(message, shape)}: a change of a table, but none is here"
-            )
-        table = self.table.follow(message) if self.table else None
+            raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: token ids: {error}") from None
+        table, _ = self._followed(message, self.table, self._activations)
+        z_BTW = self._unpacked(shape.forward, message)
         return ids.reshape(shape.microbatch_size, shape.sequence_length + 1), Received(z_BTW=z_BTW, table=table)
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         """A GRADIENT message, with the microbatch's loss beside it. Raises CodecError."""
-        payload = self.shape.backward.pack(dz_BTW, self.shape.key(Direction.BACKWARD, step, microbatch))
+        key = self.shape.key(Direction.BACKWARD, step, microbatch)
+        packed = self._packed(self.shape.backward, self._gradients, dz_BTW, key, training=True)
         return Message(
             kind=Kind.GRADIENT,
             step=step,
             microbatch=microbatch,
-            codec=payload.codec,
-            codec_header=payload.header,
-            body=payload.body,
+            codec=packed.payload.codec,
+            codec_header={**packed.payload.header, **packed.coded_with},
+            dictionary=join_deltas([packed.change] if packed.change else []),
+            body=packed.payload.body,
             loss_sum=loss_sum,
         )
+
+    def measures(self) -> dict[str, float]:
+        """Figures of what was learned for gradients since the last call."""
+        return self.packing.between(self.shape.backward.measures)
 
 
 _End = TypeVar("_End", TableSender, TableReceiver)
@@ -184,18 +296,3 @@ def _table_end(end: type[_End], shape: BoundaryShape, device: torch.device) -> _
     if shape.table is None:
         return None
     return end(shape.table, epoch=0, seed=shape.seed, boundary=shape.boundary, dtype=shape.dtype, device=device)
-
-
-def _where(message: Message, shape: BoundaryShape) -> str:
-    kind = message.kind.name.lower()
-    return f"{kind} of step {message.step}, microbatch {message.microbatch} at boundary {shape.boundary}"
-
-
-def _unpack(
-    message: Message, byte_format: ByteFormat, shape: BoundaryShape, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
-    try:
-        return byte_format.unpack(payload, shape=shape.z_shape, dtype=dtype, device=device)
-    except CodecError as error:
-        raise RemoteProtocolError(Fault.PAYLOAD, f"{_where(message, shape)}: {error}") from None

@@ -23,7 +23,7 @@ from .flow import Arrival, Intake, Outbox, Reporter, Worker
 from .link import Link
 from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .patience import Patience
-from .ports import Encoded, Received
+from .ports import DownstreamPort, Encoded, Received, UpstreamPort
 from .stage import Stage
 
 
@@ -70,7 +70,7 @@ class Node:
         self._to_below = below and Outbox(below, self._codec)
         self._evaluation_sum = 0.0
         self._measures: dict[str, float] = {}
-        self._follows = 0  # the link's generation that the table above comes from
+        self._follows: dict[object, int] = {}  # for each port, the link's generation that its tables come from
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -178,12 +178,13 @@ class Node:
             port, loss_sum = self.stage.upstream_port, self.stage.losses[microbatch]
             assert port is not None
             assert dz_in is not None
-            pack = lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum)  # noqa: E731
-            await self._to_above.put(f"pack gradient {microbatch}", pack)
+            later = port.packing.later(lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum))
+            await self._to_above.put(f"pack gradient {microbatch}", later)
             if (half := self.stage.gradient_to_send(step)) is not None:
                 table = port.table
                 assert table is not None
-                await self._to_above.put("pack projector gradient", lambda: table.pack_gradient(half, step))
+                later = port.packing.later(lambda: table.pack_gradient(half, step))
+                await self._to_above.put("pack projector gradient", later)
 
     async def _finish(self, step: int) -> tuple[float, float]:
         """(mean loss, gradient norm) of the step that ends here."""
@@ -232,17 +233,15 @@ class Node:
         port = self.stage.downstream_port
         assert port is not None
         assert self._to_below
-        pack = lambda: port.pack_activation(out, ids_BS, step, microbatch, kind)  # noqa: E731
-        await self._to_below.put(f"pack activation {microbatch}", pack)
+        later = port.packing.later(lambda: port.pack_activation(out, ids_BS, step, microbatch, kind))
+        await self._to_below.put(f"pack activation {microbatch}", later)
 
     def _unpack_activation(self, message: Message, generation: int) -> Arrival:
         port = self.stage.upstream_port
         assert port is not None
         if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
-        if port.table and self._follows != generation:
-            self._follows = generation
-            port.table.forget()
+        self._forget_strangers(port, generation)
         ids_BS, received = port.unpack_activation(message)
         return Arrival(message=message, generation=generation, ids_BS=ids_BS, received=received)
 
@@ -251,12 +250,19 @@ class Node:
         assert port is not None
         if message.kind is Kind.EVALUATION_LOSS:
             return Arrival(message=message, generation=generation)
+        self._forget_strangers(port, generation)
         if message.kind is Kind.PROJECTOR_GRADIENT and port.table:
             tensor = port.table.unpack_gradient(message)
             return Arrival(message=message, generation=generation, tensor=tensor)
         if message.kind is not Kind.GRADIENT:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
         return Arrival(message=message, generation=generation, tensor=port.unpack_gradient(message))
+
+    def _forget_strangers(self, port: UpstreamPort | DownstreamPort, generation: int) -> None:
+        """Another process may take a neighbour's place until something of it was used."""
+        if self._follows.setdefault(port, generation) != generation:
+            self._follows[port] = generation
+            port.forget()
 
     # -- records ------------------------------------------------------------------------------------------------
 

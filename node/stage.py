@@ -89,14 +89,17 @@ class Stage:
             tokens=self.tokens,
             receiver=None if self.first else self.receiver,
             sender=None if self.last else self.sender,
-            table_above=self.upstream_port.table if self.upstream_port else None,
-            table_below=self.downstream_port.table if self.downstream_port else None,
+            ends={name: end for port in self._ports for name, end in port.ends.items()},
         )
         self._backwards = 0
         self._saved: dict[int, _Saved] = {}
         self._begun = False  # this step's first forward is done
         self.completed = 0  # steps that are finished
         self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, as far as known in this step
+
+    @property
+    def _ports(self) -> list[UpstreamPort | DownstreamPort]:
+        return [port for port in (self.upstream_port, self.downstream_port) if port]
 
     def _tokens(self) -> tuple[str, nn.Module | None]:
         """The digest of the frozen token table, which all stages must generate alike ("" where there is none), and what
@@ -149,6 +152,7 @@ class Stage:
             context,
             microbatch_size=config.microbatch_size,
             sequence_length=config.data.sequence_length,
+            microbatches=config.pipeline.microbatches,
         )
         return codec, context, shape
 
@@ -223,9 +227,7 @@ class Stage:
         table = self.upstream_port and self.upstream_port.table
         if self._backwards < self.config.pipeline.microbatches or not table or not gradient_due(table.table, step):
             return None
-        gradient = self.receiver.take_gradient()
-        table.owe(gradient, step)
-        return gradient
+        return self.receiver.take_gradient()
 
     def awaits_gradient(self, step: int) -> bool:
         """Whether `finish` needs the other half of the gradient of the table below."""
@@ -256,14 +258,25 @@ class Stage:
         return float(out) if self.last else self._encoded(out)
 
     def measures(self) -> dict[str, float]:
-        """Figures of the codec below since the last call."""
-        return {} if self.last else self.sender.measures()
+        """Figures of what the codecs learned here since the last call: the projector and the codebook of activations
+        below, and of gradients above."""
+        figures = {} if self.last else self.sender.measures()
+        for name, port in (("activation", self.downstream_port), ("gradient", self.upstream_port)):
+            if port:
+                figures |= {f"{name}_{figure}": value for figure, value in port.measures().items()}
+        return figures
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything that training has changed here, by name; meaningful between steps."""
+        self._settle()
         return self._state.tensors(self.completed)
+
+    def _settle(self) -> None:
+        """What packing changes is part of the state: nothing of the steps so far may still wait for it."""
+        for port in self._ports:
+            port.packing.settle()
 
     def snapshot(self) -> StageSnapshot:
         """A copy of the state as it is between two steps, on the compute thread: other threads may unpack the next
@@ -273,6 +286,7 @@ class Stage:
                 f"stage {self.index}: a snapshot in the middle of step {self.completed}; take it after the step's "
                 "finish and before the next one's first forward"
             )
+        self._settle()
         return self._state.snapshot(self.completed)
 
     def restore(self, snapshot: StageSnapshot) -> None:
@@ -283,6 +297,8 @@ class Stage:
         that is missing, foreign, or of another shape or dtype, and for a table that is not what its version says.
         """
         self._state.restore(snapshot)
+        for port in self._ports:
+            port.packing.clear()
         self._saved.clear()
         self.losses.clear()
         self._begun, self._backwards = False, 0
@@ -291,9 +307,9 @@ class Stage:
     def set_epoch(self, epoch: int) -> None:
         """The run's new epoch, after `restore`: both tables are named with it. Raises LocalProtocolError for an earlier
         one. Numbers, and so the state's digest, stay as they are."""
-        for port in (self.upstream_port, self.downstream_port):
-            if port and port.table:
-                port.table.set_epoch(epoch)
+        for port in self._ports:
+            for end in port.ends.values():
+                end.set_epoch(epoch)
 
     def state_sha256(self) -> str:
         """Digest of names, types, shapes and bits; equal digests mean bit-identical state. A function of training

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.boundary import Receiver, Sender
+from ..compress.boundary import CodecError, Receiver, Sender
 from ..protocol.errors import LocalProtocolError
+from .held import DictionaryEnd, Held
 from .optim import StageOptimizer
-from .tables import Held, TableReceiver, TableSender
 
 
 class StateError(RuntimeError):
@@ -33,8 +33,7 @@ class StageSnapshot:
     """Everything that training has changed in one stage after `completed` steps; its memory is its own.
 
     tensors: on the CPU, contiguous, by name. dictionaries: what must not enter a digest of the state because a rewind
-    changes it: under "table_above" and "table_below" (where there is one) {"version": [epoch, step, microbatch, index]
-    or None, "digest": hex}.
+    changes it: for each (`ports` names them) {"version": [epoch, step, microbatch, index] or None, "digest": hex}.
     """
 
     completed: int
@@ -46,7 +45,8 @@ class StageState:
     """All that training changes in stage `stage`: its parts, as they are, under names.
 
     trained: what the optimizer moves. tokens: what the codec knows of tokens, parts of which may be frozen. The halves
-    of the two boundaries and their tables, where there are any.
+    of the two boundaries. ends: of the dictionaries at both, of which "table_above" and "table_below" are what those
+    halves work with.
     """
 
     def __init__(
@@ -58,34 +58,27 @@ class StageState:
         tokens: nn.Module | None,
         receiver: Receiver | None,
         sender: Sender | None,
-        table_above: TableReceiver | None,
-        table_below: TableSender | None,
+        ends: dict[str, DictionaryEnd],
     ) -> None:
         self._stage = stage
         self._trained, self._optimizer, self._tokens = trained, optimizer, tokens
         self._receiver, self._sender = receiver, sender
-        self._above, self._below = table_above, table_below
+        self._ends = ends
 
     def tensors(self, completed: int) -> dict[str, Tensor]:
         """The parts themselves, not copies, by name; meaningful between steps, after `completed` of them."""
-        parts = {
-            name: part.state_tensors(completed) if isinstance(part, TableReceiver) else part.state_tensors()
-            for name, part in self._codec_parts().items()
-        }
+        parts = {name: half.state_tensors() for name, half in self._halves.items()}
+        parts |= {name: end.state_tensors(completed) for name, end in self._ends.items()}
         return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
 
     def layout(self, completed: int) -> dict[str, Tensor]:
         """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing."""
-        parts = {name: part.state_layout(completed) for name, part in self._codec_parts().items()}
+        parts = {name: part.state_layout(completed) for name, part in (self._halves | self._ends).items()}
         return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
 
     def snapshot(self, completed: int) -> StageSnapshot:
         """A copy after `completed` steps."""
-        dictionaries = {}
-        if self._above:
-            dictionaries["table_above"] = self._above.dictionary_state(completed)
-        if self._below:
-            dictionaries["table_below"] = self._below.dictionary_state()
+        dictionaries = {name: end.dictionary_state(completed) for name, end in self._ends.items()}
         tensors = {
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in self.tensors(completed).items()
@@ -105,12 +98,11 @@ class StageState:
             for name, frozen in self._frozen_tokens().items():
                 frozen.copy_(tensors[f"codec/tokens/{name}"])
         self._optimizer.load_state_tensors({name: tensors[name] for name in self._optimizer.state_tensors()})
+        tables = {name: end.restore(held[name], _part(tensors, name)) for name, end in self._ends.items()}
         if self._receiver:
-            table = self._above and self._above.restore(held["table_above"], _part(tensors, "table_above"))
-            self._receiver.load_state_tensors(_part(tensors, "receiver"), table)
+            self._receiver.load_state_tensors(_part(tensors, "receiver"), tables.get("table_above"))
         if self._sender:
-            table = self._below and self._below.restore(held["table_below"])
-            self._sender.load_state_tensors(_part(tensors, "sender"), table)
+            self._sender.load_state_tensors(_part(tensors, "sender"), tables.get("table_below"))
 
     def _model(self) -> dict[str, Tensor]:
         weights = {f"weight/{name}": parameter.detach() for name, parameter in self._trained}
@@ -123,14 +115,10 @@ class StageState:
         trained = dict(self._tokens.named_parameters())
         return {name: tensor for name, tensor in self._tokens.state_dict().items() if name not in trained}
 
-    def _codec_parts(self) -> dict[str, Receiver | Sender | TableReceiver | TableSender]:
-        parts = {
-            "receiver": self._receiver,
-            "table_above": self._above,
-            "sender": self._sender,
-            "table_below": self._below,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+    @property
+    def _halves(self) -> dict[str, Receiver | Sender]:
+        halves = {"receiver": self._receiver, "sender": self._sender}
+        return {name: half for name, half in halves.items() if half is not None}
 
     def _check(self, snapshot: StageSnapshot) -> None:
         where = f"stage {self._stage} after {snapshot.completed} steps"
@@ -150,7 +138,7 @@ class StageState:
                 raise StateError(f"{where}: '{name}' is {_shown(found[name])}, wanted {_shown(wanted)}; {remedy}")
 
     def _read_tables(self, snapshot: StageSnapshot) -> dict[str, Held | None]:
-        ends = {name: end for name, end in self._codec_parts().items() if isinstance(end, TableReceiver | TableSender)}
+        ends = self._ends
         if sorted(snapshot.dictionaries) != sorted(ends):
             raise StateError(
                 f"stage {self._stage}: the state has the dictionaries {sorted(snapshot.dictionaries)}, wanted "
@@ -161,8 +149,8 @@ class StageState:
                 name: end.read_state(_part(snapshot.tensors, name), snapshot.dictionaries[name])
                 for name, end in ends.items()
             }
-        except (LocalProtocolError, TypeError) as error:
-            reason = error.reason if isinstance(error, LocalProtocolError) else f"its dictionary is no table: {error}"
+        except (LocalProtocolError, CodecError, TypeError) as error:
+            reason = f"its dictionary is no table: {error}" if isinstance(error, TypeError) else str(error)
             raise StateError(f"stage {self._stage}: {reason}; restore an older checkpoint") from None
 
 

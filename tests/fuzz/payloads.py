@@ -15,6 +15,7 @@ import torch
 from thinpipe.compress.boundary import LearnedTable
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
+from thinpipe.node.tables import TableReceiver
 from thinpipe.protocol.assembly import Assembly
 from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Mirror, Publisher
@@ -51,20 +52,21 @@ class Ports:
             try:
                 ids, received = self.up.unpack_activation(message)
             finally:
-                if self.up.table and self.up.table._mirror.version != self.up.table._latest[0].version:
-                    self.up.table.forget()
+                self.up.forget()  # as after the first step, for the next input
             tensor = received.z_BTW
             if ids.min() < 0 or ids.max() >= VOCABULARY:
                 raise Finding(f"token ids are {ids}")
         else:
-            tensor = self.down.unpack_gradient(message)
+            try:
+                tensor = self.down.unpack_gradient(message)
+            finally:
+                self.down.forget()
         if tensor.shape != shape or not tensor.isfinite().all():
             raise Finding(f"a tensor of {tuple(tensor.shape)} came through: {tensor}")
 
 
-def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = torch.float32) -> Ports:
-    draw = torch.Generator().manual_seed(7)
-    shape = BoundaryShape(
+def _shape(spec: str, table: LearnedTable | None, dtype: torch.dtype) -> BoundaryShape:
+    return BoundaryShape(
         boundary=0,
         seed=1,
         microbatch_size=MICROBATCH,
@@ -75,30 +77,39 @@ def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = to
         backward=parse_format(spec),
         table=table,
         dtype=dtype,
+        microbatches=1,
     )
-    down, up = DownstreamPort(shape, dtype=dtype, device=CPU), UpstreamPort(shape, dtype=dtype, device=CPU)
-    z, ids = torch.randn(shape.z_shape, generator=draw, dtype=dtype), np.arange(MICROBATCH * (LENGTH + 1))
-    said = [up.pack_gradient(z, 1, 0, 3.5)]
-    if table is None or down.table is None or up.table is None:
-        said += [down.pack_activation(Encoded(z_BTW=z), ids, 1, 0, kind) for kind in (Kind.ACTIVATION, Kind.EVALUATION)]
-    else:
-        for step in range(2):  # the snapshot, which both ends then hold, and the change that comes next
+
+
+def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = torch.float32) -> Ports:
+    draw = torch.Generator().manual_seed(7)
+    down = DownstreamPort(_shape(spec, table, dtype), dtype=dtype, device=CPU)
+    up = UpstreamPort(_shape(spec, table, dtype), dtype=dtype, device=CPU)
+    z, ids = torch.randn(down.shape.z_shape, generator=draw, dtype=dtype), np.arange(MICROBATCH * (LENGTH + 1))
+    said: list[Message] = []
+    for step in range(2):  # with a dictionary: the snapshot, which both ends then hold, and the change that comes next
+        out = Encoded(z_BTW=z)
+        if table is not None and down.table is not None:
             master = torch.randn((table.entries, table.width), generator=draw, dtype=dtype)
             delta, _ = down.table.publish(master, step) or (b"", None)
             out = Encoded(z_BTW=z, coded_with=down.table.coded_with, delta=delta)
-            message = down.pack_activation(out, ids, step, 0, Kind.ACTIVATION)
-            if step == 0:
-                up.unpack_activation(message)
-                up.table._origin = up.table._latest[-1]
-                rests = replace(out, delta=b"")
-                said.append(down.pack_activation(rests, ids, 0, 1, Kind.EVALUATION))
-            else:
-                said.append(message)
+        activation = down.pack_activation(out, ids, step, 0, Kind.ACTIVATION)
+        gradient = up.pack_gradient(z, step, 0, 3.5)
+        if step == 0:
+            up.unpack_activation(activation)
+            down.unpack_gradient(gradient)
+            for end in (*up.ends.values(), *down.ends.values()):
+                if isinstance(end, TableReceiver):
+                    end._origin = end._latest[-1]
+            said.append(down.pack_activation(replace(out, delta=b""), ids, 0, 1, Kind.EVALUATION))
+        else:
+            said += [activation, gradient]
+    if table is not None and up.table is not None:
         said.append(up.table.pack_gradient(torch.ones(table.entries, table.width, dtype=dtype), 1))
     wholes = [
         Chunk(sequence=0, epoch=3, head=head, data=data) for message in said for head, data in split(message, 2**16)
     ]
-    return Ports(shape, down, up, [encode_frame(whole) for whole in wholes])
+    return Ports(down.shape, down, up, [encode_frame(whole) for whole in wholes])
 
 
 def _table(delta: str, gradient: str) -> LearnedTable:
@@ -110,6 +121,8 @@ PORTS = [
     _ports("fp64", dtype=torch.float64),
     _ports("int8", _table("int8", "bf16")),
     _ports("bf16", _table("int4", "int4"), torch.float64),
+    _ports("rvq:groups=5,codes=5,delta=robin/3"),
+    _ports("rvq:groups=2,codes=3,levels=1,delta=full,encoding=int8", _table("int8", "bf16")),
 ]
 TENSOR_BYTES_MAX = max(ports.shape.limits.message_bytes for ports in PORTS)
 

@@ -107,8 +107,11 @@ def up(
         str | None,
         typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4, int3, or mapl, mapl:r=64,... (bf16)"),
     ] = None,
-    forward: Annotated[str | None, typer.Option(help="Byte format of activations, if not the codec's.")] = None,
-    backward: Annotated[str | None, typer.Option(help="Byte format of gradients, if not the codec's.")] = None,
+    forward: Annotated[
+        str | None,
+        typer.Option(help="Byte format of activations: one of those, or rvq:groups=8,codes=256,... (the codec's)"),
+    ] = None,
+    backward: Annotated[str | None, typer.Option(help="Byte format of gradients, the same. (the codec's)")] = None,
     link: Link = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
     schedule: Annotated[str | None, typer.Option(help="gpipe or 1f1b. (1f1b)")] = None,

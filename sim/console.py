@@ -114,26 +114,55 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     tables = [run, stages]
     if summary["boundaries"]:
         tables.append(_links_table(summary))
-    if any(entry["codec"] for entry in summary["boundaries"]):
-        tables.append(_codecs_table(summary))
+    if any("orthonormality_error_master" in entry["codec"] for entry in summary["boundaries"]):
+        tables.append(_projectors_table(summary))
+    if any(
+        way in entry["codec"] for entry in summary["boundaries"] for way in ("activation_usage_1", "gradient_usage_1")
+    ):
+        tables.append(_codebooks_table(summary))
     return tables
 
 
-def _codecs_table(summary: dict[str, Any]) -> Table:
-    codecs = Table(title="learned projections", caption="at the last step; distance from the manifold in ‖AᵀA - I‖")
+def _projectors_table(summary: dict[str, Any]) -> Table:
+    projectors = Table(title="learned projections", caption="at the last step; distance from the manifold in ‖AᵀA - I‖")
     for column in ("boundary", "distance, as learned", "as shipped", "moved", "lost by projecting", "anchors"):
-        codecs.add_column(column, justify="right")
+        projectors.add_column(column, justify="right")
     for entry in summary["boundaries"]:
-        if figures := entry["codec"]:
-            codecs.add_row(
-                f"{entry['boundary']}-{entry['boundary'] + 1}",
-                f"{figures['orthonormality_error_master']:.1e}",
-                f"{figures['orthonormality_error_shipped']:.1e}",
-                f"{math.degrees(figures['angle_moved_rad']):.3f}°",
-                f"{figures['reconstruction_error']:.1%}",
-                f"{figures['anchor_norm']:.3f}" if "anchor_norm" in figures else "-",
-            )
-    return codecs
+        figures = entry["codec"]
+        projectors.add_row(
+            f"{entry['boundary']}-{entry['boundary'] + 1}",
+            f"{figures['orthonormality_error_master']:.1e}",
+            f"{figures['orthonormality_error_shipped']:.1e}",
+            f"{math.degrees(figures['angle_moved_rad']):.3f}°",
+            f"{figures['reconstruction_error']:.1%}",
+            f"{figures['anchor_norm']:.3f}" if "anchor_norm" in figures else "-",
+        )
+    return projectors
+
+
+def _codebooks_table(summary: dict[str, Any]) -> Table:
+    codebooks = Table(
+        title="codebooks",
+        caption="in the last step, for each level; lost by coding; stale: master less shipped, relative to the master",
+    )
+    for column in ("boundary", "of", "used", "perplexity", "revived", "lost", "stale"):
+        codebooks.add_column(column, justify="right")
+    for entry in summary["boundaries"]:
+        for way in ("activation", "gradient"):
+            prefix = f"{way}_"
+            figures = {name.removeprefix(prefix): x for name, x in entry["codec"].items() if name.startswith(prefix)}
+            levels = [name.removeprefix("usage_") for name in figures if name.startswith("usage_")]
+            if levels:
+                codebooks.add_row(
+                    f"{entry['boundary']}-{entry['boundary'] + 1}",
+                    f"{way}s",
+                    ", ".join(f"{figures[f'usage_{level}']:.0%}" for level in levels),
+                    ", ".join(f"{figures[f'perplexity_{level}']:.0f}" for level in levels),
+                    f"{figures['revived']:.0f}",
+                    f"{figures['reconstruction_error']:.1%}",
+                    f"{figures['staleness']:.1%}",
+                )
+    return codebooks
 
 
 def _links_table(summary: dict[str, Any]) -> Table:

@@ -8,6 +8,7 @@ the probe at the start have rows of their own outside the ratio. Bytes are count
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -138,10 +139,12 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
 
 
 def _boundaries(ends: list[dict[str, Any]], codecs: list[dict[str, float]]) -> list[dict[str, Any]]:
-    """One entry a boundary; its headline figures are those of the direction that used the link more. `codec`: what the
-    stage above said of the learned half at the last step."""
+    """One entry a boundary; its headline figures are those of the direction that used the link more. `codec`: what was
+    learned there at the last step, as the stage above said, and of gradients the stage below."""
     boundaries = []
-    for boundary, codec in enumerate(codecs[:-1]):
+    for boundary, (above, below) in enumerate(itertools.pairwise(codecs)):
+        codec = {name: value for name, value in above.items() if not name.startswith("gradient_")}
+        codec |= {name: value for name, value in below.items() if name.startswith("gradient_")}
         ways = {
             link["direction"]: {key: value for key, value in link.items() if key not in ("boundary", "direction")}
             for end in ends

@@ -8,8 +8,12 @@ from .cluster import Ended
 from .in_memory import Outcome
 
 STAGES, STEPS = 3, 6
-FRAMES = 200  # that it takes undisturbed, or somewhat less
-MAPL = {"codec.codec": "mapl:r=8,anchors=full,every=2,table=1", "codec.forward": "int4", "codec.backward": "int4"}
+FRAMES = 250  # that it takes undisturbed, or somewhat less
+MAPL = {
+    "codec.codec": "mapl:r=8,anchors=full,every=2,table=1",
+    "codec.forward": "rvq:groups=2,codes=16,delta=robin/4",
+    "codec.backward": "rvq:groups=4,codes=8,levels=1,delta=drift/2,encoding=int8",
+}
 SETTINGS: dict[str, Any] = {
     **MAPL,
     "run.steps": STEPS,

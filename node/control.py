@@ -18,10 +18,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..protocol.control import PART_BYTES_MAX, ControlFrame, CopyFrame, Dismissed
+from ..protocol.effects import ChooseEnd, Dismiss, Effect, EndAfter, Send, Side, Start, Stop
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
-from ..protocol.rewind import ChooseEnd, Dismiss, Effect, EndAfter, Phase, Rewind, Send, Side, Start, Stop
+from ..protocol.rewind import Phase, Rewind
 from .copies import Copies
 from .link import Read
 from .outgoing import Write

@@ -29,9 +29,9 @@ from ..protocol.control import (
     CopyWanted,
 )
 from ..protocol.copies import Sending
+from ..protocol.effects import Side
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.header import printable
-from ..protocol.rewind import Side
 from .arrivals import Arrivals
 from .checkpoint import STATE, CheckpointStore
 from .durable import sweep_incoming

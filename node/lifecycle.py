@@ -22,9 +22,10 @@ from functools import partial
 from typing import Any
 
 from ..protocol.control import CopyFrame, CopyPart
+from ..protocol.effects import ChooseEnd, Dismiss, EndAfter, Side, Start, Stop
 from ..protocol.framing import framed_bytes
 from ..protocol.greeting import Identity
-from ..protocol.rewind import ChooseEnd, Dismiss, EndAfter, Phase, Rewind, Side, Start, Stop
+from ..protocol.rewind import Phase, Rewind
 from ..sim.shaper import LinkProfile, Shaper
 from .account import Account
 from .checkpoint import HELD_TIMES, CheckpointStore

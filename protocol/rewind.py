@@ -24,16 +24,13 @@ of Viewstamped Replication (Liskov & Cowling, MIT-CSAIL-TR-2012-021), with a cha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
 from .control import (
     LISTED_MAX,
     STEP_MAX,
     Alive,
     Commit,
-    ControlFrame,
     Dismissed,
     Drain,
     Finished,
@@ -41,12 +38,11 @@ from .control import (
     LastStep,
     Offer,
 )
+from .effects import SIDES, ChooseEnd, Dismiss, Effect, EndAfter, Send, Side, Start, Stop
 from .errors import Fault, RemoteProtocolError
 from .greeting import Identity, check_kinship
 from .messages import Frame, Greeting
 
-Side = Literal["above", "below"]
-SIDES: tuple[Side, Side] = ("above", "below")
 EPOCHS_AHEAD_MAX = 2**20  # a stage may have missed some; more is no run's number
 OFFERED_MAX = 32  # steps that one stage offers; the newest, and 0
 
@@ -58,48 +54,6 @@ class Phase(Enum):
     HALTING = "breaking off"
     HALTED = "waiting for the new epoch"
     DISMISSED = "through"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Send:
-    """Tell the neighbour on that side."""
-
-    side: Side
-    frame: ControlFrame
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stop:
-    """Break off the step under way, and say `stopped` when that is done."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Start:
-    """Go on in `epoch` after `completed` steps. `members`: the process of each stage."""
-
-    epoch: int
-    completed: int
-    members: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dismiss:
-    """All stages are through: the process may end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChooseEnd:
-    """Say, with `end_after`, how many steps will be completed when the one under way is."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndAfter:
-    """Begin no step after so many are completed."""
-
-    completed: int
-
-
-Effect = Send | Stop | Start | Dismiss | ChooseEnd | EndAfter
 
 
 class Rewind:

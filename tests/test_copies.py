@@ -31,8 +31,8 @@ from thinpipe.protocol.control import (
     CopyWanted,
 )
 from thinpipe.protocol.copies import PARTS_AHEAD_LEAST, Receiving, Sending
+from thinpipe.protocol.effects import Side
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.rewind import Side
 
 STAGES = 3
 FINGERPRINT = Fingerprint(run="demo", configuration="c" * 64, stages=STAGES)

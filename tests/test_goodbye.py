@@ -16,8 +16,9 @@ from thinpipe.node.link import Link
 from thinpipe.node.metrics import Tracer
 from thinpipe.node.transport import SERVICE, listening
 from thinpipe.protocol.control import CopyProgress
+from thinpipe.protocol.effects import Dismiss, Side
 from thinpipe.protocol.messages import Limits
-from thinpipe.protocol.rewind import Dismiss, Rewind, Side
+from thinpipe.protocol.rewind import Rewind
 from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone, State
 from thinpipe.sim.shaper import LinkProfile
 

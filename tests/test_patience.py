@@ -9,10 +9,11 @@ import pytest
 from thinpipe.node.control import LIMITS, Control
 from thinpipe.node.patience import LEAST_S, TIMES, Patience
 from thinpipe.protocol.control import Alive, CopyPart
+from thinpipe.protocol.effects import Side
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
 from thinpipe.protocol.messages import Frame, decode_frame, encode_frame
-from thinpipe.protocol.rewind import Rewind, Side
+from thinpipe.protocol.rewind import Rewind
 
 NEVER = float("inf")
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.protocol.control import Alive, Commit, Dismissed, Finished, Halt, Offer
+from thinpipe.protocol.effects import Dismiss, Send, Start, Stop
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
 from thinpipe.protocol.messages import Greeting, Limits, decode_frame
 from thinpipe.protocol.messages import encode_frame as encode
-from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Dismiss, Phase, Rewind, Send, Start, Stop
+from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Phase, Rewind
 
 LIMITS = Limits(message_bytes=1)
 

@@ -27,6 +27,7 @@ from thinpipe.protocol.control import (
     LastStep,
     Offer,
 )
+from thinpipe.protocol.effects import SIDES, Dismiss, Effect, Send, Stop
 from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
 from thinpipe.protocol.header import HEADER_DEPTH_MAX
@@ -47,7 +48,7 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
-from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Dismiss, Effect, Rewind, Send, Side, Stop
+from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Rewind
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
 from . import mutators
@@ -290,8 +291,6 @@ def _greeting_seeds() -> list[bytes]:
 
 
 # -- control ----------------------------------------------------------------------------------------------------------
-
-SIDES: tuple[Side, Side] = ("above", "below")
 
 
 def _carry_out(machine: Rewind, effects: list[Effect]) -> None:

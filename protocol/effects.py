@@ -1,0 +1,58 @@
+"""What an input of the automaton `protocol.rewind` asks the node for, as frozen dataclasses.
+
+The automaton neither sends nor stops anything itself: it returns a list of these, and the node carries them out in
+order. Why not callbacks: a list can be compared, and nobody calls into the automaton while it is in the middle of a
+change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .control import ControlFrame
+
+Side = Literal["above", "below"]
+SIDES: tuple[Side, Side] = ("above", "below")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Send:
+    """Tell the neighbour on that side."""
+
+    side: Side
+    frame: ControlFrame
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Break off the step under way, and say `stopped` when that is done."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """Go on in `epoch` after `completed` steps. `members`: the process of each stage."""
+
+    epoch: int
+    completed: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dismiss:
+    """All stages are through: the process may end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChooseEnd:
+    """Say, with `end_after`, how many steps will be completed when the one under way is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndAfter:
+    """Begin no step after so many are completed."""
+
+    completed: int
+
+
+Effect = Send | Stop | Start | Dismiss | ChooseEnd | EndAfter

@@ -67,7 +67,7 @@ class Control:
     def missing_s(self) -> tuple[float, float]:
         """For how long some stage has been missing (0: none is), and how long ago the last such time ended."""
         now = asyncio.get_running_loop().time()
-        if not self.machine.missing:
+        if not self.machine.gossip.missing:
             self._missing_since = None
         else:
             self._missing_since = self._missing_since or now

@@ -162,7 +162,7 @@ class Lifecycle:
         match wanted.result():
             case Stop():
                 began = time.monotonic()
-                self._store.floor = self.machine.copied_by_all
+                self._store.floor = self.machine.gossip.copied_by_all
                 await self._break_off()
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
                 offered = {*self._snapshots, *await asyncio.to_thread(self._on_disk)}
@@ -287,7 +287,7 @@ class Lifecycle:
 
     async def _keep(self, snapshot: StageSnapshot) -> None:
         """In memory now, on disk soon."""
-        self._store.floor = self.machine.copied_by_all
+        self._store.floor = self.machine.gossip.copied_by_all
         self._snapshots[snapshot.completed] = snapshot
         for old in sorted(self._snapshots)[:-IN_MEMORY]:
             del self._snapshots[old]
@@ -323,7 +323,7 @@ class Lifecycle:
         self._in_loop(partial(self._copies.written, completed))
 
     def _held_at_buddy(self, completed: int) -> None:
-        self.machine.copied = completed
+        self.machine.gossip.copied = completed
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
         """A part takes the wire's time first, when nobody else wants it."""

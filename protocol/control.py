@@ -1,8 +1,9 @@
 """What is said on the control stream beside greetings, as frozen dataclasses, and how it lies in a frame.
 
-`protocol.rewind` gives the first of these sentences their meaning, `protocol.copies` those on copies of checkpoints;
-`protocol.messages` wraps them into frames, with the same bounds for what may come: no frame names more than
-`LISTED_MAX` stages or steps or holds more than `PART_BYTES_MAX` of a file; no step, epoch or offset is past `STEP_MAX`.
+`protocol.rewind` gives the first of these sentences their meaning, `protocol.gossip` what Alive says of others,
+`protocol.copies` those on copies of checkpoints; `protocol.messages` wraps them into frames, with the same bounds for
+what may come: no frame names more than `LISTED_MAX` stages or steps or holds more than `PART_BYTES_MAX` of a file; no
+step, epoch or offset is past `STEP_MAX`.
 """
 
 from __future__ import annotations

@@ -26,20 +26,10 @@ from __future__ import annotations
 
 from enum import Enum
 
-from .control import (
-    LISTED_MAX,
-    STEP_MAX,
-    Alive,
-    Commit,
-    Dismissed,
-    Drain,
-    Finished,
-    Halt,
-    LastStep,
-    Offer,
-)
+from .control import LISTED_MAX, Alive, Commit, Dismissed, Drain, Finished, Halt, LastStep, Offer
 from .effects import SIDES, ChooseEnd, Dismiss, Effect, EndAfter, Send, Side, Start, Stop
 from .errors import Fault, RemoteProtocolError
+from .gossip import Gossip
 from .greeting import Identity, check_kinship
 from .messages import Frame, Greeting
 
@@ -73,9 +63,7 @@ class Rewind:
         self.phase = Phase.HALTING if joining else Phase.RUNNING
         self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
         self._member_of: dict[Side, int | None] = dict.fromkeys(SIDES)  # its epoch, unless it was to join one
-        self._missing_beyond: dict[Side, int] = dict.fromkeys(SIDES, 0)
-        self.copied = 0  # the newest of this stage's states that a neighbour has a copy of
-        self._copied_beyond: dict[Side, int] = dict.fromkeys(SIDES, 0)  # stays while nobody is there
+        self.gossip = Gossip(stage=identity.stage, stages=identity.stages)
         self._steps: tuple[int, ...] = ()
         self._offer_below: Offer | None = None
         self._offered: Offer | None = None  # on the present connection upwards
@@ -111,34 +99,7 @@ class Rewind:
 
     def alive(self, side: Side) -> Alive:
         """What to say to that side now and then."""
-        other: Side = "below" if side == "above" else "above"
-        return Alive(
-            epoch=self.epoch,
-            completed_steps=self.completed,
-            missing=self._missing_towards(other),
-            copied_steps=min(self.copied, self._copied_towards(other)),
-        )
-
-    @property
-    def copied_by_all(self) -> int:
-        """The least, over all stages, of the newest state that a neighbour has a copy of; 0: somebody has none, or
-        nobody knows."""
-        return min(self.copied, self._copied_towards("above"), self._copied_towards("below"))
-
-    def _copied_towards(self, side: Side) -> int:
-        if self.last if side == "below" else self.first:
-            return STEP_MAX - 1  # nobody is there whose copy could be older
-        return self._copied_beyond[side]
-
-    @property
-    def missing(self) -> int:
-        """1 + the nearest stage that nobody serves, as far as is known here; 0: all are there."""
-        return self._missing_towards("above") or self._missing_towards("below")
-
-    def _missing_towards(self, side: Side) -> int:
-        if self.last if side == "below" else self.first:
-            return 0
-        return self._missing_beyond[side] if self.peers[side] is not None else self._stage_at(side) + 1
+        return self.gossip.tell(side, epoch=self.epoch, completed=self.completed)
 
     def meet(self, side: Side, peer: Greeting) -> list[Effect]:
         """A neighbour is connected. Raises RemoteProtocolError if it is not one, or not one any more."""
@@ -146,6 +107,7 @@ class Rewind:
         self._forget(side)
         self.peers[side] = peer.incarnation
         self._member_of[side] = None if peer.joining else peer.epoch
+        self.gossip.meet(side)
         effects: list[Effect] = []
         if self.phase is Phase.RUNNING:
             if peer.joining or peer.epoch != self.epoch:
@@ -183,11 +145,11 @@ class Rewind:
     def part(self, side: Side) -> None:
         """The connection to that side is gone. By itself that changes nothing: it may come back."""
         self.peers[side] = self._member_of[side] = None
+        self.gossip.part(side)
         self._forget(side)
 
     def _forget(self, side: Side) -> None:
         """What a connection to that side had established."""
-        self._missing_beyond[side] = 0
         if side == "below":
             self._offer_below, self._finished_below = None, False
         else:
@@ -197,10 +159,7 @@ class Rewind:
         """Take one frame. Raises RemoteProtocolError for what may not come from that side."""
         match frame, side:
             case Alive(), _:
-                if frame.missing > self.identity.stages:
-                    raise RemoteProtocolError(Fault.MALFORMED, f"stage {frame.missing - 1} cannot be missing")
-                self._missing_beyond[side] = frame.missing
-                self._copied_beyond[side] = frame.copied_steps
+                self.gossip.hear(side, frame)
                 return []
             case Halt(), _:
                 # One of an earlier epoch was under way when that epoch's Commit passed it.

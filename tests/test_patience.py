@@ -82,7 +82,7 @@ def beat(machines: list[Rewind]) -> None:
 def test_all_learn_who_is_missing_and_that_it_is_back(lost: int) -> None:
     machines = chain(5)
     beat(machines)
-    assert [machine.missing for machine in machines] == [0] * 5
+    assert [machine.gossip.missing for machine in machines] == [0] * 5
     for neighbour, side in ((lost - 1, "below"), (lost + 1, "above")):
         if 0 <= neighbour < 5:
             machines[neighbour].part(side)  # pyright: ignore[reportArgumentType]
@@ -90,14 +90,14 @@ def test_all_learn_who_is_missing_and_that_it_is_back(lost: int) -> None:
         machines[lost].part(side)
     for _ in range(5):
         beat(machines)
-    assert [machine.missing for stage, machine in enumerate(machines) if stage != lost] == [lost + 1] * 4
+    assert [machine.gossip.missing for stage, machine in enumerate(machines) if stage != lost] == [lost + 1] * 4
     for neighbour, side, back in ((lost - 1, "below", "above"), (lost + 1, "above", "below")):
         if 0 <= neighbour < 5:
             machines[neighbour].meet(side, machines[lost].greeting())  # pyright: ignore[reportArgumentType]
             machines[lost].meet(back, machines[neighbour].greeting())  # pyright: ignore[reportArgumentType]
     for _ in range(5):
         beat(machines)
-    assert [machine.missing for machine in machines] == [0] * 5
+    assert [machine.gossip.missing for machine in machines] == [0] * 5
 
 
 def test_all_learn_how_old_the_oldest_copy_is() -> None:
@@ -105,21 +105,21 @@ def test_all_learn_how_old_the_oldest_copy_is() -> None:
     machines = chain(4)
     for _ in range(4):
         beat(machines)
-    assert [machine.copied_by_all for machine in machines] == [0] * 4
+    assert [machine.gossip.copied_by_all for machine in machines] == [0] * 4
     for machine, copied in zip(machines, (30, 20, 50, 40), strict=True):
-        machine.copied = copied
+        machine.gossip.copied = copied
     for _ in range(4):
         beat(machines)
-    assert [machine.copied_by_all for machine in machines] == [20] * 4
-    machines[1].copied = 60
+    assert [machine.gossip.copied_by_all for machine in machines] == [20] * 4
+    machines[1].gossip.copied = 60
     for _ in range(4):
         beat(machines)
-    assert [machine.copied_by_all for machine in machines] == [30] * 4
-    machines[3].copied = 0  # its neighbour was lost, and the copies with it
+    assert [machine.gossip.copied_by_all for machine in machines] == [30] * 4
+    machines[3].gossip.copied = 0  # its neighbour was lost, and the copies with it
     for _ in range(4):
         beat(machines)
-    assert [machine.copied_by_all for machine in machines] == [0] * 4
-    assert Rewind(machines[0].identity, joining=True).copied_by_all == 0
+    assert [machine.gossip.copied_by_all for machine in machines] == [0] * 4
+    assert Rewind(machines[0].identity, joining=True).gossip.copied_by_all == 0
 
 
 def test_a_stage_that_there_is_not_cannot_be_missing() -> None:

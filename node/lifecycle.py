@@ -187,7 +187,7 @@ class Lifecycle:
     def drain(self) -> bool:
         """End after the step under way, and all others too. False if that cannot be arranged, because who would have
         to know is not there."""
-        reachable = self.machine.first or self.machine.peers["above"] is not None
+        reachable = self.machine.identity.first or self.machine.peers["above"] is not None
         if self.machine.phase is Phase.DISMISSED or not (reachable and self._loop):
             return False
         self.control.act(self.machine.drain())

@@ -14,16 +14,20 @@ from __future__ import annotations
 from .control import STEP_MAX, Alive
 from .effects import Side
 from .errors import Fault, RemoteProtocolError
+from .greeting import Identity
 
 
 class Gossip:
     """What one stage has heard from each side, and tells the other."""
 
-    def __init__(self, *, stage: int, stages: int) -> None:
-        self._stages = stages
+    def __init__(self, identity: Identity) -> None:
+        self._stages = identity.stages
         self.copied = 0  # the newest of this stage's states that a neighbour has a copy of
         # 1 + the stage next to this one; 0: the chain ends here.
-        self._nearest: dict[Side, int] = {"above": stage, "below": (stage + 2) if stage < stages - 1 else 0}
+        self._nearest: dict[Side, int] = {
+            "above": 0 if identity.first else identity.beside("above") + 1,
+            "below": 0 if identity.last else identity.beside("below") + 1,
+        }
         # On that side: 1 + the nearest that nobody serves, and the least that is copied; who is not there has no copy
         # that could be older.
         self._missing = dict(self._nearest)

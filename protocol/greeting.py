@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .effects import Side
 from .errors import Fault, RemoteProtocolError
 from .messages import PROTOCOL_VERSION, Greeting
 
@@ -26,6 +27,40 @@ class Identity:
     stages: int
     incarnation: int
     epoch: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    def beside(self, side: Side) -> int:
+        """The stage on that side, if the chain goes on there."""
+        return self.stage + (1 if side == "below" else -1)
+
+    def greeting(
+        self,
+        *,
+        next_sequence: int = 0,
+        granted_bytes: int = 0,
+        completed_steps: int = 0,
+        joining: bool = False,
+    ) -> Greeting:
+        """The first frame on a connection: who this is, and where it stands there."""
+        return Greeting(
+            run_id=self.run_id,
+            configuration=self.configuration,
+            stage=self.stage,
+            stages=self.stages,
+            incarnation=self.incarnation,
+            epoch=self.epoch,
+            next_sequence=next_sequence,
+            granted_bytes=granted_bytes,
+            completed_steps=completed_steps,
+            joining=joining,
+        )
 
 
 # In a configuration: what follows is the digest of a table that each node generates for itself.

@@ -24,9 +24,10 @@ of Viewstamped Replication (Liskov & Cowling, MIT-CSAIL-TR-2012-021), with a cha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import Enum
 
-from .control import LISTED_MAX, Alive, Commit, Dismissed, Drain, Finished, Halt, LastStep, Offer
+from .control import LISTED_MAX, Alive, Commit, ControlFrame, Dismissed, Drain, Finished, Halt, LastStep, Offer
 from .effects import SIDES, ChooseEnd, Dismiss, Effect, EndAfter, Send, Side, Start, Stop
 from .errors import Fault, RemoteProtocolError
 from .gossip import Gossip
@@ -63,7 +64,7 @@ class Rewind:
         self.phase = Phase.HALTING if joining else Phase.RUNNING
         self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
         self._member_of: dict[Side, int | None] = dict.fromkeys(SIDES)  # its epoch, unless it was to join one
-        self.gossip = Gossip(stage=identity.stage, stages=identity.stages)
+        self.gossip = Gossip(identity)
         self._steps: tuple[int, ...] = ()
         self._offer_below: Offer | None = None
         self._offered: Offer | None = None  # on the present connection upwards
@@ -73,29 +74,10 @@ class Rewind:
         self._draining = False
         self.end: int | None = None  # all end when so many steps are completed
 
-    @property
-    def first(self) -> bool:
-        return self.identity.stage == 0
-
-    @property
-    def last(self) -> bool:
-        return self.identity.stage == self.identity.stages - 1
-
     def greeting(self) -> Greeting:
         """The first frame on a connection."""
-        mine = self.identity
-        return Greeting(
-            run_id=mine.run_id,
-            configuration=mine.configuration,
-            stage=mine.stage,
-            stages=mine.stages,
-            incarnation=mine.incarnation,
-            epoch=self.epoch,
-            completed_steps=self.completed,
-            next_sequence=0,
-            granted_bytes=0,
-            joining=self.joining,
-        )
+        now = replace(self.identity, epoch=self.epoch)
+        return now.greeting(completed_steps=self.completed, joining=self.joining)
 
     def alive(self, side: Side) -> Alive:
         """What to say to that side now and then."""
@@ -124,7 +106,7 @@ class Rewind:
 
     def check(self, side: Side, peer: Greeting) -> None:
         """Raises RemoteProtocolError if `peer` is not the neighbour on that side, or not the one any more."""
-        stage = self._stage_at(side)
+        stage = self.identity.beside(side)
         check_kinship(peer, self.identity, stage)
         if not peer.joining and self.members and peer.incarnation != self.members[stage] and peer.epoch <= self.epoch:
             raise RemoteProtocolError(
@@ -206,9 +188,9 @@ class Rewind:
         if self._draining or self.end is not None:
             return []
         self._draining = True
-        if self.first:
+        if self.identity.first:
             return [ChooseEnd()]
-        return [] if self.peers["above"] is None else [Send(side="above", frame=Drain())]
+        return self._tell("above", Drain())
 
     def end_after(self, completed: int) -> list[Effect]:
         """Stage 0 says when all end."""
@@ -216,24 +198,20 @@ class Rewind:
         if end == self.end:
             return []
         self.end = end
-        told: list[Effect] = []
-        if self.peers["below"] is not None:
-            told.append(Send(side="below", frame=LastStep(completed_steps=self.end)))
-        return [*told, EndAfter(completed=self.end)]
+        return [*self._tell("below", LastStep(completed_steps=end)), EndAfter(completed=end)]
 
     # -- the waves ----------------------------------------------------------------------------------------------
 
-    def _stage_at(self, side: Side) -> int:
-        return self.identity.stage + (1 if side == "below" else -1)
+    def _tell(self, side: Side, frame: ControlFrame) -> list[Effect]:
+        """If anybody is there."""
+        return [] if self.peers[side] is None else [Send(side=side, frame=frame)]
 
     def _halt(self) -> list[Effect]:
         self.phase = Phase.HALTING
         self._finished_here = self._finished_below = False
         self._offered = None
-        told: list[Effect] = [
-            Send(side=side, frame=Halt(epoch=self.epoch)) for side in SIDES if self.peers[side] is not None
-        ]
-        return [*told, Stop()]
+        halt = Halt(epoch=self.epoch)
+        return [*self._tell("above", halt), *self._tell("below", halt), Stop()]
 
     def _take_offer(self, offer: Offer) -> list[Effect]:
         due = self.identity.stages - 1 - self.identity.stage
@@ -273,15 +251,15 @@ class Rewind:
             offer = self._whole_offer()
             if offer is None:
                 return []
-            if self.first:
+            if self.identity.first:
                 commit = Commit(epoch=offer.epoch + 1, completed_steps=offer.steps[0], incarnations=offer.incarnations)
                 return self._apply(commit)
             if self.peers["above"] is not None and offer != self._offered:
                 self._offered = offer
                 return [Send(side="above", frame=offer)]
             return []
-        if self.phase is Phase.RUNNING and self._finished_here and (self.last or self._finished_below):
-            if self.first:
+        if self.phase is Phase.RUNNING and self._finished_here and (self.identity.last or self._finished_below):
+            if self.identity.first:
                 return self._dismiss()
             if self.peers["above"] is not None:
                 self._said_finished = True
@@ -291,7 +269,7 @@ class Rewind:
     def _whole_offer(self) -> Offer | None:
         """What all from this stage down have in common; None while somebody has not said."""
         mine = self.identity.incarnation
-        if self.last:
+        if self.identity.last:
             return Offer(epoch=self.epoch, incarnations=(mine,), steps=self._steps)
         below = self._offer_below
         if below is None:
@@ -308,15 +286,14 @@ class Rewind:
         self.phase = Phase.RUNNING
         self._said_finished = False
         self._offer_below = self._offered = None
-        told: list[Effect] = [] if self.peers["below"] is None else [Send(side="below", frame=commit)]
-        return [*told, Start(epoch=self.epoch, completed=self.completed, members=commit.incarnations)]
+        start = Start(epoch=self.epoch, completed=self.completed, members=commit.incarnations)
+        return [*self._tell("below", commit), start]
 
     def _dismiss(self) -> list[Effect]:
         if self.phase is Phase.DISMISSED:
             return []
         self.phase = Phase.DISMISSED
-        told: list[Effect] = [] if self.peers["below"] is None else [Send(side="below", frame=Dismissed())]
-        return [*told, Dismiss()]
+        return [*self._tell("below", Dismissed()), Dismiss()]
 
 
 assert OFFERED_MAX <= LISTED_MAX

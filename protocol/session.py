@@ -152,18 +152,7 @@ class LinkSession:
     def greeting(self) -> bytes:
         """Who this node is and from where it goes on; tells all that `credit` would."""
         self._tell()
-        return encode_frame(
-            Greeting(
-                run_id=self.identity.run_id,
-                configuration=self.identity.configuration,
-                stage=self.identity.stage,
-                stages=self.identity.stages,
-                incarnation=self.identity.incarnation,
-                epoch=self.identity.epoch,
-                next_sequence=self._expected,
-                granted_bytes=self._granted,
-            )
-        )
+        return encode_frame(self.identity.greeting(next_sequence=self._expected, granted_bytes=self._granted))
 
     def goodbye(self) -> bytes:
         """The frame after which this node stamps no more. Raises LocalProtocolError in the middle of a message."""

@@ -268,7 +268,7 @@ class Cluster:
         process = PROCESS.get()
         assert process
         process.lifecycle = life
-        machine, last = life.machine, life.machine.last
+        machine, last = life.machine, life.machine.identity.last
         stopped, receive = machine.stopped, machine.receive
 
         def now_stopped(steps: set[int]) -> Any:

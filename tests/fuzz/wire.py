@@ -74,17 +74,7 @@ def _session(identity: Identity = MINE, peer_stage: int = 0, member: int | None 
 
 
 def _greeting(identity: Identity, **other: Any) -> Greeting:
-    values = {
-        "run_id": identity.run_id,
-        "configuration": identity.configuration,
-        "stage": identity.stage,
-        "stages": identity.stages,
-        "incarnation": identity.incarnation,
-        "epoch": identity.epoch,
-        "next_sequence": 0,
-        "granted_bytes": BUFFER_BYTES,
-    }
-    return Greeting(**{**values, **other})
+    return replace(identity.greeting(granted_bytes=BUFFER_BYTES), **other)
 
 
 GREETING = encode_frame(_greeting(ABOVE))
@@ -328,9 +318,7 @@ def control(data: bytes) -> Ends:
     taken, refused = 0, 0
     if first & 1:
         _carry_out(machine, machine.stopped({2, 4}))
-    sides = [
-        side for side in SIDES if not (side == "above" and machine.first) and not (side == "below" and machine.last)
-    ]
+    sides = [side for side in SIDES if not (mine.first if side == "above" else mine.last)]
     for how, raw in mutators.cut(data[1:]):
         side = sides[how & 1 and len(sides) - 1]
         if how & 2:
@@ -338,7 +326,7 @@ def control(data: bytes) -> Ends:
         if how & 4:
             machine.part(side)
         if machine.peers[side] is None:
-            stage = machine._stage_at(side)
+            stage = mine.beside(side)
             incarnation = machine.members[stage] if machine.members else 0xA + stage
             near = _greeting(replace(mine, stage=stage, incarnation=incarnation), epoch=machine.epoch)
             _carry_out(machine, machine.meet(side, near))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 from thinpipe.node.control import LIMITS, Control
+from thinpipe.node.outgoing import Write
 from thinpipe.node.patience import LEAST_S, TIMES, Patience
 from thinpipe.protocol.control import Alive, CopyPart
 from thinpipe.protocol.effects import Side
@@ -128,67 +131,76 @@ def test_a_stage_that_there_is_not_cannot_be_missing() -> None:
         machines[0].receive("below", Alive(epoch=0, completed_steps=0, missing=3))
 
 
+class Clock:
+    """The running loop's time, which goes on only by hand."""
+
+    def __init__(self, now_s: float) -> None:
+        self.now_s = now_s
+        asyncio.get_running_loop().time = lambda: self.now_s
+
+
+def parted() -> tuple[Control, Rewind]:
+    """Of two stages that have lost each other: what runs the upper one, and the lower one."""
+    upper, lower = chain(2)
+    lower.part("above")
+    upper.part("below")
+    sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
+    return Control(upper, silence_s=1e6, on_effect=lambda _: None, sent=sent), lower
+
+
+@asynccontextmanager
+async def conversation(control: Control, lower: Rewind, write: Write) -> AsyncIterator[None]:
+    """While this lasts the lower stage is connected; it greets, and says nothing more."""
+    frames = asyncio.Queue[bytes]()
+    frames.put_nowait(encode_frame(lower.greeting()))
+    talk = control.converse("below", frames.get, write, speaks_first=True, greeting_timeout_s=1e6)
+    talking = asyncio.create_task(talk)
+    try:
+        await control.met["below"].wait()
+        yield
+    finally:
+        talking.cancel()
+        await asyncio.gather(talking, return_exceptions=True)
+
+
 def test_who_has_just_come_back_is_not_late_yet() -> None:
     """Nobody looked while it was away: that it was missing until now has to be noted when it comes."""
 
+    async def write(_: bytes) -> None:
+        pass
+
     async def story() -> None:
-        loop = asyncio.get_running_loop()
-        now = 1000.0
-        loop.time = lambda: now
-        upper, lower = chain(2)
-        lower.part("above")
-        upper.part("below")
-        control = Control(upper, silence_s=1e6, on_effect=lambda _: None, sent={"above": Counter(), "below": Counter()})
+        clock = Clock(1000.0)
+        control, lower = parted()
         control.missing_s()
-        frames = asyncio.Queue[bytes]()
-        frames.put_nowait(encode_frame(lower.greeting()))
-
-        async def write(_: bytes) -> None:
-            pass
-
-        now = 1119.5
-        talk = control.converse("below", frames.get, write, speaks_first=True, greeting_timeout_s=1e6)
-        talking = asyncio.create_task(talk)
-        await control.met["below"].wait()
-        now = 1120.0
-        assert control.missing_s() == (0.0, 0.5)
-        talking.cancel()
-        await asyncio.gather(talking, return_exceptions=True)
+        clock.now_s = 1119.5
+        async with conversation(control, lower, write):
+            clock.now_s = 1120.0
+            assert control.missing_s() == (0.0, 0.5)
 
     asyncio.run(story())
 
 
 def test_alive_comes_between_other_frames_too() -> None:
     """While a copy is on its way there is always something else to say."""
+    part = CopyPart(stage=0, completed_steps=1, offset=0, data=b"x")
+    said: list[Frame] = []
 
     async def story() -> None:
-        loop = asyncio.get_running_loop()
-        now = 0.0
-        loop.time = lambda: now
-        upper, lower = chain(2)
-        lower.part("above")
-        upper.part("below")
-        control = Control(upper, silence_s=1e6, on_effect=lambda _: None, sent={"above": Counter(), "below": Counter()})
-        frames = asyncio.Queue[bytes]()
-        frames.put_nowait(encode_frame(lower.greeting()))
-        said: list[Frame] = []
+        clock = Clock(0.0)
+        control, lower = parted()
 
         async def write(raw: bytes) -> None:
-            nonlocal now
-            now += 0.1
+            clock.now_s += 0.1
             said.append(decode_frame(raw, LIMITS))
             if len(said) < 100:
-                control.tell("below", CopyPart(stage=0, completed_steps=1, offset=0, data=b"x"))
+                control.tell("below", part)
 
-        talk = control.converse("below", frames.get, write, speaks_first=True, greeting_timeout_s=1e6)
-        talking = asyncio.create_task(talk)
-        await control.met["below"].wait()
-        control.tell("below", CopyPart(stage=0, completed_steps=1, offset=0, data=b"x"))
-        for _ in range(2000):
-            await asyncio.sleep(0)
-        talking.cancel()
-        await asyncio.gather(talking, return_exceptions=True)
-        assert sum(isinstance(frame, CopyPart) for frame in said) > 50
-        assert sum(isinstance(frame, Alive) for frame in said) in range(6, 13)  # ten seconds
+        async with conversation(control, lower, write):
+            control.tell("below", part)
+            for _ in range(2000):
+                await asyncio.sleep(0)
 
     asyncio.run(story())
+    assert sum(isinstance(frame, CopyPart) for frame in said) > 50
+    assert sum(isinstance(frame, Alive) for frame in said) in range(6, 13)  # ten seconds

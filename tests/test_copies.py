@@ -151,12 +151,21 @@ class NodeUnderTest:
         self.store.write(snapshot(completed), epoch=0, written_s=0)
         self.copies.written(completed)
 
+    async def write_copied(self, completed: int) -> None:
+        self.write(completed)
+        await until(lambda: self.copied and self.copied[-1][0] == completed)
+
     def kept(self, stage: int) -> CheckpointStore:
         return CheckpointStore(self.directory / "copies", stage=stage, fingerprint=FINGERPRINT)
 
     @property
     def parts(self) -> list[CopyPart]:
         return [frame for frame in self.said if isinstance(frame, CopyPart)]
+
+
+def pair(directory: Path, bytes_max: int = 2**30) -> tuple[NodeUnderTest, NodeUnderTest]:
+    """Stages 0 and 1."""
+    return NodeUnderTest(0, directory / "0"), NodeUnderTest(1, directory / "1", bytes_max)
 
 
 def connect(upper: NodeUnderTest, lower: NodeUnderTest) -> None:
@@ -179,6 +188,29 @@ async def nodes(*made: NodeUnderTest) -> AsyncIterator[None]:
     finally:
         for node in made:
             await node.copies.close()
+
+
+@asynccontextmanager
+async def connected(upper: NodeUnderTest, lower: NodeUnderTest) -> AsyncIterator[tuple[NodeUnderTest, NodeUnderTest]]:
+    async with nodes(upper, lower):
+        connect(upper, lower)
+        yield upper, lower
+
+
+@asynccontextmanager
+async def below_anybody(directory: Path) -> AsyncIterator[NodeUnderTest]:
+    """Stage 1, connected upwards; what comes from there is the story's."""
+    node = NodeUnderTest(1, directory)
+    async with nodes(node):
+        node.copies.met("above")
+        yield node
+
+
+def damage(path: Path) -> None:
+    """One bit, at the end."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
 
 
 async def until(what: Callable[[], object]) -> None:
@@ -230,7 +262,7 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", [0, 1, 7, 19])
 def test_a_cut_costs_no_part_twice(part: int, tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
+        upper, lower = pair(tmp_path)
         through = asyncio.Event()
 
         async def let_through(node: NodeUnderTest, frame: CopyFrame) -> bool:
@@ -241,8 +273,7 @@ def test_a_cut_costs_no_part_twice(part: int, tmp_path: Path) -> None:
             return True
 
         upper.let_through = let_through
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(upper, lower):
             upper.write(5)
             await through.wait()
             await until(lambda: not upper.peers)
@@ -265,12 +296,9 @@ def test_a_cut_costs_no_part_twice(part: int, tmp_path: Path) -> None:
 
 def test_where_both_see_one_directory_nothing_is_sent(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path), NodeUnderTest(1, tmp_path)
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(NodeUnderTest(0, tmp_path), NodeUnderTest(1, tmp_path)) as (upper, lower):
             await until(lambda: lower.said)
-            upper.write(5)
-            await until(lambda: upper.copied)
+            await upper.write_copied(5)
         assert upper.copied == [(5, 0)]
         assert not upper.parts
         assert not (tmp_path / "copies").exists()
@@ -280,11 +308,10 @@ def test_where_both_see_one_directory_nothing_is_sent(tmp_path: Path) -> None:
 
 def test_only_the_newest_is_copied(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
+        upper, lower = pair(tmp_path)
         for step in (1, 2, 3):
             upper.write(step)
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(upper, lower):
             await until(lambda: upper.copied)
             assert lower.kept(0).steps() == [3]
 
@@ -293,7 +320,7 @@ def test_only_the_newest_is_copied(tmp_path: Path) -> None:
 
 def test_an_intact_disk_fetches_nothing(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
+        upper, lower = pair(tmp_path)
         async with nodes(upper, lower):
             upper.write(5)
             connect(upper, lower)
@@ -307,20 +334,13 @@ def test_an_intact_disk_fetches_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_copy_is_declined_and_an_older_one_comes(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(*pair(tmp_path)) as (upper, lower):
             for step in (5, 10):
-                upper.write(step)
-                await until(lambda step=step: upper.copied and upper.copied[-1][0] == step)
+                await upper.write_copied(step)
             cut(upper, lower)
-        path = lower.kept(0).path(10) / STATE
-        content = bytearray(path.read_bytes())
-        content[-1] ^= 1
-        path.write_bytes(content)
+        damage(lower.kept(0).path(10) / STATE)
         anew, lower = NodeUnderTest(0, tmp_path / "anew"), NodeUnderTest(1, lower.directory)
-        async with nodes(anew, lower):
-            connect(anew, lower)
+        async with connected(anew, lower):
             assert await anew.fetch([])
             assert anew.fetched == [5]
         assert anew.store.steps() == [5]
@@ -332,9 +352,7 @@ def test_a_damaged_copy_is_declined_and_an_older_one_comes(tmp_path: Path) -> No
 
 def test_one_that_is_too_large_is_declined_once(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1", bytes_max=1000)
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(*pair(tmp_path, bytes_max=1000)) as (upper, _):
             upper.write(5)
             await until(lambda: upper.faults)
             upper.copies.written(5)
@@ -352,10 +370,8 @@ def test_a_full_disk_at_the_buddy_is_said_at_both(tmp_path: Path, monkeypatch: p
         raise OSError(28, os.strerror(28))
 
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
         monkeypatch.setattr(Arrivals, "part", full)
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(*pair(tmp_path)) as (upper, lower):
             upper.write(5)
             await until(lambda: upper.faults and lower.faults)
         assert "No space left" in upper.faults[0]
@@ -389,9 +405,7 @@ HOSTILE: dict[str, tuple[CopyFrame, str]] = {
 @pytest.mark.parametrize(("frame", "line"), HOSTILE.values(), ids=HOSTILE)
 def test_what_a_neighbour_may_not_say_ends_the_connection(frame: CopyFrame, line: str, tmp_path: Path) -> None:
     async def story() -> None:
-        node = NodeUnderTest(1, tmp_path)
-        async with nodes(node):
-            node.copies.met("above")
+        async with below_anybody(tmp_path) as node:
             node.copies.receive("above", frame)
             await until(lambda: node.refused)
         assert line in str(node.refused[0])
@@ -411,9 +425,7 @@ HARMLESS: dict[str, CopyFrame] = {
 @pytest.mark.parametrize("frame", HARMLESS.values(), ids=HARMLESS)
 def test_what_makes_no_sense_changes_nothing(frame: CopyFrame, tmp_path: Path) -> None:
     async def story() -> None:
-        node = NodeUnderTest(1, tmp_path)
-        async with nodes(node):
-            node.copies.met("above")
+        async with below_anybody(tmp_path) as node:
             node.copies.receive("above", frame)
             await asyncio.sleep(0.05)
         assert not node.refused
@@ -424,9 +436,7 @@ def test_what_makes_no_sense_changes_nothing(frame: CopyFrame, tmp_path: Path) -
 
 def test_frames_that_come_faster_than_the_disk_are_bounded(tmp_path: Path) -> None:
     async def story() -> None:
-        node = NodeUnderTest(1, tmp_path)
-        async with nodes(node):
-            node.copies.met("above")
+        async with below_anybody(tmp_path) as node:
             part = CopyPart(stage=0, completed_steps=5, offset=0, data=b"x")
             for _ in range(QUEUED_MAX):
                 node.copies.receive("above", part)
@@ -438,15 +448,13 @@ def test_frames_that_come_faster_than_the_disk_are_bounded(tmp_path: Path) -> No
 
 def test_another_runs_copy_is_declined(tmp_path: Path) -> None:
     async def story() -> None:
-        node = NodeUnderTest(1, tmp_path / "1")
         foreign = CheckpointStore(
             tmp_path / "0",
             stage=0,
             fingerprint=Fingerprint(run="other", configuration="c" * 64, stages=STAGES),
         )
         foreign.write(snapshot(5), epoch=0, written_s=0)
-        async with nodes(node):
-            node.copies.met("above")
+        async with below_anybody(tmp_path / "1") as node:
             manifest = foreign.manifest(5).rendered()
             node.copies.receive("above", CopyOffer(stage=0, completed_steps=5, manifest=manifest))
             await until(lambda: node.faults)
@@ -462,15 +470,9 @@ def test_a_checkpoint_that_rotted_here_is_brought_back(tmp_path: Path) -> None:
     """It has its size and its manifest, and yet it is not what is missing."""
 
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
-            upper.write(5)
-            await until(lambda: upper.copied)
-            path = upper.store.path(5) / STATE
-            content = bytearray(path.read_bytes())
-            content[-1] ^= 1
-            path.write_bytes(content)
+        async with connected(*pair(tmp_path)) as (upper, _):
+            await upper.write_copied(5)
+            damage(upper.store.path(5) / STATE)
             assert upper.store.newest_intact(3, report=upper.faults.append) == []
             assert await upper.fetch([])
             assert upper.store.newest_intact(3, report=print) == [5]
@@ -480,11 +482,8 @@ def test_a_checkpoint_that_rotted_here_is_brought_back(tmp_path: Path) -> None:
 
 def test_a_buddy_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
-            upper.write(5)
-            await until(lambda: upper.copied)
+        async with connected(*pair(tmp_path)) as (upper, lower):
+            await upper.write_copied(5)
             cut(upper, lower)
         anew, lower = NodeUnderTest(0, tmp_path / "anew"), NodeUnderTest(1, lower.directory)
         async with nodes(anew, lower):
@@ -536,9 +535,7 @@ def test_a_late_thread_does_not_touch_what_comes_after_it(tmp_path: Path, monkey
 
     async def story() -> None:
         monkeypatch.setattr(CheckpointStore, "adopt", slow)
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(*pair(tmp_path)) as (upper, lower):
             upper.write(5)
             await until(began.is_set)
             cut(upper, lower)
@@ -558,17 +555,13 @@ def test_a_late_thread_does_not_touch_what_comes_after_it(tmp_path: Path, monkey
 
 def test_after_a_rewind_the_copy_is_of_the_new_training(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(*pair(tmp_path)) as (upper, lower):
             for step in (90, 100):
-                upper.write(step)
-                await until(lambda step=step: upper.copied and upper.copied[-1][0] == step)
+                await upper.write_copied(step)
             assert upper.held[-1] == 100
             upper.copies.written(0)  # the run begins again
             assert upper.held[-1] == 0
-            upper.write(5)
-            await until(lambda: upper.copied[-1][0] == 5)
+            await upper.write_copied(5)
             assert lower.kept(0).steps() == [5]
             assert upper.held[-1] == 5
 
@@ -577,12 +570,9 @@ def test_after_a_rewind_the_copy_is_of_the_new_training(tmp_path: Path) -> None:
 
 def test_a_hostile_owner_cannot_fill_the_disk(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(*pair(tmp_path)) as (upper, lower):
             for step in range(20, 0, -1):
-                upper.write(step)
-                await until(lambda step=step: upper.copied and upper.copied[-1][0] == step)
+                await upper.write_copied(step)
                 assert len(lower.kept(0).steps()) <= 3
 
     asyncio.run(story())
@@ -592,13 +582,12 @@ def test_one_failure_does_not_end_copying(tmp_path: Path, monkeypatch: pytest.Mo
     """Of the owner's disk, and of the buddy's."""
 
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
+        upper, lower = pair(tmp_path)
 
         def broken(*_: object) -> None:
             raise CheckpointError("the disk had a bad moment")
 
-        async with nodes(upper, lower):
-            connect(upper, lower)
+        async with connected(upper, lower):
             for step, what in ((5, "manifest"), (10, "steps")):
                 with monkeypatch.context() as patch:
                     store = upper.store if what == "manifest" else lower.copies._wards["above"].store
@@ -610,8 +599,7 @@ def test_one_failure_does_not_end_copying(tmp_path: Path, monkeypatch: pytest.Mo
                     await until(lambda: upper.faults or lower.faults)
                 upper.faults.clear()
                 lower.faults.clear()
-            upper.write(15)
-            await until(lambda: upper.copied and upper.copied[-1][0] == 15)
+            await upper.write_copied(15)
 
     asyncio.run(story())
 
@@ -633,9 +621,7 @@ def test_more_checkpoints_than_a_frame_can_name(tmp_path: Path, monkeypatch: pyt
 
 def test_who_is_declined_again_and_again_is_refused(tmp_path: Path) -> None:
     async def story() -> None:
-        node = NodeUnderTest(1, tmp_path)
-        async with nodes(node):
-            node.copies.met("above")
+        async with below_anybody(tmp_path) as node:
             for step in range(1, 200):
                 if node.refused:
                     break
@@ -649,11 +635,8 @@ def test_who_is_declined_again_and_again_is_refused(tmp_path: Path) -> None:
 
 def test_reconnects_without_anything_new_send_nothing(tmp_path: Path) -> None:
     async def story() -> None:
-        upper, lower = NodeUnderTest(0, tmp_path / "0"), NodeUnderTest(1, tmp_path / "1")
-        async with nodes(upper, lower):
-            connect(upper, lower)
-            upper.write(5)
-            await until(lambda: upper.copied)
+        async with connected(*pair(tmp_path)) as (upper, lower):
+            await upper.write_copied(5)
             for _ in range(3):
                 cut(upper, lower)
                 connect(upper, lower)

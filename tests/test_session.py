@@ -33,6 +33,8 @@ from thinpipe.protocol.messages import (
 )
 from thinpipe.protocol.session import TRANSITIONS, Acknowledged, LinkSession, Opened, PeerDone, Received, State
 
+from .session_state import transfer_state
+
 LIMITS = Limits(message_bytes=300, chunk_bytes=64)
 BUFFER_BYTES = 2 * message_cost(LIMITS.message_bytes)
 FRAME_TYPES: list[type[Frame]] = [Greeting, Refusal, Chunk, Credit, Goodbye]
@@ -110,17 +112,6 @@ def fault_of(receiver: LinkSession, raw: bytes) -> RemoteProtocolError:
 def refusal(error: RemoteProtocolError) -> bytes:
     """What a transport answers to `error`."""
     return encode_frame(Refusal(code=error.fault, reason=error.reason))
-
-
-def transfer_state(of: LinkSession) -> dict[str, Any]:
-    """All that outlives a connection, byte for byte."""
-    names = set(vars(of)) - {"state", "_assembly", "_kept"}
-    inner = vars(of._assembly)
-    return {
-        **{name: getattr(of, name) for name in names},
-        "kept": list(of._kept),
-        "assembly": {name: bytes(value) if name == "_buffer" else value for name, value in inner.items()},
-    }
 
 
 # -- any interleaving of delivery, loss, reconnect and refusal ---------------------------------------------------------

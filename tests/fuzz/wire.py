@@ -51,6 +51,7 @@ from thinpipe.protocol.messages import (
 from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Rewind
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
+from ..session_state import transfer_state
 from . import mutators
 from .judge import Ends, Finding, Target, check_refusal
 
@@ -87,15 +88,6 @@ def _opened(member: int | None = None) -> LinkSession:
     session.receive(GREETING)
     session.stamp(OURS, bytes(8))
     return session
-
-
-def _agreed(session: LinkSession) -> tuple[Any, ...]:
-    """All that a refusal must leave alone."""
-    assembly = session._assembly
-    numbers = (session._next_sequence, session._unsent, session._sent_cost, session._peer_granted, session._expected)
-    costs = (session._received_cost, session._delivered_cost, session._consumed_cost, session._told, session._asked)
-    kept = (len(session._kept), session.unacknowledged_bytes)
-    return session.peer, *numbers, *costs, *kept, assembly._head, assembly._filled, len(assembly._buffer)
 
 
 def _check_taken(frame: pb.Frame, session: LinkSession, due: int) -> None:
@@ -153,14 +145,14 @@ def frames(data: bytes) -> Ends:
             for received in held:
                 session.consume(received.cost_bytes)
             held.clear()
-        before, due = _agreed(session), session._expected
+        before, due = transfer_state(session), session._expected
         try:
             events = session.receive(raw)
         except (RemoteProtocolError, RefusedError) as error:
             refused += 1
             check_refusal(error)
-            if _agreed(session) != before:
-                raise Finding(f"'{error}' changed {before} to {_agreed(session)}") from error
+            if transfer_state(session) != before:
+                raise Finding(f"'{error}' changed {before} to {transfer_state(session)}") from error
             continue
         taken += 1
         parsed = pb.Frame.FromString(raw)
@@ -227,13 +219,13 @@ def greetings(data: bytes) -> Ends:
     if who:
         session.disconnect()
         session.connect()
-    before = _agreed(session)
+    before = transfer_state(session)
     try:
         session.receive(raw)
     except (RemoteProtocolError, RefusedError) as error:
         check_refusal(error)
-        if _agreed(session) != before:
-            raise Finding(f"'{error}' changed {before} to {_agreed(session)}") from error
+        if transfer_state(session) != before:
+            raise Finding(f"'{error}' changed {before} to {transfer_state(session)}") from error
         session.connect()
         session.receive(GREETING)  # the true neighbour finds its place
         return Ends(0, 1)

@@ -463,7 +463,7 @@ def test_another_runs_copy_is_declined(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
-# -- what a review found ----------------------------------------------------------------------------------------------
+# -- found by reading ----------------------------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_rotted_here_is_brought_back(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """How far shipped codebooks lag behind what was learned, from the records of runs: a table, and a plot over the steps.
 
-    .venv/bin/python benchmarks/quality.py --out runs/streaming --recipe "full=mapl rvq:delta=full,encoding=fp32 ..." ...
+    .venv/bin/python benchmarks/quality.py --out runs/streaming --recipe "all=mapl rvq:delta=full rvq:delta=full" ...
     .venv/bin/python benchmarks/codebooks.py runs/streaming --plot docs/staleness.png
 
 Each run directory NAME-seedN under the given one is a run of recipe NAME. Staleness is |master - shipped| / |master|,
 error what coding lost of the tensors, relative to them; both are means over boundaries, the last 20 steps and seeds,
-for activations and gradients. Bytes of dictionaries (snapshots and the projector's changes too) are set beside those of the
-recipe with the most of them, which is the full synchronisation if there is one with each tensor.
+for activations and gradients. Bytes of dictionaries (snapshots and the projector's changes too) are set beside those
+of the recipe with the most of them, which is the full synchronisation if there is one with each tensor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a stage's memory is made of, and that it stays flat.
 
-    .venv/bin/python benchmarks/memory.py [--steps 500]
+    .venv/bin/python benchmarks/memory.py [--steps 500] [options of `thinpipe up`, such as --codec mapl]
 
 Prints per stage: weights + optimizer state, in-flight activations (bound from the schedule), link buffers (bound from
 the configuration), resident memory early and late in the run, and the growth between them per 100 steps.
@@ -23,11 +23,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--stages", type=int, default=4)
-    given = parser.parse_args()
+    given, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         command = [sys.executable, "-m", "thinpipe.cli", "up", "--out", str(out), "--stages", str(given.stages)]
         command += ["--steps", str(given.steps), "--batch-size", "8", "--sequence-length", "64", "--eval-every", "100"]
+        command += more
         subprocess.run(command, check=True)
         link = load_config(out / "run.toml").link
         buffers = (link.send_buffer_bytes + link.receive_buffer_bytes + link.uncapped_window_bytes) / MIB

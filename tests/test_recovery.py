@@ -26,8 +26,8 @@ SETTINGS = {
     "run.steps": STEPS,
     "checkpoint.every": 2,
     "codec.codec": "mapl:r=8,anchors=full,every=2",
-    "codec.forward": "int4",
-    "codec.backward": "int4",
+    "codec.forward": "rvq:groups=2,codes=16,delta=drift/4",
+    "codec.backward": "rvq:groups=4,codes=8,levels=1,delta=random/2",
 }
 END_S = 180.0
 

@@ -1,0 +1,165 @@
+"""The simulated pipeline: against formulas where there are any, against published figures, and against its own laws."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from thinpipe.protocol.schedule import SCHEDULES, Schedule, Step, get_schedule
+from thinpipe.sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
+from thinpipe.sim.shaper import LinkProfile
+
+TRAINING = [SCHEDULES[name] for name in ("gpipe", "1f1b")]
+INSTANT = LinkProfile(rate_bits_per_s=None)
+
+
+def uniform(
+    schedule: Schedule,
+    stages: int,
+    microbatches: int,
+    *,
+    forward_s: float = 1.0,
+    backward_s: float = 2.0,
+    step_s: float = 0.0,
+    nbytes: tuple[int, int] = (0, 0),
+    link: LinkProfile = INSTANT,
+    rule: Rule = "duplex",
+    steps: int = 3,
+) -> Simulation:
+    times = StageTimes(forward_s=forward_s, backward_s=backward_s, step_s=step_s)
+    boundary = Boundary(forward_bytes=nbytes[0], backward_bytes=nbytes[1], link=link)
+    every = [times] * stages, [boundary] * (stages - 1)
+    return simulate(schedule, *every, microbatches=microbatches, rule=rule, steps=steps)
+
+
+@pytest.mark.parametrize("schedule", TRAINING, ids=lambda schedule: schedule.name)
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 1), (1, 5), (2, 1), (4, 8), (8, 3)])
+def test_instant_links_have_the_textbook_bubble(schedule: Schedule, stages: int, microbatches: int) -> None:
+    """(M + P - 1)(t_F + t_B), in which each stage computes for M (t_F + t_B)."""
+    simulated = uniform(schedule, stages, microbatches, step_s=0.5)
+    assert simulated.step_s == pytest.approx(3 * (microbatches + stages - 1) + 0.5)
+    share = (3 * microbatches + 0.5) / simulated.step_s
+    assert simulated.compute_share == pytest.approx([share] * stages)
+    assert simulated.bottleneck.startswith("compute of stage")
+
+
+@pytest.mark.parametrize("schedule", TRAINING, ids=lambda schedule: schedule.name)
+def test_a_link_that_is_short_sets_the_pace(schedule: Schedule) -> None:
+    """1 MB at 8 Mb/s is a second; compute is nothing: the forward wire of 16 microbatches, then what the last of them
+    needs to go down and up again (GPipe), or both ways at once (1F1B is held back by its depth)."""
+    link = LinkProfile(rate_bits_per_s=8e6)
+    simulated = uniform(schedule, 2, 16, forward_s=1e-9, backward_s=1e-9, nbytes=(10**6, 10**6), link=link)
+    assert 16 <= simulated.step_s <= 32
+    if schedule.name == "gpipe":
+        assert simulated.step_s == pytest.approx(17, abs=0.01)
+    assert simulated.bottleneck.startswith("the link from stage")
+
+
+def test_latency_starves_a_shallow_schedule() -> None:
+    """Two stages, a round trip of ten microbatches: 1F1B has two under way, GPipe all."""
+    link = LinkProfile(rate_bits_per_s=None, latency_s=15.0)
+    shallow, deep = (uniform(get_schedule(name), 2, 16, link=link).step_s for name in ("1f1b", "gpipe"))
+    assert deep == pytest.approx(3 * 17 + 30)
+    assert shallow > 3 * deep
+
+
+@pytest.mark.parametrize("fitted_on", ["dense", "subspace"])
+def test_published_step_times_of_protocol_nanogpt(fitted_on: str) -> None:
+    """8 stages, 524,288 tokens a step, 200 Mb/s and 50 ms: 100.475 s with dense bf16 in 64 microbatches (4,096 bytes a
+    token, round trip), 19.889 s with 644 bytes in 32. One compute time, fitted to one of them, gives the other."""
+    runs = {"dense": (4096, 64, 100.475), "subspace": (644, 32, 19.889)}
+
+    def step_s(run: str, compute_s: float) -> float:
+        bytes_per_token, microbatches, _ = runs[run]
+        tokens, share = 524_288 // microbatches, compute_s / microbatches
+        nbytes = tokens * bytes_per_token // 2
+        link = LinkProfile(rate_bits_per_s=200e6, latency_s=0.05)
+        return uniform(
+            get_schedule("1f1b"),
+            8,
+            microbatches,
+            forward_s=share / 3,
+            backward_s=share * 2 / 3,
+            nbytes=(nbytes, nbytes),
+            link=link,
+            rule="shared",
+        ).step_s
+
+    low, high = 0.0, 10.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if step_s(fitted_on, middle) < runs[fitted_on][2] else (low, middle)
+    for run, (_, _, published_s) in runs.items():
+        assert step_s(run, low) == pytest.approx(published_s, rel=0.01)
+    assert step_s("dense", 0.0) == pytest.approx(100.2, abs=0.05)
+    assert step_s("subspace", 0.0) == pytest.approx(19.6, abs=0.05)
+
+
+# -- laws ------------------------------------------------------------------------------------------------------------
+
+seconds = st.floats(0.001, 2.0)
+pipelines = st.fixed_dictionaries(
+    {
+        "schedule": st.sampled_from(TRAINING),
+        "microbatches": st.integers(1, 8),
+        "times": st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=5),
+        "nbytes": st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+        "rate": st.floats(1e5, 1e8),
+        "latency_s": st.floats(0.0, 1.0),
+    }
+)
+
+
+def run(pipeline: dict, rule: Rule, *, slower: float = 1.0) -> Simulation:
+    stages = [StageTimes(forward_s=f, backward_s=b, step_s=s) for f, b, s in pipeline["times"]]
+    link = LinkProfile(rate_bits_per_s=pipeline["rate"] / slower, latency_s=pipeline["latency_s"] * slower)
+    boundary = Boundary(forward_bytes=pipeline["nbytes"][0], backward_bytes=pipeline["nbytes"][1], link=link)
+    boundaries = [boundary] * (len(stages) - 1)
+    return simulate(pipeline["schedule"], stages, boundaries, microbatches=pipeline["microbatches"], rule=rule)
+
+
+@settings(deadline=None, max_examples=60)
+@given(pipelines, st.sampled_from(["duplex", "shared"]))
+def test_everything_happens_once_and_in_order(pipeline: dict, rule: Rule) -> None:
+    simulated = run(pipeline, rule)
+    stages, microbatches = len(pipeline["times"]), pipeline["microbatches"]
+    lanes = defaultdict(list)
+    for span in simulated.spans:
+        lanes[span.sender, span.stage].append(span)
+    for (sender, stage), spans in lanes.items():
+        for before, after in pairwise(sorted(spans, key=lambda span: (span.start_s, span.end_s))):
+            assert before.end_s <= after.start_s + 1e-9  # nobody does two things at once
+        done = Counter((span.step, span.action) for span in spans)
+        assert set(done.values()) == {1}
+        if sender is None:
+            each = pipeline["schedule"].actions(stage=stage, stages=stages, microbatches=microbatches)
+            assert [span.action for span in spans if span.step == 1] == list(each)
+    steps = [span for span in simulated.spans if isinstance(span.action, Step)]
+    assert len(steps) == 3 * stages
+    shares = [*simulated.compute_share, *simulated.wire_share.values()]
+    assert all(0 <= share <= 1 + 1e-9 for share in shares)
+
+
+@settings(deadline=None, max_examples=40)
+@given(pipelines, st.floats(1.0, 4.0))
+def test_a_worse_link_is_never_faster(pipeline: dict, slower: float) -> None:
+    assert run(pipeline, "duplex", slower=slower).step_s >= run(pipeline, "duplex").step_s - 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(pipelines)
+def test_the_busiest_resource_bounds_the_step(pipeline: dict) -> None:
+    simulated = run(pipeline, "duplex")
+    busiest = max([*simulated.compute_share, *simulated.wire_share.values()])
+    assert 0 < busiest <= 1 + 1e-9
+
+
+def test_counts_that_make_no_pipeline_are_refused() -> None:
+    times, boundary = StageTimes(forward_s=1, backward_s=1), Boundary(forward_bytes=1, backward_bytes=1, link=INSTANT)
+    with pytest.raises(ValueError, match="2 stages, 2 boundaries and 3 steps"):
+        simulate(get_schedule("1f1b"), [times] * 2, [boundary] * 2, microbatches=1)
+    with pytest.raises(ValueError, match="3 steps or more"):
+        simulate(get_schedule("1f1b"), [times] * 2, [boundary], microbatches=1, steps=2)

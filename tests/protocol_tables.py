@@ -252,12 +252,12 @@ def encodings() -> list[Row]:
     said: dict[Encoding, tuple[str, str, str]] = {
         "fp64": ("8RW", "float64", "the value"),
         "fp32": ("4RW", "float32", "the value"),
-        "bf16": ("2RW", "bfloat16: the upper half of a float32", "the value"),
-        "int8": ("2R + RW", "R scales in bf16; then codes, signed bytes, -127 to 127", "code x scale of its row"),
+        "bf16": ("2RW", "bfloat16: the upper two bytes of a float32", "the value"),
+        "int8": ("2R + RW", "R scales in bf16; then RW codes, signed bytes, -127 to 127", "code x scale of its row"),
         "int4": (
             "2R + ceil(RW / 2)",
-            "R scales in bf16; then codes + 8, two in a byte, -7 to 7, the earlier one in the lower four bits; "
-            "of an odd number the last upper four are 8",
+            "R scales in bf16; then RW codes, -7 to 7, as code + 8, two in a byte, the earlier one in the lower four "
+            "bits; of an odd number the last upper four bits are 8",
             "code x scale of its row",
         ),
     }

@@ -386,5 +386,41 @@ class Boundary(RuleBasedStateMachine):
             assert self.reference_decoded.get(key, decoded) == decoded
 
 
-Boundary.TestCase.settings = settings(max_examples=90, stateful_step_count=40, deadline=None)
+def begun(**other: Any) -> Boundary:
+    boundary = Boundary()
+    boundary.start(run_of(**other), periods=(100, 100), overwrites=False)
+    return boundary
+
+
+def test_ends_may_go_on_from_checkpoints_of_two_epochs() -> None:
+    """A step that was done twice; each end has the checkpoint of another time."""
+    boundary = begun()
+    upper, lower = boundary.both
+    while lower.end.completed < 3:
+        boundary.train(1)
+        if upper.end.completed == lower.end.completed == 2:
+            boundary.save(0)
+            boundary.save(1)
+    assert upper.end.completed == 2
+    boundary.save(1)  # after 3 steps, in epoch 0
+    boundary.rewind(died=(0,), lost=0)
+    while upper.end.completed < 3:
+        boundary.train(1)
+    boundary.save(0)  # after 3 steps, in epoch 1
+    boundary.rewind(died=(0, 1), lost=0)
+    assert upper.end.completed == lower.end.completed == 3
+    boundary.teardown()
+
+
+@pytest.mark.parametrize("arrived", [(0, 0), (1, 7), (7, 1), (4, 4)])
+def test_much_is_on_its_way_when_the_connection_breaks(arrived: tuple[int, int]) -> None:
+    boundary = begun(microbatches=3)
+    boundary.train(3)
+    for rounds in (1, 2, 3):
+        boundary.break_in(rounds=rounds, sent=8, arrived=arrived)
+        boundary.states_are_those_of_an_undisturbed_run()
+    boundary.teardown()
+
+
+Boundary.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestBoundary = Boundary.TestCase

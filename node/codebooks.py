@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..compress.boundary import ByteFormat, Key, LearnedTable, Payload
-from ..protocol.messages import Message
+from ..protocol.delta import Delta
 from ..protocol.selection import select
 from .held import Held
 from .tables import TableReceiver, TableSender
@@ -114,11 +115,10 @@ class CodebookReceiver(TableReceiver):
         super().__init__(table, epoch=0, seed=seed, boundary=boundary, dtype=torch.float32, device=device)
         self._format = fmt
 
-    def follow(self, message: Message, change: bytes | None) -> Tensor | None:
-        table = super().follow(message, change)
-        if table is not None:
-            self._format.use_table(table)
-        return table
+    def _adopt(self, delta: Delta, table: np.ndarray) -> Tensor:
+        after = super()._adopt(delta, table)
+        self._format.use_table(after)
+        return after
 
     def forget(self) -> Tensor | None:
         return self._use(super().forget())

@@ -176,15 +176,18 @@ class _Port:
             raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: {error}") from None
 
     def _followed(self, message: Message, *followers: TableReceiver | None) -> list[Tensor | None]:
-        """The new table of each follower that the message changes. Raises RemoteProtocolError."""
+        """The new table of each follower that the message changes. Raises RemoteProtocolError, and changes nothing, if
+        one of them refuses it."""
         names = [follower.table.name for follower in followers if follower]
         try:
             changes = split_deltas(message.dictionary, names)
         except RemoteProtocolError as error:
             raise RemoteProtocolError(error.fault, f"{self._where(message)}: {error.reason}") from None
-        return [
-            follower.follow(message, changes.get(follower.table.name)) if follower else None for follower in followers
+        adopt = [
+            follower.follow(message, changes.get(follower.table.name)) if follower else lambda: None
+            for follower in followers
         ]
+        return [take() for take in adopt]
 
     def forget(self) -> None:
         """What came since the last restored state, or ever, was another process's, and nothing of it was used."""

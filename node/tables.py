@@ -12,7 +12,8 @@ before its newest one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..compress.boundary import LearnedTable
-from ..protocol.delta import DictionarySpec, Version, decode_delta, encode_delta
+from ..protocol.delta import Delta, DictionarySpec, Version, decode_delta, encode_delta
 from ..protocol.dictionary import Publisher
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
@@ -166,29 +167,37 @@ class TableReceiver:
             self._epoch = epoch
             self._start_from(self._latest[-1] if self._latest else None)
 
-    def follow(self, message: Message, change: bytes | None) -> Tensor | None:
-        """The new table (entries, width) if this message brings a `change` of it. Raises RemoteProtocolError, by name,
-        for one that does not follow, and for a tensor that was coded with another version than the one that is here."""
+    def follow(self, message: Message, change: bytes | None) -> Callable[[], Tensor | None]:
+        """What this message does to the table, if it brings a `change` of it: to be called once all that the message
+        brings was looked at; gives the new table (entries, width). Raises RemoteProtocolError, by name, for a change
+        that does not follow, for a tensor that was coded with another version, and for one that lacks its change."""
         version, digest = _named_version(message, name := self.table.name)
+        training, place = message.kind in (Kind.ACTIVATION, Kind.GRADIENT), (message.step, message.microbatch)
+        due = training and change_due(self.table, *place, begun=self._mirror.version is not None)
         if change is None:
             self._mirror.check(version, digest)
-            return None
-        kind, place = message.kind, (message.step, message.microbatch)
-        if kind not in (Kind.ACTIVATION, Kind.GRADIENT):
-            raise RemoteProtocolError(Fault.UNEXPECTED, f"a change of '{name}' with a {kind.name.lower()} message")
+            if due:
+                what = f"{message.kind.name.lower()} of step {message.step}, microbatch {message.microbatch}"
+                raise RemoteProtocolError(Fault.UNEXPECTED, f"{what} brings no change of '{name}', where one is due")
+            return lambda: None
+        if not training:
+            kind = message.kind.name.lower()
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a change of '{name}' with an {kind} message")
         delta = decode_delta(change, self.spec)
-        due = change_due(self.table, *place, begun=self._mirror.version is not None)
         if delta.version[1:] != (*place, 0) or not due:
             what = f"a change of '{name}' to {delta.version} with microbatch {message.microbatch} of step "
             raise RemoteProtocolError(Fault.UNEXPECTED, f"{what}{message.step}, where none is due")
-        if (delta.version, delta.digest) != (version, digest):  # seen before anything is changed
+        if (delta.version, delta.digest) != (version, digest):
             raise RemoteProtocolError(
                 Fault.PAYLOAD, f"a tensor coded with {version} of '{name}' brings the change to {delta.version}"
             )
-        after = self._mirror.apply(delta)
-        earlier = [held for held in self._latest if held.version.step < message.step]
+        return partial(self._adopt, delta, self._mirror.after(delta))
+
+    def _adopt(self, delta: Delta, table: np.ndarray) -> Tensor:
+        self._mirror.adopt(delta, table)
+        earlier = [held for held in self._latest if held.version.step < delta.version.step]
         self._latest = (*earlier[-1:], held_by(self._mirror))
-        return on_device(after, self._device)
+        return on_device(table, self._device)
 
     def pack_gradient(self, gradient: Tensor, step: int) -> Message:
         """The PROJECTOR_GRADIENT message of a step; what rounding takes from it is in the next one."""

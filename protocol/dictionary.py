@@ -123,8 +123,9 @@ class Publisher(_Table):
 class Mirror(_Table):
     """The peer's end: the table as of the last delta."""
 
-    def apply(self, delta: Delta) -> np.ndarray:
-        """The table after this delta. Raises RemoteProtocolError, and changes nothing, for any but the next one."""
+    def after(self, delta: Delta) -> np.ndarray:
+        """What the table would be after this delta; changes nothing. Raises RemoteProtocolError for any but the next
+        one."""
         spec, what = self.spec, f"the delta to {delta.version} of dictionary '{self.spec.name}'"
         check_delta(delta, spec)
         if delta.version.epoch != self.epoch:
@@ -135,7 +136,17 @@ class Mirror(_Table):
         if (digest := _digest(spec, delta.version, table)) != delta.digest:
             found = f"digest {digest.hex()} here, {delta.digest.hex()} there"
             raise RemoteProtocolError(Fault.PAYLOAD, f"{what} leads to another table: {found}")
-        self.version, self.digest, self._table = delta.version, digest, table
+        return table
+
+    def adopt(self, delta: Delta, table: np.ndarray) -> None:
+        """Hold `table` from now on, which is `after(delta)` of this mirror as it is: where one message changes several
+        dictionaries, all of them are looked at before one is changed."""
+        self.version, self.digest, self._table = delta.version, delta.digest, table
+
+    def apply(self, delta: Delta) -> np.ndarray:
+        """The table after this delta. Raises RemoteProtocolError, and changes nothing, for any but the next one."""
+        table = self.after(delta)
+        self.adopt(delta, table)
         return table
 
     def check(self, version: Version, digest: bytes) -> None:

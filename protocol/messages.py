@@ -291,6 +291,8 @@ def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a chunk of {len(data)} bytes, at most {limits.chunk_bytes} here")
     if _checksum(chunk, data) != chunk.crc32:
         raise RemoteProtocolError(Fault.CORRUPT, f"chunk {chunk.sequence} does not match its checksum")
+    if chunk.acknowledge > 1:
+        raise RemoteProtocolError(Fault.MALFORMED, f"a chunk that asks {chunk.acknowledge} times for an answer")
     head = _head_from_pb(chunk.head, limits) if chunk.HasField("head") else None
     return Chunk(
         sequence=chunk.sequence,

@@ -91,7 +91,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "data": "the next bytes of the message; at most the receiver's chunk limit",
         "next_sequence": "as in Credit",
         "granted_bytes": "as in Credit",
-        "acknowledge": "1: answer at once, with a Credit if no chunk is about to go; else 0",
+        "acknowledge": "1: answer at once, with a Credit if no chunk is about to go; 0 or 1",
     },
     "MessageHead": {
         "kind": "see Messages",

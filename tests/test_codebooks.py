@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from thinpipe.compress.boundary import LearnedTable
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.codebooks import CodebookSender
 from thinpipe.node.config import RunConfig
@@ -128,7 +129,10 @@ def test_changes_have_the_bytes_that_their_budget_says(tiny: TinyConfig, tmp_pat
 # -- two ports, and what may go wrong between them -----------------------------------------------------------------
 
 
-def _shape() -> BoundaryShape:
+PROJECTOR = LearnedTable(name="projector", entries=8, width=3, delta="int8", gradient="bf16", every=1)
+
+
+def _shape(table: LearnedTable | None = None) -> BoundaryShape:
     return BoundaryShape(
         boundary=0,
         seed=1,
@@ -138,7 +142,7 @@ def _shape() -> BoundaryShape:
         vocab_size=500,
         forward=parse_format("rvq:groups=2,codes=4,delta=robin/4"),
         backward=parse_format("rvq:groups=2,codes=4,levels=1,delta=full,encoding=int8"),
-        table=None,
+        table=table,
         dtype=torch.float32,
         microbatches=4,
     )
@@ -263,6 +267,49 @@ def test_what_is_not_the_next_tensor_is_refused(spoil: Callable[[Message], Messa
     assert np.array_equal(*pair.books())
 
 
+def test_a_tensor_without_the_change_that_is_due_is_refused(pair: Pair) -> None:
+    """Even if it says that it was coded with the table that is here."""
+    first, second = pair.activation(0), pair.activation(1)
+    pair.up.unpack_activation(first)
+    header = {**second.codec_header, "codebook": first.codec_header["codebook"]}
+    with pytest.raises(RemoteProtocolError, match="microbatch 1 brings no change of 'codebook', where one is due"):
+        pair.up.unpack_activation(replace(second, dictionary=b"", codec_header=header))
+    pair.up.unpack_activation(second)
+
+
+@pytest.mark.parametrize("spoiled", ["projector", "codebook"])
+def test_of_two_changes_both_are_followed_or_none(spoiled: str) -> None:
+    place = {"dtype": torch.float32, "device": torch.device("cpu")}
+    down, up = DownstreamPort(_shape(PROJECTOR), **place), UpstreamPort(_shape(PROJECTOR), **place)
+    draw = torch.Generator().manual_seed(5)
+
+    def activation(step: int, microbatch: int) -> Message:
+        assert down.table
+        delta, _ = down.table.publish(torch.randn(8, 3, generator=draw), step, microbatch) or (b"", None)
+        z = torch.randn(down.shape.z_shape, generator=draw)
+        out = Encoded(z_BTW=z, coded_with=down.table.coded_with, delta=delta)
+        return down.pack_activation(out, np.arange(34), step, microbatch, Kind.ACTIVATION)
+
+    def held() -> dict[str, Any]:
+        return {name: end.dictionary_state() for name, end in up.ends.items()}
+
+    for microbatch in range(3):
+        up.unpack_activation(activation(0, microbatch))
+    message, before = activation(1, 0), held()
+    changes = split_deltas(message.dictionary, ["projector", "codebook"])
+    assert list(changes) == ["projector", "codebook"]
+    damaged = changes | {spoiled: changes[spoiled][:-1] + bytes([changes[spoiled][-1] ^ 0x11])}
+    with pytest.raises(RemoteProtocolError, match=f"of dictionary '{spoiled}' leads to another table"):
+        up.unpack_activation(replace(message, dictionary=join_deltas(damaged.values())))
+    assert held() == before
+    _, received = up.unpack_activation(message)
+    assert received.table is not None
+    assert {name: state["version"][1:] for name, state in held().items() if name != "gradient_codebook_above"} == {
+        "table_above": [1, 0, 0],
+        "activation_codebook_above": [1, 0, 0],
+    }
+
+
 def test_a_code_past_the_table_is_refused() -> None:
     """Three codes take two bits, of which the fourth pattern means nothing."""
     place = {"dtype": torch.float32, "device": torch.device("cpu")}
@@ -282,7 +329,7 @@ def test_a_change_with_an_evaluation_is_refused(pair: Pair) -> None:
     evaluation, activation = pair.activation(0, Kind.EVALUATION), pair.activation(1)
     assert not len(evaluation.dictionary)
     spoiled = replace(evaluation, dictionary=activation.dictionary, codec_header=activation.codec_header)
-    with pytest.raises(RemoteProtocolError, match="a change of 'codebook' with a evaluation message"):
+    with pytest.raises(RemoteProtocolError, match="a change of 'codebook' with an evaluation message"):
         pair.up.unpack_activation(spoiled)
     pair.up.unpack_activation(evaluation)
 

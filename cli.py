@@ -98,6 +98,19 @@ def _configuration(path: Path | None, options: dict[str, Any], overrides: list[s
         fail(str(error), 2)
 
 
+@contextmanager
+def _run_errors(out: Path) -> Iterator[None]:
+    """A local run that cannot start, fails or is interrupted ends with one line."""
+    from .node.local import LocalRunError
+
+    try:
+        yield
+    except LocalRunError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
+
+
 @app.command()
 def up(
     stages: Annotated[int | None, typer.Option(help="Pipeline stages, one process each. (4)")] = None,
@@ -114,7 +127,7 @@ def up(
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients, the same. (the codec's)")] = None,
     link: Link = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
-    schedule: Annotated[str | None, typer.Option(help="gpipe or 1f1b. (1f1b)")] = None,
+    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8 for slow links. (1f1b)")] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (128)")] = None,
@@ -163,9 +176,9 @@ def up(
     if resume is not None:
         config, out, options = _resumed(resume, one_process), resume, {"checkpoint.every": checkpoint_every}
     settings = _configuration(config, options, overrides)
-    from .node.local import LocalRunError, run_local
+    from .node.local import run_local
 
-    try:
+    with _run_errors(out):
         summary = run_local(
             settings,
             out,
@@ -176,10 +189,6 @@ def up(
             resume=resume is not None,
             restarts=restarts,
         )
-    except LocalRunError as error:
-        fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
     if as_json:
         print(json.dumps(summary, indent=2))
 
@@ -188,8 +197,12 @@ def _resumed(run: Path, one_process: bool) -> Path:
     """The run.toml to go on with."""
     if one_process:
         fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
+    return _run_toml(run, "--resume")
+
+
+def _run_toml(run: Path, option: str) -> Path:
     if not (run / "run.toml").is_file():
-        fail(f"--resume {run}: there is no run.toml, so no run to go on with; give the --out of the run", 2)
+        fail(f"{option} {run}: there is no run.toml, so no run to go on with; give the --out of the run", 2)
     return run / "run.toml"
 
 
@@ -288,6 +301,80 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
 
 
 @app.command()
+def plan(
+    pace: Annotated[
+        str | None,
+        typer.Option(help="Model, stages and what each stage computes: PRESET@STAGESxRATEtflops, as 150m@4x66tflops."),
+    ] = None,
+    measured: Annotated[
+        Path | None, typer.Option("--from", help="Instead, a run on record: its model, stages and times.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="What crosses a boundary, as for up. (bf16)")] = None,
+    forward: Annotated[str | None, typer.Option(help="Byte format of activations. (the codec's)")] = None,
+    backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
+    link: Link = None,
+    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8. (1f1b)")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; of the run)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; of the run)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; of the run)")] = None,
+    timeline: Annotated[Path | None, typer.Option(help="Draw what runs when, as PNG.")] = None,
+    rule: Annotated[
+        str, typer.Option(help="duplex: each direction a wire. shared: all into a stage is one, latency occupies it.")
+    ] = "duplex",
+    config: Config = None,
+    overrides: Override = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+) -> None:
+    """Say what a run would do, without running it: tokens/s, bottleneck, what the links must carry.
+
+    A simulation on a virtual clock, with the schedule that nodes execute and the bytes that they would send.
+    """
+    _one_arithmetic_thread()
+    options = {
+        "codec.codec": codec,
+        "codec.forward": forward,
+        "codec.backward": backward,
+        "link.link": link,
+        "pipeline.schedule": schedule,
+        "pipeline.microbatches": microbatches,
+        "pipeline.batch_size": batch_size,
+        "data.sequence_length": sequence_length,
+    }
+    from .node.config import ConfigError
+    from .node.plan import PLANNED, Pace, planned
+
+    try:
+        paced = None if pace is None else Pace.parse(pace)
+    except ConfigError as error:
+        fail(str(error), 2)
+    if (paced is None) == (measured is None):
+        fail("say how fast stages compute: --pace 150m@4x66tflops, or --from a run that was measured", 2)
+    if rule not in ("duplex", "shared"):
+        fail(f"--rule: there is no '{rule}'; choose duplex or shared", 2)
+    if measured is not None:
+        config = _run_toml(measured, "--from")
+    given = {key: value for key, value in options.items() if value is not None}
+    settings = _configuration(config, {**(paced.settings() if paced else {}), **given}, overrides)
+    try:
+        figures, simulated = planned(settings, paced, measured, rule=rule)
+    except PLANNED as error:
+        fail(str(error), 2)
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    else:
+        from rich.console import Console
+
+        from .sim.console import plan_tables
+
+        Console().print(*plan_tables(figures), sep="\n")
+    if timeline:
+        from .node.plan import events
+        from .sim.trace import draw
+
+        draw(events(simulated), settings.pipeline.stages, timeline, window_s=figures["step_s"])
+
+
+@app.command()
 def chaos(
     stages: Annotated[int, typer.Option(help="Pipeline stages, one process each.")] = 4,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
@@ -333,14 +420,9 @@ def chaos(
     }
     settings = _configuration(None, {**small, **options}, overrides)
     from .node.chaos import run_chaos
-    from .node.local import LocalRunError
 
-    try:
+    with _run_errors(out):
         found, survived = run_chaos(settings, out, count=kills, every_s=every, kinds=chosen, seed=seed, quiet=as_json)
-    except LocalRunError as error:
-        fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
     if as_json:
         print(json.dumps(found, indent=2))
     if not survived:

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..protocol.schedule import ScheduleError, get_schedule
 
 
 class ConfigError(ValueError):
@@ -98,9 +100,16 @@ class PipelineSection(Section):
     """How the model is cut and in which order a stage works."""
 
     stages: int = Field(default=4, ge=1, le=1024)
-    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+    schedule: str = Field(default="1f1b", description="gpipe, 1f1b, or 1f1b:hop=1.8 for links that take time")
     batch_size: int = Field(default=16, ge=1, description="sequences a step")
     microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
+
+    @field_validator("schedule")
+    @classmethod
+    def _trains(cls, spec: str) -> str:
+        if get_schedule(spec).name == "evaluation":
+            raise ScheduleError("schedule 'evaluation' does not train; choose gpipe or 1f1b")
+        return spec
 
 
 class LinkSection(Section):

@@ -13,14 +13,17 @@ memory nor time.
 A flushing schedule is one number per stage, the depth: run `depth` forwards, then alternate one backward, one forward.
 - GPipe (Huang et al., arXiv 1811.06965): depth M, all microbatches; memory grows with the batch.
 - 1F1B (PipeDream-Flush, Narayanan et al., arXiv 2006.09503): depth P - s, the same bubble with memory bounded by P.
-A link of one-way hop c asks for more depth, `1 + ceil((P-1-s)(t_F + t_B + 2c)/(t_F + t_B))`: a subclass with another
-`peak_in_flight`. Splitting Backward into input and weight gradients (zero bubble, Qi et al., arXiv 2401.10241) adds two
-actions and overrides `_order`.
+- 1F1B over links that take time, `1f1b:hop=1.8`: a microbatch comes back from the stage below after t_F + t_B and two
+  hops, each a message's bits and the latency; so that a stage does not stand idle meanwhile it needs a depth of
+  `1 + ceil((P-1-s)(1 + hop))`, where hop is the time of those two hops in units of t_F + t_B. More than needed costs
+  memory, and where a link is the bottleneck time too: the schedule nears GPipe, under which directions take turns.
+Splitting Backward into input and weight gradients (zero bubble, Qi et al., arXiv 2401.10241) adds two actions and
+overrides `_order`.
 
 Bounded links stay free of deadlock while depths never rise downstream and fall between neighbours by at most the
 messages that both directions of their boundary can hold together: the downstream stage then works off enough forwards,
-and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none; a
-deeper schedule needs longer buffers.
+and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none, and a
+hop by as much more; nodes hold two messages at each of four places of a boundary, so HOP_MAX is what they can take.
 
 Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
 """
@@ -28,10 +31,14 @@ Why streams and not a table of ticks: a table fixes when a stage acts, and on an
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
+
+HOP_MAX = 6.0
 
 
 class ScheduleError(ValueError):
@@ -114,13 +121,19 @@ class GPipe(FlushingSchedule):
 
 
 class OneFOneB(FlushingSchedule):
-    """As few microbatches in flight as keep a pipeline with instant links busy: P - s."""
+    """As few microbatches in flight as keep a pipeline busy whose links take `hop`, there and back, in units of one
+    microbatch's forward and backward; with instant links P - s. Raises ScheduleError for a hop out of range."""
 
     name = "1f1b"
 
+    def __init__(self, hop: float = 0.0) -> None:
+        if not 0 <= hop <= HOP_MAX:
+            raise ScheduleError(f"schedule '1f1b': hop={hop:g} has to be from 0 (instant links) to {HOP_MAX:g}")
+        self.hop = hop
+
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
         _check_shape(stage, stages, microbatches)
-        return min(microbatches, stages - stage)
+        return min(microbatches, 1 + math.ceil((stages - 1 - stage) * (1 + self.hop)))
 
 
 class Evaluation(Schedule):
@@ -141,13 +154,19 @@ class Evaluation(Schedule):
 SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in (GPipe(), OneFOneB(), Evaluation())}
 
 
-def get_schedule(name: str) -> Schedule:
-    """The schedule of that name. Raises ScheduleError that names the nearest known one."""
-    if name in SCHEDULES:
+def get_schedule(spec: str) -> Schedule:
+    """The schedule of that name, or `1f1b:hop=1.8`. Raises ScheduleError that names the nearest known one."""
+    name, colon, option = spec.partition(":")
+    if name in SCHEDULES and not colon:
         return SCHEDULES[name]
+    if name == OneFOneB.name:
+        try:
+            return OneFOneB(float(re.fullmatch(r"hop=([0-9]*\.?[0-9]+)", option)[1]))  # pyright: ignore
+        except TypeError:
+            raise ScheduleError(f"schedule '{spec}': 1f1b has one option, as in 1f1b:hop=1.8") from None
     nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.4)
     remedy = f"the nearest known one is '{nearest[0]}'" if nearest else f"known: {', '.join(SCHEDULES)}"
-    raise ScheduleError(f"unknown schedule '{name}'; {remedy}")
+    raise ScheduleError(f"unknown schedule '{spec}'; {remedy}")
 
 
 def prerequisites(action: Action, *, stage: int, stages: int) -> tuple[tuple[int, Action], ...]:

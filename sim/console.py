@@ -182,3 +182,41 @@ def _links_table(summary: dict[str, Any]) -> Table:
                 f"{sum(way['sent_bytes'].values()) / 1e6:.2f} MB",
             )
     return links
+
+
+def plan_tables(figures: dict[str, Any]) -> list[Table]:
+    """What `thinpipe plan` found, for people."""
+    whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")
+    for column in ("seconds a step", "tokens/s", "of uncapped", "busiest", "ratio to dense bf16"):
+        whole.add_column(column, justify="right")
+    whole.add_row(
+        f"{figures['step_s']:.3g}",
+        f"{figures['tokens_per_s']:.4g}",
+        f"{figures['tokens_per_s'] / figures['uncapped_tokens_per_s']:.1%}",
+        figures["bottleneck"],
+        f"{figures['ratio']:.1f}x",
+    )
+    stages = Table(title="stages, for one microbatch")
+    for column in ("stage", "forward", "backward", "computes", "in flight at most"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(figures["stages"]):
+        milliseconds = [f"{stage[way] * 1000:.3g} ms" for way in ("forward_s", "backward_s")]
+        stages.add_row(str(index), *milliseconds, f"{stage['compute_share']:.1%}", str(stage["microbatches_in_flight"]))
+    if not figures["boundaries"]:
+        return [whole, stages]
+    sizes = figures["bytes_per_microbatch"]
+    links = Table(
+        title="boundaries",
+        caption=f"a microbatch is {sizes['forward']:,} bytes down and {sizes['backward']:,} up, framed",
+    )
+    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of"):
+        links.add_column(column, justify="right")
+    for index, boundary in enumerate(figures["boundaries"]):
+        bound = boundary["compute_bound_at_ratio"]
+        links.add_row(
+            f"{index}-{index + 1}",
+            f"{boundary['forward_share']:.1%}",
+            f"{boundary['backward_share']:.1%}",
+            "any" if bound is None or bound <= 1 else f"{bound:.1f}x",
+        )
+    return [whole, stages, links]

@@ -109,11 +109,11 @@ def test_a_swarm_is_one_process_also_with(settings: dict[str, Any], tiny: TinyCo
 @pytest.mark.parametrize("codec", ["bf16", "int4"])
 def test_gpipe_and_1f1b_are_equal(codec: str, tiny: TinyConfig, tmp_path: Path) -> None:
     settings = {"pipeline.stages": 4, "codec.codec": codec}
-    gpipe, one_f_one_b = (
+    gpipe, one_f_one_b, deeper, deepest = (
         run_in_memory(tiny({**settings, "pipeline.schedule": schedule}), tmp_path / schedule)
-        for schedule in ("gpipe", "1f1b")
+        for schedule in ("gpipe", "1f1b", "1f1b:hop=0.7", "1f1b:hop=6")
     )
-    assert gpipe == one_f_one_b
+    assert gpipe == one_f_one_b == deeper == deepest
 
 
 def test_a_capped_link_changes_no_bit(tiny: TinyConfig, tmp_path: Path) -> None:

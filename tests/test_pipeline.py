@@ -65,6 +65,14 @@ def test_latency_starves_a_shallow_schedule() -> None:
     assert shallow > 3 * deep
 
 
+def test_a_depth_for_the_hop_hides_latency() -> None:
+    """Four stages, a round trip of two microbatches' compute: with the depth for it only the flush waits for links."""
+    link = LinkProfile(rate_bits_per_s=None, latency_s=3.0)
+    plain, deep = (uniform(get_schedule(name), 4, 64, link=link).step_s for name in ("1f1b", "1f1b:hop=2"))
+    assert deep == pytest.approx(3 * 67 + 6 * 3)  # the first microbatch down, the last one up
+    assert plain > 2 * deep
+
+
 @pytest.mark.parametrize("fitted_on", ["dense", "subspace"])
 def test_published_step_times_of_protocol_nanogpt(fitted_on: str) -> None:
     """8 stages, 524,288 tokens a step, 200 Mb/s and 50 ms: 100.475 s with dense bf16 in 64 microbatches (4,096 bytes a

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.protocol.schedule import (
+    HOP_MAX,
     SCHEDULES,
     Backward,
     Evaluate,
@@ -122,6 +123,16 @@ def test_conformance(name, stages, microbatches):
     check_conformance(get_schedule(name), stages, microbatches)
 
 
+@given(hop=st.floats(0, HOP_MAX), stages=st.integers(1, 8), microbatches=st.integers(1, 40))
+@settings(deadline=None)
+def test_conformance_of_1f1b_over_links_that_take_time(hop, stages, microbatches):
+    schedule = OneFOneB(hop)
+    for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
+        check_stream(schedule, actions, stage, stages, microbatches)
+    check_global_order(schedule, stages, microbatches)
+    run_bounded(schedule, stages, microbatches, capacity=4)  # an outbox or link, and an intake, in each direction
+
+
 # --- broken schedules are caught --------------------------------------------------------------------------------------
 
 
@@ -232,6 +243,10 @@ def test_the_textbook_orders():
         "F0 F1 B0 F2 B1 F3 B2 B3 S",
         "F0 B0 F1 B1 F2 B2 F3 B3 S",
     ]
+    assert [short(s) for s in streams_of(get_schedule("1f1b:hop=1.5"), 2, 4)] == [
+        "F0 F1 F2 F3 B0 B1 B2 B3 S",
+        "F0 B0 F1 B1 F2 B2 F3 B3 S",
+    ]
     assert [short(s) for s in streams_of(get_schedule("gpipe"), 2, 3)] == ["F0 F1 F2 B0 B1 B2 S"] * 2
     assert [short(s) for s in streams_of(get_schedule("evaluation"), 2, 3)] == ["E0 E1 E2"] * 2
 
@@ -266,6 +281,13 @@ def test_an_unknown_schedule_is_refused_by_name():
         get_schedule("1F1")
     with pytest.raises(ScheduleError, match="unknown schedule 'zzz'; known: gpipe, 1f1b, evaluation"):
         get_schedule("zzz")
+    for spec in ("1f1b:", "1f1b:hop", "1f1b:hop=", "1f1b:hop=-1", "1f1b:hop=nan", "1f1b:depth=3"):
+        with pytest.raises(ScheduleError, match=r"schedule '1f1b:.*': 1f1b has one option, as in 1f1b:hop=1.8"):
+            get_schedule(spec)
+    with pytest.raises(ScheduleError, match=r"schedule '1f1b': hop=6.5 has to be from 0 \(instant links\) to 6"):
+        get_schedule("1f1b:hop=6.5")
+    with pytest.raises(ScheduleError, match="unknown schedule 'gpipe:hop=1'; the nearest known one is 'gpipe'"):
+        get_schedule("gpipe:hop=1")
 
 
 @pytest.mark.parametrize(("stage", "stages", "microbatches"), [(0, 0, 1), (0, 1, 0), (2, 2, 4), (-1, 2, 4)])

@@ -1,0 +1,145 @@
+"""`thinpipe plan`: message sizes are those that nodes send, times those of a run, and figures follow from both."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.config import ConfigError, RunConfig
+from thinpipe.node.model import resolve_model
+from thinpipe.node.plan import Pace, boundary_of, times_at
+from typer.testing import CliRunner
+
+from .conftest import TinyConfig
+from .in_memory import run_reference
+
+CODECS: dict[str, dict[str, str]] = {
+    "dense": {"codec.codec": "bf16"},
+    "mapl, seldom": {"codec.codec": "mapl:r=8,anchors=full,every=4", "codec.forward": "int4", "codec.backward": "int3"},
+    "mapl, always": {"codec.codec": "mapl:r=8,anchors=full,every=1", "codec.forward": "int8", "codec.backward": "int4"},
+    "codebooks": {
+        "codec.codec": "mapl:r=8,anchors=full,every=4",
+        "codec.forward": "rvq:groups=2,codes=16,delta=random/4",
+        "codec.backward": "rvq:groups=2,codes=8,delta=full",
+    },
+}
+
+
+@pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
+def test_messages_have_the_bytes_that_a_run_sends(codec: dict[str, str], tiny: TinyConfig, tmp_path: Path) -> None:
+    """The first step apart, which brings snapshots."""
+    sent = {}
+    for steps in (8, 16):
+        config: RunConfig = tiny({"pipeline.stages": 2, "run.steps": steps, **codec})
+        outcome = run_reference(config, tmp_path / str(steps))
+        sent[steps] = sum(nbytes for row, nbytes in outcome.sent_bytes.items() if row != "evaluation")
+    config = tiny({"pipeline.stages": 2, **codec})
+    architecture = resolve_model(config.model, vocab_size=512, sequence_length=config.data.sequence_length)
+    boundary = boundary_of(config, architecture)
+    planned = 8 * config.pipeline.microbatches * (boundary.forward_bytes + boundary.backward_bytes)
+    assert planned == pytest.approx(sent[16] - sent[8], rel=0.02)
+
+
+def test_work_grows_as_the_model_does(tiny: TinyConfig) -> None:
+    def seconds(**settings: Any) -> list[float]:
+        config = tiny({name.replace("__", "."): value for name, value in settings.items()})
+        length = config.data.sequence_length
+        architecture = resolve_model(config.model, vocab_size=512, sequence_length=length)
+        return [times.forward_s for times in times_at(config, architecture, 1.0)]
+
+    two = seconds(pipeline__stages=2, model__layers=4)
+    four = seconds(pipeline__stages=4, model__layers=4)
+    assert two[0] == pytest.approx(2 * four[0])
+    assert four[-1] > four[0] == four[1]  # the head
+    wide = seconds(pipeline__stages=4, model__layers=4, model__width=128)
+    assert 3 < wide[0] / four[0] < 4.1  # matrices four times as large, attention twice
+
+
+def test_a_layer_has_the_multiplications_of_its_matrices(tiny: TinyConfig) -> None:
+    config = tiny({"pipeline.stages": 2, "model.layers": 2, "model.width": 64})
+    architecture = resolve_model(config.model, vocab_size=512, sequence_length=config.data.sequence_length)
+    tokens = config.microbatch_size * config.data.sequence_length
+    matrices = 4 * 64 * 64 + 3 * 64 * architecture.intermediate_size
+    expected = tokens * (2 * matrices + 2 * config.data.sequence_length * 64) / 1e12
+    assert times_at(config, architecture, 1.0)[0].forward_s == pytest.approx(expected)
+    assert times_at(config, architecture, 2.0)[0].backward_s == pytest.approx(expected)  # twice the work and the rate
+
+
+def planned(*arguments: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["plan", "--json", *arguments])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_a_link_that_is_wide_enough_changes_nothing() -> None:
+    figures = planned("--pace", "tiny@4x1tflops", "--codec", "mapl", "--microbatches", "8")
+    assert figures["tokens_per_s"] == pytest.approx(figures["uncapped_tokens_per_s"])
+    assert [boundary["compute_bound_at_ratio"] for boundary in figures["boundaries"]] == [None] * 3
+    assert figures["bottleneck"] == "compute of stage 3"
+
+
+def test_a_ratio_makes_a_boundary_compute_bound() -> None:
+    """At the ratio that the plan names for dense training, the wires are no longer the bottleneck."""
+    pace = ("--pace", "tiny@2x0.05tflops", "--link", "5mbit", "--set", "model.vocab_size=1024")
+    dense = planned(*pace, "--codec", "bf16")
+    ratio = dense["boundaries"][0]["compute_bound_at_ratio"]
+    assert dense["bottleneck"].startswith("the link")
+    assert 1 < ratio < 30
+    codec = f"mapl:r={int(256 / ratio) - 1},every=64"
+    narrow = planned(*pace, "--codec", codec, "--forward", "bf16", "--backward", "bf16")
+    assert narrow["bottleneck"].startswith("compute")
+    wide = planned(*pace, "--codec", f"mapl:r={int(512 / ratio)},every=64", "--forward", "bf16", "--backward", "bf16")
+    assert wide["bottleneck"].startswith("the link")
+
+
+def test_a_deeper_schedule_hides_the_latency() -> None:
+    pace = ("--pace", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
+    pace += ("--sequence-length", "2048")
+    plain, deep = (planned(*pace, "--schedule", schedule) for schedule in ("1f1b", "1f1b:hop=1"))
+    shares = [figures["tokens_per_s"] / figures["uncapped_tokens_per_s"] for figures in (plain, deep)]
+    assert shares[0] < 0.9
+    assert shares[1] > 0.95
+
+
+def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    arguments = ["--pace", "tiny@3x1tflops", "--link", "10mbit,5ms", "--microbatches", "8", "--timeline", str(picture)]
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "simulated, not measured" in result.stdout
+    assert "compute-bound from a ratio" in " ".join(result.stdout.split())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    ([], "say how fast stages compute: --pace 150m@4x66tflops, or --from a run"),
+    (["--pace", "tiny@4x1tflops", "--from", "runs"], "say how fast stages compute"),
+    (["--pace", "tiny@4"], r"a pace is PRESET@STAGESxRATEtflops, such as 150m@4x66tflops; got 'tiny@4'"),
+    (["--pace", "tiny@4x0tflops"], r"a pace is"),
+    (["--pace", "huge@4x1tflops"], r"unknown model.preset 'huge'"),
+    (["--pace", "tiny@64x1tflops"], r"64 stages, but the model has 4 layers"),
+    (["--pace", "tiny@4x1tflops", "--link", "300"], r"link '300'"),
+    (["--pace", "tiny@4x1tflops", "--codec", "mapl:r=999"], r"r=999"),
+    (["--pace", "tiny@4x1tflops", "--rule", "none"], r"--rule: there is no 'none'; choose duplex or shared"),
+    (["--from", "nowhere"], r"--from nowhere: there is no run.toml"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), REFUSED)
+def test_what_cannot_be_planned_is_refused(arguments: list[str], expected: str) -> None:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("thinpipe: error: ")
+    assert re.search(expected, line), line
+
+
+def test_a_pace_is_spelled_one_way() -> None:
+    assert Pace.parse("150m@4x66.5tflops") == Pace(preset="150m", stages=4, tflops=66.5)
+    for text in ("", "150m", "150m@4x66", "150m@0x66tflops", "150M@4x66tflops", "150m@4x-1tflops"):
+        with pytest.raises(ConfigError, match="a pace is"):
+            Pace.parse(text)

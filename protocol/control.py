@@ -9,16 +9,20 @@ step, epoch or offset is past `STEP_MAX`.
 from __future__ import annotations
 
 import itertools
+import struct
+import zlib
 from dataclasses import dataclass, fields
 from typing import Any
 
 from . import stage_pb2 as pb
+from .envelope import around_data
 from .errors import Fault, RemoteProtocolError
 from .header import check_text
 
 STEP_MAX = 2**48
 LISTED_MAX = 1024  # stages, or steps, that one frame names
-PART_BYTES_MAX = 64 * 1024  # of a manifest, or of a part of a state
+PART_BYTES_MAX = 256 * 1024  # of a part of a state
+BYTES_MAX = {"data": PART_BYTES_MAX, "manifest": 64 * 1024}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,15 +162,25 @@ CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
 _NAMES = {frame: name for name, (frame, _) in CONTROL.items()}
 
 
-def control_to_pb(frame: ControlFrame) -> pb.Frame:
-    """The frame that says it."""
+def encode_control(frame: ControlFrame) -> bytes:
+    """The bytes of the frame that says it."""
+    if isinstance(frame, CopyPart):
+        before = pb.CopyPart(stage=frame.stage, completed_steps=frame.completed_steps, offset=frame.offset)
+        return around_data("copy_part", before, frame.data, pb.CopyPart(crc32=part_checksum(frame)))
     name = _NAMES[type(frame)]
     body = CONTROL[name][1](**{field.name: getattr(frame, field.name) for field in fields(frame)})
-    return pb.Frame(**{name: body})
+    return pb.Frame(**{name: body}).SerializeToString()
+
+
+def part_checksum(part: CopyPart) -> int:
+    """CRC-32 of all of a part: at a wrong offset its bytes do as much harm as wrong ones. Over values, as that of a
+    chunk is."""
+    return zlib.crc32(part.data, zlib.crc32(struct.pack("<3Q", part.stage, part.completed_steps, part.offset)))
 
 
 def control_from_pb(name: str, body: Any) -> ControlFrame:
-    """Raises RemoteProtocolError for numbers, lists or bytes that are out of bounds."""
+    """Raises RemoteProtocolError for numbers, lists or bytes that are out of bounds, and for a part that is not what
+    its checksum says."""
     values = {field.name: _bounded(field.name, getattr(body, field.name)) for field in body.DESCRIPTOR.fields}
     steps = values.get("steps")
     if steps is not None:
@@ -174,7 +188,12 @@ def control_from_pb(name: str, body: Any) -> ControlFrame:
         if not ends_well or any(a <= b for a, b in itertools.pairwise(steps)):
             goal = "falling" if name == "copies_held" else "falling to 0"
             raise RemoteProtocolError(Fault.MALFORMED, f"steps in a frame are {steps[:8]}, not {goal}")
-    return CONTROL[name][0](**values)
+    crc32 = values.pop("crc32", None)
+    frame = CONTROL[name][0](**values)
+    if isinstance(frame, CopyPart) and part_checksum(frame) != crc32:
+        line = f"bytes from {frame.offset} of the copy of stage {frame.stage} after {frame.completed_steps} steps"
+        raise RemoteProtocolError(Fault.CORRUPT, f"{line} do not match their checksum")
+    return frame
 
 
 def _bounded(name: str, value: Any) -> Any:
@@ -183,8 +202,8 @@ def _bounded(name: str, value: Any) -> Any:
         check_text(name, value)
         return value
     if isinstance(value, bytes):
-        if len(value) > PART_BYTES_MAX:
-            raise RemoteProtocolError(Fault.OVERSIZED, f"{len(value)} bytes of {name}, at most {PART_BYTES_MAX}")
+        if len(value) > BYTES_MAX[name]:
+            raise RemoteProtocolError(Fault.OVERSIZED, f"{len(value)} bytes of {name}, at most {BYTES_MAX[name]}")
         return value
     numbers = (value,) if isinstance(value, int) else tuple(value)
     if len(numbers) > LISTED_MAX:

@@ -27,7 +27,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
-from .control import CONTROL, STEP_MAX, ControlFrame, control_from_pb, control_to_pb
+from .control import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
@@ -212,7 +212,7 @@ def encode_frame(frame: Frame) -> bytes:
         case Goodbye():
             return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
         case _:
-            return control_to_pb(frame).SerializeToString()
+            return encode_control(frame)
 
 
 _GREETING_FIELDS = [field.name for field in pb.Greeting.DESCRIPTOR.fields]

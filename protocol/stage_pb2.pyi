@@ -221,16 +221,18 @@ class CopyProgress(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class CopyPart(_message.Message):
-    __slots__ = ("stage", "completed_steps", "offset", "data")
+    __slots__ = ("stage", "completed_steps", "offset", "data", "crc32")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CRC32_FIELD_NUMBER: _ClassVar[int]
     stage: int
     completed_steps: int
     offset: int
     data: bytes
-    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    crc32: int
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
 
 class CopyWanted(_message.Message):
     __slots__ = ("stage", "completed_steps")

@@ -16,6 +16,7 @@ from thinpipe.protocol import messages
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.assembly import MESSAGE_COST_BYTES, Assembly
 from thinpipe.protocol.control import (
+    BYTES_MAX,
     PART_BYTES_MAX,
     STEP_MAX,
     Alive,
@@ -91,6 +92,7 @@ heads = st.builds(
 chunks = st.builds(Chunk, sequence=U64, epoch=U64, data=st.binary(max_size=LIMITS.chunk_bytes), head=st.none() | heads)
 STEPS = st.integers(0, STEP_MAX - 1)
 INCARNATIONS = st.lists(U64, max_size=64).map(tuple)
+parts = st.builds(CopyPart, stage=U32, completed_steps=STEPS, offset=STEPS, data=st.binary(max_size=100))
 frames: st.SearchStrategy[Frame] = st.one_of(
     chunks,
     st.builds(Credit, next_sequence=U64, granted_bytes=U64),
@@ -117,7 +119,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     ),
     st.builds(CopyOffer, stage=U32, completed_steps=STEPS, manifest=st.binary(max_size=100)),
     st.builds(CopyProgress, stage=U32, completed_steps=STEPS, offset=STEPS),
-    st.builds(CopyPart, stage=U32, completed_steps=STEPS, offset=STEPS, data=st.binary(max_size=100)),
+    parts,
     st.builds(CopyWanted, stage=U32, completed_steps=STEPS),
     st.builds(CopyDeclined, stage=U32, completed_steps=STEPS, reason=PRINTABLE),
     st.builds(
@@ -165,7 +167,7 @@ def chunk_pb(**head: Any) -> pb.Frame:
         (pb.Frame(copies_held=pb.CopiesHeld(steps=range(1025, 0, -1))), Fault.OVERSIZED),
         (pb.Frame(copy_part=pb.CopyPart(data=bytes(PART_BYTES_MAX + 1))), Fault.OVERSIZED),
         (pb.Frame(copy_part=pb.CopyPart(offset=2**48)), Fault.MALFORMED),
-        (pb.Frame(copy_offer=pb.CopyOffer(manifest=bytes(PART_BYTES_MAX + 1))), Fault.OVERSIZED),
+        (pb.Frame(copy_offer=pb.CopyOffer(manifest=bytes(BYTES_MAX["manifest"] + 1))), Fault.OVERSIZED),
         (pb.Frame(copy_declined=pb.CopyDeclined(reason="a\nb")), Fault.MALFORMED),
         (pb.Frame(copy_declined=pb.CopyDeclined(reason="x" * 5000)), Fault.OVERSIZED),
     ],
@@ -185,6 +187,19 @@ def test_every_frame_comes_back(frame: Frame) -> None:
     raw = encode_frame(frame)
     assert len(raw) <= LIMITS.frame_bytes
     assert decode_frame(raw, LIMITS) == frame
+
+
+@given(chunks | parts)
+@unhurried
+def test_a_frame_around_data_is_what_protobuf_writes(frame: Chunk | CopyPart) -> None:
+    raw = encode_frame(frame)
+    assert pb.Frame.FromString(raw).SerializeToString() == raw
+
+
+@pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, PART_BYTES_MAX])
+def test_a_part_of_any_length_comes_back(size: int) -> None:
+    part = CopyPart(stage=1, completed_steps=5, offset=2**40, data=bytes(size))
+    assert decode_frame(encode_frame(part), Limits(message_bytes=1)) == part
 
 
 @pytest.mark.parametrize("loss", [0.0, -0.0, 5e-324, -1.7976931348623157e308, math.pi])
@@ -379,6 +394,18 @@ def test_no_flipped_bit_makes_another_chunk(head: Head, data: bytes) -> None:
         assert got in (None, chunk) or (isinstance(got, Greeting) and got.protocol_version != PROTOCOL_VERSION)
 
 
+@given(parts)
+@unhurried
+def test_no_flipped_bit_makes_another_part(part: CopyPart) -> None:
+    """Nor an offer, which has the same fields but for one."""
+    raw = encode_frame(part)
+    for bit in range(8 * len(raw)):
+        flipped = bytearray(raw)
+        flipped[bit // 8] ^= 1 << bit % 8
+        got = survives(bytes(flipped))
+        assert got in (None, part) or (isinstance(got, Greeting) and got.protocol_version != PROTOCOL_VERSION)
+
+
 @pytest.mark.parametrize(
     "frame", [Goodbye(), Credit(next_sequence=300, granted_bytes=2**40)], ids=["goodbye", "credit"]
 )
@@ -486,6 +513,10 @@ def test_a_wrong_checksum_is_named() -> None:
     error = refusal_of(frame.SerializeToString())
     assert error.fault is Fault.CORRUPT
     assert "chunk 9" in str(error)
+    part = pb.Frame(copy_part=pb.CopyPart(stage=3, completed_steps=7, offset=9, data=b"abc", crc32=1))
+    error = refusal_of(part.SerializeToString())
+    assert error.fault is Fault.CORRUPT
+    assert "bytes from 9 of the copy of stage 3 after 7 steps" in str(error)
 
 
 @pytest.mark.parametrize("text", ["\x1b[31m", "a\nb", "\x00", "\u202e", "\x7f", "\u2028"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 from google.protobuf.message import DecodeError, Message
-from thinpipe.protocol import dictionary, messages
+from thinpipe.protocol import control, dictionary, messages
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, as_version, check_delta
 from thinpipe.protocol.dictionary import Mirror
@@ -196,6 +196,10 @@ def frame(data: bytes, draw: Random) -> bytes:
         if chunk.HasField("head") and draw.random() < 0.6 and rest >= 0:
             chunk.head.body_bytes = rest
         chunk.crc32 = messages._checksum(chunk, chunk.data)
+    if parsed.HasField("copy_part") and draw.random() < 0.75:
+        part = parsed.copy_part
+        numbers = {"stage": part.stage, "completed_steps": part.completed_steps, "offset": part.offset}
+        part.crc32 = control.part_checksum(control.CopyPart(**numbers, data=part.data))
     return parsed.SerializeToString()
 
 

@@ -28,6 +28,7 @@ from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
 from .control import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
+from .envelope import around_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
@@ -192,13 +193,16 @@ def encode_frame(frame: Frame) -> bytes:
                 sequence=frame.sequence,
                 epoch=frame.epoch,
                 head=None if frame.head is None else _head_to_pb(frame.head),
-                data=bytes(frame.data),
                 next_sequence=frame.next_sequence,
                 granted_bytes=frame.granted_bytes,
                 acknowledge=int(frame.acknowledge),
             )
             chunk.crc32 = _checksum(chunk, frame.data)
-            return pb.Frame(chunk=chunk).SerializeToString()
+            after = pb.Chunk()
+            for name in ("next_sequence", "granted_bytes", "acknowledge"):
+                setattr(after, name, getattr(chunk, name))
+                chunk.ClearField(name)
+            return around_data("chunk", chunk, frame.data, after)
         case Credit():
             credit = pb.Credit(next_sequence=frame.next_sequence, granted_bytes=frame.granted_bytes)
             return pb.Frame(credit=credit).SerializeToString()

@@ -6,7 +6,8 @@ same token bucket. Who takes a stage's place on a machine that has less than the
 says from which steps it could go on. Where both machines see one directory nothing is sent: the buddy looks there.
 
 The frames travel on the control stream (`protocol.copies` says why, and who may send what), with a row of their own in
-the account. Copies lie in <checkpoint.directory>/copies/stage-<i>/, as checkpoints do.
+the account. Copies lie in <checkpoint.directory>/copies/stage-<i>/, as checkpoints do. Here is who says what when; how
+one goes is in `node.departures`, how one comes in `node.arrivals`, and what is asked back in `node.recall`.
 
 Why not erasure codes over all stages, or a store that everybody writes to: with a chain of thin links a copy over one
 hop is the least traffic that survives the loss of any one machine. Two neighbours lost at once may be one too many.
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import IO, Any
+from typing import Any
 
 from ..protocol.control import (
     PART_BYTES_MAX,
@@ -28,21 +29,18 @@ from ..protocol.control import (
     CopyProgress,
     CopyWanted,
 )
-from ..protocol.copies import Sending
 from ..protocol.effects import Side
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.header import printable
-from .arrivals import Arrivals
-from .checkpoint import STATE, CheckpointStore
+from .checkpoint import CheckpointStore
+from .departures import Departures, Say
 from .durable import sweep_incoming
 from .flow import Reporter
-from .manifest import CheckpointError, Manifest
+from .manifest import CheckpointError
+from .recall import Recall
 from .wards import QUEUED_MAX, Talk, Ward
 
 DECLINED_MAX = 64  # on one connection; who is declined so often does not listen
-BROUGHT_BACK = 2  # of the newest copies: the others may not have completed the very newest yet
-
-Say = Callable[[Side, CopyFrame], Awaitable[None]]
 
 
 def buddy_side(stage: int, stages: int) -> Side | None:
@@ -80,7 +78,7 @@ class Copies:
     ) -> None:
         self.side: Side | None = buddy_side(stage, stages)
         self._stage, self._store, self._enabled = stage, store, bytes_max > 0
-        self._part_bytes, self._parts_ahead = min(part_bytes, PART_BYTES_MAX), parts_ahead
+        self._departures = Departures(part_bytes=min(part_bytes, PART_BYTES_MAX), parts_ahead=parts_ahead, say=say)
         self._say, self._refuse, self._on_fault = say, refuse, on_fault
         self._on_copy, self._on_held = on_copy, on_held
         self._wards: dict[Side, Ward] = {}
@@ -88,14 +86,10 @@ class Copies:
         for side, (other, towards_us) in others.items():
             if 0 <= other < stages and buddy_side(other, stages) == towards_us:
                 self._wards[side] = Ward(other, store, bytes_max)
-        self._own = Arrivals(store, check=self._check_wanted, supersede=False, directory=store.directory.parent)
         self._talks: dict[Side, Talk] = {}
+        self._recall = Recall(store, self.side, self._talks, say=say, on_fault=on_fault) if self.side else None
         self._closed = False
         self._newest = 0  # of our checkpoints: the one that was written last
-        self._wanted: set[int] = set()  # what we ask for
-        self._came: set[int] = set()  # of these
-        self._settling = False  # one of these is being read once more, and may take its time
-        self._restored = asyncio.Event()  # the buddy has said something that `fetch` has to look at
 
     # -- what the node does ---------------------------------------------------------------------------------------
 
@@ -114,8 +108,8 @@ class Copies:
         self._begin(talk, self._hear, side, talk)
         if side in self._wards:
             self._begin(talk, self._tell_held, side)
-        if side == self.side:
-            self._restored.set()
+        if self._recall and side == self.side:
+            self._recall.heard.set()
             if self._enabled:
                 self._begin(talk, self._trickle, side, talk)
 
@@ -124,8 +118,8 @@ class Copies:
         if talk := self._talks.pop(side, None):
             for job in talk.jobs:
                 job.cancel()
-        if side == self.side:
-            self._restored.set()
+        if self._recall and side == self.side:
+            self._recall.heard.set()
 
     async def close(self) -> None:
         """Nothing is sent or written any more."""
@@ -134,8 +128,9 @@ class Copies:
         for side in list(self._talks):
             self.parted(side)
         await asyncio.gather(*jobs, return_exceptions=True)
-        for arrivals in (self._own, *(ward.arrivals for ward in self._wards.values())):
-            await asyncio.to_thread(arrivals.close)
+        for room in (self._recall, *self._wards.values()):
+            if room:
+                await asyncio.to_thread(room.arrivals.close)
 
     async def fetch(self, have: list[int], *, patience_s: float, replacement_s: float) -> bool:
         """Bring back what the buddy has and this disk lacks of the newest checkpoints; whether anything came.
@@ -143,42 +138,10 @@ class Copies:
         `have`: completed steps of what is intact here. Waits `replacement_s` for a buddy that is not there, without
         whom nobody could go on anyway; gives up, loudly, when one that is there sends nothing for `patience_s`.
         """
-        if self.side is None or not self._enabled:
+        if self._recall is None or not self._enabled:
             return False
         await asyncio.to_thread(sweep_incoming, self._store.directory.parent)
-        try:
-            await self._fetch(self.side, have, patience_s, replacement_s)
-        finally:
-            self._wanted.clear()
-            await asyncio.to_thread(self._own.drop)
-        return bool(self._came)
-
-    async def _fetch(self, side: Side, have: list[int], patience_s: float, replacement_s: float) -> None:
-        asked: tuple[Talk, int] | None = None
-        while True:
-            self._restored.clear()
-            talk = self._talks.get(side)
-            if talk and talk.held is not None:
-                newest = sorted(talk.held | set(have), reverse=True)[:BROUGHT_BACK]
-                missing = [step for step in newest if step not in have and step not in self._came]
-                left = [step for step in missing if (self._stage, step) not in talk.declined]
-                if not left:
-                    return
-                if asked != (talk, left[0]):
-                    asked = talk, left[0]
-                    self._wanted.add(left[0])
-                    print(f"asks stage {self._peer(side)} for its copy after {left[0]} steps", flush=True)
-                    await self._say(side, CopyWanted(stage=self._stage, completed_steps=left[0]))
-            timeout_s = patience_s if talk else replacement_s
-            try:
-                async with asyncio.timeout(timeout_s):
-                    await self._restored.wait()
-            except TimeoutError:
-                if self._settling or self._restored.is_set():
-                    continue
-                line = f"waited {timeout_s:g} s in vain for copies of checkpoints at stage {self._peer(side)}"
-                self._on_fault("timeout", f"{line}; goes on with what is on this disk: steps {have or 'none'}")
-                return
+        return await self._recall.fetch(have, patience_s=patience_s, replacement_s=replacement_s)
 
     def _peer(self, side: Side) -> int:
         return self._stage + (1 if side == "below" else -1)
@@ -205,39 +168,11 @@ class Copies:
             if lacks and (self._stage, completed) not in talk.declined:
                 talk.outgoing[self._stage] = (completed, None)
                 try:
-                    await self._send(side, talk, self._store, completed)
+                    await self._departures.send(side, talk, self._store, completed)
                 except (CheckpointError, OSError) as error:
                     self._on_fault("copy", f"the copy after {completed} steps: {error}")
             else:
                 await talk.offers.wait()
-
-    async def _send(
-        self, side: Side, talk: Talk, store: CheckpointStore, completed: int, *, verify: bool = False
-    ) -> None:
-        """One checkpoint, until the other side has it or does not want it. verify: read it once before."""
-        stage = store.stage
-        try:
-            manifest = await asyncio.to_thread(store.verify if verify else store.manifest, completed)
-            with (store.path(completed) / STATE).open("rb") as file:
-                sending = Sending(size=manifest.file_bytes, part_bytes=self._part_bytes, parts_ahead=self._parts_ahead)
-                talk.outgoing[stage] = (completed, sending)
-                offer = CopyOffer(stage=stage, completed_steps=completed, manifest=manifest.rendered())
-                await self._say(side, offer)
-                while talk.under_way(stage, completed):
-                    if part := sending.next():
-                        data = await asyncio.to_thread(_read_at, file, *part)
-                        frame = CopyPart(stage=stage, completed_steps=completed, offset=part[0], data=data)
-                        await self._say(side, frame)
-                    else:
-                        talk.moved.clear()
-                        await talk.moved.wait()
-        except (CheckpointError, OSError) as error:
-            talk.declined.add((stage, completed))
-            reason = printable(f"it cannot be read: {error}")
-            await self._say(side, CopyDeclined(stage=stage, completed_steps=completed, reason=reason))
-            raise
-        finally:
-            talk.outgoing.pop(stage, None)
 
     async def _tell_held(self, side: Side) -> None:
         ward = self._wards[side]
@@ -283,7 +218,7 @@ class Copies:
                     talk.outgoing[frame.stage] = (frame.completed_steps, None)
                     await self._give_back(side, talk, ward, frame.completed_steps)
             case CopyOffer() | CopyPart():
-                await self._arrive(side, talk, frame, None if mine else ward)
+                await self._arrive(side, talk, frame, ward if not mine else None)
             case CopyProgress():
                 if sending := talk.under_way(frame.stage, frame.completed_steps):
                     sending.progress(frame.offset)
@@ -292,15 +227,15 @@ class Copies:
             case CopyDeclined():
                 if talk.under_way(frame.stage, frame.completed_steps):
                     del talk.outgoing[frame.stage]
-                elif not (mine and frame.completed_steps in self._wanted):
+                elif not (mine and self._recall and frame.completed_steps in self._recall.wanted):
                     return
                 talk.declined.add((frame.stage, frame.completed_steps))
                 which = f"the copy of stage {frame.stage} after {frame.completed_steps} steps"
                 self._on_fault("copy", f"stage {self._peer(side)} and {which}: {frame.reason}")
             case _:
                 raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(frame).__name__} from {side} on a copy")
-        if mine:
-            self._restored.set()
+        if mine and self._recall:
+            self._recall.heard.set()
 
     def _take_held(self, talk: Talk, steps: set[int]) -> None:
         completed, sending = talk.outgoing.get(self._stage, (None, None))
@@ -323,48 +258,52 @@ class Copies:
             raise
 
         async def send() -> None:
-            await self._send(side, talk, source, completed, verify=True)
+            await self._departures.send(side, talk, source, completed, verify=True)
 
         self._begin(talk, send)
 
-    def _check_wanted(self, manifest: Manifest) -> None:
-        if manifest.completed not in self._wanted:
-            raise CheckpointError("it was not asked for")
-
     async def _arrive(self, side: Side, talk: Talk, frame: CopyOffer | CopyPart, ward: Ward | None) -> None:
         """A copy of a ward's, or of our own (None), is coming."""
-        arrivals, completed = ward.arrivals if ward else self._own, frame.completed_steps
+        room = ward or self._recall
+        assert room
+        stage, completed = frame.stage, frame.completed_steps
         try:
             if isinstance(frame, CopyPart):
-                offset = await asyncio.to_thread(arrivals.part, frame)
-            elif ward and completed in await asyncio.to_thread(ward.steps):
-                return await self._tell_held(side)
+                incoming = talk.incoming.get(stage)
+                if incoming is None or incoming.completed != completed:  # declined while it was under way
+                    return
+                offset = await incoming.part(frame)
             else:
-                offset = await asyncio.to_thread(arrivals.offer, frame)
-            if offset is None:  # of one that was declined while it was under way
-                return None
-            await self._say(side, CopyProgress(stage=frame.stage, completed_steps=completed, offset=offset))
-            self._settling = ward is None
-            came = await asyncio.to_thread(arrivals.settle)
+                talk.incoming.pop(stage, None)
+                if ward and completed in await asyncio.to_thread(ward.steps):
+                    await self._tell_held(side)
+                    return
+                incoming = talk.incoming[stage] = await room.arrivals.begin(frame)
+                offset = incoming.state.offset
+            if offset is None:
+                return
+            await self._say(side, CopyProgress(stage=stage, completed_steps=completed, offset=offset))
+            if not incoming.state.done:
+                return
+            del talk.incoming[stage]
+            if ward is None:
+                await self._settle_own(offset)
+            elif await asyncio.to_thread(ward.arrivals.settle) is not None:
+                await self._tell_held(side)
         except (CheckpointError, OSError) as error:
-            talk.declined.add((frame.stage, completed))
+            talk.incoming.pop(stage, None)
+            talk.declined.add((stage, completed))
             line = f"stage {self._stage} does not take it: {error}"
-            self._on_fault("copy", f"a copy of stage {frame.stage} after {completed} steps: {line}")
-            declined = CopyDeclined(stage=frame.stage, completed_steps=completed, reason=printable(line))
-            return await self._say(side, declined)
+            self._on_fault("copy", f"a copy of stage {stage} after {completed} steps: {line}")
+            await self._say(side, CopyDeclined(stage=stage, completed_steps=completed, reason=printable(line)))
+
+    async def _settle_own(self, size: int) -> None:
+        assert self._recall
+        self._recall.settling = True
+        try:
+            came = await asyncio.to_thread(self._recall.arrivals.settle)
         finally:
-            self._settling = False
-        if came is not None and ward:
-            await self._tell_held(side)
-        elif came is not None:
-            self._came.add(came)
-            self._on_copy(came, offset, True)
-        return None
-
-
-def _read_at(file: IO[bytes], offset: int, length: int) -> bytes:
-    file.seek(offset)
-    data = file.read(length)
-    if len(data) != length:
-        raise OSError(f"{file.name} ends at byte {offset + len(data)}")
-    return data
+            self._recall.settling = False
+        if came is not None:
+            self._recall.came.add(came)
+            self._on_copy(came, size, True)

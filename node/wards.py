@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..protocol.control import CopyFrame
 from ..protocol.copies import PARTS_AHEAD_MOST, Sending
 from ..protocol.rewind import OFFERED_MAX
-from .arrivals import Arrivals
+from .arrivals import Arrivals, Incoming
 from .checkpoint import CheckpointStore
 from .manifest import CheckpointError, Manifest
 
@@ -48,6 +48,7 @@ class Talk:
     inbox: asyncio.Queue[CopyFrame] = field(default_factory=lambda: asyncio.Queue(QUEUED_MAX))
     held: set[int] | None = None  # what the buddy has of ours; None: it has not said yet
     outgoing: dict[int, tuple[int, Sending | None]] = field(default_factory=dict)  # stage -> (completed, how far)
+    incoming: dict[int, Incoming] = field(default_factory=dict)  # by stage
     declined: set[tuple[int, int]] = field(default_factory=set)  # (stage, completed), by either side
     offers: asyncio.Event = field(default_factory=asyncio.Event)  # there may be something to send to the buddy
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # what is outgoing got further, or is settled

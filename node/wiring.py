@@ -52,8 +52,11 @@ def make_link(
 
 
 def part_bytes_for(profile: LinkProfile) -> int:
-    """Of a copy: a tensor that comes may have to wait for one, so about 2 ms of the link, and not too little."""
-    return max(16 * 1024, min(PART_BYTES_MAX, int((profile.rate_bits_per_s or 1e9) / 8 * 0.002)))
+    """Of a copy: large ones cost less CPU, but a tensor that comes may have to wait for one, so at most about 5 ms of
+    the link, and not too little."""
+    if profile.rate_bits_per_s is None:
+        return PART_BYTES_MAX
+    return max(16 * 1024, min(PART_BYTES_MAX, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
 def parts_ahead_for(profile: LinkProfile) -> int:

@@ -1,9 +1,13 @@
 """A file goes to a neighbour in parts, in whatever time the link has to spare, sans-IO: who may send what, and when.
 
 The receiver says how far it is (`CopyProgress`), the sender goes on from there, a few parts ahead of what was said. So
-a connection may break at any moment: at the next one the receiver names its offset again and nothing is sent twice. The
-stream beneath keeps the order, so a part that does not begin where the last one ended is a broken rule and no loss;
-what the bytes are worth is settled once, by the digest in the manifest.
+a connection may break at any moment: at the next one the receiver names its offset again and what was said to be there
+is not sent twice. The stream beneath keeps the order, so a part that does not begin where the last one ended is a
+broken rule and no loss; what the bytes are worth is settled once, by the digest in the manifest.
+
+Parts cost little to read and to write, and much to be passed between threads and to be acknowledged, so the receiver
+takes `PARTS_TOGETHER` at a time and speaks once of them. Every sender may be twice as many ahead: nobody ever waits for
+who waits for him.
 
 Why not as messages of the tensors' stream: those must arrive before training goes on, are kept until acknowledged, and
 end with their epoch. A copy may take many epochs, matters to nobody until a disk is lost, and can be read again.
@@ -13,8 +17,9 @@ from __future__ import annotations
 
 from .errors import Fault, RemoteProtocolError
 
+PARTS_TOGETHER = 4  # written and acknowledged at once; a peer that is given fewer ahead would wait for ever
 # Sent and not yet acknowledged: as many as fill the link for a round trip, within these bounds.
-PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST = 4, 32
+PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST = 2 * PARTS_TOGETHER, 32
 
 
 class Sending:
@@ -33,15 +38,16 @@ class Sending:
         """The receiver has all of it."""
         return self._sent is not None and self._acknowledged == self.size
 
-    def next(self) -> tuple[int, int] | None:
-        """(offset, bytes) of the part that may leave now; None: wait for the receiver."""
-        if self._sent is None or self._sent == self.size:
-            return None
-        if self._sent - self._acknowledged >= self._ahead_bytes:
-            return None
-        offset = self._sent
-        self._sent = min(self.size, offset + self._part_bytes)
-        return offset, self._sent - offset
+    def next(self, most: int = PARTS_TOGETHER) -> list[tuple[int, int]]:
+        """(offset, bytes) of at most so many parts that may leave now, in order; none: wait for the receiver."""
+        parts: list[tuple[int, int]] = []
+        while self._sent is not None and self._sent < self.size and len(parts) < most:
+            if self._sent - self._acknowledged >= self._ahead_bytes:
+                break
+            offset = self._sent
+            self._sent = min(self.size, offset + self._part_bytes)
+            parts.append((offset, self._sent - offset))
+        return parts
 
     def progress(self, offset: int) -> None:
         """The receiver has so many bytes. The first one says where to begin. Raises RemoteProtocolError for more than
@@ -57,15 +63,22 @@ class Sending:
 
 
 class Receiving:
-    """The receiver's side: what it has of a file of `size` bytes."""
+    """The receiver's side, on one connection: what has come of a file of `size` bytes, of which it said that it had
+    `offset` when this connection began."""
 
-    def __init__(self, *, size: int) -> None:
+    def __init__(self, *, size: int, offset: int = 0) -> None:
         self.size = size
-        self.offset = 0
+        self.offset = offset  # everything before it has come
+        self._parts = 0  # that came and were not acknowledged
 
     @property
     def done(self) -> bool:
         return self.offset == self.size
+
+    @property
+    def due(self) -> bool:
+        """What came is to be written now, and acknowledged."""
+        return self._parts >= PARTS_TOGETHER or (self.done and self._parts > 0)
 
     def part(self, offset: int, length: int) -> None:
         """The next part came. Raises RemoteProtocolError unless it goes on where the last one ended, within the
@@ -76,3 +89,8 @@ class Receiving:
                 f"bytes {offset} to {offset + length} of a copy of {self.size}, due from {self.offset}",
             )
         self.offset += length
+        self._parts += 1
+
+    def acknowledged(self) -> None:
+        """What came is written, and that is said."""
+        self._parts = 0

@@ -47,8 +47,9 @@ PART_BYTES = 1000
 def test_a_file_arrives_whole_over_any_number_of_connections(
     data: st.DataObject, content: bytes, part_bytes: int
 ) -> None:
-    receiving, got, cuts = Receiving(size=len(content)), bytearray(), 0
+    got, cuts = bytearray(), 0
     while True:
+        receiving = Receiving(size=len(content), offset=len(got))  # what was not written is lost with its connection
         sending = Sending(size=len(content), part_bytes=part_bytes)
         under_way: list[tuple[int, int]] = []
         said = [receiving.offset]
@@ -61,10 +62,12 @@ def test_a_file_arrives_whole_over_any_number_of_connections(
             elif under_way:
                 offset, length = under_way.pop(0)
                 receiving.part(offset, length)
-                got += content[offset : offset + length]
-                said.append(receiving.offset)
-            while part := sending.next():
-                under_way.append(part)
+                if receiving.due:
+                    got += content[len(got) : receiving.offset]
+                    receiving.acknowledged()
+                    said.append(receiving.offset)
+            while parts := sending.next(data.draw(st.integers(1, 4))):
+                under_way += parts
             assert sum(length for _, length in under_way) <= PARTS_AHEAD_LEAST * part_bytes
         if sending.done:
             break
@@ -74,14 +77,42 @@ def test_a_file_arrives_whole_over_any_number_of_connections(
 
 def test_progress_that_cannot_be_is_refused() -> None:
     sending = Sending(size=100, part_bytes=10)
-    assert sending.next() is None  # the receiver has not said anything yet
+    assert sending.next() == []  # the receiver has not said anything yet
     with pytest.raises(RemoteProtocolError, match="at byte 101, not at 0 to 100"):
         sending.progress(101)
     sending.progress(50)
-    assert sending.next() == (50, 10)
+    assert sending.next(1) == [(50, 10)]
     for offset in (49, 61):
         with pytest.raises(RemoteProtocolError, match=f"at byte {offset}, not at 50 to 60"):
             sending.progress(offset)
+
+
+def test_several_parts_are_acknowledged_at_once() -> None:
+    receiving = Receiving(size=55, offset=10)
+    for offset in (10, 20, 30):
+        receiving.part(offset, 10)
+        assert not receiving.due
+    receiving.part(40, 10)
+    assert receiving.due
+    receiving.acknowledged()
+    assert not receiving.due
+    receiving.part(50, 5)
+    assert receiving.due  # the last one
+
+
+def test_nobody_waits_for_who_waits_for_him() -> None:
+    """Whatever a sender may have ahead, at any moment, leads to an acknowledgement."""
+    for size in range(1, 200):
+        sending, receiving = Sending(size=size, part_bytes=7), Receiving(size=size)
+        sending.progress(0)
+        while not sending.done:
+            parts = sending.next()
+            assert parts
+            for part in parts:
+                receiving.part(*part)
+            if receiving.due:
+                receiving.acknowledged()
+                sending.progress(receiving.offset)
 
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 10), (20, 10), (10, 91), (10, 0), (10, -1)])
@@ -370,7 +401,7 @@ def test_a_full_disk_at_the_buddy_is_said_at_both(tmp_path: Path, monkeypatch: p
         raise OSError(28, os.strerror(28))
 
     async def story() -> None:
-        monkeypatch.setattr(Arrivals, "part", full)
+        monkeypatch.setattr(Arrivals, "write", full)
         async with connected(*pair(tmp_path)) as (upper, lower):
             upper.write(5)
             await until(lambda: upper.faults and lower.faults)
@@ -551,6 +582,25 @@ def test_a_late_thread_does_not_touch_what_comes_after_it(tmp_path: Path, monkey
 
     asyncio.run(story())
     assert not list(tmp_path.glob("*/.incoming*"))
+
+
+def test_who_was_cut_off_does_not_write_any_more(tmp_path: Path) -> None:
+    """A job of the last connection may come to its turn after the offer of the next one."""
+    store = CheckpointStore(tmp_path / "a", stage=0, fingerprint=FINGERPRINT)
+    store.write(snapshot(5), epoch=0, written_s=0)
+    offer = CopyOffer(stage=0, completed_steps=5, manifest=store.manifest(5).rendered())
+    content = (store.path(5) / STATE).read_bytes()
+    there = CheckpointStore(tmp_path / "b", stage=0, fingerprint=FINGERPRINT)
+    arrivals = Arrivals(there, check=lambda _: None, supersede=True, directory=tmp_path / "b")
+    earlier = arrivals.offer(offer)
+    assert arrivals.write(earlier, [content[:100], content[100:150]]) == 150
+    later = arrivals.offer(offer)
+    assert later.offset == 150
+    assert arrivals.write(earlier, [content[150:200]]) is None
+    assert arrivals.settle() is None
+    assert arrivals.write(later, [content[150:]]) == len(content)
+    assert arrivals.settle() == 5
+    there.verify(5)
 
 
 def test_after_a_rewind_the_copy_is_of_the_new_training(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "runs" / "fuzz"
-NAMES = ["frames", "control", "greetings", "tensors", "deltas", "manifests", "checkpoints"]
+NAMES = ["frames", "control", "greetings", "tensors", "deltas", "manifests", "checkpoints", "copies"]
 EXACT_EVERY = 32
 HANG_S = 10
 RESIDENT_MB_MAX = 2048

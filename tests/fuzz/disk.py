@@ -53,7 +53,7 @@ def _store() -> CheckpointStore:
     return CheckpointStore(Path(_scratch().name), stage=1, fingerprint=FINGERPRINT)
 
 
-def _sealed(state: bytes) -> Manifest:
+def sealed(state: bytes) -> Manifest:
     table = {"version": [3, 6, 0, 0], "digest": "00" * 16}
     return seal(
         {
@@ -91,7 +91,7 @@ def manifests(data: bytes) -> Ends:
 @cache
 def _template() -> bytes:
     """A manifest of a file of no bytes, up to the digest of itself."""
-    tree = _sealed(b"").model_dump(mode="json", exclude={"manifest_sha256"})
+    tree = sealed(b"").model_dump(mode="json", exclude={"manifest_sha256"})
     return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -124,7 +124,7 @@ def checkpoints(data: bytes) -> Ends:
 
 def _many_faults() -> bytes:
     """A thing wrong with every few bytes of it."""
-    tree = _sealed(b"").model_dump(mode="json")
+    tree = sealed(b"").model_dump(mode="json")
     tree["dictionaries"] = {f"{nth:x}": 0 for nth in range(1000)}
     return json.dumps(tree).encode()
 
@@ -140,7 +140,7 @@ DISK = [
         name="manifests",
         run=manifests,
         mutate=mutators.manifest,
-        seeds=[_sealed(b"").rendered(), _many_faults()],
+        seeds=[sealed(b"").rendered(), _many_faults()],
         peak_bytes=16 * MANIFEST_BYTES_MAX,  # 64 KiB of text, its tree, and what it is compared with
         input_bytes_max=MANIFEST_BYTES_MAX + 1000,
     ),

@@ -17,6 +17,7 @@ from thinpipe.node.transport import CONNECTIONS_MAX, PASSING, REFUSAL_TIMEOUT_S
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.assembly import MESSAGE_COST_BYTES
 from thinpipe.protocol.control import (
+    BYTES_MAX,
     LISTED_MAX,
     PART_BYTES_MAX,
     STEP_MAX,
@@ -30,7 +31,7 @@ from thinpipe.protocol.control import (
     LastStep,
     Offer,
 )
-from thinpipe.protocol.copies import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
+from thinpipe.protocol.copies import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST, PARTS_TOGETHER
 from thinpipe.protocol.delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
@@ -138,6 +139,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "completed_steps": _COMPLETED,
         "offset": "of the first byte",
         "data": "1 byte or more",
+        "crc32": "see below",
     },
     "CopyWanted": {"stage": _COPY, "completed_steps": _COMPLETED},
     "CopyDeclined": {"stage": _COPY, "completed_steps": _COMPLETED, "reason": "text"},
@@ -147,7 +149,7 @@ FAULTS: dict[Fault, str] = {
     Fault.OVERSIZED: "more bytes, values or characters than the receiver's limit",
     Fault.OUT_OF_ORDER: "a chunk, an acknowledgement, a delta or a version that is not the next one",
     Fault.UNEXPECTED: "a frame, message or dictionary that may not come here or now",
-    Fault.CORRUPT: "a chunk that does not match its checksum",
+    Fault.CORRUPT: "a chunk, or a part of a copy, that does not match its checksum",
     Fault.OVERDRAWN: "a chunk beyond the credit",
     Fault.PROTOCOL_VERSION: "another version of this protocol",
     Fault.RUN_ID: "another run",
@@ -234,9 +236,11 @@ def limits() -> list[Row]:
         ("microbatch, a version's index: below", bits(MICROBATCH_MAX)),
         ("cost of a message beside its data, bytes of credit", str(MESSAGE_COST_BYTES)),
         ("stages or steps in a control frame", str(LISTED_MAX)),
-        ("manifest, or part of a copy, bytes", str(PART_BYTES_MAX)),
+        ("manifest of a copy, bytes", str(BYTES_MAX["manifest"])),
+        ("part of a copy, bytes", str(PART_BYTES_MAX)),
         ("steps that a stage offers, 0 among them", str(OFFERED_MAX)),
         ("epochs that an Offer or Commit may be ahead", bits(EPOCHS_AHEAD_MAX)),
+        ("parts of a copy that are acknowledged at once, at most", str(PARTS_TOGETHER)),
         ("parts of a copy that are not acknowledged: from, to", f"{PARTS_AHEAD_LEAST}, {PARTS_AHEAD_MOST}"),
         ("copies that are declined on one connection", str(DECLINED_MAX)),
         ("control frames that wait for one neighbour", str(QUEUED_MAX)),

@@ -195,6 +195,9 @@ def checksums() -> list[dict[str, Any]]:
     """Spelled out here once more, and not taken from the code."""
     out = []
     for name, chunk in all_frames().items():
+        if isinstance(chunk, CopyPart):
+            covered = struct.pack("<3Q", chunk.stage, chunk.completed_steps, chunk.offset) + chunk.data
+            out.append({"frame": name, "covered": covered.hex(), "crc32": zlib.crc32(covered)})
         if not isinstance(chunk, Chunk):
             continue
         head = chunk.head or Head(kind=0, step=0, microbatch=0)  # type: ignore[arg-type]

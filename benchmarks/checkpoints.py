@@ -5,7 +5,9 @@
 Prints, for each repeat and as a median, tokens/s as a share of those without checkpoints: with one every `--every`
 steps on a disk that all share, and with a disk for each stage, so that each is copied to a neighbour too; then the size
 of a checkpoint, how long its writing took (in the background), and how many were copied. A snapshot of the state is
-taken on the compute thread, so part of the cost is there whatever the disk does.
+taken on the compute thread, so part of the cost is there whatever the disk does. Beside it, CPU seconds a step beyond
+those of the arithmetic and the codec, as a share of all CPU seconds of a step: what other work on the machine changes
+less.
 """
 
 import argparse
@@ -31,9 +33,11 @@ def main() -> None:
     parser.add_argument("--link", default="none")
     given = parser.parse_args()
     shares: dict[str, list[float]] = defaultdict(list)
+    spent: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
         for repeat in range(given.repeats):
             speed: dict[str, float] = {}
+            cpu: dict[str, dict[str, float]] = {}
             for variant in VARIANTS:
                 out = Path(directory) / f"{repeat} {variant}"
                 out.mkdir()
@@ -48,9 +52,11 @@ def main() -> None:
                 )
                 (out / "run.toml").write_text(dump_config(config))
                 run_swarm(out, stages=given.stages, disks=out / "disks" if "copies" in variant else None)
-                speed[variant] = steady(out, given.stages)[0]
+                speed[variant], cpu[variant], _ = steady(out, given.stages)
             for variant in VARIANTS[1:]:
                 shares[variant].append(speed[variant] / speed["none"])
+                more = sum(cpu[variant][name] - cpu["none"][name] for name in ("loop_cpu_s", "other_cpu_s"))
+                spent[variant].append(more / cpu["none"]["cpu_s"])
             told = ", ".join(f"{variant} {speed[variant]:.0f}" for variant in VARIANTS)
             print(f"tokens/s: {told}", flush=True)
         records = [record for stage in range(given.stages) for record in read_records(out / f"stage-{stage}.jsonl")]
@@ -59,6 +65,8 @@ def main() -> None:
     for variant, ratios in shares.items():
         every = ", ".join(f"{ratio:.3f}" for ratio in ratios)
         print(f"{variant}: {statistics.median(ratios):.3f} of the throughput without ({every})")
+        every = ", ".join(f"{100 * share:.1f}" for share in spent[variant])
+        print(f"{variant}: {100 * statistics.median(spent[variant]):.1f} % more CPU time ({every})")
     sizes = [record["bytes"] for record in written]
     seconds = statistics.median(record["seconds"] for record in written)
     print(f"a stage's checkpoint: {min(sizes) / 2**20:.1f} to {max(sizes) / 2**20:.1f} MiB, {seconds:.2f} s to write")

@@ -1,7 +1,8 @@
 """Codebooks that stream: both ends of a boundary hold the same table at every tensor, whatever happens between them.
 
 The rules of the dictionaries have their own tests (`test_dictionary.py`), and so have the formats (`test_rvq.py`) and
-runs that are broken off and restored (`test_checkpoint.py`, `test_faults.py`). Here whole runs code with codebooks.
+runs that are broken off and restored (`test_checkpoint.py`, `test_faults.py`); real processes code with them in
+`test_mapl.py` and `test_recovery.py`. Here whole runs do, in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from thinpipe.compress.boundary import LearnedTable
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.codebooks import CodebookSender
 from thinpipe.node.config import RunConfig
-from thinpipe.node.local import run_local
 from thinpipe.node.packing import Packing
 from thinpipe.node.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
 from thinpipe.protocol.delta import join_deltas, split_deltas
@@ -28,7 +28,7 @@ from thinpipe.protocol.messages import Kind, Message
 from thinpipe.sim.report import read_records
 
 from .conftest import TinyConfig
-from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
+from .in_memory import Cut, Outcome, run_in_memory, run_reference
 
 MAPL = "mapl:r=8,anchors=full,table=1,every=2"
 BOTH = {"codec.forward": "rvq:groups=2,codes=16,delta=random/4", "codec.backward": "rvq:groups=2,codes=8,delta=drift/4"}
@@ -79,12 +79,6 @@ def test_broken_connections_change_no_bit(at: Any, tiny: TinyConfig, tmp_path: P
     disturbed = run_in_memory(config, tmp_path / "swarm", cuts=cuts)
     assert disturbed.connections == {0: 5, 1: 4}
     assert disturbed == run_reference(config, tmp_path / "reference")
-
-
-def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = configure(tiny, 4)
-    run_local(config, tmp_path / "swarm", one_process=False, overwrite=False, trace=False, quiet=True)
-    assert read_outcome(tmp_path / "swarm", 4) == run_reference(config, tmp_path / "reference")
 
 
 def test_an_evaluation_changes_nothing(tiny: TinyConfig, tmp_path: Path) -> None:

@@ -90,9 +90,9 @@ def test_broken_connections_change_no_bit(at: Any, tiny: TinyConfig, tmp_path: P
 
 
 def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = configure(
-        tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"}
-    )
+    """With a codebook that streams in each direction, too."""
+    formats = {"codec.forward": "rvq:groups=2,codes=16,delta=drift/4", "codec.backward": "rvq:groups=2,codes=16"}
+    config = configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 4, **formats})
     run_local(config, tmp_path / "swarm", one_process=False, overwrite=False, trace=False, quiet=True)
     assert read_outcome(tmp_path / "swarm", 4) == run_reference(config, tmp_path / "reference")
 

@@ -6,10 +6,6 @@ Another implementation, written from docs/protocol.md alone, reads them in test_
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from thinpipe.protocol.delta import (
@@ -26,33 +22,15 @@ from thinpipe.protocol.header import decode_header, encode_header
 from thinpipe.protocol.messages import Limits, decode_frame, encode_frame
 
 from .protocol_vectors import rendered, values_of, vectors
-
-VECTORS = Path(__file__).resolve().parent / "vectors"
-
-
-def load(name: str) -> Any:
-    return json.loads((VECTORS / f"{name}.json").read_text())
-
-
-def real(value: Any) -> Any:
-    """From JSON: {"hex": ...} is bytes, {"float64": ...} a float."""
-    if isinstance(value, list):
-        return [real(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    if set(value) == {"hex"}:
-        return bytes.fromhex(value["hex"])
-    if set(value) == {"float64"}:
-        return struct.unpack("<d", bytes.fromhex(value["float64"]))[0]
-    return {key: real(each) for key, each in value.items()}
+from .test_plain_reader import HERE, load, real  # which uses nothing of anybody, so it cannot import them
 
 
 def test_the_vectors_are_what_the_code_makes() -> None:
     """After a change that is meant: `python -m tests.protocol_vectors`."""
     made = vectors()
-    assert {path.name for path in VECTORS.iterdir()} == set(made)
+    assert {path.name for path in (HERE / "vectors").iterdir()} == set(made)
     for name, content in made.items():
-        assert rendered(content) == (VECTORS / name).read_text(), name
+        assert rendered(content) == (HERE / "vectors" / name).read_text(), name
 
 
 def test_frames_are_read() -> None:

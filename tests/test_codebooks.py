@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from thinpipe.compress.boundary import LearnedTable
+from thinpipe.compress.boundary import LearnedTable, Payload
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.codebooks import CodebookSender
 from thinpipe.node.config import RunConfig
@@ -164,6 +164,13 @@ class Pair:
         return down.state_tensors()["shipped"].numpy(), up.state_tensors()["mirror"].numpy()
 
 
+def decoded(port: DownstreamPort | UpstreamPort, message: Message) -> torch.Tensor:
+    """By the end that coded it, with the table that it codes with."""
+    fmt = port.shape.forward if isinstance(port, DownstreamPort) else port.shape.backward
+    payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
+    return fmt.unpack(payload, shape=port.shape.z_shape, dtype=torch.float32)
+
+
 @pytest.fixture
 def pair() -> Pair:
     return Pair()
@@ -176,7 +183,9 @@ def test_both_ends_agree_at_every_tensor(pair: Pair) -> None:
         assert received.table is None  # nothing that the model's half would need
         ours, theirs = pair.books()
         assert np.array_equal(ours, theirs)
-        pair.down.unpack_gradient(pair.gradient(microbatch))
+        assert torch.equal(received.z_BTW, decoded(pair.down, message))  # as who coded it means it
+        gradient = pair.gradient(microbatch)
+        assert torch.equal(pair.down.unpack_gradient(gradient), decoded(pair.up, gradient))
 
 
 def test_a_tensor_of_zeros_comes_first(pair: Pair) -> None:

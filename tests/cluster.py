@@ -134,7 +134,7 @@ class Cluster:
         self._born = 0
         self._streams: dict[Stream, None] = {}
         self._slow: dict[int, float] = {}  # boundary -> bits a second
-        self._wires: dict[tuple[int, bool], asyncio.Lock] = {}  # boundary and direction, while they are slow
+        self._wires: dict[tuple[int, bool], float] = {}  # boundary and direction -> when a slow wire is free
         self._to_damage: dict[tuple[int, bool], list[int]] = {}  # boundary and control -> frames until then
         self._writing: tuple[Process, int] | None = None  # whose store writes, and a checkpoint of which step
         self._flushed = 0
@@ -419,6 +419,8 @@ class Cluster:
     async def _fast_again(self, fault: Slow) -> None:
         await asyncio.sleep(fault.seconds)
         self._slow.pop(fault.boundary, None)
+        for down in (True, False):
+            self._wires.pop((fault.boundary, down), None)
 
     # -- frames -------------------------------------------------------------------------------------------------
 
@@ -433,10 +435,11 @@ class Cluster:
             self._look(stream, frame)
         if sender.stopped:
             await asyncio.sleep(0)  # until it goes on
-        if stream.boundary in self._slow:
-            async with self._wires.setdefault((stream.boundary, down), asyncio.Lock()):
-                if rate := self._slow.get(stream.boundary):
-                    await asyncio.sleep(8 * len(frame) / rate)
+        if rate := self._slow.get(stream.boundary):
+            # A moment and no lock: who is stopped in the middle of a frame keeps the wire from nobody else.
+            wire, now = (stream.boundary, down), self._loop.time()
+            self._wires[wire] = max(now, self._wires.get(wire, now)) + 8 * len(frame) / rate
+            await asyncio.sleep(self._wires[wire] - now)
         self.frames += 1
         self._all_due(lambda at: isinstance(at, Frame) and at.number <= self.frames)
         return self._damaged(stream, frame)

@@ -8,7 +8,7 @@ import pytest
 
 from .cluster import run_cluster
 from .conftest import TinyConfig
-from .faults import Drain, Frame, Kill, draw
+from .faults import Drain, During, Frame, Kill, Pause, Phase, Slow, draw
 from .faults_reference import FRAMES, SETTINGS, STAGES, STEPS, assert_equal
 from .in_memory import Outcome, run_reference
 
@@ -106,3 +106,18 @@ def test_a_drain_survives_the_loss_of_whoever_knew_of_it(
     assert first.happened == faults
     assert len({len(losses) for losses in first.losses}) == 1
     assert_equal(run_cluster(config, tmp_path, [], resume=True), undisturbed)
+
+
+def test_who_sleeps_in_the_middle_of_a_frame_keeps_the_wire_from_nobody(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    """A wire that is slow, a sender that is stopped while a frame of it is under way, and a successor on the same
+    wire, for whom the sleeper waits."""
+    asleep = During(stage=0, step=4, phase=Phase.CHECKPOINT)
+    faults = [
+        Slow(at=Frame(number=221), boundary=1, bits_per_s=12_005.2, seconds=20.0),
+        Pause(at=asleep, stage=1, seconds=2.0, replaced=True),
+    ]
+    ended = run_cluster(tiny(SETTINGS), tmp_path, list(faults), seed=65)
+    assert_equal(ended, undisturbed)
+    assert set(ended.happened) == set(faults)

@@ -341,7 +341,8 @@ def plan(
         "data.sequence_length": sequence_length,
     }
     from .node.config import ConfigError
-    from .node.plan import PLANNED, Pace, planned
+    from .node.pace import Pace
+    from .node.plan import PLANNED, planned
 
     try:
         paced = None if pace is None else Pace.parse(pace)

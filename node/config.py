@@ -169,6 +169,11 @@ class ComputeSection(Section):
     )
     activation_checkpointing: bool = False
     compile: bool = False
+    pace: str | None = Field(
+        default=None,
+        description="compute nothing and take the time of another machine, such as 150m@4x66tflops; needs "
+        "checkpoint.every = 0",
+    )
 
 
 class RunConfig(Section):
@@ -185,13 +190,15 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
 
     @model_validator(mode="after")
-    def _microbatches_divide(self) -> Self:
+    def _sections_agree(self) -> Self:
         batch, parts = self.pipeline.batch_size, self.pipeline.microbatches
         if batch % parts:
             raise ValueError(
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
+        if self.compute.pace and self.checkpoint.every:
+            raise ValueError("compute.pace: a run that computes nothing has no state to keep; set checkpoint.every = 0")
         if self.data.heldout_sequences < self.microbatch_size:
             raise ValueError(
                 f"data.heldout_sequences = {self.data.heldout_sequences} is less than the {self.microbatch_size} "

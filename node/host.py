@@ -37,6 +37,8 @@ from .manifest import Fingerprint
 from .metrics import MetricsWriter, Tracer
 from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
+from .pace import VOCABULARY, Pace
+from .paced import PacedCorpus, PacedStage
 from .stage import Stage
 from .state import StateError
 from .transport import ListenError, check_listen, listening, split_address
@@ -132,9 +134,11 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
     check_device(config)
     check_codec(config)
-    vocab = vocabulary_size(config.data, config.model.vocab_size)
-    architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    architecture = resolve_architecture(config)
     check_codec(config, architecture)
+    if config.compute.pace:
+        paced = PacedStage(config, architecture, stage)
+        return paced, run_digest(config, architecture)
     check_sliceable(architecture)
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
@@ -148,8 +152,23 @@ def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_di
     return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
 
 
+def resolve_architecture(config: RunConfig) -> PretrainedConfig:
+    """The model's, with the vocabulary of its text, which a paced run does not read. Raises what BAD_INPUT names."""
+    settings = config.model
+    if config.compute.pace:
+        pace = Pace.parse(config.compute.pace)
+        if pace.stages != config.pipeline.stages:
+            raise ConfigError(f"compute.pace {config.compute.pace}: pipeline.stages is {config.pipeline.stages}")
+        vocab = settings.vocab_size or VOCABULARY
+    else:
+        vocab = vocabulary_size(config.data, settings.vocab_size)
+    return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
+
+
 def prepare_corpus(config: RunConfig) -> Corpus:
     """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
+    if config.compute.pace:
+        return PacedCorpus(config)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
     corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
     needed = config.evaluation_microbatches * config.microbatch_size

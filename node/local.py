@@ -20,10 +20,9 @@ from ..sim.report import read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError, run_swarm
 from ..sim.trace import draw, merge
-from .config import RunConfig, dump_config
-from .data import vocabulary_size
-from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus
-from .model import partition, resolve_model
+from .config import ConfigError, RunConfig, dump_config
+from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
+from .model import partition
 from .one_process import OneProcess
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
@@ -70,6 +69,8 @@ def run_local(
     started = False
     try:
         width = _check(config)
+        if one_process and config.compute.pace:
+            raise ConfigError("compute.pace: one process has no links to wait for; leave --one-process away")
         _check_room(out, overwrite or resume)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
@@ -121,8 +122,7 @@ def _check(config: RunConfig) -> int:
     check_device(config)
     check_codec(config)
     LinkProfile.parse(config.link.link)
-    vocab = vocabulary_size(config.data, config.model.vocab_size)
-    architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+    architecture = resolve_architecture(config)
     check_codec(config, architecture)
     partition(architecture.num_hidden_layers, config.pipeline.stages)
     return architecture.hidden_size

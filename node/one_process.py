@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..protocol.framing import framed_bytes
-from ..protocol.messages import Chunk, Kind, Message, encode_frame
+from ..protocol.messages import Kind, Message
 from ..protocol.schedule import Backward, Evaluate, Forward, get_schedule, interleave
 from ..sim.shaper import LinkProfile
 from .config import RunConfig
@@ -24,12 +23,12 @@ from .data import vocabulary_size
 from .host import check_codec, check_device, prepare_corpus
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
-from .outgoing import accounted_parts, chunk_bytes_for, framed_rows
+from .outgoing import chunk_bytes_for
 from .ports import Encoded
 from .runtime import draw
+from .sizes import accounted
 from .stage import Stage
 
-TYPICAL_GRANT = 2**30
 Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
 
 
@@ -209,21 +208,3 @@ def _link_record(stage: int, name: str, rows: Counter[str]) -> dict[str, object]
         "sent_bytes": dict(rows),
         "received_bytes": 0,
     }
-
-
-def accounted(message: Message, chunk_bytes: int) -> Counter[str]:
-    """Framed bytes by kind of a message cut into chunks, as `node.link` counts them on the wire."""
-    total: Counter[str] = Counter()
-    for sequence, (head, data, rows) in enumerate(accounted_parts(message, chunk_bytes)):
-        # Numbers are varints; typical ones stand for all.
-        chunk = Chunk(
-            sequence=1000 + sequence,
-            epoch=0,
-            head=head,
-            data=data,
-            next_sequence=1000,
-            granted_bytes=TYPICAL_GRANT,
-            acknowledge=True,
-        )
-        total.update(framed_rows(rows, framed_bytes(len(encode_frame(chunk)))))
-    return total

@@ -4,95 +4,32 @@ Everything that can be known is taken from where it is true: message sizes from 
 nodes use, the order of work from the schedule that they execute (`sim.pipeline` charges it to a virtual clock), the
 multiplications from the model's own shapes. What cannot be known is how fast a machine computes; that is given, as a
 rate that it achieves (`--pace 150m@4x66tflops`) or by a run that was measured (`--from RUN`).
-
-A multiply-add is two operations; a weight matrix takes one for each of its numbers and token forward, twice that
-backward; attention takes 2 T D a token and layer more (its products with keys and values, half of them masked). The
-optimizer, norms and the codec's work are left out of `--pace`, and are in what a run measured.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..compress.bits import packed_bytes
-from ..compress.boundary import BoundaryContext, ByteFormat, CodecError, LearnedTable
-from ..compress.registry import parse_codec
-from ..protocol.delta import DIGEST_BYTES, encode_delta, join_deltas
-from ..protocol.dictionary import Publisher
-from ..protocol.messages import Kind, Message
+from ..compress.boundary import CodecError
 from ..protocol.schedule import get_schedule
-from ..protocol.selection import budget
 from ..sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ..sim.report import read_records
 from ..sim.shaper import LinkError, LinkProfile
 from .config import ConfigError, RunConfig
 from .data import DataError, vocabulary_size
 from .host import check_codec
-from .model import ModelError, partition, resolve_model
-from .model.slices import skeleton
-from .one_process import accounted
-from .outgoing import chunk_bytes_for
-from .ports import BoundaryShape
-from .projector_gradient import gradient_bytes
-from .stage import DTYPES
-from .tables import dictionary_of
+from .model import ModelError, resolve_model
+from .pace import VOCABULARY, Pace
+from .sizes import Sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
-VOCABULARY = 32768  # of a paced model, unless model.vocab_size says otherwise: no text is read for a plan
-_PACE = re.compile(r"(?P<preset>[a-z0-9]+)@(?P<stages>[1-9][0-9]*)x(?P<tflops>[0-9]+(?:\.[0-9]+)?)tflops")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """Stages that achieve `tflops` each on a preset."""
-
-    preset: str
-    stages: int
-    tflops: float
-
-    @classmethod
-    def parse(cls, text: str) -> Pace:
-        """Raises ConfigError."""
-        match = _PACE.fullmatch(text)
-        if match is None or float(match["tflops"]) <= 0:
-            raise ConfigError(f"a pace is PRESET@STAGESxRATEtflops, such as 150m@4x66tflops; got '{text}'")
-        return cls(preset=match["preset"], stages=int(match["stages"]), tflops=float(match["tflops"]))
-
-    def settings(self) -> dict[str, Any]:
-        """Of a run at this pace: a step of 262,144 tokens, unless the user says otherwise."""
-        return {
-            "model.preset": self.preset,
-            "pipeline.stages": self.stages,
-            "pipeline.batch_size": 256,
-            "pipeline.microbatches": 64,
-            "data.sequence_length": 1024,
-        }
-
-
-def times_at(config: RunConfig, architecture: PretrainedConfig, tflops: float) -> list[StageTimes]:
-    """Seconds of each stage at that rate."""
-    cuts = partition(architecture.num_hidden_layers, config.pipeline.stages)
-    causal = skeleton(architecture, DTYPES["float32"])
-    matrices = sum(p.numel() for name, p in causal.named_parameters() if p.ndim == 2 and ".layers." in name)
-    per_layer = matrices / architecture.num_hidden_layers
-    attention = 2 * config.data.sequence_length * architecture.hidden_size
-    head = architecture.vocab_size * architecture.hidden_size
-    tokens = config.microbatch_size * config.data.sequence_length
-    times = []
-    for stage, layers in enumerate(cuts):
-        last = stage == len(cuts) - 1
-        forward = tokens * (len(layers) * (2 * per_layer + attention) + (2 * head if last else 0))
-        times.append(StageTimes(forward_s=forward / (tflops * 1e12), backward_s=2 * forward / (tflops * 1e12)))
-    return times
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
@@ -111,67 +48,6 @@ def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
     return times
 
 
-def boundary_of(config: RunConfig, architecture: PretrainedConfig) -> Boundary:
-    """What crosses each boundary for one microbatch, framed, once the dictionaries have begun; what crosses once in
-    some steps is spread over all messages."""
-    codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
-    context = BoundaryContext(seed=0, boundary=0, width=architecture.hidden_size, vocab_size=architecture.vocab_size)
-    shape = BoundaryShape.of(
-        codec,
-        context,
-        microbatch_size=config.microbatch_size,
-        sequence_length=config.data.sequence_length,
-        microbatches=config.pipeline.microbatches,
-    )
-    link = LinkProfile.parse(config.link.link)
-    chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(link)
-
-    def framed(message: Message) -> int:
-        return sum(accounted(message, chunk_bytes).values())
-
-    def tensor(kind: Kind, fmt: ByteFormat, *tables: LearnedTable | None, token_ids: bytes = b"") -> int:
-        """Framed bytes of a message, but for changes of a table that does not change with each."""
-        known = [table for table in tables if table]
-        named = {table.name: [0, 1000, 1, 0, bytes(DIGEST_BYTES)] for table in known}
-        return framed(
-            Message(
-                kind=kind,
-                step=1000,
-                microbatch=1,
-                codec=fmt.id,
-                codec_header={"shape": list(shape.z_shape), **named},
-                token_ids=token_ids,
-                dictionary=join_deltas(_change(table) for table in known if table.streamed),
-                body=bytes(fmt.body_bytes(shape.z_shape)),
-            )
-        )
-
-    ids = bytes(packed_bytes(shape.token_ids, shape.token_id_bits))
-    table, width = shape.table, shape.wire_width
-    forward = tensor(Kind.ACTIVATION, shape.forward, table, shape.forward.table(width), token_ids=ids)
-    backward = tensor(Kind.GRADIENT, shape.backward, shape.backward.table(width))
-    if table and table.every:
-        messages = table.every * config.pipeline.microbatches
-        forward += round(len(join_deltas([_change(table)])) / messages)
-        if table.gradient:
-            body, header = bytes(gradient_bytes(table)), {"shape": [table.entries, table.width]}
-            backward += round(
-                framed(Message(kind=Kind.PROJECTOR_GRADIENT, step=1000, microbatch=0, codec_header=header, body=body))
-                / messages
-            )
-    return Boundary(forward_bytes=forward, backward_bytes=backward, link=link)
-
-
-def _change(table: LearnedTable) -> bytes:
-    """A change of the table as it usually is: of the second message and later."""
-    spec = dictionary_of(table, DTYPES["float32"])
-    publisher, zeros = Publisher(spec, 0), np.zeros((table.entries, table.width), np.float32)
-    publisher.publish(zeros, step=0, microbatch=0)
-    count = budget(table.policy, table.divisor, table.entries)
-    entries = None if count == table.entries else np.arange(count)
-    return encode_delta(publisher.publish(zeros, step=1, microbatch=0, entries=entries))
-
-
 def plan(
     config: RunConfig,
     architecture: PretrainedConfig,
@@ -180,7 +56,7 @@ def plan(
     rule: Rule = "duplex",
 ) -> tuple[dict[str, Any], Simulation]:
     """The figures, as JSON holds them, and the simulation that they are from."""
-    boundary, stages = boundary_of(config, architecture), config.pipeline.stages
+    boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
     simulated = simulate(
         get_schedule(config.pipeline.schedule),
         times,
@@ -239,7 +115,7 @@ def planned(
     architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
     check_codec(config, architecture)
     if paced:
-        times = times_at(config, architecture, paced.tflops)
+        times = paced.times(config, architecture)
     else:
         assert measured is not None
         times = times_measured(measured, config)

@@ -180,7 +180,7 @@ async def _swarm(config: RunConfig, out: Path, cuts: Mapping[int, Sequence[Cut]]
         for node, writer in zip(nodes, writers, strict=True):
             node.close()
             writer.close()
-    outcome = read_outcome(out, [node.stage for node in nodes])
+    outcome = read_outcome(out, len(nodes) if config.compute.pace else [node.stage for node in nodes])
     outcome.connections = {boundary: task.result() for boundary, task in joins.items()}
     outcome.faults = faults
     return outcome

@@ -11,7 +11,8 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.model import resolve_model
-from thinpipe.node.plan import Pace, boundary_of, times_at
+from thinpipe.node.pace import Pace, times_at
+from thinpipe.node.sizes import Sizes
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -39,7 +40,7 @@ def test_messages_have_the_bytes_that_a_run_sends(codec: dict[str, str], tiny: T
         sent[steps] = sum(nbytes for row, nbytes in outcome.sent_bytes.items() if row != "evaluation")
     config = tiny({"pipeline.stages": 2, **codec})
     architecture = resolve_model(config.model, vocab_size=512, sequence_length=config.data.sequence_length)
-    boundary = boundary_of(config, architecture)
+    boundary = Sizes(config, architecture).boundary()
     planned = 8 * config.pipeline.microbatches * (boundary.forward_bytes + boundary.backward_bytes)
     assert planned == pytest.approx(sent[16] - sent[8], rel=0.02)
 
@@ -118,8 +119,11 @@ def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
 REFUSED: list[tuple[list[str], str]] = [
     ([], "say how fast stages compute: --pace 150m@4x66tflops, or --from a run"),
     (["--pace", "tiny@4x1tflops", "--from", "runs"], "say how fast stages compute"),
-    (["--pace", "tiny@4"], r"a pace is PRESET@STAGESxRATEtflops, such as 150m@4x66tflops; got 'tiny@4'"),
-    (["--pace", "tiny@4x0tflops"], r"a pace is"),
+    (["--pace", "tiny@4"], r"a pace is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, .*; got 'tiny@4'"),
+    (["--pace", "tiny@4x0tflops"], r"a pace has to be above zero"),
+    (["--pace", "tiny@4x5ms+0ms"], r"a pace has to be above zero"),
+    (["--pace", "tiny@4x5min+1ms"], r"a pace is"),
+    (["--pace", "8b@8of4x66tflops"], r"a pace cannot take 8 of 4 stages"),
     (["--pace", "huge@4x1tflops"], r"unknown model.preset 'huge'"),
     (["--pace", "tiny@64x1tflops"], r"64 stages, but the model has 4 layers"),
     (["--pace", "tiny@4x1tflops", "--link", "300"], r"link '300'"),
@@ -139,7 +143,16 @@ def test_what_cannot_be_planned_is_refused(arguments: list[str], expected: str) 
 
 
 def test_a_pace_is_spelled_one_way() -> None:
-    assert Pace.parse("150m@4x66.5tflops") == Pace(preset="150m", stages=4, tflops=66.5)
-    for text in ("", "150m", "150m@4x66", "150m@0x66tflops", "150M@4x66tflops", "150m@4x-1tflops"):
+    assert Pace.parse("150m@4x66.5tflops") == Pace(preset="150m", stages=4, whole=4, tflops=66.5)
+    assert Pace.parse("8b@8of32x66tflops") == Pace(preset="8b", stages=8, whole=32, tflops=66)
+    assert Pace.parse("1b@4x5ms+0.01s") == Pace(preset="1b", stages=4, whole=4, seconds=(0.005, 0.01))
+    for text in ("", "150m", "150m@4x66", "150m@0x66tflops", "150M@4x66tflops", "150m@4x-1tflops", "150m@4x5ms"):
         with pytest.raises(ConfigError, match="a pace is"):
             Pace.parse(text)
+
+
+def test_a_part_of_a_pipeline_has_inner_stages_only() -> None:
+    whole = planned("--pace", "8b@32x66tflops")["stages"]
+    part = planned("--pace", "8b@8of32x66tflops")["stages"]
+    assert [stage["forward_s"] for stage in part] == pytest.approx([whole[1]["forward_s"]] * 8)
+    assert planned("--pace", "8b@8of32x5ms+10ms")["stages"][3]["backward_s"] == 0.01

@@ -14,6 +14,7 @@ counts that 4 and 8 stages divide evenly (`tiny` is stated at V = 4,096):
 | 150m   | 1,024 |      8 |    16 | 2,048 |   149,439,488 |
 | 500m   | 1,536 |     16 |    24 | 3,392 |   499,435,008 |
 | 1b     | 2,048 |     16 |    32 | 6,144 | 1,003,554,816 |
+| 8b     | 4,096 |     32 |    64 | 14,336 | 8,047,038,464 |
 
 Why a refusal and not a warning for dropout and mixtures of experts: dropout draws from a generator whose state depends
 on how the model is cut, and a router's auxiliary loss sums over layers that live on other machines. Either would train,
@@ -56,6 +57,7 @@ PRESETS = {
     "150m": Preset(layers=8, width=1024, ffn_width=2048),
     "500m": Preset(layers=16, width=1536, ffn_width=3392),
     "1b": Preset(layers=16, width=2048, ffn_width=6144),
+    "8b": Preset(layers=32, width=4096, ffn_width=14336),
 }
 
 # What names a mixture of experts in the configurations of transformers; any positive value means that one is there.

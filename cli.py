@@ -313,7 +313,9 @@ def plan(
     forward: Annotated[str | None, typer.Option(help="Byte format of activations. (the codec's)")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
     link: Link = None,
-    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8. (1f1b)")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8; hop=auto finds the depth. (1f1b)")
+    ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; of the run)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; of the run)")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; of the run)")] = None,
@@ -335,7 +337,6 @@ def plan(
         "codec.forward": forward,
         "codec.backward": backward,
         "link.link": link,
-        "pipeline.schedule": schedule,
         "pipeline.microbatches": microbatches,
         "pipeline.batch_size": batch_size,
         "data.sequence_length": sequence_length,
@@ -355,9 +356,12 @@ def plan(
     if measured is not None:
         config = _run_toml(measured, "--from")
     given = {key: value for key, value in options.items() if value is not None}
+    if schedule and not schedule.endswith(":hop=auto"):
+        given["pipeline.schedule"] = schedule
     settings = _configuration(config, {**(paced.settings() if paced else {}), **given}, overrides)
     try:
-        figures, simulated = planned(settings, paced, measured, rule=rule)
+        spec = schedule or settings.pipeline.schedule
+        figures, simulated = planned(settings, paced, measured, schedule=spec, rule=rule)
     except PLANNED as error:
         fail(str(error), 2)
     if as_json:
@@ -373,6 +377,83 @@ def plan(
         from .sim.trace import draw
 
         draw(events(simulated), settings.pipeline.stages, timeline, window_s=figures["step_s"])
+
+
+@app.command()
+def bench(
+    pace: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Stages that take the time of another machine: 150m@4x66tflops, 1b@4x66tflops, 150m@4x5ms+10ms."
+        ),
+    ] = None,
+    free_running: Annotated[
+        list[str] | None, typer.Option(help="Stages that really train, as fast as they can: PRESET@STAGES, as tiny@2.")
+    ] = None,
+    codec: Annotated[
+        str, typer.Option(help="Codecs, each CODEC [FORWARD [BACKWARD]], with commas between them.")
+    ] = "bf16,int8,int4,mapl",
+    link: Annotated[
+        list[str] | None, typer.Option("--link", help="Rate and latency, as 300mbit,25ms. Give it once for each link.")
+    ] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Links of 10, 80, 300 and 1000 Mb/s, 25 ms each.")] = False,
+    schedule: Annotated[
+        str, typer.Option(help="Schedules, with commas between them; hop=auto finds the depth for each link.")
+    ] = "1f1b:hop=auto",
+    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; free-running 8)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; free-running 16)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; free-running 128)")] = None,
+    window: Annotated[float, typer.Option(min=0.5, help="Seconds of each of a cell's three windows, at least.")] = 5.0,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds of a cell; one that needs more is only planned.")
+    ] = 600.0,
+    out: Annotated[Path, typer.Option(help="Directory for the cells, bench.json and bench.png.")] = Path("runs/bench"),
+    overrides: Override = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print bench.json on stdout, and nothing else.")] = False,
+) -> None:
+    """Measure throughput over capped links: a swarm for each codec and link, beside the same without a cap.
+
+    Cells that --out holds already are not run again. Exit code 1 if a cell failed or does not count.
+    """
+    _one_arithmetic_thread()
+    from .node.bench import Grid, run_bench, split_codecs
+    from .node.config import ConfigError, parse_override
+    from .node.plan import PLANNED
+
+    modes = (*(pace or ()), *(free_running or ()))
+    links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
+    if not modes or not links:
+        missing = (
+            "how stages compute: --pace 150m@4x66tflops or --free-running tiny@2"
+            if not modes
+            else "--link 300mbit,25ms or --sweep"
+        )
+        fail(f"say {missing}", 2)
+    options = {
+        "pipeline.microbatches": microbatches,
+        "pipeline.batch_size": batch_size,
+        "data.sequence_length": sequence_length,
+    }
+    try:
+        settings = {key: value for key, value in options.items() if value is not None}
+        settings |= dict(map(parse_override, overrides or []))
+        grid = Grid(
+            modes=modes,
+            codecs=tuple(split_codecs(codec)),
+            links=links,
+            schedules=tuple(schedule.split(",")),
+            settings=settings,
+            window_s=window,
+            limit_s=limit,
+        )
+        with _run_errors(out):
+            found = run_bench(grid, out, quiet=as_json)
+    except (ConfigError, *PLANNED) as error:
+        fail(str(error), 2)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    if any(cell["state"] in ("failed", "refused") for cell in found["cells"]):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..compress.boundary import CodecError
-from ..protocol.schedule import get_schedule
+from ..protocol.schedule import HOP_MAX, get_schedule
 from ..sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ..sim.report import read_records
 from ..sim.shaper import LinkError, LinkProfile
@@ -29,6 +29,9 @@ from .sizes import Sizes
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+AUTO = ":hop=auto"
+HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, HOP_MAX)
+AUTO_WITHIN = 1.003
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
 
@@ -89,6 +92,7 @@ def plan(
                 "backward_s": each.backward_s,
                 "compute_share": simulated.compute_share[stage],
                 "microbatches_in_flight": simulated.peak_in_flight[stage],
+                "activation_bytes_in_flight": simulated.peak_in_flight[stage] * _saved_bytes(config, architecture),
             }
             for stage, each in enumerate(times)
         ],
@@ -105,10 +109,40 @@ def plan(
     }, simulated
 
 
+def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
+    """About what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and without
+    activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
+    less the attention scores)."""
+    layers = -(-architecture.num_hidden_layers // config.pipeline.stages)
+    return 34 * config.microbatch_size * config.data.sequence_length * architecture.hidden_size * layers
+
+
+def resolved_schedule(
+    spec: str, config: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes], *, rule: Rule = "duplex"
+) -> str:
+    """`spec`, with `hop=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more costs
+    memory, and where a link is the bottleneck time too. Raises ScheduleError for a schedule without a hop."""
+    name, auto, _ = spec.partition(AUTO)
+    if not auto:
+        return spec
+    found: list[tuple[str, float]] = []
+    for hop in HOPS:
+        schedule = f"{name}:hop={hop:g}" if hop else name
+        figures, _ = plan(_with_schedule(config, schedule), architecture, times, rule=rule)
+        found.append((schedule, figures["step_s"]))
+    least = min(step_s for _, step_s in found)
+    return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
+
+
+def _with_schedule(config: RunConfig, schedule: str) -> RunConfig:
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"schedule": schedule})})
+
+
 def planned(
-    config: RunConfig, paced: Pace | None, measured: Path | None, *, rule: Rule
+    config: RunConfig, paced: Pace | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
-    """`plan`, at a pace or with the times of a run on record. Raises what PLANNED names."""
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `hop=auto`. Raises what
+    PLANNED names."""
     given = config.model.vocab_size
     vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
     length = config.data.sequence_length
@@ -119,6 +153,7 @@ def planned(
     else:
         assert measured is not None
         times = times_measured(measured, config)
+    config = _with_schedule(config, resolved_schedule(schedule, config, architecture, times, rule=rule))
     return plan(config, architecture, times, rule=rule)
 
 

@@ -1,0 +1,109 @@
+"""What a benchmark's cells look like: a table for a terminal, a picture of throughput against the links' rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+COLUMNS = ("codec", "link", "schedule", "tokens/s", "of uncapped", "to plan", "busy", "B/token", "waits", "state")
+
+
+def bench_table(found: dict[str, Any]) -> Table:
+    """All cells, in the order in which they were given; `bench_problems` says why some do not count."""
+    table = Table(
+        title=found["title"],
+        caption="of uncapped: the same codec and schedule over instant links (* simulated); to plan: against the "
+        "simulation; busy: the busiest wire, and that as a share of what the schedule allows; waits: of all stages",
+    )
+    for column in COLUMNS:
+        left = column in ("codec", "link", "schedule", "state")
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
+    for cell in found["cells"]:
+        table.add_row(*_row(cell))
+    return table
+
+
+def bench_problems(found: dict[str, Any]) -> list[str]:
+    """A line for each cell that does not count."""
+    return [
+        f"{cell['codec']} over {cell['link']}, {cell['of']}: {cell['state']}: {'; '.join(cell['problems'])}"
+        for cell in found["cells"]
+        if cell["problems"]
+    ]
+
+
+def _row(cell: dict[str, Any]) -> list[str]:
+    name = [cell["codec"], cell["link"], cell["schedule"]]
+    figures, planned = cell.get("measured"), cell.get("planned")
+    if not figures:
+        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *"-----", cell["state"]]
+    share, mark = cell.get("share_of_uncapped"), "" if cell.get("uncapped_from") == "measured" else "*"
+    used = figures["utilisation"]
+    waits = [stage["wait_s"] for stage in figures["stages"]]
+    return [
+        *name,
+        f"{figures['tokens_per_s']:,.0f}",
+        "-" if share is None else f"{share:.3f}{mark}",
+        "-" if cell.get("against_plan") is None else f"{cell['against_plan']:+.1%}",
+        "-" if used is None else f"{used:.0%}{_of_schedule(cell)}",
+        f"{figures['bytes_per_token']:.1f}",
+        f"{min(waits):.0%}-{max(waits):.0%}",
+        cell["state"],
+    ]
+
+
+def _of_schedule(cell: dict[str, Any]) -> str:
+    share = cell.get("utilisation_of_schedule")
+    return "" if share is None else f" ({share:.2f})"
+
+
+def draw_bench(path: Path, found: dict[str, Any]) -> None:
+    """Throughput against rate, a line a codec, with the limit that compute sets. Cells that do not count are hollow,
+    and those that were only planned are crosses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.5, 5.2))
+    cells = [cell for cell in found["cells"] if cell["rate_bits_per_s"]]
+    names = list(dict.fromkeys((cell["of"], cell["codec"], cell["asked"]) for cell in cells))
+    for index, name in enumerate(names):
+        color = f"C{index % 10}"
+        own = sorted(
+            (cell for cell in cells if (cell["of"], cell["codec"], cell["asked"]) == name),
+            key=lambda cell: cell["rate_bits_per_s"],
+        )
+        shown = [
+            (cell["rate_bits_per_s"] / 1e6, height, cell["state"])
+            for cell in own
+            if (height := _height(cell)) is not None
+        ]
+        label = f"{name[1]}, {name[2]}, {name[0]}"
+        axes.plot([x for x, _, _ in shown], [y for _, y, _ in shown], color=color, linewidth=1, label=label)
+        for x, y, state in shown:
+            marker = {"ok": "o", "planned": "x"}.get(state, "o")
+            face = color if state == "ok" else "white"
+            axes.plot([x], [y], marker, color=color, markerfacecolor=face, markersize=6)
+    limit = max((cell["planned"]["uncapped_tokens_per_s"] for cell in found["cells"] if cell.get("planned")), default=0)
+    if limit:
+        axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="compute limit")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("rate of each link, each way, Mb/s")
+    axes.set_ylabel("tokens/s")
+    axes.set_title(found["title"], fontsize=10)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.text(0.01, 0.01, "o measured   hollow: does not count (see the table)   x planned, not run", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _height(cell: dict[str, Any]) -> float | None:
+    if figures := cell.get("measured"):
+        return figures["tokens_per_s"]
+    return cell["planned"]["tokens_per_s"] if cell.get("planned") else None

@@ -420,15 +420,11 @@ def bench(
     from .node.config import ConfigError, parse_override
     from .node.plan import PLANNED
 
-    modes = (*(pace or ()), *(free_running or ()))
     links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
-    if not modes or not links:
-        missing = (
-            "how stages compute: --pace 150m@4x66tflops or --free-running tiny@2"
-            if not modes
-            else "--link 300mbit,25ms or --sweep"
-        )
-        fail(f"say {missing}", 2)
+    if not (pace or free_running):
+        fail("say how stages compute: --pace 150m@4x66tflops or --free-running tiny@2", 2)
+    if not links:
+        fail("say over which links: --link 300mbit,25ms or --sweep", 2)
     options = {
         "pipeline.microbatches": microbatches,
         "pipeline.batch_size": batch_size,
@@ -438,7 +434,8 @@ def bench(
         settings = {key: value for key, value in options.items() if value is not None}
         settings |= dict(map(parse_override, overrides or []))
         grid = Grid(
-            modes=modes,
+            paces=tuple(pace or ()),
+            free_running=tuple(free_running or ()),
             codecs=tuple(split_codecs(codec)),
             links=links,
             schedules=tuple(schedule.split(",")),

@@ -37,9 +37,11 @@ UNCAPPED = "none"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """What is to be measured. codecs: CODEC [FORWARD [BACKWARD]] each. settings: of all cells alike."""
+    """What is to be measured. paces: see `Pace`. free_running: PRESET@STAGES. codecs: CODEC [FORWARD [BACKWARD]] each.
+    settings: of all cells alike."""
 
-    modes: tuple[str, ...]  # a pace, or free-running as PRESET@STAGES
+    paces: tuple[str, ...] = ()
+    free_running: tuple[str, ...] = ()
     codecs: tuple[str, ...]
     links: tuple[str, ...]
     schedules: tuple[str, ...]
@@ -50,11 +52,12 @@ class Grid:
     def cells(self) -> Iterator[Planned]:
         """The uncapped cell of each codec and schedule before those with links, which are compared with it. Raises
         ConfigError."""
-        for mode in self.modes:
+        modes = [(pace, True) for pace in self.paces] + [(mode, False) for mode in self.free_running]
+        for mode, paced in modes:
             for codec in self.codecs:
                 for schedule in self.schedules:
                     for link in (UNCAPPED, *(link for link in self.links if link != UNCAPPED)):
-                        yield Planned.of(self, mode, codec, schedule, link)
+                        yield Planned.of(self, mode, codec, schedule, link, paced=paced)
 
 
 def split_codecs(text: str) -> list[str]:
@@ -82,8 +85,7 @@ class Planned:
     name: str
 
     @classmethod
-    def of(cls, grid: Grid, mode: str, codec: str, schedule: str, link: str) -> Planned:
-        paced = "x" in mode.partition("@")[2]
+    def of(cls, grid: Grid, mode: str, codec: str, schedule: str, link: str, *, paced: bool) -> Planned:
         name, *formats = codec.split()
         if len(formats) > 2:
             raise ConfigError(f"--codec: '{codec}' is not CODEC [FORWARD [BACKWARD]]")
@@ -123,10 +125,9 @@ class Bench:
 
     def __init__(self, grid: Grid, out: Path, *, report: Callable[[str], None]) -> None:
         self._grid, self._out, self._report = grid, out, report
-        self._times: dict[
-            tuple[str, str], list[StageTimes]
-        ] = {}  # of free-running cells, as the uncapped one took them
-        self.found: dict[str, Any] = {"title": f"thinpipe bench: {', '.join(grid.modes)}", "cells": []}
+        self._times: dict[tuple[str, str], list[StageTimes]] = {}  # of free-running stages, over instant links
+        title = f"thinpipe bench: {', '.join((*grid.paces, *grid.free_running))}"
+        self.found: dict[str, Any] = {"title": title, "cells": []}
 
     def run(self) -> dict[str, Any]:
         """All cells. Whatever ends it, `bench.json` and `bench.png` hold what was done. Raises LocalRunError, and

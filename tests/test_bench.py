@@ -1,0 +1,176 @@
+"""`thinpipe bench`: windows and verdicts from records, cells that fail, are too long or were measured before."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from thinpipe.cli import app
+from thinpipe.node.bench import Grid, split_codecs
+from thinpipe.sim.bench import WARM_UP_STEPS, WINDOWS, Cell, measure
+from thinpipe.sim.bench_report import bench_table
+from typer.testing import CliRunner
+
+TOKENS, STEP_S, RATE = 1000, 2.0, 8e6
+
+
+def record(
+    directory: Path, *, seconds: list[float], late_s: float = 0.0, cpu_s: float = 0.1, measured: float = RATE
+) -> Cell:
+    """Records of two stages whose steps took so long; each sends 1,000 bytes of tensors a step, and the probe."""
+    for stage, direction in enumerate(("forward", "backward")):
+        now, lines = 100.0, []
+        for step, took in enumerate(seconds):
+            now += took
+            sent = {"boundary 0-1": {"activation": 1000 * (step + 1), "probe": 5000, "evaluation": 7 * step}}
+            lines.append(
+                {
+                    "event": "step",
+                    "step": step,
+                    "time_s": now,
+                    "tokens": TOKENS,
+                    "compute_s": 1.0,
+                    "codec_s": 0.1,
+                    "wait_s": 0.5,
+                    "cpu_s": cpu_s,
+                    "sent_bytes": sent,
+                    "codec": {"paced_s": 1.0, "late_s": late_s if stage else 0.0},
+                }
+            )
+        link = {
+            "boundary": 0,
+            "direction": direction,
+            "configured_bits_per_s": RATE,
+            "measured_bits_per_s": measured if stage else RATE,
+        }
+        lines.append({"event": "end", "links": [link], "peak_rss_bytes": 1})
+        (directory / f"stage-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return Cell(name="cell", stages=2, window_steps=(len(seconds) - WARM_UP_STEPS) // WINDOWS, paced=True)
+
+
+def test_windows_leave_the_warm_up_out(tmp_path: Path) -> None:
+    figures = measure(tmp_path, record(tmp_path, seconds=[60.0] + [STEP_S] * 6))
+    assert figures["tokens_per_s"] == pytest.approx(TOKENS / STEP_S)
+    assert figures["windows"] == pytest.approx([TOKENS / STEP_S] * 3)
+    assert figures["spread"] == pytest.approx(0)
+    assert figures["bytes_per_token"] == pytest.approx(2 * 1000 / TOKENS)  # both stages; no probe, no evaluation
+    assert figures["utilisation"] == pytest.approx(1000 * 8 / STEP_S / RATE)
+    assert figures["stages"][0]["wait_s"] == pytest.approx(0.5 / STEP_S)
+    assert figures["problems"] == []
+
+
+PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
+    "unsteady": ({"seconds": [1, 2, 2, 2, 2, 2.1, 2.1]}, "no steady state: windows differ by 4.8%"),
+    "late": ({"late_s": 0.05}, "did not keep the pace: compute took 5.0% longer than told"),
+    "busy": ({"cpu_s": 100.0}, "did not keep the pace: .* of its cores were busy"),
+    "slow link": ({"measured": 0.85 * RATE}, r"boundary 0-1 backward: the link delivered 6.8 Mb/s, set to 8.0"),
+    "no cap": ({"measured": 1.2 * RATE}, r"boundary 0-1 backward: the link delivered 9.6 Mb/s, set to 8.0"),
+}
+
+
+@pytest.mark.parametrize("fault", PROBLEMS)
+def test_a_cell_that_does_not_count_says_why(fault: str, tmp_path: Path) -> None:
+    made, expected = PROBLEMS[fault]
+    cell = record(tmp_path, **{"seconds": [STEP_S] * 7, **made})
+    (problem,) = measure(tmp_path, cell)["problems"]
+    assert re.search(expected, problem), problem
+
+
+def test_a_run_that_broke_off_is_not_measured(tmp_path: Path) -> None:
+    cell = record(tmp_path, seconds=[STEP_S] * 7)
+    file = tmp_path / "stage-1.jsonl"
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[1:]))
+    with pytest.raises(ValueError, match="has not all of its 7 steps on record"):
+        measure(tmp_path, cell)
+
+
+def test_codecs_are_told_apart_at_commas() -> None:
+    text = "bf16,mapl:r=32,anchors=full int4 int3,int8,mapl rvq:groups=4,delta=drift/16 rvq"
+    assert split_codecs(text) == [
+        "bf16",
+        "mapl:r=32,anchors=full int4 int3",
+        "int8",
+        "mapl rvq:groups=4,delta=drift/16 rvq",
+    ]
+
+
+def test_every_codec_has_its_uncapped_cell_first() -> None:
+    grid = Grid(
+        paces=("tiny@2x1ms+1ms",), codecs=("bf16", "int8"), links=("1mbit", "none"), schedules=("1f1b",), settings={}
+    )
+    assert [(cell.codec, str(cell.link)) for cell in grid.cells()] == [
+        ("bf16", "none"),
+        ("bf16", "1mbit"),
+        ("int8", "none"),
+        ("int8", "1mbit"),
+    ]
+
+
+SMALL = ("--microbatches", "4", "--batch-size", "8", "--sequence-length", "64", "--window", "0.5")
+
+
+def bench(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    result = CliRunner().invoke(app, ["bench", "--json", "--out", str(out), *SMALL, *arguments])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path) -> None:
+    """A real swarm of two processes, at a pace that this machine surely keeps."""
+    arguments = ("--pace", "tiny@2x10ms+20ms", "--codec", "bf16", "--link", "20mbit,5ms", "--link", "1kbit")
+    _, found, _ = bench(tmp_path, *arguments, "--limit", "60")
+    uncapped, capped, long = found["cells"]
+    assert uncapped["measured"]["tokens_per_s"] < 8 * 64 / (4 * 0.03)  # what compute allows
+    assert capped["schedule"].startswith("1f1b")
+    assert 0.3 < capped["share_of_uncapped"] < 1.2  # a busy machine may do anything to it, within reason
+    assert capped["planned"]["tokens_per_s"] > 0
+    assert capped["measured"]["utilisation"] > 0.2
+    assert (long["state"], "measured" in long) == ("planned", False)
+    assert "--limit is 60" in long["problems"][0]
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "bench.json").read_text()) == found
+    _, again, told = bench(tmp_path, *arguments, "--limit", "60")
+    assert told.count("measured before") == 2
+    assert again["cells"][0]["measured"] == uncapped["measured"]
+    console = Console(width=100, record=True, file=None)
+    console.print(bench_table(found))
+    assert "planned" in console.export_text()
+
+
+def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """One stage is told to keep less than a message in memory, which no node accepts."""
+    arguments = ("--pace", "tiny@2x1ms+1ms", "--codec", "bf16", "--link", "20mbit", "--set", "compute.device=cuda")
+    code, found, _ = bench(tmp_path, *arguments)
+    assert code == 1
+    assert [cell["state"] for cell in found["cells"]] == ["failed", "failed"]
+    assert "cuda" in found["cells"][0]["problems"][0]
+
+
+REFUSED: list[tuple[list[str], str]] = [
+    (["--link", "80mbit"], "say how stages compute"),
+    (["--pace", "tiny@2x1tflops"], "say over which links: --link 300mbit,25ms or --sweep"),
+    (["--pace", "tiny@2", "--link", "80mbit"], "a pace is PRESET@STAGES"),
+    (["--free-running", "tiny", "--link", "80mbit"], r"--free-running: 'tiny' is not PRESET@STAGES"),
+    (["--pace", "tiny@2x1tflops", "--link", "0mbit"], "link rate 0"),
+    (["--pace", "tiny@2x1tflops", "--link", "80mbps"], "unknown unit 'mbps'"),
+    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--codec", "int9"], "int9"),
+    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--codec", "bf16 int8 int8 int8"], "is not CODEC"),
+    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--schedule", "2f2b"], "unknown schedule '2f2b'"),
+    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--microbatches", "7"], "does not divide"),
+    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--set", "optim.moun_lr=1"], "unknown setting 'optim.moun_lr'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "expected"), REFUSED)
+def test_what_cannot_be_measured_is_refused_before_anything_runs(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "bench"
+    result = CliRunner().invoke(app, ["bench", "--out", str(out), *arguments])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert re.search(expected, line), line
+    assert not out.exists()

@@ -127,7 +127,10 @@ def up(
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients, the same. (the codec's)")] = None,
     link: Link = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
-    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8 for slow links. (1f1b)")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8 for slow links; hop=auto times a microbatch first. (1f1b)"),
+    ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (128)")] = None,
@@ -173,7 +176,11 @@ def up(
         "run.seed": seed,
         "checkpoint.every": checkpoint_every,
     }
+    auto = schedule if schedule and schedule.endswith(":hop=auto") else None
+    if auto:
+        options["pipeline.schedule"] = auto.removesuffix(":hop=auto")
     if resume is not None:
+        auto = None  # the run's own
         config, out, options = _resumed(resume, one_process), resume, {"checkpoint.every": checkpoint_every}
     settings = _configuration(config, options, overrides)
     from .node.local import run_local
@@ -188,6 +195,7 @@ def up(
             quiet=as_json,
             resume=resume is not None,
             restarts=restarts,
+            schedule=auto,
         )
     if as_json:
         print(json.dumps(summary, indent=2))

@@ -24,6 +24,7 @@ from .config import ConfigError, RunConfig, dump_config
 from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
 from .model import partition
 from .one_process import OneProcess
+from .plan import with_depth
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png")
@@ -59,10 +60,12 @@ def run_local(
     quiet: bool = False,
     resume: bool = False,
     restarts: int = 0,
+    schedule: str | None = None,
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
-    resume: go on with the run that is in `out`. restarts: how many lost stages are replaced.
+    resume: go on with the run that is in `out`. restarts: how many lost stages are replaced. schedule: one with
+    hop=auto, whose depth is found before the first step, for the whole run; run.toml has it.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -74,6 +77,10 @@ def run_local(
         _check_room(out, overwrite or resume)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
+        if schedule:
+            with console.status("timing a microbatch"):
+                config = with_depth(config, schedule)
+            console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False)
         started = True
         if not resume:
             clear(out)

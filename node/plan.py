@@ -8,6 +8,7 @@ rate that it achieves (`--pace 150m@4x66tflops`) or by a run that was measured (
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,11 @@ from ..sim.report import read_records
 from ..sim.shaper import LinkError, LinkProfile
 from .config import ConfigError, RunConfig
 from .data import DataError, vocabulary_size
-from .host import check_codec
+from .host import check_codec, resolve_architecture
 from .model import ModelError, resolve_model
 from .pace import VOCABULARY, Pace
 from .sizes import Sizes
+from .stage import Stage
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -109,6 +111,27 @@ def plan(
     }, simulated
 
 
+def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
+    """Seconds of a first stage on this machine, which has nothing else to do, taken for all of them: one microbatch
+    forward and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
+    these times is more than it needs."""
+    if config.compute.pace:
+        return Pace.parse(config.compute.pace).times(config, architecture)
+    import torch
+
+    stage = Stage(config, architecture, 0)
+    ids_BS = np.zeros((config.microbatch_size, config.data.sequence_length + 1), np.int32)
+    took: list[float] = []
+    for microbatch in range(2):
+        began = time.perf_counter()
+        out = stage.forward(0, microbatch, ids_BS, None)
+        took.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        stage.backward(microbatch, None if out is None else torch.zeros_like(out.z_BTW), 0.0 if out else None)
+        took.append(time.perf_counter() - began)
+    return [StageTimes(forward_s=took[2], backward_s=took[3])] * config.pipeline.stages
+
+
 def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
     """About what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
@@ -132,6 +155,13 @@ def resolved_schedule(
         found.append((schedule, figures["step_s"]))
     least = min(step_s for _, step_s in found)
     return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
+
+
+def with_depth(config: RunConfig, spec: str) -> RunConfig:
+    """The run with the depth that `spec`, which says hop=auto, needs on this machine. Raises what PLANNED names."""
+    architecture = resolve_architecture(config)
+    times = times_calibrated(config, architecture)
+    return _with_schedule(config, resolved_schedule(spec, config, architecture, times))
 
 
 def _with_schedule(config: RunConfig, schedule: str) -> RunConfig:

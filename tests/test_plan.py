@@ -12,6 +12,7 @@ from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.model import resolve_model
 from thinpipe.node.pace import Pace, times_at
+from thinpipe.node.plan import with_depth
 from thinpipe.node.sizes import Sizes
 from typer.testing import CliRunner
 
@@ -156,3 +157,22 @@ def test_a_part_of_a_pipeline_has_inner_stages_only() -> None:
     part = planned("--pace", "8b@8of32x66tflops")["stages"]
     assert [stage["forward_s"] for stage in part] == pytest.approx([whole[1]["forward_s"]] * 8)
     assert planned("--pace", "8b@8of32x5ms+10ms")["stages"][3]["backward_s"] == 0.01
+
+
+def test_the_depth_is_found_by_simulation() -> None:
+    """Deep where links take long, plain where they do not; never deeper than helps."""
+    pace = ("--pace", "150m@4x66tflops", "--codec", "mapl", "--batch-size", "512", "--sequence-length", "2048")
+    auto = ("--schedule", "1f1b:hop=auto")
+    assert planned(*pace, *auto)["schedule"] == "1f1b"
+    found = planned(*pace, *auto, "--link", "80mbit,25ms")
+    deepest = planned(*pace, "--schedule", "1f1b:hop=6", "--link", "80mbit,25ms")
+    assert found["schedule"].startswith("1f1b:hop=")
+    assert found["step_s"] <= 1.003 * deepest["step_s"]
+    in_flight = [sum(stage["microbatches_in_flight"] for stage in each["stages"]) for each in (found, deepest)]
+    assert in_flight[0] < in_flight[1]
+
+
+def test_a_run_finds_its_depth_before_the_first_step(tiny: TinyConfig) -> None:
+    config = tiny({"pipeline.stages": 2, "link.link": "100mbit,200ms"})
+    assert with_depth(config, "1f1b:hop=auto").pipeline.schedule.startswith("1f1b:hop=")
+    assert with_depth(tiny({"pipeline.stages": 2}), "1f1b:hop=auto").pipeline.schedule == "1f1b"

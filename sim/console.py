@@ -184,6 +184,29 @@ def _links_table(summary: dict[str, Any]) -> Table:
     return links
 
 
+def probe_table(figures: dict[str, Any]) -> Table:
+    """What `thinpipe probe` found, for people."""
+    trip = figures["round_trip"]
+    table = Table(
+        title=f"the path to {figures['address']}, link {figures['link']}",
+        caption=f"rates of the steady part of {figures['seconds']:g} s; {trip['count']} round trips",
+    )
+    for column in ("", "configured", "measured", "off"):
+        table.add_column(column, justify="right")
+
+    def off(configured: float | None, measured: float | None) -> str:
+        return f"{measured / configured - 1:+.1%}" if configured and measured is not None else "-"
+
+    for name, said in (("up", "up, from here"), ("down", "down, to here")):
+        rates = [figures[name][f"{which}_bits_per_s"] for which in ("configured", "measured")]
+        table.add_row(said, *map(_bits_per_s, rates), off(*rates))
+    for name, said in (("median_s", "round trip, median"), ("least_s", "least")):
+        configured = trip["configured_s"]
+        cells = ["-" if value is None else f"{value * 1000:.2f} ms" for value in (configured, trip[name])]
+        table.add_row(said, *cells, off(configured, trip[name]))
+    return table
+
+
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
     whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")

@@ -166,17 +166,21 @@ def _codebooks_table(summary: dict[str, Any]) -> Table:
 
 
 def _links_table(summary: dict[str, Any]) -> Table:
-    links = Table(title="links", caption="measured while the sender's queue was not empty (50 ms of traffic and more)")
-    for column in ("boundary", "direction", "configured", "measured", "utilisation", "bytes"):
+    links = Table(
+        title="links",
+        caption="at start: ballast alone; measured: while the queue was not empty (50 ms of traffic and more)",
+    )
+    for column in ("boundary", "configured", "at start", "measured", "used", "bytes"):
         links.add_column(column, justify="right")
+    at_start = {(check["boundary"], check["direction"]): check for check in summary["link_check"]}
     for entry in summary["boundaries"]:
         for direction in ("forward", "backward"):
-            way = entry[direction]
+            way, check = entry[direction], at_start.get((entry["boundary"], direction))
             used = way["utilisation"]
             links.add_row(
-                f"{entry['boundary']}-{entry['boundary'] + 1}",
-                direction,
+                f"{entry['boundary']}-{entry['boundary'] + 1} {direction}",
                 _bits_per_s(way["configured_bits_per_s"]),
+                _bits_per_s(check and check["measured_bits_per_s"]) + (" (!)" if check and check["warning"] else ""),
                 _bits_per_s(way["measured_bits_per_s"]),
                 "-" if used is None else f"{used:.1%}",
                 f"{sum(way['sent_bytes'].values()) / 1e6:.2f} MB",

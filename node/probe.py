@@ -28,6 +28,7 @@ from .reach import ProbeError
 from .transport import ListenError, check_listen, probe_door, serving, split_address
 
 SECONDS_LEAST = 0.2
+DEADLINE_S = 10.0  # for the other side to be there, at each of the steps there
 
 
 def probe(address: str, link: str, seconds: float) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def probe(address: str, link: str, seconds: float) -> dict[str, Any]:
         raise ProbeError(str(error), 2) from None
     if not (math.isfinite(seconds) and SECONDS_LEAST <= seconds <= SECONDS_MAX):
         raise ProbeError(f"--seconds {seconds:g} is not between {SECONDS_LEAST:g} and {SECONDS_MAX:g}", 2)
-    return figures(address, asyncio.run(ask(address, profile, seconds)))
+    return figures(address, asyncio.run(ask(address, profile, seconds, deadline_s=DEADLINE_S)))
 
 
 def figures(address: str, found: Findings) -> dict[str, Any]:

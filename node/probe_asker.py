@@ -84,7 +84,9 @@ def _broken(address: str, error: grpc.aio.AioRpcError) -> ProbeError:
 async def _stream(address: str, deadline_s: float) -> AsyncIterator[tuple[Read, Write]]:
     """A stream of the method Probe. Raises ProbeError for a link to nowhere, and says which nowhere."""
     target = await reachable(address, deadline_s)
-    async with grpc.aio.insecure_channel(target, options=channel_options(FRAME_BYTES_MAX)) as channel:
+    # Nothing is tried again here, and a connection attempt may take as long as gRPC allows: a path can be slow.
+    options = [option for option in channel_options(FRAME_BYTES_MAX) if "backoff" not in option[0]]
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
         await within(deadline_s, until_ready(address, channel), f"{address} takes connections and says nothing")
         call = channel.stream_stream(PROBE_METHOD)()
         receive, send = uncancelled(call.read), uncancelled(call.write)

@@ -14,7 +14,7 @@ import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
@@ -22,9 +22,11 @@ import grpc.aio
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
 from ..protocol.probing import NotNow
-from .control import Control
 from .link import EpochOver, Link, Write
 from .probe_service import ProbeService
+
+if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe` has no use for
+    from .control import Control
 
 SERVICE = "thinpipe.v1.Stage"
 METHOD, CONTROL_METHOD, PROBE_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control", f"/{SERVICE}/Probe"

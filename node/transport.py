@@ -171,10 +171,11 @@ class _Doors:
         self._greeting_timeout_s, self._report = greeting_timeout_s, report
 
     def busy(self) -> bool:
-        """Whether a neighbour has come, so that the wire is the run's."""
+        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
+        was none.)"""
         link = self._current()
         met = self._control is not None and any(event.is_set() for event in self._control.met.values())
-        return met or (link is not None and link.opened.is_set())
+        return met or (link is not None and link.serving.locked())
 
     async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
         receive, write = uncancelled(context.read), uncancelled(context.write)

@@ -19,11 +19,12 @@ import grpc
 import grpc.aio
 import pytest
 from thinpipe.cli import app
+from thinpipe.node.dialling import dial
 from thinpipe.node.probe import figures
 from thinpipe.node.probe_asker import ask
 from thinpipe.node.probe_service import ProbeService
 from thinpipe.node.reach import ProbeError
-from thinpipe.node.transport import PROBE_METHOD, probe_door, serving
+from thinpipe.node.transport import PROBE_METHOD, listening, probe_door, serving
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Refusal, encode_frame
 from thinpipe.protocol.probing import (
@@ -46,6 +47,8 @@ from thinpipe.protocol.probing import (
 )
 from thinpipe.sim.shaper import LinkProfile
 from typer.testing import CliRunner
+
+from .test_transport import complain, make_link
 
 WISH = Terms(milliseconds=200)
 HUGE = Terms(
@@ -200,6 +203,24 @@ def test_a_node_in_a_run_answers_round_trips_only() -> None:
     assert found["round_trip"]["median_s"] > 0
     assert (found["up"]["measured_bits_per_s"], found["down"]["measured_bits_per_s"]) == (None, None)
     assert found["warnings"] == ["there:1 is in a run, so rates are not measured: its wire is not to be filled"]
+
+
+def test_a_listener_is_in_a_run_from_its_neighbours_first_word_on() -> None:
+    async def story() -> list[bool]:
+        upper, lower = make_link(0, 1, "none"), make_link(1, 0, "none")
+        asked: list[bool] = []
+        async with listening("127.0.0.1:0", lower, greeting_timeout_s=5, report=complain) as port:
+            address, free = f"127.0.0.1:{port}", LinkProfile.parse("none")
+            asked.append((await ask(address, free, 0.2)).terms.round_trips_only)
+            dialling = dial(address, upper, greeting_timeout_s=5, patience_s=lambda: 10, report=complain)
+            calling = asyncio.create_task(dialling)
+            await asyncio.gather(upper.opened.wait(), lower.opened.wait())
+            asked.append((await ask(address, free, 0.2)).terms.round_trips_only)
+            await asyncio.gather(upper.drain(10), lower.drain(10))
+            await calling
+        return asked
+
+    assert asyncio.run(story()) == [False, True]
 
 
 def test_a_run_that_begins_ends_the_probe() -> None:

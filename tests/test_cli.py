@@ -213,6 +213,7 @@ def test_a_run_that_diverges_has_failed_and_says_what_to_do(run_toml: Path, tmp_
 HELP = {
     (): ["up", "node", "Train one language model", "Host one stage"],
     ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(bf16)", "(4)", "(1f1b)"],
+    ("probe",): ["--to", "--listen", "--link", "--seconds", "--once", "--json", "host:port", "(2)", "300mbit,25ms"],
     ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml)"],
 }
 

@@ -462,6 +462,46 @@ def bench(
 
 
 @app.command()
+def probe(
+    to: Annotated[
+        str | None, typer.Option("--to", help="host:port of a node's listener, or of a probe --listen.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option("--listen", help="Answer probes at this host:port until Ctrl-C.")
+    ] = None,
+    link: Annotated[
+        str | None, typer.Option("--link", help="Shape both ways: rate,latency such as 300mbit,25ms. (none)")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="For each direction, 0.2 to 10. (2)")] = None,
+    once: Annotated[bool, typer.Option("--once", help="With --listen: end after one probe.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+) -> None:
+    """Measure rate and round trip between two machines, both ways, before a run.
+
+    Start `thinpipe probe --listen 0.0.0.0:7001` on one machine and `thinpipe probe --to HOST:7001` on the other. A node
+    that waits for its neighbours answers too; one in a run answers round trips only. With --link both sides shape what
+    they send, and what is more than 10 % off is said. Exit code 1: no answer in time; 2: nobody to ask there.
+    """
+    _one_arithmetic_thread()
+    if (to is None) == (listen is None):
+        fail("say --to host:port, to measure, or --listen host:port, to be measured", 2)
+    for option, given, other in (("--once", once, to), ("--link", link, listen), ("--seconds", seconds, listen)):
+        if given and other:
+            fail(f"{option} does not go with --{'to' if other is to else 'listen'}; leave it away", 2)
+    from .node.probe import listen as answer
+    from .node.probe import print_probe
+    from .node.reach import ProbeError
+
+    try:
+        if listen is not None:
+            answer(listen, once=once)
+        elif to is not None:
+            print_probe(to, link or "none", 2.0 if seconds is None else seconds, as_json=as_json)
+    except ProbeError as error:
+        fail(str(error), error.exit_code)
+
+
+@app.command()
 def chaos(
     stages: Annotated[int, typer.Option(help="Pipeline stages, one process each.")] = 4,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 200,

@@ -48,12 +48,10 @@ class Account:
     def record(self, link: Link) -> dict[str, Any]:
         """What this node sent over one boundary, and how fast while its queue was not empty."""
         rate, earlier, meter = link.profile.rate_bits_per_s, self._links[link.name], link.meter
-        upstream = link.session.peer_stage < link.session.identity.stage
         training = sum(count for kind, count in link.sent.items() if kind not in OUTSIDE_RATIO)
         busy_s, busy_bytes = earlier.busy_s + meter.busy_s, earlier.busy_bytes + meter.busy_bytes
         return {
-            "boundary": min(link.session.peer_stage, link.session.identity.stage),
-            "direction": "backward" if upstream else "forward",
+            **link.way,
             "link": str(link.profile),
             "configured_bits_per_s": rate,
             "measured_bits_per_s": busy_bytes * 8 / busy_s if busy_s else None,

@@ -118,6 +118,9 @@ class LinkSection(Section):
     link: str = Field(
         default="none", description="rate,latency[,jitter=..][,burst=..] such as 300mbit,25ms; none: no cap"
     )
+    verify: Literal["warn", "fail"] = Field(
+        default="warn", description="what a node does if the link, measured at the start, is over 10 % off `link`"
+    )
     chunk_bytes: int | None = Field(
         default=None, ge=64 * 1024, le=256 * 1024, description="parts of a tensor; default: 5 ms of the link's rate"
     )

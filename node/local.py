@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,8 @@ def run_local(
     except ValueError as error:
         raise LocalRunError(str(error), 1) from None
     write_summary(out, summary)
+    for line in filter(None, (check["warning"] for check in summary["link_check"])):
+        print(f"thinpipe: warning: {line}", file=sys.stderr)
     if not quiet:
         for table in summary_tables(summary):
             console.print(table)

@@ -23,6 +23,7 @@ from ..protocol.framing import framed_bytes
 from ..protocol.messages import Head, Kind, Message, split
 from ..protocol.session import LinkSession
 from ..sim.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
+from .link_probe import AcknowledgedRate
 from .metrics import Tracer
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
@@ -125,6 +126,7 @@ class Outgoing:
         self.goodbye_due = False  # said: nothing may follow it
         self.goodbye_leaving = False  # being handed to gRPC
         self.goodbye_sent = False  # handed to gRPC
+        self.probing: AcknowledgedRate | None = None  # while ballast, and nothing else, is sent
         self.moved = asyncio.Event()  # something left the queue or the line, or was acknowledged
         self._name = name
         self._chunk_bytes = chunk_bytes
@@ -190,6 +192,8 @@ class Outgoing:
 
     def acknowledged(self) -> None:
         """The session took a frame that may have opened the window."""
+        if self.probing:
+            self.probing.acknowledged(self.session.unacknowledged_bytes, self._clock())
         self._admit.set()
         self.moved.set()
 
@@ -292,7 +296,10 @@ class Outgoing:
         assert isinstance(item, _Part)
         under_way = self.session.unacknowledged_bytes + len(item.data)
         asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * self._chunk_bytes)
-        frame = self.session.stamp(item.head, item.data, acknowledge=under_way > asks_from)
+        asks = under_way > asks_from or self.probing is not None
+        frame = self.session.stamp(item.head, item.data, acknowledge=asks)
+        if self.probing:
+            self.probing.stamped(len(item.data), framed_bytes(len(frame)))
         return frame, framed_rows(item.rows, framed_bytes(len(frame)))
 
     def _enter_line(

@@ -8,6 +8,7 @@ coordinator and no barrier, and a stage starts its next step as soon as its last
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -20,7 +21,7 @@ from .account import Account
 from .config import RunConfig
 from .data import Corpus
 from .flow import Arrival, Intake, Outbox, Reporter, Worker
-from .link import Link
+from .link import Link, LinkUnlike
 from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .patience import Patience
 from .ports import DownstreamPort, Encoded, Received, UpstreamPort
@@ -115,10 +116,15 @@ class Node:
                 if not (link.opened.is_set() or (self._epoch and self._patience.again(timeout_s))):
                     raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
         probe_s = self.config.link.replacement_timeout_s if self._epoch else timeout_s  # who is lost now comes back
-        await asyncio.gather(*(link.probe(probe_s) for link in self._links))
-        self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes())
-        for link in self._links:
-            print(f"{link.name}: sends at {link.profile}, {_measured(link)}", flush=True)
+        checks = await asyncio.gather(*(link.probe(probe_s) for link in self._links))
+        records = [{**link.way, **check.record()} for link, check in zip(self._links, checks, strict=True)]
+        self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes(), link_check=records)
+        for link, check in zip(self._links, checks, strict=True):
+            print(f"{link.name}: sends at {link.profile}, {check}", flush=True)
+        for line in filter(None, (check.warning for check in checks)):
+            if self.config.link.verify == "fail":
+                raise LinkUnlike(f'{line}; link.verify = "fail" ends the node here')
+            print(f"stage {self.stage.index}: warning: {line}", file=sys.stderr, flush=True)
 
     async def _train(self) -> None:
         pipeline, run = self.config.pipeline, self.config.run
@@ -300,11 +306,6 @@ class Node:
             state_sha256=self.stage.state_sha256(),
             links=[self.account.record(link) for link in self._links],
         )
-
-
-def _measured(link: Link) -> str:
-    measured = link.meter.rate_bits_per_s()
-    return "not measured" if measured is None else f"measured {measured / 1e6:.1f} Mb/s"
 
 
 def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """gRPC: two bidirectional streams a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
 
-Link carries tensors within one epoch, Control outlives epochs.
+Link carries tensors within one epoch, Control outlives epochs; Probe is anybody's who wants to measure the path.
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
@@ -14,18 +14,22 @@ import errno
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import grpc
 import grpc.aio
 
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
-from .control import Control
+from ..protocol.probing import NotNow
 from .link import EpochOver, Link, Write
+from .probe_service import ProbeService
+
+if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe` has no use for
+    from .control import Control
 
 SERVICE = "thinpipe.v1.Stage"
-METHOD, CONTROL_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control"
+METHOD, CONTROL_METHOD, PROBE_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control", f"/{SERVICE}/Probe"
 CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
 REFUSAL_TIMEOUT_S = 2.0
 # A new epoch is on its way here or there: dial again at once.
@@ -100,10 +104,25 @@ async def listening(
     Raises ListenError for a taken or malformed address.
     """
     doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report)
-    server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
-    handlers = {"Link": grpc.stream_stream_rpc_method_handler(doors.link)}
+    probes = ProbeService(busy=doors.busy, terms_timeout_s=greeting_timeout_s)
+    handlers = {"Link": doors.link, "Probe": probe_door(probes, report)}
     if control:
-        handlers["Control"] = grpc.stream_stream_rpc_method_handler(doors.control)
+        handlers["Control"] = doors.control
+    async with serving(address, handlers) as port:
+        try:
+            yield port
+        finally:
+            doors.stopping = True
+
+
+Door = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
+
+
+@asynccontextmanager
+async def serving(address: str, doors: dict[str, Door]) -> AsyncIterator[int]:
+    """A server with these methods, while the body runs; yields the port. Raises ListenError."""
+    server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
+    handlers = {name: grpc.stream_stream_rpc_method_handler(door) for name, door in doors.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
         port = server.add_insecure_port(address)
@@ -117,8 +136,28 @@ async def listening(
     try:
         yield port
     finally:
-        doors.stopping = True
         await server.stop(grace=1.0)
+
+
+def probe_door(probes: ProbeService, report: Report) -> Door:
+    """What a server does with a stream of the method Probe."""
+
+    async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = uncancelled(context.read), uncancelled(context.write)
+
+        async def read() -> bytes | None:
+            frame = await receive()
+            return frame if isinstance(frame, bytes) else None
+
+        try:
+            await probes.serve(read, write)
+        except RemoteProtocolError as error:
+            if not isinstance(error, NotNow):
+                report(error.fault, f"probe: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+
+    return probe
 
 
 class _Doors:
@@ -130,6 +169,13 @@ class _Doors:
         self.stopping = False
         self._current, self._control = current, control
         self._greeting_timeout_s, self._report = greeting_timeout_s, report
+
+    def busy(self) -> bool:
+        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
+        was none.)"""
+        link = self._current()
+        met = self._control is not None and any(event.is_set() for event in self._control.met.values())
+        return met or (link is not None and link.serving.locked())
 
     async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
         receive, write = uncancelled(context.read), uncancelled(context.write)

@@ -251,3 +251,69 @@ class CopyDeclined(_message.Message):
     completed_steps: int
     reason: str
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ProbeFrame(_message.Message):
+    __slots__ = ("terms", "refusal", "echo", "turn", "ballast", "done", "measured")
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
+    TURN_FIELD_NUMBER: _ClassVar[int]
+    BALLAST_FIELD_NUMBER: _ClassVar[int]
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    MEASURED_FIELD_NUMBER: _ClassVar[int]
+    terms: ProbeTerms
+    refusal: Refusal
+    echo: ProbeEcho
+    turn: ProbeTurn
+    ballast: ProbeBallast
+    done: ProbeDone
+    measured: ProbeMeasured
+    def __init__(self, terms: _Optional[_Union[ProbeTerms, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., echo: _Optional[_Union[ProbeEcho, _Mapping]] = ..., turn: _Optional[_Union[ProbeTurn, _Mapping]] = ..., ballast: _Optional[_Union[ProbeBallast, _Mapping]] = ..., done: _Optional[_Union[ProbeDone, _Mapping]] = ..., measured: _Optional[_Union[ProbeMeasured, _Mapping]] = ...) -> None: ...
+
+class ProbeTerms(_message.Message):
+    __slots__ = ("protocol_version", "milliseconds", "bytes", "rate_bits_per_s", "latency_us", "jitter_us", "burst_bytes", "round_trips_only")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    MILLISECONDS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    RATE_BITS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_US_FIELD_NUMBER: _ClassVar[int]
+    JITTER_US_FIELD_NUMBER: _ClassVar[int]
+    BURST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIPS_ONLY_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    milliseconds: int
+    bytes: int
+    rate_bits_per_s: int
+    latency_us: int
+    jitter_us: int
+    burst_bytes: int
+    round_trips_only: int
+    def __init__(self, protocol_version: _Optional[int] = ..., milliseconds: _Optional[int] = ..., bytes: _Optional[int] = ..., rate_bits_per_s: _Optional[int] = ..., latency_us: _Optional[int] = ..., jitter_us: _Optional[int] = ..., burst_bytes: _Optional[int] = ..., round_trips_only: _Optional[int] = ...) -> None: ...
+
+class ProbeEcho(_message.Message):
+    __slots__ = ("number",)
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    def __init__(self, number: _Optional[int] = ...) -> None: ...
+
+class ProbeTurn(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ProbeBallast(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
+
+class ProbeDone(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ProbeMeasured(_message.Message):
+    __slots__ = ("bytes", "microseconds")
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    MICROSECONDS_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    microseconds: int
+    def __init__(self, bytes: _Optional[int] = ..., microseconds: _Optional[int] = ...) -> None: ...

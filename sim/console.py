@@ -166,22 +166,49 @@ def _codebooks_table(summary: dict[str, Any]) -> Table:
 
 
 def _links_table(summary: dict[str, Any]) -> Table:
-    links = Table(title="links", caption="measured while the sender's queue was not empty (50 ms of traffic and more)")
-    for column in ("boundary", "direction", "configured", "measured", "utilisation", "bytes"):
+    links = Table(
+        title="links",
+        caption="at start: ballast alone; measured: while the queue was not empty (50 ms of traffic and more)",
+    )
+    for column in ("boundary", "configured", "at start", "measured", "used", "bytes"):
         links.add_column(column, justify="right")
+    at_start = {(check["boundary"], check["direction"]): check for check in summary["link_check"]}
     for entry in summary["boundaries"]:
         for direction in ("forward", "backward"):
-            way = entry[direction]
+            way, check = entry[direction], at_start.get((entry["boundary"], direction))
             used = way["utilisation"]
             links.add_row(
-                f"{entry['boundary']}-{entry['boundary'] + 1}",
-                direction,
+                f"{entry['boundary']}-{entry['boundary'] + 1} {direction}",
                 _bits_per_s(way["configured_bits_per_s"]),
+                _bits_per_s(check and check["measured_bits_per_s"]) + (" (!)" if check and check["warning"] else ""),
                 _bits_per_s(way["measured_bits_per_s"]),
                 "-" if used is None else f"{used:.1%}",
                 f"{sum(way['sent_bytes'].values()) / 1e6:.2f} MB",
             )
     return links
+
+
+def probe_table(figures: dict[str, Any]) -> Table:
+    """What `thinpipe probe` found, for people."""
+    trip = figures["round_trip"]
+    table = Table(
+        title=f"the path to {figures['address']}, link {figures['link']}",
+        caption=f"rates of the steady part of {figures['seconds']:g} s; {trip['count']} round trips",
+    )
+    for column in ("", "configured", "measured", "off"):
+        table.add_column(column, justify="right")
+
+    def off(configured: float | None, measured: float | None) -> str:
+        return f"{measured / configured - 1:+.1%}" if configured and measured is not None else "-"
+
+    for name, said in (("up", "up, from here"), ("down", "down, to here")):
+        rates = [figures[name][f"{which}_bits_per_s"] for which in ("configured", "measured")]
+        table.add_row(said, *map(_bits_per_s, rates), off(*rates))
+    for name, said in (("median_s", "round trip, median"), ("least_s", "least")):
+        configured = trip["configured_s"]
+        cells = ["-" if value is None else f"{value * 1000:.2f} ms" for value in (configured, trip[name])]
+        table.add_row(said, *cells, off(configured, trip[name]))
+    return table
 
 
 def plan_tables(figures: dict[str, Any]) -> list[Table]:

@@ -116,6 +116,11 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         "dense_bf16_bytes": dense,
         "ratio": dense / in_ratio if in_ratio else None,
         "boundaries": _boundaries(ends, [of_stage[-1].get("codec", {}) for of_stage in steps]),
+        "link_check": [
+            {"stage": stage, **check}
+            for stage, records in enumerate(by_stage)
+            for check in next((r.get("link_check", []) for r in reversed(records) if r["event"] == "ready"), [])
+        ],
         "stages": [
             {
                 "cpu_s": end["cpu_s"],

@@ -37,6 +37,15 @@ from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
 from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Greeting, Kind, Limits
+from thinpipe.protocol.probing import (
+    BALLAST_BYTES_MAX,
+    BURST_BYTES_MAX,
+    ECHOES_MAX,
+    LATENCY_S_MAX,
+    RATE_BITS_PER_S,
+    SECONDS_MAX,
+)
+from thinpipe.protocol.probing import BYTES_MAX as PROBE_BYTES_MAX
 from thinpipe.protocol.rewind import (
     EPOCHS_AHEAD_MAX,
     OFFERED_MAX,
@@ -143,6 +152,33 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "CopyWanted": {"stage": _COPY, "completed_steps": _COMPLETED},
     "CopyDeclined": {"stage": _COPY, "completed_steps": _COMPLETED, "reason": "text"},
+    "ProbeFrame": {
+        "terms": "first, both ways",
+        "refusal": "last; the number that it has in Frame",
+        "echo": "both ways",
+        "turn": "from who asks",
+        "ballast": "both ways",
+        "done": "both ways, after the last ballast",
+        "measured": "from who answers, last",
+    },
+    "ProbeTerms": {
+        "protocol_version": f"{PROTOCOL_VERSION}",
+        "milliseconds": "that each direction is filled, at most",
+        "bytes": "of ballast data in each direction, at most",
+        "rate_bits_per_s": "by which both sides shape what they send; 0: they do not",
+        "latency_us": "added by each sender",
+        "jitter_us": "of it, either way; at most the latency",
+        "burst_bytes": "that an idle sender passes at once; 0 without a rate",
+        "round_trips_only": "1: no ballast, as who answers is in a run; 0 or 1",
+    },
+    "ProbeEcho": {"number": "comes back as it is"},
+    "ProbeTurn": {},
+    "ProbeBallast": {"data": "dropped"},
+    "ProbeDone": {},
+    "ProbeMeasured": {
+        "bytes": "framed, of the steady part of the ballast that came",
+        "microseconds": "that they took; 0: too little came to tell",
+    },
 }
 FAULTS: dict[Fault, str] = {
     Fault.MALFORMED: "bytes that are no frame, header, delta or section; a number out of range",
@@ -249,6 +285,10 @@ def limits() -> list[Row]:
         ("seconds in which a refusal is told", f"{REFUSAL_TIMEOUT_S:g}"),
         ("streams that a node serves at once", str(CONNECTIONS_MAX)),
         ("digest of a dictionary, bytes", str(DIGEST_BYTES)),
+        ("probe: seconds and bytes in each direction", f"{SECONDS_MAX:g}, {bits(PROBE_BYTES_MAX)}"),
+        ("probe: echoes; ballast in a frame, bytes", f"{ECHOES_MAX}, {BALLAST_BYTES_MAX}"),
+        ("probe: rate to shape by, bits/s, from, to", "{}, {}".format(*RATE_BITS_PER_S)),
+        ("probe: latency, seconds; burst, bytes", f"{LATENCY_S_MAX:g}, {BURST_BYTES_MAX}"),
     ]
 
 
@@ -376,15 +416,17 @@ def waves() -> list[Row]:
 LINK = ["Frame", "Greeting", "Refusal", "Chunk", "MessageHead", "Credit", "Goodbye"]
 CONTROL = ["Alive", "Halt", "Offer", "Commit", "Finished", "Dismissed", "Drain", "LastStep"]
 COPIES = ["CopiesHeld", "CopyOffer", "CopyProgress", "CopyPart", "CopyWanted", "CopyDeclined"]
+PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeBallast", "ProbeDone", "ProbeMeasured"]
 
 
 def tables() -> dict[str, list[Row]]:
     """By the name that the document calls them by; the first row is the heading."""
-    assert {*LINK, *CONTROL, *COPIES} == set(pb.DESCRIPTOR.message_types_by_name) == set(FIELDS)
+    assert {*LINK, *CONTROL, *COPIES, *PROBES} == set(pb.DESCRIPTOR.message_types_by_name) == set(FIELDS)
     return {
         "link fields": fields_of(LINK),
         "control fields": fields_of(CONTROL),
         "copy fields": fields_of(COPIES),
+        "probe fields": fields_of(PROBES),
         "messages": kinds(),
         "limits": limits(),
         "link states": transitions(),

@@ -49,6 +49,7 @@ UP = [
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe or 1f1b"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
     (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),
+    (["--set", "link.verify=never"], r"link\.verify: .*'warn' or 'fail' \(got 'never'\)"),
     (["--link", "0mbit"], r"link rate 0.* is not a positive number; write it as"),
     (["--model", "tinny"], r"unknown model\.preset 'tinny'; known: tiny"),
     (["--model", "{dir}"], r"model\.path = .* has no config\.json"),
@@ -81,6 +82,21 @@ NODE = [
         ["--stage", "1", "--listen", "203.0.113.1:7001"],
         r"cannot listen on 203\.0\.113\.1:7001: .*choose another",
     ),
+]
+
+PROBE = [
+    ([], r"say --to host:port, to measure, or --listen host:port, to be measured"),
+    (["--to", "127.0.0.1:1", "--listen", "127.0.0.1:0"], r"say --to host:port, to measure, or --listen"),
+    (["--to", "127.0.0.1"], r"'127\.0\.0\.1' is not host:port"),
+    (["--to", "127.0.0.1:99999"], r"'127\.0\.0\.1:99999' is not host:port"),
+    (["--to", "127.0.0.1:1", "--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
+    (["--to", "127.0.0.1:1", "--link", "0mbit,25ms"], r"link rate 0.* is not a positive number; write it as"),
+    (["--to", "127.0.0.1:1", "--seconds", "0"], r"--seconds 0 is not between 0\.2 and 10"),
+    (["--to", "127.0.0.1:1", "--seconds", "nan"], r"--seconds nan is not between 0\.2 and 10"),
+    (["--to", "127.0.0.1:1", "--once"], r"--once does not go with --to"),
+    (["--listen", "127.0.0.1:0", "--link", "300mbit"], r"--link does not go with --listen"),
+    (["--listen", "nonsense"], r"'nonsense' is not host:port"),
+    (["--listen", "127.0.0.1:{port}"], r"cannot listen on 127\.0\.0\.1:\d+: it is in use"),
 ]
 
 
@@ -154,6 +170,12 @@ def test_node_refuses(options: list[str], expected: str, taken_port: int, tmp_pa
     line = refused(["node", "--config", str(tmp_path / "run.toml"), *given])
     assert re.search(expected, line), line
     assert [path.name for path in tmp_path.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize(("options", "expected"), PROBE, ids=joined)
+def test_probe_refuses(options: list[str], expected: str, taken_port: int) -> None:
+    line = refused(["probe", *(option.format(port=taken_port) for option in options)])
+    assert re.search(expected, line), line
 
 
 @pytest.mark.parametrize(("arguments", "expected"), USAGE, ids=joined)

@@ -170,6 +170,16 @@ def test_a_run_prints_json_alone_and_its_summary_is_complete(run_toml: Path, tmp
     assert boundary["configured_bits_per_s"] == 50e6
     assert 0 < boundary["measured_bits_per_s"] < 50e6 * 1.05
     assert 0 < boundary["utilisation"] < 1.05
+    checks = summary["link_check"]
+    assert [(check["stage"], check["boundary"], check["direction"]) for check in checks] == [
+        (0, 0, "forward"),
+        (1, 0, "backward"),
+    ]
+    for check in checks:
+        assert check["configured_bits_per_s"] == 50e6
+        assert check["measured_bits_per_s"] > 0
+        assert (check["warning"] is None) == (45e6 <= check["measured_bits_per_s"] <= 55e6)
+    assert checks[0]["round_trip_s"] > 0.004
     assert len(summary["stages"]) == STAGES
     for stage in summary["stages"]:
         assert stage["compute_s"] > 0
@@ -203,6 +213,7 @@ def test_a_run_that_diverges_has_failed_and_says_what_to_do(run_toml: Path, tmp_
 HELP = {
     (): ["up", "node", "Train one language model", "Host one stage"],
     ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(bf16)", "(4)", "(1f1b)"],
+    ("probe",): ["--to", "--listen", "--link", "--seconds", "--once", "--json", "host:port", "(2)", "300mbit,25ms"],
     ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml)"],
 }
 

@@ -14,12 +14,16 @@ import psutil
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.host import prepare_corpus
+from thinpipe.node.probe_asker import ask
 from thinpipe.protocol.messages import Chunk, Greeting, Head, Kind, encode_frame
+from thinpipe.protocol.probing import Terms, encode_probe
 from thinpipe.sim.report import read_records
+from thinpipe.sim.shaper import LinkProfile
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
 from .real_node import activation, attempt, free_address, hello_of, node, parts, until
+from .test_probe import attempt as attempt_probe
 
 Scene = tuple[RunConfig, Path]
 
@@ -83,6 +87,13 @@ async def attack(address: str, config: RunConfig, *, victim_pid: int, round: int
         assert victim.is_running(), name
     bomb = [hello, bytes(64 * 2**20)]  # 64 KiB on the wire
     assert await attempt(address, bomb, compression=grpc.Compression.Gzip) == "RESOURCE_EXHAUSTED"
+    terms = encode_probe(Terms(milliseconds=2**32 - 1, bytes=2**64 - 1))
+    probes = {"malformed-frame": [bytes(range(256))], "unexpected-frame": [terms, terms], "timeout": []}
+    for code, frames in probes.items():
+        assert await attempt_probe(address, frames) == code
+    found = await ask(address, LinkProfile.parse("none"), 0.2)  # a node that waits for its neighbours is measured
+    assert found.up
+    assert found.down
     return victim.memory_info().rss
 
 

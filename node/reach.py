@@ -1,0 +1,76 @@
+"""Who is at an address, found out before gRPC is asked: it says that a connection failed, and not why.
+
+A name that nobody knows, a port that nobody listens at, another program's port, and silence are four faults with four
+remedies. Failures are `ProbeError` with an exit code: 2 for what the user can put right, 1 for what happened (no answer
+in time, a refusal, a connection that broke).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from .transport import split_address
+
+T = TypeVar("T")
+REMEDY = "start `thinpipe probe --listen host:port` there, or name a node's listener"
+
+
+class ProbeError(RuntimeError):
+    """No measurement; `str(error)` is the one line that says why."""
+
+    def __init__(self, line: str, exit_code: int) -> None:
+        super().__init__(line)
+        self.exit_code = exit_code
+
+
+async def reachable(address: str, deadline_s: float) -> str:
+    """The address of the socket that takes connections there, for gRPC, which does not say why one failed."""
+    host, port = split_address(address)
+    loop = asyncio.get_running_loop()
+    try:
+        resolving = loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await within(deadline_s, resolving, f"the name '{host}' is not resolved")
+    except (socket.gaierror, UnicodeError):
+        raise ProbeError(
+            f"{address}: no machine is known as '{host}'; check the name, or give its IP address", 2
+        ) from None
+    refused = False
+    for *_, where in found:
+        name = str(where[0])
+        try:
+            connecting = asyncio.open_connection(name, port)
+            _, writer = await within(deadline_s, connecting, f"nobody answers at {address}")
+        except ConnectionRefusedError:
+            refused = True
+        except OSError:
+            continue
+        else:
+            writer.close()
+            return f"ipv6:[{name}]:{port}" if ":" in name else f"ipv4:{name}:{port}"
+    if refused:
+        raise ProbeError(f"nobody listens at {address}: {REMEDY}", 2)
+    raise ProbeError(f"nobody answers at {address}: is the machine on, and reachable from here?", 1)
+
+
+async def until_ready(address: str, channel: grpc.aio.Channel) -> None:
+    """The other end speaks HTTP/2, as gRPC does. Raises ProbeError."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise ProbeError(f"something listens at {address}, but it is not thinpipe: {REMEDY}", 2)
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+
+
+async def within(deadline_s: float, job: Coroutine[Any, Any, T], what: str) -> T:
+    try:
+        async with asyncio.timeout(deadline_s):
+            return await job
+    except TimeoutError:
+        raise ProbeError(f"{what} within {deadline_s:g} s: is it on, and reachable from here?", 1) from None

@@ -127,7 +127,9 @@ def up(
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients, the same. (the codec's)")] = None,
     link: Link = None,
     steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
-    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8 for slow links. (1f1b)")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="gpipe, 1f1b, zb; 1f1b:hop=1.8, zb:hop=1.8 for slow links. (1f1b)")
+    ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (128)")] = None,
@@ -313,7 +315,7 @@ def plan(
     forward: Annotated[str | None, typer.Option(help="Byte format of activations. (the codec's)")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
     link: Link = None,
-    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8. (1f1b)")] = None,
+    schedule: Annotated[str | None, typer.Option(help="gpipe, 1f1b, zb; 1f1b:hop=1.8, zb:hop=1.8. (1f1b)")] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; of the run)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; of the run)")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; of the run)")] = None,

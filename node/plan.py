@@ -6,7 +6,8 @@ multiplications from the model's own shapes. What cannot be known is how fast a 
 rate that it achieves (`--pace 150m@4x66tflops`) or by a run that was measured (`--from RUN`).
 
 A multiply-add is two operations; a weight matrix takes one for each of its numbers and token forward, twice that
-backward; attention takes 2 T D a token and layer more (its products with keys and values, half of them masked). The
+backward, once for the input gradient and once for its own; attention takes 2 T D a token and layer more (its products
+with keys and values, half of them masked), and has no weights. The
 optimizer, norms and the codec's work are left out of `--pace`, and are in what a run measured.
 """
 
@@ -90,14 +91,15 @@ def times_at(config: RunConfig, architecture: PretrainedConfig, tflops: float) -
     times = []
     for stage, layers in enumerate(cuts):
         last = stage == len(cuts) - 1
-        forward = tokens * (len(layers) * (2 * per_layer + attention) + (2 * head if last else 0))
-        times.append(StageTimes(forward_s=forward / (tflops * 1e12), backward_s=2 * forward / (tflops * 1e12)))
+        weights = tokens * (len(layers) * 2 * per_layer + (2 * head if last else 0))
+        forward, rate = weights + tokens * len(layers) * attention, tflops * 1e12
+        times.append(StageTimes(forward_s=forward / rate, backward_s=2 * forward / rate, weight_s=weights / rate))
     return times
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third.
-    Raises ConfigError for a run that has no steps."""
+    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third,
+    weight gradients another. Raises ConfigError for a run that has no steps."""
     times = []
     for stage in range(config.pipeline.stages):
         path = run / f"stage-{stage}.jsonl"
@@ -211,6 +213,7 @@ def plan(
             {
                 "forward_s": each.forward_s,
                 "backward_s": each.backward_s,
+                "weight_gradient_s": each.weight_gradient_s,
                 "compute_share": simulated.compute_share[stage],
                 "microbatches_in_flight": simulated.peak_in_flight[stage],
             }
@@ -250,7 +253,7 @@ def events(simulated: Simulation) -> list[dict[str, Any]]:
     """The simulated spans in the Chrome trace format, as nodes write theirs (`sim.trace` draws both)."""
     found = []
     for span in simulated.spans:
-        kind = type(span.action).__name__.lower()
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(span.action).__name__).lower()  # as nodes name their jobs
         name = "optimizer step" if kind == "step" else f"{kind} {getattr(span.action, 'microbatch', '')}"
         if span.sender is None:
             process, lane = span.stage, "compute"

@@ -3,8 +3,8 @@
 A backward through y = x Wᵀ + b has two products, dx = dy W for whatever lies before it and dW = dyᵀ x for the
 optimizer. Only dx is on the way to the stage above. A deferred linear computes it, and puts (dy, x) aside instead of
 multiplying them; one pass of plain autograd is then the *input gradient* of a stage, and working off what was put aside
-its *weight gradient*. Norms, embeddings and biases of anything but a linear get their gradients in the first pass: they
-are a thousandth of the work.
+its *weight gradient*. Norms, embeddings and whatever else learns get their gradients in the first pass: they
+are little work.
 
 The products are those that autograd would have computed, the same operands in the same order, cast and added up alike,
 so a schedule that splits ends in the bits of one that does not (`tests/test_deferred.py`).
@@ -56,6 +56,11 @@ class WeightGradients:
 
     def __len__(self) -> int:
         return len(self._products)
+
+    def nbytes(self) -> int:
+        """What is held for them, each tensor once."""
+        held = [t.untyped_storage() for product in self._products for t in (product.x, product.dy)]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
     def append(self, product: _Product) -> None:
         self._products.append(product)

@@ -14,6 +14,7 @@ from thinpipe.node.model.deferred import DeferredLinear, defer_linears
 from thinpipe.node.stage import Stage
 from thinpipe.node.state import StateError
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .conftest import TinyConfig
 from .test_model import EXACT, TOKENS, VOCABULARY, token_ids
@@ -157,6 +158,31 @@ def test_without_putting_aside_a_backward_is_whole() -> None:
     assert all(
         torch.equal(a.grad, b.grad) for (_, a), (_, b) in zip(model.full_names(), plain.full_names(), strict=True)
     )
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_each_half_multiplies_its_own(name: str, recompute: bool) -> None:
+    """Nothing is multiplied before its time, and nothing twice: operations are counted, not gradients looked at."""
+
+    def operations(work: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    counted = {}
+    for deferred in (False, True):
+        model = built(name, deferred=deferred, activation_checkpointing=recompute)
+        y = model(token_ids())
+        if model.deferral is None:
+            counted["whole"] = operations(lambda y=y: y.backward(torch.ones_like(y)))
+            continue
+        with model.deferral.putting_aside() as owed:
+            counted["input"] = operations(lambda y=y: y.backward(torch.ones_like(y)))
+        counted["weight"] = operations(owed.add_up)
+    matrices = [p for key, p in model.full_names() if p.ndim == 2 and "embed" not in key]
+    assert counted["weight"] == 2 * 2 * TOKENS * sum(p.numel() for p in matrices)
+    assert counted["input"] + counted["weight"] == counted["whole"]
 
 
 def test_what_waits_is_inputs_and_output_gradients_alone() -> None:

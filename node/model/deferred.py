@@ -3,8 +3,8 @@
 A backward through y = x Wᵀ + b has two products, dx = dy W for whatever lies before it and dW = dyᵀ x for the
 optimizer. Only dx is on the way to the stage above. A deferred linear computes it, and puts (dy, x) aside instead of
 multiplying them; one pass of plain autograd is then the *input gradient* of a stage, and working off what was put aside
-its *weight gradient*. Norms, embeddings and whatever else learns get their gradients in the first pass: they
-are little work.
+its *weight gradient*. Norms, embeddings and whatever else learns get their gradients in the first pass: they are little
+work.
 
 The products are those that autograd would have computed, the same operands in the same order, cast and added up alike,
 so a schedule that splits ends in the bits of one that does not (`tests/test_deferred.py`).
@@ -96,22 +96,42 @@ class Deferral:
             self.aside = None
 
 
-class _Deferred(torch.autograd.Function):
-    """F.linear, with a backward that may leave out the weight gradient."""
+class _Saved(torch.autograd.Function):
+    """The identity, which saves its input *before* the product is computed, as autograd's own linear does: a layer that
+    is recomputed stops at the last tensor that its backward needs, and so without its last product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deferral: Deferral, cast: bool) -> Tensor:
-        ctx.parameters, ctx.deferral = (weight, bias), deferral
-        if cast:
-            weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        del ctx
+        return dx
+
+
+class _Deferred(torch.autograd.Function):
+    """F.linear, with a backward that may leave out the weight gradient. `saved` is the node of `_Saved` that has x.
+
+    The weight is not saved: it is the same until the step, and its copy in a lower dtype is cheaper made again than
+    kept by every microbatch in flight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deferral: Deferral, saved: Any) -> Tensor:
+        ctx.parameters, ctx.deferral, ctx.saved = (weight, bias), deferral, saved
+        if saved is None:
+            ctx.save_for_backward(x)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight = ctx.saved_tensors  # of a layer that is recomputed: computed again by now, and only here
+        # Of a layer that is recomputed, the input was computed again by now, and only here.
+        (x,) = (ctx if ctx.saved is None else ctx.saved).saved_tensors
         of_x, *trained = ctx.needs_input_grad[:3]
+        weight = ctx.parameters[0].to(x.dtype)
         dx = dy.reshape(-1, dy.shape[-1]).mm(weight).view(x.shape) if of_x else None
         product = _Product(dy, x, *(p if wanted else None for p, wanted in zip(ctx.parameters, trained, strict=True)))
         aside: WeightGradients | None = ctx.deferral.aside
@@ -132,10 +152,12 @@ class DeferredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         kind = input.device.type
-        cast = torch.is_autocast_enabled(kind) and input.dtype != torch.float64  # which autocast leaves alone, too
-        if cast:  # out here, where autograd sees it and casts the gradient back
+        # Out here, where autograd sees the cast and casts the gradient back; autocast leaves float64 alone, too.
+        if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
             input = input.to(torch.get_autocast_dtype(kind))
-        return _Deferred.apply(input, self.weight, self.bias, self._deferral, cast)  # pyright: ignore
+        if input.requires_grad:
+            input = _Saved.apply(input)  # pyright: ignore
+        return _Deferred.apply(input, self.weight, self.bias, self._deferral, input.grad_fn)  # pyright: ignore
 
 
 def defer_linears(model: nn.Module, *, compiled: bool) -> Deferral:

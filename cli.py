@@ -129,7 +129,7 @@ def up(
     steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8 for slow links; hop=auto times a microbatch first. (1f1b)"),
+        typer.Option(help="gpipe, 1f1b, zb; for slow links 1f1b:hop=1.8, zb:hop=1.8; hop=auto finds out. (1f1b)"),
     ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
@@ -322,7 +322,7 @@ def plan(
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
     link: Link = None,
     schedule: Annotated[
-        str | None, typer.Option(help="gpipe, 1f1b, or 1f1b:hop=1.8; hop=auto finds the depth. (1f1b)")
+        str | None, typer.Option(help="gpipe, 1f1b, zb; 1f1b:hop=1.8, zb:hop=1.8; hop=auto finds the depth. (1f1b)")
     ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; of the run)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; of the run)")] = None,

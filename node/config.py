@@ -100,7 +100,7 @@ class PipelineSection(Section):
     """How the model is cut and in which order a stage works."""
 
     stages: int = Field(default=4, ge=1, le=1024)
-    schedule: str = Field(default="1f1b", description="gpipe, 1f1b, or 1f1b:hop=1.8 for links that take time")
+    schedule: str = Field(default="1f1b", description="gpipe, 1f1b, zb; 1f1b:hop=1.8, zb:hop=1.8 for slow links")
     batch_size: int = Field(default=16, ge=1, description="sequences a step")
     microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
 
@@ -108,7 +108,7 @@ class PipelineSection(Section):
     @classmethod
     def _trains(cls, spec: str) -> str:
         if get_schedule(spec).name == "evaluation":
-            raise ScheduleError("schedule 'evaluation' does not train; choose gpipe or 1f1b")
+            raise ScheduleError("schedule 'evaluation' does not train; choose gpipe, 1f1b or zb")
         return spec
 
 

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from ..protocol.messages import Kind, Message
-from ..protocol.schedule import Backward, Evaluate, Forward, get_schedule, interleave
+from ..protocol.schedule import (
+    Backward,
+    Evaluate,
+    Forward,
+    InputGradient,
+    WeightGradient,
+    get_schedule,
+    interleave,
+)
 from ..sim.shaper import LinkProfile
 from .config import RunConfig
 from .data import vocabulary_size
@@ -66,6 +74,10 @@ class OneProcess:
                         self._forward(index, step, action.microbatch, Kind.ACTIVATION)
                     case Backward():
                         self._backward(index, step, action.microbatch)
+                    case InputGradient():
+                        self._backward(index, step, action.microbatch, split=True)
+                    case WeightGradient():
+                        self._weight_gradient(index, action.microbatch)
                     case _:
                         half = self._table_gradient(index, step)
                         with self.watches[index].measure("compute"):
@@ -101,7 +113,8 @@ class OneProcess:
         self._send(index, index + 1, message)
         return 0.0
 
-    def _backward(self, index: int, step: int, microbatch: int) -> None:
+    def _backward(self, index: int, step: int, microbatch: int, *, split: bool = False) -> None:
+        """`split`: leave the weight gradients out."""
         stage, watch = self.stages[index], self.watches[index]
         dz_out, loss_sum = None, None
         if stage.downstream_port:
@@ -110,7 +123,7 @@ class OneProcess:
             with watch.measure("codec"):
                 dz_out = stage.downstream_port.unpack_gradient(message)
         with watch.measure("compute"):
-            dz_in = stage.backward(microbatch, dz_out, loss_sum)
+            dz_in = (stage.input_gradient if split else stage.backward)(microbatch, dz_out, loss_sum)
         if stage.upstream_port:
             assert dz_in is not None
             with watch.measure("codec"):
@@ -121,6 +134,10 @@ class OneProcess:
                 with watch.measure("codec"):
                     message = stage.upstream_port.table.pack_gradient(half, step)
                 self._send(index, index - 1, message)
+
+    def _weight_gradient(self, index: int, microbatch: int) -> None:
+        with self.watches[index].measure("compute"):
+            self.stages[index].weight_gradient(microbatch)
 
     def _table_gradient(self, index: int, step: int) -> Tensor | None:
         stage = self.stages[index]

@@ -6,8 +6,9 @@ in seconds (`150m@4x5ms+10ms`: forward, backward). `thinpipe plan` charges it to
 `compute.pace` lets it pass on a real one (`node.paced`).
 
 A multiply-add is two operations; a weight matrix takes one for each of its numbers and token forward, twice that
-backward; attention takes 2 T D a token and layer more (its products with keys and values, half of them masked); a
-learned projection 2 D r at either end of its boundary. The optimizer, norms and byte formats are left out.
+backward, once for the input gradient and once for its own; attention takes 2 T D a token and layer more (its products
+with keys and values, half of them masked), and has no weights; a learned projection takes 2 D r at either end of its
+boundary. The optimizer, norms and byte formats are left out.
 """
 
 from __future__ import annotations
@@ -114,8 +115,9 @@ def _times(
     codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
     rank = codec.wire_width(width)
     projection = 2 * width * rank if rank < width else 0
-    each = layers * (2 * matrices / architecture.num_hidden_layers + attention) + ends * projection
+    weights = layers * 2 * matrices / architecture.num_hidden_layers
     if head:
-        each += 2 * architecture.vocab_size * width
-    forward_s = config.microbatch_size * config.data.sequence_length * each / (tflops * 1e12)
-    return StageTimes(forward_s=forward_s, backward_s=2 * forward_s)
+        weights += 2 * architecture.vocab_size * width
+    forward = weights + layers * attention + ends * projection
+    token_s = config.microbatch_size * config.data.sequence_length / (tflops * 1e12)
+    return StageTimes(forward_s=forward * token_s, backward_s=2 * forward * token_s, weight_s=weights * token_s)

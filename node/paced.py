@@ -143,7 +143,18 @@ class PacedStage(Stage):
 
     def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
         del microbatch, dz_out, loss_sum
-        self._last(self.times.backward_s)
+        return self._backward(self.times.backward_s)
+
+    def input_gradient(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
+        del microbatch, dz_out, loss_sum
+        return self._backward(self.times.backward_s - self.times.weight_gradient_s)
+
+    def weight_gradient(self, microbatch: int) -> None:
+        del microbatch
+        self._last(self.times.weight_gradient_s)
+
+    def _backward(self, seconds: float) -> Tensor | None:
+        self._last(seconds)
         self._gradients += 1
         return None if self.first else _NOTHING
 

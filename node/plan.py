@@ -8,6 +8,7 @@ rate that it achieves (`--pace 150m@4x66tflops`) or by a run that was measured (
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +39,8 @@ PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what ca
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third.
-    Raises ConfigError for a run that has no steps."""
+    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third,
+    weight gradients another. Raises ConfigError for a run that has no steps."""
     times = []
     for stage in range(config.pipeline.stages):
         path = run / f"stage-{stage}.jsonl"
@@ -92,6 +93,7 @@ def plan(
             {
                 "forward_s": each.forward_s,
                 "backward_s": each.backward_s,
+                "weight_gradient_s": each.weight_gradient_s,
                 "compute_share": simulated.compute_share[stage],
                 "microbatches_in_flight": simulated.peak_in_flight[stage],
                 "activation_bytes_in_flight": simulated.peak_in_flight[stage] * _saved_bytes(config, architecture),
@@ -191,7 +193,7 @@ def events(simulated: Simulation) -> list[dict[str, Any]]:
     """The simulated spans in the Chrome trace format, as nodes write theirs (`sim.trace` draws both)."""
     found = []
     for span in simulated.spans:
-        kind = type(span.action).__name__.lower()
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(span.action).__name__).lower()  # as nodes name their jobs
         name = "optimizer step" if kind == "step" else f"{kind} {getattr(span.action, 'microbatch', '')}"
         if span.sender is None:
             process, lane = span.stage, "compute"

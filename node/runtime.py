@@ -2,7 +2,8 @@
 
 A stage encodes, sends, receives and decodes while it computes (`node.flow`), but the order of everything that changes
 state is the schedule's, so timing never reaches the arithmetic. Each stage runs the loop on its own: there is no
-coordinator and no barrier, and a stage starts its next step as soon as its last backward is done.
+coordinator and no barrier, and a stage starts its next step as soon as its last backward is done. A schedule that
+splits the backward sends the input gradient off before the weight gradient is computed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,19 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import numpy as np
+from torch import Tensor
 
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
-from ..protocol.schedule import Backward, Evaluate, Evaluation, Forward, get_schedule
+from ..protocol.schedule import (
+    Backward,
+    Evaluate,
+    Evaluation,
+    Forward,
+    InputGradient,
+    WeightGradient,
+    get_schedule,
+)
 from .account import Account
 from .config import RunConfig
 from .data import Corpus
@@ -140,7 +150,11 @@ class Node:
                     case Forward():
                         await self._forward(step, action.microbatch)
                     case Backward():
-                        await self._backward(step, action.microbatch)
+                        await self._backward("backward", self.stage.backward, step, action.microbatch)
+                    case InputGradient():
+                        await self._backward("input gradient", self.stage.input_gradient, step, action.microbatch)
+                    case WeightGradient(microbatch=microbatch):
+                        await self._compute.run(f"weight gradient {microbatch}", self.stage.weight_gradient, microbatch)
                     case _:
                         loss, grad_norm = await self._finish(step)
             self._write_step(step, loss, grad_norm, lap)
@@ -174,12 +188,12 @@ class Node:
         if out is not None:
             await self._send_below(out, ids_BS, step, microbatch, Kind.ACTIVATION)
 
-    async def _backward(self, step: int, microbatch: int) -> None:
+    async def _backward(self, name: str, work: Callable[..., Tensor | None], step: int, microbatch: int) -> None:
         dz_out, loss_sum = None, None
         if self._from_below:
             arrival = await self._wait(self._from_below, Kind.GRADIENT, step, microbatch)
             dz_out, loss_sum = arrival.tensor, arrival.message.loss_sum
-        dz_in = await self._compute.run(f"backward {microbatch}", self.stage.backward, microbatch, dz_out, loss_sum)
+        dz_in = await self._compute.run(f"{name} {microbatch}", work, microbatch, dz_out, loss_sum)
         if self._to_above:
             port, loss_sum = self.stage.upstream_port, self.stage.losses[microbatch]
             assert port is not None

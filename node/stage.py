@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from ..compress.anchors import token_table
 from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
+from ..protocol.schedule import get_schedule, splits_backward
 from .config import RunConfig
-from .model import build_stage
+from .model import WeightGradients, build_stage
 from .optim import OptimStats, StageOptimizer
 from .ports import BoundaryShape, DownstreamPort, Encoded, Received, UpstreamPort
 from .state import StageSnapshot, StageState, StateError, sha256_of
@@ -47,8 +48,9 @@ class _Saved:
 class Stage:
     """Stage `index` of `config.pipeline.stages`.
 
-    `forward` must be called once per microbatch, then `backward` once; `finish` ends a step. Shapes: ids (B, T+1)
-    int32, of which the last column is a target only; z (B, T, W).
+    `forward` must be called once per microbatch, then `backward` once, or under a schedule that splits it
+    `input_gradient` and `weight_gradient` in its place; `finish` ends a step. Shapes: ids (B, T+1) int32, of which the
+    last column is a target only; z (B, T, W).
     """
 
     def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int) -> None:
@@ -69,6 +71,7 @@ class Stage:
             checkpoint=config.model.path if config.model.pretrained else None,
             activation_checkpointing=config.compute.activation_checkpointing,
             compile=config.compute.compile,
+            deferred=splits_backward(get_schedule(config.pipeline.schedule)),
         )
         self.upstream_port: UpstreamPort | None = None
         self.downstream_port: DownstreamPort | None = None
@@ -93,6 +96,7 @@ class Stage:
         )
         self._backwards = 0
         self._saved: dict[int, _Saved] = {}
+        self._owed: dict[int, WeightGradients] = {}  # by microbatch, between its input gradient and its weight gradient
         self._begun = False  # this step's first forward is done
         self.completed = 0  # steps that are finished
         self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, as far as known in this step
@@ -222,8 +226,22 @@ class Stage:
         self._backwards += 1
         return None if saved.z_in is None else saved.z_in.grad
 
+    def input_gradient(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
+        """As `backward`, but the weight gradients of matrices are left for `weight_gradient`: what it returns can leave
+        before they are computed. Everything else that learns, the tables too, has its gradient after it."""
+        assert self.model.deferral, f"schedule '{self.config.pipeline.schedule}' splits no backward"
+        with self.model.deferral.putting_aside() as owed:
+            dz_in = self.backward(microbatch, dz_out, loss_sum)
+        self._owed[microbatch] = owed
+        return dz_in
+
+    def weight_gradient(self, microbatch: int) -> None:
+        """The rest of that microbatch's backward; frees what it still held."""
+        self._owed.pop(microbatch).add_up()
+
     def gradient_to_send(self, step: int) -> Tensor | None:
-        """This stage's half of the gradient of the table above, once the step's last backward is done, where due."""
+        """This stage's half of the gradient of the table above, once the step's last backward, or the first half of it,
+        is done, where due."""
         table = self.upstream_port and self.upstream_port.table
         if self._backwards < self.config.pipeline.microbatches or not table or not gradient_due(table.table, step):
             return None
@@ -240,6 +258,7 @@ class Stage:
         `table_gradient`: the receiver's half for the table below, where `awaits_gradient` says so.
         """
         tokens = self.config.tokens_per_step
+        assert not self._owed, f"stage {self.index} ends step {step} without the weight gradients of {list(self._owed)}"
         self._begun, self._backwards = False, 0
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
@@ -281,7 +300,7 @@ class Stage:
     def snapshot(self) -> StageSnapshot:
         """A copy of the state as it is between two steps, on the compute thread: other threads may unpack the next
         step's messages and pack this one's meanwhile. Raises StateError in the middle of a step."""
-        if self._begun or self._saved or self._backwards or self.losses:
+        if self._begun or self._saved or self._owed or self._backwards or self.losses:
             raise StateError(
                 f"stage {self.index}: a snapshot in the middle of step {self.completed}; take it after the step's "
                 "finish and before the next one's first forward"
@@ -300,6 +319,7 @@ class Stage:
         for port in self._ports:
             port.packing.clear()
         self._saved.clear()
+        self._owed.clear()
         self.losses.clear()
         self._begun, self._backwards = False, 0
         self.completed = snapshot.completed

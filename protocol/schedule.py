@@ -3,12 +3,12 @@
 A schedule is a pure stream of actions. It says nothing of time, threads or links: the runtime executes the stream, the
 simulator charges it to a virtual clock, and the one-process reference walks the merged streams of all stages, so all
 three do the same arithmetic in the same order. Transfers are implied: `Forward(m)` at stage s waits for the activation
-of m from s-1, `Backward(m)` for its gradient from s+1 (see `prerequisites`), and each result leaves right after the
-action. On a first or last stage there is nothing to wait for or to send.
+of m from s-1, `Backward(m)` or `InputGradient(m)` for its gradient from s+1 (see `prerequisites`), and each result
+leaves right after the action. On a first or last stage there is nothing to wait for or to send.
 
-Backwards run in microbatch order under every schedule, so gradients accumulate in one order and the choice of schedule
-cannot change a bit of the result. GPipe's paper runs them last-in first-out; for a flushing schedule that saves neither
-memory nor time.
+Backwards and both their halves run in microbatch order under every schedule, so gradients accumulate in one order and
+the choice of schedule cannot change a bit of the result. GPipe's paper runs them last-in first-out; for a flushing
+schedule that saves neither memory nor time.
 
 A flushing schedule is one number per stage, the depth: run `depth` forwards, then alternate one backward, one forward.
 - GPipe (Huang et al., arXiv 1811.06965): depth M, all microbatches; memory grows with the batch.
@@ -17,8 +17,11 @@ A flushing schedule is one number per stage, the depth: run `depth` forwards, th
   hops, each a message's bits and the latency; so that a stage does not stand idle meanwhile it needs a depth of
   `1 + ceil((P-1-s)(1 + hop))`, where hop is the time of those two hops in units of t_F + t_B. More than needed costs
   memory, and where a link is the bottleneck time too: the schedule nears GPipe, under which directions take turns.
-Splitting Backward into input and weight gradients (zero bubble, Qi et al., arXiv 2401.10241) adds two actions and
-overrides `_order`.
+- ZB-H1 (zero bubble, Qi et al., arXiv 2401.10241), `zb` or `zb:hop=1.8`: 1F1B of the same depths whose Backward is cut
+  in two. The stage above waits for the input gradient alone, so the weight gradient moves to where a stage would stand
+  idle: behind by as many microbatches as the stage is less deep than stage 0. So no stage holds more microbatches than
+  stage 0 does under 1F1B, and the bubble of the flush is (P-1)(t_F + t_B - t_W), a third of 1F1B's when all three are
+  alike. Its further variants need twice the memory, or optimizer steps that can be taken back.
 
 Bounded links stay free of deadlock while depths never rise downstream and fall between neighbours by at most the
 messages that both directions of their boundary can hold together: the downstream stage then works off enough forwards,
@@ -64,6 +67,20 @@ class Backward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InputGradient:
+    """The half of a backward that the stage above waits for; keeps what the other half needs."""
+
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightGradient:
+    """The half that nobody waits for before the optimizer step; frees what its microbatch still held."""
+
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """The optimizer step: the last action of a training step."""
 
@@ -75,7 +92,8 @@ class Evaluate:
     microbatch: int
 
 
-Action = Forward | Backward | Step | Evaluate
+Action = Forward | Backward | InputGradient | WeightGradient | Step | Evaluate
+Upward = Backward | InputGradient  # what waits for a gradient from below and sends one up
 
 
 class Schedule(ABC):
@@ -90,7 +108,8 @@ class Schedule(ABC):
 
     @abstractmethod
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
-        """Most microbatches at once whose forward has run on this stage and whose backward has not: its memory."""
+        """Most microbatches at once whose forward has run on this stage and whose backward, or the last half of it, has
+        not: its memory."""
 
     @abstractmethod
     def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]: ...
@@ -128,12 +147,38 @@ class OneFOneB(FlushingSchedule):
 
     def __init__(self, hop: float = 0.0) -> None:
         if not 0 <= hop <= HOP_MAX:
-            raise ScheduleError(f"schedule '1f1b': hop={hop:g} has to be from 0 (instant links) to {HOP_MAX:g}")
+            raise ScheduleError(f"schedule '{self.name}': hop={hop:g} has to be from 0 (instant links) to {HOP_MAX:g}")
         self.hop = hop
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
         _check_shape(stage, stages, microbatches)
         return min(microbatches, 1 + math.ceil((stages - 1 - stage) * (1 + self.hop)))
+
+
+class ZeroBubble(OneFOneB):
+    """ZB-H1: as deep as 1F1B, each weight gradient as many microbatches behind its input gradient as the stage is less
+    deep than stage 0. Raises ScheduleError for a hop out of range."""
+
+    name = "zb"
+
+    def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
+        _check_shape(stage, stages, microbatches)
+        return super().peak_in_flight(0, stages, microbatches)
+
+    def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
+        depth = super().peak_in_flight(stage, stages, microbatches)
+        delay = self.peak_in_flight(stage, stages, microbatches) - depth
+        for microbatch in range(depth):
+            yield Forward(microbatch=microbatch)
+        for microbatch in range(microbatches):
+            yield InputGradient(microbatch=microbatch)
+            if microbatch >= delay:
+                yield WeightGradient(microbatch=microbatch - delay)
+            if microbatch + depth < microbatches:
+                yield Forward(microbatch=microbatch + depth)
+        for microbatch in range(microbatches - delay, microbatches):
+            yield WeightGradient(microbatch=microbatch)
+        yield Step()
 
 
 class Evaluation(Schedule):
@@ -151,7 +196,10 @@ class Evaluation(Schedule):
             yield Evaluate(microbatch=microbatch)
 
 
-SCHEDULES: dict[str, Schedule] = {schedule.name: schedule for schedule in (GPipe(), OneFOneB(), Evaluation())}
+SCHEDULES: dict[str, Schedule] = {
+    schedule.name: schedule for schedule in (GPipe(), OneFOneB(), ZeroBubble(), Evaluation())
+}
+_WITH_HOP: dict[str, type[OneFOneB]] = {kind.name: kind for kind in (OneFOneB, ZeroBubble)}
 
 
 def get_schedule(spec: str) -> Schedule:
@@ -159,14 +207,18 @@ def get_schedule(spec: str) -> Schedule:
     name, colon, option = spec.partition(":")
     if name in SCHEDULES and not colon:
         return SCHEDULES[name]
-    if name == OneFOneB.name:
-        try:
-            return OneFOneB(float(re.fullmatch(r"hop=([0-9]*\.?[0-9]+)", option)[1]))  # pyright: ignore
-        except TypeError:
-            raise ScheduleError(f"schedule '{spec}': 1f1b has one option, as in 1f1b:hop=1.8") from None
+    if name in _WITH_HOP:
+        if hop := re.fullmatch(r"hop=([0-9]*\.?[0-9]+)", option):
+            return _WITH_HOP[name](float(hop[1]))
+        raise ScheduleError(f"schedule '{spec}': {name} has one option, as in {name}:hop=1.8")
     nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.4)
     remedy = f"the nearest known one is '{nearest[0]}'" if nearest else f"known: {', '.join(SCHEDULES)}"
     raise ScheduleError(f"unknown schedule '{spec}'; {remedy}")
+
+
+def splits_backward(schedule: Schedule) -> bool:
+    """Whether its stages compute input and weight gradients apart."""
+    return any(isinstance(action, WeightGradient) for action in schedule.actions(stage=0, stages=1, microbatches=1))
 
 
 def prerequisites(action: Action, *, stage: int, stages: int) -> tuple[tuple[int, Action], ...]:
@@ -174,9 +226,11 @@ def prerequisites(action: Action, *, stage: int, stages: int) -> tuple[tuple[int
     match action:
         case Forward() | Evaluate():
             return ((stage - 1, action),) if stage > 0 else ()
-        case Backward(microbatch=microbatch):
+        case Backward(microbatch=microbatch) | InputGradient(microbatch=microbatch):
             own = (stage, Forward(microbatch=microbatch))
             return (own, (stage + 1, action)) if stage < stages - 1 else (own,)
+        case WeightGradient(microbatch=microbatch):
+            return ((stage, InputGradient(microbatch=microbatch)),)
         case Step():
             return ()
 

@@ -24,7 +24,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..protocol.schedule import Action, Backward, Evaluate, Forward, Schedule, Step, prerequisites
+from ..protocol.schedule import (
+    Action,
+    Backward,
+    Evaluate,
+    Forward,
+    InputGradient,
+    Schedule,
+    Step,
+    Upward,
+    WeightGradient,
+    prerequisites,
+)
 from .shaper import LinkProfile
 
 Rule = Literal["duplex", "shared"]
@@ -32,11 +43,19 @@ Rule = Literal["duplex", "shared"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Seconds of compute of one stage: of one microbatch forward and backward, and of a step's end."""
+    """Seconds of compute of one stage: of one microbatch forward and backward, and of a step's end.
+
+    weight_s: the part of backward_s that is for weight gradients; unless it is known, half, as for matrices alone.
+    """
 
     forward_s: float
     backward_s: float
+    weight_s: float | None = None
     step_s: float = 0.0
+
+    @property
+    def weight_gradient_s(self) -> float:
+        return self.backward_s / 2 if self.weight_s is None else self.weight_s
 
     def of(self, action: Action) -> float:
         match action:
@@ -44,6 +63,10 @@ class StageTimes:
                 return self.forward_s
             case Backward():
                 return self.backward_s
+            case InputGradient():
+                return self.backward_s - self.weight_gradient_s
+            case WeightGradient():
+                return self.weight_gradient_s
             case Step():
                 return self.step_s
 
@@ -57,7 +80,7 @@ class Boundary:
     link: LinkProfile
 
     def bytes_of(self, action: Action) -> int:
-        return self.backward_bytes if isinstance(action, Backward) else self.forward_bytes
+        return self.backward_bytes if isinstance(action, Upward) else self.forward_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,8 +215,8 @@ def _planned(schedule: Schedule, stages: Sequence[StageTimes], microbatches: int
     for stage, times in enumerate(stages):
         stream: list[_Planned] = []
         for action in schedule.actions(stage=stage, stages=count, microbatches=microbatches):
-            receiver = stage - 1 if isinstance(action, Backward) else stage + 1
-            travels = not isinstance(action, Step) and 0 <= receiver < count
+            receiver = stage - 1 if isinstance(action, Upward) else stage + 1
+            travels = not isinstance(action, Step | WeightGradient) and 0 <= receiver < count
             needs = prerequisites(action, stage=stage, stages=count)
             stream.append(
                 _Planned(

@@ -66,7 +66,14 @@ def overlap(events: list[dict[str, Any]], stage: int) -> tuple[float, float]:
     return on_the_wire_s, (common(sending, computing) / on_the_wire_s if on_the_wire_s else 0.0)
 
 
-COLOURS = {"forward": "#4477aa", "backward": "#ee6677", "optimizer": "#228833", "evaluate": "#bbbbbb"}
+COLOURS = {
+    "forward": "#4477aa",
+    "backward": "#ee6677",
+    "input gradient": "#ee99aa",
+    "weight gradient": "#994455",
+    "optimizer": "#228833",
+    "evaluate": "#bbbbbb",
+}
 
 
 def draw(events: list[dict[str, Any]], stages: int, path: Path, *, window_s: float = 4.0) -> None:
@@ -83,7 +90,7 @@ def draw(events: list[dict[str, Any]], stages: int, path: Path, *, window_s: flo
     for stage in range(stages):
         row = stages - 1 - stage
         for event in spans(events, stage=stage, lane="compute"):
-            colour = COLOURS.get(event["name"].split()[0], "#999999")
+            colour = next((COLOURS[kind] for kind in COLOURS if event["name"].startswith(kind)), "#999999")
             axes.broken_barh([_bar(event, middle)], (row + 0.45, 0.4), facecolors=colour, edgecolors="white", lw=0.2)
         for event in spans(events, stage=stage, lane="boundary"):
             down = event["tid"] == f"boundary {stage}-{stage + 1}"
@@ -94,7 +101,7 @@ def draw(events: list[dict[str, Any]], stages: int, path: Path, *, window_s: flo
     axes.set_xlabel("seconds")
     handles = [Patch(color=colour) for colour in [*COLOURS.values(), "#66ccee", "#ccbb44"]]
     labels = [*COLOURS, "sending down", "sending up"]
-    axes.legend(handles, labels, ncols=6, loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
+    axes.legend(handles, labels, ncols=len(labels), loc="upper center", bbox_to_anchor=(0.5, 1.12), frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -54,6 +54,7 @@ CHUNK_BYTES = 128  # so that even a small tensor takes several frames; less than
 LIMITS = Limits(message_bytes=2**30)
 IN_STAGE = {
     "backward": Phase.MID_BACKWARD,
+    "weight_gradient": Phase.MID_BACKWARD,  # of a backward that is split
     "finish": Phase.BEFORE_COMMIT,
     "snapshot": Phase.SNAPSHOT,
     "restore": Phase.RESTORE,

@@ -42,7 +42,7 @@ from thinpipe.node.one_process import OneProcess
 from thinpipe.node.state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.protocol.schedule import Backward, Forward, get_schedule, interleave
+from thinpipe.protocol.schedule import Backward, Forward, InputGradient, WeightGradient, get_schedule, interleave
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -90,6 +90,10 @@ class Run(OneProcess):
                     self._forward(index, step, action.microbatch, Kind.ACTIVATION)
                 case Backward():
                     self._backward(index, step, action.microbatch)
+                case InputGradient():
+                    self._backward(index, step, action.microbatch, split=True)
+                case WeightGradient():
+                    self._weight_gradient(index, action.microbatch)
                 case _:
                     loss, _ = self.stages[index].finish(step, self._table_gradient(index, step))
         return loss if actions is None else float("nan")
@@ -176,6 +180,21 @@ def test_a_run_is_rewound_from_anywhere(variant: tuple[RunConfig, Undisturbed]) 
         ends = above.dictionaries.get("table_below"), below.dictionaries.get("table_above")
         assert ends[0] == ends[1]
         assert ends[0] is None or ends[0]["version"][0] == epoch
+
+
+def test_a_run_that_splits_its_backward_is_rewound_from_anywhere(tiny: TinyConfig) -> None:
+    """And ends, and is between, as one that does not split it."""
+    settings = {"pipeline.microbatches": 4, "run.steps": 2}
+    whole = Run(configure(tiny, **settings))
+    run = Run(configure(tiny, **settings, **{"pipeline.schedule": "zb"}))
+    begin, expected = run.snapshots(), [(whole.act(step), whole.digests()) for step in range(2)]
+    for epoch, actions in enumerate(range(1, run.actions(), 5), start=1):
+        run.act(0, actions)
+        with pytest.raises(StateError, match="in the middle of step"):
+            run.snapshots()
+        run.rewind(begin, epoch)
+        assert not any(stage._owed for stage in run.stages)
+    assert [(run.act(step), run.digests()) for step in range(2)] == expected
 
 
 def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path) -> None:

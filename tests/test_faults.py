@@ -166,6 +166,28 @@ def test_head_and_tail_are_killed(
     assert_consequence(fault, ended, calm)
 
 
+SPLIT = {**SETTINGS, "pipeline.microbatches": 4}
+
+
+@pytest.fixture(scope="module")
+def undisturbed_whole(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> Outcome:
+    """With backwards that are not split, which changes no bit."""
+    return run_reference(tiny(SPLIT), tmp_path_factory.mktemp("whole"))
+
+
+# The middle stage does I0 I1 W0 I2 W1 I3 W2 W3, the last one I0 I1 I2 W0 I3 W1 W2 W3.
+@pytest.mark.parametrize(("stage", "point"), [(0, 2), (1, 3), (1, 8), (2, 3), (2, 4)])
+def test_a_loss_between_input_and_weight_gradients(
+    tiny: TinyConfig, undisturbed_whole: Outcome, tmp_path: Path, stage: int, point: int
+) -> None:
+    """What waits for its weight gradient belongs to the step that is broken off, on the stages that live on too."""
+    fault = kill(stage, STEP, Phase.MID_BACKWARD, point=point)
+    ended = run_cluster(tiny({**SPLIT, "pipeline.schedule": "zb"}), tmp_path, [fault])
+    assert_equal(ended, undisturbed_whole)
+    assert ended.happened == [fault]
+    assert ended.epochs > 1
+
+
 # Each stage first, each second and each phase with every other one; the rest of the cube takes its time elsewhere.
 TWICE = [
     pytest.param(first, second, phase, marks=[] if (first + second + place) % 3 == 0 else pytest.mark.long)

@@ -74,7 +74,7 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)
     torch.set_num_threads(1)
 
-    def make(model: Any, directory: Path, *, steps: int, polynomials: str) -> RunConfig:
+    def make(model: Any, directory: Path, *, steps: int, polynomials: str, schedule: str = "1f1b") -> RunConfig:
         directory.mkdir()
         model.config.to_json_file(directory / "config.json")
         save_file(model.state_dict(), directory / "model.safetensors")
@@ -94,6 +94,7 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
                 "codec.codec": "fp64",
                 "pipeline.stages": STAGES,
                 "compute.dtype": "float64",
+                "pipeline.schedule": schedule,
             }
         )
 
@@ -137,12 +138,15 @@ def relative(got: Any, wanted: Any) -> float:
     return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
-@pytest.mark.parametrize(("architecture", "polynomials"), [("llama", "polar_express"), ("starcoder2", "quintic")])
+@pytest.mark.parametrize(
+    ("architecture", "polynomials", "schedule"),
+    [("llama", "polar_express", "1f1b"), ("starcoder2", "quintic", "1f1b"), ("starcoder2", "polar_express", "zb")],
+)
 def test_a_swarm_trains_what_a_plain_model_would(
-    architecture: str, polynomials: str, configure: Configure, tmp_path: Path
+    architecture: str, polynomials: str, schedule: str, configure: Configure, tmp_path: Path
 ) -> None:
     model = plain_model(architecture)
-    config = configure(model, tmp_path / "model", steps=STEPS, polynomials=polynomials)
+    config = configure(model, tmp_path / "model", steps=STEPS, polynomials=polynomials, schedule=schedule)
     got = run_in_memory(config, tmp_path / "run")
     errors = compare(model, config, got)
     assert max(errors.values()) < TOLERANCE, errors

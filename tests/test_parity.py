@@ -106,6 +106,48 @@ def test_a_swarm_is_one_process_also_with(settings: dict[str, Any], tiny: TinyCo
     assert swarm == reference
 
 
+ZERO_BUBBLE = {
+    "zb, 2 stages": (2, "zb", {"codec.codec": "int8"}),
+    "zb, 3 stages, codebooks": (
+        3,
+        "zb",
+        {
+            "codec.codec": "mapl:r=8,every=2",
+            "codec.forward": "rvq:groups=2,codes=16",
+            "codec.backward": "rvq:groups=2,codes=8",
+            "compute.dtype": "bfloat16",
+        },
+    ),
+    "zb, 4 stages, bf16": (4, "zb", {"compute.dtype": "bfloat16"}),
+    "zb:hop=1.3, 4 stages, recomputed": (
+        4,
+        "zb:hop=1.3",
+        {"codec.codec": "mapl:r=8,every=1", "compute.activation_checkpointing": True},
+    ),
+    "zb, 1 stage": (1, "zb", {}),
+}
+
+
+@pytest.mark.parametrize(("stages", "schedule", "settings"), ZERO_BUBBLE.values(), ids=ZERO_BUBBLE)
+def test_a_split_backward_changes_no_bit(
+    stages: int, schedule: str, settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path
+) -> None:
+    """The swarm is one process, and both are what whole backwards come to."""
+    settings = {"pipeline.stages": stages, "pipeline.microbatches": 8, "run.eval_every": 2, **settings}
+    reference, swarm = both(tiny({**settings, "pipeline.schedule": schedule}), tmp_path)
+    assert swarm == reference
+    assert swarm == run_in_memory(tiny({**settings, "pipeline.schedule": "1f1b"}), tmp_path / "1f1b")
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # as in test_model
+def test_a_compiled_swarm_that_splits_is_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
+    settings = {"pipeline.stages": 2, "pipeline.schedule": "zb", "compute.compile": True}
+    torch.compiler.reset()
+    reference, swarm = both(tiny(settings), tmp_path)
+    assert swarm == reference
+
+
 @pytest.mark.parametrize("codec", ["bf16", "int4"])
 def test_gpipe_and_1f1b_are_equal(codec: str, tiny: TinyConfig, tmp_path: Path) -> None:
     settings = {"pipeline.stages": 4, "codec.codec": codec}

@@ -8,11 +8,12 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinpipe.protocol.schedule import SCHEDULES, Schedule, Step, get_schedule
+from thinpipe.protocol.schedule import SCHEDULES, InputGradient, Schedule, Step, WeightGradient, get_schedule
 from thinpipe.sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from thinpipe.sim.shaper import LinkProfile
 
 TRAINING = [SCHEDULES[name] for name in ("gpipe", "1f1b")]
+EVERY = [*TRAINING, SCHEDULES["zb"]]
 INSTANT = LinkProfile(rate_bits_per_s=None)
 
 
@@ -55,6 +56,20 @@ def test_a_link_that_is_short_sets_the_pace(schedule: str, expected_s: float) ->
     simulated = uniform(get_schedule(schedule), 2, 16, forward_s=1e-9, backward_s=1e-9, nbytes=nbytes, link=link)
     assert simulated.step_s == pytest.approx(expected_s, abs=0.01)
     assert simulated.bottleneck.startswith("the link from stage")
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 5), (2, 2), (4, 8), (8, 24)])
+def test_zero_bubble_has_a_third_of_the_bubble(stages: int, microbatches: int) -> None:
+    """(P-1)(t_F + t_B - t_W); the input gradient's message does not wait for the weight gradient."""
+    simulated = uniform(get_schedule("zb"), stages, microbatches, step_s=0.5)
+    assert simulated.step_s == pytest.approx(3 * microbatches + stages - 1 + 0.5)
+    assert simulated.peak_in_flight == [min(stages, microbatches)] * stages
+
+
+def test_the_weight_gradients_share_is_half_unless_it_is_known() -> None:
+    split = [InputGradient(microbatch=0), WeightGradient(microbatch=0)]
+    assert [StageTimes(forward_s=1, backward_s=2).of(action) for action in split] == [1, 1]
+    assert [StageTimes(forward_s=1, backward_s=2, weight_s=0.5).of(action) for action in split] == [1.5, 0.5]
 
 
 def test_latency_starves_a_shallow_schedule() -> None:
@@ -110,7 +125,7 @@ def test_published_step_times_of_protocol_nanogpt(fitted_on: str) -> None:
 seconds = st.floats(0.001, 2.0)
 pipelines = st.fixed_dictionaries(
     {
-        "schedule": st.sampled_from(TRAINING),
+        "schedule": st.sampled_from(EVERY),
         "microbatches": st.integers(1, 8),
         "times": st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=5),
         "nbytes": st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),

@@ -107,9 +107,22 @@ def test_a_deeper_schedule_hides_the_latency() -> None:
     assert shares[1] > 0.95
 
 
+def test_zero_bubble_hides_some_of_the_latency() -> None:
+    """The depth of 1F1B; messages up leave earlier, and weight gradients fill the wait."""
+    pace = ("--pace", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
+    pace += ("--sequence-length", "2048")
+    whole, split = (planned(*pace, "--schedule", schedule) for schedule in ("1f1b", "zb"))
+    assert whole["tokens_per_s"] < 0.95 * split["tokens_per_s"]
+    assert [stage["microbatches_in_flight"] for stage in split["stages"]] == [4] * 4
+    first, *_, last = split["stages"]
+    assert first["weight_gradient_s"] < first["forward_s"] == first["backward_s"] / 2  # attention has no weights
+    assert last["weight_gradient_s"] / last["forward_s"] > first["weight_gradient_s"] / first["forward_s"]  # the head
+
+
 def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     arguments = ["--pace", "tiny@3x1tflops", "--link", "10mbit,5ms", "--microbatches", "8", "--timeline", str(picture)]
+    arguments += ["--schedule", "zb"]
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert result.exit_code == 0, result.output
     assert "simulated, not measured" in result.stdout

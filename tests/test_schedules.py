@@ -14,14 +14,19 @@ from thinpipe.protocol.schedule import (
     FlushingSchedule,
     Forward,
     GPipe,
+    InputGradient,
     OneFOneB,
     Schedule,
     ScheduleDeadlock,
     ScheduleError,
     Step,
+    Upward,
+    WeightGradient,
+    ZeroBubble,
     get_schedule,
     interleave,
     prerequisites,
+    splits_backward,
 )
 
 LINK_CAPACITY = 2  # messages that each direction of a boundary holds in the bounded run
@@ -37,19 +42,27 @@ def streams_of(schedule, stages, microbatches):
 def check_stream(schedule, actions, stage, stages, microbatches):
     """The laws that one stage's stream obeys by itself."""
     every = list(range(microbatches))
-    training = any(isinstance(action, (Forward, Backward, Step)) for action in actions)
+    training = any(isinstance(action, (Forward, Upward, Step)) for action in actions)
     forwards = [a.microbatch for a in actions if isinstance(a, Forward if training else Evaluate)]
     assert forwards == every, "each microbatch goes forward once, in order"
     if training:
-        assert [a.microbatch for a in actions if isinstance(a, Backward)] == every, "backward once, in order"
+        assert [a.microbatch for a in actions if isinstance(a, Upward)] == every, "backward once, in order"
+        owed = [a.microbatch for a in actions if isinstance(a, InputGradient)]
+        paid = [a.microbatch for a in actions if isinstance(a, WeightGradient)]
+        assert paid == owed, "a weight gradient for each input gradient, in order"
         assert not any(isinstance(a, Evaluate) for a in actions), "a training step does not evaluate"
         assert [i for i, a in enumerate(actions) if isinstance(a, Step)] == [len(actions) - 1], "one Step, at the end"
-    in_flight, peak = set(), 0
+    in_flight, split, peak = set(), set(), 0
     for action in actions:
         if isinstance(action, Forward):
             in_flight.add(action.microbatch)
-        if isinstance(action, Backward):
+        if isinstance(action, Upward):
             assert action.microbatch in in_flight, "backward only after its forward"
+        if isinstance(action, InputGradient):
+            split.add(action.microbatch)
+        if isinstance(action, WeightGradient):
+            assert action.microbatch in split, "a weight gradient only after its input gradient"
+        if isinstance(action, (Backward, WeightGradient)):
             in_flight.remove(action.microbatch)
         peak = max(peak, len(in_flight))
     assert peak == schedule.peak_in_flight(stage, stages, microbatches), "peak in flight as declared"
@@ -65,7 +78,9 @@ def check_global_order(schedule, stages, microbatches):
     for (stage, action), index in position.items():
         if isinstance(action, (Forward, Evaluate)) and stage > 0:
             assert position[stage - 1, action] < index
-        if isinstance(action, Backward):
+        if isinstance(action, WeightGradient):
+            assert position[stage, InputGradient(microbatch=action.microbatch)] < index
+        if isinstance(action, Upward):
             assert position[stage, Forward(microbatch=action.microbatch)] < index
             if stage < stages - 1:
                 assert position[stage + 1, action] < index
@@ -93,9 +108,9 @@ def run_bounded(schedule, stages, microbatches, capacity=LINK_CAPACITY):
             if not todo[stage]:
                 continue
             action = todo[stage][0]
-            if not isinstance(action, Step):
+            if not isinstance(action, (Step, WeightGradient)):
                 upstream, downstream = stage - 1, stage + 1
-                source, to = (downstream, upstream) if isinstance(action, Backward) else (upstream, downstream)
+                source, to = (downstream, upstream) if isinstance(action, Upward) else (upstream, downstream)
                 if (source, stage) in links:
                     if not links[source, stage]:
                         continue
@@ -123,10 +138,11 @@ def test_conformance(name, stages, microbatches):
     check_conformance(get_schedule(name), stages, microbatches)
 
 
+@pytest.mark.parametrize("kind", [OneFOneB, ZeroBubble])
 @given(hop=st.floats(0, HOP_MAX), stages=st.integers(1, 8), microbatches=st.integers(1, 40))
 @settings(deadline=None)
-def test_conformance_of_1f1b_over_links_that_take_time(hop, stages, microbatches):
-    schedule = OneFOneB(hop)
+def test_conformance_over_links_that_take_time(kind, hop, stages, microbatches):
+    schedule = kind(hop)
     for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
         check_stream(schedule, actions, stage, stages, microbatches)
     check_global_order(schedule, stages, microbatches)
@@ -146,6 +162,30 @@ class Edited(GPipe):
 
     def _order(self, stage, stages, microbatches):
         yield from self.edit(list(super()._order(stage, stages, microbatches)))
+
+
+class EditedSplit(ZeroBubble):
+    """ZB-H1 likewise, but only on the last stage."""
+
+    name = "edited split"
+
+    def __init__(self, edit):
+        super().__init__()
+        self.edit = edit
+
+    def _order(self, stage, stages, microbatches):
+        actions = list(super()._order(stage, stages, microbatches))
+        yield from self.edit(actions) if stage == stages - 1 else actions
+
+
+class UnderstatedSplit(ZeroBubble):
+    """Declares what 1F1B holds, which frees a microbatch with its only backward."""
+
+    def peak_in_flight(self, stage, stages, microbatches):
+        return OneFOneB().peak_in_flight(stage, stages, microbatches)
+
+    def _order(self, stage, stages, microbatches):
+        yield from ZeroBubble()._order(stage, stages, microbatches)
 
 
 class UnderstatedMemory(OneFOneB):
@@ -188,6 +228,15 @@ BROKEN = {  # over 6 microbatches: F0..F5 at 0..5, B0..B5 at 6..11, Step at 12
     "backward first": (Edited(lambda actions: actions[6:12] + actions[:6] + actions[12:]), "only after its forward"),
     "evaluates in training": (Edited(lambda actions: [Evaluate(microbatch=0), *actions]), "does not evaluate"),
     "memory understated": (UnderstatedMemory(), "peak in flight as declared"),
+    # The last of 3 stages under ZB-H1: F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 F4 I4 W2 F5 I5 W3 W4 W5 S
+    "weight gradients swapped": (EditedSplit(swapped(15, 16)), "a weight gradient for each input gradient, in order"),
+    "weight gradient lost": (EditedSplit(lambda actions: actions[:-2] + actions[-1:]), "for each input gradient"),
+    "weight gradient doubled": (EditedSplit(lambda actions: [*actions[:-1], *actions[-2:]]), "for each input gradient"),
+    "weight gradient first": (EditedSplit(lambda a: [a[0], a[6], *a[1:6], *a[7:]]), "only after its input gradient"),
+    "weight gradient after the step": (EditedSplit(swapped(17, 18)), "one Step, at the end"),
+    "input gradients swapped": (EditedSplit(swapped(1, 3)), "backward once, in order"),
+    "a backward beside a split one": (EditedSplit(lambda a: [*a[:-1], Backward(microbatch=5), a[-1]]), "backward once"),
+    "memory of weight gradients understated": (UnderstatedSplit(), "peak in flight as declared"),
 }
 
 
@@ -247,6 +296,15 @@ def test_the_textbook_orders():
         "F0 F1 F2 F3 B0 B1 B2 B3 S",
         "F0 B0 F1 B1 F2 B2 F3 B3 S",
     ]
+    assert [short(s) for s in streams_of(get_schedule("zb"), 3, 4)] == [  # arXiv 2401.10241, figure 2, top
+        "F0 F1 F2 I0 W0 F3 I1 W1 I2 W2 I3 W3 S",
+        "F0 F1 I0 F2 I1 W0 F3 I2 W1 I3 W2 W3 S",
+        "F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3 S",
+    ]
+    assert [short(s) for s in streams_of(get_schedule("zb:hop=1.5"), 2, 4)] == [
+        "F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3 S",
+        "F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3 S",
+    ]
     assert [short(s) for s in streams_of(get_schedule("gpipe"), 2, 3)] == ["F0 F1 F2 B0 B1 B2 S"] * 2
     assert [short(s) for s in streams_of(get_schedule("evaluation"), 2, 3)] == ["E0 E1 E2"] * 2
 
@@ -256,15 +314,17 @@ def test_memory_is_what_the_literature_says(stages, microbatches):
     for stage in range(stages):
         assert get_schedule("gpipe").peak_in_flight(stage, stages, microbatches) == microbatches
         assert get_schedule("1f1b").peak_in_flight(stage, stages, microbatches) == min(microbatches, stages - stage)
+        assert get_schedule("zb").peak_in_flight(stage, stages, microbatches) == min(microbatches, stages)
         assert get_schedule("evaluation").peak_in_flight(stage, stages, microbatches) == 0
 
 
-def makespan(schedule, stages, microbatches, forward_s=1, backward_s=2):
+def makespan(schedule, stages, microbatches, forward_s=1, backward_s=2, weight_s=1):
     """Length of a step with instant links: each action starts when its stage is free and its needs are done."""
+    costs = {Forward: forward_s, Backward: backward_s, InputGradient: backward_s - weight_s, WeightGradient: weight_s}
     free, finished = [0] * stages, {}
     for stage, action in interleave(schedule, stages, microbatches):
         needs = [finished[need] for need in prerequisites(action, stage=stage, stages=stages)]
-        cost = {Forward: forward_s, Backward: backward_s}.get(type(action), 0)
+        cost = costs.get(type(action), 0)
         free[stage] = finished[stage, action] = max([free[stage], *needs]) + cost
     return max(free)
 
@@ -276,16 +336,37 @@ def test_the_bubble_of_a_flush(name):
         assert makespan(get_schedule(name), stages, microbatches) == 3 * (microbatches + stages - 1)
 
 
+@pytest.mark.parametrize(("forward_s", "input_s", "weight_s"), [(1, 1, 1), (10, 11, 9), (4, 7, 3)])
+def test_the_bubble_of_zero_bubble(forward_s, input_s, weight_s):
+    """(P-1)(t_F + t_B - t_W), where 1F1B has (P-1)(t_F + t_B + t_W): arXiv 2401.10241, section 2.3."""
+    for stages, microbatches in pairwise([1, 2, 4, 8, 16]):
+        work = microbatches * (forward_s + input_s + weight_s)
+        whole, split = (
+            makespan(get_schedule(name), stages, microbatches, forward_s, input_s + weight_s, weight_s) - work
+            for name in ("1f1b", "zb")
+        )
+        assert whole == (stages - 1) * (forward_s + input_s + weight_s)
+        assert split == (stages - 1) * (forward_s + input_s - weight_s)
+
+
+def test_which_schedules_split():
+    assert [name for name, schedule in SCHEDULES.items() if splits_backward(schedule)] == ["zb"]
+    assert splits_backward(get_schedule("zb:hop=2"))
+
+
 def test_an_unknown_schedule_is_refused_by_name():
     with pytest.raises(ScheduleError, match="unknown schedule '1F1'; the nearest known one is '1f1b'"):
         get_schedule("1F1")
-    with pytest.raises(ScheduleError, match="unknown schedule 'zzz'; known: gpipe, 1f1b, evaluation"):
-        get_schedule("zzz")
-    for spec in ("1f1b:", "1f1b:hop", "1f1b:hop=", "1f1b:hop=-1", "1f1b:hop=nan", "1f1b:depth=3"):
-        with pytest.raises(ScheduleError, match=r"schedule '1f1b:.*': 1f1b has one option, as in 1f1b:hop=1.8"):
-            get_schedule(spec)
-    with pytest.raises(ScheduleError, match=r"schedule '1f1b': hop=6.5 has to be from 0 \(instant links\) to 6"):
-        get_schedule("1f1b:hop=6.5")
+    with pytest.raises(ScheduleError, match="unknown schedule 'yyy'; known: gpipe, 1f1b, zb, evaluation"):
+        get_schedule("yyy")
+    with pytest.raises(ScheduleError, match="unknown schedule 'zbv'; the nearest known one is 'zb'"):
+        get_schedule("zbv")
+    for name in ("1f1b", "zb"):
+        for option in (":", ":hop", ":hop=", ":hop=-1", ":hop=nan", ":depth=3"):
+            with pytest.raises(ScheduleError, match=rf"'{name}:.*': {name} has one option, as in {name}:hop=1.8"):
+                get_schedule(name + option)
+        with pytest.raises(ScheduleError, match=rf"'{name}': hop=6.5 has to be from 0 \(instant links\) to 6"):
+            get_schedule(f"{name}:hop=6.5")
     with pytest.raises(ScheduleError, match="unknown schedule 'gpipe:hop=1'; the nearest known one is 'gpipe'"):
         get_schedule("gpipe:hop=1")
 

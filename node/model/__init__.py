@@ -1,7 +1,8 @@
 """The model of a node: its stage of a Hugging Face decoder, built, filled with weights and ready to compute.
 
-This is the front door to four small rooms: `architecture` (settings to configuration, presets, refusals), `slices`
-(what a stage is), `exactness` (the start-up proof that the cut is exact) and `initialise` (first weights).
+This is the front door to five small rooms: `architecture` (settings to configuration, presets, refusals), `slices`
+(what a stage is), `exactness` (the start-up proof that the cut is exact), `initialise` (first weights) and `deferred`
+(weight gradients that wait).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
 from .architecture import PRESETS, ModelError, architecture_digest, resolve_model, was_tied
+from .deferred import Deferral, WeightGradients, defer_linears
 from .exactness import check_sliceable
 from .initialise import initialise_random, load_checkpoint, set_constants
 from .slices import StageModel, cut, partition, skeleton
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Deferral",
     "ModelError",
     "StageModel",
+    "WeightGradients",
     "architecture_digest",
     "build_stage",
     "check_sliceable",
@@ -45,12 +49,14 @@ def build_stage(
     checkpoint: Path | None = None,
     activation_checkpointing: bool = False,
     compile: bool = False,
+    deferred: bool = False,
 ) -> StageModel:
     """Stage `stage` (from 0) of `stages`, with its weights, on `device`; no other stage's tensor is ever allocated.
 
     Parameters are float64 when `dtype` is, otherwise float32: a lower compute dtype is the caller's autocast. Weights
     are drawn from (seed, name), or read from `checkpoint`, a directory with safetensors. `activation_checkpointing`
-    recomputes each layer in the backward pass, to the same bits; `compile` compiles each layer. Raises ModelError.
+    recomputes each layer in the backward pass, to the same bits; `compile` compiles each layer; `deferred` lets the
+    weight gradients of matrices wait where `StageModel.deferral` says so. Raises ModelError.
     """
     if not 0 <= stage < stages:
         raise ModelError(f"stage {stage} of {stages}: stages count from 0 to {stages - 1}")
@@ -67,6 +73,8 @@ def build_stage(
             model.full_state(), checkpoint, tied_to={"lm_head.weight": embedding} if was_tied(config) else {}
         )
     model.to(device)
+    if deferred:
+        model.deferral = defer_linears(model.causal, compiled=compile)
     if compile:  # before the checkpoint: around one, the compiler gives up without a word and runs eagerly
         for layer in model.base.layers:
             layer.forward = torch.compile(layer.forward)

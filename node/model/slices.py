@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import ModelError, first_line, quiet_transformers, untied, with_layers
+from .deferred import Deferral
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -65,6 +66,7 @@ class StageModel(nn.Module):
         self.width: int = causal.config.hidden_size
         self.vocab_size: int = causal.config.vocab_size
         self.token_table_VD: Tensor | None = None  # the frozen part of the embedding, if there is one; first only
+        self.deferral: Deferral | None = None  # where weight gradients wait, if they can
 
     @property
     def base(self) -> Any:

@@ -19,11 +19,20 @@ TOKENS, STEP_S, RATE = 1000, 2.0, 8e6
 
 
 def record(
-    directory: Path, *, seconds: list[float], late_s: float = 0.0, cpu_s: float = 0.1, measured: float = RATE
+    directory: Path,
+    *,
+    seconds: list[float],
+    late_s: float = 0.0,
+    cpu_s: float = 0.1,
+    probed: float | None = RATE,
+    busy: float = RATE,
 ) -> Cell:
     """Records of two stages whose steps took so long; each sends 1,000 bytes of tensors a step, and the probe."""
     for stage, direction in enumerate(("forward", "backward")):
-        now, lines = 100.0, []
+        now = 100.0
+        way = {"boundary": 0, "direction": direction}
+        check = {**way, "measured_bits_per_s": probed if stage else RATE}
+        lines: list[dict[str, Any]] = [{"event": "ready", "link_check": [check]}]
         for step, took in enumerate(seconds):
             now += took
             sent = {"boundary 0-1": {"activation": 1000 * (step + 1), "probe": 5000, "evaluation": 7 * step}}
@@ -42,10 +51,9 @@ def record(
                 }
             )
         link = {
-            "boundary": 0,
-            "direction": direction,
+            **way,
             "configured_bits_per_s": RATE,
-            "measured_bits_per_s": measured if stage else RATE,
+            "measured_bits_per_s": busy if stage else RATE,
         }
         lines.append({"event": "end", "links": [link], "peak_rss_bytes": 1})
         (directory / f"stage-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -67,8 +75,9 @@ PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
     "unsteady": ({"seconds": [1, 2, 2, 2, 2, 2.1, 2.1]}, "no steady state: windows differ by 4.8%"),
     "late": ({"late_s": 0.05}, "did not keep the pace: compute took 5.0% longer than told"),
     "busy": ({"cpu_s": 100.0}, "did not keep the pace: .* of its cores were busy"),
-    "slow link": ({"measured": 0.85 * RATE}, r"boundary 0-1 backward: the link delivered 6.8 Mb/s, set to 8.0"),
-    "no cap": ({"measured": 1.2 * RATE}, r"boundary 0-1 backward: the link delivered 9.6 Mb/s, set to 8.0"),
+    "slow link": ({"probed": 0.85 * RATE}, "boundary 0-1 backward: the probe measured 6.8 Mb/s, .* set to 8.0"),
+    "no probe": ({"probed": None}, "boundary 0-1 backward: the probe measured nothing"),
+    "no cap": ({"busy": 1.2 * RATE}, "boundary 0-1 backward: 9.6 Mb/s passed, the link is set to 8.0"),
 }
 
 
@@ -83,7 +92,7 @@ def test_a_cell_that_does_not_count_says_why(fault: str, tmp_path: Path) -> None
 def test_a_run_that_broke_off_is_not_measured(tmp_path: Path) -> None:
     cell = record(tmp_path, seconds=[STEP_S] * 7)
     file = tmp_path / "stage-1.jsonl"
-    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[1:]))
+    file.write_text("".join(line + "\n" for line in file.read_text().splitlines()[2:]))
     with pytest.raises(ValueError, match="has not all of its 7 steps on record"):
         measure(tmp_path, cell)
 

@@ -22,15 +22,17 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+# A file of tests for each core at a time, then by themselves those that hold real time to figures.
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not alone" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m "alone and not long"
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long
 
 # Hundreds of random losses, cuts, pauses, damaged and full disks over a small swarm in memory.
 test-schedules: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests/test_losses.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long -n auto --dist load tests/test_losses.py
 
 # The stubs are committed, so only someone who changes stage.proto needs this.
 proto: $(STAMP)

@@ -86,6 +86,8 @@ def measure(directory: Path, cell: Cell) -> dict[str, Any]:
         "peak_rss_bytes": [end["peak_rss_bytes"] for end in ends],
         "links": [_link(link, checks, steps, first, wall_s) for end in ends for link in end["links"]],
     }
+    moved_gb = figures["bytes_per_token"] * WINDOWS * tokens / 1e9
+    figures["cpu_s_per_gb"] = sum(stage["cpu_s"] for stage in figures["stages"]) * wall_s / moved_gb
     figures["cpu_share"] = sum(stage["cpu_s"] for stage in figures["stages"]) / (os.cpu_count() or 1)
     if cell.paced:
         late = [

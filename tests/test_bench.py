@@ -15,6 +15,8 @@ from thinpipe.sim.bench import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.bench_report import bench_table
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.alone
+
 TOKENS, STEP_S, RATE = 1000, 2.0, 8e6
 
 
@@ -68,6 +70,7 @@ def test_windows_leave_the_warm_up_out(tmp_path: Path) -> None:
     assert figures["bytes_per_token"] == pytest.approx(2 * 1000 / TOKENS)  # both stages; no probe, no evaluation
     assert figures["utilisation"] == pytest.approx(1000 * 8 / STEP_S / RATE)
     assert figures["stages"][0]["wait_s"] == pytest.approx(0.5 / STEP_S)
+    assert figures["cpu_s_per_gb"] == pytest.approx(2 * 0.1 / 2000e-9)  # both stages, 2,000 bytes a step
     assert figures["problems"] == []
 
 

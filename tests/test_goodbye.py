@@ -24,6 +24,8 @@ from thinpipe.sim.shaper import LinkProfile
 
 from .in_memory import Cut, join
 
+pytestmark = pytest.mark.alone
+
 DEADLINE_S = 5.0
 
 

@@ -15,6 +15,8 @@ from thinpipe.sim.report import OUTSIDE_RATIO
 
 from .conftest import TinyConfig
 
+pytestmark = pytest.mark.alone
+
 # A loopback packet: 14 bytes of (empty) Ethernet header, 20 of IPv4, 20 of TCP and 12 of its timestamp option.
 HEADER_BYTES_PER_PACKET = 66
 

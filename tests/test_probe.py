@@ -50,6 +50,8 @@ from typer.testing import CliRunner
 
 from .test_transport import complain, make_link
 
+pytestmark = pytest.mark.alone
+
 WISH = Terms(milliseconds=200)
 HUGE = Terms(
     milliseconds=2**32 - 1,

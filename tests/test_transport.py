@@ -16,6 +16,8 @@ from thinpipe.protocol.messages import Kind, Limits, Message
 from thinpipe.protocol.session import Identity, LinkSession
 from thinpipe.sim.shaper import LinkProfile
 
+pytestmark = pytest.mark.alone
+
 MESSAGE_BYTES = 512 * 1024
 RATE_TOLERANCE = 0.05
 

@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/projection.py
 
 Protocol NanoGPT (Pluralis, 2026) trains a 203,828,352-parameter GPT in 8 stages of one layer (width 1024, sequences of
-1024, 524,288 tokens a step) over simulated links of 200 Mb/s and 50 ms, of which all that comes into a stage shares one
-wire. Its score is T = steps to a validation loss of 3.276 x seconds a step. Its two published runs give one compute time
-a microbatch, which is fitted to the dense one and checked against the other; message sizes are those of our codecs at
-that shape; the steps to the loss are dense's times `--steps-factor`, which nobody has measured at this size (the best
-recipe here was 1.3 % better than dense, with an interval of 2.7 %, on a tiny model after 3M tokens).
+1024, 524,288 tokens a step) over simulated links of 200 Mb/s and 50 ms; all that comes into a stage shares one wire.
+Its score is T = steps to a validation loss of 3.276 x seconds a step. A compute time is fitted to the dense one of its
+two published runs and checked against the other; message sizes are those of our codecs at that shape; the steps to the
+loss are dense's times `--steps-factor`, which nobody has measured at this size (the best recipe here was 1.3 % better
+than dense, with an interval of 2.7 %, on a tiny model after 3M tokens).
 """
 
 from __future__ import annotations

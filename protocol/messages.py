@@ -20,6 +20,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -28,7 +29,7 @@ from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
 from .control import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
-from .envelope import around_data
+from .envelope import around_data, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
@@ -256,6 +257,18 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
     """Parse one frame. Raises RemoteProtocolError (malformed, oversized, corrupt) and nothing else."""
     if len(raw) > limits.frame_bytes:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a frame of {len(raw)} bytes, at most {limits.frame_bytes} here")
+    if parted := without_data("chunk", pb.Chunk, raw):
+        chunk, (rest, data) = pb.Chunk(), parted
+        with suppress(DecodeError):  # then it is none as a whole either
+            chunk.ParseFromString(rest)
+            chunk.DiscardUnknownFields()
+            if chunk.ByteSize() == len(rest) and not chunk.data:
+                return _chunk_from_pb(chunk, data, limits)
+    return _decode_whole(raw, limits)
+
+
+def _decode_whole(raw: bytes, limits: Limits) -> Frame:
+    """The same by protobuf alone, which copies the data several times."""
     frame = pb.Frame()
     try:
         frame.ParseFromString(raw)
@@ -267,7 +280,7 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
         raise RemoteProtocolError(Fault.MALFORMED, f"{len(raw)} bytes, of which one frame takes {frame.ByteSize()}")
     match frame.WhichOneof("body"):
         case "chunk":
-            return _chunk_from_pb(frame.chunk, limits)
+            return _chunk_from_pb(frame.chunk, frame.chunk.data, limits)
         case "credit":
             return Credit(next_sequence=frame.credit.next_sequence, granted_bytes=frame.credit.granted_bytes)
         case "greeting":
@@ -289,8 +302,7 @@ def decode_frame(raw: bytes, limits: Limits) -> Frame:
             raise RemoteProtocolError(Fault.MALFORMED, f"a frame of {len(raw)} bytes with no known body")
 
 
-def _chunk_from_pb(chunk: pb.Chunk, limits: Limits) -> Chunk:
-    data = chunk.data  # each look at this field is a copy
+def _chunk_from_pb(chunk: pb.Chunk, data: bytes | memoryview, limits: Limits) -> Chunk:
     if len(data) > limits.chunk_bytes:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a chunk of {len(data)} bytes, at most {limits.chunk_bytes} here")
     if _checksum(chunk, data) != chunk.crc32:

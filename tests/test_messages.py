@@ -6,6 +6,7 @@ import math
 import random
 import struct
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -194,6 +195,33 @@ def test_every_frame_comes_back(frame: Frame) -> None:
 def test_a_frame_around_data_is_what_protobuf_writes(frame: Chunk | CopyPart) -> None:
     raw = encode_frame(frame)
     assert pb.Frame.FromString(raw).SerializeToString() == raw
+
+
+def judged(decode: Callable[[bytes, Limits], Any], raw: bytes) -> Any:
+    """The frame, or why there is none."""
+    try:
+        return decode(raw, LIMITS)
+    except RemoteProtocolError as error:
+        return error.fault
+
+
+@given(chunks, st.data())
+@unhurried
+def test_data_that_are_not_copied_are_judged_as_protobuf_judges_the_whole(frame: Chunk, data: st.DataObject) -> None:
+    raw = bytearray(encode_frame(frame))
+    assert judged(decode_frame, bytes(raw)) == judged(messages._decode_whole, bytes(raw)) == frame
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(raw)))
+        raw[at : at + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    assert judged(decode_frame, bytes(raw)) == judged(messages._decode_whole, bytes(raw))
+
+
+def test_the_data_of_a_frame_are_a_view_of_it() -> None:
+    raw = encode_frame(Chunk(sequence=1, epoch=0, data=bytes(100_000)))
+    frame = decode_frame(raw, Limits(message_bytes=2**20))
+    assert isinstance(frame, Chunk)
+    assert isinstance(frame.data, memoryview)
+    assert frame.data.obj is raw
 
 
 @pytest.mark.parametrize("size", [0, 1, 127, 128, 16383, 16384, PART_BYTES_MAX])

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ..protocol.schedule import ScheduleError
 from ..sim.bench import WARM_UP_STEPS, WINDOWS, Cell, run_cell
-from ..sim.bench_report import bench_problems, bench_table, draw_bench
+from ..sim.bench_report import bench_problems, bench_tables, draw_bench
 from ..sim.pipeline import StageTimes
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError
@@ -256,7 +256,7 @@ def run_bench(grid: Grid, out: Path, *, quiet: bool) -> dict[str, Any]:
         return bench.run()
     finally:
         if bench.found["cells"] and not quiet:
-            console.print(bench_table(bench.found))
+            console.print(*bench_tables(bench.found), sep="\n")
             for line in bench_problems(bench.found):
                 console.print(line, highlight=False, soft_wrap=True)
             console.print(f"cells, bench.json and bench.png are in {out}")

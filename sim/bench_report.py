@@ -5,24 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-COLUMNS = ("codec", "link", "schedule", "tokens/s", "of uncapped", "to plan", "busy", "B/token", "waits", "state")
+COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "busy", "waits", "state")
+CAPTION = (
+    "share: of the same codec and schedule over instant links (* simulated); plan: against the simulation; busy: the "
+    "busiest wire, and what the schedule makes of it; waits: of all stages"
+)
 
 
-def bench_table(found: dict[str, Any]) -> Table:
-    """All cells, in the order in which they were given; `bench_problems` says why some do not count."""
-    table = Table(
-        title=found["title"],
-        caption="of uncapped: the same codec and schedule over instant links (* simulated); to plan: against the "
-        "simulation; busy: the busiest wire, and that as a share of what the schedule allows; waits: of all stages",
-    )
-    for column in COLUMNS:
-        left = column in ("codec", "link", "schedule", "state")
-        table.add_column(column, justify="left" if left else "right", overflow="fold")
+def bench_tables(found: dict[str, Any]) -> list[Table]:
+    """A table for each codec, that fits 80 columns; `bench_problems` says why some cells do not count."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for cell in found["cells"]:
-        table.add_row(*_row(cell))
-    return table
+        groups.setdefault((cell["of"], cell["codec"]), []).append(cell)
+    tables = []
+    for (of, codec), cells in groups.items():
+        sizes = [cell["measured"]["bytes_per_token"] for cell in cells if cell.get("measured")]
+        told = f", {sizes[-1]:,.1f} bytes/token" if sizes else ""
+        table = Table(
+            title=f"{codec}, {of} ({cells[0]['mode']}){told}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
+        )
+        for column in COLUMNS:
+            table.add_column(column, justify="left" if column in ("link", "schedule", "state") else "right")
+        for cell in cells:
+            table.add_row(*_row(cell))
+        tables.append(table)
+    if tables:
+        tables[-1].caption = CAPTION
+    return tables
 
 
 def bench_problems(found: dict[str, Any]) -> list[str]:
@@ -35,10 +47,10 @@ def bench_problems(found: dict[str, Any]) -> list[str]:
 
 
 def _row(cell: dict[str, Any]) -> list[str]:
-    name = [cell["codec"], cell["link"], cell["schedule"]]
+    name = [cell["link"], cell["schedule"]]
     figures, planned = cell.get("measured"), cell.get("planned")
     if not figures:
-        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *"-----", cell["state"]]
+        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *"----", cell["state"]]
     share, mark = cell.get("share_of_uncapped"), "" if cell.get("uncapped_from") == "measured" else "*"
     used = figures["utilisation"]
     waits = [stage["wait_s"] for stage in figures["stages"]]
@@ -47,16 +59,15 @@ def _row(cell: dict[str, Any]) -> list[str]:
         f"{figures['tokens_per_s']:,.0f}",
         "-" if share is None else f"{share:.3f}{mark}",
         "-" if cell.get("against_plan") is None else f"{cell['against_plan']:+.1%}",
-        "-" if used is None else f"{used:.0%}{_of_schedule(cell)}",
-        f"{figures['bytes_per_token']:.1f}",
-        f"{min(waits):.0%}-{max(waits):.0%}",
+        "-" if used is None else _busy(cell, used),
+        f"{100 * min(waits):.0f}-{max(waits):.0%}",
         cell["state"],
     ]
 
 
-def _of_schedule(cell: dict[str, Any]) -> str:
-    share = cell.get("utilisation_of_schedule")
-    return "" if share is None else f" ({share:.2f})"
+def _busy(cell: dict[str, Any], used: float) -> str:
+    planned = cell.get("planned")
+    return f"{100 * used:.0f}/{planned['wire_share']:.0%}" if planned else f"{used:.0%}"
 
 
 def draw_bench(path: Path, found: dict[str, Any]) -> None:
@@ -92,13 +103,22 @@ def draw_bench(path: Path, found: dict[str, Any]) -> None:
         axes.axhline(limit, color="black", linestyle="--", linewidth=1, label="compute limit")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    rates = sorted({cell["rate_bits_per_s"] / 1e6 for cell in cells})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    ticks = [each * 10.0**power for power in range(1, 9) for each in (1, 2, 5)]
+    axes.set_yticks(
+        [tick for tick in ticks if low / 2 <= tick <= 2 * high],
+        [f"{tick:,.0f}" for tick in ticks if low / 2 <= tick <= 2 * high],
+    )
     axes.set_xlabel("rate of each link, each way, Mb/s")
     axes.set_ylabel("tokens/s")
     axes.set_title(found["title"], fontsize=10)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize=8)
     figure.text(0.01, 0.01, "o measured   hollow: does not count (see the table)   x planned, not run", fontsize=7)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -12,6 +12,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from ..protocol.schedule import ScheduleError
-from ..sim.bench import WARM_UP_STEPS, WINDOWS, Cell, run_cell
+from ..sim.bench import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
 from ..sim.bench_report import bench_problems, bench_tables, draw_bench
 from ..sim.pipeline import StageTimes
 from ..sim.shaper import LinkProfile
@@ -216,16 +217,15 @@ class Bench:
         """From the disk, if the same settings were measured before."""
         directory = self._out / "cells" / work.name
         directory.mkdir(parents=True, exist_ok=True)
-        told, kept = dump_config(config), directory / "cell.json"
-        if kept.exists() and (directory / "run.toml").read_text(encoding="utf-8") == told:
-            self._report("  (measured before)")
-            return json.loads(kept.read_text(encoding="utf-8"))
-        kept.unlink(missing_ok=True)
+        told, settings = dump_config(config), directory / "run.toml"
+        if settings.exists() and settings.read_text(encoding="utf-8") == told:
+            with suppress(ValueError):  # of a run that broke off
+                figures = measure(directory, work)
+                self._report("  (measured before)")
+                return figures
         clear(directory)
-        (directory / "run.toml").write_text(told, encoding="utf-8")
-        figures = run_cell(directory, work)
-        kept.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        return figures
+        settings.write_text(told, encoding="utf-8")
+        return run_cell(directory, work)
 
     def _compare(self) -> None:
         """Shares of the uncapped cell and of the plan, for every cell that was measured."""

@@ -10,7 +10,7 @@ an order that turns round from one repeat to the next. tokens/s: of the steps af
 at which stage 0 ended them; bytes a token: what the kernel counted on all nodes' links between two of these moments.
 
 Ratios are taken within a repeat; printed are their geometric mean and a 95 % interval (Student's t over logarithms).
-`mapl` cannot be faster than the link is relieved, bytes of the peer / its own, nor than compute allows, thinpipe
+`mapl` cannot be faster than the link is relieved, bytes of the peer / its own, nor than compute allows, itself
 uncapped / the peer at the cap: the smaller one is the bound that stands beside it. Beside the ratio of times stands
 that of CPU seconds, of all stages and threads. With `--paced F,B` a stage sleeps F and B ms a microbatch instead of
 computing, so a cap binds that a laptop's compute would not reach. Needs root, for the namespaces.
@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -189,17 +190,14 @@ def compare(rows: list[Figures], caps: list[str]) -> list[dict[str, Any]]:
     for cap in caps:
         for program in ("thinpipe bf16", "thinpipe mapl"):
             pairs = [
-                (by[program, cap, repeat], by["torch bf16", cap, repeat], by["thinpipe bf16", "none", repeat])
+                (by[program, cap, repeat], by["torch bf16", cap, repeat], by[program, "none", repeat])
                 for repeat in repeats
-                if (program, cap, repeat) in by
             ]
-            if not pairs:
-                continue
             result: dict[str, Any] = {"cap": cap, "programs": f"{program} / torch bf16"}
             result["speed"] = interval([own.tokens_per_s / peer.tokens_per_s for own, peer, _ in pairs])
             result["bytes"] = interval([own.bytes_per_token / peer.bytes_per_token for own, peer, _ in pairs])
             result["cpu"] = interval([own.cpu_s_per_step / peer.cpu_s_per_step for own, peer, _ in pairs])
-            if program == "thinpipe mapl":
+            if program == "thinpipe mapl" and cap != "none":
                 bounds = [
                     min(peer.bytes_per_token / own.bytes_per_token, free.tokens_per_s / peer.tokens_per_s)
                     for own, peer, free in pairs
@@ -241,7 +239,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--skip", type=int, default=2, help="first steps that do not count, 1 at least")
     parser.add_argument("--stages", type=int, default=2)
-    parser.add_argument("--caps", default="80mbit,300mbit", help="rates, with commas between; uncapped is always run")
+    parser.add_argument("--caps", default="80mbit,300mbit", help="rates, with commas between; uncapped is run too")
     parser.add_argument(
         "--paced", type=lambda text: tuple(map(float, text.split(","))), metavar="FORWARD_MS,BACKWARD_MS"
     )
@@ -250,6 +248,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--out", type=Path, help="keep all records here (an empty directory)")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end, namespaces and processes too
     if given.steps < given.skip + 3 or given.skip < 1:
         parser.error("--steps has to be --skip + 3 at least, and --skip 1 at least")
     caps = ["none", *map(str, map(LinkProfile.parse, filter(None, given.caps.split(","))))]
@@ -257,9 +256,7 @@ def main() -> None:
     rows: list[Figures] = []
     try:
         with network(given.stages, LinkProfile.parse("none")) as made, tempfile.TemporaryDirectory() as temporary:
-            cells = [
-                (cap, program) for cap in caps for program in PROGRAMS if (cap, program) != ("none", "thinpipe mapl")
-            ]
+            cells = [(cap, program) for cap in caps for program in PROGRAMS]
             for repeat in range(given.repeats):
                 for cap, program in cells if repeat % 2 == 0 else cells[::-1]:
                     out = (given.out or Path(temporary)) / f"{repeat}-{cap}-{program.replace(' ', '-')}"

@@ -1,0 +1,192 @@
+"""Namespaces behind kernel-capped links: the cap holds for a real TCP transfer, and nothing stays behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from thinpipe.sim import netns, tc
+from thinpipe.sim.netns import Network, existing, network
+from thinpipe.sim.shaper import LinkProfile
+from thinpipe.sim.tc import KernelLinkError
+
+pytestmark = pytest.mark.alone
+
+CAPPED = LinkProfile.parse("80mbit")
+UNCAPPED = LinkProfile.parse("none")
+SECONDS = 1.0
+
+# Sends for SECONDS; the receiver prints the bits per second between the first quarter's end and the last byte.
+RECEIVE = """
+import socket, sys, time
+server = socket.create_server((sys.argv[1], 7001)); print("ready", flush=True)
+peer, _ = server.accept(); peer.settimeout(20)
+seconds, start, total, base = float(sys.argv[2]), None, 0, None
+while data := peer.recv(1 << 18):
+    now = time.monotonic(); start = start or now; total += len(data)
+    if base is None and now - start > seconds / 4: base = (now, total)
+    last = now
+print((total - base[1]) * 8 / (last - base[0]))
+"""
+SEND = """
+import socket, sys, time
+peer = socket.create_connection((sys.argv[1], 7001), timeout=20)
+end = time.monotonic() + float(sys.argv[2])
+while time.monotonic() < end: peer.sendall(bytes(1 << 16))
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel_links() -> None:
+    """Skips, with the one line that says what this machine lacks."""
+    try:
+        netns.check()
+    except KernelLinkError as error:
+        pytest.skip(str(error))
+
+
+on_kernel_links = pytest.mark.usefixtures("kernel_links")
+
+
+@pytest.fixture
+def two(kernel_links: None) -> Iterator[Network]:
+    del kernel_links
+    with network(2, CAPPED) as made:
+        yield made
+
+
+def transfer(made: Network, sender: int, receiver: int) -> float:
+    """Bits per second of one TCP stream, as the receiver sees it."""
+    python = [sys.executable, "-S", "-c"]
+    where = [made.addresses[receiver], str(SECONDS)]
+    with subprocess.Popen([*made.prefix(receiver), *python, RECEIVE, *where], stdout=subprocess.PIPE, text=True) as end:
+        assert end.stdout
+        assert end.stdout.readline() == "ready\n"
+        subprocess.run([*made.prefix(sender), *python, SEND, *where], check=True, timeout=30)
+        return float(end.stdout.readline())
+
+
+@on_kernel_links
+def test_the_cap_holds_both_ways_and_comes_off(two: Network) -> None:
+    payload = 1448 / 1514  # of a full frame; the rest is headers, which tbf counts
+    for sender, receiver in ((0, 1), (1, 0)):
+        assert transfer(two, sender, receiver) == pytest.approx(80e6 * payload, rel=0.1)
+    two.cap(UNCAPPED)
+    assert transfer(two, 0, 1) > 5 * 80e6
+
+
+@on_kernel_links
+def test_a_node_is_capped_as_receiver_too(two: Network) -> None:
+    tc.uncap("eth0", namespace=two.nodes[0])  # node 0 sends freely; the port of node 1 does not pass it on
+    assert transfer(two, 0, 1) == pytest.approx(80e6 * 1448 / 1514, rel=0.1)
+
+
+@on_kernel_links
+def test_counters_are_those_of_the_transfer(two: Network) -> None:
+    before = two.counters(1)
+    rate = transfer(two, 0, 1)
+    after = two.counters(1)
+    assert after.received_bytes - before.received_bytes > rate / 8 * SECONDS * 0.8
+    assert after.sent_bytes - before.sent_bytes < (after.received_bytes - before.received_bytes) / 10
+
+
+@on_kernel_links
+def test_nothing_stays_after_an_error_and_what_ran_is_ended() -> None:
+    before = existing()
+    left: list[subprocess.Popen[str]] = []
+
+    def fail_inside() -> None:
+        with network(2, CAPPED) as made:
+            assert existing() - before == {*made.nodes, made.switch}
+            program = [*made.prefix(0), sys.executable, "-S", "-c", "import time; print(1, flush=True); time.sleep(60)"]
+            left.append(subprocess.Popen(program, stdout=subprocess.PIPE, text=True))
+            assert left[0].stdout
+            assert left[0].stdout.readline()  # it runs on that node
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_inside()
+    with left[0] as process:
+        assert process.wait(5) == -signal.SIGKILL
+    assert existing() == before
+
+
+@on_kernel_links
+def test_two_networks_of_one_process_do_not_meet() -> None:
+    with network(1, UNCAPPED) as one, network(1, UNCAPPED) as other:
+        assert not {*one.nodes, one.switch} & {*other.nodes, other.switch}
+
+
+@on_kernel_links
+def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = existing()
+
+    def fail(*_: object, **__: object) -> None:
+        raise KernelLinkError("no tbf here")
+
+    monkeypatch.setattr(tc, "cap", fail)
+    with pytest.raises(KernelLinkError, match="no tbf"), network(2, CAPPED):
+        pass
+    assert existing() == before
+
+
+@on_kernel_links
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_ctrl_c_leaves_nothing_and_sigkill_is_swept(how: signal.Signals) -> None:
+    program = (
+        "import sys, time\nfrom thinpipe.sim.netns import network\nfrom thinpipe.sim.shaper import LinkProfile\n"
+        "with network(2, LinkProfile.parse('80mbit')) as made:\n    print(made.switch, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout
+        switch = process.stdout.readline().strip()
+        assert switch in existing()
+        process.send_signal(how)
+        assert process.wait(10)
+    if how is signal.SIGKILL:
+        assert switch in existing()
+        netns._sweep()
+    assert not {name for name in existing() if name.startswith(f"thinpipe-{process.pid}-")}
+
+
+@on_kernel_links
+def test_cap_and_uncap_replace_what_was_there(two: Network) -> None:
+    node = two.nodes[0]
+    tc.cap("eth0", LinkProfile.parse("300mbit,burst=64kb"), namespace=node)
+    assert "rate 300Mbit burst 655" in tc.shown("eth0", namespace=node)
+    tc.uncap("eth0", namespace=node)
+    tc.uncap("eth0", namespace=node)
+    assert "tbf" not in tc.shown("eth0", namespace=node)
+    with pytest.raises(KernelLinkError, match="eth7"):
+        tc.cap("eth7", CAPPED, namespace=node)
+
+
+@on_kernel_links
+def test_latency_needs_netem_which_is_tried(two: Network) -> None:
+    before = existing()
+    slow = LinkProfile.parse("80mbit,25ms")
+    if tc.has_netem():
+        two.cap(slow)
+        assert "delay 25ms" in tc.shown("eth0", namespace=two.nodes[0])
+    else:
+        with pytest.raises(KernelLinkError, match="no netem") as refusal:
+            two.cap(slow)
+        assert "--link 80mbit,25ms" in str(refusal.value)
+    assert existing() == before
+
+
+def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(KernelLinkError, match=r"^user 1000 may not .* as root; the cap in user space.*$"):
+        tc.cap("eth0", CAPPED)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(KernelLinkError, match=r"^tc is not installed .*iproute2.*; the cap in user space.*$"):
+        tc.cap("eth0", CAPPED)
+    with pytest.raises(KernelLinkError, match=r"^ip is not installed"), network(2, CAPPED):
+        pass

@@ -701,6 +701,7 @@ WORST_HEADERS = {
 }
 
 
+@pytest.mark.alone  # other threads of a test worker allocate, too
 @pytest.mark.parametrize("name", WORST_HEADERS)
 def test_the_worst_head_costs_no_more_than_it_is_charged(name: str) -> None:
     """Credit bounds memory only if each message's price covers what its head takes as Python objects."""

@@ -192,7 +192,10 @@ def compare(rows: list[Figures], caps: list[str]) -> list[dict[str, Any]]:
             pairs = [
                 (by[program, cap, repeat], by["torch bf16", cap, repeat], by[program, "none", repeat])
                 for repeat in repeats
+                if {(program, cap, repeat), ("torch bf16", cap, repeat)} <= set(by)
             ]
+            if not pairs:  # left out by --programs
+                continue
             result: dict[str, Any] = {"cap": cap, "programs": f"{program} / torch bf16"}
             result["speed"] = interval([own.tokens_per_s / peer.tokens_per_s for own, peer, _ in pairs])
             result["bytes"] = interval([own.bytes_per_token / peer.bytes_per_token for own, peer, _ in pairs])
@@ -239,6 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--skip", type=int, default=2, help="first steps that do not count, 1 at least")
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of them run")
     parser.add_argument("--caps", default="80mbit,300mbit", help="rates, with commas between; uncapped is run too")
     parser.add_argument(
         "--paced", type=lambda text: tuple(map(float, text.split(","))), metavar="FORWARD_MS,BACKWARD_MS"
@@ -251,12 +255,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end, namespaces and processes too
     if given.steps < given.skip + 3 or given.skip < 1:
         parser.error("--steps has to be --skip + 3 at least, and --skip 1 at least")
+    if unknown := set(given.programs.split(",")) - set(PROGRAMS):
+        parser.error(f"--programs: no '{unknown.pop()}'; there are {', '.join(PROGRAMS)}")
     caps = ["none", *map(str, map(LinkProfile.parse, filter(None, given.caps.split(","))))]
     prepare_corpus(settings(given, "torch bf16"))  # tokenised once, before anybody measures
     rows: list[Figures] = []
     try:
         with network(given.stages, LinkProfile.parse("none")) as made, tempfile.TemporaryDirectory() as temporary:
-            cells = [(cap, program) for cap in caps for program in PROGRAMS]
+            cells = [(cap, program) for cap in caps for program in given.programs.split(",")]
             for repeat in range(given.repeats):
                 for cap, program in cells if repeat % 2 == 0 else cells[::-1]:
                     out = (given.out or Path(temporary)) / f"{repeat}-{cap}-{program.replace(' ', '-')}"

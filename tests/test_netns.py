@@ -39,6 +39,11 @@ while time.monotonic() < end: peer.sendall(bytes(1 << 16))
 """
 
 
+def own() -> set[str]:
+    """The namespaces of this process; others may make and take away theirs meanwhile."""
+    return {name for name in existing() if name.startswith(f"thinpipe-{os.getpid()}-")}
+
+
 @pytest.fixture(scope="module")
 def kernel_links() -> None:
     """Skips, with the one line that says what this machine lacks."""
@@ -95,12 +100,12 @@ def test_counters_are_those_of_the_transfer(two: Network) -> None:
 
 @on_kernel_links
 def test_nothing_stays_after_an_error_and_what_ran_is_ended() -> None:
-    before = existing()
+    before = own()
     left: list[subprocess.Popen[str]] = []
 
     def fail_inside() -> None:
         with network(2, CAPPED) as made:
-            assert existing() - before == {*made.nodes, made.switch}
+            assert own() - before == {*made.nodes, made.switch}
             program = [*made.prefix(0), sys.executable, "-S", "-c", "import time; print(1, flush=True); time.sleep(60)"]
             left.append(subprocess.Popen(program, stdout=subprocess.PIPE, text=True))
             assert left[0].stdout
@@ -111,7 +116,7 @@ def test_nothing_stays_after_an_error_and_what_ran_is_ended() -> None:
         fail_inside()
     with left[0] as process:
         assert process.wait(5) == -signal.SIGKILL
-    assert existing() == before
+    assert own() == before
 
 
 @on_kernel_links
@@ -122,7 +127,7 @@ def test_two_networks_of_one_process_do_not_meet() -> None:
 
 @on_kernel_links
 def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = existing()
+    before = own()
 
     def fail(*_: object, **__: object) -> None:
         raise KernelLinkError("no tbf here")
@@ -130,7 +135,7 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tc, "cap", fail)
     with pytest.raises(KernelLinkError, match="no tbf"), network(2, CAPPED):
         pass
-    assert existing() == before
+    assert own() == before
 
 
 @on_kernel_links
@@ -169,7 +174,7 @@ def test_cap_and_uncap_replace_what_was_there(two: Network) -> None:
 
 @on_kernel_links
 def test_latency_needs_netem_which_is_tried(two: Network) -> None:
-    before = existing()
+    before = own()
     slow = LinkProfile.parse("80mbit,25ms")
     if tc.has_netem():
         two.cap(slow)
@@ -178,7 +183,7 @@ def test_latency_needs_netem_which_is_tried(two: Network) -> None:
         with pytest.raises(KernelLinkError, match="no netem") as refusal:
             two.cap(slow)
         assert "--link 80mbit,25ms" in str(refusal.value)
-    assert existing() == before
+    assert own() == before
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,11 +74,21 @@ def transfer(made: Network, sender: int, receiver: int) -> float:
         return float(end.stdout.readline())
 
 
+def assert_capped(made: Network, sender: int, receiver: int) -> None:
+    """At 80 Mb/s, within 10 %. Never above; below, up to twice, because the machine and not the link may have stalled."""
+    payload = 80e6 * 1448 / 1514  # of a full frame; the rest is headers, which tbf counts
+    for _ in range(3):
+        rate = transfer(made, sender, receiver)
+        assert rate < 1.1 * payload
+        if rate > 0.9 * payload:
+            return
+    pytest.fail(f"{rate / 1e6:.1f} Mb/s through a cap of 80")
+
+
 @on_kernel_links
 def test_the_cap_holds_both_ways_and_comes_off(two: Network) -> None:
-    payload = 1448 / 1514  # of a full frame; the rest is headers, which tbf counts
-    for sender, receiver in ((0, 1), (1, 0)):
-        assert transfer(two, sender, receiver) == pytest.approx(80e6 * payload, rel=0.1)
+    assert_capped(two, 0, 1)
+    assert_capped(two, 1, 0)
     two.cap(UNCAPPED)
     assert transfer(two, 0, 1) > 5 * 80e6
 
@@ -86,7 +96,7 @@ def test_the_cap_holds_both_ways_and_comes_off(two: Network) -> None:
 @on_kernel_links
 def test_a_node_is_capped_as_receiver_too(two: Network) -> None:
     tc.uncap("eth0", namespace=two.nodes[0])  # node 0 sends freely; the port of node 1 does not pass it on
-    assert transfer(two, 0, 1) == pytest.approx(80e6 * 1448 / 1514, rel=0.1)
+    assert_capped(two, 0, 1)
 
 
 @on_kernel_links

@@ -75,7 +75,7 @@ def transfer(made: Network, sender: int, receiver: int) -> float:
 
 
 def assert_capped(made: Network, sender: int, receiver: int) -> None:
-    """At 80 Mb/s, within 10 %. Never above; below, up to twice, because the machine and not the link may have stalled."""
+    """At 80 Mb/s, within 10 %. Never above; below, up to twice: the machine may have stalled, not the link."""
     payload = 80e6 * 1448 / 1514  # of a full frame; the rest is headers, which tbf counts
     for _ in range(3):
         rate = transfer(made, sender, receiver)

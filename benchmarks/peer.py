@@ -47,6 +47,7 @@ COMPUTED = {"model.layers": 2, "model.width": 128, "model.vocab_size": 1024, "da
 COMPUTED |= {"pipeline.batch_size": 64, "pipeline.microbatches": 8, "data.heldout_sequences": 8}
 PACED = {"model.preset": "150m", "data.sequence_length": 1024, "data.heldout_sequences": 1, "checkpoint.every": 0}
 PACED |= {"pipeline.batch_size": 16, "pipeline.microbatches": 16}
+Counted = tuple[int, float, list[tuple[int, int]]]  # steps, moment, what each node had sent and received
 # Student's t, two-sided 95 %, by degrees of freedom from 1.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -105,7 +106,7 @@ def measure(made: Network, program: str, cap: str, repeat: int, given: argparse.
     made.cap(link)
     environment = {**node_environment(), "GLOO_SOCKET_IFNAME": "eth0", "PYTHONWARNINGS": "ignore"}
     processes: list[subprocess.Popen[bytes]] = []
-    counted: list[tuple[int, list[tuple[int, int]]]] = []  # step, what each node had sent and received
+    counted: list[Counted] = []
     try:
         for stage, command in enumerate(commands(made, program, given.stages, out)):
             with (out / f"stage-{stage}.log").open("wb") as log:
@@ -121,8 +122,8 @@ def measure(made: Network, program: str, cap: str, repeat: int, given: argparse.
                 changed, seen = time.monotonic(), len(steps)
                 if seen == given.skip or given.skip < seen < given.steps:
                     counters = [made.counters(index) for index in range(given.stages)]
-                    now = (seen, [(each.sent_bytes, each.received_bytes) for each in counters])
-                    counted = [*counted[:1], now]  # the first and the newest
+                    passed = [(each.sent_bytes, each.received_bytes) for each in counters]
+                    counted = [*counted[:1], (seen, time.time(), passed)]  # the first and the newest
             failed = [stage for stage, process in enumerate(processes) if process.poll()]
             if failed or time.monotonic() - changed > given.timeout:
                 tail = (out / f"stage-{failed[0] if failed else 0}.log").read_text(errors="replace")[-1500:]
@@ -147,15 +148,18 @@ def _figures(
     repeat: int,
     given: argparse.Namespace,
     out: Path,
-    counted: list[tuple[int, list[tuple[int, int]]]],
+    counted: list[Counted],
 ) -> Figures:
     steps = [_steps(out, stage) for stage in range(given.stages)]
     kept = steps[0][given.skip :]
     tokens = kept[0]["tokens"]
     seconds_per_step = (kept[-1]["time_s"] - steps[0][given.skip - 1]["time_s"]) / len(kept)
-    (begin, before), (end, after) = counted
-    sent = [(a[0] - b[0]) / (end - begin) for a, b in zip(after, before, strict=True)]
-    received = [(a[1] - b[1]) / (end - begin) for a, b in zip(after, before, strict=True)]
+    (begin, begin_s, before), (end, end_s, after) = counted
+    # The counters are read a little after a step has ended, when some of the next one has passed already.
+    late_s = (end_s - steps[0][end - 1]["time_s"]) - (begin_s - steps[0][begin - 1]["time_s"])
+    spanned = end - begin + late_s / seconds_per_step
+    sent = [(a[0] - b[0]) / spanned for a, b in zip(after, before, strict=True)]
+    received = [(a[1] - b[1]) / spanned for a, b in zip(after, before, strict=True)]
     rate = link.rate_bits_per_s
     losses = [record["loss"] or 0.0 for record in steps[-1]]
     return Figures(
@@ -192,7 +196,10 @@ def compare(rows: list[Figures], caps: list[str]) -> list[dict[str, Any]]:
             pairs = [
                 (by[program, cap, repeat], by["torch bf16", cap, repeat], by[program, "none", repeat])
                 for repeat in repeats
+                if {(program, cap, repeat), ("torch bf16", cap, repeat)} <= set(by)
             ]
+            if not pairs:  # left out by --programs
+                continue
             result: dict[str, Any] = {"cap": cap, "programs": f"{program} / torch bf16"}
             result["speed"] = interval([own.tokens_per_s / peer.tokens_per_s for own, peer, _ in pairs])
             result["bytes"] = interval([own.bytes_per_token / peer.bytes_per_token for own, peer, _ in pairs])
@@ -239,6 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--skip", type=int, default=2, help="first steps that do not count, 1 at least")
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of them run")
     parser.add_argument("--caps", default="80mbit,300mbit", help="rates, with commas between; uncapped is run too")
     parser.add_argument(
         "--paced", type=lambda text: tuple(map(float, text.split(","))), metavar="FORWARD_MS,BACKWARD_MS"
@@ -251,12 +259,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end, namespaces and processes too
     if given.steps < given.skip + 3 or given.skip < 1:
         parser.error("--steps has to be --skip + 3 at least, and --skip 1 at least")
+    if unknown := set(given.programs.split(",")) - set(PROGRAMS):
+        parser.error(f"--programs: no '{unknown.pop()}'; there are {', '.join(PROGRAMS)}")
     caps = ["none", *map(str, map(LinkProfile.parse, filter(None, given.caps.split(","))))]
     prepare_corpus(settings(given, "torch bf16"))  # tokenised once, before anybody measures
     rows: list[Figures] = []
     try:
         with network(given.stages, LinkProfile.parse("none")) as made, tempfile.TemporaryDirectory() as temporary:
-            cells = [(cap, program) for cap in caps for program in PROGRAMS]
+            cells = [(cap, program) for cap in caps for program in given.programs.split(",")]
             for repeat in range(given.repeats):
                 for cap, program in cells if repeat % 2 == 0 else cells[::-1]:
                     out = (given.out or Path(temporary)) / f"{repeat}-{cap}-{program.replace(' ', '-')}"

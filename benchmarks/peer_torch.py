@@ -4,7 +4,7 @@
 
 It reads the run.toml of a thinpipe run and does what that says as a user of torch would: `PipelineStage` around a
 module, `Schedule1F1B`, `step`, the optimizer. The module is thinpipe's own stage (`node.model.build_stage`, the same
-weights), so the arithmetic is equal; hidden states leave it as bf16, and so their gradients are bf16 too.
+weights), so the arithmetic is equal; hidden states leave it as bf16 (fp32 if the codec is), and so do their gradients.
 The loss is the sum over tokens, and thinpipe's own `StageOptimizer` divides and steps. With `compute.pace` a stage is a
 function that sleeps, forward and backward, on tensors of the exact shape. Every stage draws batches by itself (torch
 sends no token ids); records are written as thinpipe's nodes write them: one line a step, after the optimizer.
@@ -31,15 +31,15 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
 
 class Wired(nn.Module):
-    """A stage of the model, fp32 inside, bf16 at its boundaries."""
+    """A stage of the model, fp32 inside, `wire` at its boundaries."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, wire: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.wire = model, wire
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.model(x if self.model.first else x.float())
-        return out if self.model.last else out.bfloat16()
+        return out if self.model.last else out.to(self.wire)
 
 
 def pass_s(seconds: float) -> None:
@@ -90,7 +90,8 @@ def train(config: RunConfig, index: int, metrics: MetricsWriter) -> None:
     corpus = prepare_corpus(config)
     first, last = index == 0, index == stages - 1
     ids = torch.zeros(config.microbatch_size, config.data.sequence_length, dtype=torch.int64)
-    hidden = torch.zeros(*ids.shape, architecture.hidden_size, dtype=torch.bfloat16)
+    wire = torch.float32 if config.codec.codec == "fp32" else torch.bfloat16
+    hidden = torch.zeros(*ids.shape, architecture.hidden_size, dtype=wire)
     if config.compute.pace:
         times = Pace.parse(config.compute.pace).times(config, architecture)[index]
         out = hidden[..., :1].detach() if last else hidden  # nobody reads the last one's
@@ -101,7 +102,7 @@ def train(config: RunConfig, index: int, metrics: MetricsWriter) -> None:
             architecture, stage=index, stages=stages, seed=config.run.seed, dtype=torch.float32, device="cpu"
         )
         out = ids.new_zeros(*ids.shape, architecture.vocab_size, dtype=torch.float32) if last else hidden
-        module = Wired(model)
+        module = Wired(model, wire)
         optimizer = StageOptimizer(model.full_names(), config.optim, total_steps=config.run.steps)
     hidden.requires_grad_()  # the stages agree beforehand on what gets a gradient
     x = ids if first else hidden
@@ -120,7 +121,7 @@ def train(config: RunConfig, index: int, metrics: MetricsWriter) -> None:
         losses: list[Tensor] = []
         inputs = (batch[:, :-1],) if first else ()
         more = {"target": batch[:, 1:], "losses": losses} if last else {}
-        schedule.step(*inputs, **more)
+        schedule.step(*inputs, return_outputs=False, **more)  # else it joins the logits of all microbatches, unread
         if optimizer:
             optimizer.step(step, config.tokens_per_step)
         loss = float(sum(losses)) / config.tokens_per_step if last else None

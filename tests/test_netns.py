@@ -39,6 +39,11 @@ while time.monotonic() < end: peer.sendall(bytes(1 << 16))
 """
 
 
+def own() -> set[str]:
+    """The namespaces of this process; others may make and take away theirs meanwhile."""
+    return {name for name in existing() if name.startswith(f"thinpipe-{os.getpid()}-")}
+
+
 @pytest.fixture(scope="module")
 def kernel_links() -> None:
     """Skips, with the one line that says what this machine lacks."""
@@ -69,11 +74,21 @@ def transfer(made: Network, sender: int, receiver: int) -> float:
         return float(end.stdout.readline())
 
 
+def assert_capped(made: Network, sender: int, receiver: int) -> None:
+    """At 80 Mb/s, within 10 %. Never above; below, up to twice: the machine may have stalled, not the link."""
+    payload = 80e6 * 1448 / 1514  # of a full frame; the rest is headers, which tbf counts
+    for _ in range(3):
+        rate = transfer(made, sender, receiver)
+        assert rate < 1.1 * payload
+        if rate > 0.9 * payload:
+            return
+    pytest.fail(f"{rate / 1e6:.1f} Mb/s through a cap of 80")
+
+
 @on_kernel_links
 def test_the_cap_holds_both_ways_and_comes_off(two: Network) -> None:
-    payload = 1448 / 1514  # of a full frame; the rest is headers, which tbf counts
-    for sender, receiver in ((0, 1), (1, 0)):
-        assert transfer(two, sender, receiver) == pytest.approx(80e6 * payload, rel=0.1)
+    assert_capped(two, 0, 1)
+    assert_capped(two, 1, 0)
     two.cap(UNCAPPED)
     assert transfer(two, 0, 1) > 5 * 80e6
 
@@ -81,7 +96,7 @@ def test_the_cap_holds_both_ways_and_comes_off(two: Network) -> None:
 @on_kernel_links
 def test_a_node_is_capped_as_receiver_too(two: Network) -> None:
     tc.uncap("eth0", namespace=two.nodes[0])  # node 0 sends freely; the port of node 1 does not pass it on
-    assert transfer(two, 0, 1) == pytest.approx(80e6 * 1448 / 1514, rel=0.1)
+    assert_capped(two, 0, 1)
 
 
 @on_kernel_links
@@ -95,12 +110,12 @@ def test_counters_are_those_of_the_transfer(two: Network) -> None:
 
 @on_kernel_links
 def test_nothing_stays_after_an_error_and_what_ran_is_ended() -> None:
-    before = existing()
+    before = own()
     left: list[subprocess.Popen[str]] = []
 
     def fail_inside() -> None:
         with network(2, CAPPED) as made:
-            assert existing() - before == {*made.nodes, made.switch}
+            assert own() - before == {*made.nodes, made.switch}
             program = [*made.prefix(0), sys.executable, "-S", "-c", "import time; print(1, flush=True); time.sleep(60)"]
             left.append(subprocess.Popen(program, stdout=subprocess.PIPE, text=True))
             assert left[0].stdout
@@ -111,7 +126,7 @@ def test_nothing_stays_after_an_error_and_what_ran_is_ended() -> None:
         fail_inside()
     with left[0] as process:
         assert process.wait(5) == -signal.SIGKILL
-    assert existing() == before
+    assert own() == before
 
 
 @on_kernel_links
@@ -122,7 +137,7 @@ def test_two_networks_of_one_process_do_not_meet() -> None:
 
 @on_kernel_links
 def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = existing()
+    before = own()
 
     def fail(*_: object, **__: object) -> None:
         raise KernelLinkError("no tbf here")
@@ -130,7 +145,7 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tc, "cap", fail)
     with pytest.raises(KernelLinkError, match="no tbf"), network(2, CAPPED):
         pass
-    assert existing() == before
+    assert own() == before
 
 
 @on_kernel_links
@@ -169,7 +184,7 @@ def test_cap_and_uncap_replace_what_was_there(two: Network) -> None:
 
 @on_kernel_links
 def test_latency_needs_netem_which_is_tried(two: Network) -> None:
-    before = existing()
+    before = own()
     slow = LinkProfile.parse("80mbit,25ms")
     if tc.has_netem():
         two.cap(slow)
@@ -178,7 +193,7 @@ def test_latency_needs_netem_which_is_tried(two: Network) -> None:
         with pytest.raises(KernelLinkError, match="no netem") as refusal:
             two.cap(slow)
         assert "--link 80mbit,25ms" in str(refusal.value)
-    assert existing() == before
+    assert own() == before
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

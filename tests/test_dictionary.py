@@ -579,6 +579,7 @@ def test_a_header_has_one_spelling() -> None:
     refused(Fault.MALFORMED, lambda: decode_delta(bytes_of(shuffled, payload), SMALL))
 
 
+@pytest.mark.alone  # other threads of a test worker allocate, too
 def test_memory_stays_within_the_spec() -> None:
     """Whatever the header claims, and however much arrives."""
     spec = DictionarySpec("table", 4096, 64, encoding="int8")

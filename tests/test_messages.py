@@ -465,6 +465,7 @@ def test_data_beyond_the_chunk_size_is_refused() -> None:
     assert refusal_of(encode_frame(beyond)).fault is Fault.OVERSIZED
 
 
+@pytest.mark.alone  # other threads of a test worker allocate, too
 @pytest.mark.parametrize(("ids", "body"), [(2**62, 0), (0, 2**62), (2**63, 2**63), (2**64 - 1, 1), (4000, 97)])
 def test_an_announcement_beyond_the_limit_allocates_nothing(ids: int, body: int) -> None:
     raw = reencoded(chunk_pb(token_ids_bytes=ids, body_bytes=body))
@@ -644,6 +645,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.alone  # other threads of a test worker allocate, too
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_header_that_is_a_bomb_is_refused_cheaply(name: str) -> None:
     raw = BOMBS[name]

@@ -744,6 +744,7 @@ def test_an_overdraft_within_a_message_is_stopped_too() -> None:
     assert fault_of(lower, forged(5, b"x", head_of(300))).fault is Fault.OVERDRAWN
 
 
+@pytest.mark.alone  # other threads of a test worker allocate, too
 def test_real_memory_stays_within_the_buffer_and_one_message() -> None:
     """The same bound in bytes that Python holds, with the heads that cost most."""
     limits = Limits(message_bytes=64 * 1024)
@@ -767,6 +768,7 @@ def test_real_memory_stays_within_the_buffer_and_one_message() -> None:
     assert fault_of(lower, frames[-1]).fault is Fault.OVERDRAWN
 
 
+@pytest.mark.alone  # other threads of a test worker allocate, too
 def test_a_delivered_message_is_the_receivers_alone() -> None:
     """Once the stage lets go of it and `consume` grants its bytes again, they must really be free."""
     size = 512 * 1024

@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> node -> {sim, compress, protocol}, sim -> protocol; protocol stays sans-IO."""
+"""Imports point one way: cli -> commands -> node -> {sim, compress, protocol}, sim -> protocol; protocol stays sans-IO."""
 
 import ast
 from collections.abc import Iterator
@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("node", "protocol", "compress", "sim")
+ROOMS = ("commands", "node", "protocol", "compress", "sim")
 MAY_IMPORT = {
-    "cli": {"node", "sim", "compress", "protocol"},
+    "cli": {"commands"},
+    "commands": {"commands", "node", "sim", "compress", "protocol"},
     "node": {"node", "sim", "compress", "protocol"},
     "sim": {"sim", "protocol"},
     "compress": {"compress"},

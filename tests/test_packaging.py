@@ -29,7 +29,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_wheel_holds_every_module_and_no_test(wheel_names: set[str]) -> None:
-    rooms = ("node", "protocol", "compress", "sim")
+    rooms = ("commands", "node", "protocol", "compress", "sim")
     modules = {path.relative_to(ROOT) for room in rooms for path in (ROOT / room).rglob("*.py")}
     expected = {f"thinpipe/{path}" for path in [*modules, Path("cli.py"), Path("__init__.py")]}
     held = {name for name in wheel_names if name.endswith(".py")}
@@ -63,7 +63,7 @@ def test_readme_uses_only_options_that_exist() -> None:
 
 def test_readme_names_every_module() -> None:
     tree = (ROOT / "README.md").read_text()
-    for room in ("node", "protocol", "compress", "sim", "benchmarks"):
+    for room in ("commands", "node", "protocol", "compress", "sim", "benchmarks"):
         for path in (ROOT / room).rglob("*.py"):
             if path.stem not in ("__init__", "stage_pb2"):
                 assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"

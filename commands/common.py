@@ -1,0 +1,108 @@
+"""What all commands share: options, the configuration that they build, and how a command fails.
+
+Every failure is one line on stderr that names the fault, the offender and the remedy; see cli.py for the exit codes.
+Heavy imports happen inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from ..node.config import RunConfig
+
+# What typer raises for wrong usage; it does not export the name.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class OneLine(TyperGroup):
+    """Wrong usage is one line too, and not a box of five; so is Ctrl-C wherever it comes."""
+
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        with one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: Any) -> Any:
+        with one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        context: Any = getattr(error, "ctx", None)
+        command = context.command_path if context else "thinpipe"
+        fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+Config = Annotated[Path | None, typer.Option("--config", help="Start from this run.toml; options override it.")]
+Override = Annotated[
+    list[str] | None, typer.Option("--set", help="Any setting as section.key=value, such as optim.clip=0.5.")
+]
+Link = Annotated[
+    str | None,
+    typer.Option("--link", help="Cap and delay of every link, each way: rate,latency such as 300mbit,25ms; or none."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+
+
+def fail(line: str, exit_code: int) -> NoReturn:
+    """One line on stderr, whatever line breaks the cause had."""
+    print(f"thinpipe: error: {' '.join(line.split())}", file=sys.stderr)
+    raise typer.Exit(exit_code)
+
+
+def one_arithmetic_thread() -> None:
+    """Before torch is imported: stages share cores, and parity needs one fixed number of threads.
+
+    gRPC's own log is silenced: what matters of it is said once, in our words.
+    """
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = "1"
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+def configuration(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> RunConfig:
+    from ..node.config import ConfigError, merge, parse_config, parse_override, read_toml
+
+    try:
+        tree = read_toml(path) if path else {}
+        given = {key: value for key, value in options.items() if value is not None}
+        return parse_config(merge(tree, {**given, **dict(map(parse_override, overrides or []))}))
+    except ConfigError as error:
+        fail(str(error), 2)
+
+
+@contextmanager
+def run_errors(out: Path) -> Iterator[None]:
+    """A local run that cannot start, fails or is interrupted ends with one line."""
+    from ..node.local import LocalRunError
+
+    try:
+        yield
+    except LocalRunError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
+
+
+def run_toml(run: Path, option: str) -> Path:
+    if not (run / "run.toml").is_file():
+        fail(f"{option} {run}: there is no run.toml, so no run to go on with; give the --out of the run", 2)
+    return run / "run.toml"

@@ -54,10 +54,18 @@ def up(
         int, typer.Option(min=0, help="How often a stage that was lost is started again; the others wait for it.")
     ] = 0,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none. (100)")] = None,
+    isolate: Annotated[
+        str | None,
+        typer.Option(
+            help="netns: each node in a network namespace, its one interface capped by the kernel (tbf); needs root."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
     """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""
     one_arithmetic_thread()
+    if isolate not in (None, "netns"):
+        fail(f"--isolate: there is no '{isolate}'; it is netns, or left away", 2)
     is_directory = model is not None and (os.sep in model or Path(model).is_dir())
     options = {
         "pipeline.stages": stages,
@@ -96,6 +104,7 @@ def up(
             resume=resume is not None,
             restarts=restarts,
             schedule=auto,
+            isolate=isolate is not None,
         )
     if as_json:
         print(json.dumps(summary, indent=2))

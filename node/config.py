@@ -116,7 +116,9 @@ class LinkSection(Section):
     """The thin link and the buffers around it."""
 
     link: str = Field(
-        default="none", description="rate,latency[,jitter=..][,burst=..] such as 300mbit,25ms; none: no cap"
+        default="none",
+        description="rate,latency[,jitter=..][,burst=..] such as 300mbit,25ms; none: no cap; "
+        "kernel=rate or kernel=all: what the operating system does of it already",
     )
     verify: Literal["warn", "fail"] = Field(
         default="warn", description="what a node does if the link, measured at the start, is over 10 % off `link`"

@@ -103,7 +103,8 @@ class Lifecycle:
             replacement_s=config.link.replacement_timeout_s,
             missing_s=self.control.missing_s,
         )
-        self._idle_wires = {side: Shaper(profile) for side in self._sent}  # between two epochs there are no links
+        # Between two epochs there are no links.
+        self._idle_wires = {side: Shaper(profile.applied) for side in self._sent}
         self._copies = self.control.copies = Copies(
             stage=identity.stage,
             stages=identity.stages,

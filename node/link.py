@@ -25,7 +25,7 @@ from ..protocol.messages import Greeting, Kind, Message, decode_frame
 from ..protocol.session import LinkSession, Opened, PeerDone, Received
 from ..sim.link_check import LinkCheck
 from ..sim.shaper import BusyMeter, LinkProfile
-from .link_probe import AcknowledgedRate, fill
+from .link_probe import AcknowledgedRate, fill, probe_s
 from .metrics import Tracer
 from .outgoing import Outgoing, Write, chunk_bytes_for
 
@@ -179,6 +179,8 @@ class Link:
                         found = again
                     if not again.misses:
                         return again
+                    if self.profile.kernel and self.way["direction"] == "backward":
+                        await asyncio.sleep(probe_s(self.profile))  # a probe that goes down may share the interface
         except TimeoutError:
             raise TimeoutError(self.late("the probe of the link", timeout_s)) from None
         finally:

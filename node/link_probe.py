@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 
 from ..protocol.messages import Kind, Message
 from ..sim.link_check import SteadyRate
+from ..sim.shaper import LinkProfile
 
 PROBE_S = 0.25  # several times the longest wake-up delay seen on a busy laptop
 PROBE_BYTES_MAX = 32 * 2**20  # of links beyond 1 Gb/s
@@ -19,6 +20,7 @@ PROBE_MESSAGES_LEAST = 40  # of a thin link; one of them waiting for another is 
 PROBE_S_MAX = 2.0  # but no longer
 HEAD_S, HEAD_BURSTS = 0.05, 4  # a window above the link's product empties a bucket in a few times its size
 MESSAGE_S, MESSAGE_BYTES_LEAST = 0.005, 1024
+PAUSE_S = 0.1
 RATE_LEAST_BITS_PER_S = 100_000.0  # below, the time is too short for messages to be counted
 
 
@@ -52,6 +54,14 @@ def ballast_bytes(rate_bits_per_s: float, burst_bytes: int) -> tuple[int, int, i
     head = int(min(HEAD_BURSTS * burst_bytes, bytes_per_s) + min(HEAD_S * bytes_per_s, PROBE_BYTES_MAX / 8))
     steady = max(PROBE_S * bytes_per_s, min(PROBE_MESSAGES_LEAST * message, PROBE_S_MAX * bytes_per_s))
     return head, head + int(min(PROBE_BYTES_MAX, steady)), message
+
+
+def probe_s(profile: LinkProfile) -> float:
+    """How long a probe that agrees takes."""
+    if profile.rate_bits_per_s is None or profile.rate_bits_per_s < RATE_LEAST_BITS_PER_S:
+        return 0.0
+    _, whole, _ = ballast_bytes(profile.rate_bits_per_s, profile.burst_bytes)
+    return profile.serialisation_s(whole) + 2 * profile.latency_s + PAUSE_S
 
 
 async def fill(

@@ -10,16 +10,18 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ..sim.console import RunDisplay, summary_tables
+from ..sim.isolation import isolated
 from ..sim.report import read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError, run_swarm
+from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config
 from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
@@ -62,17 +64,22 @@ def run_local(
     resume: bool = False,
     restarts: int = 0,
     schedule: str | None = None,
+    isolate: bool = False,
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
     resume: go on with the run that is in `out`. restarts: how many lost stages are replaced. schedule: one with
-    hop=auto, whose depth is found before the first step, for the whole run; run.toml has it.
+    hop=auto, whose depth is found before the first step, for the whole run; run.toml has it. isolate: each node in a
+    network namespace of its own, and its link capped by the kernel.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
+    namespaces, isolation, isolated_by = ExitStack(), None, None
     try:
         width = _check(config)
+        if isolate and one_process:
+            raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
         if one_process and config.compute.pace:
             raise ConfigError("compute.pace: one process has no links to wait for; leave --one-process away")
         _check_room(out, overwrite or resume)
@@ -82,6 +89,10 @@ def run_local(
             with console.status("timing a microbatch"):
                 config = with_depth(config, schedule)
             console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False)
+        if isolate:
+            link = LinkProfile.parse(config.link.link)
+            isolation = namespaces.enter_context(isolated(config.pipeline.stages, link))
+            console.print(f"isolated: {isolation}", highlight=False)
         started = True
         if not resume:
             clear(out)
@@ -97,17 +108,20 @@ def run_local(
                     trace=trace,
                     resume=resume,
                     restarts=restarts,
+                    isolation=isolation,
                     on_progress=display.update,
                 )
+                isolated_by = isolation.record() if isolation else None
         if trace and not one_process:
             draw(merge(out, config.pipeline.stages), config.pipeline.stages, out / "trace.png")
-    except BAD_INPUT as error:
+    except (*BAD_INPUT, KernelLinkError) as error:
         raise LocalRunError(str(error), 2) from None
     except SwarmError as error:
         raise LocalRunError(str(error), error.exit_code) from None
     except FAILED as error:  # of the one process; a node's are in SwarmError
         raise LocalRunError(str(error), 1) from None
     finally:
+        namespaces.close()
         if not started:  # refused input leaves nothing behind
             with suppress(OSError):
                 for directory in missing:
@@ -117,6 +131,8 @@ def run_local(
         summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
     except ValueError as error:
         raise LocalRunError(str(error), 1) from None
+    if isolated_by:
+        summary["isolation"] = isolated_by
     write_summary(out, summary)
     for line in filter(None, (check["warning"] for check in summary["link_check"])):
         print(f"thinpipe: warning: {line}", file=sys.stderr)

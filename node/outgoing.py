@@ -119,7 +119,7 @@ class Outgoing:
         # Framed bytes by kind, counted when handed to gRPC; resent frames too, and what earlier epochs sent.
         self.sent: Counter[str] = Counter() if sent is None else sent
         self.meter = BusyMeter(least_bytes=int(BUSY_LEAST_S * (profile.rate_bits_per_s or 0) / 8))
-        self.shaper = Shaper(profile, random=seed)
+        self.shaper = Shaper(profile.applied, random=seed)
         self.queue: WireQueue[_Item] = WireQueue()
         self.line: deque[_InFlight] = deque()
         self.round_trip_s = 2 * profile.latency_s
@@ -244,7 +244,7 @@ class Outgoing:
             return False
         passage = self.shaper.admit(nbytes, now)
         # Later, in the order in which the line's own frames are measured, which is when they have arrived.
-        loop, arrives_s = asyncio.get_running_loop(), passage.depart_s + self.profile.latency_s
+        loop, arrives_s = asyncio.get_running_loop(), passage.depart_s + self.shaper.profile.latency_s
         measure = partial(self._measure, now, nbytes, passage.depart_s, tensor=True)
         loop.call_later(max(0.0, arrives_s - now), measure)
         await self._sleep_until(passage.depart_s)
@@ -335,9 +335,9 @@ class Outgoing:
                 on_goodbye()
             self.sent.update(flight.rows)
             nbytes = framed_bytes(len(flight.frame))
-            self._measure(flight.enqueued_s, nbytes, now - self.profile.latency_s, tensor=flight.tensor)
+            self._measure(flight.enqueued_s, nbytes, now - self.shaper.profile.latency_s, tensor=flight.tensor)
             if flight.tensor:
-                started_s = flight.depart_s - self.profile.serialisation_s(framed_bytes(len(flight.frame)))
+                started_s = flight.depart_s - self.shaper.profile.serialisation_s(framed_bytes(len(flight.frame)))
                 self._tracer.span("send", self._name, started_s, now)
             self.moved.set()
 

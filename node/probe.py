@@ -38,6 +38,8 @@ def probe(address: str, link: str, seconds: float) -> dict[str, Any]:
     """
     try:
         profile = LinkProfile.parse(link)
+        if profile.kernel:
+            raise LinkError(f"--link {link}: a probe measures what the kernel caps, it does not cap; say --link none")
         split_address(address)
     except (LinkError, ListenError) as error:
         raise ProbeError(str(error), 2) from None

@@ -37,7 +37,7 @@ from ..protocol.probing import (
     encode_probe,
 )
 from ..sim.link_check import SteadyRate
-from ..sim.shaper import LinkProfile, Shaper
+from ..sim.shaper import DEFAULT_BURST_BYTES, LinkProfile, Shaper
 from .outgoing import Write
 
 WAIT_S = 10.0  # for one frame to come or go
@@ -52,12 +52,11 @@ Read = Callable[[], Awaitable[bytes | None]]
 def profile_of(terms: Terms) -> LinkProfile:
     """How a side shapes what it sends by these terms, which are within limits."""
     rate = terms.rate_bits_per_s
-    burst = {"burst_bytes": terms.burst_bytes} if rate else {}
     return LinkProfile(
         rate_bits_per_s=float(rate) if rate else None,
         latency_s=terms.latency_us / 1e6,
         jitter_s=terms.jitter_us / 1e6,
-        **burst,
+        burst_bytes=terms.burst_bytes if rate else DEFAULT_BURST_BYTES,
     )
 
 

@@ -27,11 +27,13 @@ from ..protocol.schedule import (
     WeightGradient,
     get_schedule,
 )
+from ..sim.link_check import LinkCheck
 from .account import Account
 from .config import RunConfig
 from .data import Corpus
 from .flow import Arrival, Intake, Outbox, Reporter, Worker
 from .link import Link, LinkUnlike
+from .link_probe import probe_s
 from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .patience import Patience
 from .ports import DownstreamPort, Encoded, Received, UpstreamPort
@@ -125,8 +127,8 @@ class Node:
                         await link.opened.wait()
                 if not (link.opened.is_set() or (self._epoch and self._patience.again(timeout_s))):
                     raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
-        probe_s = self.config.link.replacement_timeout_s if self._epoch else timeout_s  # who is lost now comes back
-        checks = await asyncio.gather(*(link.probe(probe_s) for link in self._links))
+        most_s = self.config.link.replacement_timeout_s if self._epoch else timeout_s  # who is lost now comes back
+        checks = await self._probe_links(most_s)
         records = [{**link.way, **check.record()} for link, check in zip(self._links, checks, strict=True)]
         self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes(), link_check=records)
         for link, check in zip(self._links, checks, strict=True):
@@ -135,6 +137,17 @@ class Node:
             if self.config.link.verify == "fail":
                 raise LinkUnlike(f'{line}; link.verify = "fail" ends the node here')
             print(f"stage {self.stage.index}: warning: {line}", file=sys.stderr, flush=True)
+
+    async def _probe_links(self, timeout_s: float) -> list[LinkCheck]:
+        """In the order of `_links`. Where the kernel caps an interface, its links share that cap, so one is measured
+        after the other: all of the chain first what goes down, then what goes up. The last stage has nothing that goes
+        down and waits for that long. (Stages that do not begin together may still meet; then they try again.)"""
+        links = self._links
+        if not links or not links[0].profile.kernel:
+            return await asyncio.gather(*(link.probe(timeout_s) for link in links))
+        if self.below is None:
+            await asyncio.sleep(probe_s(links[0].profile))
+        return [await link.probe(timeout_s) for link in reversed(links)][::-1]
 
     async def _train(self) -> None:
         pipeline, run = self.config.pipeline, self.config.run

@@ -22,7 +22,7 @@ import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from . import tc
@@ -60,10 +60,12 @@ class Network:
         return ["ip", "netns", "exec", self.nodes[index]]
 
     def cap(self, profile: LinkProfile) -> None:
-        """Every node's link, both ways, from now on; `none` takes the cap off. Raises KernelLinkError."""
+        """Every node's link, both ways, from now on; `none` takes the cap off. The latency is on the sender's end
+        alone, or it would count twice. Raises KernelLinkError."""
+        prompt = replace(profile, latency_s=0.0, jitter_s=0.0)
         for index, node in enumerate(self.nodes):
             tc.cap("eth0", profile, namespace=node)
-            tc.cap(f"port{index}", profile, namespace=self.switch)
+            tc.cap(f"port{index}", prompt, namespace=self.switch)
 
     def counters(self, index: int) -> Counters:
         """What has passed that node's link since it is there."""

@@ -31,9 +31,9 @@ import random as random_module
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 Item = TypeVar("Item")
 
@@ -46,6 +46,7 @@ _RATE_UNITS = {"gbit": Decimal(10**9), "mbit": Decimal(10**6), "kbit": Decimal(1
 _TIME_UNITS = {"s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
 _SIZE_UNITS = {"mb": Decimal(1024**2), "kb": Decimal(1024), "b": Decimal(1)}  # tc(8): sizes count in 1024s
 _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]+)?|\.[0-9]+) ?([a-z]+)")
+Kernel = Literal["", "rate", "all"]
 _EXAMPLE = "write it as 300mbit,25ms or 80mbit,50ms,jitter=2ms,burst=64kb, or none"
 
 
@@ -59,13 +60,15 @@ class LinkProfile:
 
     rate_bits_per_s: None is uncapped. latency_s: one way. jitter_s: arrivals vary by ± this much, uniformly, as with
     netem; at most the latency. burst_bytes: what an idle link passes at once; meaningless, so refused, without a rate.
-    Raises LinkError.
+    kernel: what of it the operating system does already (`sim.tc`): nothing, the rate, or all of it; what is left is
+    `applied` by the transport, which knows the whole. Raises LinkError.
     """
 
     rate_bits_per_s: float | None
     latency_s: float = 0.0
     jitter_s: float = 0.0
     burst_bytes: int = DEFAULT_BURST_BYTES
+    kernel: Kernel = ""
 
     def __post_init__(self) -> None:
         rate = self.rate_bits_per_s
@@ -81,17 +84,26 @@ class LinkProfile:
             raise LinkError(f"link burst {self.burst_bytes} bytes is not between 1 and 2**32 - 1; {_EXAMPLE}")
         if rate is None and self.burst_bytes != DEFAULT_BURST_BYTES:
             raise LinkError(f"link burst {self.burst_bytes} bytes does nothing without a rate; {_EXAMPLE}")
+        if rate is None and self.kernel:
+            raise LinkError(f"link kernel={self.kernel} says nothing without a rate; {_EXAMPLE}")
 
     @classmethod
     def parse(cls, text: str) -> LinkProfile:
-        """Read `rate,latency[,jitter=time][,burst=size]`, each part optional, any case, or `none`.
+        """Read `rate,latency[,jitter=time][,burst=size][,kernel=rate|all]`, each part optional, any case, or `none`.
 
         Rates in kbit, mbit, gbit (1000s), times in us, ms, s, sizes in b, kb, mb (1024s, as tc). Raises LinkError.
         """
         if text.strip().lower() == "none":
             return cls(rate_bits_per_s=None)
         values: dict[str, Decimal] = {}
+        kernel: Kernel = ""
         for part in text.lower().split(","):
+            key, equals, said = (word.strip() for word in part.partition("="))
+            if equals and key == "kernel":
+                again, kernel = kernel, "rate" if said == "rate" else "all" if said == "all" else ""
+                if again or not kernel:
+                    raise LinkError(f"link {text!r}: kernel={said} is neither rate nor all, said once; {_EXAMPLE}")
+                continue
             field, value = _read_part(part.strip(), text)
             if field in values:
                 raise LinkError(f"link {text!r} says its {field} twice; {_EXAMPLE}")
@@ -104,7 +116,16 @@ class LinkProfile:
             latency_s=float(values.get("latency", 0)),
             jitter_s=float(values.get("jitter", 0)),
             burst_bytes=int(burst),
+            kernel=kernel,
         )
+
+    @property
+    def applied(self) -> LinkProfile:
+        """What of it is left for the transport to do."""
+        if not self.kernel:
+            return self
+        unshaped = replace(self, rate_bits_per_s=None, burst_bytes=DEFAULT_BURST_BYTES, kernel="")
+        return replace(unshaped, latency_s=0.0, jitter_s=0.0) if self.kernel == "all" else unshaped
 
     def __str__(self) -> str:
         parts = []
@@ -116,6 +137,8 @@ class LinkProfile:
             parts.append(f"jitter={_spell(self.jitter_s, _TIME_UNITS)}")
         if self.burst_bytes != DEFAULT_BURST_BYTES:
             parts.append(f"burst={_spell_size(self.burst_bytes)}")
+        if self.kernel:
+            parts.append(f"kernel={self.kernel}")
         return ",".join(parts) or "none"
 
     def serialisation_s(self, nbytes: int) -> float:
@@ -137,7 +160,9 @@ def _read_part(part: str, text: str) -> tuple[str, Decimal]:
     number, unit = match.groups()
     choices = {"jitter": _TIME_UNITS, "burst": _SIZE_UNITS} if equals else {"rate": _RATE_UNITS, "latency": _TIME_UNITS}
     if equals and key.strip() not in choices:
-        raise LinkError(f"link {text!r}: unknown setting {key.strip()!r}, known are jitter and burst; {_EXAMPLE}")
+        raise LinkError(
+            f"link {text!r}: unknown setting {key.strip()!r}, known are jitter, burst and kernel; {_EXAMPLE}"
+        )
     for field, units in choices.items():
         if unit in units and (not equals or field == key.strip()):
             return field, Decimal(number) * units[unit]

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .isolation import PORT, Isolation
+
 STOP_GRACE_S = 5.0
 POLL_S = 0.1
 LAST_WORDS = "thinpipe: error: "  # how a node begins the line with which it ends (cli.fail)
@@ -72,16 +74,18 @@ def run_swarm(
     resume: bool = False,
     restarts: int = 0,
     disks: Path | None = None,
+    isolation: Isolation | None = None,
     on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
     from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
-    again; the others wait for it. `disks`: see `Swarm`. Raises SwarmError when a node ends early otherwise, naming it;
-    KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run after the step under way.
+    again; the others wait for it. `disks`, `isolation`: see `Swarm`. Raises SwarmError when a node ends early
+    otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run
+    after the step under way.
     """
-    swarm = Swarm(run, stages=stages, trace=trace, disks=disks)
+    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation)
     before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
     try:
         for stage in range(stages):
@@ -97,7 +101,7 @@ class Swarm:
 
     ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
-    own; None: one for all.
+    own; None: one for all. isolation: the namespaces that the nodes run in, which have one each.
     """
 
     def __init__(
@@ -109,10 +113,11 @@ class Swarm:
         ports: list[int] | None = None,
         next_ports: list[int] | None = None,
         disks: Path | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
-        self.run, self._disks = run, disks
+        self.run, self._disks, self._isolation = run, disks, isolation
         self.nodes: list[Node | None] = [None] * stages
-        self.ports = ports or free_ports(stages)
+        self.ports = ports or ([PORT] * stages if isolation else free_ports(stages))
         self._next_ports = next_ports or self.ports
         self.draining = False  # nobody is started again
         self._trace = trace
@@ -122,11 +127,21 @@ class Swarm:
         """Start stage `stage`, in the place of the process that had it, if there was one."""
         if before := self.nodes[stage]:
             self._gone.append(before)
-        listen = self.ports[stage] if stage else None
-        below = self._next_ports[stage + 1] if stage + 1 < len(self.nodes) else None
-        self.nodes[stage] = _start(
-            self.run, stage, listen, below, trace=self._trace, resume=resume, disk=self.disk(stage)
-        )
+        options = ["--listen", f"{self._host(stage)}:{self.ports[stage]}"] if stage else []
+        if stage + 1 < len(self.nodes):
+            options += ["--next", f"{self._host(stage + 1)}:{self._next_ports[stage + 1]}"]
+        if disk := self.disk(stage):
+            options += ["--set", f"checkpoint.directory={disk}"]
+        if self._trace:
+            options.append("--trace")
+        prefix: list[str] = []
+        if self._isolation:
+            prefix = self._isolation.network.prefix(stage)
+            options += ["--link", str(self._isolation.link)]
+        self.nodes[stage] = _start(self.run, stage, prefix, options, resume=resume)
+
+    def _host(self, stage: int) -> str:
+        return self._isolation.network.addresses[stage] if self._isolation else "127.0.0.1"
 
     def disk(self, stage: int) -> Path | None:
         """Where that stage keeps its checkpoints, and copies for its neighbours, if not with all others."""
@@ -150,19 +165,10 @@ class Swarm:
         _stop([node for node in (*self.nodes, *self._gone) if node])
 
 
-def _start(
-    run: Path, stage: int, listen: int | None, below: int | None, *, trace: bool, resume: bool, disk: Path | None
-) -> Node:
-    command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml"), "--stage", str(stage)]
-    command += ["--out", str(run), "--parent", str(os.getpid())]
-    if listen:
-        command += ["--listen", f"127.0.0.1:{listen}"]
-    if below:
-        command += ["--next", f"127.0.0.1:{below}"]
-    if disk:
-        command += ["--set", f"checkpoint.directory={disk}"]
-    if trace:
-        command.append("--trace")
+def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool) -> Node:
+    """`prefix`: a command that becomes the node, in the same process."""
+    command = [*prefix, sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml")]
+    command += ["--stage", str(stage), "--out", str(run), "--parent", str(os.getpid()), *options]
     if resume:
         command.append("--resume")
     log = run / f"stage-{stage}.log"

@@ -1,4 +1,4 @@
-"""Imports point one way: cli -> commands -> node -> {sim, compress, protocol}, sim -> protocol; protocol stays sans-IO."""
+"""Imports point one way: cli -> commands -> node -> {sim, compress, protocol}, sim -> protocol; protocol is sans-IO."""
 
 import ast
 from collections.abc import Iterator

@@ -41,6 +41,8 @@ seeds = st.integers(0, 2**32)
         ("25ms,80000kbit", (80e6, 0.025, 0, 16384), "80mbit,25ms"),
         ("1.5gbit,500us,jitter=.5us,burst=1500b", (1.5e9, 5e-4, 5e-7, 1500), "1.5gbit,500us,jitter=0.5us,burst=1500b"),
         ("0ms", (None, 0, 0, 16384), "none"),
+        ("80mbit, KERNEL = rate,25ms", (80e6, 0.025, 0, 16384), "80mbit,25ms,kernel=rate"),
+        ("80mbit,25ms,kernel=all", (80e6, 0.025, 0, 16384), "80mbit,25ms,kernel=all"),
     ],
 )
 def test_spelling(text, expected, canonical):
@@ -93,6 +95,10 @@ def test_spelling_reads_back_to_the_bit(rate, latency, jitter_share, burst):
         ("300mbit,burst=4096mb", "burst 4294967296 bytes is not between"),
         ("300mbit,burst=0.3b", "not a whole number"),
         ("25ms,burst=64kb", "does nothing without a rate"),
+        ("25ms,kernel=rate", "says nothing without a rate"),
+        ("80mbit,kernel=", "neither rate nor all"),
+        ("80mbit,kernel=tbf", "neither rate nor all"),
+        ("80mbit,kernel=rate,kernel=all", "said once"),
     ],
 )
 def test_malformed_links_are_refused_in_one_line_with_an_example(text, fault):
@@ -101,6 +107,13 @@ def test_malformed_links_are_refused_in_one_line_with_an_example(text, fault):
     assert fault in str(error.value)
     assert "300mbit,25ms" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_the_kernel_does_is_not_applied_again():
+    whole = "80mbit,25ms,jitter=2ms,burst=64kb"
+    assert LinkProfile.parse(whole).applied == LinkProfile.parse(whole)
+    assert LinkProfile.parse(f"{whole},kernel=rate").applied == LinkProfile.parse("25ms,jitter=2ms")
+    assert LinkProfile.parse(f"{whole},kernel=all").applied == UNCAPPED
 
 
 @pytest.mark.parametrize("rate", [0, -1, math.nan, math.inf])

@@ -1,0 +1,155 @@
+"""`thinpipe up --isolate netns`: the kernel's cap holds, the bits stay, and no namespace does."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.config import dump_config
+from thinpipe.sim import netns
+from thinpipe.sim.netns import existing
+from thinpipe.sim.report import read_records
+from thinpipe.sim.tc import KernelLinkError
+from typer.testing import CliRunner
+
+from .conftest import TinyConfig
+
+pytestmark = pytest.mark.alone
+
+HEADER_BYTES_PER_PACKET = 66  # Ethernet 14, IPv4 20, TCP 20 with 12 of its timestamp
+
+
+@pytest.fixture(scope="module")
+def kernel_links() -> None:
+    """Skips, with the one line that says what this machine lacks."""
+    try:
+        netns.check()
+    except KernelLinkError as error:
+        pytest.skip(str(error))
+
+
+on_kernel_links = pytest.mark.usefixtures("kernel_links")
+
+
+def command(settings: Path, out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "thinpipe.cli", "up", "--config", str(settings), "--out", str(out), *options]
+
+
+@pytest.fixture
+def settings(tiny: TinyConfig, tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(dump_config(tiny({"model.width": 128, "pipeline.stages": 3})))
+    return path
+
+
+def up(settings: Path, out: Path, *options: str) -> dict[str, Any]:
+    done = subprocess.run(command(settings, out, "--json", *options), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def digests(summary: dict[str, Any]) -> list[str]:
+    return [stage["state_sha256"] for stage in summary["stages"]]
+
+
+@on_kernel_links
+def test_the_kernel_caps_what_trains_the_same_bits(settings: Path, tmp_path: Path) -> None:
+    summary = up(settings, tmp_path / "run", "--steps", "6", "--link", "80mbit,5ms", "--isolate", "netns")
+    reference = up(settings, tmp_path / "plain", "--steps", "6", "--one-process", "--link", "80mbit,5ms")
+    assert digests(summary) == digests(reference)
+    by = summary["isolation"]
+    assert (by["by"], by["rate"]) == ("netns", "tbf")
+    assert by["delay"] in ("netem", "transport")
+    # The middle node's two links share an interface: each is measured by itself.
+    assert len(summary["link_check"]) == 4
+    assert all(check["configured_bits_per_s"] == 80e6 for check in summary["link_check"])
+    assert all(check["warning"] is None for check in summary["link_check"]), summary["link_check"]
+    reported = sum(count for kind, count in summary["bytes"].items() if kind != "total")
+    carried = by["sent_bytes"] - HEADER_BYTES_PER_PACKET * by["sent_packets"]
+    assert reported == pytest.approx(carried, rel=0.02)
+    assert not {name for name in existing() if f"-{os.getpid()}-" in name}
+
+
+@on_kernel_links
+def test_a_cap_that_is_not_there_is_seen(settings: Path, tmp_path: Path) -> None:
+    """Nodes that are told that the kernel caps them, where it does not."""
+    link = ("--link", "20mbit,kernel=rate", "--set", "link.verify=fail")
+    done = subprocess.run(
+        command(settings, tmp_path / "run", "--json", "--steps", "2", *link), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert "the cap does not hold" in done.stderr
+
+
+@on_kernel_links
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_namespace_stays(settings: Path, tmp_path: Path, how: signal.Signals) -> None:
+    out = tmp_path / "run"
+    with subprocess.Popen(
+        command(settings, out, "--steps", "100000", "--link", "50mbit", "--isolate", "netns"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not any(record["event"] == "step" for record in read_records(out / "stage-0.jsonl")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline, "no step in 60 s"
+            time.sleep(0.05)
+        mine = {name for name in existing() if name.startswith(f"thinpipe-{process.pid}-")}
+        assert len(mine) == 4  # three nodes and the switch
+        process.send_signal(how)
+        process.wait(30)
+    if how is signal.SIGKILL:
+        netns._sweep()  # as the next start does
+    assert not mine & existing()
+
+
+def test_without_root_it_says_what_is_missing(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda program: f"/usr/sbin/{program}")
+    done = CliRunner().invoke(app, command(settings, tmp_path / "run", "--isolate", "netns")[3:])
+    assert done.exit_code == 2
+    assert "may not change the kernel's network" in done.stderr
+    assert "--link 300mbit,25ms" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_tc_nothing_is_touched(settings: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.toml").write_text("# of an earlier run\n")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    environment = {**os.environ, "PATH": str(programs)}
+    assert shutil.which("tc", path=str(programs)) is None
+    done = subprocess.run(
+        command(settings, run, "--isolate", "netns", "--overwrite"), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "not installed" in done.stderr
+    assert (run / "run.toml").read_text() == "# of an earlier run\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--isolate", "docker"), "--isolate: there is no 'docker'; it is netns, or left away"),
+        (("--isolate", "netns", "--one-process"), "one process has no links to cap"),
+    ],
+)
+def test_bad_input(settings: Path, tmp_path: Path, options: tuple[str, ...], line: str) -> None:
+    done = subprocess.run(command(settings, tmp_path / "run", *options), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert line in done.stderr

@@ -25,7 +25,7 @@ WINDOWS = 3
 STEADY_WITHIN = 0.03  # (fastest - slowest) / mean of the windows
 CAP_WITHIN = 0.10
 LATE_WITHIN = 0.03  # of the windows' time, so what it can have cost
-CPU_WITHIN = 0.90  # of all cores
+CPU_WITHIN = 0.70  # of all cores: up to 0.6, cells agree with the plan; from 0.75 on they measure the machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

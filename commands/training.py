@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -165,6 +166,8 @@ def node(
         check_input(settings, stage, addresses)
         run, who = settings.run.name, [stage]
         security = choose(keys, insecure=insecure, listen=listen, dial=next_, run=run, stages=who)
+        if security.warning:
+            print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
         directory = writable(out or config.parent)
         options = HostOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
         host(settings, stage, addresses, options)

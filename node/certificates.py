@@ -195,7 +195,7 @@ def read(certificate: x509.Certificate) -> Said:
         begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except _UNREADABLE:
         raise CertificateError("it is no certificate that can be read") from None
-    if not run or not run.isprintable() or not (authority or run_name(run) in names):
+    if not (0 < len(run) <= 64 and run.isprintable()) or not (authority or run_name(run) in names):
         raise CertificateError("it names no run of thinpipe's")
     return Said(run=run, names=names, stages=tuple(stages), authority=authority, begins=begins, ends=ends)
 

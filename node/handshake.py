@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from .certificates import CertificateError, Flaw, judge, parse, run_name, spell_moment, stage_name
+from .addresses import split_address
+from .certificates import CertificateError, Flaw, judge, parse, spell_moment
 from .keys import NODE, NODE_KEY, Keys
 
 DEADLINE_S = 5.0
@@ -47,52 +48,38 @@ class Verdict:
 
 
 async def diagnose(
-    address: str,
-    host: str,
-    port: int,
-    keys: Keys | None,
-    *,
-    run: str | None,
-    stage: int | None,
-    clock: Callable[[], datetime],
-    deadline_s: float = DEADLINE_S,
+    address: str, keys: Keys | None, stage: int | None, clock: Callable[[], datetime], *, deadline_s: float = DEADLINE_S
 ) -> str | None:
-    """One line on why the peer at `address` and this node cannot agree on TLS; None if nothing definite is to be seen
-    there (nobody listens, it is silent, or it would take the connection now).
+    """One line on why the peer at `address` (host:port) and this node cannot agree on TLS; None if nothing definite is
+    to be seen there (nobody listens, it is silent, or it would take the connection now).
 
     keys: None for a node that speaks no TLS, which only asks whether the peer does. stage: whose certificate the peer
-    should have; None: any of the run's.
+    should have; None: any of the run's. deadline_s: for each of two looks, at most.
     """
-    if keys and (flaw := judge(keys.certificate, keys.authority, run=run or keys.said.run, stage=None, now=clock())):
+    if keys and (flaw := judge(keys.certificate, keys.authority, run=keys.said.run, stage=None, now=clock())):
         return f"{keys.directory / NODE}: this node's own certificate {flaw[1]}; issue a new one and start it with that"
-    first = await _look(address, host, port, keys, run, stage, clock, deadline_s)
+    first = await _look(address, keys, stage, clock, deadline_s)
     if first is None or first.sure:
         return first and first.line
     await asyncio.sleep(AGAIN_S)
-    again = await _look(address, host, port, keys, run, stage, clock, deadline_s)
+    again = await _look(address, keys, stage, clock, deadline_s)
     return first.line if again == first else None
 
 
 async def _look(
-    address: str,
-    host: str,
-    port: int,
-    keys: Keys | None,
-    run: str | None,
-    stage: int | None,
-    clock: Callable[[], datetime],
-    deadline_s: float,
+    address: str, keys: Keys | None, stage: int | None, clock: Callable[[], datetime], deadline_s: float
 ) -> Verdict | None:
+    host, port = split_address(address)
     writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(deadline_s):
             context = _context(keys)
-            wanted = None if keys is None else _wanted(keys, run, stage)
-            reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=wanted or host)
+            wanted = host if keys is None else keys.name(stage)
+            reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=wanted)
             shown: ssl.SSLObject = writer.get_extra_info("ssl_object")
             if keys is None:
                 return Verdict(_SPEAKS_TLS.format(address))
-            if verdict := _judged(address, shown, keys, run, stage, clock()):
+            if verdict := _judged(address, shown, keys, stage, clock()):
                 return verdict
             writer.write(PREFACE)
             return None if await reader.read(1) else Verdict(_refused(address, keys, "it closed the connection"), False)
@@ -129,19 +116,12 @@ def _context(keys: Keys | None) -> ssl.SSLContext:
     return context
 
 
-def _wanted(keys: Keys, run: str | None, stage: int | None) -> str:
-    run = run or keys.said.run
-    return run_name(run) if stage is None else stage_name(run, stage)
-
-
-def _judged(
-    address: str, shown: ssl.SSLObject, keys: Keys, run: str | None, stage: int | None, now: datetime
-) -> Verdict | None:
+def _judged(address: str, shown: ssl.SSLObject, keys: Keys, stage: int | None, now: datetime) -> Verdict | None:
     try:
         certificate = parse(shown.getpeercert(binary_form=True) or b"")
     except CertificateError:
         return Verdict(f"the node at {address} shows no certificate that can be read; {_REMEDIES[Flaw.UNREADABLE]}")
-    if flaw := judge(certificate, keys.authority, run=run or keys.said.run, stage=stage, now=now):
+    if flaw := judge(certificate, keys.authority, run=keys.said.run, stage=stage, now=now):
         return Verdict(f"the node at {address}: its certificate {flaw[1]}; {_REMEDIES[flaw[0]]}")
     if shown.selected_alpn_protocol() != "h2":
         return Verdict(f"what answers at {address} speaks TLS but not HTTP/2, so it is no node; check the address")

@@ -58,6 +58,11 @@ class Keys:
     authority_pem: bytes
     key_pem: bytes
 
+    def name(self, stage: int | None) -> str:
+        """What a node of that stage of this run has to be called; None: any node of it."""
+        run = self.said.run
+        return certificates.run_name(run) if stage is None else certificates.stage_name(run, stage)
+
 
 def parse_stages(text: str) -> list[int]:
     """`0-3,5` -> 0, 1, 2, 3, 5. Raises KeysError."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Protocol
 
@@ -25,12 +25,13 @@ import grpc.aio
 
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Greeting, Limits, decode_frame
-from .addresses import is_loopback, split_address
-from .certificates import CertificateError, Said, parse, read, run_name, stage_name
+from .addresses import is_loopback
+from .certificates import CertificateError, Said, parse, read, run_name, spell_moment, stage_name
 from .handshake import diagnose
 from .keys import Keys, KeysError, clock, load
 
 LIMITS = Limits(message_bytes=1)  # of a greeting
+ENDS_SOON = timedelta(days=3)
 
 
 class Called(Protocol):
@@ -46,25 +47,31 @@ class Security:
     keys: Keys | None = None
     clock: Callable[[], datetime] = clock
 
+    @property
+    def warning(self) -> str | None:
+        """What should be known before a run of days begins."""
+        if self.keys is None or self.keys.said.ends - self.clock() > ENDS_SOON:
+            return None
+        ends = spell_moment(self.keys.said.ends)
+        return (
+            f"the certificate in {self.keys.directory} ends on {ends}; connections that stand then stay, new ones fail"
+        )
+
     # -- who dials ---------------------------------------------------------------------------------------------------
 
     def channel(self, address: str, stage: int | None, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
         """To a node of that stage; None: to any of the run."""
         if self.keys is None:
             return grpc.aio.insecure_channel(address, options=options)
-        run = self.keys.said.run
-        name = run_name(run) if stage is None else stage_name(run, stage)
         credentials = grpc.ssl_channel_credentials(
             self.keys.authority_pem, self.keys.key_pem, self.keys.certificate_pem
         )
-        options = [*options, ("grpc.ssl_target_name_override", name)]
+        options = [*options, ("grpc.ssl_target_name_override", self.keys.name(stage))]
         return grpc.aio.secure_channel(address, credentials, options=options)
 
     async def fault(self, address: str, stage: int | None) -> str | None:
         """One line on why there is no connection, if TLS is why; see `handshake.diagnose`."""
-        host, port = split_address(address)
-        run = self.keys.said.run if self.keys else None
-        return await diagnose(address, host, port, self.keys, run=run, stage=stage, clock=self.clock)
+        return await diagnose(address, self.keys, stage, self.clock)
 
     # -- who listens -------------------------------------------------------------------------------------------------
 

@@ -159,8 +159,10 @@ def unnamed(node: Path) -> None:
     """A certificate of the authority's that names no run."""
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "somebody")])
     issuer = parse((node / "authority.crt").read_bytes()).subject
-    signing, own = (load_pem_private_key(path.read_bytes(), None) for path in (
-        node.parent / "keys" / "authority.key", node / "node.key"))
+    signing, own = (
+        load_pem_private_key(path.read_bytes(), None)
+        for path in (node.parent / "keys" / "authority.key", node / "node.key")
+    )
     assert isinstance(signing, ec.EllipticCurvePrivateKey)
     assert isinstance(own, ec.EllipticCurvePrivateKey)
     unsigned = certificates._unsigned(name, issuer, own.public_key(), NOW, NOW + DAY)

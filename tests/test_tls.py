@@ -1,4 +1,4 @@
-"""Mutual TLS over real gRPC on loopback: the right pair talks, every other one is refused by name and disturbs nobody."""
+"""Mutual TLS over real gRPC on loopback: the right pair talks, any other is refused by name and disturbs nobody."""
 
 import asyncio
 import socket
@@ -220,6 +220,27 @@ def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, 
             assert not listener.link.opened.is_set()
             told = [line for line in listener.faults if line.startswith("wrong-certificate: ")]
             assert len(told) == (2 if pair == ("2", "1") else 0)
+
+    run(story())
+
+
+def test_a_certificate_that_ends_during_the_run(made: dict[str, Security], tmp_path: Path) -> None:
+    """The connection that stands goes on; the next one fails, and both ends' reasons are named."""
+    left = timedelta(seconds=4)
+    began = datetime.now(UTC)
+    init("r", tmp_path / "authority", days=365, now=AGO)
+    for stage in (0, 1):
+        issue([stage], tmp_path / "authority", tmp_path / str(stage), days=1, now=began - timedelta(days=1) + left)
+    upper, lower = (Security(load(tmp_path / str(stage), now=began)) for stage in (0, 1))
+    assert upper.warning
+    assert "connections that stand then stay" in upper.warning
+    assert made["0"].warning is None
+
+    async def story() -> None:
+        async with Listener(lower).running() as listener, talking(listener, upper):
+            await asyncio.sleep((began + left - datetime.now(UTC)).total_seconds() + 1)
+            with pytest.raises(NeighbourMismatch, match=r"0/node\.crt: this node's own certificate expired"):
+                await call(listener.address, upper)
 
     run(story())
 

@@ -11,6 +11,7 @@ import typer
 from .commands.chaos import chaos
 from .commands.checkpoints import checkpoint
 from .commands.common import OneLine
+from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.training import node, up
 
@@ -25,6 +26,7 @@ app = typer.Typer(
 for command in (up, node, plan, bench, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
+app.add_typer(keys, name="keys")
 
 
 def main() -> None:

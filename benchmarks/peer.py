@@ -90,7 +90,7 @@ def commands(made: Network, program: str, stages: int, out: Path) -> list[list[s
         if program.startswith("torch"):
             line += [str(here / "peer_torch.py"), "--master", f"{made.addresses[0]}:{PORT}"]
         else:
-            line += ["-m", "thinpipe.cli", "node", "--parent", str(os.getpid())]
+            line += ["-m", "thinpipe.cli", "node", "--insecure", "--parent", str(os.getpid())]
             line += ["--listen", f"{made.addresses[stage]}:{PORT}"] if stage else []
             line += ["--next", f"{made.addresses[stage + 1]}:{PORT}"] if stage + 1 < stages else []
         lines.append([*line, "--config", str(out / "run.toml"), "--stage", str(stage), "--out", str(out)])

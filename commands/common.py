@@ -57,6 +57,12 @@ Link = Annotated[
     str | None,
     typer.Option("--link", help="Cap and delay of every link, each way: rate,latency such as 300mbit,25ms; or none."),
 ]
+KeysDirectory = Annotated[
+    Path | None, typer.Option("--keys", help="Directory of thinpipe keys issue: mutual TLS, both ways.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="No keys and no encryption, on addresses that others reach too.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 

@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from .common import Config, Link, Override, configuration, fail, one_arithmetic_thread, run_errors, run_toml
+from .common import (
+    Config,
+    Insecure,
+    KeysDirectory,
+    Link,
+    Override,
+    configuration,
+    fail,
+    one_arithmetic_thread,
+    run_errors,
+    run_toml,
+)
 
 
 def plan(
@@ -174,13 +185,16 @@ def probe(
     ] = None,
     seconds: Annotated[float | None, typer.Option("--seconds", help="For each direction, 0.2 to 10. (2)")] = None,
     once: Annotated[bool, typer.Option("--once", help="With --listen: end after one probe.")] = False,
+    keys: KeysDirectory = None,
+    insecure: Insecure = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
 ) -> None:
     """Measure rate and round trip between two machines, both ways, before a run.
 
     Start `thinpipe probe --listen 0.0.0.0:7001` on one machine and `thinpipe probe --to HOST:7001` on the other. A node
     that waits for its neighbours answers too; one in a run answers round trips only. With --link both sides shape what
-    they send, and what is more than 10 % off is said. Exit code 1: no answer in time; 2: nobody to ask there.
+    they send, and what is more than 10 % off is said. The --keys may be those of any stage of the run. Exit code 1: no
+    answer in time; 2: nobody to ask there.
     """
     one_arithmetic_thread()
     if (to is None) == (listen is None):
@@ -188,14 +202,21 @@ def probe(
     for option, given, other in (("--once", once, to), ("--link", link, listen), ("--seconds", seconds, listen)):
         if given and other:
             fail(f"{option} does not go with --{'to' if other is to else 'listen'}; leave it away", 2)
+    from ..node.addresses import ListenError
+    from ..node.keys import KeysError
     from ..node.probe import listen as answer
     from ..node.probe import print_probe
     from ..node.reach import ProbeError
+    from ..node.security import choose
 
     try:
+        security = choose(keys, insecure=insecure, listen=listen, dial=to, dial_option="--to")
         if listen is not None:
-            answer(listen, once=once)
+            answer(listen, once=once, security=security)
         elif to is not None:
-            print_probe(to, link or "none", 2.0 if seconds is None else seconds, as_json=as_json)
+            span = 2.0 if seconds is None else seconds
+            print_probe(to, link or "none", span, as_json=as_json, security=security)
+    except (KeysError, ListenError) as error:
+        fail(str(error), 2)
     except ProbeError as error:
         fail(str(error), error.exit_code)

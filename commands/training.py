@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .common import Config, Link, Override, configuration, fail, one_arithmetic_thread, run_errors, run_toml
+from .common import (
+    Config,
+    Insecure,
+    KeysDirectory,
+    Link,
+    Override,
+    configuration,
+    fail,
+    one_arithmetic_thread,
+    run_errors,
+    run_toml,
+)
 
 
 def up(
@@ -60,6 +72,7 @@ def up(
             help="netns: each node in a network namespace, its one interface capped by the kernel (tbf); needs root."
         ),
     ] = None,
+    keys: KeysDirectory = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
     """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""
@@ -105,6 +118,7 @@ def up(
             restarts=restarts,
             schedule=auto,
             isolate=isolate is not None,
+            keys=keys,
         )
     if as_json:
         print(json.dumps(summary, indent=2))
@@ -131,6 +145,8 @@ def node(
         bool,
         typer.Option("--resume", help="Take the stage's place in a run that has begun, from its newest checkpoint."),
     ] = False,
+    keys: KeysDirectory = None,
+    insecure: Insecure = False,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
 ) -> None:
     """Host one stage. Neighbours may start in any order and wait for each other."""
@@ -141,12 +157,21 @@ def node(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
     from ..node.host import Addresses, HostError, HostOptions, check_input, host
+    from ..node.keys import KeysError
     from ..node.local import LocalRunError, writable
+    from ..node.security import choose
 
     addresses = Addresses(listen=listen, next=next_)
     try:
         check_input(settings, stage, addresses)
+        run, who = settings.run.name, [stage]
+        security = choose(keys, insecure=insecure, listen=listen, dial=next_, run=run, stages=who)
+        if security.warning:
+            print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
         directory = writable(out or config.parent)
-        host(settings, stage, addresses, HostOptions(out=directory, trace=trace, parent=parent, resume=resume))
+        options = HostOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
+        host(settings, stage, addresses, options)
+    except KeysError as error:
+        fail(str(error), 2)
     except (HostError, LocalRunError) as error:
         fail(str(error), error.exit_code)

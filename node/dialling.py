@@ -13,6 +13,7 @@ from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocol
 from .control import Control
 from .link import LAST_WORD_S, EpochOver, Link, Read
 from .outgoing import Write
+from .security import PLAIN, Security
 from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, channel_options, tell, uncancelled
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
@@ -22,6 +23,7 @@ PERMANENT = {
     Fault.RUN_ID,
     Fault.CONFIGURATION,
     Fault.STAGE,
+    Fault.CERTIFICATE,
     Fault.FENCED,
     Fault.INCARNATION,
     Fault.RESUME,
@@ -41,7 +43,13 @@ class NeighbourMismatch(ValueError):
 
 
 async def dial(
-    address: str, link: Link, *, greeting_timeout_s: float, patience_s: Callable[[], float], report: Report
+    address: str,
+    link: Link,
+    *,
+    greeting_timeout_s: float,
+    patience_s: Callable[[], float],
+    report: Report,
+    security: Security = PLAIN,
 ) -> None:
     """Keep a stream to the neighbour below open until both sides said goodbye.
 
@@ -51,14 +59,17 @@ async def dial(
     loop = asyncio.get_running_loop()
     last_open_s = loop.time()
     pause_s = RETRY_FIRST_S
+    unlike = ""
     while not link.finished:
         link.opened.clear()
         connect_timeout_s = patience_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
         try:
-            await _one_connection(address, link, remaining_s, greeting_timeout_s)
+            await _one_connection(address, link, remaining_s, greeting_timeout_s, security)
+        except _NoTls as error:  # that the control stream tells; here it is told if it stays so
+            unlike = f"{error}; "
         except _NotReached:
-            why = f"the last one ended with {link.fault}; " if link.fault else ""
+            why = f"the last one ended with {link.fault}; " if link.fault else unlike
             raise TimeoutError(
                 f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
                 f"{why}is stage {link.session.peer_stage} running there?"
@@ -82,7 +93,7 @@ async def dial(
             if not link.finished:
                 report("connection-lost", f"{link.name}: the node at {address} ended the stream")
         if link.opened.is_set():
-            last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+            last_open_s, pause_s, unlike = loop.time(), RETRY_FIRST_S, ""
         if not link.finished:
             await asyncio.sleep(pause_s)
             pause_s = min(RETRY_MOST_S, 2 * pause_s)
@@ -92,9 +103,17 @@ class _NotReached(Exception):
     pass
 
 
-async def _one_connection(address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float) -> None:
+class _NoTls(Exception):
+    """Somebody is there, and the two cannot agree on TLS; the message is a line for people."""
+
+
+async def _one_connection(
+    address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float, security: Security
+) -> None:
+    stage = link.session.peer_stage
+    opening = _stream(address, METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
     try:
-        async with _stream(address, METHOD, connect_timeout_s, greeting_timeout_s) as (call, read, write):
+        async with opening as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
             await _end_gently(call, read, greeting_timeout_s)
     finally:
@@ -102,30 +121,44 @@ async def _one_connection(address: str, link: Link, connect_timeout_s: float, gr
 
 
 async def dial_control(
-    address: str, control: Control, *, greeting_timeout_s: float, patience_s: Callable[[], float], report: Report
+    address: str,
+    control: Control,
+    *,
+    greeting_timeout_s: float,
+    patience_s: Callable[[], float],
+    report: Report,
+    security: Security = PLAIN,
 ) -> None:
     """Keep the control stream to the neighbour below open until all stages are through.
 
     Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `patience_s()` without a connection.
+    `patience_s()` without a connection. Who cannot agree on TLS at the first meeting never will; later it may be a
+    replacement with the wrong keys, which somebody can still put right, so it is said, and waited for.
     """
     loop = asyncio.get_running_loop()
     last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+    unlike = ""
     while True:
         before = control.meetings["below"]
         # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
         connect_timeout_s = LAST_WORD_S if control.through else patience_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
         try:
-            if await _one_control(address, control, remaining_s, greeting_timeout_s):
+            if await _one_control(address, control, remaining_s, greeting_timeout_s, security):
                 return
+        except _NoTls as error:
+            if not control.met["below"].is_set():
+                raise NeighbourMismatch(str(error)) from None
+            if unlike != str(error) and not control.through:
+                unlike = str(error)
+                report("tls", unlike)
         except _NotReached:
             if control.through:
                 return
             below = control.machine.identity.stage + 1
             raise TimeoutError(
-                f"no connection to {address} for {connect_timeout_s:g} s; is stage {below} running there? "
-                "If it was lost, start it again with --resume"
+                f"no connection to {address} for {connect_timeout_s:g} s; {unlike and f'{unlike}; '}"
+                f"is stage {below} running there? If it was lost, start it again with --resume"
             ) from None
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
@@ -139,14 +172,18 @@ async def dial_control(
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
         if control.meetings["below"] != before:
-            last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+            last_open_s, pause_s, unlike = loop.time(), RETRY_FIRST_S, ""
         await asyncio.sleep(pause_s)
         pause_s = min(RETRY_MOST_S, 2 * pause_s)
 
 
-async def _one_control(address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float) -> bool:
+async def _one_control(
+    address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float, security: Security
+) -> bool:
     """One connection; whether the neighbour took the last word."""
-    async with _stream(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s) as (call, read, write):
+    stage = control.machine.identity.stage + 1
+    opening = _stream(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    async with opening as (call, read, write):
         last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
         return await _end_gently(call, read, greeting_timeout_s) and last
 
@@ -156,15 +193,15 @@ Call = grpc.aio.StreamStreamCall
 
 @asynccontextmanager
 async def _stream(
-    address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float
+    address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float, security: Security, stage: int
 ) -> AsyncIterator[tuple[Call, Read, Write]]:
     """A stream of that method, gone at the end of the block; a peer that the block refuses is told why first.
 
-    Raises _NotReached if nobody listens there in time."""
-    async with grpc.aio.insecure_channel(address, options=channel_options(FRAME_BYTES_MAX)) as channel:
+    Raises _NotReached if nobody listens there in time, and _NoTls if TLS is why there is no connection."""
+    async with security.channel(address, stage, channel_options(FRAME_BYTES_MAX)) as channel:
         try:
             async with asyncio.timeout(connect_timeout_s):
-                await channel.channel_ready()
+                await _until_ready(channel, address, security, stage)
         except TimeoutError:
             raise _NotReached from None
         call = channel.stream_stream(method)()
@@ -182,6 +219,14 @@ async def _stream(
             raise
         finally:
             call.cancel()
+
+
+async def _until_ready(channel: grpc.aio.Channel, address: str, security: Security, stage: int) -> None:
+    """gRPC tries again and again, and never says why in vain; what has to do with TLS is looked into."""
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and (why := await security.fault(address, stage)):
+            raise _NoTls(why)
+        await channel.wait_for_state_change(state)
 
 
 async def _end_gently(call: Call, read: Read, timeout_s: float) -> bool:

@@ -31,6 +31,7 @@ from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
 from .dialling import NeighbourMismatch, dial, dial_control
 from .flow import Reporter
+from .keys import KeysError
 from .lifecycle import Lifecycle
 from .link import LinkLost
 from .manifest import Fingerprint
@@ -39,6 +40,7 @@ from .model import ModelError, architecture_digest, check_sliceable, resolve_mod
 from .optim import OptimizerError
 from .pace import VOCABULARY, Pace
 from .paced import PacedCorpus, PacedStage
+from .security import PLAIN, Security
 from .stage import Stage
 from .state import StateError
 from .transport import ListenError, check_listen, listening, split_address
@@ -46,7 +48,7 @@ from .transport import ListenError, check_listen, listening, split_address
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch)
+BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 
@@ -182,12 +184,14 @@ def prepare_corpus(config: RunConfig) -> Corpus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostOptions:
-    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun."""
+    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun. security:
+    how it listens and dials."""
 
     out: Path
     trace: bool = False
     parent: int | None = None
     resume: bool = False
+    security: Security = PLAIN
 
 
 def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptions) -> None:
@@ -202,6 +206,7 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
         listen=addresses.listen,
         next=addresses.next,
         resume=options.resume,
+        tls=options.security.keys is not None,
     )
 
     def on_fault(code: str, line: str) -> None:
@@ -257,7 +262,9 @@ async def _host(
         was_there = lifecycle.control.met["below"].is_set()
         return max(link.connect_timeout_s, link.replacement_timeout_s) if was_there else link.connect_timeout_s
 
+    security = options.security
     waits = {"greeting_timeout_s": link.greeting_timeout_s, "patience_s": patience_s, "report": on_fault}
+    waits["security"] = security
     next_address = addresses.next or ""
     lifecycle = Lifecycle(
         config,
@@ -283,6 +290,7 @@ async def _host(
                 greeting_timeout_s=link.greeting_timeout_s,
                 report=on_fault,
                 control=lifecycle.control,
+                security=security,
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)

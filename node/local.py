@@ -25,6 +25,7 @@ from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config
 from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
+from .keys import clock, load
 from .model import partition
 from .one_process import OneProcess
 from .plan import with_depth
@@ -65,12 +66,13 @@ def run_local(
     restarts: int = 0,
     schedule: str | None = None,
     isolate: bool = False,
+    keys: Path | None = None,
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
     resume: go on with the run that is in `out`. restarts: how many lost stages are replaced. schedule: one with
     hop=auto, whose depth is found before the first step, for the whole run; run.toml has it. isolate: each node in a
-    network namespace of its own, and its link capped by the kernel.
+    network namespace of its own, and its link capped by the kernel. keys: of all stages at once, for TLS between them.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -82,6 +84,10 @@ def run_local(
             raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
         if one_process and config.compute.pace:
             raise ConfigError("compute.pace: one process has no links to wait for; leave --one-process away")
+        if keys is not None:
+            if one_process:
+                raise ConfigError("--keys: one process has no links to secure; leave one of the two away")
+            load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
         _check_room(out, overwrite or resume)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
@@ -109,6 +115,7 @@ def run_local(
                     resume=resume,
                     restarts=restarts,
                     isolation=isolation,
+                    keys=keys,
                     on_progress=display.update,
                 )
                 isolated_by = isolation.record() if isolation else None

@@ -22,16 +22,18 @@ from ..protocol.probing import SECONDS_MAX
 from ..sim.console import probe_table
 from ..sim.link_check import LinkCheck, round_trip_warning
 from ..sim.shaper import LinkError, LinkProfile
+from .addresses import ListenError, check_listen, split_address
 from .probe_asker import Findings, ask
 from .probe_service import ProbeService, profile_of
 from .reach import ProbeError
-from .transport import ListenError, check_listen, probe_door, serving, split_address
+from .security import PLAIN, Security
+from .transport import probe_door, serving
 
 SECONDS_LEAST = 0.2
 DEADLINE_S = 10.0  # for the other side to be there, at each of the steps there
 
 
-def probe(address: str, link: str, seconds: float) -> dict[str, Any]:
+def probe(address: str, link: str, seconds: float, security: Security = PLAIN) -> dict[str, Any]:
     """Measure the path to `address`; returns the figures, with a line for each that is not as configured.
 
     link: how both sides shape what they send, `none` for not at all. seconds: for each direction. Raises ProbeError.
@@ -45,7 +47,8 @@ def probe(address: str, link: str, seconds: float) -> dict[str, Any]:
         raise ProbeError(str(error), 2) from None
     if not (math.isfinite(seconds) and SECONDS_LEAST <= seconds <= SECONDS_MAX):
         raise ProbeError(f"--seconds {seconds:g} is not between {SECONDS_LEAST:g} and {SECONDS_MAX:g}", 2)
-    return figures(address, asyncio.run(ask(address, profile, seconds, deadline_s=DEADLINE_S)))
+    found = asyncio.run(ask(address, profile, seconds, deadline_s=DEADLINE_S, security=security))
+    return figures(address, found)
 
 
 def figures(address: str, found: Findings) -> dict[str, Any]:
@@ -102,9 +105,9 @@ def figures(address: str, found: Findings) -> dict[str, Any]:
     }
 
 
-def print_probe(address: str, link: str, seconds: float, *, as_json: bool) -> None:
+def print_probe(address: str, link: str, seconds: float, *, as_json: bool, security: Security = PLAIN) -> None:
     """`probe`, for people (a table; warnings on stderr) or as JSON on stdout. Raises ProbeError."""
-    found = probe(address, link, seconds)
+    found = probe(address, link, seconds, security)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
@@ -113,20 +116,20 @@ def print_probe(address: str, link: str, seconds: float, *, as_json: bool) -> No
         print(f"thinpipe: warning: {line}", file=sys.stderr)
 
 
-def listen(address: str, *, once: bool) -> None:
+def listen(address: str, *, once: bool, security: Security = PLAIN) -> None:
     """Answer probes on `address` until Ctrl-C; `once`: until one is through. Raises ProbeError."""
     try:
         check_listen(address)
         with suppress(KeyboardInterrupt):  # how it is ended
-            asyncio.run(_listen(address, once=once))
+            asyncio.run(_listen(address, once=once, security=security))
     except ListenError as error:
         raise ProbeError(str(error), 2) from None
 
 
-async def _listen(address: str, *, once: bool) -> None:
+async def _listen(address: str, *, once: bool, security: Security) -> None:
     service = ProbeService(busy=lambda: False)
-    door = probe_door(service, lambda _, line: print(f"thinpipe: {line}", file=sys.stderr, flush=True))
-    async with serving(address, {"Probe": door}) as port:
+    door = probe_door(service, lambda _, line: print(f"thinpipe: {line}", file=sys.stderr, flush=True), security)
+    async with serving(address, {"Probe": door}, security) as port:
         here = f"{address.rpartition(':')[0]}:{port}"
         print(f"answers probes at {here} until Ctrl-C; from elsewhere: thinpipe probe --to {here}", flush=True)
         await (service.answered if once else asyncio.Event()).wait()

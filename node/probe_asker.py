@@ -26,6 +26,7 @@ from ..sim.shaper import LinkProfile
 from .outgoing import Write
 from .probe_service import WAIT_S, Pacer, Read, meter_of
 from .reach import REMEDY, ProbeError, reachable, until_ready, within
+from .security import PLAIN, Security
 from .transport import FRAME_BYTES_MAX, PROBE_METHOD, channel_options, uncancelled
 
 ECHOES = 20
@@ -45,7 +46,9 @@ class Findings:
     up: Measured | None
 
 
-async def ask(address: str, profile: LinkProfile, seconds: float, *, deadline_s: float = WAIT_S) -> Findings:
+async def ask(
+    address: str, profile: LinkProfile, seconds: float, *, deadline_s: float = WAIT_S, security: Security = PLAIN
+) -> Findings:
     """Measure the path to `address`, `seconds` in each direction, both sides shaping by `profile`.
 
     deadline_s: for the other side to be there. Raises ProbeError.
@@ -58,7 +61,7 @@ async def ask(address: str, profile: LinkProfile, seconds: float, *, deadline_s:
         burst_bytes=profile.burst_bytes if profile.rate_bits_per_s else 0,
     )
     try:
-        async with _stream(address, deadline_s) as (read, write):
+        async with _stream(address, deadline_s, security) as (read, write):
             return await _Conversation(address, profile, wish, read, write, deadline_s).run()
     except RefusedError as error:
         raise ProbeError(f"{address} refuses the probe: {error}", 1) from None
@@ -81,13 +84,14 @@ def _broken(address: str, error: grpc.aio.AioRpcError) -> ProbeError:
 
 
 @asynccontextmanager
-async def _stream(address: str, deadline_s: float) -> AsyncIterator[tuple[Read, Write]]:
+async def _stream(address: str, deadline_s: float, security: Security) -> AsyncIterator[tuple[Read, Write]]:
     """A stream of the method Probe. Raises ProbeError for a link to nowhere, and says which nowhere."""
     target = await reachable(address, deadline_s)
     # Nothing is tried again here, and a connection attempt may take as long as gRPC allows: a path can be slow.
     options = [option for option in channel_options(FRAME_BYTES_MAX) if "backoff" not in option[0]]
-    async with grpc.aio.insecure_channel(target, options=options) as channel:
-        await within(deadline_s, until_ready(address, channel), f"{address} takes connections and says nothing")
+    async with security.channel(target, None, options) as channel:
+        ready = until_ready(address, channel, security)
+        await within(deadline_s, ready, f"{address} takes connections and says nothing")
         call = channel.stream_stream(PROBE_METHOD)()
         receive, send = uncancelled(call.read), uncancelled(call.write)
 

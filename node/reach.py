@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import grpc
 import grpc.aio
 
-from .transport import split_address
+from .addresses import split_address
+from .security import Security
 
 T = TypeVar("T")
 REMEDY = "start `thinpipe probe --listen host:port` there, or name a node's listener"
@@ -58,11 +59,13 @@ async def reachable(address: str, deadline_s: float) -> str:
     raise ProbeError(f"nobody answers at {address}: is the machine on, and reachable from here?", 1)
 
 
-async def until_ready(address: str, channel: grpc.aio.Channel) -> None:
-    """The other end speaks HTTP/2, as gRPC does. Raises ProbeError."""
+async def until_ready(address: str, channel: grpc.aio.Channel, security: Security) -> None:
+    """The other end speaks HTTP/2, as gRPC does, and TLS or none, as we do. Raises ProbeError."""
     state = channel.get_state(try_to_connect=True)
     while state is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            if why := await security.fault(address, None):
+                raise ProbeError(why, 2)
             raise ProbeError(f"something listens at {address}, but it is not thinpipe: {REMEDY}", 2)
         await channel.wait_for_state_change(state)
         state = channel.get_state(try_to_connect=True)

@@ -10,8 +10,6 @@ on both ends; the server admits few streams at once and gives a stranger only th
 from __future__ import annotations
 
 import asyncio
-import errno
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
@@ -22,8 +20,12 @@ import grpc.aio
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
 from ..protocol.probing import NotNow
+from .addresses import ListenError as ListenError
+from .addresses import check_listen as check_listen
+from .addresses import split_address as split_address
 from .link import EpochOver, Link, Write
 from .probe_service import ProbeService
+from .security import PLAIN, Security
 
 if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe` has no use for
     from .control import Control
@@ -37,32 +39,6 @@ PASSING = {Fault.EPOCH, Fault.HALTED}
 
 T = TypeVar("T")
 Report = Callable[[str, str], None]  # (fault code, one line for people)
-
-
-class ListenError(ValueError):
-    """The address cannot be listened on."""
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """(host, port) of host:port or [IPv6]:port. Raises ListenError."""
-    host, _, port = address.rpartition(":")
-    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        raise ListenError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def check_listen(address: str) -> None:
-    """Raises ListenError unless this machine could listen on `address` now."""
-    host, port = split_address(address)
-    try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
-            probe.bind(where)
-            probe.listen()
-    except OSError as error:
-        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
-        raise ListenError(f"cannot listen on {address}: {reason}; choose another --listen") from None
 
 
 def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
@@ -96,6 +72,7 @@ async def listening(
     greeting_timeout_s: float,
     report: Report,
     control: Control | None = None,
+    security: Security = PLAIN,
 ) -> AsyncIterator[int]:
     """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
 
@@ -103,12 +80,12 @@ async def listening(
     dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream is open.
     Raises ListenError for a taken or malformed address.
     """
-    doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report)
+    doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
     probes = ProbeService(busy=doors.busy, terms_timeout_s=greeting_timeout_s)
-    handlers = {"Link": doors.link, "Probe": probe_door(probes, report)}
+    handlers = {"Link": doors.link, "Probe": probe_door(probes, report, security)}
     if control:
         handlers["Control"] = doors.control
-    async with serving(address, handlers) as port:
+    async with serving(address, handlers, security) as port:
         try:
             yield port
         finally:
@@ -119,13 +96,13 @@ Door = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
 
 
 @asynccontextmanager
-async def serving(address: str, doors: dict[str, Door]) -> AsyncIterator[int]:
+async def serving(address: str, doors: dict[str, Door], security: Security = PLAIN) -> AsyncIterator[int]:
     """A server with these methods, while the body runs; yields the port. Raises ListenError."""
     server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
     handlers = {name: grpc.stream_stream_rpc_method_handler(door) for name, door in doors.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
-        port = server.add_insecure_port(address)
+        port = security.add_port(server, address)
     except RuntimeError:
         port = 0
     if port == 0:
@@ -139,7 +116,7 @@ async def serving(address: str, doors: dict[str, Door]) -> AsyncIterator[int]:
         await server.stop(grace=1.0)
 
 
-def probe_door(probes: ProbeService, report: Report) -> Door:
+def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN) -> Door:
     """What a server does with a stream of the method Probe."""
 
     async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
@@ -150,6 +127,7 @@ def probe_door(probes: ProbeService, report: Report) -> Door:
             return frame if isinstance(frame, bytes) else None
 
         try:
+            security.admit_any(context)
             await probes.serve(read, write)
         except RemoteProtocolError as error:
             if not isinstance(error, NotNow):
@@ -164,9 +142,15 @@ class _Doors:
     """What a server does with each stream that a peer opens."""
 
     def __init__(
-        self, current: Callable[[], Link | None], control: Control | None, greeting_timeout_s: float, report: Report
+        self,
+        current: Callable[[], Link | None],
+        control: Control | None,
+        greeting_timeout_s: float,
+        report: Report,
+        security: Security,
     ) -> None:
         self.stopping = False
+        self._security = security
         self._current, self._control = current, control
         self._greeting_timeout_s, self._report = greeting_timeout_s, report
 
@@ -204,6 +188,11 @@ class _Doors:
                 return await refuse(RemoteProtocolError(Fault.TIMEOUT, reason))
             if frame is None:
                 return None
+            try:
+                self._security.admit(context, frame)
+            except RemoteProtocolError as error:
+                await refuse(error)
+                return await linger(read)
             if link is None:
                 await refuse(RemoteProtocolError(Fault.HALTED, "this stage waits for a new epoch; dial again"))
                 return await linger(read)
@@ -235,10 +224,17 @@ class _Doors:
     async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
         assert self._control
         receive, write = uncancelled(context.read), uncancelled(context.write)
+        admitted = False
 
         async def read() -> bytes | None:
+            nonlocal admitted
             frame = await receive()
-            return frame if isinstance(frame, bytes) else None
+            if not isinstance(frame, bytes):
+                return None
+            if not admitted:
+                self._security.admit(context, frame)
+                admitted = True
+            return frame
 
         try:
             await self._control.converse(

@@ -22,6 +22,7 @@ class Fault(StrEnum):
     RUN_ID = "run-id"
     CONFIGURATION = "configuration"
     STAGE = "wrong-stage"
+    CERTIFICATE = "wrong-certificate"
     EPOCH = "wrong-epoch"
     FENCED = "replaced"
     HALTED = "between-epochs"

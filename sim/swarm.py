@@ -75,17 +75,18 @@ def run_swarm(
     restarts: int = 0,
     disks: Path | None = None,
     isolation: Isolation | None = None,
+    keys: Path | None = None,
     on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
     from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
-    again; the others wait for it. `disks`, `isolation`: see `Swarm`. Raises SwarmError when a node ends early
+    again; the others wait for it. `disks`, `isolation`, `keys`: see `Swarm`. Raises SwarmError when a node ends early
     otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run
     after the step under way.
     """
-    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation)
+    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys)
     before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
     try:
         for stage in range(stages):
@@ -101,7 +102,8 @@ class Swarm:
 
     ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
-    own; None: one for all. isolation: the namespaces that the nodes run in, which have one each.
+    own; None: one for all. isolation: the namespaces that the nodes run in, which have one each. keys: directory of a
+    certificate that names all stages, for TLS between them.
     """
 
     def __init__(
@@ -114,8 +116,9 @@ class Swarm:
         next_ports: list[int] | None = None,
         disks: Path | None = None,
         isolation: Isolation | None = None,
+        keys: Path | None = None,
     ) -> None:
-        self.run, self._disks, self._isolation = run, disks, isolation
+        self.run, self._disks, self._isolation, self._keys = run, disks, isolation, keys
         self.nodes: list[Node | None] = [None] * stages
         self.ports = ports or ([PORT] * stages if isolation else free_ports(stages))
         self._next_ports = next_ports or self.ports
@@ -138,6 +141,10 @@ class Swarm:
         if self._isolation:
             prefix = self._isolation.network.prefix(stage)
             options += ["--link", str(self._isolation.link)]
+        if self._keys:
+            options += ["--keys", str(self._keys)]
+        elif self._isolation:  # addresses that leave a namespace, but not this machine
+            options.append("--insecure")
         self.nodes[stage] = _start(self.run, stage, prefix, options, resume=resume)
 
     def _host(self, stage: int) -> str:

@@ -191,6 +191,7 @@ FAULTS: dict[Fault, str] = {
     Fault.RUN_ID: "another run",
     Fault.CONFIGURATION: "another configuration, or a delta in another encoding than configured",
     Fault.STAGE: "not the stage that should be here",
+    Fault.CERTIFICATE: "over TLS, a run or stage that the sender's certificate does not name",
     Fault.EPOCH: "a frame, a greeting or a delta of another epoch",
     Fault.FENCED: "a process whose place another one has taken",
     Fault.HALTED: "the stage is between two epochs",

@@ -365,7 +365,7 @@ def test_a_link_to_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         closed.bind(("127.0.0.1", 0))
         nowhere = f"127.0.0.1:{closed.getsockname()[1]}"
         assert f"nobody listens at {nowhere}: start `thinpipe probe --listen" in said_of(["--to", nowhere], 2)
-    line = said_of(["--to", "no-such-machine.invalid:7001"], 2)
+    line = said_of(["--to", "no-such-machine.invalid:7001", "--insecure"], 2)
     assert "no machine is known as 'no-such-machine.invalid'; check the name" in line
     with _other_program(b"HTTP/1.0 400 Bad Request\r\n\r\n") as address:
         assert f"something listens at {address}, but it is not thinpipe" in said_of(["--to", address], 2)

@@ -405,8 +405,12 @@ class _Channel:
     async def __aexit__(self, *_: object) -> None:
         pass
 
-    async def channel_ready(self) -> None:
-        while self._server is None:
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        del try_to_connect
+        return grpc.ChannelConnectivity.IDLE if self._server is None else grpc.ChannelConnectivity.READY
+
+    async def wait_for_state_change(self, state: grpc.ChannelConnectivity) -> None:
+        while self.get_state() is state:
             await self._network.changed.wait()
 
     @property

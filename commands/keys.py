@@ -1,0 +1,85 @@
+"""`thinpipe keys init|issue|show`: a run's own authority, and the certificates with which its nodes know each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, configuration, fail
+
+keys = typer.Typer(
+    help="Make and look at the keys with which the nodes of a run know each other (mutual TLS).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@keys.command("init")
+def keys_init(
+    run: Annotated[str | None, typer.Option("--run", help="The run's name, run.name of its run.toml.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="Or the run.toml that has it.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the authority's key and certificate.")] = Path("keys"),
+    days: Annotated[int, typer.Option(help="How long it is valid; no certificate outlives it.")] = 365,
+) -> None:
+    """Make the authority of a run. Its key stays on this machine: no node needs it."""
+    if (run is None) == (config is None):
+        fail("say whose authority: --run NAME or --config run.toml", 2)
+    name = configuration(config, {"run.name": run}, None).run.name
+    from ..node.certificates import spell_moment
+    from ..node.keys import AUTHORITY_KEY, KeysError, clock, init
+
+    try:
+        said = init(name, out, days=days, now=clock())
+    except KeysError as error:
+        fail(str(error), 2)
+    print(f"authority of run '{said.run}' in {out}, until {spell_moment(said.ends)}; keep {out / AUTHORITY_KEY} here")
+    print(f"next, for each machine: thinpipe keys issue --authority {out} --stages 0-3 --out node-a")
+
+
+@keys.command("issue")
+def keys_issue(
+    stages: Annotated[str, typer.Option(help="Which stages its holder may serve: 3, 0-3, 0,2,4-6.")],
+    out: Annotated[Path, typer.Option(help="Directory for the node's key and certificate; carry it to the machine.")],
+    authority: Annotated[Path, typer.Option(help="Directory of keys init.")] = Path("keys"),
+    days: Annotated[int, typer.Option(help="How long it is valid.")] = 30,
+) -> None:
+    """Issue a node's key and certificate, with a copy of the authority's certificate."""
+    from ..node.certificates import spell_moment
+    from ..node.keys import KeysError, clock, issue, parse_stages
+
+    try:
+        said = issue(parse_stages(stages), authority, out, days=days, now=clock())
+    except KeysError as error:
+        fail(str(error), 2)
+    print(f"{out}: for {said}, until {spell_moment(said.ends)}")
+
+
+@keys.command("show")
+def keys_show(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of keys init or keys issue.")],
+    as_json: Json = False,
+) -> None:
+    """Say what the keys in DIR are for and how long. Exit code 1 if no node would take them."""
+    from ..node.keys import KeysError, clock, describe
+
+    try:
+        found = describe(directory, now=clock())
+    except KeysError as error:
+        fail(str(error), 2)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        begins, ends = (found[name][:16].replace("T", " ") for name in ("begins", "ends"))
+        what = "authority" if found["kind"] == "authority" else f"stages    {found['stages'] or 'none'}"
+        left = f"{found['days_left']:g} days left" if found["days_left"] > 0 else "over"
+        print(
+            f"run       {found['run']}\n{what}\nvalid     {begins} to {ends} UTC ({left})\nsha256    {found['sha256']}"
+        )
+    if found["problem"]:
+        print(f"thinpipe: {found['problem']}", file=sys.stderr)
+        raise typer.Exit(1)

@@ -1,0 +1,45 @@
+"""host:port, as people write it: taken apart, tried, and whether others can reach it."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+
+
+class ListenError(ValueError):
+    """The address cannot be listened on."""
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of host:port or [IPv6]:port. Raises ListenError."""
+    host, _, port = address.rpartition(":")
+    if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        raise ListenError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def check_listen(address: str) -> None:
+    """Raises ListenError unless this machine could listen on `address` now."""
+    host, port = split_address(address)
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+            probe.bind(where)
+            probe.listen()
+    except OSError as error:
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+        raise ListenError(f"cannot listen on {address}: {reason}; choose another --listen") from None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches host:port. A name other than localhost is not looked up: what it means may
+    change. Raises ListenError."""
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -113,9 +113,7 @@ def test_no_namespace_stays(settings: Path, tmp_path: Path, how: signal.Signals)
     assert not mine & existing()
 
 
-def test_without_root_it_says_what_is_missing(
-    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_root_it_says_what_is_missing(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(shutil, "which", lambda program: f"/usr/sbin/{program}")
     done = CliRunner().invoke(app, command(settings, tmp_path / "run", "--isolate", "netns")[3:])

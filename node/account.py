@@ -47,6 +47,8 @@ class Account:
 
     def record(self, link: Link) -> dict[str, Any]:
         """What this node sent over one boundary, and how fast while its queue was not empty."""
+        # Where the kernel holds the rate, when bytes leave this process says nothing of it: the probe at the start does.
+        blind = bool(link.profile.kernel)
         rate, earlier, meter = link.profile.rate_bits_per_s, self._links[link.name], link.meter
         training = sum(count for kind, count in link.sent.items() if kind not in OUTSIDE_RATIO)
         busy_s, busy_bytes = earlier.busy_s + meter.busy_s, earlier.busy_bytes + meter.busy_bytes
@@ -54,7 +56,7 @@ class Account:
             **link.way,
             "link": str(link.profile),
             "configured_bits_per_s": rate,
-            "measured_bits_per_s": busy_bytes * 8 / busy_s if busy_s else None,
+            "measured_bits_per_s": busy_bytes * 8 / busy_s if busy_s and not blind else None,
             "busy_s": round(busy_s, 6),
             "utilisation": training * 8 / (rate * self.train_s) if rate and self.train_s else None,
             "sent_bytes": dict(link.sent),

@@ -192,7 +192,7 @@ def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resu
 
 
 def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[dict[str, Any]]], None] | None) -> None:
-    tails = [_Tail(swarm.run / f"stage-{stage}.jsonl") for stage in range(len(swarm.nodes))]
+    tails = [Tail(swarm.run / f"stage-{stage}.jsonl") for stage in range(len(swarm.nodes))]
     while True:
         nodes = [node for node in swarm.nodes if node]
         codes = [node.process.poll() for node in nodes]
@@ -225,11 +225,12 @@ def obituary(node: Node, code: int) -> str:
     return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no word'}; see {node.log}"
 
 
-class _Tail:
+class Tail:
     """Reads a growing JSON-lines file; keeps the newest step."""
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
+    def __init__(self, path: Path, *, offset: int = 0) -> None:
+        """offset: what is before it is not read."""
+        self._path, self._offset = path, offset
         self.step: dict[str, Any] | None = None
 
     def read(self) -> None:

@@ -13,6 +13,7 @@ error is one line that says so, and that the cap of `--link` needs neither.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -98,20 +99,39 @@ def has_netem() -> bool:
 def cap(interface: str, profile: LinkProfile, *, namespace: str | None = None) -> None:
     """From now on `interface` sends as `profile` says; what it was told before no longer holds. Only sending: a link is
     capped both ways by a cap at each end. Raises KernelLinkError, also for a latency in a kernel without netem."""
+    if not cap_most(interface, profile, namespace=namespace):
+        uncap(interface, namespace=namespace)
+        raise KernelLinkError(
+            f"link {profile} has a latency, and this kernel has no netem to delay with; leave the latency out, or "
+            f"use the cap in user space, --link {profile}"
+        )
+
+
+def cap_most(interface: str, profile: LinkProfile, *, namespace: str | None = None) -> bool:
+    """`cap` with what this kernel has; False if the latency is left for user space, because there is no netem.
+
+    Whether there is is tried on the interface itself: a container that may cap its interface may not make the namespace
+    that `has_netem` tries it in. Raises KernelLinkError, also where the rate cannot be capped.
+    """
     require("tc")
     uncap(interface, namespace=namespace)
     where = ["qdisc", "add", "dev", interface]
-    parent = ["root"]
+    parent, whole = ["root"], True
     if profile.latency_s:
-        if not has_netem():
-            raise KernelLinkError(
-                f"link {profile} has a latency, and this kernel has no netem to delay with; leave the latency out, or "
-                f"use the cap in user space, --link {profile}"
-            )
-        _tc(namespace, *where, "root", "handle", "1:", *netem(profile))
-        parent = ["parent", "1:1"]
+        try:
+            _tc(namespace, *where, "root", "handle", "1:", *netem(profile))
+            parent = ["parent", "1:1"]
+        except KernelLinkError:  # tbf says it too, if the reason is another one
+            whole = False
     if profile.rate_bits_per_s is not None:
         _tc(namespace, *where, *parent, "handle", "10:", *tbf(profile))
+    return whole
+
+
+def interfaces() -> list[str]:
+    """Names of this machine's network interfaces that are up, without the loopback."""
+    links = json.loads(run(["ip", "-json", "link", "show", "up"]))
+    return [link["ifname"] for link in links if "LOOPBACK" not in link["flags"]]
 
 
 def uncap(interface: str, *, namespace: str | None = None) -> None:

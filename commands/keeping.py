@@ -1,0 +1,202 @@
+"""`thinpipe keep`: what a container or a service runs, one for each stage. See sim/keeper.py for what it does.
+
+Its settings can come from the environment (THINPIPE_STEPS, ...), because that is what docker-compose.yml, `docker run
+-e` and a systemd unit have in common.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Config, Override, configuration, fail, one_arithmetic_thread
+
+if TYPE_CHECKING:
+    from ..node.config import RunConfig
+    from ..sim.shaper import LinkProfile
+
+CAPS = ("user", "kernel", "auto")
+
+
+def keep(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", envvar="THINPIPE_RUN", help="Directory of the run, for all stages of it here."),
+    ],
+    stage: Annotated[
+        int | None, typer.Option(min=0, envvar="THINPIPE_STAGE", help="Which stage is served here, from 0.")
+    ] = None,
+    standby: Annotated[bool, typer.Option("--standby", help="Serve no stage, until one is lost.")] = False,
+    peers: Annotated[
+        str, typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage in order, with commas between them.")
+    ] = "",
+    link: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_LINK", help="Cap and delay of every link, as 300mbit,25ms; or none.")
+    ] = None,
+    cap: Annotated[
+        str,
+        typer.Option(
+            envvar="THINPIPE_CAP",
+            help="Who holds the links to it: user: the node. kernel: tbf on every interface of this machine, for good. "
+            "auto: the kernel where it lets us.",
+        ),
+    ] = "user",
+    user: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_USER", help="Become this user once the interfaces are capped.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(envvar="THINPIPE_MODEL", help="As for up.")] = None,
+    data: Annotated[str | None, typer.Option(envvar="THINPIPE_DATA", help="As for up.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_CODEC", help="CODEC [FORWARD [BACKWARD]], as for bench.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(envvar="THINPIPE_STEPS", help="As for up.")] = None,
+    schedule: Annotated[str | None, typer.Option(envvar="THINPIPE_SCHEDULE", help="As for up.")] = None,
+    seed: Annotated[int | None, typer.Option(envvar="THINPIPE_SEED", help="As for up.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(envvar="THINPIPE_CHECKPOINT_EVERY", help="As for up.")] = None,
+    config: Config = None,
+    overrides: Override = None,
+    settings_text: Annotated[
+        str, typer.Option("--settings", envvar="THINPIPE_SET", help="More of --set, with blanks between them.")
+    ] = "",
+    node_options: Annotated[
+        str, typer.Option("--node", envvar="THINPIPE_NODE", help="Further options for `thinpipe node`, as one text.")
+    ] = "",
+    restarts: Annotated[int, typer.Option(min=0, help="How often a node that failed is started again.")] = 5,
+    health: Annotated[
+        Path | None, typer.Option(envvar="THINPIPE_HEALTH", help="Touch this file while the stage makes progress.")
+    ] = None,
+) -> None:
+    """Keep one stage served: in a container, or as a service. Starts its node, and again when that is lost.
+
+    RUN/run.toml is written by who comes first; settings that differ from it are refused. With --resume where the stage
+    has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a stage of RUN is
+    lost, and takes its place.
+    """
+    one_arithmetic_thread()
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    if (stage is None) != standby:
+        fail("say which stage is kept, --stage N, or --standby to keep any that is lost", 2)
+    if not names or (stage or 0) >= len(names):
+        fail(f"--peers has {len(names)} stages; name host:port of every one, in order, stage 0 first", 2)
+    if cap not in CAPS:
+        fail(f"--cap: there is no '{cap}'; choose {', '.join(CAPS)}", 2)
+    words = codec.split() if codec else []
+    if len(words) > 3:
+        fail(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD", 2)
+    is_directory = model is not None and os.sep in model
+    given = {
+        "pipeline.stages": len(names),
+        "model.path" if is_directory else "model.preset": model,
+        "data.source": data,
+        **dict(zip(("codec.codec", "codec.forward", "codec.backward"), words, strict=False)),
+        "link.link": link,
+        "run.steps": steps,
+        "pipeline.schedule": schedule,
+        "run.seed": seed,
+        "checkpoint.every": checkpoint_every,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    sets = [*settings_text.split(), *(overrides or [])]
+    settings = configuration(config, given, sets)
+    from ..node.host import HostError
+    from ..node.local import LocalRunError, writable
+    from ..node.transport import ListenError, split_address
+    from ..sim.keeper import Keeper, KeeperError, Post, become
+    from ..sim.shaper import LinkError, LinkProfile
+
+    who = "standby" if standby else f"stage {stage}"
+    try:
+        for name in names:
+            split_address(name)
+        profile = LinkProfile.parse(settings.link.link)
+        if cap != "user":
+            profile = _cap(profile, who, must=cap == "kernel")
+        if user:
+            become(user)
+        shared = _agree(writable(run), settings, given, sets, config)
+        node = ["--link", str(profile), *shlex.split(node_options)]
+        post = Post(
+            run=run,
+            stage=stage,
+            peers=names,
+            steps=shared.run.steps,
+            node=node,
+            health=health,
+            restarts=restarts,
+        )
+        code = Keeper(post).run()
+    except (LinkError, ListenError, KeeperError) as error:
+        fail(str(error), 2)
+    except (HostError, LocalRunError) as error:
+        fail(str(error), error.exit_code)
+    if code:
+        raise typer.Exit(code)
+
+
+def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
+    """Put the cap on every interface here, and say what the kernel does of it; returns the link for the node."""
+    from ..sim import tc
+
+    if profile.rate_bits_per_s is None:
+        return profile
+    try:
+        names = tc.interfaces()
+        if not names:
+            raise tc.KernelLinkError("no network interface is up here")
+        whole = all([tc.cap_most(name, profile) for name in names])
+    except tc.KernelLinkError as error:
+        why = f"the kernel does not cap the links here: {error}"
+        if "not permitted" in str(error) or "may not change" in str(error):
+            why += "; in a container: give it the capability NET_ADMIN (cap_add: [NET_ADMIN], --cap-add NET_ADMIN)"
+        if must:
+            fail(why, 2)
+        print(f"{who}: {why}. So the node caps its links itself, in user space", flush=True)
+        return profile
+    delay = (
+        ""
+        if not profile.latency_s
+        else ", delay by netem"
+        if whole
+        else ", delay by the node: this kernel has no netem"
+    )
+    print(f"{who}: {', '.join(names)} capped at {profile}: rate by tbf{delay}", flush=True)
+    return replace(profile, kernel="all" if whole else "rate")
+
+
+def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str], config: Path | None) -> RunConfig:
+    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
+    from ..node.config import ConfigError, dump_config, load_config, merge, parse_config, parse_override, read_toml
+
+    path, aside = run / "run.toml", run / f".run.toml-{os.uname().nodename}-{os.getpid()}"
+    try:
+        aside.write_text(dump_config(settings), encoding="utf-8")
+        try:
+            os.link(aside, path)  # fails if it is there: whole, or not at all
+        except FileExistsError:
+            pass
+        finally:
+            aside.unlink()
+        shared = load_config(path)
+        said = {**given, **dict(map(parse_override, sets))}
+        mine = settings if config else parse_config(merge(read_toml(path), said))
+    except ConfigError as error:
+        fail(str(error), 2)
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; choose another directory", 2)
+    if mine.digest() != shared.digest():
+        unlike = [key for key in said if _at(mine, key) != _at(shared, key)]
+        differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(mine, key)} here" for key in unlike)
+        fail(
+            f"{path} is another run's: {differ or 'its settings differ'}; name another directory, or remove that one", 2
+        )
+    return shared
+
+
+def _at(settings: RunConfig, key: str) -> object:
+    section, _, name = key.partition(".")
+    return getattr(getattr(settings, section), name)

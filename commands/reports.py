@@ -1,0 +1,55 @@
+"""`thinpipe summary`: what a run's records say, at any time after it has ended."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, configuration, fail, one_arithmetic_thread, run_toml
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory: its run.toml and all stages' records.")]
+
+
+def summary(
+    run: Run,
+    write: Annotated[bool, typer.Option("--write", help="Also write RUN/summary.json, as `up` does.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the summary of a run from its records: losses, tokens/s, bytes, links, a digest of each stage's state.
+
+    For nodes that were not started by `up`; where each machine has its own directory, copy the stage-N.jsonl of all
+    into one. Exit code 1 if a stage has not ended, 2 if RUN is not a run's directory.
+    """
+    one_arithmetic_thread()
+    settings = configuration(run_toml(run, "summary"), {}, None)
+    from ..node.host import BAD_INPUT, resolve_architecture
+    from ..sim.report import summarise, write_summary
+
+    try:
+        width = resolve_architecture(settings).hidden_size
+        found = summarise(run, stages=settings.pipeline.stages, width=width, mode=mode_of(run))
+    except BAD_INPUT as error:
+        fail(str(error), 2)
+    except ValueError as error:
+        fail(str(error), 1)
+    if write:
+        write_summary(run, found)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    from rich.console import Console
+
+    from ..sim.console import summary_tables
+
+    Console().print(*summary_tables(found), sep="\n")
+
+
+def mode_of(run: Path) -> str:
+    """Who made these records: the nodes of a swarm, which say where they listen, or one process for all stages."""
+    from ..sim.report import read_records
+
+    head = next(iter(read_records(run / "stage-0.jsonl")), {})
+    return "swarm" if head.get("event") == "start" else "one-process"

@@ -1,0 +1,324 @@
+"""Keep one stage of a run served: start its node, start it again when it is lost, and end when the run has ended.
+
+A node process is one life of a stage; somebody has to give it the next one. On one machine that is `thinpipe up`; where
+each stage is a container or a service of its own, it is a keeper beside each. It starts `thinpipe node` as a user
+would, with --resume where the run's directory says that the stage has been started before.
+
+Who serves a stage holds a lock on RUN/stage-N.lock, and so does its node. The kernel lets go of it whenever they die,
+of whatever: so whoever gets the lock of a stage that has been started before knows that it was lost, without a clock. A
+*standby* waits for just that, on all stages, and takes the place of the first one that is lost. Why not the container
+engine's restart policy: it does nothing about a container that was ended by `docker kill`, which counts as wanted.
+
+At the end the keeper of stage 0 prints the run's summary, and the others stay until it has: where an engine ends all
+containers with the first one (`--abort-on-container-exit`), nothing is cut off. Where each machine has a directory of
+its own, there is nothing to wait for, and nothing to sum up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pwd
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .swarm import Tail, node_environment
+
+POLL_S = 0.5
+STARTING_S = 120.0  # imports, the model and the neighbours: no step is expected earlier
+PROGRESS_S, PROGRESS_STEPS = 60.0, 10  # and then one within so long, or within so many of the longest step so far
+STANDBY_S = 3.0  # that a lost stage stays free for its own keeper, if that is only being started
+SUMMARY_S = 120.0  # for the other stages to end, and for a summary
+PAUSE_FIRST_S, PAUSE_MOST_S = 1.0, 30.0  # before a node is started again
+TAIL_BYTES = 2**18
+
+Say = Callable[[str], None]
+
+
+class KeeperError(RuntimeError):
+    """The post cannot be taken; one line says why."""
+
+
+def become(user: str) -> None:
+    """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise KeeperError(f"there is no user '{user}' here; make one, or leave --user away") from None
+    if os.getuid() != entry.pw_uid:
+        try:
+            os.initgroups(user, entry.pw_gid)
+            os.setgid(entry.pw_gid)
+            os.setuid(entry.pw_uid)
+        except PermissionError:
+            raise KeeperError(
+                f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities "
+                "SETUID and SETGID), or leave --user away"
+            ) from None
+    os.environ["HOME"] = entry.pw_dir
+
+
+def take_lock(run: Path, stage: int) -> int | None:
+    """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it."""
+    held = os.open(run / f"stage-{stage}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        return None
+    return held
+
+
+def began(run: Path, stage: int) -> bool:
+    """Whether the stage has been started before."""
+    records = run / f"stage-{stage}.jsonl"
+    return records.exists() and records.stat().st_size > 0
+
+
+def ended_after(run: Path, stage: int) -> int | None:
+    """The steps that the stage had done when its newest process ended the run; None while it has not."""
+    records, steps = run / f"stage-{stage}.jsonl", None
+    if not records.exists():
+        return None
+    with records.open("rb") as file:
+        cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
+        file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
+        text = file.read()
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    for line in lines[1:] if cut else lines:
+        record = json.loads(line)
+        if record["event"] in ("start", "end"):
+            steps = record.get("steps")
+    return steps
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Post:
+    """What a keeper is for.
+
+    stage: None is a standby, for any. peers: host:port of every stage, in order; a node listens on its own port, and
+    dials its successor. steps: of the whole run. node: further options for the node. health: a file that is touched as
+    long as the stage makes progress. restarts: how often a node that failed is started again.
+    """
+
+    run: Path
+    stage: int | None
+    peers: Sequence[str]
+    steps: int
+    node: Sequence[str] = ()
+    health: Path | None = None
+    restarts: int = 5
+
+    @property
+    def candidates(self) -> list[int]:
+        return list(range(len(self.peers))) if self.stage is None else [self.stage]
+
+
+class Keeper:
+    """`run` does it all. say: where lines for people go."""
+
+    def __init__(self, post: Post, say: Say = lambda line: print(line, flush=True)) -> None:
+        self.post, self._say = post, say
+        self._told: int | None = None  # to stop, by that signal
+        self._passed_on = False
+        self._node: subprocess.Popen[bytes] | None = None
+        self._moved_s = time.monotonic()
+        self._stuck = False
+
+    def run(self) -> int:
+        """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._run()
+        finally:
+            if self._node and self._node.poll() is None:
+                self._node.kill()
+                self._node.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self._told = number
+        if self._node and self._node.poll() is None:
+            self._passed_on = True
+            self._node.send_signal(number)
+
+    def _run(self) -> int:
+        if self._complete():
+            return self._again()
+        claimed = self._claim()
+        if isinstance(claimed, int):
+            return claimed
+        stage, lock = claimed
+        try:
+            if stage == 0:
+                (self.post.run / "summary.json").unlink(missing_ok=True)  # of an earlier life of the run
+            code = self._serve(stage, lock)
+            return code if code or self._told else self._conclude(stage)
+        finally:
+            os.close(lock)
+
+    # -- which stage --------------------------------------------------------------------------------------------
+
+    def _complete(self) -> bool:
+        """Whether every stage, here, has done all steps."""
+        return all(ended_after(self.post.run, stage) == self.post.steps for stage in range(len(self.post.peers)))
+
+    def _over(self) -> bool:
+        """Whether every stage has ended, be it early."""
+        return all(ended_after(self.post.run, stage) is not None for stage in range(len(self.post.peers)))
+
+    def _again(self) -> int:
+        self._say(
+            f"the run in {self.post.run} is complete: {self.post.steps} steps; another one needs another directory, or "
+            "this one to be removed"
+        )
+        return self._summary() if self.post.stage == 0 else 0
+
+    def _claim(self) -> tuple[int, int] | int:
+        """(stage, lock) as soon as there is one to serve; the exit code when the run is over, or this process told to
+        stop."""
+        standby = self.post.stage is None
+        said = served = False
+        free_s: dict[int, float] = {}
+        while not self._told:
+            for stage in self.post.candidates:
+                if standby and not began(self.post.run, stage):
+                    continue
+                lock = take_lock(self.post.run, stage)
+                if lock is None:
+                    served = True
+                    free_s.pop(stage, None)
+                    continue
+                if served and self._over():  # a run that was ended early is over too, until somebody goes on with it
+                    unsaid = stage == 0 and not (self.post.run / "summary.json").exists()
+                    code = self._summary() if unsaid else 0
+                    os.close(lock)
+                    return code
+                since_s = free_s.setdefault(stage, time.monotonic())
+                if not standby or time.monotonic() - since_s >= STANDBY_S:
+                    if standby or served:
+                        self._say(f"stage {stage} was lost; this one takes its place")
+                    return stage, lock
+                os.close(lock)
+            if not said and (standby or served):
+                said = True
+                self._say(
+                    "stands by for any stage" if standby else f"stage {self.post.stage} is served elsewhere; stands by"
+                )
+            self._healthy("stands by")
+            time.sleep(POLL_S)
+        return 0
+
+    # -- its node -----------------------------------------------------------------------------------------------
+
+    def _serve(self, stage: int, lock: int) -> int:
+        """Start the node, and again, until it ends well, or need not be tried again; returns its exit code."""
+        left, pause_s = self.post.restarts, PAUSE_FIRST_S
+        while True:
+            code = self._one_life(stage, lock)
+            if self._told or code in (0, 2):  # 2: bad input stays bad
+                return code if code >= 0 else 128 - code
+            why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            if not left:
+                self._say(f"stage {stage}: its node was {why}, and has been started {self.post.restarts} times again")
+                return code if code > 0 else 128 - code
+            self._say(f"stage {stage}: its node was {why}; it is started again in {pause_s:g} s")
+            left -= 1
+            time.sleep(pause_s)
+            pause_s = min(PAUSE_MOST_S, 2 * pause_s)
+
+    def _one_life(self, stage: int, lock: int) -> int:
+        post, records = self.post, self.post.run / f"stage-{stage}.jsonl"
+        resume = began(post.run, stage)
+        tail = Tail(records, offset=records.stat().st_size if resume else 0)
+        if resume:
+            self._say(f"stage {stage} has been started before; it goes on from its newest checkpoint")
+        self._moved_s, longest_s, shown = time.monotonic() + STARTING_S - PROGRESS_S, 0.0, None
+        if self._told:
+            return 0
+        self._node = subprocess.Popen(
+            self._command(stage, resume=resume),
+            stdin=subprocess.DEVNULL,
+            env=node_environment(),
+            start_new_session=True,  # a Ctrl-C in a terminal reaches the keeper, which passes it on
+            pass_fds=[lock],
+        )
+        if self._told and not self._passed_on:  # just before it was there
+            self._node.send_signal(self._told)
+        while True:
+            try:
+                return self._node.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                tail.read()
+            if tail.step and tail.step is not shown:
+                self._moved_s = time.monotonic()
+                longest_s = max(longest_s, tail.step["seconds"])
+                if stage == 0:
+                    self._show(tail.step, shown)
+                shown = tail.step
+            quiet_s = time.monotonic() - self._moved_s
+            if quiet_s <= max(PROGRESS_S, PROGRESS_STEPS * longest_s):
+                self._healthy(f"stage {stage}: step {shown['step'] + 1}" if shown else f"stage {stage} starts")
+            elif not self._stuck:
+                self._stuck = True
+                self._say(f"stage {stage}: no step for {quiet_s:.0f} s")
+
+    def _command(self, stage: int, *, resume: bool) -> list[str]:
+        post, above, below = self.post, stage > 0, stage + 1 < len(self.post.peers)
+        command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(post.run / "run.toml")]
+        command += ["--stage", str(stage), "--out", str(post.run), "--parent", str(os.getpid()), *post.node]
+        command += ["--listen", f"0.0.0.0:{post.peers[stage].rpartition(':')[2]}"] if above else []
+        command += ["--next", post.peers[stage + 1]] if below else []
+        return [*command, "--resume"] if resume else command
+
+    def _show(self, step: dict[str, float], shown: dict[str, float] | None) -> None:
+        """A line at each tenth of the run."""
+        tenth, done = max(1, self.post.steps // 10), int(step["step"]) + 1
+        before = 0 if shown is None else int(shown["step"]) + 1
+        if shown is None or done // tenth > before // tenth or done == self.post.steps:
+            self._say(f"step {done}/{self.post.steps}  loss {step['loss']:.3f}  {step['tokens_per_s']:.0f} tokens/s")
+
+    def _healthy(self, what: str) -> None:
+        self._stuck = False
+        if self.post.health:
+            self.post.health.write_text(what + "\n", encoding="utf-8")
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _conclude(self, stage: int) -> int:
+        """The node has ended the run; wait for the others of this directory. Returns the exit code."""
+        here = [each for each in range(len(self.post.peers)) if began(self.post.run, each)]
+        if len(here) < len(self.post.peers):
+            self._say(
+                f"stage {stage} has ended; the records of other stages are not in {self.post.run}: copy them here, and "
+                f"`thinpipe summary {self.post.run}` sums up"
+            )
+            return 0
+        if stage:
+            done = self._until((self.post.run / "summary.json").exists, "the summary, by stage 0")
+            return 0 if done or self._told else 1
+        return self._summary() if self._until(self._over, "all stages to end") else 1
+
+    def _until(self, there: Callable[[], bool], what: str) -> bool:
+        deadline_s = time.monotonic() + SUMMARY_S
+        while not there():
+            if self._told:
+                return False
+            if time.monotonic() > deadline_s:
+                self._say(f"waited {SUMMARY_S:g} s for {what}; it did not come")
+                return False
+            self._healthy("the run has ended")
+            time.sleep(POLL_S)
+        return True
+
+    def _summary(self) -> int:
+        """In a session of its own: who is told to stop now still ends with what it is for."""
+        command = [sys.executable, "-m", "thinpipe.cli", "summary", str(self.post.run), "--write"]
+        return subprocess.run(command, env=node_environment(), start_new_session=True, check=False).returncode

@@ -148,7 +148,9 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
         names = tc.interfaces()
         if not names:
             raise tc.KernelLinkError("no network interface is up here")
-        whole = all([tc.cap_most(name, profile) for name in names])
+        whole = True
+        for name in names:
+            whole = tc.cap_most(name, profile) and whole
     except tc.KernelLinkError as error:
         why = f"the kernel does not cap the links here: {error}"
         if "not permitted" in str(error) or "may not change" in str(error):

@@ -47,7 +47,7 @@ class Account:
 
     def record(self, link: Link) -> dict[str, Any]:
         """What this node sent over one boundary, and how fast while its queue was not empty."""
-        # Where the kernel holds the rate, when bytes leave this process says nothing of it: the probe at the start does.
+        # Where the kernel holds the rate, when bytes leave here says nothing of it; the probe at the start does.
         blind = bool(link.profile.kernel)
         rate, earlier, meter = link.profile.rate_bits_per_s, self._links[link.name], link.meter
         training = sum(count for kind, count in link.sent.items() if kind not in OUTSIDE_RATIO)

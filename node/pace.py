@@ -84,8 +84,8 @@ class Pace:
             return [StageTimes(forward_s=self.seconds[0], backward_s=self.seconds[1])] * self.stages
         assert self.tflops is not None
         if self.whole > self.stages:
-            layers = len(partition(architecture.num_hidden_layers, self.whole)[0])
-            return [_times(config, architecture, self.tflops, layers, ends=2, head=False)] * self.stages
+            layers, of_layer = len(partition(architecture.num_hidden_layers, self.whole)[0]), _of_layer(architecture)
+            return [_times(config, architecture, self.tflops, layers, of_layer, ends=2, head=False)] * self.stages
         return times_at(config, architecture, self.tflops)
 
 
@@ -97,25 +97,38 @@ def _seconds(text: str) -> float:
 def times_at(config: RunConfig, architecture: PretrainedConfig, tflops: float) -> list[StageTimes]:
     """Seconds of each stage of a whole pipeline at that rate."""
     cuts = partition(architecture.num_hidden_layers, config.pipeline.stages)
-    last = len(cuts) - 1
+    last, of_layer = len(cuts) - 1, _of_layer(architecture)
+    ends = [(stage > 0) + (stage < last) for stage in range(len(cuts))]
     return [
-        _times(config, architecture, tflops, len(layers), ends=(stage > 0) + (stage < last), head=stage == last)
+        _times(config, architecture, tflops, len(layers), of_layer, ends=ends[stage], head=stage == last)
         for stage, layers in enumerate(cuts)
     ]
 
 
-def _times(
-    config: RunConfig, architecture: PretrainedConfig, tflops: float, layers: int, *, ends: int, head: bool
-) -> StageTimes:
-    """Of a stage with so many layers and ends of boundaries."""
+def _of_layer(architecture: PretrainedConfig) -> float:
+    """Weights in the matrices of one layer. (To build a skeleton takes a tenth of a second: once, not for each stage.)"""
     causal = skeleton(architecture, DTYPES["float32"])
     matrices = sum(p.numel() for name, p in causal.named_parameters() if p.ndim == 2 and ".layers." in name)
+    return matrices / architecture.num_hidden_layers
+
+
+def _times(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    tflops: float,
+    layers: int,
+    of_layer: float,
+    *,
+    ends: int,
+    head: bool,
+) -> StageTimes:
+    """Of a stage with so many layers of that many weights, and ends of boundaries."""
     width = architecture.hidden_size
     attention = 2 * config.data.sequence_length * width
     codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
     rank = codec.wire_width(width)
     projection = 2 * width * rank if rank < width else 0
-    weights = layers * 2 * matrices / architecture.num_hidden_layers
+    weights = layers * 2 * of_layer
     if head:
         weights += 2 * architecture.vocab_size * width
     forward = weights + layers * attention + ends * projection

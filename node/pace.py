@@ -106,7 +106,7 @@ def times_at(config: RunConfig, architecture: PretrainedConfig, tflops: float) -
 
 
 def _of_layer(architecture: PretrainedConfig) -> float:
-    """Weights in the matrices of one layer. (To build a skeleton takes a tenth of a second: once, not for each stage.)"""
+    """Weights in the matrices of one layer. A skeleton takes a tenth of a second: once, and not for each stage."""
     causal = skeleton(architecture, DTYPES["float32"])
     matrices = sum(p.numel() for name, p in causal.named_parameters() if p.ndim == 2 and ".layers." in name)
     return matrices / architecture.num_hidden_layers

@@ -15,6 +15,7 @@ from .commands.keeping import keep
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
+from .commands.swarm import dht, status
 from .commands.training import node, up
 
 app = typer.Typer(
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (up, node, keep, summary, plan, bench, probe, chaos):
+for command in (up, node, keep, dht, status, summary, plan, bench, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")

@@ -1,9 +1,13 @@
-"""The upstream end of a boundary's two streams: dial, retry while there is hope, and say why when there is none."""
+"""The upstream end of a boundary's two streams: dial, retry while there is hope, and say why when there is none.
+
+Where the stage below is may change: a replacement has another address. So who dials may ask for it anew at each dial
+(`Where`), and an address that was given so is given up after a few seconds without a connection.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 
 import grpc
@@ -17,6 +21,8 @@ from .security import PLAIN, Security
 from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, channel_options, tell, uncancelled
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
+ASK_AGAIN_S = 4.0  # without a connection; a name, a handshake and a slow path together take less
+Where = Callable[[], Awaitable[str | None]]  # host:port of the stage below now; None: nobody knows
 # A peer that differs in one of these will differ again: nothing is gained by dialling it anew.
 PERMANENT = {
     Fault.PROTOCOL_VERSION,
@@ -34,8 +40,13 @@ PERMANENT = {
 THEIR_PLACE = {Fault.FENCED, Fault.INCARNATION}
 
 
-def _hopeless(error: ProtocolError) -> bool:
-    return error.fault in PERMANENT and (isinstance(error, RefusedError) or error.fault not in THEIR_PLACE)
+def _hopeless(error: ProtocolError, where: str | Where) -> bool:
+    """Of an address that was found, and not given by the user, only that this process was replaced: else a stranger's
+    record, or a stale one, could end a node; the right one may be found next."""
+    refused = isinstance(error, RefusedError)
+    if not isinstance(where, str):
+        return refused and error.fault is Fault.FENCED
+    return error.fault in PERMANENT and (refused or error.fault not in THEIR_PLACE)
 
 
 class NeighbourMismatch(ValueError):
@@ -43,7 +54,7 @@ class NeighbourMismatch(ValueError):
 
 
 async def dial(
-    address: str,
+    where: str | Where,
     link: Link,
     *,
     greeting_timeout_s: float,
@@ -64,11 +75,15 @@ async def dial(
         link.opened.clear()
         connect_timeout_s = patience_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
+        address, attempt_s = await _find(where, remaining_s)
         try:
-            await _one_connection(address, link, remaining_s, greeting_timeout_s, security)
+            await _one_connection(address, link, attempt_s, greeting_timeout_s, security)
         except _NoTls as error:  # that the control stream tells; here it is told if it stays so
             unlike = f"{error}; "
         except _NotReached:
+            if attempt_s < remaining_s:  # it may be somewhere else by now
+                await asyncio.sleep(RETRY_FIRST_S)
+                continue
             why = f"the last one ended with {link.fault}; " if link.fault else unlike
             raise TimeoutError(
                 f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
@@ -77,7 +92,7 @@ async def dial(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"{link.name}: {blame} the node at {address}: {error}"
-            if _hopeless(error):
+            if _hopeless(error, where):
                 raise NeighbourMismatch(line) from None
             if error.fault in PASSING:
                 pause_s = RETRY_FIRST_S
@@ -107,6 +122,17 @@ class _NoTls(Exception):
     """Somebody is there, and the two cannot agree on TLS; the message is a line for people."""
 
 
+NOWHERE = "any node of that stage, since none is announced"
+
+
+async def _find(where: str | Where, remaining_s: float) -> tuple[str, float]:
+    """The address to dial, and for how long to try; 0 s: there is nobody to dial."""
+    if isinstance(where, str):
+        return where, remaining_s
+    address = await where()
+    return (NOWHERE, 0.0) if address is None else (address, min(ASK_AGAIN_S, remaining_s))
+
+
 async def _one_connection(
     address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float, security: Security
 ) -> None:
@@ -121,7 +147,7 @@ async def _one_connection(
 
 
 async def dial_control(
-    address: str,
+    where: str | Where,
     control: Control,
     *,
     greeting_timeout_s: float,
@@ -143,11 +169,12 @@ async def dial_control(
         # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
         connect_timeout_s = LAST_WORD_S if control.through else patience_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
+        address, attempt_s = await _find(where, remaining_s)
         try:
-            if await _one_control(address, control, remaining_s, greeting_timeout_s, security):
+            if await _one_control(address, control, attempt_s, greeting_timeout_s, security):
                 return
         except _NoTls as error:
-            if not control.met["below"].is_set():
+            if isinstance(where, str) and not control.met["below"].is_set():
                 raise NeighbourMismatch(str(error)) from None
             if unlike != str(error) and not control.through:
                 unlike = str(error)
@@ -155,6 +182,9 @@ async def dial_control(
         except _NotReached:
             if control.through:
                 return
+            if attempt_s < remaining_s:
+                await asyncio.sleep(RETRY_FIRST_S)
+                continue
             below = control.machine.identity.stage + 1
             raise TimeoutError(
                 f"no connection to {address} for {connect_timeout_s:g} s; {unlike and f'{unlike}; '}"
@@ -163,7 +193,7 @@ async def dial_control(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"control stream: {blame} the node at {address}: {error}"
-            if _hopeless(error):
+            if _hopeless(error, where):
                 raise NeighbourMismatch(line) from None
             report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
@@ -198,6 +228,8 @@ async def _stream(
     """A stream of that method, gone at the end of the block; a peer that the block refuses is told why first.
 
     Raises _NotReached if nobody listens there in time, and _NoTls if TLS is why there is no connection."""
+    if address is NOWHERE:
+        raise _NotReached
     async with security.channel(address, stage, channel_options(FRAME_BYTES_MAX)) as channel:
         try:
             async with asyncio.timeout(connect_timeout_s):

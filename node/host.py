@@ -29,7 +29,7 @@ from ..sim.shaper import LinkError, LinkProfile
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
-from .dialling import NeighbourMismatch, dial, dial_control
+from .dialling import NeighbourMismatch, Where, dial, dial_control
 from .flow import Reporter
 from .keys import KeysError
 from .lifecycle import Lifecycle
@@ -44,9 +44,12 @@ from .security import PLAIN, Security
 from .stage import Stage
 from .state import StateError
 from .transport import ListenError, check_listen, listening, split_address
+from .transport import serving as serving_only
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from .membership import Membership
 
 BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
@@ -185,13 +188,15 @@ def prepare_corpus(config: RunConfig) -> Corpus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostOptions:
     """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun. security:
-    how it listens and dials."""
+    how it listens and dials. membership: of one that finds the others by the DHT, and knows where the stage below is.
+    """
 
     out: Path
     trace: bool = False
     parent: int | None = None
     resume: bool = False
     security: Security = PLAIN
+    membership: Membership | None = None
 
 
 def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptions) -> None:
@@ -226,6 +231,8 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
         metrics.write("fault", code=type(cause).__name__, reason=line)
         raise HostError(line, exit_code) from None
     finally:
+        if options.membership:
+            options.membership.leave()
         tracer.save(out / f"trace-stage-{stage}.json")
         metrics.close()
 
@@ -253,7 +260,7 @@ async def _host(
         configuration=digest,
         stage=index,
         stages=config.pipeline.stages,
-        incarnation=secrets.randbits(63),
+        incarnation=options.membership.record.incarnation if options.membership else secrets.randbits(63),
     )
     fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=config.pipeline.stages)
 
@@ -265,7 +272,11 @@ async def _host(
     security = options.security
     waits = {"greeting_timeout_s": link.greeting_timeout_s, "patience_s": patience_s, "report": on_fault}
     waits["security"] = security
-    next_address = addresses.next or ""
+    membership, below = options.membership, index + 1
+
+    def where() -> str | Where:
+        return membership.where(below, on_fault) if membership else addresses.next or ""
+
     lifecycle = Lifecycle(
         config,
         stage,
@@ -275,13 +286,14 @@ async def _host(
         store=CheckpointStore(
             config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
         ),
-        dial=lambda below: dial(next_address, below, **waits),
+        dial=lambda link: dial(where(), link, **waits),
         corpus=prepare_corpus(config) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
     )
     async with AsyncExitStack() as open_ends:
+        methods = membership.methods(on_fault) if membership else {}
         if stage.upstream_port:
             assert addresses.listen
             serving = listening(
@@ -291,15 +303,20 @@ async def _host(
                 report=on_fault,
                 control=lifecycle.control,
                 security=security,
+                more=methods,
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
+        elif methods and addresses.listen:  # nobody is above, but who comes may join here
+            await open_ends.enter_async_context(serving_only(addresses.listen, methods, security))
         endless: list[Awaitable[None]] = [_until_signal(lifecycle.drain)]
+        if membership:
+            endless.append(membership.keep_current(lifecycle, config.tokens_per_step, on_fault))
         if options.parent is not None:
             endless.append(_watch_parent(options.parent))
         work = lifecycle.run()
         if stage.downstream_port:
-            calling = dial_control(next_address, lifecycle.control, **waits)
+            calling = dial_control(where(), lifecycle.control, **waits)
             work = _while_calling(work, calling, lambda: link.greeting_timeout_s if lifecycle.control.through else 0)
         await _first_to_end(work, *endless)
 

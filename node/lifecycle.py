@@ -73,6 +73,7 @@ class Lifecycle:
         on_fault: Reporter,
     ) -> None:
         self.config, self.stage = config, stage
+        self.committed = 0  # steps, in the newest checkpoint on disk
         self.link_above: Link | None = None
         self._identity, self._joining = identity, joining
         self._rebuild, self._store, self._dial = rebuild, store, dial
@@ -90,6 +91,7 @@ class Lifecycle:
             store.newest_intact(HELD_TIMES * store.keep, report=partial(on_fault, "checkpoint")) if joining else []
         )
         epoch = max((store.manifest(step).epoch for step in known), default=0)
+        self.committed = max(known, default=0)
         self.machine = Rewind(identity, joining=joining, epoch=epoch)
         self.control = Control(
             self.machine,
@@ -321,6 +323,7 @@ class Lifecycle:
     def _written(self, completed: int, size: int, seconds: float) -> None:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
         self._in_loop(record)
+        self.committed = completed
         self._in_loop(partial(self._copies.written, completed))
 
     def _held_at_buddy(self, completed: int) -> None:

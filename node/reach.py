@@ -30,7 +30,7 @@ class ProbeError(RuntimeError):
         self.exit_code = exit_code
 
 
-async def reachable(address: str, deadline_s: float) -> str:
+async def reachable(address: str, deadline_s: float, remedy: str = REMEDY) -> str:
     """The address of the socket that takes connections there, for gRPC, which does not say why one failed."""
     host, port = split_address(address)
     loop = asyncio.get_running_loop()
@@ -55,18 +55,18 @@ async def reachable(address: str, deadline_s: float) -> str:
             writer.close()
             return f"ipv6:[{name}]:{port}" if ":" in name else f"ipv4:{name}:{port}"
     if refused:
-        raise ProbeError(f"nobody listens at {address}: {REMEDY}", 2)
+        raise ProbeError(f"nobody listens at {address}: {remedy}", 2)
     raise ProbeError(f"nobody answers at {address}: is the machine on, and reachable from here?", 1)
 
 
-async def until_ready(address: str, channel: grpc.aio.Channel, security: Security) -> None:
+async def until_ready(address: str, channel: grpc.aio.Channel, security: Security, remedy: str = REMEDY) -> None:
     """The other end speaks HTTP/2, as gRPC does, and TLS or none, as we do. Raises ProbeError."""
     state = channel.get_state(try_to_connect=True)
     while state is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
             if why := await security.fault(address, None):
                 raise ProbeError(why, 2)
-            raise ProbeError(f"something listens at {address}, but it is not thinpipe: {REMEDY}", 2)
+            raise ProbeError(f"something listens at {address}, but it is not thinpipe: {remedy}", 2)
         await channel.wait_for_state_change(state)
         state = channel.get_state(try_to_connect=True)
 

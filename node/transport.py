@@ -1,6 +1,7 @@
 """gRPC: two bidirectional streams a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
 
-Link carries tensors within one epoch, Control outlives epochs; Probe is anybody's who wants to measure the path.
+Link carries tensors within one epoch, Control outlives epochs; Probe is anybody's who wants to measure the path, and
+Swarm (node/door.py) anybody's who wants to join.
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
@@ -39,6 +40,7 @@ PASSING = {Fault.EPOCH, Fault.HALTED}
 
 T = TypeVar("T")
 Report = Callable[[str, str], None]  # (fault code, one line for people)
+Door = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
 
 
 def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
@@ -74,17 +76,18 @@ async def listening(
     greeting_timeout_s: float,
     report: Report,
     control: Control | None = None,
+    more: dict[str, Door] | None = None,
     security: Security = PLAIN,
 ) -> AsyncIterator[int]:
     """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
 
     `link`: the present one, None between two epochs. A second stream on it is admitted only if it is the same process
     dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream is open.
-    Raises ListenError for a taken or malformed address.
+    `more`: methods to serve beside the run's own. Raises ListenError for a taken or malformed address.
     """
     doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
     probes = ProbeService(busy=doors.busy, terms_timeout_s=greeting_timeout_s)
-    handlers = {"Link": doors.link, "Probe": probe_door(probes, report, security)}
+    handlers = {"Link": doors.link, "Probe": probe_door(probes, report, security), **(more or {})}
     if control:
         handlers["Control"] = doors.control
     async with serving(address, handlers, security) as port:
@@ -92,9 +95,6 @@ async def listening(
             yield port
         finally:
             doors.stopping = True
-
-
-Door = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
 
 
 @asynccontextmanager

@@ -1,0 +1,72 @@
+"""Who serves which stage, agreed by all without anybody in charge: rules over the records that everybody can read.
+
+A node that comes writes a claim, waits until the others' claims can have reached it, reads again, and keeps the stage
+if no record for it is better than its own. `better` is one fixed order over what is written, so two that see the same
+two records agree on who yields. Each writes before it reads: of two claims at least one is seen by the other node, and
+the later one's node sees the earlier one settled, if settling takes less than the wait. So the clocks of the two, which
+nobody compares, decide at most between two that came at once.
+
+Why not a lock or an election: both need somebody who holds it, and its loss would be one loss more. What is left after
+all, two nodes of one stage, is refused by the neighbour (`protocol.rewind`), as it is without discovery.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+from .records import NodeRecord, Seen, State
+
+SETTLE_S = 2.0  # between a claim and the second look; longer than it takes to read and write once
+
+
+def rank(record: NodeRecord) -> tuple[bool, int, float, int]:
+    """The less, the better: who has settled before who only claims, of these the later epoch (its members are the
+    run), then the earlier claim, then the lower number."""
+    return (record.state is State.CLAIMING, -record.epoch, record.claimed_at_s, record.incarnation)
+
+
+def better(a: NodeRecord, b: NodeRecord) -> bool:
+    return rank(a) < rank(b)
+
+
+def of_stage(seen: Sequence[Seen], stage: int) -> list[Seen]:
+    """The living records of a stage, the best first."""
+    return sorted((each for each in seen if each.living and each.record.stage == stage), key=lambda s: rank(s.record))
+
+
+def rival(seen: Sequence[Seen], mine: NodeRecord) -> NodeRecord | None:
+    """Who has the stage that `mine` says, if that is somebody else."""
+    others = [each.record for each in of_stage(seen, mine.stage) if each.record.incarnation != mine.incarnation]
+    return next((other for other in others if better(other, mine)), None)
+
+
+def needy(seen: Sequence[Seen], stages: Iterable[int]) -> list[int]:
+    """Those of `stages` that nobody serves or claims and that need a node most: never served, or the longest without.
+    All of one need are named together, since it is nobody's order in which they are taken."""
+    free = [stage for stage in stages if not of_stage(seen, stage)]
+    last_s = {stage: min((s.age_s for s in seen if s.record.stage == stage), default=float("inf")) for stage in free}
+    never = [stage for stage in free if last_s[stage] == float("inf")]
+    return never or sorted(free, key=lambda stage: -last_s[stage])[:1]
+
+
+def choose(seen: Sequence[Seen], stages: Iterable[int], draw: Callable[[int], int]) -> int | None:
+    """The stage to claim: one of the neediest, by draw(count) in 0..count-1, so that many who come at once seldom want
+    the same; None: all are served."""
+    wanted = needy(seen, stages)
+    return wanted[draw(len(wanted))] if wanted else None
+
+
+def begun(seen: Sequence[Seen], stage: int) -> bool:
+    """Whether a node that takes `stage` now takes it in a run that has begun, so that it must not begin afresh."""
+
+    def shows(record: NodeRecord) -> bool:
+        if record.state is State.TRAINING or record.epoch or record.completed_steps or record.committed_steps:
+            return True
+        return record.stage == stage and record.state in (State.WAITING, State.LEFT)
+
+    return any(shows(each.record) for each in seen)
+
+
+def through(seen: Sequence[Seen], steps: int) -> bool:
+    """Whether the run has done all its steps: one of its nodes left after the last."""
+    return any(each.record.state is State.LEFT and each.record.completed_steps >= steps for each in seen)

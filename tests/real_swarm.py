@@ -1,0 +1,115 @@
+"""Real bootstraps and nodes that find each other by the DHT on loopback, started as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+from thinpipe.sim.swarm import node_environment
+
+from .real_faults import records
+from .real_node import until
+
+GONE_S = 15.0
+
+
+class Process:
+    """`thinpipe` with these arguments; its words are in `log`."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("w") as out:
+            self.popen = subprocess.Popen(
+                [sys.executable, "-m", "thinpipe.cli", *arguments], stdout=out, stderr=out, env=node_environment()
+            )
+        self._descendants: list[psutil.Process] = []
+
+    @property
+    def words(self) -> str:
+        return self.log.read_text()
+
+    def until_says(self, pattern: str) -> re.Match[str]:
+        def said() -> re.Match[str] | None:
+            assert self.popen.poll() is None or re.search(pattern, self.words), f"ended, having said: {self.words}"
+            return re.search(pattern, self.words)
+
+        until(said, f"{self.log.name} to say {pattern}")
+        found = said()
+        assert found
+        return found
+
+    def ends(self, code: int = 0, within_s: float = 90.0) -> str:
+        """Its words, once it has ended with that exit code."""
+        self.popen.wait(within_s)
+        assert self.popen.returncode == code, self.words
+        return self.words
+
+    def family(self) -> list[psutil.Process]:
+        """It and all that it has started."""
+        own = psutil.Process(self.popen.pid)
+        return [own, *own.children(recursive=True)]
+
+    def kill(self) -> None:
+        """SIGKILL; nobody whom it had started may be there for long."""
+        family = self.family()
+        self.popen.kill()
+        self.popen.wait()
+        _, left = psutil.wait_procs(family, GONE_S)
+        assert not left, [each.cmdline() for each in left]
+
+    def close(self) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+class Scene:
+    """Everything that a test starts, and ends with it."""
+
+    def __init__(self, directory: Path, local: Sequence[str]) -> None:
+        self.directory, self._local = directory, list(local)
+        self.started: list[Process] = []
+
+    def run(self, name: str, *arguments: str) -> Process:
+        self.started.append(Process(self.directory / f"{name}.log", *arguments))
+        return self.started[-1]
+
+    def dht(self, name: str, *options: str) -> Process:
+        return self.run(name, "dht", "--listen", "127.0.0.1:0", *options)
+
+    def node(self, name: str, join: str, stage: str, *options: str) -> Process:
+        """Its records are in a directory of its own, and so are its checkpoints: as on another machine."""
+        out = str(self.directory / name)
+        return self.run(name, "node", "--join", join, "--stage", stage, "--out", out, *self._local, *options)
+
+    def status(self, join: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "thinpipe.cli", "status", "--join", join, "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def close(self) -> None:
+        for process in self.started:
+            process.close()
+
+
+DOOR = r"node --join (\S+) --stage auto"
+MULTIADDR = r"or by --join (/\S+)"
+JOINED = r"as stage (\d+) of \d+ at (\S+),"
+
+
+def served(process: Process) -> tuple[int, str]:
+    """(stage, endpoint) of a node that has joined."""
+    found = process.until_says(JOINED)
+    return int(found[1]), found[2]
+
+
+def end_of(directory: Path, stage: int) -> str:
+    """The digest of the stage's state at the run's end."""
+    return records(directory, stage, "end")[-1]["state_sha256"]

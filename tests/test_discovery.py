@@ -1,0 +1,202 @@
+"""Real DHTs on loopback: nodes that know one address train to the bits of one process, whoever is lost on the way."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.dht import write_frame
+from thinpipe.sim.swarm import node_environment
+
+from .conftest import TinyConfig
+from .in_memory import Outcome, run_reference
+from .real_faults import records
+from .real_node import free_address, until
+from .real_swarm import DOOR, MULTIADDR, Process, Scene, end_of, served
+
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
+
+SETTINGS: dict[str, Any] = {
+    "pipeline.stages": 2,
+    "run.name": "found",
+    "run.steps": 150,
+    "checkpoint.every": 5,
+    "codec.codec": "mapl:r=8,anchors=full,every=2",
+    "link.link": "1gbit,20ms",  # a step takes some 150 ms, and hardly any of it is work
+}
+
+
+@pytest.fixture(scope="module")
+def config(tiny: TinyConfig) -> RunConfig:
+    return tiny(SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    return run_reference(config, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture
+def scene(config: RunConfig, tmp_path: Path) -> Iterator[Scene]:
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    made = Scene(tmp_path, ["--set", f"data.cache={config.data.cache}"])
+    yield made
+    made.close()
+
+
+# A member of the DHT that knows no rules: records of every wrong kind, under its own signature or none.
+STRANGER = """
+import sys, time, msgpack, hivemind
+from hivemind.dht.crypto import RSASignatureValidator
+if __name__ == "__main__":
+    rules = RSASignatureValidator()
+    local = {"nat_port_map": False, "auto_nat": False, "use_relay": False}
+    dht = hivemind.DHT(sys.argv[1:2], start=True, record_validators=[rules], **local)
+    key, mine, until = "thinpipe/run/found", rules.local_public_key, time.time() + 200
+    odd = {"version": 1, "run": "found", "configuration": "f" * 64, "stage": 0, "stages": 2, "endpoint": "127.0.0.1:9",
+           "state": "training", "incarnation": 5, "claimed_at_s": 1.0, "epoch": 9, "completed_steps": 1,
+           "committed_steps": 1, "tokens_per_s": 1.0}
+    def store(value, subkey, key=key, until=until):
+        print(dht.store(key, value, until, subkey=subkey), flush=True)
+    store(b"\\xc1 no msgpack", mine)                      # True: of our form, and of no use
+    store(msgpack.packb(odd), b"someone else")             # False from here on: not signed,
+    store(msgpack.packb(odd), None)                        # the whole key for itself,
+    store({"a": 1}, mine, until=until + 1)                 # no bytes,
+    store(b"for ever", mine, until=time.time() + 1e9)      # for too long
+    print("done", flush=True)
+    time.sleep(300)
+"""
+
+
+def strangers(address: str, log: Path) -> subprocess.Popen[bytes]:
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [sys.executable, "-c", STRANGER, address], stdout=out, stderr=subprocess.DEVNULL, env=node_environment()
+        )
+
+
+def states(directories: dict[int, Path]) -> list[str]:
+    return [end_of(directories[stage], stage) for stage in sorted(directories)]
+
+
+def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, undisturbed: Outcome, tmp_path: Path) -> None:
+    bootstrap = scene.dht("bootstrap", "--config", str(tmp_path / "run.toml"))
+    door, address = bootstrap.until_says(DOOR)[1], bootstrap.until_says(MULTIADDR)[1]
+    stranger = strangers(address, tmp_path / "stranger.log")
+    try:
+        until(lambda: "done" in (tmp_path / "stranger.log").read_text(), "a stranger to write")
+        nodes = [scene.node(name, door, "auto") for name in ("a", "b")]  # at once, for two stages
+        places = dict(map(served, nodes))
+        assert sorted(places) == [0, 1]
+        at = {served(node)[0]: node for node in nodes}
+        directories = {served(node)[0]: tmp_path / node.log.stem for node in nodes}
+        until(lambda: records(directories[0], 0, "step"), "the first step")
+
+        found = scene.status(door)
+        assert [stage["nodes"][0]["endpoint"] for stage in found["stages"]] == [places[0], places[1]]
+        assert all(stage["nodes"][0]["state"] in ("training", "waiting") for stage in found["stages"])
+        assert found["left_out"] == {"malformed-frame": 1}
+        line = scene.node("late", door, "1").ends(2).splitlines()[-1]
+        assert "thinpipe: error: stage 1 is served by process" in line
+        assert places[1] in line
+
+        bootstrap.kill()  # those inside know each other
+        before = len(records(directories[0], 0, "step"))
+        found = scene.status(places[0])
+        assert found["stages"][1]["nodes"][0]["endpoint"] == places[1]
+        assert found["stages"][1]["nodes"][0]["tokens_per_s"] > 0
+        until(lambda: len(records(directories[0], 0, "step")) > before + 2, "training to go on")
+
+        at[1].kill()
+        newcomer = scene.node("c", places[0], "auto")
+        stage, endpoint = served(newcomer)
+        assert stage == 1
+        assert endpoint != places[1]
+        assert "takes the stage's place there" in newcomer.words
+        directories[1] = tmp_path / "c"
+        at[0].ends()
+        newcomer.ends()
+    finally:
+        stranger.kill()
+        stranger.wait()
+    assert states(directories) == undisturbed.state_sha256
+    assert records(directories[1], 1, "rewind")[-1]["completed"] > 0  # from its neighbour's copy: its disk is new
+    line = scene.node("later", places[0], "auto").ends(2).splitlines()[-1]
+    assert f"nobody listens at {places[0]}" in line
+
+
+def test_by_multiaddr_the_configuration_comes_from_the_dht(scene: Scene, undisturbed: Outcome, tmp_path: Path) -> None:
+    """And without any bootstrap's help: the first one knows of no run, which the first node brings."""
+    bootstrap = scene.dht("bootstrap")
+    address = bootstrap.until_says(MULTIADDR)[1]
+    first = scene.node("a", address, "0", "--config", str(tmp_path / "run.toml"), "--link", "none")
+    assert served(first)[0] == 0
+    nobody = free_address()
+    second = scene.node("b", nobody, "auto", "--join", address, "--link", "none")
+    assert served(second)[0] == 1
+    assert f"warning: nobody listens at {nobody}" in second.words
+    family = [*first.family(), *second.family()]
+    assert any("p2pd" in each.name() for each in family)
+    first_step_s = seconds_to_first_step(tmp_path / "b", 1, second)
+    print(f"from `node --join` to its first step: {first_step_s:.1f} s")
+    for process in (first, second):
+        process.ends()
+    _, left = psutil.wait_procs(family, 10)
+    assert not left
+    assert states({0: tmp_path / "a", 1: tmp_path / "b"}) == undisturbed.state_sha256
+    spare = scene.node("c", address, "auto")
+    assert "is through: all 150 steps are done" in spare.ends()
+
+
+def test_a_node_that_cannot_be_reached_is_told(scene: Scene, tmp_path: Path) -> None:
+    bootstrap = scene.dht("bootstrap", "--config", str(tmp_path / "run.toml"))
+    door, nobody = bootstrap.until_says(DOOR)[1], free_address()
+    node = scene.node("a", door, "1", "--announce", nobody)
+    node.until_says(r"this node is announced at")
+    line = next(line for line in node.words.splitlines() if "this node is announced at" in line)
+    assert f"at {nobody} and cannot be reached there by itself (nobody listens at {nobody}" in line
+    assert f", nor by {door} (nobody listens at {nobody}" in line
+    assert "say with --announce host:port where the stage above reaches it" in line
+    node.popen.terminate()
+    assert "stopped by SIGTERM" in node.ends(130)
+
+
+def seconds_to_first_step(directory: Path, stage: int, process: Process) -> float:
+    """Seconds from the start of the process to its first step."""
+    until(lambda: records(directory, stage, "step"), "its first step")
+    return records(directory, stage, "step")[0]["time_s"] - psutil.Process(process.popen.pid).create_time()
+
+
+def test_without_join_hivemind_is_not_even_imported(config: RunConfig, tmp_path: Path) -> None:
+    poison = tmp_path / "poison"
+    poison.mkdir()
+    (poison / "hivemind.py").write_text("raise SystemExit('hivemind was imported')")
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    environment = node_environment()
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(poison), environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--config", str(tmp_path / "run.toml"), "--json"]
+    command += ["--out", str(tmp_path / "run"), "--set", "run.steps=2", "--link", "none"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as up:
+        started: set[str] = set()
+        while up.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                started |= {each.name() for each in psutil.Process(up.pid).children(recursive=True)}
+            time.sleep(0.05)
+        assert up.stderr
+        assert up.returncode == 0, up.stderr.read().decode()
+    assert not any("p2pd" in name for name in started)
+    daemon = [sys.executable, "-m", "thinpipe.node.dht"]
+    question = io.BytesIO()
+    write_frame(question, {"peers": [], "listen": [], "announce": None, "client": False})
+    done = subprocess.run(daemon, env=environment, capture_output=True, input=question.getvalue(), check=False)
+    assert b"hivemind was imported" in done.stderr  # or the above would prove nothing

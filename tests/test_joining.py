@@ -1,0 +1,381 @@
+"""Joining, without a DHT: claims on a clock of their own, configurations that travel, and a real door on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import msgpack
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
+from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
+from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, peer_host, swarm_door
+from thinpipe.node.entrance import place
+from thinpipe.node.membership import Throughput
+from thinpipe.node.multiaddr import Multiaddr, seen_from
+from thinpipe.node.security import PLAIN
+from thinpipe.node.shared_config import agreed, believed, told
+from thinpipe.node.status import as_figures, status_table
+from thinpipe.node.transport import ListenError, serving
+from thinpipe.protocol.door import Ask, Told, encode_ask
+from thinpipe.protocol.messages import Limits, Refusal, decode_frame
+from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State
+from typer.testing import CliRunner
+
+from .real_node import free_address
+from .test_records import RECORD
+
+# -- claiming --------------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """The DHT of a test: who wrote what when, on a clock that only sleeping moves."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        self.written: dict[int, tuple[NodeRecord, float]] = {}
+        self.said: list[str] = []
+        self.knocks: dict[str, Knock] = {}
+        self.later: list[tuple[float, Callable[[], None]]] = []
+
+    def write(self, record: NodeRecord, age_s: float = 0.0) -> None:
+        self.written[record.incarnation] = (record, self.now_s - age_s)
+
+    def world(self) -> World:
+        return World(
+            read=lambda: [Seen(record=record, age_s=self.now_s - when) for record, when in self.written.values()],
+            publish=self.write,
+            say=self.said.append,
+            knock=lambda endpoint: self.knocks.get(endpoint, Knock.ANSWERED),
+            now=lambda: self.now_s,
+            sleep=self.sleep,
+        )
+
+    def sleep(self, seconds: float) -> None:
+        assert self.now_s < 2000, "it would wait for ever"
+        self.now_s += seconds
+        for due in [each for each in self.later if each[0] <= self.now_s]:
+            self.later.remove(due)
+            due[1]()
+
+
+FRESH = replace(RECORD, epoch=0, completed_steps=0, committed_steps=0, tokens_per_s=0.0, stages=2)
+MINE = replace(FRESH, incarnation=99, endpoint="192.0.2.99:1", state=State.CLAIMING)
+
+
+def other(stage: int, **change: Any) -> NodeRecord:
+    return replace(FRESH, **{"stage": stage, "incarnation": stage, "endpoint": f"192.0.2.{stage}:1", **change})
+
+
+def test_who_is_alone_takes_a_stage_of_a_run_that_has_not_begun() -> None:
+    table = Table()
+    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    assert held.state is State.STARTING
+    assert not begun
+    assert table.written[99][0] == held
+
+
+def test_the_stage_whose_port_refuses_is_taken_at_once() -> None:
+    table = Table()
+    table.write(other(0))
+    table.write(other(1, completed_steps=3))
+    table.knocks["192.0.2.1:1"] = Knock.REFUSED
+    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    assert (held.stage, begun) == (1, True)
+    assert table.now_s < 1005
+
+
+def test_a_spare_waits_until_a_record_goes_stale() -> None:
+    table = Table()
+    table.write(other(0))
+    table.write(other(1), age_s=5)
+    table.knocks["192.0.2.1:1"] = Knock.SILENCE  # a machine that is off
+    for again_s in range(1005, 1100, 5):
+        table.later.append((again_s, lambda: table.write(other(0))))
+    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    assert (held.stage, begun) == (1, True)
+    assert len(table.said) == 1
+    assert "all 2 stages are served; waits as a spare" in table.said[0]
+    assert 1014 < table.now_s < 1022
+
+
+def test_a_spare_ends_with_the_run() -> None:
+    table = Table()
+    table.write(other(0))
+    table.write(other(1))
+    table.later.append((1004, lambda: table.write(other(1, state=State.LEFT, completed_steps=9, among=range(2)))))
+    with pytest.raises(RunThrough, match="all 9 steps are done"):
+        take_stage(table.world(), MINE, None, steps=9, among=range(2))
+
+
+def test_the_loser_of_a_race_takes_another_stage() -> None:
+    table = Table()
+    rival_of = replace(MINE, incarnation=5, claimed_at_s=1.0, endpoint="192.0.2.5:1")
+
+    def claim_the_same() -> None:
+        table.write(replace(rival_of, stage=table.written[99][0].stage))
+
+    table.later.append((1001, claim_the_same))
+    held, _ = take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    assert {held.stage, table.written[5][0].stage} == {0, 1}
+    assert "whose claim is better; looks for another one" in table.said[0]
+
+
+def test_an_explicit_stage_that_is_served_is_refused() -> None:
+    table = Table()
+    table.write(other(1))
+    with pytest.raises(
+        StageTaken, match=r"stage 1 is served by process 1 at 192\.0\.2\.1:1 \(training, 0 s ago\); stop"
+    ):
+        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+    assert 99 not in table.written
+
+
+def test_an_explicit_stage_whose_machine_is_off_is_waited_for() -> None:
+    table = Table()
+    table.write(other(1))
+    table.knocks["192.0.2.1:1"] = Knock.SILENCE
+    held, begun = take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+    assert (held.stage, begun) == (1, True)
+    assert "waits for its record to go stale" in table.said[0]
+    table = Table()
+    table.knocks["192.0.2.1:1"] = Knock.SILENCE
+    table.write(other(1))
+    table.later.append((1006, lambda: table.write(other(1))))  # behind a firewall, and alive
+    with pytest.raises(StageTaken, match="stage 1 is served"):
+        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+
+
+def test_of_two_for_one_explicit_stage_one_is_refused() -> None:
+    table = Table()
+    table.later.append((1001, lambda: table.write(replace(MINE, incarnation=5, claimed_at_s=1.0, stage=1))))
+    with pytest.raises(StageTaken, match="stage 1 goes to the node at"):
+        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+    assert table.written[99][0].state is State.LEFT
+
+
+# -- configurations that travel -------------------------------------------------------------------------------------
+
+
+def config(**settings: Any) -> RunConfig:
+    return parse_config(merge({}, {key.replace("__", "."): value for key, value in settings.items()}))
+
+
+def test_a_configuration_arrives_as_it_left_less_its_places() -> None:
+    mine = config(run__name="demo", data__cache="/here", checkpoint__directory="/there", optim__clip=0.5)
+    record = told(mine)
+    arrived = believed(record, "a:1")
+    assert arrived.digest() == mine.digest() == record.configuration
+    assert arrived.data.cache is None
+    assert arrived.checkpoint.directory is None
+    evil = replace(record, toml=record.toml + "\n[checkpoint2]\nx=1\n")
+    with pytest.raises(ConfigError, match="told by a:1: unknown section"):
+        believed(evil, "a:1")
+    placed = dump_config(mine)
+    assert "/there" in placed
+    assert believed(replace(record, toml=placed), "a:1").checkpoint.directory is None
+
+
+def test_a_configuration_that_is_not_what_its_fingerprint_says_is_refused() -> None:
+    record = told(config(run__name="demo"))
+    changed = replace(record, toml=told(config(run__name="demo", run__steps=7)).toml)
+    with pytest.raises(
+        ConfigError, match=rf"fingerprint {record.configuration[:12]}, but .* has [0-9a-f]{{12}}: another"
+    ):
+        believed(changed, "a:1")
+    for odd in ("[[[[", "x = " + "[" * 20000):
+        with pytest.raises(ConfigError, match="is not TOML"):
+            believed(replace(record, toml=odd), "a:1")
+    with pytest.raises(ConfigError, match="no name for a directory"):
+        believed(told(config(run__name="..")), "a:1")
+
+
+def test_a_file_of_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
+    record = told(config(optim__clip=0.5))
+    path = tmp_path / "run.toml"
+    path.write_text(dump_config(config(optim__clip=2.0, link__link="80mbit,5ms")))
+    with pytest.raises(ConfigError) as error:
+        agreed(record, "a:1", path, {})
+    assert f"has {record.configuration[:12]}: optim.clip is 2.0 here and 0.5 there; give" in str(error.value)
+    path.write_text(dump_config(config(optim__clip=0.5, link__link="80mbit,5ms", data__cache="/here")))
+    mine, same = agreed(record, "a:1", path, {"compute.device": "cpu"})
+    assert same == record
+    assert (str(mine.data.cache), mine.link.link) == ("/here", "80mbit,5ms")
+
+
+def test_only_what_is_local_may_be_overridden() -> None:
+    record = told(config())
+    mine, _ = agreed(record, "a:1", None, {"link.link": "80mbit,5ms", "data.source": "text.txt", "checkpoint.every": 7})
+    assert (mine.link.link, mine.data.source, mine.checkpoint.every) == ("80mbit,5ms", "text.txt", 7)
+    with pytest.raises(ConfigError, match=r"run\.steps changes what the run computes: its fingerprint would be"):
+        agreed(record, "a:1", None, {"run.steps": 7, "link.link": "80mbit,5ms"})
+    with pytest.raises(ConfigError, match="nobody at a:1 knows of a run; give its --config"):
+        agreed(None, "a:1", None, {})
+
+
+# -- addresses ------------------------------------------------------------------------------------------------------
+
+
+def test_multiaddrs() -> None:
+    for text in ("/ip4/192.0.2.7/tcp/7002/p2p/QmAbcdefghijklmnopqrstu", "/ip6/::1/tcp/1", "/dns/a.example/tcp/65535"):
+        assert str(Multiaddr.parse(text)) == text
+    for odd in (
+        "",
+        "/ip4/a.example/tcp/1",
+        "/ip4/::1/tcp/1",
+        "/ip4/1.2.3.4/udp/1",
+        "/ip4/1.2.3.4/tcp/70000",
+        "/ip4/1.2.3.4/tcp/1,/x",
+    ):
+        assert Multiaddr.parse(odd) is None
+
+
+def test_a_peer_is_dialled_where_its_door_was_reached() -> None:
+    peer = "/p2p/QmAbcdefghijklmnopqrstu"
+    addresses = (f"/ip4/127.0.0.1/tcp/2{peer}", f"/ip4/10.0.0.5/tcp/2{peer}", "/ip4/10.0.0.5/udp/2/quic", "junk")
+    assert seen_from("192.0.2.7", addresses) == [f"/ip4/192.0.2.7/tcp/2{peer}", f"/ip4/10.0.0.5/tcp/2{peer}"]
+    assert seen_from("127.0.0.1", addresses)[0] == f"/ip4/127.0.0.1/tcp/2{peer}"
+
+
+def test_ports_are_settled_before_they_are_told() -> None:
+    def free(host: str, wish: int | None) -> int:
+        assert host in ("0.0.0.0", "127.0.0.1")
+        return wish or 40000
+
+    here = place("0.0.0.0:7001", None, None, free, "192.0.2.7")
+    assert (here.endpoint, here.dht_listen.port, here.dht_announce) == ("192.0.2.7:7001", 7002, None)
+    here = place("127.0.0.1:0", "a.example:99", 5, free, "192.0.2.7")
+    assert (here.listen, here.endpoint) == ("127.0.0.1:40000", "a.example:99")
+    assert str(here.dht_announce) == "/dns/a.example/tcp/5"
+    with pytest.raises(ListenError, match="not host:port as others could dial it"):
+        place("127.0.0.1:0", "a.example:0", None, free, "192.0.2.7")
+
+
+def test_throughput_is_of_the_last_steps_and_begins_anew_after_a_rewind() -> None:
+    meter = Throughput(100, window_s=10)
+    assert meter.note(0.0, 5) == 0.0
+    assert meter.note(1.0, 5) == 0.0
+    assert meter.note(2.0, 6) == 50.0
+    assert meter.note(4.0, 8) == 75.0
+    assert meter.note(9.0, 8) == 75.0
+    assert meter.note(30.0, 10) == pytest.approx(100 * 2 / 26)
+    assert meter.note(31.0, 4) == 0.0
+
+
+def test_status_shows_who_is_lost_and_who_was_never_there() -> None:
+    found = [Seen(record=replace(RECORD, stage=0), age_s=2.0), Seen(record=replace(RECORD, stage=1), age_s=50.0)]
+    run = RunRecord(run="demo", configuration=RECORD.configuration, toml="")
+    figures = as_figures(run, 4, 200, found, Counter({"malformed-frame": 2}), ["warning: one"])
+    states = [[node["state"] for node in stage["nodes"]] for stage in figures["stages"]]
+    assert states == [["training"], ["lost"], [], []]
+    table = status_table(figures)
+    assert table.row_count == 4
+    assert table.caption == "records left out: 2 malformed-frame\nwarning: one"
+
+
+# -- a door ---------------------------------------------------------------------------------------------------------
+
+
+TOLD = Told(addresses=("/ip4/127.0.0.1/tcp/1/p2p/QmAbcdefghijklmnopqrstu",), incarnation=7)
+
+
+async def say_at_door(address: str, raw: bytes) -> str:
+    """The code with which a stranger's words are refused."""
+    async with asyncio.timeout(20), grpc.aio.insecure_channel(address) as channel:
+        call = channel.stream_stream(SWARM_METHOD)()
+        await call.write(raw)
+        answer = await call.read()
+        assert isinstance(answer, bytes)
+        frame = decode_frame(answer, Limits(message_bytes=1))
+        assert isinstance(frame, Refusal)
+        return frame.code
+
+
+def test_a_door_answers_and_refuses_by_name() -> None:
+    faults: list[str] = []
+
+    async def story() -> None:
+        door = swarm_door(lambda: TOLD, lambda code, _: faults.append(code))
+        async with serving("127.0.0.1:0", {"Swarm": door}) as port:
+            address = f"127.0.0.1:{port}"
+            answered = await ask_door(address)
+            assert (answered.told, answered.host) == (TOLD, "127.0.0.1")
+            assert await say_at_door(address, b"\xc1") == "malformed-frame"
+            assert await say_at_door(address, msgpack.packb({"version": 1})) == "malformed-frame"
+            assert await say_at_door(address, b"\x80" * 1000) == "oversized"
+            other = msgpack.packb({**msgpack.unpackb(encode_ask(Ask())), "version": 99})
+            assert await say_at_door(address, other) == "protocol-version"
+            nobody = free_address()
+            back = [(address, 7, "yes"), (address, 8, "another node answers at"), (nobody, 7, "nobody listens at")]
+            for reach, incarnation, said in back:
+                answered = await ask_door(address, PLAIN, Ask(reach=reach, incarnation=incarnation))
+                assert answered.told.dialled_back.startswith(said)
+            elsewhere = await ask_door(address, PLAIN, Ask(reach="192.0.2.1:9", incarnation=7))
+            assert elsewhere.told.dialled_back == ""  # not for a stranger to have dialled
+
+    asyncio.run(story())
+    assert faults == ["malformed-frame", "malformed-frame", "oversized", "protocol-version"]
+
+
+def test_who_is_no_door_is_named() -> None:
+    async def story() -> None:
+        async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
+            del context
+
+        with pytest.raises(DoorError, match=r"nobody listens at .*: start `thinpipe dht"):
+            await ask_door(free_address())
+        async with serving("127.0.0.1:0", {"Probe": probe}) as port:
+            with pytest.raises(DoorError, match="is in no DHT"):
+                await ask_door(f"127.0.0.1:{port}")
+        async with serving("127.0.0.1:0", {"Swarm": probe}) as port:
+            with pytest.raises(DoorError, match="without an answer"):
+                await ask_door(f"127.0.0.1:{port}")
+
+        async def liar(_: object, context: grpc.aio.ServicerContext) -> None:
+            await context.read()
+            await context.write(b"\x93\x01\x02\x03")
+
+        async with serving("127.0.0.1:0", {"Swarm": liar}) as port:
+            with pytest.raises(DoorError, match="answers, but not as a swarm's door does: malformed-frame"):
+                await ask_door(f"127.0.0.1:{port}")
+
+    asyncio.run(story())
+
+
+def test_hosts_of_grpc_peers() -> None:
+    assert peer_host("ipv4:192.0.2.7:4711") == "192.0.2.7"
+    assert peer_host("ipv6:%5B::1%5D:4711") == "::1"
+    assert peer_host("unix:/tmp/x") != "192.0.2.7"
+
+
+REFUSED = [
+    (["node", "--stage", "auto"], "--stage auto goes with --join"),
+    (["node", "--stage", "0"], "say which run: --config run.toml and the addresses, or --join"),
+    (["node", "--stage", "0", "--next", "a:1", "--join", "b:1"], "--next and --join contradict each other"),
+    (["node", "--stage", "0", "--join", "nonsense"], "--join nonsense: neither host:port"),
+    (["node", "--stage", "0", "--join", "/ip4/192.0.2.7/tcp/1"], "not a multiaddr such as"),
+    (["node", "--stage", "0", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1: start `thinpipe dht"),
+    (["node", "--stage", "most", "--join", "127.0.0.1:1"], "'most' is neither a stage, from 0, nor auto"),
+    (["status"], "say whom to ask: --join host:port"),
+    (["status", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1"),
+    (["dht", "--listen", "nonsense"], "'nonsense' is not host:port"),
+    (["dht", "--listen", "127.0.0.1:0", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1"),
+    (["dht", "--config", "none.toml"], "no such configuration file"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"), REFUSED, ids=lambda each: " ".join(each) if type(each) is list else ""
+)
+def test_bad_input_is_one_line(arguments: list[str], expected: str) -> None:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("thinpipe: error: ")
+    assert expected in line

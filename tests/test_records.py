@@ -1,0 +1,348 @@
+"""Laws of records, claims and door: what is told is what is read; strangers cost nothing but a count; two claims never
+both hold."""
+
+from __future__ import annotations
+
+import random
+import string
+from dataclasses import replace
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from thinpipe.node.dht import OWNER, Held, acceptable
+from thinpipe.protocol.claims import SETTLE_S, begun, better, choose, needy, of_stage, rival, through
+from thinpipe.protocol.door import (
+    ASK_BYTES_MAX,
+    TELL_BYTES_MAX,
+    Ask,
+    Told,
+    decode_ask,
+    decode_told,
+    encode_ask,
+    encode_told,
+)
+from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
+from thinpipe.protocol.records import (
+    CONFIGURATION_BYTES_MAX,
+    RECORD_BYTES_MAX,
+    NodeRecord,
+    RunRecord,
+    Seen,
+    State,
+    decode_record,
+    decode_run,
+    encode_record,
+    encode_run,
+    is_endpoint,
+    read_records,
+    renew_every_s,
+    stale_after_s,
+)
+
+DIGEST = "0123456789abcdef" * 4
+OF = {"run": "demo", "configuration": DIGEST, "stages": 4}
+
+steps = st.integers(0, 2**48 - 1)
+states = st.sampled_from(State)
+RECORD = NodeRecord(
+    run="demo",
+    configuration=DIGEST,
+    stage=1,
+    stages=4,
+    endpoint="192.0.2.7:7001",
+    state=State.TRAINING,
+    incarnation=7,
+    claimed_at_s=1.7e9,
+    epoch=2,
+    completed_steps=40,
+    committed_steps=30,
+    tokens_per_s=1234.5,
+)
+records = st.builds(
+    replace,
+    st.just(RECORD),
+    stage=st.integers(0, 3),
+    state=states,
+    endpoint=st.sampled_from(["a.example:1", "[fe80::1%2]:65535", "192.0.2.7:7001"]),
+    incarnation=st.integers(0, 2**64 - 1),
+    claimed_at_s=st.floats(0, 1e11),
+    epoch=steps,
+    completed_steps=steps,
+    committed_steps=steps,
+    tokens_per_s=st.floats(0, 1e12),
+)
+
+
+@given(records)
+def test_what_is_told_is_what_is_read(record: NodeRecord) -> None:
+    raw = encode_record(record)
+    assert len(raw) <= RECORD_BYTES_MAX
+    assert decode_record(raw, **OF) == record
+
+
+def printable_line(error: Exception) -> None:
+    text = str(error)
+    assert text.isprintable()
+    assert len(text) < 400
+
+
+@given(st.binary(max_size=2 * RECORD_BYTES_MAX))
+def test_any_bytes_end_in_a_value_or_a_named_fault(raw: bytes) -> None:
+    for decode in (
+        lambda: decode_record(raw, **OF),
+        lambda: decode_run(raw),
+        lambda: decode_ask(raw),
+        lambda: decode_told(raw),
+    ):
+        try:
+            decode()
+        except RemoteProtocolError as error:
+            printable_line(error)
+
+
+anything = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=30)
+    | st.binary(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from([*msgpack.unpackb(encode_record(RECORD))]), anything)
+def test_a_changed_field_is_read_as_it_is_or_refused(name: str, value: object) -> None:
+    raw = msgpack.packb({**msgpack.unpackb(encode_record(RECORD)), name: value})
+    try:
+        record = decode_record(raw, **OF)
+    except RemoteProtocolError as error:
+        printable_line(error)
+    else:
+        assert name not in ("run", "configuration", "stages", "version") or getattr(RECORD, name, 1) == value
+        assert decode_record(encode_record(record), **OF) == record
+
+
+@given(st.dictionaries(st.text(max_size=8) | st.integers(-9, 9), anything, min_size=1, max_size=3))
+def test_another_field_more_or_less_is_refused(more: dict[object, object]) -> None:
+    values = msgpack.unpackb(encode_record(RECORD))
+    for odd in ({**values, **more}, {key: value for key, value in values.items() if key != "epoch"}):
+        if odd.keys() != values.keys():
+            with pytest.raises(RemoteProtocolError):
+                decode_record(msgpack.packb(odd), **OF)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"run": "other"}, Fault.RUN_ID),
+        ({"configuration": "f" * 64}, Fault.CONFIGURATION),
+        ({"stages": 5}, Fault.STAGE),
+        ({"stage": 4}, Fault.STAGE),
+        ({"version": 10**6}, Fault.PROTOCOL_VERSION),
+        ({"epoch": True}, Fault.MALFORMED),
+        ({"epoch": 2.0}, Fault.MALFORMED),
+        ({"tokens_per_s": 5}, Fault.MALFORMED),
+        ({"tokens_per_s": float("nan")}, Fault.MALFORMED),
+        ({"state": "dreaming"}, Fault.MALFORMED),
+        ({"endpoint": "host:70000"}, Fault.MALFORMED),
+        ({"endpoint": "x" * 2000 + ":1"}, Fault.OVERSIZED),
+    ],
+)
+def test_strangers_are_counted_by_name(change: dict[str, object], fault: Fault) -> None:
+    odd = msgpack.packb({**msgpack.unpackb(encode_record(RECORD)), **change})
+    seen, left_out = read_records([(odd, 1.0), (encode_record(RECORD), 2.0), (b"\xc1", 0.0)], **OF)
+    assert [each.record for each in seen] == [RECORD]
+    assert left_out[fault] >= 1
+    assert left_out.total() == 2
+
+
+def test_nothing_is_told_that_nobody_would_take() -> None:
+    for odd in ({"endpoint": "no port"}, {"epoch": -1}, {"tokens_per_s": float("inf")}, {"run": "a b"}):
+        with pytest.raises(LocalProtocolError):
+            encode_record(replace(RECORD, **odd))
+
+
+@given(st.text(string.printable, max_size=200))
+def test_a_run_is_told_as_it_is(toml: str) -> None:
+    run = RunRecord(run="demo", configuration=DIGEST, toml=toml)
+    try:
+        raw = encode_run(run)
+    except LocalProtocolError:
+        assert not toml.replace("\n", " ").replace("\t", " ").isprintable()
+    else:
+        assert decode_run(raw) == run
+
+
+def test_a_configuration_has_a_bound() -> None:
+    with pytest.raises(LocalProtocolError, match=f"at most {CONFIGURATION_BYTES_MAX}"):
+        encode_run(RunRecord(run="demo", configuration=DIGEST, toml="x" * CONFIGURATION_BYTES_MAX))
+
+
+@pytest.mark.parametrize("good", ["a:1", "192.0.2.1:65535", "[::1]:7001", "node-1.example.org:80"])
+def test_endpoints(good: str) -> None:
+    assert is_endpoint(good)
+    for bad in (good + "0" * 6, f" {good}", good.rpartition(":")[0], "a:0", "a\n:1", "a/b:1", 7, None):
+        assert not is_endpoint(bad)
+
+
+def test_questions_and_answers_are_told_as_they_are() -> None:
+    ask = Ask(reach="192.0.2.7:7001", incarnation=2**63)
+    assert decode_ask(encode_ask(ask)) == ask
+    told = Told(
+        addresses=("/ip4/1.2.3.4/tcp/1/p2p/Qm",), run="demo", configuration=DIGEST, toml="[run]\n", incarnation=3
+    )
+    assert decode_told(encode_told(told)) == told
+    for decode, most in ((decode_ask, ASK_BYTES_MAX), (decode_told, TELL_BYTES_MAX)):
+        with pytest.raises(RemoteProtocolError, match="oversized"):
+            decode(b"\x80" * (most + 1))
+    other = {**msgpack.unpackb(encode_ask(ask)), "version": 99}
+    with pytest.raises(RemoteProtocolError, match="protocol version 99 there"):
+        decode_ask(msgpack.packb(other))
+
+
+# -- claims ---------------------------------------------------------------------------------------------------------
+
+
+def seen(age_s: float = 1.0, **change: object) -> Seen:
+    return Seen(record=replace(RECORD, **change), age_s=age_s)
+
+
+@given(records, records)
+def test_of_two_claims_one_is_better(a: NodeRecord, b: NodeRecord) -> None:
+    if (a.state is State.CLAIMING, a.epoch, a.claimed_at_s, a.incarnation) != (
+        b.state is State.CLAIMING,
+        b.epoch,
+        b.claimed_at_s,
+        b.incarnation,
+    ):
+        assert better(a, b) != better(b, a)
+
+
+@given(st.lists(st.builds(Seen, record=records, age_s=st.floats(0, 400)), max_size=12), st.integers(0, 100))
+def test_only_a_stage_without_a_node_is_chosen(found: list[Seen], drawn: int) -> None:
+    chosen = choose(found, range(4), lambda count: drawn % count)
+    served = {each.record.stage for each in found if each.living}
+    if chosen is None:
+        assert served == set(range(4))
+    else:
+        assert chosen not in served
+        never = {stage for stage in range(4) if all(each.record.stage != stage for each in found)}
+        ages = {stage: min((e.age_s for e in found if e.record.stage == stage), default=1e9) for stage in range(4)}
+        assert (
+            chosen in never if never else ages[chosen] == max(ages[stage] for stage in range(4) if stage not in served)
+        )
+
+
+def test_who_is_lost_longest_needs_a_node_most() -> None:
+    lost = [seen(100, stage=0, incarnation=1), seen(200, stage=1, incarnation=2), seen(stage=2, incarnation=3)]
+    assert needy([*lost, seen(stage=3, incarnation=4)], range(4)) == [1]
+    assert needy(lost, range(4)) == [3]  # never served
+    assert needy([], range(4)) == [0, 1, 2, 3]
+    assert needy(lost, [0, 2]) == [0]  # what a certificate is for
+    assert of_stage(lost, 1) == []
+    assert needy([seen(stage=stage, incarnation=stage) for stage in range(4)], range(4)) == []
+
+
+def test_who_has_settled_is_not_overtaken_by_an_earlier_clock() -> None:
+    settled = replace(RECORD, state=State.STARTING, epoch=0, claimed_at_s=100.0)
+    late = replace(RECORD, state=State.CLAIMING, epoch=0, claimed_at_s=50.0, incarnation=8)
+    assert rival([Seen(record=settled, age_s=0)], late) == settled
+    assert rival([Seen(record=late, age_s=0)], settled) is None
+    later_epoch = replace(RECORD, claimed_at_s=900.0, epoch=3, incarnation=9)
+    assert better(later_epoch, RECORD)  # whose process was replaced
+
+
+def test_a_run_has_begun_when_anybody_has_trained_or_waited_in_that_place() -> None:
+    fresh = {"epoch": 0, "completed_steps": 0, "committed_steps": 0}
+    assert not begun([], 1)
+    assert not begun([seen(state=State.CLAIMING, **fresh), seen(state=State.STARTING, **fresh)], 1)
+    assert not begun([seen(state=State.WAITING, **fresh)], 0)
+    assert begun([seen(state=State.WAITING, **fresh)], 1)
+    assert begun([seen(state=State.TRAINING, **fresh)], 0)
+    assert begun([seen(500, state=State.WAITING)], 0)
+
+
+def test_a_run_is_through_when_somebody_left_after_the_last_step() -> None:
+    assert through([seen(state=State.LEFT, completed_steps=40)], 40)
+    assert not through([seen(state=State.LEFT, completed_steps=39)], 40)
+    assert not through([seen(state=State.WAITING, completed_steps=40)], 40)
+    assert not seen(state=State.LEFT).living
+
+
+def test_larger_swarms_renew_less_often() -> None:
+    assert renew_every_s(4) == 5.0
+    assert renew_every_s(64) == 20.0
+    assert not seen(stale_after_s(4)).living
+    assert seen(stale_after_s(4) - 0.1).living
+
+
+@given(st.integers(2, 6), st.integers(0, 2**32))
+def test_of_many_who_claim_each_stage_is_held_by_one(count: int, seed: int) -> None:
+    """Any interleaving in which writing and reading take less than the settle time; clocks up to 3 s apart."""
+    draw = random.Random(seed)
+    offset_s = [draw.uniform(-3, 3) for _ in range(count)]
+    table: dict[int, NodeRecord] = {}
+    # (time, node, what): each claims at a moment, its words take a while to arrive, as does what it reads.
+    events: list[tuple[float, int, str]] = [(draw.uniform(0, 2 * SETTLE_S), node, "claim") for node in range(count)]
+    held: dict[int, int] = {}
+    while events:
+        events.sort()
+        now, node, what = events.pop(0)
+        delay_s = draw.uniform(0, SETTLE_S / 4)
+        mine = replace(RECORD, incarnation=node, epoch=0, stage=0)
+        if what == "claim":
+            record = replace(mine, state=State.CLAIMING, claimed_at_s=100 + now + offset_s[node])
+            events += [
+                (now + delay_s, node, f"arrives {record.claimed_at_s}"),
+                (now + delay_s + SETTLE_S, node, "look"),
+            ]
+        elif what.startswith("arrives"):
+            table[node] = replace(mine, state=State.CLAIMING, claimed_at_s=float(what.split()[1]))
+        elif what == "look":
+            others = [Seen(record=record, age_s=0) for other, record in table.items() if other != node]
+            if rival(others, table[node]):
+                table[node] = replace(table[node], state=State.LEFT)
+            else:
+                held[node] = 0
+                events.append((now + delay_s, node, "settles"))
+        else:
+            table[node] = replace(table[node], state=State.STARTING)
+    assert len(held) == 1
+
+
+# -- what the DHT's process lets in ---------------------------------------------------------------------------------
+
+OWN = b"[owner:ssh-rsa " + b"A" * 372 + b"]"
+
+
+def test_only_records_of_our_form_are_kept() -> None:
+    subkey, value = msgpack.packb(OWN), msgpack.packb(b"x")
+    assert OWNER.fullmatch(OWN)
+    assert acceptable(subkey, value, 1100.0, 1000.0)
+    for odd_subkey in (
+        b"",
+        msgpack.packb(None),
+        msgpack.packb("text"),
+        msgpack.packb(b"me"),
+        msgpack.packb(OWN + b"x"),
+        b"\xc1",
+    ):
+        assert not acceptable(odd_subkey, value, 1100.0, 1000.0)
+    for odd in (b"", b"\xc1", msgpack.packb("text"), msgpack.packb({}), value + b"more", msgpack.packb(b"x" * 70_000)):
+        assert not acceptable(subkey, odd, 1100.0, 1000.0)
+    for until_s in (float("inf"), float("nan"), 1e6):
+        assert not acceptable(subkey, value, until_s, 1000.0)
+
+
+def test_a_flood_keeps_out_who_comes_and_nobody_who_is_in() -> None:
+    held = Held(records_max=3, bytes_max=100)
+    for name in (b"a", b"b", b"c"):
+        assert held.take((b"key", name), 50.0, 10, 0.0)
+    assert not held.take((b"key", b"d"), 50.0, 10, 1.0)
+    assert held.take((b"key", b"a"), 60.0, 20, 1.0)
+    assert not held.take((b"key", b"a"), 60.0, 90, 1.0)
+    assert held.take((b"key", b"d"), 90.0, 10, 51.0)  # b and c are over

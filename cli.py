@@ -14,6 +14,7 @@ from .commands.common import OneLine
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.training import node, up
+from .commands.watching import doctor, top
 
 app = typer.Typer(
     name="thinpipe",
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (up, node, plan, bench, probe, chaos):
+for command in (up, node, plan, bench, probe, doctor, top, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")

@@ -17,6 +17,7 @@ from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
 from .commands.swarm import dht, status
 from .commands.training import node, up
+from .commands.watching import doctor, top
 
 app = typer.Typer(
     name="thinpipe",
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (up, node, keep, dht, status, summary, plan, bench, probe, chaos):
+for command in (up, node, keep, dht, status, top, summary, doctor, plan, bench, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")

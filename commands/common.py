@@ -63,6 +63,15 @@ KeysDirectory = Annotated[
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="No keys and no encryption, on addresses that others reach too.")
 ]
+Prometheus = Annotated[
+    str | None,
+    typer.Option(
+        "--prometheus", help="Serve figures over HTTP at this port of this machine, or at host:port (none: nowhere)."
+    ),
+]
+TensorBoard = Annotated[
+    bool | None, typer.Option("--tensorboard", help="Also events for TensorBoard, in tensorboard/ of --out.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 
 

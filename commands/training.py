@@ -16,6 +16,8 @@ from .common import (
     KeysDirectory,
     Link,
     Override,
+    Prometheus,
+    TensorBoard,
     configuration,
     fail,
     one_arithmetic_thread,
@@ -76,6 +78,11 @@ def up(
         ),
     ] = None,
     keys: KeysDirectory = None,
+    prometheus: Annotated[
+        str | None,
+        typer.Option(help="Serve figures over HTTP: stage N at this port, or host:port, plus N (none: nowhere)."),
+    ] = None,
+    tensorboard: TensorBoard = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
 ) -> None:
     """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""
@@ -100,13 +107,14 @@ def up(
         "run.seed": seed,
         "checkpoint.every": checkpoint_every,
     }
+    watch = {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
     auto = schedule if schedule and schedule.endswith(":hop=auto") else None
     if auto:
         options["pipeline.schedule"] = auto.removesuffix(":hop=auto")
     if resume is not None:
         auto = None  # the run's own
         config, out, options = _resumed(resume, one_process), resume, {"checkpoint.every": checkpoint_every}
-    settings = configuration(config, options, overrides)
+    settings = configuration(config, {**options, **watch}, overrides)
     from ..node.local import run_local
 
     with run_errors(out):
@@ -172,6 +180,8 @@ def node(
     ] = False,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
+    prometheus: Prometheus = None,
+    tensorboard: TensorBoard = None,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
 ) -> None:
     """Host one stage. Neighbours may start in any order and wait for each other.
@@ -180,7 +190,12 @@ def node(
     else.
     """
     one_arithmetic_thread()
-    options = {"link.link": link, "compute.device": device}
+    options = {
+        "link.link": link,
+        "compute.device": device,
+        "watch.prometheus": prometheus,
+        "watch.tensorboard": tensorboard,
+    }
     if join:
         if next_:
             fail("--next and --join contradict each other: the DHT says where the stage below is; leave one away", 2)

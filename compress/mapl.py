@@ -112,8 +112,9 @@ class MaplSender(Sender):
         self._moved += subspace_angle(before, self._master)
 
     def measures(self) -> dict[str, float]:
-        """Orthonormality errors, angle moved (radians, root mean square over principal angles), and the share of what
-        was to be projected that the projection lost (relative error, root of energies)."""
+        """Orthonormality errors, angle moved (radians, root mean square over principal angles), the share of what
+        was to be projected that the projection lost (relative error, root of energies), and how far what is in use
+        stands from the master, relative to it."""
         whole, kept = self._energy.tolist()
         self._energy.zero_()
         moved, self._moved = self._moved, 0.0
@@ -122,6 +123,7 @@ class MaplSender(Sender):
             "orthonormality_error_shipped": orthonormality_error(self._shipped),
             "angle_moved_rad": moved,
             "reconstruction_error": math.sqrt(max(0.0, 1 - kept / whole)) if whole else 0.0,
+            "staleness": ((self.master - self._shipped.detach()).norm() / self.master.norm()).item(),
         }
         if isinstance(self._tokens, Anchors):
             figures["anchor_norm"] = self._tokens.norm()

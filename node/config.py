@@ -19,6 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..protocol.schedule import ScheduleError, get_schedule
+from ..sim.endpoint import Endpoint
 
 
 class ConfigError(ValueError):
@@ -181,6 +182,20 @@ class ComputeSection(Section):
     )
 
 
+class WatchSection(Section):
+    """Who may look at a node while it runs. Each node may differ: nothing of it reaches the arithmetic."""
+
+    prometheus: str = Field(
+        default="", description="PORT of this machine, or host:port, where this node serves its figures; none: nowhere"
+    )
+    tensorboard: bool = Field(default=False, description="write events for TensorBoard beside the records")
+
+    @field_validator("prometheus")
+    @classmethod
+    def _is_an_endpoint(cls, text: str) -> str:
+        return "" if text in ("", "none") else str(Endpoint.parse(text))
+
+
 class RunConfig(Section):
     """The whole tree; `run.toml` has one table per section."""
 
@@ -193,6 +208,7 @@ class RunConfig(Section):
     link: LinkSection = LinkSection()
     compute: ComputeSection = ComputeSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    watch: WatchSection = WatchSection()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
@@ -228,8 +244,8 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Hex SHA-256 of all that must agree between the nodes of a run.
 
-        Left out: paths (they differ between machines), the device, how a node's own link is shaped and buffered, and
-        when it writes checkpoints.
+        Left out: paths (they differ between machines), the device, how a node's own link is shaped and buffered,
+        when it writes checkpoints, and who looks at it.
         The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
         """
         exclude = {
@@ -238,6 +254,7 @@ class RunConfig(Section):
             "link": True,
             "compute": {"device"},
             "checkpoint": True,
+            "watch": True,
         }
         tree = self.model_dump(mode="json", exclude=exclude)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

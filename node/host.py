@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
@@ -25,6 +26,7 @@ from ..compress.boundary import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.errors import ProtocolError
 from ..protocol.greeting import TABLE_DIGEST, Identity
+from ..sim.endpoint import EndpointError
 from ..sim.shaper import LinkError, LinkProfile
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
@@ -45,6 +47,7 @@ from .stage import Stage
 from .state import StateError
 from .transport import ListenError, check_listen, listening, split_address
 from .transport import serving as serving_only
+from .watching import Watching
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -202,11 +205,19 @@ class HostOptions:
 def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptions) -> None:
     """Run one stage until the configured steps are done. Raises HostError."""
     out, trace = options.out, options.trace
-    metrics = MetricsWriter(out / f"stage-{stage}.jsonl", append=options.resume)
+    try:
+        watching = Watching(config.watch, out, stage=stage, replaces=options.resume)
+    except EndpointError as error:
+        raise HostError(str(error), 2) from None
+    metrics = MetricsWriter(out / f"stage-{stage}.jsonl", append=options.resume, view=watching.take)
     tracer = Tracer(stage=stage, enabled=trace)
     metrics.write(
         "start",
         stage=stage,
+        run=config.run.name,
+        stages=config.pipeline.stages,
+        steps=config.run.steps,
+        host=socket.gethostname(),
         process=os.getpid(),
         listen=addresses.listen,
         next=addresses.next,
@@ -222,17 +233,20 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
     sys.setswitchinterval(0.0005)
     try:
         asyncio.run(_host(config, stage, addresses, options, metrics, tracer, on_fault))
+        metrics.write("exit", exit_code=0)
     except Exception as error:
         cause = _first(error)
         exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
-        if exit_code is None:
-            raise  # a bug, with its traceback
         line = str(cause) or type(cause).__name__
         metrics.write("fault", code=type(cause).__name__, reason=line)
+        metrics.write("exit", exit_code=1 if exit_code is None else exit_code)
+        if exit_code is None:
+            raise  # a bug, with its traceback
         raise HostError(line, exit_code) from None
     finally:
         if options.membership:
             options.membership.leave()
+        watching.close()
         tracer.save(out / f"trace-stage-{stage}.json")
         metrics.close()
 

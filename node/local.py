@@ -17,10 +17,11 @@ from typing import Any
 from rich.console import Console
 
 from ..sim.console import RunDisplay, summary_tables
+from ..sim.endpoint import Endpoint, EndpointError
 from ..sim.isolation import isolated
 from ..sim.report import read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
-from ..sim.swarm import SwarmError, run_swarm
+from ..sim.swarm import SwarmError, Watch, run_swarm
 from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config
@@ -31,7 +32,7 @@ from .one_process import OneProcess
 from .plan import with_depth
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
-RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png")
+RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
 
 
 class LocalRunError(RuntimeError):
@@ -80,6 +81,7 @@ def run_local(
     namespaces, isolation, isolated_by = ExitStack(), None, None
     try:
         width = _check(config)
+        watch = _watch(config, isolate=isolate)
         if isolate and one_process:
             raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
         if one_process and config.compute.pace:
@@ -116,12 +118,13 @@ def run_local(
                     restarts=restarts,
                     isolation=isolation,
                     keys=keys,
+                    watch=watch,
                     on_progress=display.update,
                 )
                 isolated_by = isolation.record() if isolation else None
         if trace and not one_process:
             draw(merge(out, config.pipeline.stages), config.pipeline.stages, out / "trace.png")
-    except (*BAD_INPUT, KernelLinkError) as error:
+    except (*BAD_INPUT, KernelLinkError, EndpointError) as error:
         raise LocalRunError(str(error), 2) from None
     except SwarmError as error:
         raise LocalRunError(str(error), error.exit_code) from None
@@ -159,6 +162,20 @@ def _check(config: RunConfig) -> int:
     check_codec(config, architecture)
     partition(architecture.num_hidden_layers, config.pipeline.stages)
     return architecture.hidden_size
+
+
+def _watch(config: RunConfig, *, isolate: bool) -> Watch:
+    """Who may look at the nodes. Raises ConfigError or EndpointError where they could not."""
+    first = Endpoint.parse(config.watch.prometheus) if config.watch.prometheus else None
+    if first and isolate:
+        raise ConfigError(
+            "--prometheus: nobody outside of its namespace reaches a node of --isolate; leave one of the two away, and "
+            "watch the records with thinpipe top"
+        )
+    if first:
+        for stage in range(config.pipeline.stages):
+            first.of_stage(stage).check_free()
+    return Watch(prometheus=first, tensorboard=config.watch.tensorboard)
 
 
 def _check_room(out: Path, overwrite: bool) -> None:

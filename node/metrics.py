@@ -4,7 +4,8 @@ The JSON lines are the truth; progress bar, summary and report all read the same
 and flushed at once, so a run that is killed leaves everything up to its last step. Why not a metrics library: a reader
 needs nothing but `json`, and the records outlive the processes.
 
-Record kinds (`event`): start, step, evaluation, fault, end. Units are in the names.
+Record kinds (`event`): start, ready, step, evaluation, checkpoint, copy, halt, rewind, fault, end, exit. Units are in
+the names. Whoever looks at a run while it goes on (`node.watching`) is given the same records.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -22,16 +23,23 @@ from typing import Any, Literal, TextIO
 class MetricsWriter:
     """Appends records to `stage-<n>.jsonl`."""
 
-    def __init__(self, path: Path, *, append: bool = False) -> None:
-        """append: after the records of the process whose place this one takes, less the one that it broke off in."""
+    def __init__(
+        self, path: Path, *, append: bool = False, view: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
+        """append: after the records of the process whose place this one takes, less the one that it broke off in.
+        view: is given each record once it is written."""
+        self._view = view
         with path.open("a+b") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1 if append else 0)
         self._file: TextIO = path.open("a", encoding="utf-8")  # always: one that was replaced may wake up and write
 
     def write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time_s": time.time(), **fields}) + "\n")
+        record = {"event": event, "time_s": time.time(), **fields}
+        self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+        if self._view:
+            self._view(record)
 
     def close(self) -> None:
         self._file.close()

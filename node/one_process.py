@@ -25,6 +25,8 @@ from ..protocol.schedule import (
     get_schedule,
     interleave,
 )
+from ..sim.endpoint import Endpoint
+from ..sim.report import dense_bytes_one_way
 from ..sim.shaper import LinkProfile
 from .config import RunConfig
 from .data import vocabulary_size
@@ -36,6 +38,7 @@ from .ports import Encoded
 from .runtime import draw
 from .sizes import accounted
 from .stage import Stage
+from .watching import Watching
 
 Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
 
@@ -58,7 +61,17 @@ class OneProcess:
         self._mail: Mail = {}
         self._cpu_s = 0.0
         self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
-        self._metrics = [MetricsWriter(out / f"stage-{stage.index}.jsonl") for stage in self.stages] if out else []
+        self._watching: list[Watching] = []
+        self._metrics = [self._records(out, stage.index) for stage in self.stages] if out else []
+
+    def _records(self, out: Path, index: int) -> MetricsWriter:
+        """Of one stage, with those who look at them."""
+        settings = self.config.watch
+        if settings.prometheus:
+            own = Endpoint.parse(settings.prometheus).of_stage(index)
+            settings = settings.model_copy(update={"prometheus": str(own)})
+        self._watching.append(Watching(settings, out, stage=index))
+        return MetricsWriter(out / f"stage-{index}.jsonl", view=self._watching[-1].take)
 
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
         """Run all steps; returns the training losses and the final held-out loss."""
@@ -183,15 +196,17 @@ class OneProcess:
             loop_cpu_s=0.0,  # there is no event loop
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
+            dense_bytes=len(self.sent[index]) * dense_bytes_one_way(width=self.stages[index].width, tokens=tokens),
             rss_bytes=rss_bytes(),
             codec=self.stages[index].measures(),
+            dictionaries=self.stages[index].dictionaries(),
             **self.watches[index].take(),
         )
 
     def close(self) -> None:
         """Close the records, also of a run that failed."""
-        for metrics in self._metrics:
-            metrics.close()
+        for each in (*self._metrics, *self._watching):
+            each.close()
 
     def _end(self, train_s: float) -> None:
         for stage, metrics, watch, sent in zip(

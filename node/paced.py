@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -115,6 +115,7 @@ class PacedStage(Stage):
         assert config.compute.pace is not None
         self.config, self.index = config, index
         self.first, self.last = index == 0, index == config.pipeline.stages - 1
+        self.width = architecture.hidden_size
         self.token_table_digest = ""
         self.upstream_port = None if self.first else SizedUpstreamPort(Sizes(config, architecture, index - 1))
         self.downstream_port = None if self.last else SizedDownstreamPort(Sizes(config, architecture, index))
@@ -188,6 +189,9 @@ class PacedStage(Stage):
         figures = {"paced_s": self._paced_s, "late_s": self._late_s}
         self._paced_s = self._late_s = 0.0
         return figures
+
+    def dictionaries(self) -> list[dict[str, Any]]:
+        return []
 
     def state_tensors(self) -> dict[str, Tensor]:
         return {}

@@ -38,6 +38,8 @@ from .tables import TableReceiver, TableSender, dictionary_of
 
 # Evaluation happens at a step too; its random keys (codecs that use any) must not repeat those of training.
 EVALUATION_MICROBATCH_OFFSET = 2**31
+# What people call the tables whose ends a checkpoint keeps under these names, and `_above` or `_below`.
+NAMES = {"table": "projector", "activation_codebook": "activations", "gradient_codebook": "gradients"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +190,19 @@ class _Port:
             for follower in followers
         ]
         return [take() for take in adopt]
+
+    def dictionaries(self) -> list[dict[str, Any]]:
+        """Of which table an end is here, which end, and its version (epoch, step, microbatch, number), for records."""
+        return [
+            {
+                "boundary": self.shape.boundary,
+                "dictionary": NAMES[name.rpartition("_")[0]],
+                "end": "owner" if isinstance(end, TableSender) else "mirror",
+                "version": end.version and list(end.version),
+            }
+            for name, end in self.ends.items()
+            if isinstance(end, TableSender | TableReceiver)
+        ]
 
     def forget(self) -> None:
         """What came since the last restored state, or ever, was another process's, and nothing of it was used."""

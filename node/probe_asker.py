@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
 import grpc.aio
 
+from .. import __version__
 from ..protocol.errors import ProtocolError, RefusedError
 from ..protocol.framing import framed_bytes
 from ..protocol.messages import Refusal
-from ..protocol.probing import Ballast, Done, Echo, Measured, Said, Terms, Turn, decode_probe, encode_probe
+from ..protocol.probing import (
+    About,
+    Ballast,
+    Dialled,
+    Done,
+    Echo,
+    Measured,
+    Outcome,
+    Said,
+    Terms,
+    Turn,
+    Visit,
+    decode_probe,
+    encode_probe,
+)
 from ..sim.link_check import SteadyRate
 from ..sim.shaper import LinkProfile
 from .outgoing import Write
@@ -60,9 +75,64 @@ async def ask(
         jitter_us=int(profile.jitter_s * 1e6),
         burst_bytes=profile.burst_bytes if profile.rate_bits_per_s else 0,
     )
-    try:
+    with _named(address):
         async with _stream(address, deadline_s, security) as (read, write):
             return await _Conversation(address, profile, wish, read, write, deadline_s).run()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visited:
+    """offset_s: how far the clock there is ahead of ours, give or take half the round trip. outcome: None if nothing
+    was to be dialled."""
+
+    about: About
+    round_trip_s: float
+    offset_s: float
+    outcome: Outcome | None
+
+
+async def visit(
+    address: str, *, port: int, token: bytes, deadline_s: float = WAIT_S, security: Security = PLAIN
+) -> Visited:
+    """Ask the node at `address` who it is, how late it is there, and to dial `port` of this machine (0: not).
+
+    token: `TOKEN_BYTES`; the other side proves with it that it dialled (`knock`). Raises ProbeError.
+    """
+    with _named(address):
+        async with _stream(address, deadline_s, security) as (read, write):
+
+            async def next_frame() -> bytes | None:
+                return await read()
+
+            async def hear(kind: type[T], what: str) -> T:
+                raw = await within(deadline_s, next_frame(), f"{address} {what}")
+                if raw is None:
+                    raise ConnectionError("the stream ended")
+                said = decode_probe(raw)
+                if isinstance(said, Refusal):
+                    raise RefusedError(said.code, said.reason)
+                if not isinstance(said, kind):
+                    raise ConnectionError("another frame than was due")
+                return said
+
+            asked_s, began = time.time(), time.monotonic()
+            await write(encode_probe(Visit(port=port, token=token, version=__version__)))
+            about = await hear(About, "does not say who it is")
+            trip_s = time.monotonic() - began
+            dialled = await hear(Dialled, "does not say what came of dialling back") if port else None
+            return Visited(
+                about=about,
+                round_trip_s=trip_s,
+                offset_s=about.unix_us / 1e6 - asked_s - trip_s / 2,
+                outcome=dialled and dialled.outcome,
+            )
+
+
+@contextmanager
+def _named(address: str) -> Iterator[None]:
+    """What can go wrong on the way, as a ProbeError that says which of it it was."""
+    try:
+        yield
     except RefusedError as error:
         raise ProbeError(f"{address} refuses the probe: {error}", 1) from None
     except ProtocolError as error:

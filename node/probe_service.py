@@ -16,31 +16,39 @@ import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
+from urllib.parse import unquote
 
+from .. import __version__
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.framing import framed_bytes
 from ..protocol.probing import (
     BALLAST_BYTES_MAX,
     LATENCY_S_MAX,
     SECONDS_MAX,
+    About,
     Answerer,
     Ballast,
+    Dialled,
     Done,
     Echo,
     Measured,
     NotNow,
+    Outcome,
     Phase,
     Terms,
     Turn,
+    Visit,
     ballast_frame,
     decode_probe,
     encode_probe,
+    knock,
 )
 from ..sim.link_check import SteadyRate
 from ..sim.shaper import DEFAULT_BURST_BYTES, LinkProfile, Shaper
 from .outgoing import Write
 
 WAIT_S = 10.0  # for one frame to come or go
+DIAL_S = 5.0  # to be there, when a visitor is dialled back
 WHOLE_S = 2 * (SECONDS_MAX + LATENCY_S_MAX) + 4 * WAIT_S  # for a probe
 HEAD_SHARE = 0.25  # of a direction's time or bytes: not counted
 BALLAST_BYTES_LEAST = 4 * 1024
@@ -99,6 +107,34 @@ class Pacer:
         await self.say(encode_probe(Done()))
 
 
+def host_of(peer: str) -> str:
+    """The address in gRPC's `ipv4:1.2.3.4:567` or `ipv6:%5B::1%5D:567`; "" for what is none."""
+    kind, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    return host if kind in ("ipv4", "ipv6") else ""
+
+
+async def dial_back(host: str, port: int, words: bytes) -> Outcome:
+    """Connect, say that, and hang up. host "": nobody knows where the visit came from, and nobody is dialled."""
+    if not host:
+        return Outcome.UNREACHABLE
+    try:
+        async with asyncio.timeout(DIAL_S):
+            _, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(words)
+                await writer.drain()
+            finally:
+                writer.close()
+    except TimeoutError:
+        return Outcome.SILENT
+    except ConnectionRefusedError:
+        return Outcome.REFUSED
+    except OSError:
+        return Outcome.UNREACHABLE
+    return Outcome.CONNECTED
+
+
 class ProbeService:
     """Answers probes, for one listener. busy: whether this node is in a run, so that its wire is not to be filled."""
 
@@ -106,15 +142,19 @@ class ProbeService:
         self.answered = asyncio.Event()  # a probe has come to its end, however
         self._busy, self._terms_timeout_s, self._wait_s = busy, terms_timeout_s, wait_s
         self._taken = False
+        self._dialling = False
 
-    async def serve(self, read: Read, write: Write) -> None:
-        """One stream, to its end. Raises RemoteProtocolError, which the peer is still to be told."""
+    async def serve(self, read: Read, write: Write, peer: str = "") -> None:
+        """One stream, to its end. peer: where it comes from, in gRPC's spelling. Raises RemoteProtocolError, which the
+        peer is still to be told."""
         only = self._busy()
         rules = Answerer(round_trips_only=only)
         raw = await self._next(read, self._terms_timeout_s, "no terms")
         if raw is None:
-            return
+            return None
         terms = rules.receive(decode_probe(raw))
+        if isinstance(terms, Visit):
+            return await self._visited(terms, write, host_of(peer))
         if self._taken:  # only now: who says nothing takes nobody's place
             raise NotNow("another probe is under way here, and two would share the path; try again in a moment")
         self._taken = True
@@ -127,6 +167,23 @@ class ProbeService:
         finally:
             self._taken = False
             self.answered.set()
+
+    async def _visited(self, visit: Visit, write: Write, host: str) -> None:
+        """Answer, and dial back where the visit comes from, one at a time."""
+        about = About(version=__version__, unix_us=time.time_ns() // 1000, seen_as=host, in_a_run=self._busy())
+        async with asyncio.timeout(WAIT_S):
+            await write(encode_probe(about))
+        if not visit.port:
+            return
+        if self._dialling:
+            raise NotNow("this node dials another visitor back; try again in a moment")
+        self._dialling = True
+        try:
+            outcome = await dial_back(host, visit.port, knock(visit.token))
+        finally:
+            self._dialling = False
+        async with asyncio.timeout(WAIT_S):
+            await write(encode_probe(Dialled(outcome)))
 
     async def _next(self, read: Read, timeout_s: float, what: str) -> bytes | None:
         try:

@@ -28,6 +28,7 @@ from ..protocol.schedule import (
     get_schedule,
 )
 from ..sim.link_check import LinkCheck
+from ..sim.report import dense_bytes_one_way
 from .account import Account
 from .config import RunConfig
 from .data import Corpus
@@ -315,8 +316,11 @@ class Node:
             loop_cpu_s=round(lap.thread_cpu_s, 6),
             tokens_per_s=round(tokens / seconds, 3),
             sent_bytes={link.name: dict(link.sent) for link in self._links},
+            dense_bytes=len(self._links) * dense_bytes_one_way(width=self.stage.width, tokens=tokens),
+            links=[self.account.step_record(link, seconds) for link in self._links],
             rss_bytes=rss_bytes(),
             codec=self._measures,
+            dictionaries=self.stage.dictionaries(),
             **spent,
         )
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -73,6 +73,7 @@ class Stage:
             compile=config.compute.compile,
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
         )
+        self.width = self.model.width
         self.upstream_port: UpstreamPort | None = None
         self.downstream_port: DownstreamPort | None = None
         self.token_table_digest, self.tokens = self._tokens()
@@ -284,6 +285,10 @@ class Stage:
             if port:
                 figures |= {f"{name}_{figure}": value for figure, value in port.measures().items()}
         return figures
+
+    def dictionaries(self) -> list[dict[str, Any]]:
+        """The dictionaries of which an end is here, with their versions now, for the records."""
+        return [said for port in self._ports for said in port.dictionaries()]
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,11 @@ class TableSender:
         return self._publisher.version is not None
 
     @property
+    def version(self) -> Version | None:
+        """Of what was published last."""
+        return self._publisher.version
+
+    @property
     def shipped(self) -> np.ndarray:
         """What the other end will hold (entries, width)."""
         return self._publisher.shipped
@@ -154,6 +159,12 @@ class TableReceiver:
         self._mirror = mirroring(self.spec, self._epoch, held)
         # Replaced as a whole and never changed: one thread unpacks, another one asks for the state.
         self._latest: tuple[Held, ...] = () if held is None else (held_by(self._mirror),)
+
+    @property
+    def version(self) -> Version | None:
+        """Of what arrived last."""
+        latest = self._latest
+        return latest[-1].version if latest else None
 
     def forget(self) -> Tensor | None:
         """What came since the last `restore`, or ever, was another process's, and nothing of it was used. The table as

@@ -130,7 +130,7 @@ def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN)
 
         try:
             security.admit_any(context)
-            await probes.serve(read, write)
+            await probes.serve(read, write, context.peer())
         except RemoteProtocolError as error:
             if not isinstance(error, NotNow):
                 report(error.fault, f"probe: refused the peer at {context.peer()}: {error}")

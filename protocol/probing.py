@@ -5,6 +5,10 @@ to, which are the wish cut down to its own limits. Then, in this order: echoes, 
 answering side sends ballast until it is done; ballast of the asking side until that is done; what arrived of it. The
 receiver of ballast measures, because a sender sees only how fast its own buffers take what it writes.
 
+Or it pays a visit: who are you, how late is it there, can you dial me back? Whether a machine can be reached cannot be
+seen from that machine. The other side dials the address that the visit comes from and no other, says a knock there that
+whoever asked can tell from a stranger's, and hangs up; so it is of no use to reach anybody else.
+
 Why not in the streams of a run: a path is measured before there is a run, by whoever can reach the port, so nothing of
 a run may depend on it. Hence limits of this side alone: a wish of any size is cut down and allocates nothing, and what
 goes beyond the terms is refused. `decode_probe` raises RemoteProtocolError and nothing else, whatever the bytes.
@@ -12,8 +16,9 @@ goes beyond the terms is refused. `decode_probe` raises RemoteProtocolError and 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, IntEnum
 
 from google.protobuf.message import DecodeError
 
@@ -29,6 +34,7 @@ LATENCY_S_MAX = 1.0
 RATE_BITS_PER_S = (10_000, 10**12)  # that a side shapes by
 BURST_BYTES_MAX = 2**24
 BALLAST_BYTES_MAX = 64 * 1024  # in a frame
+TOKEN_BYTES = 16
 PROBE_FRAME_BYTES_MAX = BALLAST_BYTES_MAX + 2**13  # or a refusal, whose texts are bounded
 
 
@@ -95,7 +101,48 @@ class Measured:
     microseconds: int
 
 
-Said = Terms | Echo | Turn | Ballast | Done | Measured | Refusal
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Visit:
+    """port 0: do not dial back. version: of the program. token: `TOKEN_BYTES` that nobody else knows."""
+
+    port: int
+    token: bytes
+    version: str
+    protocol_version: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class About:
+    """unix_us: the clock there. seen_as: the address that the visit came from."""
+
+    version: str
+    unix_us: int
+    seen_as: str
+    in_a_run: bool
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class Outcome(IntEnum):
+    """Of dialling back."""
+
+    CONNECTED = 1
+    REFUSED = 2  # nobody listens there
+    SILENT = 3  # no answer in time
+    UNREACHABLE = 4  # no way there
+
+
+@dataclass(frozen=True, slots=True)
+class Dialled:
+    outcome: Outcome
+
+
+Said = Terms | Echo | Turn | Ballast | Done | Measured | Visit | About | Dialled | Refusal
+
+
+def knock(token: bytes) -> bytes:
+    """What is said to who is dialled back: it proves that this is the other side of the visit, and whoever asked does
+    not choose what is sent to a port of its address."""
+    return b"thinpipe " + hashlib.sha256(b"thinpipe knock " + token).hexdigest().encode() + b"\n"
 
 
 class NotNow(RemoteProtocolError):
@@ -108,7 +155,7 @@ class NotNow(RemoteProtocolError):
 _TERMS = [field.name for field in pb.ProbeTerms.DESCRIPTOR.fields]
 
 
-def encode_probe(said: Terms | Echo | Turn | Done | Measured) -> bytes:
+def encode_probe(said: Terms | Echo | Turn | Done | Measured | Visit | About | Dialled) -> bytes:
     match said:
         case Terms():
             values = {name: getattr(said, name) for name in _TERMS}
@@ -123,6 +170,22 @@ def encode_probe(said: Terms | Echo | Turn | Done | Measured) -> bytes:
         case Measured():
             measured = pb.ProbeMeasured(bytes=said.bytes, microseconds=said.microseconds)
             return pb.ProbeFrame(measured=measured).SerializeToString()
+        case Visit():
+            visit = pb.ProbeVisit(
+                protocol_version=said.protocol_version, version=said.version, port=said.port, token=said.token
+            )
+            return pb.ProbeFrame(visit=visit).SerializeToString()
+        case About():
+            about = pb.ProbeAbout(
+                protocol_version=said.protocol_version,
+                version=said.version,
+                unix_us=said.unix_us,
+                seen_as=said.seen_as,
+                in_a_run=int(said.in_a_run),
+            )
+            return pb.ProbeFrame(about=about).SerializeToString()
+        case Dialled():
+            return pb.ProbeFrame(dialled=pb.ProbeDialled(outcome=said.outcome)).SerializeToString()
 
 
 def ballast_frame(data: bytes) -> bytes:
@@ -138,7 +201,9 @@ def decode_probe(raw: bytes) -> Said:
         frame.ParseFromString(raw)
     except DecodeError:
         raise RemoteProtocolError(Fault.MALFORMED, f"{len(raw)} bytes are not a frame: {raw[:16].hex()}…") from None
-    other_version = frame.HasField("terms") and frame.terms.protocol_version != PROTOCOL_VERSION
+    # These are the frames that say a version, and another one may have more to say in them.
+    versions = [getattr(frame, name).protocol_version for name in ("terms", "visit", "about") if frame.HasField(name)]
+    other_version = any(version != PROTOCOL_VERSION for version in versions)
     frame.DiscardUnknownFields()
     if frame.ByteSize() != len(raw) and not other_version:
         raise RemoteProtocolError(Fault.MALFORMED, f"{len(raw)} bytes, of which one frame takes {frame.ByteSize()}")
@@ -162,8 +227,37 @@ def decode_probe(raw: bytes) -> Said:
             return Done()
         case "measured":
             return Measured(frame.measured.bytes, frame.measured.microseconds)
+        case "visit":
+            return _visit(frame.visit)
+        case "about":
+            return _about(frame.about)
+        case "dialled":
+            if frame.dialled.outcome not in list(Outcome):
+                raise RemoteProtocolError(Fault.MALFORMED, f"outcome = {frame.dialled.outcome}")
+            return Dialled(Outcome(frame.dialled.outcome))
         case _:
             raise RemoteProtocolError(Fault.MALFORMED, f"a frame of {len(raw)} bytes with no known body")
+
+
+def _visit(visit: pb.ProbeVisit) -> Visit:
+    check_text("version", visit.version)
+    if visit.port > 65535 or len(visit.token) != TOKEN_BYTES:
+        raise RemoteProtocolError(Fault.MALFORMED, f"port {visit.port}, a token of {len(visit.token)} bytes")
+    return Visit(port=visit.port, token=visit.token, version=visit.version, protocol_version=visit.protocol_version)
+
+
+def _about(about: pb.ProbeAbout) -> About:
+    check_text("version", about.version)
+    check_text("address", about.seen_as)
+    if about.in_a_run > 1:
+        raise RemoteProtocolError(Fault.MALFORMED, f"in_a_run = {about.in_a_run}")
+    return About(
+        version=about.version,
+        unix_us=about.unix_us,
+        seen_as=about.seen_as,
+        in_a_run=bool(about.in_a_run),
+        protocol_version=about.protocol_version,
+    )
 
 
 class Phase(Enum):
@@ -188,8 +282,9 @@ class Answerer:
         self._round_trips_only = round_trips_only
         self._echoes = 0
 
-    def receive(self, said: Said) -> Terms | Echo | Turn | Ballast | Done:
-        """Terms, Echo: say it. Turn: send ballast and Done. Ballast: count it. Done: say what was measured."""
+    def receive(self, said: Said) -> Terms | Echo | Turn | Ballast | Done | Visit:
+        """Terms, Echo: say it. Turn: send ballast and Done. Ballast: count it. Done: say what was measured. Visit: say
+        About, and if there is a port, dial it and say what came of it; of whatever version, as that is the question."""
         match self.phase, said:
             case Phase.TERMS, Terms():
                 if said.protocol_version != PROTOCOL_VERSION:
@@ -199,6 +294,9 @@ class Answerer:
                 only = self._round_trips_only or said.round_trips_only
                 self.terms = replace(said.within_limits(), round_trips_only=only)
                 return self.terms
+            case Phase.TERMS, Visit():
+                self.phase = Phase.OVER
+                return said
             case Phase.ECHOES, Echo() if self._echoes < ECHOES_MAX:
                 self._echoes += 1
                 return said

@@ -253,7 +253,7 @@ class CopyDeclined(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ProbeFrame(_message.Message):
-    __slots__ = ("terms", "refusal", "echo", "turn", "ballast", "done", "measured")
+    __slots__ = ("terms", "refusal", "echo", "turn", "ballast", "done", "measured", "visit", "about", "dialled")
     TERMS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +261,9 @@ class ProbeFrame(_message.Message):
     BALLAST_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
+    VISIT_FIELD_NUMBER: _ClassVar[int]
+    ABOUT_FIELD_NUMBER: _ClassVar[int]
+    DIALLED_FIELD_NUMBER: _ClassVar[int]
     terms: ProbeTerms
     refusal: Refusal
     echo: ProbeEcho
@@ -268,7 +271,10 @@ class ProbeFrame(_message.Message):
     ballast: ProbeBallast
     done: ProbeDone
     measured: ProbeMeasured
-    def __init__(self, terms: _Optional[_Union[ProbeTerms, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., echo: _Optional[_Union[ProbeEcho, _Mapping]] = ..., turn: _Optional[_Union[ProbeTurn, _Mapping]] = ..., ballast: _Optional[_Union[ProbeBallast, _Mapping]] = ..., done: _Optional[_Union[ProbeDone, _Mapping]] = ..., measured: _Optional[_Union[ProbeMeasured, _Mapping]] = ...) -> None: ...
+    visit: ProbeVisit
+    about: ProbeAbout
+    dialled: ProbeDialled
+    def __init__(self, terms: _Optional[_Union[ProbeTerms, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., echo: _Optional[_Union[ProbeEcho, _Mapping]] = ..., turn: _Optional[_Union[ProbeTurn, _Mapping]] = ..., ballast: _Optional[_Union[ProbeBallast, _Mapping]] = ..., done: _Optional[_Union[ProbeDone, _Mapping]] = ..., measured: _Optional[_Union[ProbeMeasured, _Mapping]] = ..., visit: _Optional[_Union[ProbeVisit, _Mapping]] = ..., about: _Optional[_Union[ProbeAbout, _Mapping]] = ..., dialled: _Optional[_Union[ProbeDialled, _Mapping]] = ...) -> None: ...
 
 class ProbeTerms(_message.Message):
     __slots__ = ("protocol_version", "milliseconds", "bytes", "rate_bits_per_s", "latency_us", "jitter_us", "burst_bytes", "round_trips_only")
@@ -317,3 +323,35 @@ class ProbeMeasured(_message.Message):
     bytes: int
     microseconds: int
     def __init__(self, bytes: _Optional[int] = ..., microseconds: _Optional[int] = ...) -> None: ...
+
+class ProbeVisit(_message.Message):
+    __slots__ = ("protocol_version", "version", "port", "token")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    version: str
+    port: int
+    token: bytes
+    def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., port: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
+
+class ProbeAbout(_message.Message):
+    __slots__ = ("protocol_version", "version", "unix_us", "seen_as", "in_a_run")
+    PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UNIX_US_FIELD_NUMBER: _ClassVar[int]
+    SEEN_AS_FIELD_NUMBER: _ClassVar[int]
+    IN_A_RUN_FIELD_NUMBER: _ClassVar[int]
+    protocol_version: int
+    version: str
+    unix_us: int
+    seen_as: str
+    in_a_run: int
+    def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., unix_us: _Optional[int] = ..., seen_as: _Optional[str] = ..., in_a_run: _Optional[int] = ...) -> None: ...
+
+class ProbeDialled(_message.Message):
+    __slots__ = ("outcome",)
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    outcome: int
+    def __init__(self, outcome: _Optional[int] = ...) -> None: ...

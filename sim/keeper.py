@@ -28,7 +28,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .swarm import Tail, node_environment
+from .swarm import node_environment
+from .tail import RecordTail
 
 POLL_S = 0.5
 STARTING_S = 120.0  # imports, the model and the neighbours: no step is expected earlier
@@ -94,7 +95,7 @@ def ended_after(run: Path, stage: int) -> int | None:
     for line in lines[1:] if cut else lines:
         record = json.loads(line)
         if record["event"] in ("start", "end"):
-            steps = record.get("steps")
+            steps = record["steps"] if record["event"] == "end" else None
     return steps
 
 
@@ -237,7 +238,7 @@ class Keeper:
     def _one_life(self, stage: int, lock: int) -> int:
         post, records = self.post, self.post.run / f"stage-{stage}.jsonl"
         resume = began(post.run, stage)
-        tail = Tail(records, offset=records.stat().st_size if resume else 0)
+        tail, newest = RecordTail(records, offset=records.stat().st_size if resume else 0), None
         if resume:
             self._say(f"stage {stage} has been started before; it goes on from its newest checkpoint")
         self._moved_s, longest_s, shown = time.monotonic() + STARTING_S - PROGRESS_S, 0.0, None
@@ -256,13 +257,14 @@ class Keeper:
             try:
                 return self._node.wait(POLL_S)
             except subprocess.TimeoutExpired:
-                tail.read()
-            if tail.step and tail.step is not shown:
+                for record in tail.read():
+                    newest = record if record["event"] == "step" else newest
+            if newest and newest is not shown:
                 self._moved_s = time.monotonic()
-                longest_s = max(longest_s, tail.step["seconds"])
+                longest_s = max(longest_s, newest["seconds"])
                 if stage == 0:
-                    self._show(tail.step, shown)
-                shown = tail.step
+                    self._show(newest, shown)
+                shown = newest
             quiet_s = time.monotonic() - self._moved_s
             if quiet_s <= max(PROGRESS_S, PROGRESS_STEPS * longest_s):
                 self._healthy(f"stage {stage}: step {shown['step'] + 1}" if shown else f"stage {stage} starts")

@@ -28,7 +28,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def dense_bytes(*, width: int, tokens: int, stages: int) -> int:
     """What an uncompressed bf16 pipeline moves, both ways, over all boundaries."""
-    return 2 * width * tokens * 2 * (stages - 1)
+    return dense_bytes_one_way(width=width, tokens=tokens) * 2 * (stages - 1)
+
+
+def dense_bytes_one_way(*, width: int, tokens: int) -> int:
+    """The same over one boundary in one direction: bf16 is two bytes."""
+    return 2 * width * tokens
 
 
 def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:

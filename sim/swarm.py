@@ -8,7 +8,6 @@ module and share its file descriptors; a node must be exactly what runs on a sep
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .endpoint import Endpoint
 from .isolation import PORT, Isolation
+from .tail import RecordTail
 
 STOP_GRACE_S = 5.0
 POLL_S = 0.1
@@ -76,17 +77,18 @@ def run_swarm(
     disks: Path | None = None,
     isolation: Isolation | None = None,
     keys: Path | None = None,
+    watch: Watch | None = None,
     on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
     from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
-    again; the others wait for it. `disks`, `isolation`, `keys`: see `Swarm`. Raises SwarmError when a node ends early
-    otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run
-    after the step under way.
+    again; the others wait for it. `disks`, `isolation`, `keys`, `watch`: see `Swarm`. Raises SwarmError when a node
+    ends early otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends
+    the run after the step under way.
     """
-    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys)
+    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch)
     before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
     try:
         for stage in range(stages):
@@ -97,13 +99,26 @@ def run_swarm(
         swarm.stop()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Who may look at the nodes. prometheus: where stage 0 serves its figures, each further stage one port further."""
+
+    prometheus: Endpoint | None = None
+    tensorboard: bool = False
+
+    def options(self, stage: int) -> list[str]:
+        """Of the command line of `stage`, whatever run.toml says."""
+        where = str(self.prometheus.of_stage(stage)) if self.prometheus else "none"
+        return ["--prometheus", where, *(["--tensorboard"] if self.tensorboard else [])]
+
+
 class Swarm:
     """The node processes of a run on this machine. A stage keeps its port, whichever process serves it.
 
     ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
     own; None: one for all. isolation: the namespaces that the nodes run in, which have one each. keys: directory of a
-    certificate that names all stages, for TLS between them.
+    certificate that names all stages, for TLS between them. watch: who may look at the nodes (nobody).
     """
 
     def __init__(
@@ -117,8 +132,10 @@ class Swarm:
         disks: Path | None = None,
         isolation: Isolation | None = None,
         keys: Path | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.run, self._disks, self._isolation, self._keys = run, disks, isolation, keys
+        self._watch = watch or Watch()
         self.nodes: list[Node | None] = [None] * stages
         self.ports = ports or ([PORT] * stages if isolation else free_ports(stages))
         self._next_ports = next_ports or self.ports
@@ -137,6 +154,7 @@ class Swarm:
             options += ["--set", f"checkpoint.directory={disk}"]
         if self._trace:
             options.append("--trace")
+        options += self._watch.options(stage)
         prefix: list[str] = []
         if self._isolation:
             prefix = self._isolation.network.prefix(stage)
@@ -192,14 +210,17 @@ def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resu
 
 
 def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[dict[str, Any]]], None] | None) -> None:
-    tails = [Tail(swarm.run / f"stage-{stage}.jsonl") for stage in range(len(swarm.nodes))]
+    tails = [RecordTail(swarm.run / f"stage-{stage}.jsonl") for stage in range(len(swarm.nodes))]
+    steps: dict[int, dict[str, Any]] = {}  # the newest of each stage
     while True:
         nodes = [node for node in swarm.nodes if node]
         codes = [node.process.poll() for node in nodes]
-        for tail in tails:
-            tail.read()
+        for stage, tail in enumerate(tails):
+            for record in tail.read():
+                if record["event"] == "step":
+                    steps[stage] = record
         if on_progress:
-            on_progress([tail.step for tail in tails if tail.step])
+            on_progress([steps[stage] for stage in sorted(steps)])
         over = 0 in codes  # nobody leaves before all are through: who is lost now has nothing left to do
         for node, code in zip(nodes, codes, strict=True):
             if code and code != 2 and restarts and not over and not swarm.draining:
@@ -223,28 +244,6 @@ def obituary(node: Node, code: int) -> str:
     if last:
         return f"stage {node.stage} ended: {last.removeprefix(LAST_WORDS)}"
     return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no word'}; see {node.log}"
-
-
-class Tail:
-    """Reads a growing JSON-lines file; keeps the newest step."""
-
-    def __init__(self, path: Path, *, offset: int = 0) -> None:
-        """offset: what is before it is not read."""
-        self._path, self._offset = path, offset
-        self.step: dict[str, Any] | None = None
-
-    def read(self) -> None:
-        if not self._path.exists():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            new = file.read()
-        whole = new[: new.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            record = json.loads(line)
-            if record["event"] == "step":
-                self.step = record
 
 
 def _stop(nodes: list[Node]) -> None:

@@ -44,6 +44,8 @@ from thinpipe.protocol.probing import (
     LATENCY_S_MAX,
     RATE_BITS_PER_S,
     SECONDS_MAX,
+    TOKEN_BYTES,
+    Outcome,
 )
 from thinpipe.protocol.probing import BYTES_MAX as PROBE_BYTES_MAX
 from thinpipe.protocol.rewind import (
@@ -160,6 +162,9 @@ FIELDS: dict[str, dict[str, str]] = {
         "ballast": "both ways",
         "done": "both ways, after the last ballast",
         "measured": "from who answers, last",
+        "visit": "first, instead of terms",
+        "about": "the answer to a visit",
+        "dialled": "after it, if the visit named a port",
     },
     "ProbeTerms": {
         "protocol_version": f"{PROTOCOL_VERSION}",
@@ -179,6 +184,20 @@ FIELDS: dict[str, dict[str, str]] = {
         "bytes": "framed, of the steady part of the ballast that came",
         "microseconds": "that they took; 0: too little came to tell",
     },
+    "ProbeVisit": {
+        "protocol_version": "who visits speaks; another one is answered too",
+        "version": "text; of its program",
+        "port": "of its address, to be dialled back; 0: none",
+        "token": f"{TOKEN_BYTES} random bytes",
+    },
+    "ProbeAbout": {
+        "protocol_version": f"{PROTOCOL_VERSION}",
+        "version": "text; of the program that answers",
+        "unix_us": "its clock: microseconds since 1970",
+        "seen_as": "text; the address that the visit came from",
+        "in_a_run": "1: it has met a neighbour; 0 or 1",
+    },
+    "ProbeDialled": {"outcome": ", ".join(f"{int(each)}: {each.name.lower()}" for each in Outcome)},
 }
 FAULTS: dict[Fault, str] = {
     Fault.MALFORMED: "bytes that are no frame, header, delta or section; a number out of range",
@@ -418,6 +437,7 @@ LINK = ["Frame", "Greeting", "Refusal", "Chunk", "MessageHead", "Credit", "Goodb
 CONTROL = ["Alive", "Halt", "Offer", "Commit", "Finished", "Dismissed", "Drain", "LastStep"]
 COPIES = ["CopiesHeld", "CopyOffer", "CopyProgress", "CopyPart", "CopyWanted", "CopyDeclined"]
 PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeBallast", "ProbeDone", "ProbeMeasured"]
+PROBES += ["ProbeVisit", "ProbeAbout", "ProbeDialled"]
 
 
 def tables() -> dict[str, list[Row]]:

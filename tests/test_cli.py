@@ -135,7 +135,8 @@ def test_nodes_end_by_themselves_when_the_launcher_is_killed(endless: dict[str, 
     run.process.kill()
     until(lambda: not run.nodes(), "the nodes to notice")
     for stage in range(STAGES):
-        last = read_records(run.out / f"stage-{stage}.jsonl")[-1]
+        *_, last, end = read_records(run.out / f"stage-{stage}.jsonl")
+        assert (end["event"], end["exit_code"]) == ("exit", 1)
         assert last["event"] == "fault"
         assert last["reason"] == f"the launcher (process {run.process.pid}) is gone"
 

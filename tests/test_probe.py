@@ -32,15 +32,20 @@ from thinpipe.protocol.probing import (
     BYTES_MAX,
     ECHOES_MAX,
     PROBE_FRAME_BYTES_MAX,
+    TOKEN_BYTES,
+    About,
     Answerer,
     Ballast,
+    Dialled,
     Done,
     Echo,
     Measured,
+    Outcome,
     Phase,
     Said,
     Terms,
     Turn,
+    Visit,
     ballast_frame,
     decode_probe,
     encode_probe,
@@ -61,7 +66,9 @@ HUGE = Terms(
     jitter_us=2**64 - 1,
     burst_bytes=2**64 - 1,
 )
-SAID: list[Terms | Echo | Turn | Done | Measured] = [
+VISIT = Visit(port=7001, token=bytes(range(TOKEN_BYTES)), version="0.1.0")
+Encodable = Terms | Echo | Turn | Done | Measured | Visit | About | Dialled
+SAID: list[Encodable] = [
     WISH,
     HUGE,
     replace(WISH, round_trips_only=True),
@@ -69,13 +76,16 @@ SAID: list[Terms | Echo | Turn | Done | Measured] = [
     Turn(),
     Done(),
     Measured(2**40, 10**6),
+    VISIT,
+    About(version="0.1.0", unix_us=2**50, seen_as="2001:db8::7", in_a_run=True),
+    *map(Dialled, Outcome),
 ]
 
 # -- the rules, without a socket ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("said", SAID, ids=str)
-def test_a_frame_is_read_as_it_was_written(said: Terms | Echo | Turn | Done | Measured) -> None:
+def test_a_frame_is_read_as_it_was_written(said: Encodable) -> None:
     assert decode_probe(encode_probe(said)) == said
 
 
@@ -119,7 +129,7 @@ def _flipped(raw: bytes, bit: int) -> bytes:
 @pytest.mark.parametrize(
     ("phase", "allowed"),
     [
-        (Phase.TERMS, {Terms}),
+        (Phase.TERMS, {Terms, Visit}),
         (Phase.ECHOES, {Echo, Turn}),
         (Phase.TAKING, {Ballast, Done}),
         (Phase.OVER, set[type]()),
@@ -128,7 +138,7 @@ def _flipped(raw: bytes, bit: int) -> bytes:
 def test_each_frame_has_its_time(phase: Phase, allowed: set[type]) -> None:
     way: dict[Phase, list[Said]] = {Phase.TERMS: [], Phase.ECHOES: [WISH], Phase.TAKING: [WISH, Turn()]}
     way[Phase.OVER] = [WISH, Turn(), Done()]
-    for said in (WISH, Echo(1), Turn(), Ballast(5), Done(), Measured(1, 1), Refusal(code="x", reason="y")):
+    for said in (*SAID, Ballast(5), Refusal(code="x", reason="y")):
         rules = Answerer(round_trips_only=False)
         for before in way[phase]:
             rules.receive(before)
@@ -276,6 +286,9 @@ HOSTILE: dict[str, tuple[list[bytes], str]] = {
     "what only the other side may say": ([TERMS, encode_probe(Measured(1, 1))], "unexpected-frame"),
     "a message of the other streams": ([TERMS, b"\x22\x02\x08\x01"], "malformed-frame"),
     "more after the end": ([TERMS, TURN, encode_probe(Done()), TURN], "closed without a word"),  # what was due was said
+    "a visit within a probe": ([TERMS, encode_probe(VISIT)], "unexpected-frame"),
+    "a visit with a short token": ([encode_probe(replace(VISIT, token=b"short"))], "malformed-frame"),
+    "a visit to a port that there is not": ([encode_probe(replace(VISIT, port=65536))], "malformed-frame"),
     "a refusal": ([TERMS, encode_frame(Refusal(code="x", reason="y"))], "unexpected-frame"),
 }
 

@@ -24,9 +24,10 @@ Say = Callable[[str], None]
 
 
 def choose_for(join: Sequence[str], keys: Path | None, *, insecure: bool, listen: str | None = None) -> Security:
-    """What --keys and --insecure come to, for these doors. Raises KeysError, and ListenError for what is no address."""
+    """What --keys and --insecure come to, for these doors. Raises KeysError, and DiscoveryError for what is no
+    address."""
     for address in join:
-        if not address.startswith("/"):
+        if not _is_multiaddr(address):
             choose(keys, insecure=insecure, dial=address, dial_option="--join")
     return choose(keys, insecure=insecure, listen=listen)
 
@@ -55,23 +56,7 @@ def ask_doors(join: Sequence[str], say: Say, security: Security = PLAIN) -> Entr
     peers: list[str] = []
     doors: list[str] = []
     for address in join:
-        if address.startswith("/"):
-            parsed = Multiaddr.parse(address)
-            if parsed is None or not parsed.peer:
-                raise DiscoveryError(
-                    f"--join {address}: not a multiaddr such as /ip4/192.0.2.7/tcp/7002/p2p/Qm...; copy the whole line "
-                    "that `thinpipe dht` prints, or give host:port",
-                    2,
-                )
-            peers.append(address)
-        else:
-            try:
-                split_address(address)
-            except ListenError:
-                raise DiscoveryError(
-                    f"--join {address}: neither host:port, such as 192.0.2.7:7000, nor a multiaddr", 2
-                ) from None
-            doors.append(address)
+        (peers if _is_multiaddr(address) else doors).append(address)
     answers = asyncio.run(_ask_all(doors, security)) if doors else []
     found = [answer for answer in answers if isinstance(answer, Answered)]
     failed = [answer for answer in answers if isinstance(answer, DoorError)]
@@ -85,6 +70,25 @@ def ask_doors(join: Sequence[str], say: Say, security: Security = PLAIN) -> Entr
     if not peers:
         raise DiscoveryError(f"{found[0].address} tells no address of its DHT that can be dialled from here", 1)
     return Entrance(doors=tuple(found), peers=tuple(dict.fromkeys(peers))[:PEERS_MAX])
+
+
+def _is_multiaddr(address: str) -> bool:
+    """Or else a door's host:port. Raises DiscoveryError for what is neither."""
+    if address.startswith("/"):
+        parsed = Multiaddr.parse(address)
+        if parsed is None or not parsed.peer:
+            raise DiscoveryError(
+                f"--join {address}: not a multiaddr such as /ip4/192.0.2.7/tcp/7002/p2p/Qm...; copy the whole line "
+                "that `thinpipe dht` prints, or give host:port",
+                2,
+            )
+        return True
+    try:
+        split_address(address)
+    except ListenError:
+        line = f"--join {address}: neither host:port, such as 192.0.2.7:7000, nor a multiaddr"
+        raise DiscoveryError(line, 2) from None
+    return False
 
 
 async def _ask_all(doors: Sequence[str], security: Security) -> list[Answered | DoorError]:

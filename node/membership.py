@@ -8,6 +8,7 @@ training goes on.
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -175,6 +176,7 @@ class Membership:
                 peers += seen_from(answered.host, answered.told.addresses)
         try:
             self.discovery = await asyncio.to_thread(self.discovery.again, peers)
+            print("this node is in the DHT again", file=sys.stderr, flush=True)
         except DiscoveryError as error:
             self._complain(report, str(error))
 

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from thinpipe.cli import app
 from thinpipe.sim.swarm import node_environment
+from typer.testing import CliRunner
 
 from .real_faults import records
 from .real_node import until
@@ -55,13 +57,17 @@ class Process:
         own = psutil.Process(self.popen.pid)
         return [own, *own.children(recursive=True)]
 
+    def dht(self) -> psutil.Process:
+        """The process that holds its part of the DHT."""
+        children = psutil.Process(self.popen.pid).children()
+        return next(each for each in children if "thinpipe.node.dht" in each.cmdline())
+
     def kill(self) -> None:
         """SIGKILL; nobody whom it had started may be there for long."""
         family = self.family()
         self.popen.kill()
         self.popen.wait()
-        _, left = psutil.wait_procs(family, GONE_S)
-        assert not left, [each.cmdline() for each in left]
+        all_gone(family)
 
     def close(self) -> None:
         if self.popen.poll() is None:
@@ -69,27 +75,45 @@ class Process:
         self.popen.wait()
 
 
+def all_gone(family: Sequence[psutil.Process]) -> None:
+    _, left = psutil.wait_procs(family, GONE_S)
+    assert not left, [each.cmdline() for each in left]
+
+
 class Scene:
     """Everything that a test starts, and ends with it."""
 
     def __init__(self, directory: Path, local: Sequence[str]) -> None:
         self.directory, self._local = directory, list(local)
+        self.keys: list[str] = []  # options
         self.started: list[Process] = []
+
+    def use_keys(self, run: str, stages: str) -> None:
+        """Everything from here on has one directory of keys for these stages."""
+        authority, issued = str(self.directory / "authority"), str(self.directory / "keys")
+        init = ["keys", "init", "--run", run, "--out", authority]
+        issue = ["keys", "issue", "--stages", stages, "--authority", authority, "--out", issued]
+        for arguments in (init, issue):
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 0, result.output
+        self.keys = ["--keys", issued]
 
     def run(self, name: str, *arguments: str) -> Process:
         self.started.append(Process(self.directory / f"{name}.log", *arguments))
         return self.started[-1]
 
     def dht(self, name: str, *options: str) -> Process:
-        return self.run(name, "dht", "--listen", "127.0.0.1:0", *options)
+        return self.run(name, "dht", "--listen", "127.0.0.1:0", *self.keys, *options)
 
     def node(self, name: str, join: str, stage: str, *options: str) -> Process:
         """Its records are in a directory of its own, and so are its checkpoints: as on another machine."""
         out = str(self.directory / name)
-        return self.run(name, "node", "--join", join, "--stage", stage, "--out", out, *self._local, *options)
+        return self.run(
+            name, "node", "--join", join, "--stage", stage, "--out", out, *self._local, *self.keys, *options
+        )
 
     def status(self, join: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "thinpipe.cli", "status", "--join", join, "--json"]
+        command = [sys.executable, "-m", "thinpipe.cli", "status", "--join", join, "--json", *self.keys]
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

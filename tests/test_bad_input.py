@@ -106,7 +106,7 @@ USAGE = [
     (["--bogus"], r"No such option: --bogus; see thinpipe --help"),
     (["up", "--bogus"], r"No such option: --bogus.*; see thinpipe up --help"),
     (["up", "--stages", "abc"], r"'--stages': .*integer.*; see thinpipe up --help"),
-    (["node"], r"Missing option '--config'; see thinpipe node --help"),
+    (["node"], r"Missing option '--stage'; see thinpipe node --help"),
     (["node", "--config", "run.toml", "--stage", "-1"], r"'--stage': .*; see thinpipe node --help"),
 ]
 

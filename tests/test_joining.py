@@ -109,7 +109,7 @@ def test_a_spare_ends_with_the_run() -> None:
     table = Table()
     table.write(other(0))
     table.write(other(1))
-    table.later.append((1004, lambda: table.write(other(1, state=State.LEFT, completed_steps=9, among=range(2)))))
+    table.later.append((1004, lambda: table.write(other(1, state=State.LEFT, completed_steps=9))))
     with pytest.raises(RunThrough, match="all 9 steps are done"):
         take_stage(table.world(), MINE, None, steps=9, among=range(2))
 

@@ -19,7 +19,7 @@ from ..protocol.records import RunRecord, encode_run
 from .config import ConfigError, RunConfig, dump_config, merge, parse_config, read_toml
 
 OWN_PLACES = {"data.cache", "checkpoint.directory"}  # written to: no stranger decides where
-LOCAL = "data.source, data.tokenizer, data.cache, model.path, compute.device, link.*, checkpoint.*"
+LOCAL = "data.source, data.tokenizer, data.cache, model.path, compute.device, link.*, checkpoint.*, watch.*"
 
 
 def told(config: RunConfig) -> RunRecord:

@@ -102,10 +102,9 @@ def keep(
     }
     given = {key: value for key, value in given.items() if value is not None}
     sets = [*settings_text.split(), *(overrides or [])]
-    settings = configuration(config, given, sets)
-    from ..node.host import HostError
-    from ..node.local import LocalRunError, writable
-    from ..node.transport import ListenError, split_address
+    there = run / "run.toml"
+    settings = configuration(config or (there if there.is_file() else None), given, sets)
+    from ..node.addresses import ListenError, split_address
     from ..sim.keeper import Keeper, KeeperError, Post, become
     from ..sim.shaper import LinkError, LinkProfile
 
@@ -118,7 +117,7 @@ def keep(
             profile = _cap(profile, who, must=cap == "kernel")
         if user:
             become(user)
-        shared = _agree(writable(run), settings, given, sets, config)
+        shared = _agree(run, settings, given, sets)
         node = ["--link", str(profile), *shlex.split(node_options)]
         post = Post(
             run=run,
@@ -132,8 +131,6 @@ def keep(
         code = Keeper(post).run()
     except (LinkError, ListenError, KeeperError) as error:
         fail(str(error), 2)
-    except (HostError, LocalRunError) as error:
-        fail(str(error), error.exit_code)
     if code:
         raise typer.Exit(code)
 
@@ -170,12 +167,13 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
     return replace(profile, kernel="all" if whole else "rate")
 
 
-def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str], config: Path | None) -> RunConfig:
+def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str]) -> RunConfig:
     """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
-    from ..node.config import ConfigError, dump_config, load_config, merge, parse_config, parse_override, read_toml
+    from ..node.config import ConfigError, dump_config, load_config, parse_override
 
     path, aside = run / "run.toml", run / f".run.toml-{os.uname().nodename}-{os.getpid()}"
     try:
+        run.mkdir(parents=True, exist_ok=True)
         aside.write_text(dump_config(settings), encoding="utf-8")
         try:
             os.link(aside, path)  # fails if it is there: whole, or not at all
@@ -184,15 +182,14 @@ def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str
         finally:
             aside.unlink()
         shared = load_config(path)
-        said = {**given, **dict(map(parse_override, sets))}
-        mine = settings if config else parse_config(merge(read_toml(path), said))
     except ConfigError as error:
         fail(str(error), 2)
     except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; choose another directory", 2)
-    if mine.digest() != shared.digest():
-        unlike = [key for key in said if _at(mine, key) != _at(shared, key)]
-        differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(mine, key)} here" for key in unlike)
+        fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
+    if settings.digest() != shared.digest():
+        said = {**given, **dict(map(parse_override, sets))}
+        unlike = [key for key in said if _at(settings, key) != _at(shared, key)]
+        differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(settings, key)} here" for key in unlike)
         fail(
             f"{path} is another run's: {differ or 'its settings differ'}; name another directory, or remove that one", 2
         )

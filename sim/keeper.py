@@ -76,6 +76,12 @@ def take_lock(run: Path, stage: int) -> int | None:
     return held
 
 
+def gave_up(run: Path, stage: int) -> bool:
+    """Whether the last keeper of the stage ended without having done its part."""
+    lock = run / f"stage-{stage}.lock"
+    return lock.exists() and lock.stat().st_size > 0
+
+
 def began(run: Path, stage: int) -> bool:
     """Whether the stage has been started before."""
     records = run / f"stage-{stage}.jsonl"
@@ -160,7 +166,10 @@ class Keeper:
         try:
             if stage == 0:
                 (self.post.run / "summary.json").unlink(missing_ok=True)  # of an earlier life of the run
+            os.ftruncate(lock, 0)
             code = self._serve(stage, lock)
+            if code and not self._told:
+                os.write(lock, f"exit code {code}\n".encode())
             return code if code or self._told else self._conclude(stage)
         finally:
             os.close(lock)
@@ -213,6 +222,9 @@ class Keeper:
                 self._say(
                     "stands by for any stage" if standby else f"stage {self.post.stage} is served elsewhere; stands by"
                 )
+            if standby and all(gave_up(self.post.run, stage) for stage in self.post.candidates):
+                self._say("no stage could be served, so there is nothing to stand by for; see what each says")
+                return 1
             self._healthy("stands by")
             time.sleep(POLL_S)
         return 0

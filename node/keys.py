@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def issue(stages: list[int], authority: Path, out: Path, *, days: int, now: date
     issuer_key = _key(authority / AUTHORITY_KEY, issuer, "certificates are issued where the authority was made")
     if not said.authority:
         raise KeysError(f"{authority / AUTHORITY} is not an authority's certificate; name the directory of keys init")
-    left = (said.ends - now).days
+    left = (said.ends - now + timedelta(seconds=1)).days  # certificates have whole seconds
     if left < 1:
         raise KeysError(f"the authority in {authority} ends on {spell_moment(said.ends)}; make another: keys init")
     if days > left:

@@ -215,7 +215,7 @@ HELP = {
     (): ["up", "node", "Train one language model", "Host one stage"],
     ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(bf16)", "(4)", "(1f1b)"],
     ("probe",): ["--to", "--listen", "--link", "--seconds", "--once", "--json", "host:port", "(2)", "300mbit,25ms"],
-    ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml)"],
+    ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml;"],
 }
 
 

@@ -32,9 +32,11 @@ from collections.abc import Callable
 from typing import IO, Any
 
 import msgpack
+import psutil
 
 PIPE_BYTES_MAX = 16 * 2**20
-START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine; hivemind's own waits for one peer are 3 s
+START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine
+PEER_S = 2.0  # for one answer of one peer; of one that has just died nobody else knows yet, so who comes waits for it
 VALUE_BYTES_MAX = 64 * 1024
 KEPT_S_MAX = 600.0
 RECORDS_MAX = 4096  # of a key, that are handed on
@@ -165,6 +167,7 @@ def start_dht(peers: list[str], listen: list[str], announce: list[str] | None, c
         host_maddrs=listen,
         announce_maddrs=announce,
         startup_timeout=START_S,
+        wait_timeout=PEER_S,
         nat_port_map=False,  # nothing is asked of a router, or of machines that nobody named
         auto_nat=False,
         use_relay=False,
@@ -242,7 +245,8 @@ def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
         write_frame(answers, {"number": 0, "ok": service.addresses()})
         asked: queue.SimpleQueue[Any] = queue.SimpleQueue()
         threading.Thread(target=_listen, args=(questions, asked), daemon=True).start()
-        while dht.is_alive():
+        daemon = _daemon()
+        while dht.is_alive() and daemon.is_running() and daemon.status() != psutil.STATUS_ZOMBIE:
             try:
                 question = asked.get(timeout=service.due_s())
             except queue.Empty:
@@ -252,9 +256,21 @@ def _serve(questions: IO[bytes], answers: IO[bytes]) -> None:
                 return None
             write_frame(answers, {"number": question.pop("number"), **_answer(service, question)})
             service.renew()
+        print("hivemind's process or its p2pd has ended", file=sys.stderr)
+        return None
+    except psutil.NoSuchProcess:
+        print("p2pd has ended", file=sys.stderr)
         return None
     finally:
         dht.shutdown()
+
+
+def _daemon() -> psutil.Process:
+    """hivemind's p2pd, without which it goes on as if nobody were there. Raises psutil.NoSuchProcess."""
+    for each in psutil.Process().children(recursive=True):
+        if each.name() == "p2pd":
+            return each
+    raise psutil.NoSuchProcess(0)
 
 
 def _listen(questions: IO[bytes], asked: queue.SimpleQueue[Any]) -> None:

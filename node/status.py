@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import JustifyMethod
 from rich.table import Table
 
@@ -87,7 +86,8 @@ def status_table(figures: dict[str, Any]) -> Table:
     table = Table(
         title=f"run '{figures['run']}', fingerprint {short(figures['configuration'])}, {figures['steps']} steps",
         caption="\n".join([*lines, *figures["notes"]]) or None,
-        box=SIMPLE_HEAD,  # eight columns in 80 characters
+        box=None,  # eight columns in 80 characters
+        padding=(0, 2, 0, 0),
         pad_edge=False,
     )
     columns: list[tuple[str, JustifyMethod]] = [

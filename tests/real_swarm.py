@@ -18,8 +18,6 @@ from typer.testing import CliRunner
 from .real_faults import records
 from .real_node import until
 
-GONE_S = 15.0
-
 
 class Process:
     """`thinpipe` with these arguments; its words are in `log`."""
@@ -62,6 +60,9 @@ class Process:
         children = psutil.Process(self.popen.pid).children()
         return next(each for each in children if "thinpipe.node.dht" in each.cmdline())
 
+    def p2pd(self) -> psutil.Process:
+        return next(each for each in self.family() if each.name() == "p2pd")
+
     def kill(self) -> None:
         """SIGKILL; nobody whom it had started may be there for long."""
         family = self.family()
@@ -76,8 +77,15 @@ class Process:
 
 
 def all_gone(family: Sequence[psutil.Process]) -> None:
-    _, left = psutil.wait_procs(family, GONE_S)
-    assert not left, [each.cmdline() for each in left]
+    """Or wait to be taken note of by whoever started them."""
+
+    def there(each: psutil.Process) -> bool:
+        try:
+            return each.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+    until(lambda: not any(map(there, family)), f"the end of {family}")
 
 
 class Scene:

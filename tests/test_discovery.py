@@ -25,7 +25,7 @@ from .real_faults import records
 from .real_node import free_address, until
 from .real_swarm import DOOR, MULTIADDR, Process, Scene, all_gone, end_of, served
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 SETTINGS: dict[str, Any] = {
     "pipeline.stages": 2,
@@ -136,16 +136,19 @@ def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, config: RunConfig, 
         assert places[1] in line
         assert f"{door} speaks TLS and this one does not" in without.ends(2)
 
+        family = bootstrap.family()[1:]
+        bootstrap.dht().kill()
+        all_gone(family)  # the kernel sees to it
         bootstrap.kill()  # those inside know each other
         before = len(records(directories[0], 0, "step"))
         family = at[0].family()[1:]
-        at[0].dht().kill()
-        all_gone(family)  # the kernel sees to it
+        at[0].p2pd().kill()
+        all_gone(family)
         found = scene.status(places[1])
         assert found["stages"][1]["nodes"][0]["endpoint"] == places[1]
         assert found["stages"][1]["nodes"][0]["tokens_per_s"] > 0
         until(lambda: len(records(directories[0], 0, "step")) > before + 2, "training to go on")
-        at[0].until_says("the DHT's process has ended.*training goes on")
+        at[0].until_says("the DHT's process has ended: .*p2pd has ended; training goes on")
         at[0].until_says("is in the DHT again")
 
         at[1].kill()

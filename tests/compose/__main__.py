@@ -61,7 +61,7 @@ def undisturbed(project: Project, checks: Checks) -> None:
     up.until_step(3)
     found = project.containers()
     users = {
-        service: docker(project.host, "top", each["Id"], "-eo", "uid,args").stdout.splitlines()[1:]
+        service: docker(project.host, "top", each["Id"], "-eo", "uid,pid,args").stdout.splitlines()[1:]
         for service, each in found.items()
     }
     nodes = [line for lines in users.values() for line in lines if "thinpipe" in line]

@@ -1,0 +1,266 @@
+"""`thinpipe keep` with real processes on loopback, and what it stands on: locks, records, settings that must agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.config import dump_config
+from thinpipe.sim import keeper
+from thinpipe.sim.keeper import Keeper, Post, ended_after, take_lock
+from thinpipe.sim.report import read_records
+from thinpipe.sim.swarm import free_ports, node_environment
+from typer.testing import CliRunner
+
+from .conftest import TinyConfig
+
+DEADLINE_S = 90.0
+STEPS = 120
+
+alone = pytest.mark.alone
+
+
+@pytest.fixture(scope="module")
+def settings(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "run.toml"
+    overrides = {"run.steps": STEPS, "pipeline.stages": 2, "checkpoint.every": 10, "link.link": "300mbit,2ms"}
+    path.write_text(dump_config(tiny(overrides)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """State digests of the same run in one process."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json"]
+    done = subprocess.run(
+        [*command, "--config", str(settings), "--out", str(out)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    return [stage["state_sha256"] for stage in json.loads(done.stdout)["stages"]]
+
+
+class Swarm:
+    """Keepers as processes, each with a log."""
+
+    def __init__(self, run: Path, settings: Path) -> None:
+        self.run, self._settings = run, settings
+        self._peers = ",".join(f"127.0.0.1:{port}" for port in free_ports(2))
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *options: str) -> None:
+        command = [sys.executable, "-m", "thinpipe.cli", "keep", str(self.run), "--peers", self._peers]
+        command += ["--config", str(self._settings), "--node", "--insecure", *options]
+        with (self.run.parent / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=log, env=node_environment(), start_new_session=True
+            )
+
+    def log(self, name: str) -> str:
+        return (self.run.parent / f"{name}.log").read_text()
+
+    def until(self, there: Callable[[], bool], what: str) -> None:
+        deadline_s = time.monotonic() + DEADLINE_S
+        while not there():
+            assert time.monotonic() < deadline_s, f"{what}: {[self.log(name)[-500:] for name in self.processes]}"
+            time.sleep(0.05)
+
+    def steps(self, stage: int) -> int:
+        return sum(record["event"] == "step" for record in read_records(self.run / f"stage-{stage}.jsonl"))
+
+    def kill(self, name: str) -> None:
+        """The keeper and all that it started, at once, as the end of a container is."""
+        family = [
+            *psutil.Process(self.processes[name].pid).children(recursive=True),
+            psutil.Process(self.processes[name].pid),
+        ]
+        for each in family:
+            each.kill()
+        self.processes.pop(name).wait()
+
+    def codes(self) -> dict[str, int]:
+        return {name: process.wait(DEADLINE_S) for name, process in self.processes.items()}
+
+    def digests(self) -> list[str]:
+        summary = json.loads((self.run / "summary.json").read_text())
+        return [stage["state_sha256"] for stage in summary["stages"]]
+
+
+@contextmanager
+def swarm(tmp_path: Path, settings: Path) -> Iterator[Swarm]:
+    made = Swarm(tmp_path / "run", settings)
+    try:
+        yield made
+    finally:
+        for name in list(made.processes):
+            if made.processes[name].poll() is None:
+                made.kill(name)
+
+
+@alone
+def test_a_standby_takes_the_place_of_whoever_is_killed(tmp_path: Path, settings: Path, reference: list[str]) -> None:
+    with swarm(tmp_path, settings) as made:
+        made.start("standby", "--standby", "--health", str(tmp_path / "healthy"))
+        made.start("stage-0", "--stage", "0")
+        made.start("stage-1", "--stage", "1")
+        made.until(lambda: made.steps(1) > 20, "steps")
+        made.kill("stage-1")
+        made.until(lambda: "stage 1 was lost; this one takes its place" in made.log("standby"), "the standby's word")
+        made.start("stage-1-again", "--stage", "1")
+        made.until(lambda: "stage 1 is served elsewhere" in made.log("stage-1-again"), "the second standby's word")
+        # A node alone is started again by its keeper, which nobody else notices.
+        node = psutil.Process(made.processes["stage-0"].pid).children()[0]
+        node.kill()
+        assert made.codes() == {"standby": 0, "stage-0": 0, "stage-1-again": 0}
+        assert "its node was killed by SIGKILL; it is started again" in made.log("stage-0")
+        assert f"{STEPS} steps of 256 tokens (swarm)" in made.log("stage-0")
+        assert f"step {STEPS}/{STEPS}" in made.log("stage-0")
+        assert (tmp_path / "healthy").read_text() == "the run has ended\n"
+        assert made.digests() == reference
+        # Once more, it is only summed up.
+        made.start("stage-0-later", "--stage", "0")
+        assert made.codes()["stage-0-later"] == 0
+        assert "is complete" in made.log("stage-0-later")
+        assert f"{STEPS} steps of 256 tokens (swarm)" in made.log("stage-0-later")
+
+
+@alone
+def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
+    tmp_path: Path, settings: Path, reference: list[str]
+) -> None:
+    with swarm(tmp_path, settings) as made:
+        for _ in range(2):
+            for stage in range(2):
+                made.start(f"stage-{stage}", "--stage", str(stage))
+            made.until(lambda: made.steps(1) > 20, "steps")
+            if "goes on from its newest checkpoint" not in made.log("stage-1"):
+                for process in made.processes.values():
+                    process.send_signal(signal.SIGTERM)
+                assert set(made.codes().values()) == {0}
+                assert (ended_after(made.run, 0) or STEPS) < STEPS
+        assert set(made.codes().values()) == {0}
+        assert made.digests() == reference
+
+
+@alone
+def test_a_node_that_cannot_start_ends_its_keeper_and_the_standby(tmp_path: Path, settings: Path) -> None:
+    with swarm(tmp_path, settings) as made:
+        made.start("standby", "--standby")
+        for stage in range(2):
+            made.start(f"stage-{stage}", "--stage", str(stage), "--node", "--insecure --device nonsense")
+        assert made.codes() == {"standby": 1, "stage-0": 2, "stage-1": 2}
+        assert "'nonsense' is unknown" in made.log("stage-0")
+        assert "no stage could be served" in made.log("standby")
+
+
+def test_a_lock_is_one_processes_and_ends_with_it(tmp_path: Path) -> None:
+    held = take_lock(tmp_path, 0)
+    assert held is not None
+    assert take_lock(tmp_path, 0) is None
+    assert take_lock(tmp_path, 1) is not None
+    child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], pass_fds=[held])
+    os.close(held)
+    assert take_lock(tmp_path, 0) is None  # the node lives
+    child.kill()
+    child.wait()
+    assert take_lock(tmp_path, 0) is not None
+
+
+def test_only_the_newest_process_counts_as_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = tmp_path / "stage-0.jsonl"
+    assert ended_after(tmp_path, 0) is None
+    records.write_text('{"event": "start"}\n{"event": "step", "step": 0}\n{"event": "end", "steps": 7}\n')
+    assert ended_after(tmp_path, 0) == 7
+    monkeypatch.setattr(keeper, "TAIL_BYTES", 40)  # from within the step
+    assert ended_after(tmp_path, 0) == 7
+    with records.open("a") as file:
+        file.write('{"event": "start"}\n{"event": "end", "st')  # being written
+    assert ended_after(tmp_path, 0) is None
+
+
+def test_where_other_stages_leave_no_records_nobody_is_waited_for(tmp_path: Path) -> None:
+    said: list[str] = []
+    post = Post(run=tmp_path, stage=1, peers=["a:1", "b:2"], steps=3)
+    (tmp_path / "stage-1.jsonl").write_text('{"event": "start"}\n{"event": "end", "steps": 3}\n')
+    assert Keeper(post, said.append)._conclude(1) == 0
+    assert "thinpipe summary" in said[0]
+
+
+PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--stage", "0"), "--peers has 0 stages"),
+        ((*PEERS,), "say which stage is kept"),
+        (("--stage", "0", "--standby", *PEERS), "say which stage is kept"),
+        (("--stage", "2", *PEERS), "--peers has 2 stages"),
+        (("--stage", "0", *PEERS, "--cap", "tight"), "there is no 'tight'; choose user, kernel, auto"),
+        (("--stage", "0", *PEERS, "--codec", "bf16 int8 int8 int8"), "has 4 parts"),
+        (("--stage", "0", *PEERS, "--link", "300mbits"), "unknown unit 'mbits'"),
+        (("--stage", "0", *PEERS, "--user", "nobody-here"), "there is no user 'nobody-here'"),
+        (("--stage", "0", "--peers", "127.0.0.1,127.0.0.1:2"), "'127.0.0.1' is not host:port"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], line: str) -> None:
+    done = CliRunner().invoke(app, ["keep", str(tmp_path / "run"), *options])
+    assert done.exit_code == 2
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run" / "run.toml").exists()
+
+
+def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
+    assert done.exit_code == 2
+    assert "is another run's: run.steps is 40 there and 20 here; name another directory" in done.stderr
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
+    assert "pipeline.stages is 2 there and 3 here" in done.stderr
+
+
+def test_summary_wants_a_run_that_has_ended(tmp_path: Path) -> None:
+    runner = CliRunner()
+    none = runner.invoke(app, ["summary", str(tmp_path)])
+    assert (none.exit_code, none.stderr.count("\n")) == (2, 1)
+    (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
+    early = runner.invoke(app, ["summary", str(tmp_path)])
+    assert early.exit_code == 1
+    assert "stage 0 wrote no end record" in early.stderr
+
+
+def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> None:
+    """Root in a network of its own, but without NET_ADMIN, as in a container that was not given it."""
+    prefix = ["unshare", "--net", "setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
+    here = subprocess.run([*prefix, "tc", "qdisc"], capture_output=True, check=False) if os.geteuid() == 0 else None
+    if here is None or here.returncode:
+        pytest.skip("needs root, unshare, setpriv and tc")
+    up = 'ip link add one type dummy 2>/dev/null; exec "$@"'
+    inside = [
+        "unshare",
+        "--net",
+        "sh",
+        "-c",
+        f"ip link add one type dummy && ip link set one up && {up}",
+        "sh",
+        *prefix[2:],
+    ]
+    command = [sys.executable, "-m", "thinpipe.cli", "keep", str(tmp_path / "run"), "--stage", "0", *PEERS]
+    done = subprocess.run(
+        [*inside, *command, "--link", "80mbit", "--cap", "kernel"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "the kernel does not cap the links here: `tc qdisc add dev one" in done.stderr
+    assert "give it the capability NET_ADMIN" in done.stderr
+    assert done.stderr.count("\n") == 1

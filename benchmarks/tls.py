@@ -5,7 +5,8 @@
 Processes, schedules, messages and gRPC are real, links have no cap, and a stage sleeps instead of computing. At the
 first pace (a message lasts longer on any thin link) compute hides the transport; at the second one nothing does, so
 that throughput is what the transport can move. Printed are, run by run and as medians of the pairs' ratios: tokens/s
-with TLS / without, and CPU seconds of both ends for each GB moved. Pairs turn round from one repeat to the next.
+with TLS / without, and CPU seconds of both ends for each GB moved. Pairs turn round from one repeat to the next. The
+median of tokens/s is over the pairs whose runs were both steady (windows within 3 %), or, where none were, over all.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 from thinpipe.node.config import RunConfig, dump_config, merge, parse_config
 from thinpipe.node.keys import clock, init, issue
-from thinpipe.sim.bench import Cell, measure
+from thinpipe.sim.bench import STEADY_WITHIN, Cell, measure
 from thinpipe.sim.swarm import run_swarm
 
 SETTINGS = {"model.preset": "150m", "data.sequence_length": 1024, "data.heldout_sequences": 1, "checkpoint.every": 0}
@@ -32,6 +33,10 @@ def run(out: Path, pace: str, cell: Cell, keys: Path | None) -> dict[str, Any]:
     (out / "run.toml").write_text(dump_config(settings(pace, cell.steps)))
     run_swarm(out, stages=cell.stages, keys=keys)
     return measure(out, cell)
+
+
+def ratio(name: str, pairs: list[dict[str, dict[str, Any]]]) -> float:
+    return statistics.median(pair["tls"][name] / pair["plain"][name] for pair in pairs)
 
 
 def main() -> None:
@@ -59,12 +64,14 @@ def main() -> None:
                         flush=True,
                     )
                 pairs.append(pair)
-            speed, cpu = (
-                statistics.median(pair["tls"][name] / pair["plain"][name] for pair in pairs)
-                for name in ("tokens_per_s", "cpu_s_per_gb")
-            )
+            steady = [pair for pair in pairs if max(found["spread"] for found in pair.values()) <= STEADY_WITHIN]
+            speed = ratio("tokens_per_s", steady or pairs)
+            cpu = ratio("cpu_s_per_gb", pairs)
             extra = statistics.median(p["tls"]["cpu_s_per_gb"] - p["plain"]["cpu_s_per_gb"] for p in pairs)
-            print(f"{pace}: TLS / plain = {speed:.3f} in tokens/s, {cpu:.3f} in CPU s/GB ({extra:+.2f} s/GB)\n")
+            print(
+                f"{pace}: TLS / plain = {speed:.3f} in tokens/s ({len(steady)} of {len(pairs)} pairs steady), "
+                f"{cpu:.3f} in CPU s/GB ({extra:+.2f} s/GB)\n"
+            )
 
 
 if __name__ == "__main__":

@@ -188,10 +188,7 @@ def test_the_right_pair_talks(pair: tuple[str, str], made: dict[str, Security]) 
 
 # (who dials, who listens): what the dialler says
 REFUSED = {
-    (
-        "of q",
-        "1",
-    ): r"refused by the node .*wrong-certificate: the certificate is for stages 0-1 of run 'q', this is run ",
+    ("of q", "1"): r"refused by the node .*wrong-certificate: the certificate is for stages 0-1 of run 'q', this is",
     ("0", "over"): r"the node at 127\.0\.0\.1:\d+: its certificate expired on \d{4}-.* UTC; issue it a new one",
     ("0", "early"): r"its certificate is not valid before .* UTC; are the clocks of both machines right\?",
     ("0", "foreign"): r"its certificate is from another authority than this run's; start both with keys from one",

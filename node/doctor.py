@@ -213,8 +213,8 @@ async def _door(listen: str | None, words: bytes, came: asyncio.Future[str]) -> 
 
 def _neighbour(to: str, visited: Visited) -> Finding:
     about = visited.about
-    trip = f"{visited.round_trip_s * 1000:.1f} ms"
-    found = f"{to}: thinpipe {about.version}, {trip} away{', in a run' if about.in_a_run else ''}"
+    trip = f"answers in {visited.round_trip_s * 1000:.1f} ms"
+    found = f"{to}: thinpipe {about.version}, {trip}{', is in a run' if about.in_a_run else ''}"
     if about.protocol_version != PROTOCOL_VERSION:
         found += f"; protocol {about.protocol_version} there, {PROTOCOL_VERSION} here"
         return Finding(name="neighbour", state="fault", found=found, remedy="install the same thinpipe at both ends")

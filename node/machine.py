@@ -186,7 +186,7 @@ def disk(out: Path, config: RunConfig | None) -> Finding:
         remedy = "choose another --out, or make room"
         return Finding(name=name, state="fault", found=f"cannot write in {there}: {error.strerror}", remedy=remedy)
     rate = FSYNC_BYTES / 1e6 / seconds
-    found = f"{free / GIB:.1f} GiB free at {there}, {rate:.0f} MB/s with fsync"
+    found = f"{free / GIB:.1f} GiB free at {there.absolute()}, {rate:.0f} MB/s with fsync"
     needed = _checkpoint_bytes(config)
     if free < max(FREE_LEAST_BYTES, needed):
         what = f"; this run's checkpoints take about {needed / GIB:.1f} GiB" if needed else ""
@@ -218,7 +218,7 @@ def cores(stages_here: int) -> Finding:
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = f"{here} for {stages_here} stage{'s' if stages_here > 1 else ''} here"
     if here < stages_here:
-        remedy = "stages share cores: throughput is the machine's; use --pace to measure links"
+        remedy = "stages share cores: throughput is the machine's; bench --pace measures links all the same"
         return Finding(name="cores", state="warning", found=found, remedy=remedy)
     return Finding(name="cores", state="ok", found=found)
 

@@ -98,6 +98,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
     block_on_close = False  # a slow peer does not keep a node that has ended
     allow_reuse_address = True
+    request_queue_size = 2 * CONNECTIONS_MAX  # with fewer, a connection that is one too many waits a second for its end
 
     def __init__(self, *arguments: Any) -> None:
         self._free = threading.BoundedSemaphore(CONNECTIONS_MAX)

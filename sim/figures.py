@@ -244,7 +244,9 @@ class StageFigures:
     def _rewind(self, record: dict[str, Any]) -> None:
         epoch, completed = _whole(record["epoch"]), _whole(record["completed"])
         self.epoch, self.completed, self.state = epoch, completed, "starting"
-        if self.committed is not None:
+        if record["source"] == "disk":
+            self.committed = completed
+        elif self.committed is not None:
             self.committed = min(self.committed, completed)  # what was written of later steps is not gone on from
         if self._first_step is not None:
             self._first_step = min(self._first_step, completed)

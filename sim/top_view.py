@@ -231,7 +231,7 @@ def _dictionaries(figures: Sequence[StageFigures]) -> Table | None:
         "owner's version",
         "other end's",
         "stale",
-        caption="version: step.microbatch, epoch; each end as of its own last step",
+        caption="version: step.microbatch, epoch",
     )
     for (boundary, dictionary), pair in sorted(ends.items()):
         owner, mirror = pair.get("owner"), pair.get("mirror")
@@ -259,8 +259,8 @@ def _faults(figures: Sequence[StageFigures]) -> Table | None:
     newest = sorted(every, key=lambda each: each[0].time_s)[-FAULTS_SHOWN:]
     total = sum(of.faults_by_code.total() for of in figures)
     table = _table(f"faults, newest last ({len(newest)} of {total})", "time", "stage", "code", "what")
-    table.columns[2].justify = table.columns[3].justify = "left"
-    table.columns[3].overflow = "ellipsis"
+    for column, width in zip(table.columns, (8, 5, 15, 10), strict=True):  # or what is long would leave them nothing
+        column.min_width, column.justify = width, "left"
     for fault, stage in newest:
         when = time.strftime("%H:%M:%S", time.localtime(fault.time_s))
         table.add_row(when, str(stage), Text(plain(fault.code), "red"), Text(plain(fault.reason)))

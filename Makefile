@@ -54,3 +54,8 @@ FUZZ_RUNS ?= 1000000
 fuzz: $(STAMP)
 	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	$(BIN)/python -m tests.fuzz --runs $(FUZZ_RUNS) $(FUZZ_TARGETS)
+
+# The swarm of docker-compose.yml on a real engine: as root, which gets one of its own; skipped with a reason elsewhere.
+.PHONY: test-compose
+test-compose: $(STAMP)
+	$(BIN)/python -m tests.compose

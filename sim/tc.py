@@ -131,7 +131,8 @@ def cap_most(interface: str, profile: LinkProfile, *, namespace: str | None = No
 def interfaces() -> list[str]:
     """Names of this machine's network interfaces that are up, without the loopback."""
     links = json.loads(run(["ip", "-json", "link", "show", "up"]))
-    return [link["ifname"] for link in links if "LOOPBACK" not in link["flags"]]
+    # What is not up is an empty object there.
+    return [link["ifname"] for link in links if "LOOPBACK" not in link.get("flags", ["LOOPBACK"])]
 
 
 def uncap(interface: str, *, namespace: str | None = None) -> None:

@@ -259,11 +259,17 @@ def _faults(figures: Sequence[StageFigures]) -> Table | None:
     newest = sorted(every, key=lambda each: each[0].time_s)[-FAULTS_SHOWN:]
     total = sum(of.faults_by_code.total() for of in figures)
     table = _table(f"faults, newest last ({len(newest)} of {total})", "time", "stage", "code", "what")
-    for column, width in zip(table.columns, (8, 5, 15, 10), strict=True):  # or what is long would leave them nothing
-        column.min_width, column.justify = width, "left"
+    for column in table.columns:
+        column.justify = "left"
+    table.columns[3].no_wrap = False  # so it is the one that gives way
     for fault, stage in newest:
         when = time.strftime("%H:%M:%S", time.localtime(fault.time_s))
-        table.add_row(when, str(stage), Text(plain(fault.code), "red"), Text(plain(fault.reason)))
+        table.add_row(
+            when,
+            str(stage),
+            Text(plain(fault.code), "red"),
+            Text(plain(fault.reason), no_wrap=True, overflow="ellipsis"),
+        )
     return table
 
 

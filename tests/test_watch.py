@@ -140,6 +140,8 @@ def test_a_replaced_process_counts_from_zero_and_the_sum_goes_on() -> None:
     assert (of.state, of.process) == ("starting", 8)
     of.take({"event": "rewind", "time_s": 110.0, "epoch": 1, "completed": 1, "source": "disk", "seconds": 0.1})
     assert (of.epoch, of.completed, of.committed) == (1, 1, 1)
+    replaced = folded(start(), {"event": "rewind", "time_s": 1.0, "epoch": 2, "completed": 4, "source": "disk"})
+    assert replaced.committed == 4  # another process wrote it, and it is there
     of.take(step(1, sent=1000, epoch=1))
     assert of.links[1, "forward"].sent_bytes == {"activation": 2700 + 900, "probe": 300 + 100}
     assert of.links[1, "forward"].received_bytes == 6000 + 2000

@@ -1,7 +1,8 @@
 """Try docker-compose.yml for real: `python -m tests.compose`, or `make test-compose`.
 
 With an engine of its own (tests/compose/engine.py), as root; skipped with a reason where that cannot be. What it needs
-is kept in --directory, so a second call takes minutes less. The last line counts; exit code 1 if a check failed.
+is kept in --directory, so a second call takes minutes less; remove that to get the room back. The last line counts;
+exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -286,7 +287,6 @@ def run(host: str, directory: Path, only: list[str], checks: Checks) -> None:
         built.returncode == 0,
         f"the image is built in {time.monotonic() - began_s:.0f} s, {int(size or 0) / 1e6:.0f} MB; {logs}/build.log",
     )
-    docker(host, "image", "prune", "-f")
     for name in [name for name in TRIES if name in only] if built.returncode == 0 else []:
         began_s = time.monotonic()
         try:

@@ -159,4 +159,4 @@ def test_a_node_that_nobody_meets_ends_and_says_what_it_waited_for(scene: Scene,
         said = (tmp_path / "stage-0.log").read_text()
         assert f"no connection to {nowhere} for 1.5 s; is stage 1 running there?" in said
         assert "Traceback" not in said
-    assert json.loads((tmp_path / "stage-0.jsonl").read_text().splitlines()[-1])["event"] == "fault"
+    assert json.loads((tmp_path / "stage-0.jsonl").read_text().splitlines()[-2])["event"] == "fault"

@@ -367,13 +367,13 @@ def test_strangers_cost_nothing_but_their_own_connection(monkeypatch: pytest.Mon
         def come() -> socket.socket:
             return open_ends.enter_context(socket.create_connection(where, timeout=5))
 
+        began = time.monotonic()  # before the server's clocks begin, however slow this machine is
         dripping, *silent = (come() for _ in range(prometheus.CONNECTIONS_MAX))
         dripping.sendall(b"GET /metrics HTTP/1.1\r\n")
         one_too_many = come()
         assert ended(one_too_many)
-        began = time.monotonic()
         dripping.settimeout(0.1)  # each byte is short of the server's timeout; the whole is not
-        while time.monotonic() < began + 10:
+        while time.monotonic() < began + 30:
             try:
                 dripping.sendall(b"x")
                 if not dripping.recv(1000):
@@ -382,7 +382,7 @@ def test_strangers_cost_nothing_but_their_own_connection(monkeypatch: pytest.Mon
                 continue
             except ConnectionError:
                 break
-        assert 1 < time.monotonic() - began < 8
+        assert 1 < time.monotonic() - began < 20
         assert all(ended(each) for each in silent)
         for garbage in (b"\x00" * 2000, b"GET /" + b"a" * 70_000, b"POST / HTTP/1.1"):
             stranger = come()

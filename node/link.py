@@ -31,6 +31,7 @@ from .outgoing import Outgoing, Write, chunk_bytes_for
 
 # Once below the cap is no fault of the link: a machine that stalls for longer than the window lasts makes it so.
 PROBE_TRIES = 3
+SHARED_PROBE_TRIES = 6  # where links share an interface, and so probes may meet
 LAST_WORD_S = 10.0
 
 Read = Callable[[], Awaitable[bytes | None]]
@@ -160,12 +161,12 @@ class Link:
 
         Measured again, a few times, while the two differ; the closest counts. Raises TimeoutError.
         """
-        found = self._checked(None, 1)
+        found, most = self._checked(None, 1), SHARED_PROBE_TRIES if self.profile.kernel else PROBE_TRIES
         if self.profile.rate_bits_per_s is None:
             return found
         try:
             async with asyncio.timeout(timeout_s):
-                for tries in range(1, PROBE_TRIES + 1):
+                for tries in range(1, most + 1):
                     rate = await fill(
                         self._count_probe,
                         self.send,
@@ -180,12 +181,13 @@ class Link:
                     if not again.misses:
                         return again
                     if self.profile.kernel and self.way["direction"] == "backward":
-                        await asyncio.sleep(probe_s(self.profile))  # a probe that goes down may share the interface
+                        # A probe that goes down may share the interface: it tries again at once, this one later.
+                        await asyncio.sleep(3 * probe_s(self.profile))
         except TimeoutError:
             raise TimeoutError(self.late("the probe of the link", timeout_s)) from None
         finally:
             self._outgoing.probing = None
-        return replace(found, tries=PROBE_TRIES)
+        return replace(found, tries=most)
 
     def _count_probe(self, meter: AcknowledgedRate) -> None:
         self._outgoing.probing = meter

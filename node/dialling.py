@@ -18,7 +18,7 @@ from .control import Control
 from .link import LAST_WORD_S, EpochOver, Link, Read
 from .outgoing import Write
 from .security import PLAIN, Security
-from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, channel_options, tell, uncancelled
+from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, both_ways, channel_options, tell
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 ASK_AGAIN_S = 4.0  # without a connection; a name, a handshake and a slow path together take less
@@ -237,12 +237,7 @@ async def _stream(
         except TimeoutError:
             raise _NotReached from None
         call = channel.stream_stream(method)()
-        receive, write = uncancelled(call.read), uncancelled(call.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
-
+        read, write = both_ways(call)
         try:
             yield call, read, write
         except RemoteProtocolError as error:

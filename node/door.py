@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import unquote
 
@@ -21,9 +21,9 @@ from ..protocol.door import WHY_CHARACTERS_MAX, Ask, Told, decode_ask, decode_to
 from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ..protocol.header import printable
 from ..protocol.messages import Limits, Refusal, decode_frame
-from .reach import ProbeError, reachable, until_ready, within
+from .reach import ProbeError, reachable, stream, within
 from .security import PLAIN, Security
-from .transport import FRAME_BYTES_MAX, SERVICE, Door, Report, channel_options, linger, split_address, tell, uncancelled
+from .transport import SERVICE, Door, Report, both_ways, linger, split_address, tell
 
 SWARM_METHOD = f"/{SERVICE}/Swarm"
 WAIT_S = 10.0  # for one question, or one answer
@@ -49,12 +49,7 @@ def swarm_door(answer: Callable[[], Told], report: Report, security: Security = 
     dialling_back = asyncio.Lock()
 
     async def swarm(_: object, context: grpc.aio.ServicerContext) -> None:
-        receive, write = uncancelled(context.read), uncancelled(context.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None
-
+        read, write = both_ways(context)
         try:
             security.admit_any(context)
             try:
@@ -113,7 +108,7 @@ async def ask_door(
     """Ask at the door at `address` (host:port). Raises DoorError."""
     try:
         target = await reachable(address, deadline_s, REMEDY)
-        async with _stream(address, target, deadline_s, security) as (read, write):
+        async with stream(address, target, SWARM_METHOD, deadline_s, security, REMEDY) as (read, write):
             await within(deadline_s, write(encode_ask(ask or Ask())), f"{address} takes no question")
             raw = await within(deadline_s + 2 * DIAL_BACK_S, read(), f"{address} gives no answer")
             if raw is None:
@@ -151,34 +146,3 @@ def _broken(address: str, error: grpc.aio.AioRpcError) -> DoorError:
     if error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return DoorError(f"what answers at {address} speaks gRPC but is no swarm's door: {REMEDY}", 2)
     return DoorError(f"the connection to {address} broke ({error.details()}); try again", 1)
-
-
-@asynccontextmanager
-async def _stream(
-    address: str, target: str, deadline_s: float, security: Security
-) -> AsyncIterator[tuple[Callable, Callable]]:
-    # Nothing is tried again here, and a connection attempt may take as long as gRPC allows: a path can be slow.
-    options = [option for option in channel_options(FRAME_BYTES_MAX) if "backoff" not in option[0]]
-    async with security.channel(target, None, options) as channel:
-        ready = until_ready(address, channel, security, REMEDY)
-        await within(deadline_s, ready, f"{address} takes connections and says nothing")
-        call = channel.stream_stream(SWARM_METHOD)()
-        receive, write = uncancelled(call.read), uncancelled(call.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            if isinstance(frame, bytes):
-                return frame
-            if (code := await call.code()) is not grpc.StatusCode.OK:
-                raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), await call.details())
-            return None
-
-        try:
-            yield read, write
-            with suppress(Exception):  # all is said: only so that the other side sees an end and no break
-                async with asyncio.timeout(1.0):
-                    await call.done_writing()
-                    while isinstance(await receive(), bytes):
-                        pass
-        finally:
-            call.cancel()

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -40,9 +40,9 @@ from ..sim.link_check import SteadyRate
 from ..sim.shaper import LinkProfile
 from .outgoing import Write
 from .probe_service import WAIT_S, Pacer, Read, meter_of
-from .reach import REMEDY, ProbeError, reachable, until_ready, within
+from .reach import REMEDY, ProbeError, reachable, stream, within
 from .security import PLAIN, Security
-from .transport import FRAME_BYTES_MAX, PROBE_METHOD, channel_options, uncancelled
+from .transport import PROBE_METHOD
 
 ECHOES = 20
 ECHOES_LEAST, ECHOES_S = 3, 2.0  # so many at least, and then no more after this time
@@ -76,7 +76,8 @@ async def ask(
         burst_bytes=profile.burst_bytes if profile.rate_bits_per_s else 0,
     )
     with _named(address):
-        async with _stream(address, deadline_s, security) as (read, write):
+        target = await reachable(address, deadline_s)
+        async with stream(address, target, PROBE_METHOD, deadline_s, security) as (read, write):
             return await _Conversation(address, profile, wish, read, write, deadline_s).run()
 
 
@@ -99,7 +100,8 @@ async def visit(
     token: `TOKEN_BYTES`; the other side proves with it that it dialled (`knock`). Raises ProbeError.
     """
     with _named(address):
-        async with _stream(address, deadline_s, security) as (read, write):
+        target = await reachable(address, deadline_s)
+        async with stream(address, target, PROBE_METHOD, deadline_s, security) as (read, write):
 
             async def next_frame() -> bytes | None:
                 return await read()
@@ -151,44 +153,6 @@ def _broken(address: str, error: grpc.aio.AioRpcError) -> ProbeError:
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return ProbeError(f"{address} serves as many streams as it takes; try again in a moment", 1)
     return ProbeError(f"the connection to {address} broke ({error.details()}); try again", 1)
-
-
-@asynccontextmanager
-async def _stream(address: str, deadline_s: float, security: Security) -> AsyncIterator[tuple[Read, Write]]:
-    """A stream of the method Probe. Raises ProbeError for a link to nowhere, and says which nowhere."""
-    target = await reachable(address, deadline_s)
-    # Nothing is tried again here, and a connection attempt may take as long as gRPC allows: a path can be slow.
-    options = [option for option in channel_options(FRAME_BYTES_MAX) if "backoff" not in option[0]]
-    async with security.channel(target, None, options) as channel:
-        ready = until_ready(address, channel, security)
-        await within(deadline_s, ready, f"{address} takes connections and says nothing")
-        call = channel.stream_stream(PROBE_METHOD)()
-        receive, send = uncancelled(call.read), uncancelled(call.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None
-
-        async def write(frame: bytes) -> None:
-            try:
-                await send(frame)
-            except asyncio.InvalidStateError:  # it has ended; the status says why
-                raise grpc.aio.AioRpcError(
-                    await call.code(),
-                    await call.initial_metadata(),
-                    await call.trailing_metadata(),
-                    await call.details(),
-                ) from None
-
-        try:
-            yield read, write
-            with suppress(Exception):  # all is said: only so that the other side sees an end and no break
-                async with asyncio.timeout(1.0):
-                    await call.done_writing()
-                    while await read() is not None:
-                        pass
-        finally:
-            call.cancel()
 
 
 class _Conversation:

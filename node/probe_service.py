@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from urllib.parse import unquote
 
 from .. import __version__
@@ -45,6 +45,7 @@ from ..protocol.probing import (
 )
 from ..sim.link_check import SteadyRate
 from ..sim.shaper import DEFAULT_BURST_BYTES, LinkProfile, Shaper
+from .link import Read
 from .outgoing import Write
 
 WAIT_S = 10.0  # for one frame to come or go
@@ -53,8 +54,6 @@ WHOLE_S = 2 * (SECONDS_MAX + LATENCY_S_MAX) + 4 * WAIT_S  # for a probe
 HEAD_SHARE = 0.25  # of a direction's time or bytes: not counted
 BALLAST_BYTES_LEAST = 4 * 1024
 BALLAST_BYTES = 32 * 1024  # where no rate is known: small beside a thin link's second, large beside a call's cost
-
-Read = Callable[[], Awaitable[bytes | None]]
 
 
 def profile_of(terms: Terms) -> LinkProfile:

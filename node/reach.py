@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from .addresses import split_address
+from .link import Read
+from .outgoing import Write
 from .security import Security
+from .transport import FRAME_BYTES_MAX, both_ways, channel_options
 
 T = TypeVar("T")
 REMEDY = "start `thinpipe probe --listen host:port` there, or name a node's listener"
@@ -71,7 +75,50 @@ async def until_ready(address: str, channel: grpc.aio.Channel, security: Securit
         state = channel.get_state(try_to_connect=True)
 
 
-async def within(deadline_s: float, job: Coroutine[Any, Any, T], what: str) -> T:
+@asynccontextmanager
+async def stream(
+    address: str, target: str, method: str, deadline_s: float, security: Security, remedy: str = REMEDY
+) -> AsyncIterator[tuple[Read, Write]]:
+    """A stream of `method` to `target`, which is what `reachable` found at `address`. Raises ProbeError, and what gRPC
+    raises; also of a stream that has ended, whose status says why."""
+    # Nothing is tried again here, and a connection attempt may take as long as gRPC allows: a path can be slow.
+    options = [option for option in channel_options(FRAME_BYTES_MAX) if "backoff" not in option[0]]
+    async with security.channel(target, None, options) as channel:
+        ready = until_ready(address, channel, security, remedy)
+        await within(deadline_s, ready, f"{address} takes connections and says nothing")
+        call = channel.stream_stream(method)()
+        receive, send = both_ways(call)
+
+        async def read() -> bytes | None:
+            frame = await receive()
+            if frame is None and await call.code() is not grpc.StatusCode.OK:
+                raise await _status(call)
+            return frame
+
+        async def write(frame: bytes) -> None:
+            try:
+                await send(frame)
+            except asyncio.InvalidStateError:
+                raise await _status(call) from None
+
+        try:
+            yield read, write
+            with suppress(Exception):  # all is said: only so that the other side sees an end and no break
+                async with asyncio.timeout(1.0):
+                    await call.done_writing()
+                    while await receive() is not None:
+                        pass
+        finally:
+            call.cancel()
+
+
+async def _status(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(
+        await call.code(), await call.initial_metadata(), await call.trailing_metadata(), await call.details()
+    )
+
+
+async def within(deadline_s: float, job: Awaitable[T], what: str) -> T:
     try:
         async with asyncio.timeout(deadline_s):
             return await job

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -24,7 +24,7 @@ from ..protocol.probing import NotNow
 from .addresses import ListenError as ListenError
 from .addresses import check_listen as check_listen
 from .addresses import split_address as split_address
-from .link import EpochOver, Link, Write
+from .link import EpochOver, Link, Read, Write
 from .probe_service import ProbeService
 from .security import PLAIN, Security
 
@@ -122,12 +122,7 @@ def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN)
     """What a server does with a stream of the method Probe."""
 
     async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
-        receive, write = uncancelled(context.read), uncancelled(context.write)
-
-        async def read() -> bytes | None:
-            frame = await receive()
-            return frame if isinstance(frame, bytes) else None
-
+        read, write = both_ways(context)
         try:
             security.admit_any(context)
             await probes.serve(read, write, context.peer())
@@ -164,12 +159,11 @@ class _Doors:
         return met or (link is not None and link.serving.locked())
 
     async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        receive, write = uncancelled(context.read), uncancelled(context.write)
+        receive, write = both_ways(context)
         first: list[bytes] = []
 
         async def read() -> bytes | None:
-            frame = first.pop() if first else await receive()
-            return frame if isinstance(frame, bytes) else None  # else: the end of the stream
+            return first.pop() if first else await receive()
 
         peer, ended, refused, link = context.peer(), "broke", False, self._current()
 
@@ -225,15 +219,13 @@ class _Doors:
 
     async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
         assert self._control
-        receive, write = uncancelled(context.read), uncancelled(context.write)
+        receive, write = both_ways(context)
         admitted = False
 
         async def read() -> bytes | None:
             nonlocal admitted
             frame = await receive()
-            if not isinstance(frame, bytes):
-                return None
-            if not admitted:
+            if frame is not None and not admitted:
                 self._security.admit(context, frame)
                 admitted = True
             return frame
@@ -258,12 +250,24 @@ async def tell(write: Write, error: RemoteProtocolError) -> None:
             await write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
 
 
-async def linger(read: Callable[[], Awaitable[bytes | None]]) -> None:
+async def linger(read: Read) -> None:
     """Ending a stream on which the peer still writes may overtake the refusal: read on until the peer ends it."""
     with suppress(Exception):
         async with asyncio.timeout(REFUSAL_TIMEOUT_S):
             while await read() is not None:
                 pass
+
+
+def both_ways(stream: Any) -> tuple[Read, Write]:
+    """What reads frames from gRPC's end of a stream, a call's or a context's, and what writes them; uncancelled. What
+    reads gives None at the end of the stream, which in gRPC is an object of its own."""
+    receive = uncancelled(stream.read)
+
+    async def read() -> bytes | None:
+        frame = await receive()
+        return frame if isinstance(frame, bytes) else None
+
+    return read, uncancelled(stream.write)
 
 
 def uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:

@@ -197,7 +197,10 @@ class Keeper:
         standby = self.post.stage is None
         said = served = False
         free_s: dict[int, float] = {}
+        earlier = True  # what records say may be of an earlier life of the run, until they say that it goes on
         while not self._told:
+            over = self._over()
+            earlier = earlier and over
             for stage in self.post.candidates:
                 if standby and not began(self.post.run, stage):
                     continue
@@ -206,7 +209,7 @@ class Keeper:
                     served = True
                     free_s.pop(stage, None)
                     continue
-                if served and self._over():  # a run that was ended early is over too, until somebody goes on with it
+                if served and over and not earlier:  # a run that was ended early is over too
                     unsaid = stage == 0 and not (self.post.run / "summary.json").exists()
                     code = self._summary() if unsaid else 0
                     os.close(lock)

@@ -1,4 +1,5 @@
-"""Shared fixtures: a small corpus that is tokenised once a session, and settings that train on it in milliseconds."""
+"""Shared fixtures: a small corpus that is tokenised once a session, settings that train on it in milliseconds, and
+whether the kernel caps links here."""
 
 from __future__ import annotations
 
@@ -80,3 +81,15 @@ def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
         return parse_config(merge({}, {**tiny_settings, **(overrides or {})}))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def kernel_links() -> None:
+    """Namespaces behind interfaces that the kernel caps. Skips, with the one line that says what this machine lacks."""
+    from thinpipe.sim import netns
+    from thinpipe.sim.tc import KernelLinkError
+
+    try:
+        netns.check()
+    except KernelLinkError as error:
+        pytest.skip(str(error))

@@ -16,7 +16,6 @@ from thinpipe.node.config import dump_config
 from thinpipe.sim import netns
 from thinpipe.sim.netns import existing
 from thinpipe.sim.report import read_records
-from thinpipe.sim.tc import KernelLinkError
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -24,15 +23,6 @@ from .conftest import TinyConfig
 pytestmark = pytest.mark.alone
 
 HEADER_BYTES_PER_PACKET = 66  # Ethernet 14, IPv4 20, TCP 20 with 12 of its timestamp
-
-
-@pytest.fixture(scope="module")
-def kernel_links() -> None:
-    """Skips, with the one line that says what this machine lacks."""
-    try:
-        netns.check()
-    except KernelLinkError as error:
-        pytest.skip(str(error))
 
 
 on_kernel_links = pytest.mark.usefixtures("kernel_links")

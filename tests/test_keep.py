@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,37 @@ def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], line: s
     assert not (tmp_path / "run" / "run.toml").exists()
 
 
+def test_the_end_of_an_earlier_life_is_not_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped is gone on with, and the standby is there before the second stage's keeper."""
+    records = [tmp_path / f"stage-{stage}.jsonl" for stage in range(2)]
+    for path in records:
+        path.write_text('{"event": "start"}\n{"event": "end", "steps": 6}\n')
+    lock = take_lock(tmp_path, 0)
+    assert lock is not None
+    said: list[str] = []
+    waits: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        """What happens while the standby sleeps: both stages go on, and at last they end."""
+        waits.append(seconds)
+        if len(waits) == 3:
+            for path in records:
+                path.write_text(path.read_text() + '{"event": "start"}\n')
+        elif len(waits) == 6:
+            for path in records:
+                path.write_text(path.read_text() + '{"event": "end", "steps": 9}\n')
+        assert len(waits) < 20
+
+    monkeypatch.setattr(keeper.time, "sleep", go_on)
+    monkeypatch.setattr(keeper, "STANDBY_S", 1e9)
+    try:
+        code = Keeper(Post(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
+    finally:
+        os.close(lock)
+    assert (code, len(waits)) == (0, 6)
+    assert said == ["stands by for any stage"]
+
+
 def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
     done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
@@ -244,9 +276,13 @@ def test_summary_wants_a_run_that_has_ended(tmp_path: Path) -> None:
 def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> None:
     """Root in a network of its own, but without NET_ADMIN, as in a container that was not given it."""
     prefix = ["unshare", "--net", "setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
-    here = subprocess.run([*prefix, "tc", "qdisc"], capture_output=True, check=False) if os.geteuid() == 0 else None
-    if here is None or here.returncode:
-        pytest.skip("needs root, unshare, setpriv and tc")
+    if os.geteuid() != 0:
+        pytest.skip("only root can make a network of its own, to be without a capability in it")
+    if missing := [name for name in ("unshare", "setpriv", "ip", "tc") if shutil.which(name) is None]:
+        pytest.skip(f"{' and '.join(missing)} not installed (util-linux, iproute2)")
+    here = subprocess.run([*prefix, "tc", "qdisc"], capture_output=True, text=True, check=False)
+    if here.returncode:
+        pytest.skip(f"this kernel does not let root do it: {here.stderr.strip()}")
     script = 'ip link add one type veth peer name two && ip link set one up && exec "$@"'
     inside = ["unshare", "--net", "sh", "-c", script, "sh", *prefix[2:]]
     command = [sys.executable, "-m", "thinpipe.cli", "keep", str(tmp_path / "run"), "--stage", "0", *PEERS]

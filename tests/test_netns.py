@@ -44,15 +44,6 @@ def own() -> set[str]:
     return {name for name in existing() if name.startswith(f"thinpipe-{os.getpid()}-")}
 
 
-@pytest.fixture(scope="module")
-def kernel_links() -> None:
-    """Skips, with the one line that says what this machine lacks."""
-    try:
-        netns.check()
-    except KernelLinkError as error:
-        pytest.skip(str(error))
-
-
 on_kernel_links = pytest.mark.usefixtures("kernel_links")
 
 

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.config import load_config
-from thinpipe.sim import netns
 from thinpipe.sim.netns import Network, network
 from thinpipe.sim.report import read_records
 from thinpipe.sim.shaper import LinkProfile
 from thinpipe.sim.swarm import node_environment
-from thinpipe.sim.tc import KernelLinkError
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -85,11 +83,8 @@ class Lan:
 
 
 @pytest.fixture
-def lan(tmp_path: Path) -> Iterator[Lan]:
-    try:
-        netns.check()
-    except KernelLinkError as error:
-        pytest.skip(str(error))
+def lan(tmp_path: Path, kernel_links: None) -> Iterator[Lan]:
+    del kernel_links
     with network(len(MACHINES), LinkProfile.parse("80mbit")) as made:
         lan = Lan(made, tmp_path)
         try:

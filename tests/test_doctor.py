@@ -38,7 +38,8 @@ from thinpipe.sim.tc import KernelLinkError
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
-from .test_transport import complain, make_link
+from .links import make_link
+from .test_transport import complain
 
 TOKEN = bytes(range(TOKEN_BYTES))
 
@@ -171,7 +172,7 @@ def test_another_version_is_answered_because_that_is_the_question() -> None:
 
 def test_a_node_is_a_door_too() -> None:
     async def story() -> Visited:
-        async with listening("127.0.0.1:0", make_link(1, 0, "none"), greeting_timeout_s=5, report=complain) as port:
+        async with listening("127.0.0.1:0", make_link(1), greeting_timeout_s=5, report=complain) as port:
             return await visit(f"127.0.0.1:{port}", port=0, token=TOKEN)
 
     assert not asyncio.run(story()).about.in_a_run

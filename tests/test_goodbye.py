@@ -13,35 +13,18 @@ import pytest
 from thinpipe.node.control import Control
 from thinpipe.node.dialling import dial, dial_control
 from thinpipe.node.link import Link
-from thinpipe.node.metrics import Tracer
 from thinpipe.node.transport import SERVICE, listening
 from thinpipe.protocol.control import CopyProgress
 from thinpipe.protocol.effects import Dismiss, Side
-from thinpipe.protocol.messages import Limits
 from thinpipe.protocol.rewind import Rewind
-from thinpipe.protocol.session import Event, Identity, LinkSession, PeerDone, State
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.protocol.session import Event, Identity, PeerDone, State
 
 from .in_memory import Cut, join
+from .links import make_link
 
 pytestmark = pytest.mark.alone
 
 DEADLINE_S = 5.0
-
-
-def make_link(stage: int) -> Link:
-    """One end of the link between stages 0 and 1."""
-    identity = Identity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=100 + stage)
-    limits = Limits(message_bytes=1024)
-    return Link(
-        session=LinkSession(identity=identity, peer_stage=1 - stage, limits=limits, receive_buffer_bytes=2**20),
-        profile=LinkProfile.parse("none"),
-        chunk_bytes=128 * 1024,
-        send_buffer_bytes=2**20,
-        uncapped_window_bytes=2**20,
-        seed=1,
-        tracer=Tracer(stage=stage, enabled=False),
-    )
 
 
 # Frames 1 and 2 of a connection are the greetings, 3 and 4 the goodbyes.

@@ -20,7 +20,6 @@ from thinpipe.node.handshake import PREFACE
 from thinpipe.node.keys import init, issue, load
 from thinpipe.node.link import Link
 from thinpipe.node.local import LocalRunError, run_local
-from thinpipe.node.metrics import Tracer
 from thinpipe.node.probe_asker import ask
 from thinpipe.node.reach import ProbeError
 from thinpipe.node.security import PLAIN, Security
@@ -28,12 +27,13 @@ from thinpipe.node.transport import METHOD, listening
 from thinpipe.protocol.effects import Side
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.rewind import Rewind
-from thinpipe.protocol.session import Identity, LinkSession
+from thinpipe.protocol.session import Identity
 from thinpipe.sim.report import read_records
 from thinpipe.sim.shaper import LinkProfile
 
 from .conftest import TinyConfig
 from .in_memory import read_outcome, run_reference
+from .links import make_link
 from .real_node import node, until
 
 NOW = datetime.now(UTC)
@@ -81,21 +81,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Security]:
     made["of q"] = Security(replace(keys, certificate=of_q, certificate_pem=of_q_pem, key_pem=own_pem))
     made["takes others"] = Security(replace(keys, authority_pem=foreign.authority_pem))
     return made
-
-
-def make_link(stage: int, run: str = "r") -> Link:
-    """One end of the link between stages 0 and 1."""
-    identity = Identity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
-    limits = Limits(message_bytes=2**20)
-    return Link(
-        session=LinkSession(identity=identity, peer_stage=1 - stage, limits=limits, receive_buffer_bytes=2**22),
-        profile=LinkProfile.parse("none"),
-        chunk_bytes=128 * 1024,
-        send_buffer_bytes=2**22,
-        uncapped_window_bytes=2**22,
-        seed=1,
-        tracer=Tracer(stage=stage, enabled=False),
-    )
 
 
 def make_control(stage: int, run: str = "r") -> Control:

@@ -9,32 +9,17 @@ from contextlib import asynccontextmanager
 import pytest
 from thinpipe.node.dialling import dial
 from thinpipe.node.link import Link
-from thinpipe.node.metrics import Tracer
 from thinpipe.node.transport import listening
 from thinpipe.protocol.framing import framed_bytes
-from thinpipe.protocol.messages import Kind, Limits, Message
-from thinpipe.protocol.session import Identity, LinkSession
+from thinpipe.protocol.messages import Kind, Message
 from thinpipe.sim.shaper import LinkProfile
+
+from .links import make_link
 
 pytestmark = pytest.mark.alone
 
 MESSAGE_BYTES = 512 * 1024
 RATE_TOLERANCE = 0.05
-
-
-def make_link(stage: int, peer: int, profile: str, *, receive_buffer_bytes: int = 8 * 2**20) -> Link:
-    identity = Identity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=100 + stage)
-    limits = Limits(message_bytes=MESSAGE_BYTES)
-    session = LinkSession(identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=receive_buffer_bytes)
-    return Link(
-        session=session,
-        profile=LinkProfile.parse(profile),
-        chunk_bytes=128 * 1024,
-        send_buffer_bytes=64 * 2**20,
-        uncapped_window_bytes=4 * 2**20,
-        seed=1,
-        tracer=Tracer(stage=stage, enabled=False),
-    )
 
 
 def complain(code: str, line: str) -> None:
@@ -91,7 +76,7 @@ def run(job: Awaitable[None]) -> None:
 @every_join
 def test_messages_arrive_whole_and_in_order_both_ways(join: Join) -> None:
     async def job() -> None:
-        upper, lower = make_link(0, 1, "none"), make_link(1, 0, "none")
+        upper, lower = make_link(0), make_link(1)
         sizes = [1, 0, MESSAGE_BYTES, 128 * 1024, 128 * 1024 + 1, 77]
         async with join(upper, lower):
             for number, size in enumerate(sizes):
@@ -107,7 +92,7 @@ def test_messages_arrive_whole_and_in_order_both_ways(join: Join) -> None:
 
 async def delivered_rate(join: Join, profile: str, count: int) -> tuple[float, float]:
     """(what the receiver's clock says, what the sender reports), both in framed bits/s, for one saturated direction."""
-    upper, lower = make_link(0, 1, profile), make_link(1, 0, profile)
+    upper, lower = make_link(0, profile), make_link(1, profile)
     arrivals: list[float] = []
     async with join(upper, lower):
         sending = asyncio.create_task(_send_all(upper, count))
@@ -167,7 +152,7 @@ def test_rate_test_fails_with_the_shaper_disabled(join: Join) -> None:
 @every_join
 def test_both_directions_have_a_bucket_of_their_own(join: Join) -> None:
     async def job() -> None:
-        upper, lower = make_link(0, 1, "200mbit,5ms"), make_link(1, 0, "200mbit,5ms")
+        upper, lower = make_link(0, "200mbit,5ms"), make_link(1, "200mbit,5ms")
         async with join(upper, lower):
             started = time.monotonic()
             count = 12
@@ -184,7 +169,7 @@ def test_both_directions_have_a_bucket_of_their_own(join: Join) -> None:
 @every_join
 def test_latency_is_applied_to_a_lone_message(join: Join) -> None:
     async def job() -> None:
-        upper, lower = make_link(0, 1, "1gbit,60ms"), make_link(1, 0, "1gbit,60ms")
+        upper, lower = make_link(0, "1gbit,60ms"), make_link(1, "1gbit,60ms")
         async with join(upper, lower):
             started = time.monotonic()
             await upper.send(message(1, 1000))
@@ -200,7 +185,7 @@ def test_a_link_without_latency_does_not_wait_for_acknowledgements(join: Join, s
     """Its window holds two chunks, so each has to be acknowledged as it comes, and not with the next chunk back."""
 
     async def job() -> None:
-        ends = {"upper": make_link(0, 1, "80mbit"), "lower": make_link(1, 0, "80mbit")}
+        ends = {"upper": make_link(0, "80mbit"), "lower": make_link(1, "80mbit")}
         away = ends["lower" if sender == "upper" else "upper"]
         async with join(ends["upper"], ends["lower"]):
             started = time.monotonic()
@@ -215,7 +200,7 @@ def test_a_link_without_latency_does_not_wait_for_acknowledgements(join: Join, s
 @every_join
 def test_unacknowledged_bytes_stay_below_the_window(join: Join) -> None:
     async def job() -> None:
-        upper, lower = make_link(0, 1, "300mbit,25ms"), make_link(1, 0, "300mbit,25ms")
+        upper, lower = make_link(0, "300mbit,25ms"), make_link(1, "300mbit,25ms")
         under_way: list[int] = []
         stamp = upper.session.stamp
 
@@ -241,7 +226,7 @@ def test_unacknowledged_bytes_stay_below_the_window(join: Join) -> None:
 def test_a_slow_receiver_bounds_what_is_sent(join: Join) -> None:
     async def job() -> None:
         buffer = 2 * 2**20
-        upper, lower = make_link(0, 1, "none"), make_link(1, 0, "none", receive_buffer_bytes=buffer)
+        upper, lower = make_link(0), make_link(1, receive_buffer_bytes=buffer)
         async with join(upper, lower):
             sending = asyncio.create_task(_send_all(upper, 12))
             stalled_at = -1
@@ -259,7 +244,7 @@ def test_a_slow_receiver_bounds_what_is_sent(join: Join) -> None:
 @every_join
 def test_both_ends_count_the_same_bytes(join: Join) -> None:
     async def job() -> None:
-        upper, lower = make_link(0, 1, "none"), make_link(1, 0, "none")
+        upper, lower = make_link(0), make_link(1)
         async with join(upper, lower):
             await _send_all(upper, 10)
             for _ in range(10):
@@ -280,7 +265,7 @@ def test_a_busy_port_is_one_clear_line() -> None:
     from thinpipe.node.transport import ListenError
 
     async def job(port: int) -> None:
-        async with listening(f"127.0.0.1:{port}", make_link(1, 0, "none"), greeting_timeout_s=1, report=complain):
+        async with listening(f"127.0.0.1:{port}", make_link(1), greeting_timeout_s=1, report=complain):
             pass
 
     with socket.socket() as taken:

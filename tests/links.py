@@ -1,0 +1,33 @@
+"""One end of a link between two stages, with nothing around it: for tests of links, streams and who may open them."""
+
+from __future__ import annotations
+
+from thinpipe.node.link import Link
+from thinpipe.node.metrics import Tracer
+from thinpipe.protocol.messages import Limits
+from thinpipe.protocol.session import Identity, LinkSession
+from thinpipe.sim.shaper import LinkProfile
+
+
+def make_link(
+    stage: int,
+    profile: str = "none",
+    *,
+    run: str = "r",
+    message_bytes: int = 2**20,
+    receive_buffer_bytes: int = 8 * 2**20,
+) -> Link:
+    """Of stage 0 or 1; the other one is its peer."""
+    identity = Identity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
+    limits = Limits(message_bytes=message_bytes)
+    return Link(
+        session=LinkSession(
+            identity=identity, peer_stage=1 - stage, limits=limits, receive_buffer_bytes=receive_buffer_bytes
+        ),
+        profile=LinkProfile.parse(profile),
+        chunk_bytes=128 * 1024,
+        send_buffer_bytes=64 * 2**20,
+        uncapped_window_bytes=4 * 2**20,
+        seed=1,
+        tracer=Tracer(stage=stage, enabled=False),
+    )

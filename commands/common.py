@@ -81,6 +81,11 @@ def fail(line: str, exit_code: int) -> NoReturn:
     raise typer.Exit(exit_code)
 
 
+def model_setting(model: str | None) -> str:
+    """Which setting --model means: a directory, or a preset."""
+    return "model.path" if model and (os.sep in model or Path(model).is_dir()) else "model.preset"
+
+
 def one_arithmetic_thread() -> None:
     """Before torch is imported: stages share cores, and parity needs one fixed number of threads.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Override, configuration, fail, one_arithmetic_thread
+from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
@@ -88,10 +88,9 @@ def keep(
     words = codec.split() if codec else []
     if len(words) > 3:
         fail(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD", 2)
-    is_directory = model is not None and os.sep in model
     given = {
         "pipeline.stages": len(names),
-        "model.path" if is_directory else "model.preset": model,
+        model_setting(model): model,
         "data.source": data,
         **dict(zip(("codec.codec", "codec.forward", "codec.backward"), words, strict=False)),
         "link.link": link,
@@ -108,6 +107,10 @@ def keep(
     from ..sim.keeper import Keeper, KeeperError, Post, become
     from ..sim.shaper import LinkError, LinkProfile
 
+    try:
+        node_words = shlex.split(node_options)
+    except ValueError as error:
+        fail(f'--node "{node_options}": {error}; write it as in a shell', 2)
     who = "standby" if standby else f"stage {stage}"
     try:
         for name in names:
@@ -118,7 +121,7 @@ def keep(
         if user:
             become(user)
         shared = _agree(run, settings, given, sets)
-        node = ["--link", str(profile), *shlex.split(node_options)]
+        node = ["--link", str(profile), *node_words]
         post = Post(
             run=run,
             stage=stage,

@@ -36,12 +36,12 @@ def dht(
     """Run a bootstrap: a member of the DHT that serves no stage, until Ctrl-C. The swarm outlives it."""
     one_arithmetic_thread()
     run = configuration(config, {}, None) if config else None
+    from ..node.addresses import ListenError
     from ..node.bootstrap import serve
     from ..node.config import ConfigError
     from ..node.discovery import DiscoveryError
     from ..node.entrance import choose_for
     from ..node.keys import KeysError
-    from ..node.transport import ListenError
 
     try:
         security = choose_for(join or (), keys, insecure=insecure, listen=listen)
@@ -63,12 +63,12 @@ def status(
     one_arithmetic_thread()
     if not join:
         fail("say whom to ask: --join host:port of any node or bootstrap", 2)
+    from ..node.addresses import ListenError
     from ..node.config import ConfigError
     from ..node.discovery import DiscoveryError
     from ..node.entrance import choose_for
     from ..node.keys import KeysError
     from ..node.status import find_status, status_table
-    from ..node.transport import ListenError
 
     try:
         found = find_status(tuple(join), run, choose_for(join, keys, insecure=insecure))

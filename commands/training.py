@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +19,7 @@ from .common import (
     TensorBoard,
     configuration,
     fail,
+    model_setting,
     one_arithmetic_thread,
     run_errors,
     run_toml,
@@ -89,10 +89,9 @@ def up(
     one_arithmetic_thread()
     if isolate not in (None, "netns"):
         fail(f"--isolate: there is no '{isolate}'; it is netns, or left away", 2)
-    is_directory = model is not None and (os.sep in model or Path(model).is_dir())
     options = {
         "pipeline.stages": stages,
-        "model.path" if is_directory else "model.preset": model,
+        model_setting(model): model,
         "data.source": data,
         "codec.codec": codec,
         "codec.forward": forward,
@@ -203,7 +202,12 @@ def node(
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
         wish |= {"keys": keys, "insecure": insecure}
         return _join(wish, options, overrides, trace=trace, parent=parent, resume=resume)
-    for option, given in (("--stage auto", stage == AUTO), ("--announce", announce), ("--dht-port", dht_port)):
+    for option, given in (
+        ("--stage auto", stage == AUTO),
+        ("--announce", announce),
+        ("--dht-port", dht_port),
+        ("--run", run),
+    ):
         if given:
             fail(f"{option} goes with --join host:port, which names any node or bootstrap of the swarm", 2)
     if config is None:
@@ -213,6 +217,7 @@ def node(
         fail(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
+    from ..node.addresses import ListenError
     from ..node.host import Addresses, HostError, HostOptions, check_input, host
     from ..node.keys import KeysError
     from ..node.local import LocalRunError, writable
@@ -228,7 +233,7 @@ def node(
         directory = writable(out or config.parent)
         how = HostOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
         host(settings, stage, addresses, how)
-    except KeysError as error:
+    except (KeysError, ListenError) as error:
         fail(str(error), 2)
     except (HostError, LocalRunError) as error:
         fail(str(error), error.exit_code)
@@ -244,12 +249,12 @@ def _join(
     parent: int | None,
     resume: bool,
 ) -> None:
+    from ..node.addresses import ListenError
     from ..node.claiming import RunThrough, StageTaken
     from ..node.config import ConfigError, parse_override
     from ..node.discovery import DiscoveryError
     from ..node.joining import Wish, join
     from ..node.keys import KeysError
-    from ..node.transport import ListenError
 
     try:
         given = {key: value for key, value in options.items() if value is not None}

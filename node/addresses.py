@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from urllib.parse import unquote
 
 
 class ListenError(ValueError):
@@ -43,3 +44,10 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def host_of(peer: str) -> str:
+    """The address in gRPC's `ipv4:1.2.3.4:567` or `ipv6:%5B::1%5D:567`; "" for what is none."""
+    kind, _, rest = unquote(peer).partition(":")
+    host = rest.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    return host if kind in ("ipv4", "ipv6") else ""

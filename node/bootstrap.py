@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from ..protocol.door import ADDRESSES_MAX, Told
 from ..protocol.records import RunRecord
+from .addresses import check_listen
 from .config import RunConfig
 from .discovery import Discovery, DiscoveryError
 from .door import Answered, swarm_door
@@ -20,7 +21,7 @@ from .entrance import Entrance, Place, ask_doors, place
 from .joining import free_port, say
 from .security import Security
 from .shared_config import short, told
-from .transport import check_listen, serving
+from .transport import serving
 
 LOOK_EVERY_S = 30.0
 LEASE_S = 3600.0

@@ -38,7 +38,14 @@ _LABEL = re.compile(
     r"(?!sha256-)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 )  # RFC 1123, in the one case that compares as itself
 _STAGE = re.compile(r"stage-(0|[1-9]\d{0,3})\.(?P<run>[a-z0-9-]+\.thinpipe)")
-_UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType)
+_UNREADABLE = (
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 def run_label(run: str) -> str:

@@ -16,7 +16,7 @@ from enum import Enum
 
 from ..protocol.claims import SETTLE_S, begun, choose, of_stage, rival, through
 from ..protocol.records import NodeRecord, Seen, State, stale_after_s
-from .transport import split_address
+from .addresses import split_address
 
 LOOK_AGAIN_S = 2.0
 CONNECT_S = 1.5

@@ -102,7 +102,11 @@ class Control:
         nothing), or what `read` and `write` raise.
         """
         if speaks_first:
-            await self._write(side, write, self.machine.greeting())
+            try:
+                async with asyncio.timeout(greeting_timeout_s):  # a peer may never let a stream begin
+                    await self._write(side, write, self.machine.greeting())
+            except TimeoutError:
+                raise ConnectionError(f"the greeting is not taken for {greeting_timeout_s:.1f} s") from None
         frame = await self._read(read, greeting_timeout_s, "no greeting")
         if frame is None:
             raise ConnectionError(f"the control stream {side} ended before the greeting")

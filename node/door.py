@@ -12,7 +12,6 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from urllib.parse import unquote
 
 import grpc
 import grpc.aio
@@ -21,9 +20,10 @@ from ..protocol.door import WHY_CHARACTERS_MAX, Ask, Told, decode_ask, decode_to
 from ..protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ..protocol.header import printable
 from ..protocol.messages import Limits, Refusal, decode_frame
+from .addresses import host_of, split_address
 from .reach import ProbeError, reachable, stream, within
 from .security import PLAIN, Security
-from .transport import SERVICE, Door, Report, both_ways, linger, split_address, tell
+from .transport import SERVICE, Door, Report, both_ways, linger, tell
 
 SWARM_METHOD = f"/{SERVICE}/Swarm"
 WAIT_S = 10.0  # for one question, or one answer
@@ -80,26 +80,23 @@ def swarm_door(answer: Callable[[], Told], report: Report, security: Security = 
 
 async def _dial_back(ask: Ask, peer: str, security: Security) -> str:
     """Whether the asker is reached where it says, in the words of `Told.dialled_back`."""
-    host, _ = split_address(ask.reach)
+    host, port = split_address(ask.reach)
     try:
         async with asyncio.timeout(DIAL_BACK_S):
             found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError, TimeoutError):
         return printable(f"no machine is known as '{host}' here")
-    if peer_host(peer) not in {str(where[0]) for *_, where in found}:
+    origin = host_of(peer)
+    if origin not in {str(where[0]) for *_, where in found}:
         return ""  # another machine's: not for strangers to have dialled
-    try:
-        answered = await ask_door(ask.reach, security, deadline_s=DIAL_BACK_S)
+    try:  # by number: asked again, the name might be another machine's
+        address = f"[{origin}]:{port}" if ":" in origin else f"{origin}:{port}"
+        answered = await ask_door(address, security, deadline_s=DIAL_BACK_S)
     except DoorError as error:
         return printable(str(error))[:WHY_CHARACTERS_MAX]
     if answered.told.incarnation != ask.incarnation:
         return printable(f"another node answers at {ask.reach}")[:WHY_CHARACTERS_MAX]
     return "yes"
-
-
-def peer_host(peer: str) -> str:
-    """The IP address of gRPC's `ipv4:192.0.2.7:4711` or `ipv6:%5B::1%5D:4711`."""
-    return unquote(peer).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 async def ask_door(
@@ -113,9 +110,7 @@ async def ask_door(
             raw = await within(deadline_s + 2 * DIAL_BACK_S, read(), f"{address} gives no answer")
             if raw is None:
                 raise DoorError(f"{address} ended the stream without an answer; try again", 1)
-            return Answered(
-                address=address, host=target.partition(":")[2].rpartition(":")[0].strip("[]"), told=_told(raw)
-            )
+            return Answered(address=address, host=host_of(target), told=_told(raw))
     except RefusedError as error:
         raise DoorError(f"{address} refuses: {error}", 2) from None
     except ProtocolError as error:

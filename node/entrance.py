@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..protocol.records import is_endpoint
+from .addresses import ListenError, split_address
 from .discovery import Discovery, DiscoveryError
 from .door import Answered, DoorError, ask_door
 from .multiaddr import Multiaddr, host_port, is_wildcard, seen_from, source_host
 from .security import PLAIN, Security, choose
-from .transport import ListenError, split_address
 
 PEERS_MAX = 64
 NOBODY = ("192.0.2.1", 9)  # RFC 5737: the way there is the way out; nothing is sent

@@ -91,7 +91,7 @@ async def _look(
         if keys is None:
             return None
         return Verdict(_refused(address, keys, "it closed the connection in the handshake"), False)
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: a name that is none, such as a..b
         return None
     finally:
         if writer:

@@ -28,6 +28,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.greeting import TABLE_DIGEST, Identity
 from ..sim.endpoint import EndpointError
 from ..sim.shaper import LinkError, LinkProfile
+from .addresses import ListenError, check_listen, split_address
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
@@ -45,7 +46,7 @@ from .paced import PacedCorpus, PacedStage
 from .security import PLAIN, Security
 from .stage import Stage
 from .state import StateError
-from .transport import ListenError, check_listen, listening, split_address
+from .transport import listening
 from .transport import serving as serving_only
 from .watching import Watching
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..protocol.records import NodeRecord, RunRecord, State
+from .addresses import ListenError, check_listen
 from .claiming import LOOK_AGAIN_S, World, take_stage
 from .config import ConfigError, RunConfig, dump_config, load_config
 from .discovery import Discovery
@@ -27,7 +28,6 @@ from .keys import KeysError
 from .multiaddr import Multiaddr
 from .security import Security, choose
 from .shared_config import agreed, short
-from .transport import ListenError, check_listen
 
 if TYPE_CHECKING:
     from .membership import Membership

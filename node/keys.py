@@ -97,7 +97,7 @@ def issue(stages: list[int], authority: Path, out: Path, *, days: int, now: date
     _check_days(days)
     issuer, _ = _certificate(authority, AUTHORITY, "make one with thinpipe keys init, or name its directory")
     said = _said(authority / AUTHORITY, issuer)
-    issuer_key = _key(authority / AUTHORITY_KEY, issuer, "certificates are issued where the authority was made")
+    issuer_key, _ = _key(authority / AUTHORITY_KEY, issuer, "certificates are issued where the authority was made")
     if not said.authority:
         raise KeysError(f"{authority / AUTHORITY} is not an authority's certificate; name the directory of keys init")
     left = (said.ends - now + timedelta(seconds=1)).days  # certificates have whole seconds
@@ -168,7 +168,7 @@ def load(directory: Path, *, now: datetime, run: str | None = None, stages: list
     authority, authority_pem = _certificate(directory, AUTHORITY, _REMEDIES[Flaw.AUTHORITY])
     if not (issuer := _said(directory / AUTHORITY, authority)).authority:
         raise KeysError(f"{directory / AUTHORITY} is not an authority's certificate; {_REMEDIES[Flaw.AUTHORITY]}")
-    _key(directory / NODE_KEY, certificate, _ISSUE)
+    _, key_pem = _key(directory / NODE_KEY, certificate, _ISSUE)
     for stage in stages or [None]:
         flaw = judge(certificate, authority, run=issuer.run if run is None else run, stage=stage, now=now)
         if flaw:
@@ -181,7 +181,7 @@ def load(directory: Path, *, now: datetime, run: str | None = None, stages: list
         authority=authority,
         certificate_pem=certificate_pem,
         authority_pem=authority_pem,
-        key_pem=(directory / NODE_KEY).read_bytes(),
+        key_pem=key_pem,
     )
 
 
@@ -229,8 +229,8 @@ def _said(path: Path, certificate: x509.Certificate) -> Said:
         raise KeysError(f"{path}: {error}; {_ISSUE}") from None
 
 
-def _key(path: Path, certificate: x509.Certificate, remedy: str) -> ec.EllipticCurvePrivateKey:
-    """The private key of that certificate. Raises KeysError, also where others may read it."""
+def _key(path: Path, certificate: x509.Certificate, remedy: str) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+    """The private key of that certificate, and as it is written. Raises KeysError, also where others may read it."""
     content = _content(path, remedy)
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
@@ -244,7 +244,7 @@ def _key(path: Path, certificate: x509.Certificate, remedy: str) -> ec.EllipticC
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     if key.public_key().public_bytes(*form) != certificate.public_key().public_bytes(*form):
         raise KeysError(f"{path} is not the key of the certificate beside it; take both from one keys issue")
-    return key
+    return key, content
 
 
 def _content(path: Path, remedy: str) -> bytes:

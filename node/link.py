@@ -297,12 +297,12 @@ class Link:
         opened = False
         try:
             if speaks_first:
-                self._greeted_at = await self._outgoing.greet(write)
+                self._greeted_at = await self._outgoing.greet(write, greeting_timeout_s)
             async with asyncio.timeout(greeting_timeout_s):
                 await self._await_greeting(read)
             opened = True
             if not speaks_first:
-                await self._outgoing.greet(write)
+                await self._outgoing.greet(write, greeting_timeout_s)
             await self._converse(read, write, closing)
         except TimeoutError:
             error = RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {greeting_timeout_s:g} s")

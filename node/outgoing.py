@@ -209,12 +209,14 @@ class Outgoing:
         self._credit_queued = self._goodbye_queued = False
         self.moved.set()
 
-    async def greet(self, write: Write) -> float:
-        """Greetings precede the queue, so they are written directly, at the link's latency. Returns when it began."""
+    async def greet(self, write: Write, timeout_s: float) -> float:
+        """Greetings precede the queue, so they are written directly, at the link's latency. Returns when it began.
+        Raises TimeoutError: a peer may never let a stream begin."""
         frame, began = self.session.greeting(), self._clock()
         passage = self.shaper.admit(framed_bytes(len(frame)), began)
         await self._sleep_until(passage.arrive_s)
-        await write(frame)
+        async with asyncio.timeout(timeout_s):
+            await write(frame)
         self.sent["control"] += framed_bytes(len(frame))
         return began
 

@@ -103,11 +103,8 @@ async def visit(
         target = await reachable(address, deadline_s)
         async with stream(address, target, PROBE_METHOD, deadline_s, security) as (read, write):
 
-            async def next_frame() -> bytes | None:
-                return await read()
-
             async def hear(kind: type[T], what: str) -> T:
-                raw = await within(deadline_s, next_frame(), f"{address} {what}")
+                raw = await within(deadline_s, read(), f"{address} {what}")
                 if raw is None:
                     raise ConnectionError("the stream ended")
                 said = decode_probe(raw)
@@ -118,7 +115,8 @@ async def visit(
                 return said
 
             asked_s, began = time.time(), time.monotonic()
-            await write(encode_probe(Visit(port=port, token=token, version=__version__)))
+            visiting = write(encode_probe(Visit(port=port, token=token, version=__version__)))
+            await within(deadline_s, visiting, f"{address} takes no visit")
             about = await hear(About, "does not say who it is")
             trip_s = time.monotonic() - began
             dialled = await hear(Dialled, "does not say what came of dialling back") if port else None
@@ -165,7 +163,8 @@ class _Conversation:
         self._read, self._pacer = read, Pacer(profile, write)
 
     async def run(self) -> Findings:
-        await self._pacer.say(encode_probe(self._wish))
+        asking = self._pacer.say(encode_probe(self._wish))
+        await within(self._deadline_s + self._profile.latency_s, asking, f"{self._address} takes no probe")
         terms = await within(
             self._deadline_s + self._profile.latency_s, self._hear(Terms), f"{self._address} answers no probe"
         )

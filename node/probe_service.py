@@ -16,7 +16,6 @@ import asyncio
 import os
 import time
 from collections.abc import Callable
-from urllib.parse import unquote
 
 from .. import __version__
 from ..protocol.errors import Fault, RemoteProtocolError
@@ -45,6 +44,7 @@ from ..protocol.probing import (
 )
 from ..sim.link_check import SteadyRate
 from ..sim.shaper import DEFAULT_BURST_BYTES, LinkProfile, Shaper
+from .addresses import host_of
 from .link import Read
 from .outgoing import Write
 
@@ -104,13 +104,6 @@ class Pacer:
             if max(departed - began, behind) >= terms.seconds:
                 break
         await self.say(encode_probe(Done()))
-
-
-def host_of(peer: str) -> str:
-    """The address in gRPC's `ipv4:1.2.3.4:567` or `ipv6:%5B::1%5D:567`; "" for what is none."""
-    kind, _, rest = unquote(peer).partition(":")
-    host = rest.rpartition(":")[0].removeprefix("[").removesuffix("]")
-    return host if kind in ("ipv4", "ipv6") else ""
 
 
 async def dial_back(host: str, port: int, words: bytes) -> Outcome:

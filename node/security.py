@@ -133,7 +133,7 @@ def choose(
     now: datetime | None = None,
 ) -> Security:
     """What --keys and --insecure come to. Raises KeysError: for keys that are no good for these stages of this run, and
-    for an address that others reach where neither was said."""
+    for an address that others reach where neither was said; ListenError for what is no address."""
     if keys is not None:
         if insecure:
             raise KeysError("--keys and --insecure contradict each other; leave one away")

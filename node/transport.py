@@ -21,9 +21,7 @@ import grpc.aio
 from ..protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ..protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
 from ..protocol.probing import NotNow
-from .addresses import ListenError as ListenError
-from .addresses import check_listen as check_listen
-from .addresses import split_address as split_address
+from .addresses import ListenError
 from .link import EpochOver, Link, Read, Write
 from .probe_service import ProbeService
 from .security import PLAIN, Security

@@ -30,7 +30,8 @@ RENEW_EVERY_S = 5.0  # of small swarms: each renewal reads the whole key from se
 RENEWALS_MISSED = 4  # before a record is stale
 KEPT_S = 300.0  # that a record stays in the table after its last renewal
 
-_ENDPOINT = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
+_LABEL = r"[A-Za-z0-9_-]{1,63}"  # of a name; what is longer, or empty, resolvers do not take
+_ENDPOINT = re.compile(rf"(?P<host>\[[0-9A-Fa-f:.%]+\]|{_LABEL}(?:\.{_LABEL})*):(?P<port>[0-9]{{1,5}})")
 _RUN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

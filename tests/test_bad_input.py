@@ -79,6 +79,8 @@ NODE = [
     (["--stage", "1", "--listen", "nonsense"], r"'nonsense' is not host:port"),
     (["--stage", "0", "--next", "127.0.0.1:99999"], r"'127\.0\.0\.1:99999' is not host:port"),
     (["--stage", "1", "--listen", "127.0.0.1:{port}"], r"cannot listen on 127\.0\.0\.1:\d+: it is in use"),
+    (["--stage", "0", "--next", "127.0.0.1:1", "--listen", "nonsense"], r"'nonsense' is not host:port"),
+    (["--stage", "0", "--next", "127.0.0.1:1", "--run", "other"], r"--run goes with --join host:port"),
     (
         ["--stage", "1", "--listen", "203.0.113.1:7001"],
         r"cannot listen on 203\.0\.113\.1:7001: .*choose another",

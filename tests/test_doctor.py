@@ -22,13 +22,13 @@ from rich.console import Console
 from thinpipe import __version__
 from thinpipe.cli import app
 from thinpipe.node import doctor, machine, probe_service
-from thinpipe.node.addresses import ListenError
+from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.config import dump_config
 from thinpipe.node.doctor import Questions, examine, report, table
 from thinpipe.node.keys import clock, init, issue
 from thinpipe.node.machine import Finding
 from thinpipe.node.probe_asker import Visited, visit
-from thinpipe.node.probe_service import ProbeService, dial_back, host_of
+from thinpipe.node.probe_service import ProbeService, dial_back
 from thinpipe.node.reach import ProbeError
 from thinpipe.node.security import PLAIN, Security, choose
 from thinpipe.node.transport import listening, probe_door, serving

@@ -13,16 +13,17 @@ import grpc.aio
 import msgpack
 import pytest
 from thinpipe.cli import app
+from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
-from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, peer_host, swarm_door
+from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, swarm_door
 from thinpipe.node.entrance import place
 from thinpipe.node.membership import Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
 from thinpipe.node.security import PLAIN
 from thinpipe.node.shared_config import agreed, believed, told
 from thinpipe.node.status import as_figures, status_table
-from thinpipe.node.transport import ListenError, serving
+from thinpipe.node.transport import serving
 from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State
@@ -349,9 +350,9 @@ def test_who_is_no_door_is_named() -> None:
 
 
 def test_hosts_of_grpc_peers() -> None:
-    assert peer_host("ipv4:192.0.2.7:4711") == "192.0.2.7"
-    assert peer_host("ipv6:%5B::1%5D:4711") == "::1"
-    assert peer_host("unix:/tmp/x") != "192.0.2.7"
+    assert host_of("ipv4:192.0.2.7:4711") == "192.0.2.7"
+    assert host_of("ipv6:%5B::1%5D:4711") == "::1"
+    assert host_of("unix:/tmp/x") != "192.0.2.7"
 
 
 REFUSED = [

@@ -263,6 +263,13 @@ def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     assert "pipeline.stages is 2 there and 3 here" in done.stderr
 
 
+def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--node", "--keys '/k"])
+    assert done.exit_code == 2
+    assert "No closing quotation; write it as in a shell" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_summary_wants_a_run_that_has_ended(tmp_path: Path) -> None:
     runner = CliRunner()
     none = runner.invoke(app, ["summary", str(tmp_path)])

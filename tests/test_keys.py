@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     load_pem_private_key,
 )
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.cli import app
 from thinpipe.node import certificates
@@ -119,6 +119,25 @@ def test_stages_of_any_text_are_refused_or_read(text: str) -> None:
 def test_no_bytes_but_a_certificate_are_one(data: bytes) -> None:
     with pytest.raises(CertificateError):
         parse(data)
+
+
+def test_a_certificate_of_a_version_that_there_is_not(node: Path) -> None:
+    certificate = parse((node / "node.crt").read_bytes()).public_bytes(Encoding.DER)
+    version = bytes.fromhex("a003020102")  # [0] INTEGER 2, which is X.509 v3
+    assert certificate.count(version) == 1
+    with pytest.raises(CertificateError, match="no certificate"):
+        parse(certificate.replace(version, version[:-1] + b"\x05"))
+
+
+@given(st.integers(0, 2**16), st.integers(1, 255))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_certificate_is_judged_or_refused(node: Path, at: int, flip: int) -> None:
+    """Whatever a peer shows: a verdict, or CertificateError."""
+    damaged = bytearray(parse((node / "node.crt").read_bytes()).public_bytes(Encoding.DER))
+    damaged[at % len(damaged)] ^= flip
+    authority = parse((node / "authority.crt").read_bytes())
+    with suppress(CertificateError):
+        judge(parse(bytes(damaged)), authority, run="my-run", stage=1, now=NOW)
 
 
 def test_nothing_is_overwritten(authority: Path, node: Path) -> None:

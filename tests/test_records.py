@@ -187,6 +187,8 @@ def test_endpoints(good: str) -> None:
     assert is_endpoint(good)
     for bad in (good + "0" * 6, f" {good}", good.rpartition(":")[0], "a:0", "a\n:1", "a/b:1", 7, None):
         assert not is_endpoint(bad)
+    for bad in ("a..b:1", ".a:1", "a.:1", "x" * 64 + ":1"):  # names that resolvers do not take
+        assert not is_endpoint(bad)
 
 
 def test_questions_and_answers_are_told_as_they_are() -> None:

@@ -2,9 +2,10 @@
 
 import asyncio
 import socket
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,12 +21,13 @@ from thinpipe.node.handshake import PREFACE
 from thinpipe.node.keys import init, issue, load
 from thinpipe.node.link import Link
 from thinpipe.node.local import LocalRunError, run_local
-from thinpipe.node.probe_asker import ask
+from thinpipe.node.probe_asker import ask, visit
 from thinpipe.node.reach import ProbeError
 from thinpipe.node.security import PLAIN, Security
 from thinpipe.node.transport import METHOD, listening
 from thinpipe.protocol.effects import Side
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
+from thinpipe.protocol.probing import TOKEN_BYTES
 from thinpipe.protocol.rewind import Rewind
 from thinpipe.protocol.session import Identity
 from thinpipe.sim.report import read_records
@@ -194,6 +196,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.alone  # a diagnosis has to be done while patience lasts
 @pytest.mark.parametrize("pair", REFUSED, ids="-".join)
 def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, Security]) -> None:
     """On the control stream at once; on the other one, which leaves it to that, when patience is over."""
@@ -209,7 +212,7 @@ def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, 
                     listener.address,
                     make_link(0),
                     greeting_timeout_s=5,
-                    patience_s=lambda: 1.5,
+                    patience_s=lambda: 3.0,
                     report=lambda *_: None,
                     security=dialler,
                 )
@@ -220,9 +223,10 @@ def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, 
     run(story())
 
 
+@pytest.mark.alone  # the first connection has to stand before the certificate ends
 def test_a_certificate_that_ends_during_the_run(made: dict[str, Security], tmp_path: Path) -> None:
     """The connection that stands goes on; the next one fails, and both ends' reasons are named."""
-    left = timedelta(seconds=4)
+    left = timedelta(seconds=8)
     began = datetime.now(UTC)
     init("r", tmp_path / "authority", days=365, now=AGO)
     for stage in (0, 1):
@@ -328,6 +332,60 @@ def test_who_is_not_there_or_says_nothing_is_no_fault_of_tls(made: dict[str, Sec
                 for name in ("0", "plain"):
                     with pytest.raises(TimeoutError, match=rf"no connection to {address} for 1 s; is stage 1 running"):
                         await call(address, made[name], patience_s=1.0)
+
+    run(story())
+
+
+@pytest.mark.parametrize("host", ["a..b", ".x", "x" * 64])
+def test_a_name_that_is_none_is_no_bug(host: str, made: dict[str, Security]) -> None:
+    """It may come from a stranger's record."""
+
+    async def story() -> None:
+        for name in ("0", "plain"):
+            with pytest.raises(TimeoutError, match="no connection to"):
+                await call(f"{host}:7001", made[name], patience_s=1.0)
+
+    run(story())
+
+
+async def settle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """An HTTP/2 server that takes a connection, answers pings, and lets no stream begin (RFC 9113)."""
+    with suppress(asyncio.IncompleteReadError, ConnectionError), closing(writer):
+        await reader.readexactly(24)  # the client's preface
+        most_streams = struct.pack(">HI", 3, 0)
+        writer.write(struct.pack(">I", len(most_streams))[1:] + bytes([4, 0]) + bytes(4) + most_streams)
+        while True:
+            head = await reader.readexactly(9)
+            body = await reader.readexactly(int.from_bytes(head[:3], "big"))
+            kind, flags = head[3], head[4]
+            if kind in (4, 6) and not flags & 1:  # SETTINGS, PING: acknowledged
+                said = body if kind == 6 else b""
+                writer.write(struct.pack(">I", len(said))[1:] + bytes([kind, 1]) + bytes(4) + said)
+
+
+def test_who_lets_no_stream_begin_is_given_up() -> None:
+    """A listener that is no node can hold nobody up: each attempt ends, and the address is asked for again."""
+
+    async def story() -> None:
+        asked = 0
+
+        async def where() -> str:
+            nonlocal asked
+            asked += 1
+            return address
+
+        async with await asyncio.start_server(settle, "127.0.0.1", 0) as server:
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            waits = {"greeting_timeout_s": 0.5, "patience_s": lambda: 3.0, "report": lambda *_: None}
+            with pytest.raises(TimeoutError):
+                await dial_control(where, make_control(0), **waits)
+            assert asked > 1
+            with pytest.raises(TimeoutError):
+                await dial(address, make_link(0), **waits)
+            with pytest.raises(ProbeError, match=r"takes no visit within 0\.5 s"):
+                await visit(address, port=0, token=bytes(TOKEN_BYTES), deadline_s=0.5)
+            with pytest.raises(ProbeError, match=r"takes no probe within 0\.5 s"):
+                await ask(address, LinkProfile.parse("none"), 0.2, deadline_s=0.5)
 
     run(story())
 

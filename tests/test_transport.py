@@ -262,7 +262,7 @@ def test_both_ends_count_the_same_bytes(join: Join) -> None:
 
 
 def test_a_busy_port_is_one_clear_line() -> None:
-    from thinpipe.node.transport import ListenError
+    from thinpipe.node.addresses import ListenError
 
     async def job(port: int) -> None:
         async with listening(f"127.0.0.1:{port}", make_link(1), greeting_timeout_s=1, report=complain):

@@ -219,7 +219,7 @@ def test_a_node_in_a_run_answers_round_trips_only() -> None:
 
 def test_a_listener_is_in_a_run_from_its_neighbours_first_word_on() -> None:
     async def story() -> list[bool]:
-        upper, lower = make_link(0, 1, "none"), make_link(1, 0, "none")
+        upper, lower = make_link(0), make_link(1)
         asked: list[bool] = []
         async with listening("127.0.0.1:0", lower, greeting_timeout_s=5, report=complain) as port:
             address, free = f"127.0.0.1:{port}", LinkProfile.parse("none")

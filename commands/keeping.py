@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,7 +105,8 @@ def keep(
     there = run / "run.toml"
     settings = configuration(config or (there if there.is_file() else None), given, sets)
     from ..node.addresses import ListenError, split_address
-    from ..sim.keeper import Keeper, KeeperError, Post, become
+    from ..node.config import parse_override
+    from ..sim.keeper import Keeper, KeeperError, Post, become, known
     from ..sim.shaper import LinkError, LinkProfile
 
     try:
@@ -116,11 +118,21 @@ def keep(
         for name in names:
             split_address(name)
         profile = LinkProfile.parse(settings.link.link)
+        said = {**given, **dict(map(parse_override, sets))}
+        if user:  # what can be refused is, before an interface is capped, and stays so
+            known(user)
+        if there.is_file():
+            _shared(there, settings, said)
         if cap != "user":
             profile = _cap(profile, who, must=cap == "kernel")
         if user:
-            become(user)
-        shared = _agree(run, settings, given, sets)
+            try:
+                become(user)
+            except KeeperError:
+                if profile.kernel:
+                    _uncap()
+                raise
+        shared = _agree(there, settings, said)
         node = ["--link", str(profile), *node_words]
         post = Post(
             run=run,
@@ -143,15 +155,18 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
     from ..sim import tc
 
     if profile.rate_bits_per_s is None:
+        if freed := _uncap():
+            print(f"{who}: {', '.join(freed)} no longer capped", flush=True)
         return profile
     try:
         names = tc.interfaces()
         if not names:
             raise tc.KernelLinkError("no network interface is up here")
-        whole = True
-        for name in names:
-            whole = tc.cap_most(name, profile) and whole
+        whole, *others = [tc.cap_most(name, profile) for name in names]
+        if any(other != whole for other in others):
+            raise tc.KernelLinkError("it delays on some of the interfaces alone")
     except tc.KernelLinkError as error:
+        _uncap()
         why = f"the kernel does not cap the links here: {error}"
         if "not permitted" in str(error) or "may not change" in str(error):
             why += "; in a container: give it the capability NET_ADMIN (cap_add: [NET_ADMIN], --cap-add NET_ADMIN)"
@@ -170,13 +185,25 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
     return replace(profile, kernel="all" if whole else "rate")
 
 
-def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str]) -> RunConfig:
-    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
-    from ..node.config import ConfigError, dump_config, load_config, parse_override
+def _uncap() -> list[str]:
+    """Take what thinpipe put on the interfaces here off again, now or in an earlier life; the names of those."""
+    from ..sim import tc
 
-    path, aside = run / "run.toml", run / f".run.toml-{os.uname().nodename}-{os.getpid()}"
+    freed = []
+    with suppress(tc.KernelLinkError):  # who may not change them has put nothing there
+        for name in tc.interfaces():
+            with suppress(tc.KernelLinkError):
+                freed += [name] if tc.uncap(name) else []
+    return freed
+
+
+def _agree(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
+    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
+    from ..node.config import dump_config
+
+    aside = path.with_name(f".run.toml-{os.uname().nodename}-{os.getpid()}")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(dump_config(settings), encoding="utf-8")
         try:
             os.link(aside, path)  # fails if it is there: whole, or not at all
@@ -184,13 +211,20 @@ def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str
             pass
         finally:
             aside.unlink()
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
+    return _shared(path, settings, said)
+
+
+def _shared(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
+    """What stands in RUN/run.toml, unless what was `said` here differs from it."""
+    from ..node.config import ConfigError, load_config
+
+    try:
         shared = load_config(path)
     except ConfigError as error:
         fail(str(error), 2)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
     if settings.digest() != shared.digest():
-        said = {**given, **dict(map(parse_override, sets))}
         unlike = [key for key in said if _at(settings, key) != _at(shared, key)]
         differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(settings, key)} here" for key in unlike)
         fail(

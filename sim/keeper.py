@@ -46,12 +46,17 @@ class KeeperError(RuntimeError):
     """The post cannot be taken; one line says why."""
 
 
-def become(user: str) -> None:
-    """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
+def known(user: str) -> pwd.struct_passwd:
+    """Raises KeeperError for a user that is not there."""
     try:
-        entry = pwd.getpwnam(user)
+        return pwd.getpwnam(user)
     except KeyError:
         raise KeeperError(f"there is no user '{user}' here; make one, or leave --user away") from None
+
+
+def become(user: str) -> None:
+    """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
+    entry = known(user)
     if os.getuid() != entry.pw_uid:
         try:
             os.initgroups(user, entry.pw_gid)

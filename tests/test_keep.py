@@ -15,11 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
 from thinpipe.cli import app
+from thinpipe.commands import keeping
 from thinpipe.node.config import dump_config
-from thinpipe.sim import keeper
+from thinpipe.sim import keeper, tc
 from thinpipe.sim.keeper import Keeper, Post, ended_after, take_lock
 from thinpipe.sim.report import read_records
+from thinpipe.sim.shaper import LinkProfile
 from thinpipe.sim.swarm import free_ports, node_environment
 from typer.testing import CliRunner
 
@@ -300,3 +303,86 @@ def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> No
     assert "the kernel does not cap the links here: `tc qdisc add dev one" in done.stderr
     assert "give it the capability NET_ADMIN" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+class Kernel:
+    """What ip and tc would do: interfaces, and the queueing disciplines on them as `tc qdisc show` says them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *interfaces: str) -> None:
+        self.disciplines: dict[str, list[str]] = {name: [] for name in interfaces}
+        self.without: set[str] = set()  # kinds, or interfaces, that it refuses
+        monkeypatch.setattr(tc, "run", self._run)
+        monkeypatch.setattr(tc, "require", lambda *_: None)
+
+    def _run(self, command: list[str]) -> str:
+        if command[0] == "ip":
+            return json.dumps([{"ifname": name, "flags": ["UP"]} for name in self.disciplines])
+        _, _, what, _, name, *rest = command
+        there = self.disciplines[name]
+        if what == "show":
+            return "\n".join(there)
+        if what == "del":
+            there.clear()
+            return ""
+        root = rest[0] == "root"
+        where, handle, kind = ("root", *rest[2:4]) if root else (f"parent {rest[1]}", *rest[3:5])
+        if kind in self.without or name in self.without or (root and there):
+            raise tc.KernelLinkError(f"no {kind} on {name}")
+        there.append(f"qdisc {kind} {handle} {where} refcnt 2")
+        return ""
+
+    @property
+    def capped(self) -> dict[str, int]:
+        return {name: len(there) for name, there in self.disciplines.items() if there}
+
+
+SLOW = LinkProfile.parse("80mbit,25ms")
+
+
+@pytest.mark.parametrize("refused", ["tbf", "eth1"])
+def test_a_cap_that_fails_leaves_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
+    kernel = Kernel(monkeypatch, "eth0", "eth1")
+    assert keeping._cap(SLOW, "stage 0", must=True).kernel == "all"
+    assert kernel.capped == {"eth0": 2, "eth1": 2}  # of an earlier life, from here on
+    kernel.without = {refused}
+    assert keeping._cap(SLOW, "stage 0", must=False) == SLOW
+    assert not kernel.capped
+    assert "the node caps its links itself" in capsys.readouterr().out
+    with pytest.raises(typer.Exit):
+        keeping._cap(SLOW, "stage 0", must=True)
+    assert not kernel.capped
+
+
+def test_no_link_takes_off_our_cap_and_nobody_elses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = Kernel(monkeypatch, "eth0", "eth1")
+    keeping._cap(LinkProfile.parse("80mbit"), "stage 0", must=True)
+    kernel.disciplines["eth1"] = ["qdisc tbf 10: root refcnt 2", "qdisc netem 1: root refcnt 2"]
+    none = LinkProfile.parse("none")
+    assert keeping._cap(none, "stage 0", must=False) == none
+    assert kernel.capped == {"eth1": 2}
+    assert "stage 0: eth0 no longer capped" in capsys.readouterr().out
+
+
+def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, "eth0")
+    (tmp_path / "run.toml").write_text('[run]\nsteps = 40\n[pipeline]\nstages = 2\n[link]\nlink = "80mbit"\n')
+    options = ["keep", str(tmp_path), "--stage", "0", *PEERS, "--link", "80mbit", "--cap", "kernel"]
+
+    def refused(user: str) -> None:
+        assert kernel.capped
+        raise keeper.KeeperError(f"may not become {user}")
+
+    for more, line in (
+        (("--user", "nobody-here"), "there is no user"),
+        (("--steps", "20"), "is another run's"),
+        (("--user", "root"), "may not become root"),
+    ):
+        monkeypatch.setattr(keeper, "become", refused)
+        done = CliRunner().invoke(app, [*options, *more])
+        assert done.exit_code == 2
+        assert line in done.stderr
+        assert not kernel.capped

@@ -203,6 +203,7 @@ class Keeper:
         said = served = False
         free_s: dict[int, float] = {}
         earlier = True  # what records say may be of an earlier life of the run, until they say that it goes on
+        began_s, taken_up = time.monotonic(), set[int]()  # and so may a mark, until it was seen to be gone
         while not self._told:
             over = self._over()
             earlier = earlier and over
@@ -230,7 +231,10 @@ class Keeper:
                 self._say(
                     "stands by for any stage" if standby else f"stage {self.post.stage} is served elsewhere; stands by"
                 )
-            if standby and all(gave_up(self.post.run, stage) for stage in self.post.candidates):
+            marked = {stage for stage in self.post.candidates if gave_up(self.post.run, stage)}
+            taken_up |= set(self.post.candidates) - marked
+            late = time.monotonic() - began_s >= STARTING_S  # then nobody corrects what they say
+            if standby and len(marked) == len(self.post.candidates) and (late or len(taken_up) == len(marked)):
                 self._say("no stage could be served, so there is nothing to stand by for; see what each says")
                 return 1
             self._healthy("stands by")

@@ -386,3 +386,30 @@ def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.Monk
         assert done.exit_code == 2
         assert line in done.stderr
         assert not kernel.capped
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_mark_of_an_earlier_life_ends_no_standby(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrected: bool
+) -> None:
+    """All failed once, and are started again, the standby first; or the standby alone is."""
+    marks = [tmp_path / f"stage-{stage}.lock" for stage in range(2)]
+    for mark in marks:
+        mark.write_text("exit code 2\n")
+    polls: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        polls.append(seconds)
+        if corrected and len(polls) in (3, 6):  # one keeper after the other claims its stage
+            marks[len(polls) // 6].write_text("")
+        if corrected and len(polls) in (5, 9):  # and that fails too
+            marks[len(polls) // 9].write_text("exit code 2\n")
+        if not corrected and len(polls) == 4:
+            monkeypatch.setattr(keeper, "STARTING_S", 0.0)
+        assert len(polls) < 20
+
+    monkeypatch.setattr(keeper.time, "sleep", go_on)
+    said: list[str] = []
+    code = Keeper(Post(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
+    assert (code, len(polls)) == (1, 9 if corrected else 4)
+    assert "no stage could be served" in said[-1]

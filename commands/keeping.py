@@ -86,6 +86,8 @@ def keep(
         fail(f"--peers has {len(names)} stages; name host:port of every one, in order, stage 0 first", 2)
     if cap not in CAPS:
         fail(f"--cap: there is no '{cap}'; choose {', '.join(CAPS)}", 2)
+    if health and not health.parent.is_dir():
+        fail(f"--health {health}: there is no directory {health.parent}; make it, or name another file", 2)
     words = codec.split() if codec else []
     if len(words) > 3:
         fail(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD", 2)

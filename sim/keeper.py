@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,8 +72,15 @@ def become(user: str) -> None:
 
 
 def take_lock(run: Path, stage: int) -> int | None:
-    """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it."""
-    held = os.open(run / f"stage-{stage}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it. Raises
+    KeeperError."""
+    path = run / f"stage-{stage}.lock"
+    try:
+        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise KeeperError(
+            f"cannot open {path}: {error.strerror}; was it made by another user? Remove it, or start as that user"
+        ) from None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -141,10 +149,11 @@ class Keeper:
         self._passed_on = False
         self._node: subprocess.Popen[bytes] | None = None
         self._moved_s = time.monotonic()
-        self._stuck = False
+        self._stuck = self._mute = False
 
     def run(self) -> int:
-        """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one."""
+        """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one.
+        Raises KeeperError where a stage's lock cannot be opened."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._run()
@@ -174,7 +183,8 @@ class Keeper:
             os.ftruncate(lock, 0)
             code = self._serve(stage, lock)
             if code and not self._told:
-                os.write(lock, f"exit code {code}\n".encode())
+                with suppress(OSError):  # a full disk may be why
+                    os.write(lock, f"exit code {code}\n".encode())
             return code if code or self._told else self._conclude(stage)
         finally:
             os.close(lock)
@@ -313,8 +323,16 @@ class Keeper:
 
     def _healthy(self, what: str) -> None:
         self._stuck = False
-        if self.post.health:
+        if self.post.health is None:
+            return
+        try:
             self.post.health.write_text(what + "\n", encoding="utf-8")
+        except OSError as error:  # the node is well, whoever cannot read of it
+            if not self._mute:
+                self._say(f"cannot write {self.post.health}: {error.strerror}; what reads it sees no progress")
+            self._mute = True
+        else:
+            self._mute = False
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -137,7 +137,8 @@ def cap_most(interface: str, profile: LinkProfile, *, namespace: str | None = No
 
 
 def interfaces() -> list[str]:
-    """Names of this machine's network interfaces that are up, without the loopback."""
+    """Names of this machine's network interfaces that are up, without the loopback. Raises KernelLinkError."""
+    require("ip")
     links = json.loads(run(["ip", "-json", "link", "show", "up"]))
     # What is not up is an empty object there.
     return [link["ifname"] for link in links if "LOOPBACK" not in link.get("flags", ["LOOPBACK"])]

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import typer
 from thinpipe.cli import app
-from thinpipe.commands import keeping
+from thinpipe.commands import keeping, reports
 from thinpipe.node.config import dump_config
 from thinpipe.sim import keeper, tc
 from thinpipe.sim.keeper import Keeper, Post, ended_after, take_lock
@@ -216,6 +216,7 @@ PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
         (("--stage", "0", *PEERS, "--link", "300mbits"), "unknown unit 'mbits'"),
         (("--stage", "0", *PEERS, "--user", "nobody-here"), "there is no user 'nobody-here'"),
         (("--stage", "0", "--peers", "127.0.0.1,127.0.0.1:2"), "'127.0.0.1' is not host:port"),
+        (("--stage", "0", *PEERS, "--health", "/nowhere/healthy"), "there is no directory /nowhere; make it"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], line: str) -> None:
@@ -413,3 +414,45 @@ def test_a_mark_of_an_earlier_life_ends_no_standby(
     code = Keeper(Post(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
     assert (code, len(polls)) == (1, 9 if corrected else 4)
     assert "no stage could be served" in said[-1]
+
+
+def test_a_health_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    healthy = tmp_path / "healthy"
+    healthy.mkdir()
+    kept = Keeper(Post(run=tmp_path, stage=0, peers=["a:1"], steps=1, health=healthy), said.append)
+    kept._healthy("step 1")
+    kept._healthy("step 2")
+    assert said == [f"cannot write {healthy}: Is a directory; what reads it sees no progress"]
+    healthy.rmdir()
+    kept._healthy("step 3")
+    assert healthy.read_text() == "step 3\n"
+
+
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n")
+    (tmp_path / "stage-0.lock").mkdir()  # root may open any file
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS])
+    assert done.exit_code == 2
+    assert f"cannot open {tmp_path}/stage-0.lock: Is a directory" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_iproute2_the_node_caps_its_links(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert keeping._cap(SLOW, "stage 0", must=False) == SLOW
+    assert "ip is not installed" in capsys.readouterr().out
+
+
+def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
+    (tmp_path / "summary.json").mkdir()
+    monkeypatch.setattr("thinpipe.sim.report.summarise", lambda *_, **__: {})
+    monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
+    done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])
+    assert done.exit_code == 2
+    assert f"cannot write {tmp_path}/summary.json: Is a directory" in done.stderr
+    assert done.stderr.count("\n") == 1

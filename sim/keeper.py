@@ -103,9 +103,14 @@ def began(run: Path, stage: int) -> bool:
 
 def ended_after(run: Path, stage: int) -> int | None:
     """The steps that the stage had done when its newest process ended the run; None while it has not."""
-    records, steps = run / f"stage-{stage}.jsonl", None
+    return newest_life(run, stage)[0]
+
+
+def newest_life(run: Path, stage: int) -> tuple[int | None, bool]:
+    """`ended_after`, and whether that process has also left with exit code 0: nobody needs it any more then."""
+    records, steps, left = run / f"stage-{stage}.jsonl", None, False
     if not records.exists():
-        return None
+        return None, False
     with records.open("rb") as file:
         cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
         file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
@@ -114,8 +119,10 @@ def ended_after(run: Path, stage: int) -> int | None:
     for line in lines[1:] if cut else lines:
         record = json.loads(line)
         if record["event"] in ("start", "end"):
-            steps = record["steps"] if record["event"] == "end" else None
-    return steps
+            steps, left = record["steps"] if record["event"] == "end" else None, False
+        elif record["event"] == "exit":
+            left = record["exit_code"] == 0
+    return steps, left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,7 +199,10 @@ class Keeper:
     # -- which stage --------------------------------------------------------------------------------------------
 
     def _complete(self) -> bool:
-        """Whether every stage, here, has done all steps."""
+        """Whether every stage has done all steps; where other machines have their records, whether this one was let go
+        after them. Its own `end` alone does not say that: a stage that was lost may need it to go back once more."""
+        if self.post.stage is not None and self._elsewhere():
+            return newest_life(self.post.run, self.post.stage) == (self.post.steps, True)
         return all(ended_after(self.post.run, stage) == self.post.steps for stage in range(len(self.post.peers)))
 
     def _over(self) -> bool:
@@ -204,7 +214,11 @@ class Keeper:
             f"the run in {self.post.run} is complete: {self.post.steps} steps; another one needs another directory, or "
             "this one to be removed"
         )
-        return self._summary() if self.post.stage == 0 else 0
+        return self._summary() if self.post.stage == 0 and not self._elsewhere() else 0
+
+    def _elsewhere(self) -> bool:
+        """Whether some of the stages leave no records in this directory."""
+        return not all(began(self.post.run, stage) for stage in range(len(self.post.peers)))
 
     def _claim(self) -> tuple[int, int] | int:
         """(stage, lock) as soon as there is one to serve; the exit code when the run is over, or this process told to
@@ -338,8 +352,7 @@ class Keeper:
 
     def _conclude(self, stage: int) -> int:
         """The node has ended the run; wait for the others of this directory. Returns the exit code."""
-        here = [each for each in range(len(self.post.peers)) if began(self.post.run, each)]
-        if len(here) < len(self.post.peers):
+        if self._elsewhere():
             self._say(
                 f"stage {stage} has ended; the records of other stages are not in {self.post.run}: copy them here, and "
                 f"`thinpipe summary {self.post.run}` sums up"

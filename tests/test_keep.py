@@ -201,6 +201,23 @@ def test_where_other_stages_leave_no_records_nobody_is_waited_for(tmp_path: Path
     assert "thinpipe summary" in said[0]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_that_is_over_stays_over_where_a_stage_is_alone(tmp_path: Path, stage: int) -> None:
+    """As a service is started again with its machine. Whoever was not let go yet goes on; so does who failed."""
+    said: list[str] = []
+    records = tmp_path / f"stage-{stage}.jsonl"
+    kept = Keeper(Post(run=tmp_path, stage=stage, peers=["a:1", "b:2"], steps=3), said.append)
+    assert not kept._complete()
+    begin, end, left = '{"event": "start"}\n', '{"event": "end", "steps": 3}\n', '{"event": "exit", "exit_code": 0}\n'
+    for lines in (begin + end, begin + end + left.replace("0", "1"), begin + left, begin + end + left + begin):
+        records.write_text(lines)
+        assert not kept._complete()
+    records.write_text(begin + end + left)
+    assert kept.run() == 0
+    assert len(said) == 1
+    assert "is complete: 3 steps" in said[0]
+
+
 PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
 
 

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -121,10 +124,12 @@ def keep(
             split_address(name)
         profile = LinkProfile.parse(settings.link.link)
         said = {**given, **dict(map(parse_override, sets))}
-        if user:  # what can be refused is, before an interface is capped, and stays so
+        if user:  # from here on, what can be refused is refused before an interface is capped
             known(user)
         if there.is_file():
             _shared(there, settings, said)
+        else:
+            _check(settings, stage or 0, node_words, user)
         if cap != "user":
             profile = _cap(profile, who, must=cap == "kernel")
         if user:
@@ -150,6 +155,41 @@ def keep(
         fail(str(error), 2)
     if code:
         raise typer.Exit(code)
+
+
+def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | None) -> None:
+    """Refuse what cannot work before it stands in RUN, where its correction would be another run's settings. In a
+    process that ends: the keeper itself has no use for torch, and may stay for days. As `user`, who is to read the
+    model and the data. Raises KeeperError."""
+    from ..node.config import dump_config
+    from ..sim.keeper import KeeperError, known, may_not_become
+    from ..sim.swarm import LAST_WORDS, node_environment
+
+    environment, become = node_environment(), dict[str, Any]()
+    if user and os.getuid() != (entry := known(user)).pw_uid:
+        become = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
+        environment["HOME"] = entry.pw_dir
+    try:
+        with NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+            file.write(dump_config(settings))
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", file.name, "--stage", str(stage)]
+            done = subprocess.run(
+                [*command, "--check", *node_words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                **become,
+            )
+    except OSError as error:
+        if user and become and isinstance(error, PermissionError):
+            raise may_not_become(user) from None
+        raise KeeperError(f"cannot check the settings: {error}") from None
+    if done.returncode:
+        last = [f"the check of the settings ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
+        fail(last.removeprefix(LAST_WORDS), 2 if done.returncode == 2 else 1)
 
 
 def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:

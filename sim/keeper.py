@@ -55,6 +55,13 @@ def known(user: str) -> pwd.struct_passwd:
         raise KeeperError(f"there is no user '{user}' here; make one, or leave --user away") from None
 
 
+def may_not_become(user: str) -> KeeperError:
+    return KeeperError(
+        f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities SETUID "
+        "and SETGID), or leave --user away"
+    )
+
+
 def become(user: str) -> None:
     """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
     entry = known(user)
@@ -64,10 +71,7 @@ def become(user: str) -> None:
             os.setgid(entry.pw_gid)
             os.setuid(entry.pw_uid)
         except PermissionError:
-            raise KeeperError(
-                f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities "
-                "SETUID and SETGID), or leave --user away"
-            ) from None
+            raise may_not_become(user) from None
     os.environ["HOME"] = entry.pw_dir
 
 

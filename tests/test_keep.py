@@ -162,9 +162,9 @@ def test_a_node_that_cannot_start_ends_its_keeper_and_the_standby(tmp_path: Path
     with swarm(tmp_path, settings) as made:
         made.start("standby", "--standby")
         for stage in range(2):
-            made.start(f"stage-{stage}", "--stage", str(stage), "--node", "--insecure --device nonsense")
+            made.start(f"stage-{stage}", "--stage", str(stage), "--node", "--keys /nowhere")
         assert made.codes() == {"standby": 1, "stage-0": 2, "stage-1": 2}
-        assert "'nonsense' is unknown" in made.log("stage-0")
+        assert "/nowhere" in made.log("stage-0")
         assert "no stage could be served" in made.log("standby")
 
 
@@ -473,3 +473,23 @@ def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatc
     assert done.exit_code == 2
     assert f"cannot write {tmp_path}/summary.json: Is a directory" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--model", "huge", "--cap", "kernel", "--link", "80mbit"), "huge"),
+        (("--data", "/nowhere/text"), "no such file or directory: /nowhere/text"),
+        (("--node", "--device nonsense"), "compute.device 'nonsense' is unknown"),
+    ],
+)
+def test_settings_that_cannot_work_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], line: str
+) -> None:
+    """Nor is an interface capped for them."""
+    monkeypatch.setattr(keeping, "_cap", lambda *_, **__: pytest.fail("capped"))
+    done = CliRunner().invoke(app, ["keep", str(tmp_path / "run"), "--stage", "0", *PEERS, *options])
+    assert done.exit_code == 2, done.stderr
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import subprocess
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,6 +89,8 @@ def keep(
         fail(f"--peers has {len(names)} stages; name host:port of every one, in order, stage 0 first", 2)
     if cap not in CAPS:
         fail(f"--cap: there is no '{cap}'; choose {', '.join(CAPS)}", 2)
+    if health and not health.parent.is_dir():
+        fail(f"--health {health}: there is no directory {health.parent}; make it, or name another file", 2)
     words = codec.split() if codec else []
     if len(words) > 3:
         fail(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD", 2)
@@ -104,7 +110,8 @@ def keep(
     there = run / "run.toml"
     settings = configuration(config or (there if there.is_file() else None), given, sets)
     from ..node.addresses import ListenError, split_address
-    from ..sim.keeper import Keeper, KeeperError, Post, become
+    from ..node.config import parse_override
+    from ..sim.keeper import Keeper, KeeperError, Post, become, known
     from ..sim.shaper import LinkError, LinkProfile
 
     try:
@@ -116,11 +123,23 @@ def keep(
         for name in names:
             split_address(name)
         profile = LinkProfile.parse(settings.link.link)
+        said = {**given, **dict(map(parse_override, sets))}
+        if user:  # from here on, what can be refused is refused before an interface is capped
+            known(user)
+        if there.is_file():
+            _shared(there, settings, said)
+        else:
+            _check(settings, stage or 0, node_words, user)
         if cap != "user":
             profile = _cap(profile, who, must=cap == "kernel")
         if user:
-            become(user)
-        shared = _agree(run, settings, given, sets)
+            try:
+                become(user)
+            except KeeperError:
+                if profile.kernel:
+                    _uncap()
+                raise
+        shared = _agree(there, settings, said)
         node = ["--link", str(profile), *node_words]
         post = Post(
             run=run,
@@ -138,20 +157,58 @@ def keep(
         raise typer.Exit(code)
 
 
+def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | None) -> None:
+    """Refuse what cannot work before it stands in RUN, where its correction would be another run's settings. In a
+    process that ends: the keeper itself has no use for torch, and may stay for days. As `user`, who is to read the
+    model and the data. Raises KeeperError."""
+    from ..node.config import dump_config
+    from ..sim.keeper import KeeperError, known, may_not_become
+    from ..sim.swarm import LAST_WORDS, node_environment
+
+    environment, become = node_environment(), dict[str, Any]()
+    if user and os.getuid() != (entry := known(user)).pw_uid:
+        become = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
+        environment["HOME"] = entry.pw_dir
+    try:
+        with NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+            file.write(dump_config(settings))
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", file.name, "--stage", str(stage)]
+            done = subprocess.run(
+                [*command, "--check", *node_words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                **become,
+            )
+    except OSError as error:
+        if user and become and isinstance(error, PermissionError):
+            raise may_not_become(user) from None
+        raise KeeperError(f"cannot check the settings: {error}") from None
+    if done.returncode:
+        last = [f"the check of the settings ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
+        fail(last.removeprefix(LAST_WORDS), 2 if done.returncode == 2 else 1)
+
+
 def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
     """Put the cap on every interface here, and say what the kernel does of it; returns the link for the node."""
     from ..sim import tc
 
     if profile.rate_bits_per_s is None:
+        if freed := _uncap():
+            print(f"{who}: {', '.join(freed)} no longer capped", flush=True)
         return profile
     try:
         names = tc.interfaces()
         if not names:
             raise tc.KernelLinkError("no network interface is up here")
-        whole = True
-        for name in names:
-            whole = tc.cap_most(name, profile) and whole
+        whole, *others = [tc.cap_most(name, profile) for name in names]
+        if any(other != whole for other in others):
+            raise tc.KernelLinkError("it delays on some of the interfaces alone")
     except tc.KernelLinkError as error:
+        _uncap()
         why = f"the kernel does not cap the links here: {error}"
         if "not permitted" in str(error) or "may not change" in str(error):
             why += "; in a container: give it the capability NET_ADMIN (cap_add: [NET_ADMIN], --cap-add NET_ADMIN)"
@@ -170,13 +227,25 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
     return replace(profile, kernel="all" if whole else "rate")
 
 
-def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str]) -> RunConfig:
-    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
-    from ..node.config import ConfigError, dump_config, load_config, parse_override
+def _uncap() -> list[str]:
+    """Take what thinpipe put on the interfaces here off again, now or in an earlier life; the names of those."""
+    from ..sim import tc
 
-    path, aside = run / "run.toml", run / f".run.toml-{os.uname().nodename}-{os.getpid()}"
+    freed = []
+    with suppress(tc.KernelLinkError):  # who may not change them has put nothing there
+        for name in tc.interfaces():
+            with suppress(tc.KernelLinkError):
+                freed += [name] if tc.uncap(name) else []
+    return freed
+
+
+def _agree(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
+    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
+    from ..node.config import dump_config
+
+    aside = path.with_name(f".run.toml-{os.uname().nodename}-{os.getpid()}")
     try:
-        run.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         aside.write_text(dump_config(settings), encoding="utf-8")
         try:
             os.link(aside, path)  # fails if it is there: whole, or not at all
@@ -184,13 +253,20 @@ def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str
             pass
         finally:
             aside.unlink()
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
+    return _shared(path, settings, said)
+
+
+def _shared(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
+    """What stands in RUN/run.toml, unless what was `said` here differs from it."""
+    from ..node.config import ConfigError, load_config
+
+    try:
         shared = load_config(path)
     except ConfigError as error:
         fail(str(error), 2)
-    except OSError as error:
-        fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
     if settings.digest() != shared.digest():
-        said = {**given, **dict(map(parse_override, sets))}
         unlike = [key for key in said if _at(settings, key) != _at(shared, key)]
         differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(settings, key)} here" for key in unlike)
         fail(

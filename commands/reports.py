@@ -36,7 +36,10 @@ def summary(
     except ValueError as error:
         fail(str(error), 1)
     if write:
-        write_summary(run, found)
+        try:
+            write_summary(run, found)
+        except OSError as error:
+            fail(f"cannot write {run}/summary.json: {error.strerror}; leave --write away to see it alone", 2)
     if as_json:
         print(json.dumps(found, indent=2))
         return

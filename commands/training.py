@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,9 @@ from .common import (
     run_toml,
 )
 from .swarm import Announce, DhtPort, Joins
+
+if TYPE_CHECKING:
+    from ..node.config import RunConfig
 
 AUTO = -1
 
@@ -182,6 +185,7 @@ def node(
     prometheus: Prometheus = None,
     tensorboard: TensorBoard = None,
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
+    check: Annotated[bool, typer.Option("--check", hidden=True, help="Only say what cannot work.")] = False,
 ) -> None:
     """Host one stage. Neighbours may start in any order and wait for each other.
 
@@ -195,7 +199,7 @@ def node(
         "watch.prometheus": prometheus,
         "watch.tensorboard": tensorboard,
     }
-    if join:
+    if join and not check:
         if next_:
             fail("--next and --join contradict each other: the DHT says where the stage below is; leave one away", 2)
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
@@ -217,6 +221,8 @@ def node(
         fail(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
+    if check:
+        return _check(settings, stage)
     from ..node.addresses import ListenError
     from ..node.host import Addresses, HostError, HostOptions, check_input, host
     from ..node.keys import KeysError
@@ -238,6 +244,20 @@ def node(
     except (HostError, LocalRunError) as error:
         fail(str(error), error.exit_code)
     return None
+
+
+def _check(settings: RunConfig, stage: int) -> None:
+    """What `up` checks before it starts a process. The data is stage 0's alone."""
+    from ..node.data import check_source
+    from ..node.host import BAD_INPUT
+    from ..node.local import check
+
+    try:
+        check(settings)
+        if stage == 0 and not settings.compute.pace:
+            check_source(settings.data)
+    except BAD_INPUT as error:
+        fail(str(error), 2)
 
 
 def _join(

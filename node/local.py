@@ -80,7 +80,7 @@ def run_local(
     started = False
     namespaces, isolation, isolated_by = ExitStack(), None, None
     try:
-        width = _check(config)
+        width = check(config)
         watch = _watch(config, isolate=isolate)
         if isolate and one_process:
             raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
@@ -153,7 +153,7 @@ def run_local(
     return summary
 
 
-def _check(config: RunConfig) -> int:
+def check(config: RunConfig) -> int:
     """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
     check_device(config)
     check_codec(config)

@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,28 +47,44 @@ class KeeperError(RuntimeError):
     """The post cannot be taken; one line says why."""
 
 
-def become(user: str) -> None:
-    """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
+def known(user: str) -> pwd.struct_passwd:
+    """Raises KeeperError for a user that is not there."""
     try:
-        entry = pwd.getpwnam(user)
+        return pwd.getpwnam(user)
     except KeyError:
         raise KeeperError(f"there is no user '{user}' here; make one, or leave --user away") from None
+
+
+def may_not_become(user: str) -> KeeperError:
+    return KeeperError(
+        f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities SETUID "
+        "and SETGID), or leave --user away"
+    )
+
+
+def become(user: str) -> None:
+    """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
+    entry = known(user)
     if os.getuid() != entry.pw_uid:
         try:
             os.initgroups(user, entry.pw_gid)
             os.setgid(entry.pw_gid)
             os.setuid(entry.pw_uid)
         except PermissionError:
-            raise KeeperError(
-                f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities "
-                "SETUID and SETGID), or leave --user away"
-            ) from None
+            raise may_not_become(user) from None
     os.environ["HOME"] = entry.pw_dir
 
 
 def take_lock(run: Path, stage: int) -> int | None:
-    """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it."""
-    held = os.open(run / f"stage-{stage}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it. Raises
+    KeeperError."""
+    path = run / f"stage-{stage}.lock"
+    try:
+        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise KeeperError(
+            f"cannot open {path}: {error.strerror}; was it made by another user? Remove it, or start as that user"
+        ) from None
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -90,9 +107,14 @@ def began(run: Path, stage: int) -> bool:
 
 def ended_after(run: Path, stage: int) -> int | None:
     """The steps that the stage had done when its newest process ended the run; None while it has not."""
-    records, steps = run / f"stage-{stage}.jsonl", None
+    return newest_life(run, stage)[0]
+
+
+def newest_life(run: Path, stage: int) -> tuple[int | None, bool]:
+    """`ended_after`, and whether that process has also left with exit code 0: nobody needs it any more then."""
+    records, steps, left = run / f"stage-{stage}.jsonl", None, False
     if not records.exists():
-        return None
+        return None, False
     with records.open("rb") as file:
         cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
         file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
@@ -101,8 +123,10 @@ def ended_after(run: Path, stage: int) -> int | None:
     for line in lines[1:] if cut else lines:
         record = json.loads(line)
         if record["event"] in ("start", "end"):
-            steps = record["steps"] if record["event"] == "end" else None
-    return steps
+            steps, left = record["steps"] if record["event"] == "end" else None, False
+        elif record["event"] == "exit":
+            left = record["exit_code"] == 0
+    return steps, left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,10 +160,11 @@ class Keeper:
         self._passed_on = False
         self._node: subprocess.Popen[bytes] | None = None
         self._moved_s = time.monotonic()
-        self._stuck = False
+        self._stuck = self._mute = False
 
     def run(self) -> int:
-        """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one."""
+        """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one.
+        Raises KeeperError where a stage's lock cannot be opened."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._run()
@@ -169,7 +194,8 @@ class Keeper:
             os.ftruncate(lock, 0)
             code = self._serve(stage, lock)
             if code and not self._told:
-                os.write(lock, f"exit code {code}\n".encode())
+                with suppress(OSError):  # a full disk may be why
+                    os.write(lock, f"exit code {code}\n".encode())
             return code if code or self._told else self._conclude(stage)
         finally:
             os.close(lock)
@@ -177,7 +203,10 @@ class Keeper:
     # -- which stage --------------------------------------------------------------------------------------------
 
     def _complete(self) -> bool:
-        """Whether every stage, here, has done all steps."""
+        """Whether every stage has done all steps; where other machines have their records, whether this one was let go
+        after them. Its own `end` alone does not say that: a stage that was lost may need it to go back once more."""
+        if self.post.stage is not None and self._elsewhere():
+            return newest_life(self.post.run, self.post.stage) == (self.post.steps, True)
         return all(ended_after(self.post.run, stage) == self.post.steps for stage in range(len(self.post.peers)))
 
     def _over(self) -> bool:
@@ -189,7 +218,11 @@ class Keeper:
             f"the run in {self.post.run} is complete: {self.post.steps} steps; another one needs another directory, or "
             "this one to be removed"
         )
-        return self._summary() if self.post.stage == 0 else 0
+        return self._summary() if self.post.stage == 0 and not self._elsewhere() else 0
+
+    def _elsewhere(self) -> bool:
+        """Whether some of the stages leave no records in this directory."""
+        return not all(began(self.post.run, stage) for stage in range(len(self.post.peers)))
 
     def _claim(self) -> tuple[int, int] | int:
         """(stage, lock) as soon as there is one to serve; the exit code when the run is over, or this process told to
@@ -198,6 +231,7 @@ class Keeper:
         said = served = False
         free_s: dict[int, float] = {}
         earlier = True  # what records say may be of an earlier life of the run, until they say that it goes on
+        began_s, taken_up = time.monotonic(), set[int]()  # and so may a mark, until it was seen to be gone
         while not self._told:
             over = self._over()
             earlier = earlier and over
@@ -225,7 +259,10 @@ class Keeper:
                 self._say(
                     "stands by for any stage" if standby else f"stage {self.post.stage} is served elsewhere; stands by"
                 )
-            if standby and all(gave_up(self.post.run, stage) for stage in self.post.candidates):
+            marked = {stage for stage in self.post.candidates if gave_up(self.post.run, stage)}
+            taken_up |= set(self.post.candidates) - marked
+            late = time.monotonic() - began_s >= STARTING_S  # then nobody corrects what they say
+            if standby and len(marked) == len(self.post.candidates) and (late or len(taken_up) == len(marked)):
                 self._say("no stage could be served, so there is nothing to stand by for; see what each says")
                 return 1
             self._healthy("stands by")
@@ -304,15 +341,22 @@ class Keeper:
 
     def _healthy(self, what: str) -> None:
         self._stuck = False
-        if self.post.health:
+        if self.post.health is None:
+            return
+        try:
             self.post.health.write_text(what + "\n", encoding="utf-8")
+        except OSError as error:  # the node is well, whoever cannot read of it
+            if not self._mute:
+                self._say(f"cannot write {self.post.health}: {error.strerror}; what reads it sees no progress")
+            self._mute = True
+        else:
+            self._mute = False
 
     # -- the end ------------------------------------------------------------------------------------------------
 
     def _conclude(self, stage: int) -> int:
         """The node has ended the run; wait for the others of this directory. Returns the exit code."""
-        here = [each for each in range(len(self.post.peers)) if began(self.post.run, each)]
-        if len(here) < len(self.post.peers):
+        if self._elsewhere():
             self._say(
                 f"stage {stage} has ended; the records of other stages are not in {self.post.run}: copy them here, and "
                 f"`thinpipe summary {self.post.run}` sums up"

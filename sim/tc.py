@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 
 from .shaper import LinkProfile
 
@@ -26,6 +27,7 @@ BURST_S = 0.002  # of the rate: short against a step, long against a timer that 
 LEAST_BURST_BYTES = 16384  # tbf cuts what is larger than its bucket into packets, which costs CPU time
 QUEUE_S = 0.05  # of the rate: what may wait in tbf before it drops; the buffer of a home router
 COMMAND_TIMEOUT_S = 10.0
+NETEM, TBF = "7e01:", "7e02:"  # handles by which ours are known from an administrator's, who counts from 1:
 USER_SPACE = "the cap in user space, --link 300mbit,25ms, needs neither root nor tc"
 
 
@@ -111,7 +113,8 @@ def cap_most(interface: str, profile: LinkProfile, *, namespace: str | None = No
     """`cap` with what this kernel has; False if the latency is left for user space, because there is no netem.
 
     Whether there is is tried on the interface itself: a container that may cap its interface may not make the namespace
-    that `has_netem` tries it in. Raises KernelLinkError, also where the rate cannot be capped.
+    that `has_netem` tries it in. Raises KernelLinkError, also where the rate cannot be capped; nothing of ours is left
+    there then.
     """
     require("tc")
     uncap(interface, namespace=namespace)
@@ -119,27 +122,37 @@ def cap_most(interface: str, profile: LinkProfile, *, namespace: str | None = No
     parent, whole = ["root"], True
     if profile.latency_s:
         try:
-            _tc(namespace, *where, "root", "handle", "1:", *netem(profile))
-            parent = ["parent", "1:1"]
+            _tc(namespace, *where, "root", "handle", NETEM, *netem(profile))
+            parent = ["parent", f"{NETEM}1"]
         except KernelLinkError:  # tbf says it too, if the reason is another one
             whole = False
     if profile.rate_bits_per_s is not None:
-        _tc(namespace, *where, *parent, "handle", "10:", *tbf(profile))
+        try:
+            _tc(namespace, *where, *parent, "handle", TBF, *tbf(profile))
+        except KernelLinkError:
+            with suppress(KernelLinkError):  # the delay alone would come on top of what user space does instead
+                uncap(interface, namespace=namespace)
+            raise
     return whole
 
 
 def interfaces() -> list[str]:
-    """Names of this machine's network interfaces that are up, without the loopback."""
+    """Names of this machine's network interfaces that are up, without the loopback. Raises KernelLinkError."""
+    require("ip")
     links = json.loads(run(["ip", "-json", "link", "show", "up"]))
     # What is not up is an empty object there.
     return [link["ifname"] for link in links if "LOOPBACK" not in link.get("flags", ["LOOPBACK"])]
 
 
-def uncap(interface: str, *, namespace: str | None = None) -> None:
-    """Take off what `cap` put on; nothing where there is nothing. Raises KernelLinkError for no such interface."""
+def uncap(interface: str, *, namespace: str | None = None) -> bool:
+    """Take off what `cap` put on, and say whether there was anything; what others put there stays. Raises
+    KernelLinkError for no such interface."""
     require("tc")
-    if re.search(r"^qdisc (tbf|netem) \w+: root", shown(interface, namespace=namespace), re.MULTILINE):
-        _tc(namespace, "qdisc", "del", "dev", interface, "root")
+    ours = rf"^qdisc (netem {NETEM}|tbf {TBF}) root"
+    if not re.search(ours, shown(interface, namespace=namespace), re.MULTILINE):
+        return False
+    _tc(namespace, "qdisc", "del", "dev", interface, "root")
+    return True
 
 
 def shown(interface: str, *, namespace: str | None = None) -> str:

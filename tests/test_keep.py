@@ -15,11 +15,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
 from thinpipe.cli import app
+from thinpipe.commands import keeping, reports
 from thinpipe.node.config import dump_config
-from thinpipe.sim import keeper
+from thinpipe.sim import keeper, tc
 from thinpipe.sim.keeper import Keeper, Post, ended_after, take_lock
 from thinpipe.sim.report import read_records
+from thinpipe.sim.shaper import LinkProfile
 from thinpipe.sim.swarm import free_ports, node_environment
 from typer.testing import CliRunner
 
@@ -159,9 +162,9 @@ def test_a_node_that_cannot_start_ends_its_keeper_and_the_standby(tmp_path: Path
     with swarm(tmp_path, settings) as made:
         made.start("standby", "--standby")
         for stage in range(2):
-            made.start(f"stage-{stage}", "--stage", str(stage), "--node", "--insecure --device nonsense")
+            made.start(f"stage-{stage}", "--stage", str(stage), "--node", "--keys /nowhere")
         assert made.codes() == {"standby": 1, "stage-0": 2, "stage-1": 2}
-        assert "'nonsense' is unknown" in made.log("stage-0")
+        assert "/nowhere" in made.log("stage-0")
         assert "no stage could be served" in made.log("standby")
 
 
@@ -198,6 +201,23 @@ def test_where_other_stages_leave_no_records_nobody_is_waited_for(tmp_path: Path
     assert "thinpipe summary" in said[0]
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_that_is_over_stays_over_where_a_stage_is_alone(tmp_path: Path, stage: int) -> None:
+    """As a service is started again with its machine. Whoever was not let go yet goes on; so does who failed."""
+    said: list[str] = []
+    records = tmp_path / f"stage-{stage}.jsonl"
+    kept = Keeper(Post(run=tmp_path, stage=stage, peers=["a:1", "b:2"], steps=3), said.append)
+    assert not kept._complete()
+    begin, end, left = '{"event": "start"}\n', '{"event": "end", "steps": 3}\n', '{"event": "exit", "exit_code": 0}\n'
+    for lines in (begin + end, begin + end + left.replace("0", "1"), begin + left, begin + end + left + begin):
+        records.write_text(lines)
+        assert not kept._complete()
+    records.write_text(begin + end + left)
+    assert kept.run() == 0
+    assert len(said) == 1
+    assert "is complete: 3 steps" in said[0]
+
+
 PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
 
 
@@ -213,6 +233,7 @@ PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
         (("--stage", "0", *PEERS, "--link", "300mbits"), "unknown unit 'mbits'"),
         (("--stage", "0", *PEERS, "--user", "nobody-here"), "there is no user 'nobody-here'"),
         (("--stage", "0", "--peers", "127.0.0.1,127.0.0.1:2"), "'127.0.0.1' is not host:port"),
+        (("--stage", "0", *PEERS, "--health", "/nowhere/healthy"), "there is no directory /nowhere; make it"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], line: str) -> None:
@@ -300,3 +321,175 @@ def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> No
     assert "the kernel does not cap the links here: `tc qdisc add dev one" in done.stderr
     assert "give it the capability NET_ADMIN" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+class Kernel:
+    """What ip and tc would do: interfaces, and the queueing disciplines on them as `tc qdisc show` says them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *interfaces: str) -> None:
+        self.disciplines: dict[str, list[str]] = {name: [] for name in interfaces}
+        self.without: set[str] = set()  # kinds, or interfaces, that it refuses
+        monkeypatch.setattr(tc, "run", self._run)
+        monkeypatch.setattr(tc, "require", lambda *_: None)
+
+    def _run(self, command: list[str]) -> str:
+        if command[0] == "ip":
+            return json.dumps([{"ifname": name, "flags": ["UP"]} for name in self.disciplines])
+        _, _, what, _, name, *rest = command
+        there = self.disciplines[name]
+        if what == "show":
+            return "\n".join(there)
+        if what == "del":
+            there.clear()
+            return ""
+        root = rest[0] == "root"
+        where, handle, kind = ("root", *rest[2:4]) if root else (f"parent {rest[1]}", *rest[3:5])
+        if kind in self.without or name in self.without or (root and there):
+            raise tc.KernelLinkError(f"no {kind} on {name}")
+        there.append(f"qdisc {kind} {handle} {where} refcnt 2")
+        return ""
+
+    @property
+    def capped(self) -> dict[str, int]:
+        return {name: len(there) for name, there in self.disciplines.items() if there}
+
+
+SLOW = LinkProfile.parse("80mbit,25ms")
+
+
+@pytest.mark.parametrize("refused", ["tbf", "eth1"])
+def test_a_cap_that_fails_leaves_no_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], refused: str
+) -> None:
+    kernel = Kernel(monkeypatch, "eth0", "eth1")
+    assert keeping._cap(SLOW, "stage 0", must=True).kernel == "all"
+    assert kernel.capped == {"eth0": 2, "eth1": 2}  # of an earlier life, from here on
+    kernel.without = {refused}
+    assert keeping._cap(SLOW, "stage 0", must=False) == SLOW
+    assert not kernel.capped
+    assert "the node caps its links itself" in capsys.readouterr().out
+    with pytest.raises(typer.Exit):
+        keeping._cap(SLOW, "stage 0", must=True)
+    assert not kernel.capped
+
+
+def test_no_link_takes_off_our_cap_and_nobody_elses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel = Kernel(monkeypatch, "eth0", "eth1")
+    keeping._cap(LinkProfile.parse("80mbit"), "stage 0", must=True)
+    kernel.disciplines["eth1"] = ["qdisc tbf 10: root refcnt 2", "qdisc netem 1: root refcnt 2"]
+    none = LinkProfile.parse("none")
+    assert keeping._cap(none, "stage 0", must=False) == none
+    assert kernel.capped == {"eth1": 2}
+    assert "stage 0: eth0 no longer capped" in capsys.readouterr().out
+
+
+def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(monkeypatch, "eth0")
+    (tmp_path / "run.toml").write_text('[run]\nsteps = 40\n[pipeline]\nstages = 2\n[link]\nlink = "80mbit"\n')
+    options = ["keep", str(tmp_path), "--stage", "0", *PEERS, "--link", "80mbit", "--cap", "kernel"]
+
+    def refused(user: str) -> None:
+        assert kernel.capped
+        raise keeper.KeeperError(f"may not become {user}")
+
+    for more, line in (
+        (("--user", "nobody-here"), "there is no user"),
+        (("--steps", "20"), "is another run's"),
+        (("--user", "root"), "may not become root"),
+    ):
+        monkeypatch.setattr(keeper, "become", refused)
+        done = CliRunner().invoke(app, [*options, *more])
+        assert done.exit_code == 2
+        assert line in done.stderr
+        assert not kernel.capped
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_a_mark_of_an_earlier_life_ends_no_standby(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corrected: bool
+) -> None:
+    """All failed once, and are started again, the standby first; or the standby alone is."""
+    marks = [tmp_path / f"stage-{stage}.lock" for stage in range(2)]
+    for mark in marks:
+        mark.write_text("exit code 2\n")
+    polls: list[float] = []
+
+    def go_on(seconds: float) -> None:
+        polls.append(seconds)
+        if corrected and len(polls) in (3, 6):  # one keeper after the other claims its stage
+            marks[len(polls) // 6].write_text("")
+        if corrected and len(polls) in (5, 9):  # and that fails too
+            marks[len(polls) // 9].write_text("exit code 2\n")
+        if not corrected and len(polls) == 4:
+            monkeypatch.setattr(keeper, "STARTING_S", 0.0)
+        assert len(polls) < 20
+
+    monkeypatch.setattr(keeper.time, "sleep", go_on)
+    said: list[str] = []
+    code = Keeper(Post(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
+    assert (code, len(polls)) == (1, 9 if corrected else 4)
+    assert "no stage could be served" in said[-1]
+
+
+def test_a_health_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    healthy = tmp_path / "healthy"
+    healthy.mkdir()
+    kept = Keeper(Post(run=tmp_path, stage=0, peers=["a:1"], steps=1, health=healthy), said.append)
+    kept._healthy("step 1")
+    kept._healthy("step 2")
+    assert said == [f"cannot write {healthy}: Is a directory; what reads it sees no progress"]
+    healthy.rmdir()
+    kept._healthy("step 3")
+    assert healthy.read_text() == "step 3\n"
+
+
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n")
+    (tmp_path / "stage-0.lock").mkdir()  # root may open any file
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS])
+    assert done.exit_code == 2
+    assert f"cannot open {tmp_path}/stage-0.lock: Is a directory" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_without_iproute2_the_node_caps_its_links(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert keeping._cap(SLOW, "stage 0", must=False) == SLOW
+    assert "ip is not installed" in capsys.readouterr().out
+
+
+def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
+    (tmp_path / "summary.json").mkdir()
+    monkeypatch.setattr("thinpipe.sim.report.summarise", lambda *_, **__: {})
+    monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
+    done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])
+    assert done.exit_code == 2
+    assert f"cannot write {tmp_path}/summary.json: Is a directory" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (("--model", "huge", "--cap", "kernel", "--link", "80mbit"), "huge"),
+        (("--data", "/nowhere/text"), "no such file or directory: /nowhere/text"),
+        (("--node", "--device nonsense"), "compute.device 'nonsense' is unknown"),
+    ],
+)
+def test_settings_that_cannot_work_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], line: str
+) -> None:
+    """Nor is an interface capped for them."""
+    monkeypatch.setattr(keeping, "_cap", lambda *_, **__: pytest.fail("capped"))
+    done = CliRunner().invoke(app, ["keep", str(tmp_path / "run"), "--stage", "0", *PEERS, *options])
+    assert done.exit_code == 2, done.stderr
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()

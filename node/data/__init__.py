@@ -14,11 +14,11 @@ from __future__ import annotations
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
-from .documents import DataError, open_source
+from .documents import DataError, check_source, open_source
 from .streamed import open_stream
 from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
 
-__all__ = ["Corpus", "DataError", "open_corpus", "vocabulary_size"]
+__all__ = ["Corpus", "DataError", "check_source", "open_corpus", "vocabulary_size"]
 
 
 def vocabulary_size(settings: DataSection, wanted: int | None) -> int:

@@ -83,6 +83,13 @@ def open_source(settings: DataSection, cache: Path) -> Source:
     )
 
 
+def check_source(settings: DataSection) -> None:
+    """Raises DataError where `open_source` would for what is not there, without reading what is. A dataset of a hub is
+    not asked for."""
+    if settings.source != "stdlib" and not settings.source.startswith("hf:"):
+        _local_files(Path(settings.source).expanduser(), settings.format)
+
+
 def files_digest(paths: Iterable[Path], *salt: str) -> str:
     """Hex SHA-256 over the bytes of files in the given order (not their names), and what else shapes the documents."""
     total = hashlib.sha256(json.dumps(salt).encode())

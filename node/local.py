@@ -19,7 +19,7 @@ from rich.console import Console
 from ..sim.console import RunDisplay, summary_tables
 from ..sim.endpoint import Endpoint, EndpointError
 from ..sim.isolation import isolated
-from ..sim.report import read_records, summarise, write_summary
+from ..sim.report import lacking_lines, read_records, summarise, write_summary
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError, Watch, run_swarm
 from ..sim.tc import KernelLinkError
@@ -144,7 +144,7 @@ def run_local(
     if isolated_by:
         summary["isolation"] = isolated_by
     write_summary(out, summary)
-    for line in filter(None, (check["warning"] for check in summary["link_check"])):
+    for line in filter(None, (*(check["warning"] for check in summary["link_check"]), *lacking_lines(summary))):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
     if not quiet:
         for table in summary_tables(summary):

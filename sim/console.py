@@ -96,13 +96,13 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     run = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']} tokens ({summary['mode']})")
     for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
         run.add_column(column, justify="right")
-    ratio, val_loss = summary["ratio"], summary["val_loss"]
+    ratio, val_loss, per_token = summary["ratio"], summary["val_loss"], summary["bytes_per_token"]
     run.add_row(
         f"{summary['first_loss']:.3f} -> {summary['train_loss']:.3f}",
         "-" if val_loss is None else f"{val_loss:.4f}",
         f"{summary['tokens_per_s']:.0f}",
-        f"{summary['bytes_per_token']:.1f}",
-        "-" if ratio is None else f"{ratio:.3f}x",
+        "unknown" if per_token is None else f"{per_token:.1f}",
+        "unknown" if per_token is None else "-" if ratio is None else f"{ratio:.3f}x",
     )
     stages = Table(title="stages")
     for column in ("stage", "compute", "codec", "waiting", "peak memory", "state"):
@@ -129,6 +129,8 @@ def _projectors_table(summary: dict[str, Any]) -> Table:
         projectors.add_column(column, justify="right")
     for entry in summary["boundaries"]:
         figures = entry["codec"]
+        if "orthonormality_error_master" not in figures:  # no step of that stage is on record
+            continue
         projectors.add_row(
             f"{entry['boundary']}-{entry['boundary'] + 1}",
             f"{figures['orthonormality_error_master']:.1e}",

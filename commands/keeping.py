@@ -6,6 +6,7 @@ Its settings can come from the environment (THINPIPE_STEPS, ...), because that i
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread
+from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread, said
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
@@ -73,9 +74,9 @@ def keep(
 ) -> None:
     """Keep one stage served: in a container, or as a service. Starts its node, and again when that is lost.
 
-    RUN/run.toml is written by who comes first; settings that differ from it are refused. With --resume where the stage
-    has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a stage of RUN is
-    lost, and takes its place.
+    RUN/run.toml is written by who comes first; what differs from it in what the run computes is refused. With --resume
+    where the stage has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a
+    stage of RUN is lost, and takes its place.
     """
     one_arithmetic_thread()
     names = [name.strip() for name in peers.split(",") if name.strip()]
@@ -120,8 +121,8 @@ def keep(
             profile = _cap(profile, who, must=cap == "kernel")
         if user:
             become(user)
-        shared = _agree(run, settings, given, sets)
-        node = ["--link", str(profile), *node_words]
+        shared, own = _agree(run, settings, said(config, given, sets))
+        node = ["--link", str(profile), *own, *node_words]
         post = Post(
             run=run,
             stage=stage,
@@ -170,9 +171,11 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
     return replace(profile, kernel="all" if whole else "rate")
 
 
-def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str]) -> RunConfig:
-    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
-    from ..node.config import ConfigError, dump_config, load_config, parse_override
+def _agree(run: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The settings in RUN/run.toml, which who comes first writes; what was given here must agree with them. Where nodes
+    may differ it need not: then the second are options for the node."""
+    from ..node.config import ConfigError, dump_config, load_config
+    from ..node.shared_config import differences
 
     path, aside = run / "run.toml", run / f".run.toml-{os.uname().nodename}-{os.getpid()}"
     try:
@@ -190,15 +193,11 @@ def _agree(run: Path, settings: RunConfig, given: dict[str, Any], sets: list[str
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
     if settings.digest() != shared.digest():
-        said = {**given, **dict(map(parse_override, sets))}
-        unlike = [key for key in said if _at(settings, key) != _at(shared, key)]
-        differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(settings, key)} here" for key in unlike)
-        fail(
-            f"{path} is another run's: {differ or 'its settings differ'}; name another directory, or remove that one", 2
-        )
-    return shared
-
-
-def _at(settings: RunConfig, key: str) -> object:
-    section, _, name = key.partition(".")
-    return getattr(getattr(settings, section), name)
+        fail(f"{path} is another run's: {differences(settings, shared)}; name another directory, or remove that one", 2)
+    here, there = (each.model_dump(mode="json") for each in (settings, shared))
+    own: list[str] = []
+    for key in given:
+        section, _, name = key.partition(".")
+        if here[section][name] != there[section][name] and key != "link.link":  # which is an option of its own
+            own += ["--set", f"{key}={json.dumps(here[section][name], ensure_ascii=False)}"]
+    return shared, own

@@ -24,7 +24,7 @@ from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError, Watch, run_swarm
 from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
-from .config import ConfigError, RunConfig, dump_config
+from .config import ConfigError, RunConfig, dump_config, load_config
 from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
 from .keys import clock, load
 from .model import partition
@@ -71,9 +71,10 @@ def run_local(
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
-    resume: go on with the run that is in `out`. restarts: how many lost stages are replaced. schedule: one with
-    hop=auto, whose depth is found before the first step, for the whole run; run.toml has it. isolate: each node in a
-    network namespace of its own, and its link capped by the kernel. keys: of all stages at once, for TLS between them.
+    resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. restarts: how many lost
+    stages are replaced. schedule: one with hop=auto, whose depth is found before the first step, for the whole run;
+    run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys: of
+    all stages at once, for TLS between them.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -104,7 +105,7 @@ def run_local(
         started = True
         if not resume:
             clear(out)
-            (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
+        _write_settings(config, out / "run.toml")
         display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
         with display:
             if one_process:
@@ -189,6 +190,15 @@ def clear(out: Path) -> None:
     for pattern in RECORDS:
         for path in out.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _write_settings(config: RunConfig, path: Path) -> None:
+    """Whole or not at all: a run cannot be gone on with without them."""
+    if path.exists() and load_config(path) == config:
+        return
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    aside.write_text(dump_config(config), encoding="utf-8")
+    aside.replace(path)
 
 
 def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:

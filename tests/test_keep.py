@@ -259,9 +259,42 @@ def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
     done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
     assert done.exit_code == 2
-    assert "is another run's: run.steps is 40 there and 20 here; name another directory" in done.stderr
+    assert "is another run's: run.steps is 20 here and 40 there; name another directory" in done.stderr
     done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
-    assert "pipeline.stages is 2 there and 3 here" in done.stderr
+    assert "pipeline.stages is 3 here and 2 there" in done.stderr
+
+
+def test_what_is_each_nodes_own_reaches_the_node_of_a_run_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what its file, or somebody else's, says already is not repeated."""
+    (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n[checkpoint]\nkeep = 7\n")
+    posts: list[Post] = []
+
+    def run(self: Keeper) -> int:
+        posts.append(self.post)
+        return 0
+
+    monkeypatch.setattr(Keeper, "run", run)
+    given = {
+        "THINPIPE_STEPS": "40",
+        "THINPIPE_CHECKPOINT_EVERY": "5",
+        "THINPIPE_DATA": "/mi ne",
+        "THINPIPE_LINK": "80mbit,5ms",
+        "THINPIPE_SET": "link.verify=fail checkpoint.keep=7",
+        "THINPIPE_NODE": "--device cuda",
+    }
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS], env=given)
+    assert done.exit_code == 0, done.output
+    (post,) = posts
+    own = ["--set", 'data.source="/mi ne"', "--set", "checkpoint.every=5", "--set", 'link.verify="fail"']
+    assert list(post.node) == ["--link", "80mbit,5ms", *own, "--device", "cuda"]
+    (tmp_path / "my.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n[checkpoint]\nkeep = 8\n")
+    done = CliRunner().invoke(
+        app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--config", str(tmp_path / "my.toml")]
+    )
+    assert done.exit_code == 0, done.output
+    assert list(posts[1].node) == ["--link", "none", "--set", "checkpoint.keep=8"]
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from rich.console import Console
 from ..sim.console import RunDisplay, summary_tables
 from ..sim.endpoint import Endpoint, EndpointError
 from ..sim.isolation import isolated
-from ..sim.report import lacking_lines, read_records, summarise, write_summary
+from ..sim.report import lacking_lines, summarise, write_summary
 from ..sim.shaper import LinkProfile
-from ..sim.swarm import SwarmError, Watch, run_swarm
+from ..sim.swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config, load_config
@@ -106,7 +106,7 @@ def run_local(
         if not resume:
             clear(out)
         _write_settings(config, out / "run.toml")
-        display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
+        display = RunDisplay(console, steps=config.run.steps)
         with display:
             if one_process:
                 _run_one_process(config, out, display)
@@ -203,10 +203,11 @@ def _write_settings(config: RunConfig, path: Path) -> None:
 
 def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
     reference = OneProcess(config, out)
+    progress = Progress(out, stages=config.pipeline.stages)
 
     def show(step: int, loss: float) -> None:
         del step, loss
-        display.update([read_records(out / f"stage-{stage}.jsonl")[-1] for stage in range(config.pipeline.stages)])
+        display.update(progress.look())
 
     with closing(reference):
         reference.train(show)

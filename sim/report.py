@@ -45,11 +45,6 @@ def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:
     return total
 
 
-def ratio_of(sent: Counter[str], dense: int) -> float | None:
-    moved = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
-    return dense / moved if moved else None
-
-
 def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The step records that count, in order: each step's newest, and none past the end. (A step that was gone back
     behind may be done again and recorded, or be taken up from an older epoch's checkpoint, which has the same bits.)"""

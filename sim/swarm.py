@@ -39,11 +39,12 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class Node:
-    """A process that serves a stage."""
+    """A process that serves a stage. log_from: what the log held before it."""
 
     stage: int
     process: subprocess.Popen[bytes]
     log: Path
+    log_from: int = 0
 
 
 def node_environment() -> dict[str, str]:
@@ -198,6 +199,7 @@ def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resu
         command.append("--resume")
     log = run / f"stage-{stage}.log"
     with log.open("ab" if resume else "wb") as output:
+        log_from = output.tell()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -206,7 +208,7 @@ def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resu
             env=node_environment(),
             start_new_session=True,
         )
-    return Node(stage, process, log)
+    return Node(stage, process, log, log_from)
 
 
 class Progress:
@@ -249,7 +251,8 @@ def obituary(node: Node, code: int) -> str:
         name = signal.Signals(-code).name
         why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
         return f"stage {node.stage} was killed by {name}{why}; see {node.log}"
-    words = [line for line in node.log.read_text(errors="replace").splitlines() if line.strip()]
+    text = node.log.read_bytes()[node.log_from :].decode(errors="replace")
+    words = [line for line in text.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if line.startswith(LAST_WORDS)), None)
     if last:
         return f"stage {node.stage} ended: {last.removeprefix(LAST_WORDS)}"

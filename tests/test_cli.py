@@ -17,6 +17,7 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node import local
 from thinpipe.node.config import RunConfig, dump_config, load_config
+from thinpipe.sim import swarm
 from thinpipe.sim.report import read_records
 from thinpipe.sim.swarm import SwarmError
 from typer.testing import CliRunner
@@ -280,6 +281,19 @@ def test_what_a_run_computes_does_not_change_when_it_goes_on(
     assert f"thinpipe: error: --resume {begun.run}: {named}" in done.stderr
     assert "begin another run with --out" in done.stderr
     assert (begun.started, (begun.run / "run.toml").read_text()) == ([], before)
+
+
+def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: Path) -> None:
+    """A node that dies with a traceback leaves no line of ours, where the one before it had left one."""
+    said = []
+    for resume, words in ((False, "thinpipe: error: no space"), (True, "Traceback"), (True, "thinpipe: error: late")):
+        node = swarm._start(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
+        said.append(swarm.obituary(node, node.process.wait(DEADLINE_S)))
+    assert said == [
+        "stage 1 ended: no space",
+        f"stage 1 ended with exit code 1: Traceback; see {tmp_path / 'stage-1.log'}",
+        "stage 1 ended: late",
+    ]
 
 
 HELP = {

@@ -109,6 +109,21 @@ def configuration(path: Path | None, options: dict[str, Any], overrides: list[st
         fail(str(error), 2)
 
 
+def said(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
+    """The settings that were given, and no defaults: in a file, by options and by --set; the later one wins."""
+    from ..node.config import ConfigError, parse_override, read_toml
+
+    found: dict[str, Any] = {}
+    try:
+        for section, table in (read_toml(path) if path else {}).items():
+            entries = table.items() if isinstance(table, dict) else [("", table)]
+            found |= {f"{section}.{key}": value for key, value in entries}
+        given = {key: value for key, value in options.items() if value is not None}
+        return {**found, **given, **dict(map(parse_override, overrides or []))}
+    except ConfigError as error:
+        fail(str(error), 2)
+
+
 @contextmanager
 def run_errors(out: Path) -> Iterator[None]:
     """A local run that cannot start, fails or is interrupted ends with one line."""

@@ -6,6 +6,7 @@ Its settings can come from the environment (THINPIPE_STEPS, ...), because that i
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -18,13 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread
+from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread, said
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
     from ..sim.shaper import LinkProfile
 
 CAPS = ("user", "kernel", "auto")
+CHECK_S = 600  # of a large model on a slow disk
 
 
 def keep(
@@ -77,9 +79,9 @@ def keep(
 ) -> None:
     """Keep one stage served: in a container, or as a service. Starts its node, and again when that is lost.
 
-    RUN/run.toml is written by who comes first; settings that differ from it are refused. With --resume where the stage
-    has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a stage of RUN is
-    lost, and takes its place.
+    RUN/run.toml is written by who comes first; what differs from it in what the run computes is refused. With --resume
+    where the stage has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a
+    stage of RUN is lost, and takes its place.
     """
     one_arithmetic_thread()
     names = [name.strip() for name in peers.split(",") if name.strip()]
@@ -110,7 +112,6 @@ def keep(
     there = run / "run.toml"
     settings = configuration(config or (there if there.is_file() else None), given, sets)
     from ..node.addresses import ListenError, split_address
-    from ..node.config import parse_override
     from ..sim.keeper import Keeper, KeeperError, Post, become, known
     from ..sim.shaper import LinkError, LinkProfile
 
@@ -123,11 +124,11 @@ def keep(
         for name in names:
             split_address(name)
         profile = LinkProfile.parse(settings.link.link)
-        said = {**given, **dict(map(parse_override, sets))}
+        given_here = said(config, given, sets)
         if user:  # from here on, what can be refused is refused before an interface is capped
             known(user)
         if there.is_file():
-            _shared(there, settings, said)
+            _shared(there, settings, given_here)
         else:
             _check(settings, stage or 0, node_words, user)
         if cap != "user":
@@ -139,8 +140,8 @@ def keep(
                 if profile.kernel:
                     _uncap()
                 raise
-        shared = _agree(there, settings, said)
-        node = ["--link", str(profile), *node_words]
+        shared, own = _agree(there, settings, given_here)
+        node = ["--link", str(profile), *own, *node_words]
         post = Post(
             run=run,
             stage=stage,
@@ -181,12 +182,15 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
                 capture_output=True,
                 text=True,
                 check=False,
+                timeout=CHECK_S,
                 **become,
             )
     except OSError as error:
         if user and become and isinstance(error, PermissionError):
             raise may_not_become(user) from None
         raise KeeperError(f"cannot check the settings: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise KeeperError(f"checking the settings (model, data) took more than {CHECK_S} s; look at its disk") from None
     if done.returncode:
         last = [f"the check of the settings ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
         fail(last.removeprefix(LAST_WORDS), 2 if done.returncode == 2 else 1)
@@ -239,8 +243,9 @@ def _uncap() -> list[str]:
     return freed
 
 
-def _agree(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
-    """The settings in RUN/run.toml, which who comes first writes; what was said here must agree with them."""
+def _agree(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The settings in RUN/run.toml, which who comes first writes; what was given here must agree with them. Where nodes
+    may differ it need not: then the second are options for the node."""
     from ..node.config import dump_config
 
     aside = path.with_name(f".run.toml-{os.uname().nodename}-{os.getpid()}")
@@ -255,26 +260,25 @@ def _agree(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
             aside.unlink()
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
-    return _shared(path, settings, said)
+    return _shared(path, settings, given)
 
 
-def _shared(path: Path, settings: RunConfig, said: dict[str, Any]) -> RunConfig:
-    """What stands in RUN/run.toml, unless what was `said` here differs from it."""
+def _shared(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """What stands in RUN/run.toml, and options for the node: what was `given` here and may differ from it. Ends with 2
+    where it may not."""
     from ..node.config import ConfigError, load_config
+    from ..node.shared_config import differences
 
     try:
         shared = load_config(path)
     except ConfigError as error:
         fail(str(error), 2)
     if settings.digest() != shared.digest():
-        unlike = [key for key in said if _at(settings, key) != _at(shared, key)]
-        differ = "; ".join(f"{key} is {_at(shared, key)} there and {_at(settings, key)} here" for key in unlike)
-        fail(
-            f"{path} is another run's: {differ or 'its settings differ'}; name another directory, or remove that one", 2
-        )
-    return shared
-
-
-def _at(settings: RunConfig, key: str) -> object:
-    section, _, name = key.partition(".")
-    return getattr(getattr(settings, section), name)
+        fail(f"{path} is another run's: {differences(settings, shared)}; name another directory, or remove that one", 2)
+    here, there = (each.model_dump(mode="json") for each in (settings, shared))
+    own: list[str] = []
+    for key in given:
+        section, _, name = key.partition(".")
+        if here[section][name] != there[section][name] and key != "link.link":  # which is an option of its own
+            own += ["--set", f"{key}={json.dumps(here[section][name], ensure_ascii=False)}"]
+    return shared, own

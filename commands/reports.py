@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,12 +22,13 @@ def summary(
     """Print the summary of a run from its records: losses, tokens/s, bytes, links, a digest of each stage's state.
 
     For nodes that were not started by `up`; where each machine has its own directory, copy the stage-N.jsonl of all
-    into one. Exit code 1 if a stage has not ended, 2 if RUN is not a run's directory.
+    into one. Exit code 1 if a stage has not ended, 2 if RUN is not a run's directory. Where the records of a lost
+    machine are missing, a line says so, and bytes/token and ratio are unknown.
     """
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)
     from ..node.host import BAD_INPUT, resolve_architecture
-    from ..sim.report import summarise, write_summary
+    from ..sim.report import lacking_lines, summarise, write_summary
 
     try:
         width = resolve_architecture(settings).hidden_size
@@ -35,6 +37,8 @@ def summary(
         fail(str(error), 2)
     except ValueError as error:
         fail(str(error), 1)
+    for line in lacking_lines(found):
+        print(f"thinpipe: warning: {line}", file=sys.stderr)
     if write:
         try:
             write_summary(run, found)

@@ -23,6 +23,7 @@ from .common import (
     one_arithmetic_thread,
     run_errors,
     run_toml,
+    said,
 )
 from .swarm import Announce, DhtPort, Joins
 
@@ -68,7 +69,10 @@ def up(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", help="Go on with the run in this directory, from its newest common checkpoint."),
+        typer.Option(
+            "--resume",
+            help="Go on with the run in this directory, from its newest common checkpoint. What it computes stays.",
+        ),
     ] = None,
     restarts: Annotated[
         int, typer.Option(min=0, help="How often a stage that was lost is started again; the others wait for it.")
@@ -109,14 +113,17 @@ def up(
         "run.seed": seed,
         "checkpoint.every": checkpoint_every,
     }
-    watch = {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
+    options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
     auto = schedule if schedule and schedule.endswith(":hop=auto") else None
     if auto:
         options["pipeline.schedule"] = auto.removesuffix(":hop=auto")
-    if resume is not None:
-        auto = None  # the run's own
-        config, out, options = _resumed(resume, one_process), resume, {"checkpoint.every": checkpoint_every}
-    settings = configuration(config, {**options, **watch}, overrides)
+    if resume is None:
+        settings = configuration(config, options, overrides)
+    elif one_process:
+        fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
+    else:
+        settings, out = _resumed(resume, said(config, options, overrides), auto), resume
+        auto = None  # the depth is the run's own
     from ..node.local import run_local
 
     with run_errors(out):
@@ -137,11 +144,23 @@ def up(
         print(json.dumps(summary, indent=2))
 
 
-def _resumed(run: Path, one_process: bool) -> Path:
-    """The run.toml to go on with."""
-    if one_process:
-        fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
-    return run_toml(run, "--resume")
+def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
+    """The settings to go on with: the run's, and what is given now, where that may differ between nodes too. auto: the
+    schedule with hop=auto, if that was given: whatever depth was found for the run is meant."""
+    path = run_toml(run, "--resume")
+    own = configuration(path, {}, None)
+    if auto and auto.partition(":")[0] == own.pipeline.schedule.partition(":")[0]:
+        del given["pipeline.schedule"]
+    settings = configuration(path, given, None)
+    from ..node.shared_config import LOCAL, differences
+
+    if settings.digest() != own.digest():
+        fail(
+            f"--resume {run}: {differences(settings, own)}; a run that goes on keeps what it computes: leave that "
+            f"away, or begin another run with --out (only {LOCAL} may change)",
+            2,
+        )
+    return settings
 
 
 def _stage(text: str) -> int:

@@ -241,12 +241,11 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         return self.pipeline.batch_size * self.data.sequence_length
 
-    def digest(self) -> str:
-        """Hex SHA-256 of all that must agree between the nodes of a run.
+    def shared(self) -> dict[str, Any]:
+        """All that must agree between the nodes of a run, by section.
 
         Left out: paths (they differ between machines), the device, how a node's own link is shaped and buffered,
         when it writes checkpoints, and who looks at it.
-        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
         """
         exclude = {
             "data": {"cache", "source", "tokenizer"},
@@ -256,8 +255,14 @@ class RunConfig(Section):
             "checkpoint": True,
             "watch": True,
         }
-        tree = self.model_dump(mode="json", exclude=exclude)
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        return self.model_dump(mode="json", exclude=exclude)
+
+    def digest(self) -> str:
+        """Hex SHA-256 of `shared`, by which nodes compare it.
+
+        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
+        """
+        return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
 
 
 def known_keys() -> list[str]:

@@ -19,12 +19,12 @@ from rich.console import Console
 from ..sim.console import RunDisplay, summary_tables
 from ..sim.endpoint import Endpoint, EndpointError
 from ..sim.isolation import isolated
-from ..sim.report import read_records, summarise, write_summary
+from ..sim.report import lacking_lines, summarise, write_summary
 from ..sim.shaper import LinkProfile
-from ..sim.swarm import SwarmError, Watch, run_swarm
+from ..sim.swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
-from .config import ConfigError, RunConfig, dump_config
+from .config import ConfigError, RunConfig, dump_config, load_config
 from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
 from .keys import clock, load
 from .model import partition
@@ -71,9 +71,10 @@ def run_local(
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
-    resume: go on with the run that is in `out`. restarts: how many lost stages are replaced. schedule: one with
-    hop=auto, whose depth is found before the first step, for the whole run; run.toml has it. isolate: each node in a
-    network namespace of its own, and its link capped by the kernel. keys: of all stages at once, for TLS between them.
+    resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. restarts: how many lost
+    stages are replaced. schedule: one with hop=auto, whose depth is found before the first step, for the whole run;
+    run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys: of
+    all stages at once, for TLS between them.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -104,8 +105,8 @@ def run_local(
         started = True
         if not resume:
             clear(out)
-            (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
-        display = RunDisplay(console, steps=config.run.steps, stages=config.pipeline.stages, width=width)
+        _write_settings(config, out / "run.toml")
+        display = RunDisplay(console, steps=config.run.steps)
         with display:
             if one_process:
                 _run_one_process(config, out, display)
@@ -144,7 +145,7 @@ def run_local(
     if isolated_by:
         summary["isolation"] = isolated_by
     write_summary(out, summary)
-    for line in filter(None, (check["warning"] for check in summary["link_check"])):
+    for line in filter(None, (*(check["warning"] for check in summary["link_check"]), *lacking_lines(summary))):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
     if not quiet:
         for table in summary_tables(summary):
@@ -191,12 +192,22 @@ def clear(out: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def _write_settings(config: RunConfig, path: Path) -> None:
+    """Whole or not at all: a run cannot be gone on with without them."""
+    if path.exists() and load_config(path) == config:
+        return
+    aside = path.with_name(f".{path.name}-{os.getpid()}")
+    aside.write_text(dump_config(config), encoding="utf-8")
+    aside.replace(path)
+
+
 def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
     reference = OneProcess(config, out)
+    progress = Progress(out, stages=config.pipeline.stages)
 
     def show(step: int, loss: float) -> None:
         del step, loss
-        display.update([read_records(out / f"stage-{stage}.jsonl")[-1] for stage in range(config.pipeline.stages)])
+        display.update(progress.look())
 
     with closing(reference):
         reference.train(show)

@@ -73,7 +73,7 @@ def agreed(
         if theirs and mine.digest() != theirs.digest():
             raise ConfigError(
                 f"{path} has fingerprint {short(mine.digest())}, the run '{theirs.run.name}' at {source} has "
-                f"{short(theirs.digest())}: {_differences(mine, theirs)}; give the run's own file, or none"
+                f"{short(theirs.digest())}: {differences(mine, theirs)}; give the run's own file, or none"
             )
         record = record or told(mine)
     assert record
@@ -108,14 +108,13 @@ def _without_places(tree: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _differences(mine: RunConfig, theirs: RunConfig) -> str:
+def differences(mine: RunConfig, theirs: RunConfig) -> str:
     """The first settings of the fingerprint that differ, both values."""
-    found: list[str] = []
-    trees = [config.model_dump(mode="json") for config in (mine, theirs)]
-    for section, table in trees[0].items():
-        for key, value in table.items():
-            other = trees[1][section][key]
-            changed = parse_config({**trees[1], section: {**trees[1][section], key: value}}) if value != other else None
-            if changed and changed.digest() != theirs.digest():
-                found.append(f"{section}.{key} is {value!r} here and {other!r} there")
+    shared = theirs.shared()
+    found = [
+        f"{section}.{key} is {value!r} here and {shared[section][key]!r} there"
+        for section, table in mine.shared().items()
+        for key, value in table.items()
+        if value != shared[section][key]
+    ]
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .report import OUTSIDE_RATIO, dense_bytes, ratio_of, total_by_kind
+from .figures import StageFigures
 
 
 class RunDisplay:
-    """Use as a context manager; call `update` with the newest step record of each stage."""
+    """Use as a context manager; call `update` with the figures of all stages."""
 
-    def __init__(self, console: Console, *, steps: int, stages: int, width: int) -> None:
-        self._console, self._steps, self._stages, self._width = console, steps, stages, width
+    def __init__(self, console: Console, *, steps: int) -> None:
+        self._console, self._steps = console, steps
         self._progress: Progress | None = None
         self._shown = -1
         self._next_line = 0
@@ -46,14 +46,13 @@ class RunDisplay:
         if self._progress:
             self._progress.stop()
 
-    def update(self, records: list[dict[str, Any]]) -> None:
-        """Records of one poll; stage 0 leads. Stages that have not finished a step yet are missing."""
-        if len(records) < self._stages or records[0]["step"] == self._shown:
+    def update(self, stages: Sequence[StageFigures]) -> None:
+        """As of one poll; stage 0 leads. Nothing is shown until all have finished a step."""
+        done = stages[0].completed
+        if any(stage.loss is None for stage in stages) or done == self._shown:
             return
-        head = records[0]
-        self._shown = head["step"]
-        done = head["step"] + 1
-        self.text = describe(records, width=self._width, stages=self._stages)
+        self._shown = done
+        self.text = describe(stages)
         if self._progress:
             self._progress.update(self._task, completed=done, description=self.text)
         elif done >= self._next_line or done == self._steps:
@@ -61,16 +60,14 @@ class RunDisplay:
             self._next_line = done + max(1, self._steps // 10)
 
 
-def describe(records: list[dict[str, Any]], *, width: int, stages: int) -> str:
-    """`loss 5.123  1520 tokens/s  1051 bytes/token  ratio 0.97x`."""
-    head = records[0]
-    text = f"loss {head['loss']:.3f}  {head['tokens_per_s']:.0f} tokens/s"
-    sent = total_by_kind(records)
-    tokens = (head["step"] + 1) * head["tokens"]
-    ratio = ratio_of(sent, dense_bytes(width=width, tokens=tokens, stages=stages))
-    if ratio:
-        moved = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
-        text += f"  {moved / tokens:.0f} bytes/token  ratio {ratio:.2f}x"
+def describe(stages: Sequence[StageFigures]) -> str:
+    """`loss 5.123  1520 tokens/s  1051 bytes/token  ratio 0.97x`, of all processes that a stage has had."""
+    head = stages[0]
+    text = f"loss {head.loss:.3f}  {head.tokens_per_s or 0:.0f} tokens/s"
+    moved = sum(stage.moved_bytes for stage in stages)
+    if moved and head.dense_tokens:
+        ratio = sum(stage.dense_bytes for stage in stages) / moved
+        text += f"  {moved / head.dense_tokens:.0f} bytes/token  ratio {ratio:.2f}x"
     return text
 
 
@@ -96,13 +93,13 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     run = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']} tokens ({summary['mode']})")
     for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
         run.add_column(column, justify="right")
-    ratio, val_loss = summary["ratio"], summary["val_loss"]
+    ratio, val_loss, per_token = summary["ratio"], summary["val_loss"], summary["bytes_per_token"]
     run.add_row(
         f"{summary['first_loss']:.3f} -> {summary['train_loss']:.3f}",
         "-" if val_loss is None else f"{val_loss:.4f}",
         f"{summary['tokens_per_s']:.0f}",
-        f"{summary['bytes_per_token']:.1f}",
-        "-" if ratio is None else f"{ratio:.3f}x",
+        "unknown" if per_token is None else f"{per_token:.1f}",
+        "unknown" if per_token is None else "-" if ratio is None else f"{ratio:.3f}x",
     )
     stages = Table(title="stages")
     for column in ("stage", "compute", "codec", "waiting", "peak memory", "state"):
@@ -129,6 +126,8 @@ def _projectors_table(summary: dict[str, Any]) -> Table:
         projectors.add_column(column, justify="right")
     for entry in summary["boundaries"]:
         figures = entry["codec"]
+        if "orthonormality_error_master" not in figures:  # no step of that stage is on record
+            continue
         projectors.add_row(
             f"{entry['boundary']}-{entry['boundary'] + 1}",
             f"{figures['orthonormality_error_master']:.1e}",

@@ -1,8 +1,9 @@
 """What a stage is doing, folded from its records one after the other.
 
-Every view is made of this: the Prometheus endpoint of a node folds the records as they are written, `thinpipe top`
-folds the same lines from the disk, and TensorBoard gets what is in it. So they cannot disagree, and none of them comes
-near the compute thread. Memory is constant: of steps the last few are kept, of faults the last hundred.
+Every view is made of this: the Prometheus endpoint of a node folds the records as they are written, `thinpipe top` and
+the bar of `thinpipe up` fold the same lines from the disk, and TensorBoard gets what is in it. So they cannot disagree,
+and none of them comes near the compute thread. Memory is constant: of steps the last few are kept, of faults the last
+hundred.
 
 A process counts from zero, so of one that was replaced its last counts are kept and added to. Steps that were gone back
 behind are done again: `tokens` counts them twice, as work was done; the ratio counts them once, as the summary does.
@@ -104,6 +105,7 @@ class StageFigures:
     wait_share: float | None = None
     rss_bytes: int | None = None
     dense_bytes: int = 0
+    dense_tokens: int = 0  # of the steps that are in dense_bytes
     last_record_s: float | None = None
     links: dict[Way, LinkFigures] = field(default_factory=dict)
     dictionaries: list[DictionaryFigures] = field(default_factory=list)
@@ -209,7 +211,8 @@ class StageFigures:
         self.encode_s += spent["codec"]
         self.wait_s += spent["wait"]
         self._first_step = step if self._first_step is None else min(step, self._first_step)
-        self.dense_bytes = dense_bytes * (self.completed - self._first_step)
+        counted = self.completed - self._first_step
+        self.dense_bytes, self.dense_tokens = dense_bytes * counted, tokens * counted
         self._recent.append(_Step(seconds, tokens, spent, used))
         whole_s = sum(each.seconds for each in self._recent)
         if whole_s > 0:

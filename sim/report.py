@@ -45,18 +45,15 @@ def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:
     return total
 
 
-def ratio_of(sent: Counter[str], dense: int) -> float | None:
-    moved = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
-    return dense / moved if moved else None
-
-
 def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The step records that count, in order: each step's newest, and none past the end. (A step that was gone back
     behind may be done again and recorded, or be taken up from an older epoch's checkpoint, which has the same bits.)"""
     done: dict[int, dict[str, Any]] = {}
     end: int | None = None
     for record in records:
-        if record["event"] == "step":
+        if record["event"] == "start":
+            end = None  # of an earlier life
+        elif record["event"] == "step":
             done[record["step"]] = record
         elif record["event"] == "end":
             end = record["steps"]
@@ -82,26 +79,65 @@ def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
     return total
 
 
+def end_of(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """How the newest of the processes that wrote `records` ended the run; None while it has not."""
+    end: dict[str, Any] | None = None
+    for record in records:
+        if record["event"] in ("start", "end"):
+            end = record if record["event"] == "end" else None
+    return end
+
+
+def lacking(steps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The stages whose records have fewer steps than were done: those of a process before them stayed on a machine
+    that was lost, and with them what it sent."""
+    done = {record["step"] for of_stage in steps for record in of_stage}
+    return [
+        {
+            "stage": stage,
+            "first_step": of_stage[0]["step"] if of_stage else None,
+            "steps": len(of_stage),
+            "of_steps": len(done),
+        }
+        for stage, of_stage in enumerate(steps)
+        if len(of_stage) < len(done)
+    ]
+
+
+def lacking_lines(summary: dict[str, Any]) -> list[str]:
+    """For people, who count steps from 1; one a stage."""
+    return [
+        f"stage {found['stage']}: its records have {found['steps']} of {found['of_steps']} steps"
+        + ("" if found["first_step"] is None else f", the first is step {found['first_step'] + 1}")
+        + "; what it sent in the others was not kept, so bytes/token and ratio are unknown"
+        for found in summary["lacking"]
+    ]
+
+
 def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
     """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end,
-    or nothing was done."""
+    or nothing was done. Where the records of a stage lack steps, bytes/token and ratio are None: tokens would be
+    counted whose bytes are not."""
     by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
     ends: list[dict[str, Any]] = []
     steps: list[list[dict[str, Any]]] = []
     for stage, records in enumerate(by_stage):
-        end = [record for record in records if record["event"] == "end"]
-        if not end:
+        end = end_of(records)
+        if end is None:
             raise ValueError(f"stage {stage} wrote no end record in {run}: the run did not finish")
-        ends.append(end[-1])
+        ends.append(end)
         steps.append(steps_of(records))
     head = steps[0]
-    if not head:
+    if not any(steps):
         raise ValueError(f"the run in {run} ended before its first step; go on with --resume")
+    if not head:
+        raise ValueError(f"the records of stage 0 in {run} have no step: those of the process before it are missing")
     tokens = sum(record["tokens"] for record in head)
     train_s = sum(record["seconds"] for record in by_stage[0] if record["event"] == "step")  # what was done twice too
     sent: Counter[str] = Counter()
     for records in by_stage:
         sent.update(sent_by(records))
+    lacks = lacking(steps)
     in_ratio = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
     dense = dense_bytes(width=width, tokens=tokens, stages=stages)
     evaluations = [record for record in by_stage[0] if record["event"] == "evaluation"]
@@ -117,10 +153,11 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         "train_s": train_s,
         "tokens_per_s": tokens / train_s,
         "bytes": {**dict(sorted(sent.items())), "total": in_ratio},
-        "bytes_per_token": in_ratio / tokens,
+        "bytes_per_token": None if lacks else in_ratio / tokens,
         "dense_bf16_bytes": dense,
-        "ratio": dense / in_ratio if in_ratio else None,
-        "boundaries": _boundaries(ends, [of_stage[-1].get("codec", {}) for of_stage in steps]),
+        "ratio": dense / in_ratio if in_ratio and not lacks else None,
+        "lacking": lacks,
+        "boundaries": _boundaries(ends, [of_stage[-1].get("codec", {}) if of_stage else {} for of_stage in steps]),
         "link_check": [
             {"stage": stage, **check}
             for stage, records in enumerate(by_stage)

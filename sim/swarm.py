@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .endpoint import Endpoint
+from .figures import StageFigures
 from .isolation import PORT, Isolation
 from .tail import RecordTail
 
@@ -39,11 +39,12 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class Node:
-    """A process that serves a stage."""
+    """A process that serves a stage. log_from: what the log held before it."""
 
     stage: int
     process: subprocess.Popen[bytes]
     log: Path
+    log_from: int = 0
 
 
 def node_environment() -> dict[str, str]:
@@ -78,15 +79,15 @@ def run_swarm(
     isolation: Isolation | None = None,
     keys: Path | None = None,
     watch: Watch | None = None,
-    on_progress: Callable[[list[dict[str, Any]]], None] | None = None,
+    on_progress: Callable[[list[StageFigures]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
-    `on_progress` gets, about ten times a second, the newest step record of every stage that has one. `resume`: go on
-    from the newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started
-    again; the others wait for it. `disks`, `isolation`, `keys`, `watch`: see `Swarm`. Raises SwarmError when a node
-    ends early otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends
-    the run after the step under way.
+    `on_progress` gets, about ten times a second, what the records of every stage say so far. `resume`: go on from the
+    newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started again; the
+    others wait for it. `disks`, `isolation`, `keys`, `watch`: see `Swarm`. Raises SwarmError when a node ends early
+    otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run
+    after the step under way.
     """
     swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch)
     before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
@@ -198,6 +199,7 @@ def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resu
         command.append("--resume")
     log = run / f"stage-{stage}.log"
     with log.open("ab" if resume else "wb") as output:
+        log_from = output.tell()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -206,21 +208,31 @@ def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resu
             env=node_environment(),
             start_new_session=True,
         )
-    return Node(stage, process, log)
+    return Node(stage, process, log, log_from)
 
 
-def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[dict[str, Any]]], None] | None) -> None:
-    tails = [RecordTail(swarm.run / f"stage-{stage}.jsonl") for stage in range(len(swarm.nodes))]
-    steps: dict[int, dict[str, Any]] = {}  # the newest of each stage
+class Progress:
+    """What the records of a run's stages, in one directory, say as they grow."""
+
+    def __init__(self, run: Path, *, stages: int) -> None:
+        self._figures = [StageFigures(stage) for stage in range(stages)]
+        self._tails = [RecordTail(run / f"stage-{stage}.jsonl") for stage in range(stages)]
+
+    def look(self) -> list[StageFigures]:
+        for figures, tail in zip(self._figures, self._tails, strict=True):
+            for record in tail.read():
+                with suppress(KeyError, TypeError, ValueError, AttributeError):  # left by another version: not shown
+                    figures.take(record)
+        return self._figures
+
+
+def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures]], None] | None) -> None:
+    progress = Progress(swarm.run, stages=len(swarm.nodes))
     while True:
         nodes = [node for node in swarm.nodes if node]
         codes = [node.process.poll() for node in nodes]
-        for stage, tail in enumerate(tails):
-            for record in tail.read():
-                if record["event"] == "step":
-                    steps[stage] = record
         if on_progress:
-            on_progress([steps[stage] for stage in sorted(steps)])
+            on_progress(progress.look())
         over = 0 in codes  # nobody leaves before all are through: who is lost now has nothing left to do
         for node, code in zip(nodes, codes, strict=True):
             if code and code != 2 and restarts and not over and not swarm.draining:
@@ -239,7 +251,8 @@ def obituary(node: Node, code: int) -> str:
         name = signal.Signals(-code).name
         why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
         return f"stage {node.stage} was killed by {name}{why}; see {node.log}"
-    words = [line for line in node.log.read_text(errors="replace").splitlines() if line.strip()]
+    text = node.log.read_bytes()[node.log_from :].decode(errors="replace")
+    words = [line for line in text.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if line.startswith(LAST_WORDS)), None)
     if last:
         return f"stage {node.stage} ended: {last.removeprefix(LAST_WORDS)}"

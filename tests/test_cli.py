@@ -10,12 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
 from thinpipe.cli import app
-from thinpipe.node.config import dump_config
+from thinpipe.node import local
+from thinpipe.node.config import RunConfig, dump_config, load_config
+from thinpipe.sim import swarm
 from thinpipe.sim.report import read_records
+from thinpipe.sim.swarm import SwarmError
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -209,6 +213,87 @@ def test_a_run_that_diverges_has_failed_and_says_what_to_do(run_toml: Path, tmp_
     (line,) = result.stderr.splitlines()
     assert line.startswith("thinpipe: error: value nan at element 0 of FORWARD tensor of boundary 0, step 1")
     assert line.endswith("lower the learning rate or clip")
+
+
+class Begun(NamedTuple):
+    """A run to go on with, and what its nodes would be started on."""
+
+    run: Path
+    started: list[RunConfig]
+
+    def go_on(self, *options: str) -> Any:
+        return CliRunner().invoke(app, ["up", "--resume", str(self.run), *options])
+
+
+@pytest.fixture
+def begun(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begun:
+    begun = Begun(tmp_path, [])
+    (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": STAGES, "pipeline.schedule": "zb:hop=1"})))
+
+    def start_nothing(run: Path, **_: object) -> None:
+        begun.started.append(load_config(run / "run.toml"))
+        raise SwarmError("nothing was started", 1)
+
+    monkeypatch.setattr(local, "run_swarm", start_nothing)
+    return begun
+
+
+def test_what_is_each_machines_own_may_change_when_a_run_goes_on(begun: Begun) -> None:
+    before = load_config(begun.run / "run.toml")
+    whole = [
+        "--stages",
+        str(STAGES),
+        "--steps",
+        "3",
+        "--schedule",
+        "zb:hop=auto",
+        "--config",
+        str(begun.run / "run.toml"),
+    ]
+    done = begun.go_on(*whole, "--checkpoint-every", "5", "--link", "80mbit,5ms", "--set", "link.verify=fail")
+    assert "nothing was started" in done.stderr
+    (started,) = begun.started
+    assert (started.checkpoint.every, started.link.link, started.link.verify) == (5, "80mbit,5ms", "fail")
+    assert started.shared() == before.shared()
+    begun.go_on()
+    assert begun.started[1] == started
+    assert [path.name for path in begun.run.iterdir()] == ["run.toml"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--steps", "400"], "run.steps is 400 here and 3 there"),
+        (["--set", "run.steps=400"], "run.steps is 400 here and 3 there"),
+        (["--codec", "int8", "--checkpoint-every", "5"], "codec.codec is 'int8' here and 'bf16' there"),
+        (["--schedule", "1f1b:hop=auto"], "pipeline.schedule is '1f1b' here and 'zb:hop=1' there"),
+        (["--config", "{other}"], "run.seed is 7 here and"),
+    ],
+)
+def test_what_a_run_computes_does_not_change_when_it_goes_on(
+    begun: Begun, tmp_path_factory: pytest.TempPathFactory, options: list[str], named: str
+) -> None:
+    other = tmp_path_factory.mktemp("other") / "other.toml"
+    other.write_text("[run]\nseed = 7\n")
+    before = (begun.run / "run.toml").read_text()
+    done = begun.go_on(*(option.format(other=other) for option in options))
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert f"thinpipe: error: --resume {begun.run}: {named}" in done.stderr
+    assert "begin another run with --out" in done.stderr
+    assert (begun.started, (begun.run / "run.toml").read_text()) == ([], before)
+
+
+def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: Path) -> None:
+    """A node that dies with a traceback leaves no line of ours, where the one before it had left one."""
+    said = []
+    for resume, words in ((False, "thinpipe: error: no space"), (True, "Traceback"), (True, "thinpipe: error: late")):
+        node = swarm._start(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
+        said.append(swarm.obituary(node, node.process.wait(DEADLINE_S)))
+    assert said == [
+        "stage 1 ended: no space",
+        f"stage 1 ended with exit code 1: Traceback; see {tmp_path / 'stage-1.log'}",
+        "stage 1 ended: late",
+    ]
 
 
 HELP = {

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -279,9 +280,42 @@ def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
     done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
     assert done.exit_code == 2
-    assert "is another run's: run.steps is 40 there and 20 here; name another directory" in done.stderr
+    assert "is another run's: run.steps is 20 here and 40 there; name another directory" in done.stderr
     done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
-    assert "pipeline.stages is 2 there and 3 here" in done.stderr
+    assert "pipeline.stages is 3 here and 2 there" in done.stderr
+
+
+def test_what_is_each_nodes_own_reaches_the_node_of_a_run_that_has_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what its file, or somebody else's, says already is not repeated."""
+    (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n[checkpoint]\nkeep = 7\n")
+    posts: list[Post] = []
+
+    def run(self: Keeper) -> int:
+        posts.append(self.post)
+        return 0
+
+    monkeypatch.setattr(Keeper, "run", run)
+    given = {
+        "THINPIPE_STEPS": "40",
+        "THINPIPE_CHECKPOINT_EVERY": "5",
+        "THINPIPE_DATA": "/mi ne",
+        "THINPIPE_LINK": "80mbit,5ms",
+        "THINPIPE_SET": "link.verify=fail checkpoint.keep=7",
+        "THINPIPE_NODE": "--device cuda",
+    }
+    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS], env=given)
+    assert done.exit_code == 0, done.output
+    (post,) = posts
+    own = ["--set", 'data.source="/mi ne"', "--set", "checkpoint.every=5", "--set", 'link.verify="fail"']
+    assert list(post.node) == ["--link", "80mbit,5ms", *own, "--device", "cuda"]
+    (tmp_path / "my.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n[checkpoint]\nkeep = 8\n")
+    done = CliRunner().invoke(
+        app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--config", str(tmp_path / "my.toml")]
+    )
+    assert done.exit_code == 0, done.output
+    assert list(posts[1].node) == ["--link", "none", "--set", "checkpoint.keep=8"]
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
@@ -299,6 +333,67 @@ def test_summary_wants_a_run_that_has_ended(tmp_path: Path) -> None:
     early = runner.invoke(app, ["summary", str(tmp_path)])
     assert early.exit_code == 1
     assert "stage 0 wrote no end record" in early.stderr
+
+
+def told(stage: int, *lives: tuple[range, int | None]) -> str:
+    """The records of a stage of two: of each process the steps that it did, 1000 bytes each, and its end, if any."""
+    lines: list[dict[str, object]] = []
+    for steps, end in lives:
+        sent = {"activation": 1000 * len(steps)}
+        lines.append({"event": "start"})
+        for done, step in enumerate(steps, 1):
+            so_far = {"boundary 0-1": {"activation": 1000 * done}}
+            lines.append(
+                {"event": "step", "step": step, "loss": 5.0, "tokens": 100, "seconds": 0.1, "sent_bytes": so_far}
+            )
+        link = {"boundary": 0, "direction": "backward" if stage else "forward", "sent_bytes": sent}
+        link |= dict.fromkeys(("configured_bits_per_s", "measured_bits_per_s", "utilisation"))
+        spent = dict.fromkeys(("cpu_s", "compute_s", "codec_s", "wait_s", "peak_rss_bytes", "state_bytes"), 1)
+        if end is not None:
+            lines.append({"event": "end", "steps": end, "links": [link], "state_sha256": "0" * 64, **spent})
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def summed_up(run: Path, *records: str, options: tuple[str, ...] = ()) -> Any:
+    (run / "run.toml").write_text(f"[pipeline]\nstages = {len(records)}\n[model]\nvocab_size = 512\nwidth = 64\n")
+    for stage, text in enumerate(records):
+        (run / f"stage-{stage}.jsonl").write_text(text)
+    return CliRunner().invoke(app, ["summary", str(run), *options])
+
+
+def test_a_run_that_goes_on_after_its_end_has_not_ended(tmp_path: Path) -> None:
+    earlier, goes_on = (range(4), 4), (range(4, 7), None)
+    done = summed_up(tmp_path, told(0, earlier, goes_on), told(1, earlier, goes_on))
+    assert done.exit_code == 1
+    assert "stage 0 wrote no end record" in done.stderr
+    later = (range(4, 10), 10)
+    done = summed_up(tmp_path, told(0, earlier, later), told(1, earlier, later), options=("--json",))
+    found = json.loads(done.stdout)
+    assert (found["steps"], found["bytes_per_token"], found["lacking"]) == (10, 20.0, [])
+    assert done.stderr == ""
+
+
+def test_where_records_were_lost_bytes_are_unknown_and_not_too_few(tmp_path: Path) -> None:
+    """A machine was lost, and its records with it: those of the stage begin where another one took over."""
+    whole, taken_over = told(0, (range(10), 10)), told(1, (range(6, 10), 10))
+    done = summed_up(tmp_path, whole, taken_over)
+    assert done.exit_code == 0
+    assert done.stdout.count("unknown") == 2
+    assert done.stderr.startswith("thinpipe: warning: stage 1: its records have 4 of 10 steps, the first is step 7;")
+    found = json.loads(summed_up(tmp_path, whole, taken_over, options=("--json",)).stdout)
+    assert (found["steps"], found["bytes_per_token"], found["ratio"]) == (10, None, None)
+    assert found["lacking"] == [{"stage": 1, "first_step": 6, "steps": 4, "of_steps": 10}]
+    # The head's are as good as any other's, and a stage that took over at the very end has no step at all.
+    found = json.loads(
+        summed_up(tmp_path, told(0, (range(6, 10), 10)), told(1, (range(10), 10)), options=("--json",)).stdout
+    )
+    assert (found["ratio"], found["lacking"][0]["stage"]) == (None, 0)
+    done = summed_up(tmp_path, whole, told(1, (range(0), 10)))
+    assert (done.exit_code, done.stderr.count("\n")) == (0, 1)
+    assert "stage 1: its records have 0 of 10 steps; what it sent" in done.stderr
+    done = summed_up(tmp_path, told(0, (range(0), 10)), whole)
+    assert done.exit_code == 1
+    assert "the records of stage 0" in done.stderr
 
 
 def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> None:

@@ -148,6 +148,8 @@ def test_the_walkthrough_does_what_it_says(lan: Lan) -> None:
             if "status" in line:
                 assert "stage" in printed
     assert "60 steps" in printed
+    assert "unknown" in printed  # what beta sent
+    assert "stage 1: its records have" in printed
 
     home = lan.home("alpha")
     ends = [read_records(home / f"runs/walkthrough/stage-{stage}.jsonl") for stage in (0, 1)]

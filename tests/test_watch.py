@@ -28,6 +28,7 @@ from thinpipe.node.one_process import OneProcess
 from thinpipe.node.prometheus import Exporter
 from thinpipe.node.tensorboard import Events
 from thinpipe.node.watching import Watching
+from thinpipe.sim.console import describe
 from thinpipe.sim.endpoint import Endpoint, EndpointError
 from thinpipe.sim.exposition import ExpositionError, families, read_figures
 from thinpipe.sim.figures import CODES_MAX, DictionaryFigures, LinkFigures, StageFigures
@@ -147,6 +148,19 @@ def test_a_replaced_process_counts_from_zero_and_the_sum_goes_on() -> None:
     assert of.links[1, "forward"].received_bytes == 6000 + 2000
     assert of.dense_bytes == 2 * 4000  # steps that count, while the bytes are all that were sent
     assert of.tokens == 4000  # work that was done
+
+
+def test_the_live_line_counts_the_bytes_of_every_process_a_stage_has_had() -> None:
+    one_life = [folded(start(), *(step(number, sent=1000 * (number + 1)) for number in range(4))) for _ in range(2)]
+    assert describe(one_life) == "loss 4.700  2000 tokens/s  4 bytes/token  ratio 2.22x"
+    rewind = {"event": "rewind", "time_s": 110.0, "epoch": 1, "completed": 2, "source": "disk", "seconds": 0.1}
+    again = [step(2, sent=0, epoch=1), step(3, sent=0, epoch=1)]  # nothing more is sent, and nothing is forgotten
+    for figures in one_life:
+        for record in (start(process=8), rewind, *again):
+            figures.take(record)
+    assert describe(one_life) == "loss 4.700  2000 tokens/s  4 bytes/token  ratio 2.22x"
+    taken_over = [folded(start(), rewind, step(2, sent=1000), step(3, sent=2000)) for _ in range(2)]
+    assert describe(taken_over) == "loss 4.700  2000 tokens/s  4 bytes/token  ratio 2.22x"
 
 
 def test_states_and_faults() -> None:

@@ -19,7 +19,6 @@ from typing import Any
 from . import tc
 from .netns import Network, network
 from .shaper import LinkProfile
-from .tc import KernelLinkError
 
 PORT = 7001  # the same in every namespace
 
@@ -56,16 +55,12 @@ class Isolation:
 def isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
     """Namespaces for `stages` nodes, while the body runs. Raises KernelLinkError with one line where that cannot be:
     no root, no `ip` or `tc`, a cap that the kernel refuses, more nodes than fit."""
-    try:
-        tc.require("ip", "tc")
-        if profile.rate_bits_per_s is None:  # nothing to cap; a delay alone is the transport's
-            by_kernel, link = LinkProfile(rate_bits_per_s=None), profile
-        elif not profile.latency_s or tc.has_netem():
-            by_kernel, link = profile, replace(profile, kernel="all")
-        else:
-            by_kernel, link = replace(profile, latency_s=0.0, jitter_s=0.0), replace(profile, kernel="rate")
-        context = network(stages, by_kernel)
-    except ValueError as error:
-        raise KernelLinkError(str(error)) from None
-    with context as made:
+    tc.require("ip", "tc")
+    if profile.rate_bits_per_s is None:  # nothing to cap; a delay alone is the transport's
+        by_kernel, link = LinkProfile(rate_bits_per_s=None), profile
+    elif not profile.latency_s or tc.has_netem():
+        by_kernel, link = profile, replace(profile, kernel="all")
+    else:
+        by_kernel, link = replace(profile, latency_s=0.0, jitter_s=0.0), replace(profile, kernel="rate")
+    with network(stages, by_kernel) as made:
         yield Isolation(made, link)

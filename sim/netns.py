@@ -87,7 +87,7 @@ def check() -> None:
 def network(nodes: int, profile: LinkProfile) -> Iterator[Network]:
     """`nodes` machines behind links that are capped so. Raises KernelLinkError with one line where that cannot be."""
     if not 1 <= nodes <= NODES_MAX:
-        raise ValueError(f"a network of {nodes} nodes; between 1 and {NODES_MAX} fit")
+        raise KernelLinkError(f"a network of {nodes} nodes; between 1 and {NODES_MAX} fit")
     require("ip", "tc")
     _sweep()
     name = f"thinpipe-{os.getpid()}-{next(_SERIAL)}"

@@ -188,6 +188,11 @@ def test_latency_needs_netem_which_is_tried(two: Network) -> None:
     assert own() == before
 
 
+def test_more_nodes_than_fit_are_refused() -> None:
+    with pytest.raises(KernelLinkError, match=r"^a network of 251 nodes; between 1 and 250 fit$"), network(251, CAPPED):
+        pass
+
+
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(KernelLinkError, match=r"^user 1000 may not .* as root; the cap in user space.*$"):

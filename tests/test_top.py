@@ -219,6 +219,7 @@ def test_stages_of_one_swarm_are_put_together(run: Path, tmp_path: Path) -> None
         (["{dir}/empty"], r"empty holds neither run\.toml nor stage-N\.jsonl, so no run; name the --out of one"),
         (["{dir}/file"], "file: there is no such directory"),
         (["--prometheus", "here"], r"--prometheus: 'here' is neither a port nor host:port"),
+        (["--prometheus", "a..b:1"], r"--prometheus: 'a\.\.b:1': no machine can be known as 'a\.\.b'; check the name"),
         (["--prometheus", ","], "say what to watch"),
         (["{dir}/empty", "--every", "0"], "--every"),
     ],

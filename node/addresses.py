@@ -32,6 +32,10 @@ def check_listen(address: str) -> None:
     except OSError as error:
         reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
         raise ListenError(f"cannot listen on {address}: {reason}; choose another --listen") from None
+    except UnicodeError:  # of a name that is none, such as a..b
+        raise ListenError(
+            f"cannot listen on {address}: no machine is known as '{host}'; choose another --listen"
+        ) from None
 
 
 def is_loopback(address: str) -> bool:

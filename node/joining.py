@@ -221,4 +221,6 @@ def free_port(host: str, wish: int | None) -> int:
                 return int(probe.getsockname()[1])
         except OSError as error:
             reason = str(error.strerror)
+        except UnicodeError:  # of a name that is none, such as a..b
+            reason = "no machine is known by that name"
     raise ListenError(f"cannot listen at {host}: {reason}; choose another --listen")

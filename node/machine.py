@@ -23,7 +23,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 
 from .. import __version__
 from ..sim.tc import KernelLinkError, has_netem
-from .config import RunConfig
+from .config import ConfigError, RunConfig
 
 State = Literal["ok", "warning", "fault", "not asked"]
 
@@ -151,8 +151,16 @@ def gpu(config: RunConfig | None) -> Finding:
     """torch is imported here: it takes seconds."""
     import torch
 
-    wants = config is not None and torch.device(config.compute.device).type == "cuda"
+    from .host import check_device
+
+    wants = config is not None and config.compute.device.startswith("cuda")
     count = torch.cuda.device_count()
+    try:
+        if config is not None and (count or not wants):  # without any, what is missing is said below
+            check_device(config)
+    except ConfigError as error:
+        found, _, remedy = str(error).partition("; ")
+        return Finding(name="GPU", state="fault", found=found, remedy=remedy)
     if count:
         names = [torch.cuda.get_device_properties(index) for index in range(count)]
         found = ", ".join(f"{each.name} ({each.total_memory / GIB:.0f} GiB)" for each in names)

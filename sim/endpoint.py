@@ -31,7 +31,12 @@ class Endpoint:
         host, colon, port = text.strip().rpartition(":")
         if (colon and not host) or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
             raise EndpointError(f"'{text}' is neither a port nor host:port, such as 9100 or 0.0.0.0:9100")
-        return cls(host.removeprefix("[").removesuffix("]") or LOOPBACK, int(port))
+        host = host.removeprefix("[").removesuffix("]") or LOOPBACK
+        try:
+            host.encode("idna")  # as resolvers are asked, where it would be no OSError
+        except UnicodeError:
+            raise EndpointError(f"'{text}': no machine can be known as '{host}'; check the name") from None
+        return cls(host, int(port))
 
     def of_stage(self, stage: int) -> Endpoint:
         """That of stage `stage` where this is stage 0's. Raises EndpointError past the last port."""

@@ -11,7 +11,6 @@ what it was given.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -20,7 +19,20 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .figures import STATES, DictionaryFigures, FaultFigures, LinkFigures, StageFigures, Way
+from .figures import (
+    STATES,
+    DictionaryFigures,
+    FaultFigures,
+    LinkFigures,
+    StageFigures,
+    Way,
+    any_number,
+    moment,
+    quantity,
+    stage_count,
+    stage_number,
+    whole,
+)
 
 PREFIX = "thinpipe_"
 BITS = 8
@@ -56,7 +68,12 @@ LINK_GAUGES = {  # in bits in the records, in bytes here
     "link_measured_bytes_per_second": ("measured_bits_per_s", "What left while the queue was not empty"),
     "link_used_bytes_per_second": ("used_bits_per_s", "What training sent over the last steps"),
 }
-WHOLE = {"stages", "steps", "completed", "committed", "epoch", "tokens", "rss_bytes", "dense_bytes"}
+KINDS = {  # of attributes; the others are quantities
+    "stages": stage_count,
+    "last_record_s": moment,
+    **dict.fromkeys(("steps", "completed", "committed", "epoch", "tokens", "rss_bytes", "dense_bytes"), whole),
+    **dict.fromkeys(("loss", "val_loss", "grad_norm"), any_number),
+}
 VERSION = ("epoch", "step", "microbatch", "number")
 SAMPLES_MAX = 100_000
 
@@ -171,7 +188,7 @@ class _Reader:
         self._stale: dict[tuple[int, int, str, str], float] = {}
 
     def take(self, name: str, labels: dict[str, str], value: float) -> None:
-        stage = int(labels["stage"])
+        stage = stage_number(int(labels["stage"]))
         figures = self.stages.setdefault(stage, StageFigures(stage))
         plain = name.removesuffix("_total")
         if name == "node_info":
@@ -181,28 +198,28 @@ class _Reader:
             figures.state = labels["state"]
         elif table := COUNTERS.get(plain) or GAUGES.get(name):
             attribute, _ = table
-            setattr(figures, attribute, _whole(value) if attribute in WHOLE else value)
+            setattr(figures, attribute, KINDS.get(attribute, quantity)(value))
         elif name in LINK_GAUGES:
-            self._link(figures, labels, **{LINK_GAUGES[name][0]: value * BITS})
+            self._link(figures, labels, **{LINK_GAUGES[name][0]: quantity(value) * BITS})
         elif name == "link_round_trip_seconds":
-            self._link(figures, labels, round_trip_s=value)
+            self._link(figures, labels, round_trip_s=quantity(value))
         elif name == "received_bytes_total":
             other = "forward" if labels["direction"] == "backward" else "backward"
-            self._link(figures, {**labels, "direction": other}, received_bytes=_whole(value))
+            self._link(figures, {**labels, "direction": other}, received_bytes=whole(value))
         elif name == "sent_bytes_total":
             boundary, direction = _boundary(labels), labels["direction"]
             before = figures.links.get((boundary, direction), LinkFigures()).sent_bytes
-            self._link(figures, labels, sent_bytes={**before, labels["kind"]: _whole(value)})
+            self._link(figures, labels, sent_bytes={**before, labels["kind"]: whole(value)})
         elif name == "faults_total":
-            figures.faults_by_code[labels["code"]] = _whole(value)
+            figures.faults_by_code[labels["code"]] = whole(value)
         elif name == "fault_timestamp_seconds":
-            self._fault_times[stage, labels["code"]] = value
+            self._fault_times[stage, labels["code"]] = moment(value)
         elif name.startswith("dictionary_"):
             key = (stage, _boundary(labels), labels["dictionary"], labels["end"])
             if name == "dictionary_staleness_ratio":
-                self._stale[key] = value
+                self._stale[key] = any_number(value)
             else:
-                self._versions.setdefault(key, {})[name.removeprefix("dictionary_")] = _whole(value)
+                self._versions.setdefault(key, {})[name.removeprefix("dictionary_")] = whole(value)
 
     def _link(self, figures: StageFigures, labels: dict[str, str], **values: Any) -> None:
         way = (_boundary(labels), labels["direction"])
@@ -232,10 +249,4 @@ class _Reader:
 
 
 def _boundary(labels: dict[str, str]) -> int:
-    return int(labels["boundary"].partition("-")[0])
-
-
-def _whole(value: float) -> int:
-    if not math.isfinite(value):
-        raise ValueError(f"{value} is no count")
-    return int(value)
+    return stage_number(int(labels["boundary"].partition("-")[0]))

@@ -7,11 +7,13 @@ hundred.
 
 A process counts from zero, so of one that was replaced its last counts are kept and added to. Steps that were gone back
 behind are done again: `tokens` counts them twice, as work was done; the ratio counts them once, as the summary does.
+
+Records, and figures over HTTP, may be a stranger's, and every view makes rows and bars of them: so whoever reads them
+holds stages, times and quantities to what can be (`stage_number` to `any_number`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +23,9 @@ from .report import OUTSIDE_RATIO
 RECENT_STEPS = 10  # over which rates and shares are taken
 FAULTS_KEPT = 100
 CODES_MAX = 64  # of faults that are told apart; a peer has a say in them
+STAGES_MAX = 1024  # of a run, as its configuration has it
+TIME_MAX_S = 253_402_300_800.0  # the year 10000: further on, calendars end
+QUANTITY_MAX = 2.0**63  # bytes, bits a second, seconds, counts
 STATES = ("starting", "training", "halted", "ended", "stopped", "failed")
 STALENESS = {"projector": "staleness", "activations": "activation_staleness", "gradients": "gradient_staleness"}
 
@@ -133,7 +138,7 @@ class StageFigures:
     def take(self, record: dict[str, Any]) -> None:
         """The next record. Raises TypeError, KeyError or ValueError for one that is not as a node writes it; of what it
         says nothing is then taken."""
-        time_s = _number(record["time_s"])
+        time_s = moment(record["time_s"])
         match record["event"]:
             case "start":
                 self._start(record)
@@ -142,9 +147,9 @@ class StageFigures:
             case "step":
                 self._step(record)
             case "evaluation":
-                self.val_loss = _number(record["val_loss"])
+                self.val_loss = any_number(record["val_loss"])
             case "checkpoint":
-                self.committed = _whole(record["completed"])
+                self.committed = whole(record["completed"])
             case "halt":
                 self.state = "halted"
             case "rewind":
@@ -152,9 +157,9 @@ class StageFigures:
             case "fault":
                 self._fault(time_s, str(record["code"]), str(record["reason"]))
             case "end":
-                self.completed, self.state = _whole(record["steps"]), "ended"
+                self.completed, self.state = whole(record["steps"]), "ended"
             case "exit":
-                code = _whole(record["exit_code"])
+                code = whole(record["exit_code"])
                 self.state = {0: "ended", 130: "stopped"}.get(code, "failed")
             case _:
                 pass
@@ -164,9 +169,9 @@ class StageFigures:
         known = {
             "run": str(record.get("run", "")),
             "host": str(record.get("host", "")),
-            "stages": _maybe(_whole, record.get("stages")),
-            "steps": _maybe(_whole, record.get("steps")),
-            "process": _maybe(_whole, record.get("process")),
+            "stages": _maybe(stage_count, record.get("stages")),
+            "steps": _maybe(whole, record.get("steps")),
+            "process": _maybe(whole, record.get("process")),
         }
         for name, value in known.items():
             setattr(self, name, value)
@@ -180,27 +185,27 @@ class StageFigures:
             way = _way(check)
             found[way] = replace(
                 self.links.get(way, LinkFigures()),
-                configured_bits_per_s=_maybe(_number, check["configured_bits_per_s"]),
-                at_start_bits_per_s=_maybe(_number, check["measured_bits_per_s"]),
-                round_trip_s=_maybe(_number, check["round_trip_s"]),
+                configured_bits_per_s=_maybe(quantity, check["configured_bits_per_s"]),
+                at_start_bits_per_s=_maybe(quantity, check["measured_bits_per_s"]),
+                round_trip_s=_maybe(quantity, check["round_trip_s"]),
             )
         self.links.update(found)
         self.state = "training"
 
     def _step(self, record: dict[str, Any]) -> None:
-        step, tokens, seconds = _whole(record["step"]), _whole(record["tokens"]), _number(record["seconds"])
-        spent = {name: _number(record[f"{name}_s"]) for name in ("compute", "codec", "wait")}
+        step, tokens, seconds = whole(record["step"]), whole(record["tokens"]), quantity(record["seconds"])
+        spent = {name: quantity(record[f"{name}_s"]) for name in ("compute", "codec", "wait")}
         links = self._links(record)
         says = {_way(link): link for link in record.get("links", [])}
-        used = {way: _number(link["used_bits_per_s"]) * seconds for way, link in says.items()}
+        used = {way: quantity(link["used_bits_per_s"]) * seconds for way, link in says.items()}
         dictionaries = [_dictionary(said, record.get("codec", {})) for said in record.get("dictionaries", [])]
         figures = {
-            "loss": _number(record["loss"]),
-            "grad_norm": _maybe(_number, record.get("grad_norm")),
-            "rss_bytes": _maybe(_whole, record.get("rss_bytes")),
-            "epoch": _whole(record.get("epoch", self.epoch)),
+            "loss": any_number(record["loss"]),
+            "grad_norm": _maybe(any_number, record.get("grad_norm")),
+            "rss_bytes": _maybe(whole, record.get("rss_bytes")),
+            "epoch": whole(record.get("epoch", self.epoch)),
         }
-        dense_bytes = _whole(record.get("dense_bytes", 0))
+        dense_bytes = whole(record.get("dense_bytes", 0))
         # From here on nothing is refused.
         for name, value in figures.items():
             setattr(self, name, value)
@@ -229,23 +234,23 @@ class StageFigures:
         """What this record says of each, on top of what is known."""
         found: dict[Way, LinkFigures] = {}
         for name, rows in record["sent_bytes"].items():
-            boundary = int(name.removeprefix("boundary ").partition("-")[0])
+            boundary = stage_number(int(name.removeprefix("boundary ").partition("-")[0]))
             way = (boundary, "forward" if boundary == self.stage else "backward")
             sent = Counter(self._earlier.get(way, LinkFigures()).sent_bytes)
-            sent.update({str(kind): _whole(count) for kind, count in rows.items()})
+            sent.update({str(kind): whole(count) for kind, count in rows.items()})
             found[way] = replace(self.links.get(way, LinkFigures()), sent_bytes=dict(sent))
         for link in record.get("links", []):
             way = _way(link)
             found[way] = replace(
                 found.get(way, self.links.get(way, LinkFigures())),
-                configured_bits_per_s=_maybe(_number, link["configured_bits_per_s"]),
-                measured_bits_per_s=_maybe(_number, link["measured_bits_per_s"]),
-                received_bytes=self._earlier.get(way, LinkFigures()).received_bytes + _whole(link["received_bytes"]),
+                configured_bits_per_s=_maybe(quantity, link["configured_bits_per_s"]),
+                measured_bits_per_s=_maybe(quantity, link["measured_bits_per_s"]),
+                received_bytes=self._earlier.get(way, LinkFigures()).received_bytes + whole(link["received_bytes"]),
             )
         return found
 
     def _rewind(self, record: dict[str, Any]) -> None:
-        epoch, completed = _whole(record["epoch"]), _whole(record["completed"])
+        epoch, completed = whole(record["epoch"]), whole(record["completed"])
         self.epoch, self.completed, self.state = epoch, completed, "starting"
         if record["source"] == "disk":
             self.committed = completed
@@ -265,15 +270,15 @@ def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigure
     name, end = str(said["dictionary"]), str(said["end"])
     version = None
     if (found := said["version"]) is not None:
-        epoch, step, microbatch, number = map(_whole, found)
+        epoch, step, microbatch, number = map(whole, found)
         version = (epoch, step, microbatch, number)
     staleness = codec.get(STALENESS.get(name, "")) if end == "owner" else None
     return DictionaryFigures(
-        boundary=_whole(said["boundary"]),
+        boundary=stage_number(said["boundary"]),
         dictionary=name,
         end=end,
         version=version,
-        staleness=_maybe(_number, staleness),
+        staleness=_maybe(any_number, staleness),
     )
 
 
@@ -281,19 +286,48 @@ def _way(link: dict[str, Any]) -> Way:
     direction = str(link["direction"])
     if direction not in ("forward", "backward"):
         raise ValueError(direction)
-    return _whole(link["boundary"]), direction
+    return stage_number(link["boundary"]), direction
 
 
-def _number(value: Any) -> float:
+def any_number(value: Any) -> float:
+    """NaN and infinity too: of losses, norms and staleness, which a run that diverges has. Raises TypeError for
+    what is no number, ValueError for one that no float holds."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number")
+    try:
+        return float(value)
+    except OverflowError:  # JSON has whole numbers of any length
+        raise ValueError("a number of more than 300 digits") from None
+
+
+def quantity(value: Any, most: float = QUANTITY_MAX) -> float:
+    """A number that can be added up and drawn. Raises TypeError for what is none, ValueError for what cannot be."""
+    if not -most <= any_number(value) <= most:  # NaN is not, either
+        raise ValueError(f"{value!r} is beyond what there can be")
     return float(value)
 
 
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is no whole number")
+def moment(value: Any) -> float:
+    """Seconds since 1970, which a calendar has. Raises as `quantity` does."""
+    return quantity(value, TIME_MAX_S)
+
+
+def whole(value: Any) -> int:
+    """Raises as `quantity` does."""
+    quantity(value)
     return int(value)
+
+
+def stage_number(value: Any) -> int:
+    """Of a stage, or of the boundary below it. Raises as `quantity` does."""
+    if not 0 <= (number := whole(value)) < STAGES_MAX:
+        raise ValueError(f"there is no stage {number}, of {STAGES_MAX} at most")
+    return number
+
+
+def stage_count(value: Any) -> int:
+    """Of a run. Raises as `quantity` does."""
+    return stage_number(whole(value) - 1) + 1
 
 
 def _maybe(kind: Any, value: Any) -> Any:

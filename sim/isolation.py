@@ -11,6 +11,7 @@ part, and the nodes are told which part is whose: they need the whole link to si
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from typing import Any
 from . import tc
 from .netns import Network, network
 from .shaper import LinkProfile
-from .tc import KernelLinkError
 
 PORT = 7001  # the same in every namespace
 
@@ -55,17 +55,34 @@ class Isolation:
 @contextmanager
 def isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
     """Namespaces for `stages` nodes, while the body runs. Raises KernelLinkError with one line where that cannot be:
-    no root, no `ip` or `tc`, a cap that the kernel refuses, more nodes than fit."""
+    no root, no `ip` or `tc`, a cap that the kernel refuses, more nodes than fit. Whatever ends the process otherwise,
+    but for SIGKILL, ends the body as Ctrl-C does, and nothing stays behind."""
+    with _ending_as_ctrl_c(), _isolated(stages, profile) as made:
+        yield made
+
+
+@contextmanager
+def _ending_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that was closed, as KeyboardInterrupt. One that somebody handles or ignores
+    (nohup) stays so."""
+    found = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for number in found:
+        signal.signal(number, signal.default_int_handler)
     try:
-        tc.require("ip", "tc")
-        if profile.rate_bits_per_s is None:  # nothing to cap; a delay alone is the transport's
-            by_kernel, link = LinkProfile(rate_bits_per_s=None), profile
-        elif not profile.latency_s or tc.has_netem():
-            by_kernel, link = profile, replace(profile, kernel="all")
-        else:
-            by_kernel, link = replace(profile, latency_s=0.0, jitter_s=0.0), replace(profile, kernel="rate")
-        context = network(stages, by_kernel)
-    except ValueError as error:
-        raise KernelLinkError(str(error)) from None
-    with context as made:
+        yield
+    finally:
+        for number in found:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
+    tc.require("ip", "tc")
+    if profile.rate_bits_per_s is None:  # nothing to cap; a delay alone is the transport's
+        by_kernel, link = LinkProfile(rate_bits_per_s=None), profile
+    elif not profile.latency_s or tc.has_netem():
+        by_kernel, link = profile, replace(profile, kernel="all")
+    else:
+        by_kernel, link = replace(profile, latency_s=0.0, jitter_s=0.0), replace(profile, kernel="rate")
+    with network(stages, by_kernel) as made:
         yield Isolation(made, link)

@@ -10,9 +10,9 @@ program, not only thinpipe. The tbf of eth0 caps what a node sends, the one of i
 two neighbours sends to both through one link, as an office does; `--link` in user space caps each neighbour apart.
 
 The bridge lives in a namespace too, not between the machine's own interfaces, where its firewall would have a say. So
-everything is gone when the namespaces are: `Network` takes them away at the end, after errors and Ctrl-C too, and ends
-what still runs in them. Names hold the process id, so two runs do not meet; what a killed process (SIGKILL) left behind
-is taken away by the next one. Why not containers or Mininet: this is a dozen calls of `ip`.
+everything is gone when the namespaces are: `network` takes them away at the end, after errors and Ctrl-C too, and ends
+what still runs in them. Names hold the process and when it was started, so two runs do not meet; what a killed process
+(SIGKILL) left behind is taken away by the next one. Why not containers or Mininet: this is a dozen calls of `ip`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -27,9 +28,9 @@ from itertools import count
 
 from . import tc
 from .shaper import LinkProfile
-from .tc import KernelLinkError, require, run
+from .tc import KernelLinkError, namespace_name, require, run, started
 
-_NAME = re.compile(r"^thinpipe-(\d+)-\S+", re.MULTILINE)
+_NAME = re.compile(r"^thinpipe-(\d+)-(?:at(\d+)-)?\S+", re.MULTILINE)
 _SERIAL = count()
 NODES_MAX = 250  # in a /24
 
@@ -87,17 +88,36 @@ def check() -> None:
 def network(nodes: int, profile: LinkProfile) -> Iterator[Network]:
     """`nodes` machines behind links that are capped so. Raises KernelLinkError with one line where that cannot be."""
     if not 1 <= nodes <= NODES_MAX:
-        raise ValueError(f"a network of {nodes} nodes; between 1 and {NODES_MAX} fit")
+        raise KernelLinkError(f"a network of {nodes} nodes; between 1 and {NODES_MAX} fit")
     require("ip", "tc")
     _sweep()
-    name = f"thinpipe-{os.getpid()}-{next(_SERIAL)}"
+    name = namespace_name(str(next(_SERIAL)))
     made = Network([f"{name}-node{index}" for index in range(nodes)], f"{name}-switch")
     try:
         _build(made)
         made.cap(profile)
         yield made
     finally:
-        _remove([*made.nodes, made.switch])
+        with _undisturbed():
+            _remove([*made.nodes, made.switch])
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals that end a process wait until the body is through: whoever presses Ctrl-C twice leaves nothing either."""
+    if threading.current_thread() is not threading.main_thread():  # where signals are handled
+        yield
+        return
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _build(made: Network) -> None:
@@ -121,12 +141,14 @@ def existing() -> set[str]:
 
 
 def _remove(names: list[str]) -> None:
-    """End what runs in them and take them away; one that is gone already is no error."""
+    """End what runs in them and take them away. One that is gone already is no error, as another process may sweep at
+    the same moment; one that cannot be taken away does not keep the others, and is left for the next start."""
     for name in sorted(existing() & set(names)):
-        for pid in run(["ip", "netns", "pids", name]).split():
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-        with suppress(KernelLinkError):  # another process swept at the same moment; `existing` is what counts
+        with suppress(KernelLinkError):
+            for pid in run(["ip", "netns", "pids", name]).split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+        with suppress(KernelLinkError):
             run(["ip", "netns", "del", name])
 
 
@@ -135,5 +157,6 @@ def _sweep() -> None:
     for name in existing():
         match = _NAME.match(name)
         assert match
-        if not os.path.exists(f"/proc/{match[1]}"):
+        since = started(int(match[1]))
+        if since is None or (match[2] and since != int(match[2])):
             _remove([name])

@@ -20,6 +20,7 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from .shaper import LinkProfile
 
@@ -84,10 +85,25 @@ def _tc(namespace: str | None, *arguments: str) -> str:
     return run(["tc", *(["-n", namespace] if namespace else []), *arguments])
 
 
+def started(process: int) -> int | None:
+    """When it was, in the kernel's ticks since the machine's start; None if it is gone, or dead and not yet waited for.
+    Another process may have the same number later, but not the same start."""
+    try:
+        state, *fields = Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZXx" else int(fields[18])
+
+
+def namespace_name(what: str) -> str:
+    """For a namespace of this process: from its name others see whether its owner is there (`netns`)."""
+    return f"thinpipe-{os.getpid()}-at{started(os.getpid())}-{what}"
+
+
 def has_netem() -> bool:
     """Whether this kernel delays packets: tried on the loopback of a namespace that exists only for it."""
     require("ip", "tc")
-    name = f"thinpipe-{os.getpid()}-netem"
+    name = namespace_name("netem")
     run(["ip", "netns", "add", name])
     try:
         _tc(name, "qdisc", "add", "dev", "lo", "root", "netem", "delay", "1ms")

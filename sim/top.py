@@ -24,7 +24,7 @@ from typing import Protocol
 
 from .endpoint import Endpoint, EndpointError
 from .exposition import ExpositionError, read_figures
-from .figures import StageFigures
+from .figures import STAGES_MAX, StageFigures, stage_count, whole
 from .tail import RecordTail
 
 ANSWER_BYTES_MAX = 4 * 2**20
@@ -95,7 +95,7 @@ class Directory:
         found = {}
         for path in self._run.glob("stage-*.jsonl"):
             number = path.stem.removeprefix("stage-")
-            if number.isascii() and number.isdecimal():
+            if number.isascii() and number.isdecimal() and int(number) < STAGES_MAX:
                 found[int(number)] = path
         return found
 
@@ -131,7 +131,7 @@ def _settings(run: Path) -> tuple[int | None, int | None]:
     """Stages and steps of run.toml, if it is there and says them."""
     try:
         tree = tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
-        return int(tree["pipeline"]["stages"]), int(tree["run"]["steps"])
+        return stage_count(tree["pipeline"]["stages"]), whole(tree["run"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, None
 
@@ -157,7 +157,7 @@ def _alive(process: int | None) -> bool:
         return False
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # OverflowError: no process has such a number
         return False
     except PermissionError:
         pass

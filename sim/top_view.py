@@ -51,11 +51,11 @@ class Bar:
         cells: list[tuple[str, str]] = []
         until = 0.0
         for share, colour in self.parts:
-            until += max(0.0, share)
-            cells += [("█", colour)] * (min(width, round(until * width)) - len(cells))
+            until = min(1.0, until + max(0.0, share))  # the least rates there are make shares beyond all bounds
+            cells += [("█", colour)] * (round(until * width) - len(cells))
         cells += [("─", "bright_black")] * (width - len(cells))
         if self.mark is not None:
-            place = max(0, min(width - 1, round(self.mark * width) - 1))
+            place = max(0, round(min(1.0, max(0.0, self.mark)) * width) - 1)
             cells[place] = ("┃", "yellow")
         for character, colour in cells:
             yield Segment(character, Style.parse(colour))

@@ -64,6 +64,7 @@ UP = [
         ["--set", "data.sequence_length=1000000"],
         r"1000001; give more text or lower data\.sequence_length",
     ),
+    (["--prometheus", "a..b:9100"], r"watch\.prometheus: 'a\.\.b:9100': no machine can be known as 'a\.\.b'; check"),
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
 ]
 
@@ -77,6 +78,10 @@ NODE = [
     (["--stage", "1"], r"stage 1 has a stage above it: say where it listens, --listen host:port"),
     (["--stage", "0"], r"stage 0 has a stage below it: say where that is, --next host:port"),
     (["--stage", "1", "--listen", "nonsense"], r"'nonsense' is not host:port"),
+    (
+        ["--stage", "1", "--listen", "a..b:7001"],
+        r"cannot listen on a\.\.b:7001: no machine is known as 'a\.\.b'; choose",
+    ),
     (["--stage", "0", "--next", "127.0.0.1:99999"], r"'127\.0\.0\.1:99999' is not host:port"),
     (["--stage", "1", "--listen", "127.0.0.1:{port}"], r"cannot listen on 127\.0\.0\.1:\d+: it is in use"),
     (["--stage", "0", "--next", "127.0.0.1:1", "--listen", "nonsense"], r"'nonsense' is not host:port"),

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -369,8 +370,23 @@ def test_a_gpu_that_is_wanted_and_not_there(monkeypatch: pytest.MonkeyPatch, tin
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert machine.gpu(None).state == "ok"
     assert machine.gpu(tiny({"compute.device": "cuda:1"})).state == "fault"
+    nonsense = machine.gpu(tiny({"compute.device": "nonsense"}))
+    assert (nonsense.state, nonsense.remedy) == ("fault", "use cpu, cuda or cuda:N")
     monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
     assert machine.gpu(None).state == "warning"
+
+
+def test_a_gpu_beyond_those_that_are_there(monkeypatch: pytest.MonkeyPatch, tiny: TinyConfig) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="one", total_memory=2**33))
+    assert machine.gpu(tiny({"compute.device": "cuda:0"})).state == "ok"
+    beyond = machine.gpu(tiny({"compute.device": "cuda:5"}))
+    assert (beyond.state, beyond.found) == (
+        "fault",
+        "compute.device 'cuda:5' is not on this machine, which has 1 of them",
+    )
 
 
 def test_a_timer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,6 +441,9 @@ def test_the_command_says_it_all_and_its_exit_code(tiny: TinyConfig, tmp_path: P
     machines = ["timer", "cores", "memory", "disk", "GPU", "root", "traffic_control"]
     assert names == ["Python", "packages", *network, *machines]
     assert told["faults"] == 0
+    sick = invoke("--listen", "a..b:7001")
+    assert sick.exit_code == 1
+    assert "no machine is known as 'a..b'" in sick.stdout
     with socket.create_server(("127.0.0.1", 0)) as taken:
         sick = invoke("--listen", f"127.0.0.1:{taken.getsockname()[1]}")
     assert sick.exit_code == 1

@@ -40,9 +40,23 @@ def settings(tiny: TinyConfig, tmp_path: Path) -> Path:
 
 
 def up(settings: Path, out: Path, *options: str) -> dict[str, Any]:
-    done = subprocess.run(command(settings, out, "--json", *options), capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """The summary. Nothing may be left of it."""
+    with subprocess.Popen(
+        command(settings, out, "--json", *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            told, words = process.communicate(timeout=100)
+        finally:
+            process.kill()
+    assert process.returncode == 0, words
+    if "--isolate" in options:
+        assert not of(process.pid)
+    return json.loads(told)
+
+
+def of(pid: int) -> set[str]:
+    """The namespaces of that process."""
+    return {name for name in existing() if name.startswith(f"thinpipe-{pid}-")}
 
 
 def digests(summary: dict[str, Any]) -> list[str]:
@@ -64,7 +78,6 @@ def test_the_kernel_caps_what_trains_the_same_bits(settings: Path, tmp_path: Pat
     reported = sum(count for kind, count in summary["bytes"].items() if kind != "total")
     carried = by["sent_bytes"] - HEADER_BYTES_PER_PACKET * by["sent_packets"]
     assert reported == pytest.approx(carried, rel=0.02)
-    assert not {name for name in existing() if f"-{os.getpid()}-" in name}
 
 
 @on_kernel_links
@@ -89,18 +102,20 @@ def test_no_namespace_stays(settings: Path, tmp_path: Path, how: signal.Signals)
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     ) as process:
-        deadline = time.monotonic() + 60
-        while not any(record["event"] == "step" for record in read_records(out / "stage-0.jsonl")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline, "no step in 60 s"
-            time.sleep(0.05)
-        mine = {name for name in existing() if name.startswith(f"thinpipe-{process.pid}-")}
-        assert len(mine) == 4  # three nodes and the switch
-        process.send_signal(how)
-        process.wait(30)
+        try:
+            deadline = time.monotonic() + 60
+            while not any(record["event"] == "step" for record in read_records(out / "stage-0.jsonl")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline, "no step in 60 s"
+                time.sleep(0.05)
+            assert len(of(process.pid)) == 4  # three nodes and the switch
+            process.send_signal(how)
+            process.wait(30)
+        finally:
+            process.kill()  # or leaving the block would wait for all those steps
     if how is signal.SIGKILL:
         netns._sweep()  # as the next start does
-    assert not mine & existing()
+    assert not of(process.pid)
 
 
 def test_without_root_it_says_what_is_missing(settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -366,6 +366,7 @@ REFUSED = [
     (["status"], "say whom to ask: --join host:port"),
     (["status", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1"),
     (["dht", "--listen", "nonsense"], "'nonsense' is not host:port"),
+    (["dht", "--listen", "a..b:7000", "--insecure"], "cannot listen at a..b: no machine is known by that name"),
     (["dht", "--listen", "127.0.0.1:0", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1"),
     (["dht", "--config", "none.toml"], "no such configuration file"),
 ]

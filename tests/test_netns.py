@@ -5,10 +5,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
-from thinpipe.sim import netns, tc
+from thinpipe.sim import isolation, netns, tc
+from thinpipe.sim.isolation import isolated
 from thinpipe.sim.netns import Network, existing, network
 from thinpipe.sim.shaper import LinkProfile
 from thinpipe.sim.tc import KernelLinkError
@@ -140,12 +143,14 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @on_kernel_links
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_ctrl_c_leaves_nothing_and_sigkill_is_swept(how: signal.Signals) -> None:
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_what_ends_a_process_leaves_nothing_and_sigkill_is_swept(how: signal.Signals) -> None:
     program = (
-        "import signal, time\nfrom thinpipe.sim.netns import network\nfrom thinpipe.sim.shaper import LinkProfile\n"
+        "import signal, time\nfrom thinpipe.sim.isolation import isolated\n"
+        "from thinpipe.sim.shaper import LinkProfile\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs the tests may have it ignored
-        "with network(2, LinkProfile.parse('80mbit')) as made:\n    print(made.switch, flush=True)\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "with isolated(2, LinkProfile.parse('80mbit')) as made:\n    print(made.network.switch, flush=True)\n"
         "    time.sleep(60)\n"
     )
     with subprocess.Popen(
@@ -186,6 +191,117 @@ def test_latency_needs_netem_which_is_tried(two: Network) -> None:
             two.cap(slow)
         assert "--link 80mbit,25ms" in str(refusal.value)
     assert own() == before
+
+
+# -- what needs no root: signals, and whose a namespace is -------------------------------------------------------------
+
+
+class Kernel:
+    """`ip`, as far as namespaces go: `names` are there; of `failing` it cannot say what runs in them."""
+
+    def __init__(self, names: set[str], failing: set[str]) -> None:
+        self.names, self._failing = names, failing
+
+    def run(self, command: list[str]) -> str:
+        match command:
+            case ["ip", "netns", "list"]:
+                return "".join(f"{name} (id: 0)\n" for name in sorted(self.names))
+            case ["ip", "netns", "pids", name]:
+                if name in self._failing:
+                    raise KernelLinkError(f"no {name}")
+                return ""
+            case ["ip", "netns", "del", name] if name in self.names:
+                self.names.remove(name)
+                return ""
+            case _:
+                raise KernelLinkError(" ".join(command))
+
+
+def test_one_that_cannot_be_looked_into_keeps_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel({"thinpipe-1-at2-a", "thinpipe-1-at2-b", "thinpipe-1-at2-c"}, {"thinpipe-1-at2-a"})
+    monkeypatch.setattr(netns, "run", kernel.run)
+    netns._remove(["thinpipe-1-at2-a", "thinpipe-1-at2-b"])
+    assert kernel.names == {"thinpipe-1-at2-c"}
+
+
+def test_whose_owner_is_gone_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gone: no such process, one that was not waited for yet, or one that has its number by now, a thread for one."""
+    asleep = threading.Event()
+    thread = threading.Thread(target=asleep.wait, daemon=True)
+    thread.start()
+    with subprocess.Popen(["true"]) as dead:
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        mine, since = tc.namespace_name("0-node0"), tc.started(os.getpid())
+        assert since
+        others = {
+            f"thinpipe-{2**22 + 1}-at1-0-node0",
+            f"thinpipe-{dead.pid}-0-node0",
+            f"thinpipe-{os.getpid()}-at{since + 1}-0-node0",
+            f"thinpipe-{thread.native_id}-at{since - 1}-0-node0",
+        }
+        kernel = Kernel({mine, "unrelated", *others}, set())
+        monkeypatch.setattr(netns, "run", kernel.run)
+        netns._sweep()
+    asleep.set()
+    thread.join()
+    assert kernel.names == {mine, "unrelated"}
+
+
+@pytest.fixture
+def kept_handlers() -> Iterator[None]:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("kept_handlers")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_process_ends_isolation_first(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    over: list[bool] = []
+
+    @contextmanager
+    def built(nodes: int, profile: LinkProfile) -> Iterator[Network]:
+        try:
+            yield Network([str(profile)] * nodes, "switch")
+        finally:
+            over.append(True)
+
+    monkeypatch.setattr(isolation, "network", built)
+    monkeypatch.setattr(tc, "require", lambda *_: None)
+    signal.signal(number, signal.SIG_DFL)
+    with pytest.raises(KeyboardInterrupt), isolated(2, CAPPED):
+        signal.raise_signal(number)
+    assert over == [True]
+    assert signal.getsignal(number) is signal.SIG_DFL
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    with isolated(2, CAPPED):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+@pytest.mark.usefixtures("kept_handlers")
+def test_a_second_signal_waits_until_all_is_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def remove(names: list[str]) -> None:
+        for name in names:
+            signal.raise_signal(signal.SIGINT)
+            taken.append(name)
+
+    for name, does in {"require": None, "_sweep": None, "_build": None, "_remove": remove}.items():
+        monkeypatch.setattr(netns, name, does or (lambda *_: None))
+    monkeypatch.setattr(tc, "cap", lambda *_, **__: None)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt), network(2, CAPPED) as made:
+        pass
+    assert taken == [*made.nodes, made.switch]
+
+
+def test_more_nodes_than_fit_are_refused() -> None:
+    with pytest.raises(KernelLinkError, match=r"^a network of 251 nodes; between 1 and 250 fit$"), network(251, CAPPED):
+        pass
 
 
 def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

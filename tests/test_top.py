@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -24,13 +25,13 @@ from thinpipe.node.config import dump_config
 from thinpipe.sim import top
 from thinpipe.sim.endpoint import Endpoint
 from thinpipe.sim.exposition import ExpositionError
-from thinpipe.sim.figures import StageFigures
+from thinpipe.sim.figures import TIME_MAX_S, StageFigures
 from thinpipe.sim.report import read_records
 from thinpipe.sim.swarm import free_ports
 from thinpipe.sim.tail import RecordTail
 from thinpipe.sim.top import Seen, Source, Swarm, TopError, look, sources
 from thinpipe.sim.top_console import show
-from thinpipe.sim.top_view import frame
+from thinpipe.sim.top_view import Bar, frame
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -142,6 +143,28 @@ def test_one_without_boundaries_and_links_without_a_cap() -> None:
     assert re.search(r"1 → 2 +█+─+┃ +50\.0% +- +200\.0 +100\.0", text)
 
 
+def test_what_nobody_can_mean_is_drawn_or_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[run]\nsteps = 9\n[pipeline]\nstages = inf\n")
+    ends = [{"event": "fault", "time_s": sign * TIME_MAX_S, "code": "x", "reason": ""} for sign in (-1, 1)]
+    link = {"boundary": 1, "direction": "forward", "configured_bits_per_s": 5e-324, "measured_bits_per_s": None}
+    least = step(0, sent=1, seconds=5e-324)
+    least["links"] = [link | {"used_bits_per_s": 1e18, "received_bytes": 0}]
+    write(tmp_path / "stage-1.jsonl", start(stages=2, host=socket.gethostname(), process=2**40), least, *ends)
+    write(tmp_path / "stage-1.jsonl", start(stages=9e15), {"event": "fault", "time_s": 1e300, "code": "", "reason": ""})
+    write(tmp_path / "stage-999999999.jsonl", start(0))
+    (swarm,) = look(sources([tmp_path], []), 120.0)
+    assert (swarm.size, swarm.stages[1].state) == (2, "gone")
+    assert swarm.notes == ["stage-1.jsonl: 2 lines are no records and are passed over"]
+    assert re.search(r"1 → 2 +█+┃? ", drawn([swarm], 80))
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf, 1e300])
+def test_a_bar_of_any_share_fits(share: float) -> None:
+    console = Console(file=io.StringIO(), width=20, color_system=None)
+    console.print(Bar([(0.1, "green"), (share, "red")], mark=share))
+    assert len(console.file.getvalue().rstrip("\n")) == 20  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # -- what is looked at ------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +219,7 @@ def test_stages_of_one_swarm_are_put_together(run: Path, tmp_path: Path) -> None
         (["{dir}/empty"], r"empty holds neither run\.toml nor stage-N\.jsonl, so no run; name the --out of one"),
         (["{dir}/file"], "file: there is no such directory"),
         (["--prometheus", "here"], r"--prometheus: 'here' is neither a port nor host:port"),
+        (["--prometheus", "a..b:1"], r"--prometheus: 'a\.\.b:1': no machine can be known as 'a\.\.b'; check the name"),
         (["--prometheus", ","], "say what to watch"),
         (["{dir}/empty", "--every", "0"], "--every"),
     ],

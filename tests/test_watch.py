@@ -188,6 +188,11 @@ def test_states_and_faults() -> None:
         {"links": [{"boundary": 1, "direction": "sideways"}]},
         {"dictionaries": [{"boundary": 1, "dictionary": "projector", "end": "owner", "version": [1, 2]}]},
         {"dense_bytes": math.inf},
+        {"time_s": 1e300},
+        {"seconds": math.nan},
+        {"tokens": 10**400},
+        {"sent_bytes": {"boundary 99999-100000": {}}},
+        {"links": [{"boundary": 9e15, "direction": "forward"}]},
     ],
     ids=str,
 )
@@ -243,7 +248,7 @@ FIGURES = st.builds(
     StageFigures,
     stage=st.integers(0, 1000),
     run=NAMES,
-    stages=st.none() | COUNTS,
+    stages=st.none() | st.integers(1, 1024),
     steps=st.none() | COUNTS,
     host=NAMES,
     process=st.none() | st.integers(1, 2**22),
@@ -299,12 +304,30 @@ def test_faults_are_told_by_code_and_time() -> None:
         'thinpipe_tokens_total{stage="1"} +Inf\n',
         'thinpipe_sent_bytes_total{stage="1"} 1\n',
         'thinpipe_loss{stage="1" 1\n',
+        'thinpipe_stages{stage="0"} 9e15\n',
+        'thinpipe_stages{stage="0"} 0\n',
+        'thinpipe_loss{stage="999999999"} 1\n',
+        'thinpipe_loss{stage="-1"} 1\n',
+        'thinpipe_fault_timestamp_seconds{stage="0",code="x"} 1e300\n',
+        'thinpipe_fault_timestamp_seconds{stage="0",code="x"} NaN\n',
+        'thinpipe_last_record_timestamp_seconds{stage="0"} 1e18\n',
+        'thinpipe_tokens_per_second{stage="0"} NaN\n',
+        'thinpipe_link_used_bytes_per_second{stage="0",boundary="0-1",direction="forward"} +Inf\n',
+        'thinpipe_link_round_trip_seconds{stage="0",boundary="0-1",direction="forward"} NaN\n',
+        'thinpipe_sent_bytes_total{stage="0",boundary="9999-10000",direction="forward",kind="x"} 1\n',
         "\x00" * 100,
     ],
 )
 def test_text_that_no_node_serves_is_refused(text: str) -> None:
     with pytest.raises(ExpositionError):
         read_figures(text)
+
+
+def test_what_a_run_that_diverges_says_is_no_nonsense() -> None:
+    of = folded(start(), step(0, sent=10) | {"loss": math.nan, "grad_norm": math.inf})
+    (again,) = read_figures(text_of(of))
+    assert math.isnan(again.loss or 0)
+    assert again.grad_norm == math.inf
 
 
 def scrape(endpoint: Endpoint) -> str:

@@ -24,8 +24,8 @@ lint: $(STAMP)
 
 # A file of tests for each core at a time, then by themselves those that hold real time to figures.
 test: lint
-	$(BIN)/python -m pytest -m "not long and not alone" -n auto --dist loadfile
-	$(BIN)/python -m pytest -m "alone and not long"
+	$(BIN)/python -m pytest -m "not long and not alone" -n auto --dist loadfile --durations 25
+	$(BIN)/python -m pytest -m "alone and not long" --durations 25
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long

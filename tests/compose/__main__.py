@@ -136,7 +136,7 @@ def again(project: Project, checks: Checks) -> None:
     up = project.up("other", RUN="undisturbed", STEPS="31", CHECKPOINT_EVERY=EVERY)
     up.end()
     codes = {each["State"]["ExitCode"] for each in project.containers().values()}
-    said = f"run.steps is {STEPS} there and 31 here" in up.text
+    said = f"run.steps is 31 here and {STEPS} there" in up.text
     checks.say(said and codes == {2}, "other settings for the same run: refused by name, exit code 2")
     up = project.up("bad", RUN="bad", LINK_RATE="300mbits")
     up.end()

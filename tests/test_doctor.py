@@ -441,9 +441,10 @@ def test_the_command_says_it_all_and_its_exit_code(tiny: TinyConfig, tmp_path: P
     machines = ["timer", "cores", "memory", "disk", "GPU", "root", "traffic_control"]
     assert names == ["Python", "packages", *network, *machines]
     assert told["faults"] == 0
-    sick = invoke("--listen", "a..b:7001")
+    sick = invoke("--listen", "a..b:7001", "--json")
     assert sick.exit_code == 1
-    assert "no machine is known as 'a..b'" in sick.stdout
+    port = json.loads(sick.stdout)["findings"][2]
+    assert (port["state"], port["found"]) == ("fault", "cannot listen on a..b:7001: no machine is known as 'a..b'")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         sick = invoke("--listen", f"127.0.0.1:{taken.getsockname()[1]}")
     assert sick.exit_code == 1

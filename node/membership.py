@@ -170,14 +170,16 @@ class Membership:
             return
         self._returned_at_s = self.clock()
         peers = list(self.discovery.peers)
-        for endpoint in {each.record.endpoint for each in self._seen if each.living} - {self.record.endpoint}:
+        # What was read may be of hours ago, when the neighbours met; so the doors are asked too.
+        known = {*self.doors, *(each.record.endpoint for each in self._seen if each.living)}
+        for endpoint in known - {self.record.endpoint}:
             with suppress(DoorError):
                 answered = await ask_door(endpoint, self.security, deadline_s=5.0)
                 peers += seen_from(answered.host, answered.told.addresses)
         try:
             self.discovery = await asyncio.to_thread(self.discovery.again, peers)
             print("this node is in the DHT again", file=sys.stderr, flush=True)
-        except DiscoveryError as error:
+        except (DiscoveryError, OSError) as error:  # OSError: no process can be started
             self._complain(report, str(error))
 
     async def _look_for_rivals(self, report: Report) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import msgpack
@@ -16,9 +19,10 @@ from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
+from thinpipe.node.discovery import Discovery, DiscoveryError
 from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, swarm_door
 from thinpipe.node.entrance import place
-from thinpipe.node.membership import Throughput
+from thinpipe.node.membership import RETURN_EVERY_S, Membership, Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
 from thinpipe.node.security import PLAIN
 from thinpipe.node.shared_config import agreed, believed, told
@@ -278,6 +282,66 @@ def test_status_shows_who_is_lost_and_who_was_never_there() -> None:
     table = status_table(figures)
     assert table.row_count == 4
     assert table.caption == "records left out: 2 malformed-frame\nwarning: one"
+
+
+# -- a member ------------------------------------------------------------------------------------------------------
+
+
+class Ended:
+    """The process of a DHT that is over."""
+
+    def __init__(self) -> None:
+        self.stdin, self.stdout = io.BytesIO(), io.BytesIO()
+
+    def wait(self, timeout: float) -> int:
+        del timeout
+        return 0
+
+    def poll(self) -> int:
+        return 0
+
+
+RUN = RunRecord(run=RECORD.run, configuration=RECORD.configuration, toml="")
+
+
+def ended_discovery() -> Discovery:
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with what is returned)
+    complaints.write(b"much\np2pd has ended\n")
+    process = cast("subprocess.Popen[bytes]", Ended())
+    return Discovery(process, complaints, ["/ip4/192.0.2.7/tcp/7002"], Multiaddr(host="127.0.0.1", port=0), None)
+
+
+def test_who_cannot_enter_the_dht_again_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[list[str]] = []
+
+    def begin(peers: list[str], **_: Any) -> Discovery:
+        tries.append(peers)
+        raise DiscoveryError("none of the DHT's peers answers")
+
+    monkeypatch.setattr(Discovery, "begin", begin)
+    said: list[str] = []
+    now_s = 0.0
+    member = Membership(discovery=ended_discovery(), record=RECORD, run=RUN, clock=lambda: now_s)
+    member.discovery.close()
+    with pytest.raises(DiscoveryError, match="the DHT's process has ended: p2pd has ended"):
+        member.discovery.read(RUN.run, RUN.configuration, 4)
+
+    def report(_: str, line: str) -> None:
+        said.append(line)
+
+    async def story() -> None:
+        nonlocal now_s
+        where = member.where(2, report)
+        for _ in range(2):
+            await member._publish(report)
+            assert await where() is None
+            now_s += RETURN_EVERY_S + 1
+
+    asyncio.run(story())
+    member.leave()
+    assert tries == [["/ip4/192.0.2.7/tcp/7002"]] * 2
+    assert "p2pd has ended; training goes on" in said[0]
+    assert "none of the DHT's peers answers; training goes on" in said[1]
 
 
 # -- a door ---------------------------------------------------------------------------------------------------------

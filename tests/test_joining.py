@@ -344,6 +344,34 @@ def test_who_cannot_enter_the_dht_again_goes_on_without(monkeypatch: pytest.Monk
     assert "none of the DHT's peers answers; training goes on" in said[1]
 
 
+def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
+    now_s = 0.0
+    below = Seen(record=replace(RECORD, stage=2), age_s=1.0)
+    told: list[Seen] | None = [below]
+
+    class Dht:
+        def read(self, *_: Any) -> tuple[list[Seen], Counter[str]]:
+            if told is None:
+                raise DiscoveryError("the DHT did not answer")
+            return told, Counter()
+
+    async def story() -> None:
+        nonlocal now_s, told
+        dht = cast("Discovery", Dht())
+        member = Membership(discovery=dht, record=RECORD, run=RUN, clock=lambda: now_s)
+        where = member.where(2, lambda *_: None)
+        assert await where() == below.record.endpoint
+        stale, left = replace(below, age_s=100.0), replace(below, record=replace(below.record, state=State.LEFT))
+        cases = [([stale], below.record.endpoint), ([], below.record.endpoint), (None, below.record.endpoint)]
+        for records, expected in [*cases, ([left], None)]:
+            now_s, told = now_s + 10.0, records
+            assert await where() == expected
+            assert await member.where(2, lambda *_: None)() == expected  # a new epoch's link
+        assert await member.where(3, lambda *_: None)() is None
+
+    asyncio.run(story())
+
+
 # -- a door ---------------------------------------------------------------------------------------------------------
 
 

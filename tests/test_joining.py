@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import subprocess
+import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +19,7 @@ import msgpack
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
+from thinpipe.node.bootstrap import _keep
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
 from thinpipe.node.discovery import Discovery, DiscoveryError
@@ -31,6 +34,7 @@ from thinpipe.node.transport import serving
 from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State
+from thinpipe.sim.swarm import node_environment
 from typer.testing import CliRunner
 
 from .real_node import free_address
@@ -370,6 +374,55 @@ def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
         assert await member.where(3, lambda *_: None)() is None
 
     asyncio.run(story())
+
+
+ECHO = """
+from thinpipe.node import dht
+
+def serve(questions, answers):
+    while raw := questions.read(1):
+        answers.write(raw)
+        answers.flush()
+
+dht._serve = serve
+dht.main()
+"""
+
+
+def test_the_dht_outlives_the_thread_that_started_it_and_ends_with_the_pipe() -> None:
+    """Without a DHT: what it serves by is replaced by an echo."""
+    command = [sys.executable, "-c", ECHO]
+    started: list[tuple[subprocess.Popen[bytes], int]] = []
+
+    def start() -> None:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=node_environment(), bufsize=0)
+        started.append((process, threading.get_native_id()))
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"1")
+        assert process.stdout.read(1) == b"1"
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    process, number = started[0]
+    with process:
+        while Path(f"/proc/self/task/{number}").exists():  # the kernel sees its end after Python does
+            pass
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"2")
+        assert process.stdout.read(1) == b"2"
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def test_a_bootstrap_that_has_nothing_to_ask_ends_with_its_dht() -> None:
+    discovery = ended_discovery()
+    with pytest.raises(DiscoveryError, match="has ended; start this bootstrap again"):
+        asyncio.run(_keep(discovery, None, [RUN]))
+    discovery.close()
 
 
 # -- a door ---------------------------------------------------------------------------------------------------------

@@ -287,6 +287,8 @@ def _answer(service: Service, question: dict[str, Any]) -> dict[str, Any]:
     }
     try:
         return {"ok": known[question.pop("ask")](**question)}
+    except TimeoutError:  # whose message is empty
+        return {"error": f"the DHT did not answer within {READ_S:g} s; is this machine busy, or its network down?"}
     except Exception as error:  # the node is told, and decides
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}

@@ -22,9 +22,11 @@ from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.bootstrap import _keep
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
+from thinpipe.node.dht import Service, _answer
 from thinpipe.node.discovery import Discovery, DiscoveryError
 from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, swarm_door
 from thinpipe.node.entrance import place
+from thinpipe.node.joining import Member
 from thinpipe.node.membership import RETURN_EVERY_S, Membership, Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
 from thinpipe.node.security import PLAIN
@@ -112,6 +114,65 @@ def test_a_spare_waits_until_a_record_goes_stale() -> None:
     assert len(table.said) == 1
     assert "all 2 stages are served; waits as a spare" in table.said[0]
     assert 1014 < table.now_s < 1022
+
+
+def test_a_spare_outlives_a_dht_that_does_not_answer() -> None:
+    table = Table()
+    table.write(other(0))
+    reads = 0
+
+    def read() -> list[Seen]:
+        nonlocal reads
+        reads += 1
+        if reads in (2, 3, 5):  # the last, after a claim
+            raise DiscoveryError("the DHT did not answer within 15 s")
+        table.write(other(0))
+        return [] if reads > 3 else [Seen(record=other(0), age_s=1.0)]
+
+    world = replace(table.world(), read=read)
+    held, _ = take_stage(world, MINE, None, steps=9, among=[0])
+    assert held.stage == 0
+    assert [line.startswith("warning: the DHT did not answer within 15 s") for line in table.said] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_who_waits_enters_the_dht_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Fresh:
+        alive = True
+
+        def ready(self) -> Fresh:
+            return self
+
+        def read(self, *_: Any) -> tuple[list[Seen], Counter[str]]:
+            return [], Counter()
+
+    def begin(peers: list[str], **_: Any) -> Fresh:
+        asked.append(tuple(peers))
+        return Fresh()
+
+    monkeypatch.setattr(Discovery, "begin", begin)
+    known, told = "/ip4/192.0.2.7/tcp/7002", "/ip4/192.0.2.8/tcp/2/p2p/QmAbcdefghijklmnopqrstu"
+    member = Member(ended_discovery(), (told,), PLAIN)
+    assert member.read(RUN, 2) == member.read(RUN, 2) == []
+    assert asked == [(known, told)]
+
+
+def test_a_dht_that_is_late_is_said_in_words() -> None:
+    class Late:
+        def get(self, *_: Any, **__: Any) -> Late:
+            return self
+
+        def result(self, timeout: float) -> None:
+            del timeout
+            raise TimeoutError
+
+    answer = _answer(Service(Late(), b""), {"ask": "read", "key": "k", "kept_s": 1.0})
+    assert answer["error"].startswith("the DHT did not answer within 15 s; ")
 
 
 def test_a_spare_ends_with_the_run() -> None:

@@ -17,8 +17,10 @@ from enum import Enum
 from ..protocol.claims import SETTLE_S, begun, choose, of_stage, rival, through
 from ..protocol.records import NodeRecord, Seen, State, stale_after_s
 from .addresses import split_address
+from .discovery import DiscoveryError
 
 LOOK_AGAIN_S = 2.0
+TROUBLE_S = 10.0  # before the DHT is asked again that did not answer
 CONNECT_S = 1.5
 LISTENING = (State.WAITING, State.TRAINING)
 
@@ -54,7 +56,7 @@ def knock(endpoint: str) -> Knock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What claiming needs of the world."""
+    """What claiming needs of the world. read: enters the DHT again if need be. It and publish raise DiscoveryError."""
 
     read: Callable[[], list[Seen]]
     publish: Callable[[NodeRecord], object]
@@ -94,6 +96,9 @@ def take_stage(
             return _claim(world, replace(mine, stage=wanted))
         except StageTaken as error:
             world.say(f"{error}; looks for another one")
+        except DiscoveryError as error:
+            world.say(f"warning: {error}; looks for a stage again")
+            world.sleep(TROUBLE_S)
 
 
 def _claim(world: World, mine: NodeRecord) -> tuple[NodeRecord, bool]:
@@ -122,9 +127,16 @@ def _until_needed(
 ) -> int:
     """The stage that needs a node most, once there is one."""
     mine_to_serve = [stage for stage in range(mine.stages) if stage in among]
-    spare = False
+    spare, trouble = False, ""
     while True:
-        seen = world.others(mine)
+        try:
+            seen, trouble = world.others(mine), ""
+        except DiscoveryError as error:
+            if not trouble:
+                world.say(f"warning: {error}; goes on looking for a stage once the DHT answers")
+            trouble = str(error)
+            world.sleep(TROUBLE_S)
+            continue
         _still_on(seen, mine, steps)
         wanted = choose(seen, mine_to_serve, draw)
         if wanted is None:

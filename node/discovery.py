@@ -73,6 +73,7 @@ class Discovery:
         self._lock = threading.Lock()
         self._number = 0
         self._unread = b""
+        self._words = ""
 
     @classmethod
     def begin(
@@ -127,7 +128,7 @@ class Discovery:
         return Discovery.begin(peers, listen=self._listen, announce=self._announce).ready()
 
     def close(self) -> None:
-        """Leave it, and end its process and daemon."""
+        """Leave it, and end its process and daemon. What is asked of it then raises DiscoveryError."""
         with suppress(OSError):
             assert self._process.stdin
             self._process.stdin.close()
@@ -136,9 +137,11 @@ class Discovery:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        assert self._process.stdout
-        self._process.stdout.close()
-        self._complaints.close()
+        with self._lock:  # who waits for an answer is told first that there will be none
+            assert self._process.stdout
+            self._process.stdout.close()
+            self._last_words()
+            self._complaints.close()
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -215,9 +218,12 @@ class Discovery:
             self._unread += more
 
     def _last_words(self) -> str:
-        self._complaints.seek(max(0, self._complaints.seek(0, os.SEEK_END) - 2048))
-        lines = [line for line in self._complaints.read().decode(errors="replace").splitlines() if line.strip()]
-        return f": {lines[-1].strip()}" if lines else ""
+        """What its process said last; known still when this is closed, since it may be asked then."""
+        if not self._complaints.closed:
+            self._complaints.seek(max(0, self._complaints.seek(0, os.SEEK_END) - 2048))
+            lines = [line for line in self._complaints.read().decode(errors="replace").splitlines() if line.strip()]
+            self._words = f": {lines[-1].strip()}" if lines else ""
+        return self._words
 
 
 def _explained(error: DiscoveryError, peers: Sequence[str], listen: Multiaddr) -> DiscoveryError:

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import subprocess
+import sys
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc.aio
 import msgpack
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
+from thinpipe.node.bootstrap import _keep
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
+from thinpipe.node.dht import Service, _answer
+from thinpipe.node.discovery import Discovery, DiscoveryError
 from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, swarm_door
 from thinpipe.node.entrance import place
-from thinpipe.node.membership import Throughput
+from thinpipe.node.joining import Member
+from thinpipe.node.membership import RETURN_EVERY_S, Membership, Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
 from thinpipe.node.security import PLAIN
 from thinpipe.node.shared_config import agreed, believed, told
@@ -27,6 +36,7 @@ from thinpipe.node.transport import serving
 from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State
+from thinpipe.sim.swarm import node_environment
 from typer.testing import CliRunner
 
 from .real_node import free_address
@@ -104,6 +114,65 @@ def test_a_spare_waits_until_a_record_goes_stale() -> None:
     assert len(table.said) == 1
     assert "all 2 stages are served; waits as a spare" in table.said[0]
     assert 1014 < table.now_s < 1022
+
+
+def test_a_spare_outlives_a_dht_that_does_not_answer() -> None:
+    table = Table()
+    table.write(other(0))
+    reads = 0
+
+    def read() -> list[Seen]:
+        nonlocal reads
+        reads += 1
+        if reads in (2, 3, 5):  # the last, after a claim
+            raise DiscoveryError("the DHT did not answer within 15 s")
+        table.write(other(0))
+        return [] if reads > 3 else [Seen(record=other(0), age_s=1.0)]
+
+    world = replace(table.world(), read=read)
+    held, _ = take_stage(world, MINE, None, steps=9, among=[0])
+    assert held.stage == 0
+    assert [line.startswith("warning: the DHT did not answer within 15 s") for line in table.said] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def test_who_waits_enters_the_dht_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    class Fresh:
+        alive = True
+
+        def ready(self) -> Fresh:
+            return self
+
+        def read(self, *_: Any) -> tuple[list[Seen], Counter[str]]:
+            return [], Counter()
+
+    def begin(peers: list[str], **_: Any) -> Fresh:
+        asked.append(tuple(peers))
+        return Fresh()
+
+    monkeypatch.setattr(Discovery, "begin", begin)
+    known, told = "/ip4/192.0.2.7/tcp/7002", "/ip4/192.0.2.8/tcp/2/p2p/QmAbcdefghijklmnopqrstu"
+    member = Member(ended_discovery(), (told,), PLAIN)
+    assert member.read(RUN, 2) == member.read(RUN, 2) == []
+    assert asked == [(known, told)]
+
+
+def test_a_dht_that_is_late_is_said_in_words() -> None:
+    class Late:
+        def get(self, *_: Any, **__: Any) -> Late:
+            return self
+
+        def result(self, timeout: float) -> None:
+            del timeout
+            raise TimeoutError
+
+    answer = _answer(Service(Late(), b""), {"ask": "read", "key": "k", "kept_s": 1.0})
+    assert answer["error"].startswith("the DHT did not answer within 15 s; ")
 
 
 def test_a_spare_ends_with_the_run() -> None:
@@ -278,6 +347,143 @@ def test_status_shows_who_is_lost_and_who_was_never_there() -> None:
     table = status_table(figures)
     assert table.row_count == 4
     assert table.caption == "records left out: 2 malformed-frame\nwarning: one"
+
+
+# -- a member ------------------------------------------------------------------------------------------------------
+
+
+class Ended:
+    """The process of a DHT that is over."""
+
+    def __init__(self) -> None:
+        self.stdin, self.stdout = io.BytesIO(), io.BytesIO()
+
+    def wait(self, timeout: float) -> int:
+        del timeout
+        return 0
+
+    def poll(self) -> int:
+        return 0
+
+
+RUN = RunRecord(run=RECORD.run, configuration=RECORD.configuration, toml="")
+
+
+def ended_discovery() -> Discovery:
+    complaints = tempfile.TemporaryFile()  # noqa: SIM115 (closed with what is returned)
+    complaints.write(b"much\np2pd has ended\n")
+    process = cast("subprocess.Popen[bytes]", Ended())
+    return Discovery(process, complaints, ["/ip4/192.0.2.7/tcp/7002"], Multiaddr(host="127.0.0.1", port=0), None)
+
+
+def test_who_cannot_enter_the_dht_again_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[list[str]] = []
+
+    def begin(peers: list[str], **_: Any) -> Discovery:
+        tries.append(peers)
+        raise DiscoveryError("none of the DHT's peers answers")
+
+    monkeypatch.setattr(Discovery, "begin", begin)
+    said: list[str] = []
+    now_s = 0.0
+    member = Membership(discovery=ended_discovery(), record=RECORD, run=RUN, clock=lambda: now_s)
+    member.discovery.close()
+    with pytest.raises(DiscoveryError, match="the DHT's process has ended: p2pd has ended"):
+        member.discovery.read(RUN.run, RUN.configuration, 4)
+
+    def report(_: str, line: str) -> None:
+        said.append(line)
+
+    async def story() -> None:
+        nonlocal now_s
+        where = member.where(2, report)
+        for _ in range(2):
+            await member._publish(report)
+            assert await where() is None
+            now_s += RETURN_EVERY_S + 1
+
+    asyncio.run(story())
+    member.leave()
+    assert tries == [["/ip4/192.0.2.7/tcp/7002"]] * 2
+    assert "p2pd has ended; training goes on" in said[0]
+    assert "none of the DHT's peers answers; training goes on" in said[1]
+
+
+def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
+    now_s = 0.0
+    below = Seen(record=replace(RECORD, stage=2), age_s=1.0)
+    told: list[Seen] | None = [below]
+
+    class Dht:
+        def read(self, *_: Any) -> tuple[list[Seen], Counter[str]]:
+            if told is None:
+                raise DiscoveryError("the DHT did not answer")
+            return told, Counter()
+
+    async def story() -> None:
+        nonlocal now_s, told
+        dht = cast("Discovery", Dht())
+        member = Membership(discovery=dht, record=RECORD, run=RUN, clock=lambda: now_s)
+        where = member.where(2, lambda *_: None)
+        assert await where() == below.record.endpoint
+        stale, left = replace(below, age_s=100.0), replace(below, record=replace(below.record, state=State.LEFT))
+        cases = [([stale], below.record.endpoint), ([], below.record.endpoint), (None, below.record.endpoint)]
+        for records, expected in [*cases, ([left], None)]:
+            now_s, told = now_s + 10.0, records
+            assert await where() == expected
+            assert await member.where(2, lambda *_: None)() == expected  # a new epoch's link
+        assert await member.where(3, lambda *_: None)() is None
+
+    asyncio.run(story())
+
+
+ECHO = """
+from thinpipe.node import dht
+
+def serve(questions, answers):
+    while raw := questions.read(1):
+        answers.write(raw)
+        answers.flush()
+
+dht._serve = serve
+dht.main()
+"""
+
+
+def test_the_dht_outlives_the_thread_that_started_it_and_ends_with_the_pipe() -> None:
+    """Without a DHT: what it serves by is replaced by an echo."""
+    command = [sys.executable, "-c", ECHO]
+    started: list[tuple[subprocess.Popen[bytes], int]] = []
+
+    def start() -> None:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=node_environment(), bufsize=0)
+        started.append((process, threading.get_native_id()))
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"1")
+        assert process.stdout.read(1) == b"1"
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    process, number = started[0]
+    with process:
+        while Path(f"/proc/self/task/{number}").exists():  # the kernel sees its end after Python does
+            pass
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(b"2")
+        assert process.stdout.read(1) == b"2"
+        process.stdin.close()
+        assert process.wait(20) == 0
+
+
+def test_a_bootstrap_that_has_nothing_to_ask_ends_with_its_dht() -> None:
+    discovery = ended_discovery()
+    with pytest.raises(DiscoveryError, match="has ended; start this bootstrap again"):
+        asyncio.run(_keep(discovery, None, [RUN]))
+    discovery.close()
 
 
 # -- a door ---------------------------------------------------------------------------------------------------------

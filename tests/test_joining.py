@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 import grpc.aio
 import msgpack
 import pytest
+from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
@@ -277,7 +279,18 @@ def test_status_shows_who_is_lost_and_who_was_never_there() -> None:
     assert states == [["training"], ["lost"], [], []]
     table = status_table(figures)
     assert table.row_count == 4
-    assert table.caption == "records left out: 2 malformed-frame\nwarning: one"
+    assert str(table.caption) == "records left out: 2 malformed-frame\nwarning: one"
+
+
+def test_status_prints_what_strangers_wrote_as_they_wrote_it() -> None:
+    endpoint, reason = "[fd00:ab:1::7]:7001", "a.example:1 refuses: [bold]no[/x] [/] :ab:"
+    found = [Seen(record=replace(RECORD, endpoint=endpoint), age_s=2.0)]
+    run = RunRecord(run="demo", configuration=RECORD.configuration, toml="")
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(status_table(as_figures(run, 4, 200, found, Counter(), [reason])))
+    text: str = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+    assert endpoint in text
+    assert reason in text
 
 
 # -- a door ---------------------------------------------------------------------------------------------------------
@@ -352,7 +365,7 @@ def test_who_is_no_door_is_named() -> None:
 def test_hosts_of_grpc_peers() -> None:
     assert host_of("ipv4:192.0.2.7:4711") == "192.0.2.7"
     assert host_of("ipv6:%5B::1%5D:4711") == "::1"
-    assert host_of("unix:/tmp/x") != "192.0.2.7"
+    assert host_of("unix:/tmp/x") == ""
 
 
 REFUSED = [

@@ -90,6 +90,7 @@ def join(wish: Wish) -> Joined:
         config, run = _settle(wish, entrance, discovery)
         host.check_device(config)
         host.check_codec(config)
+        host.check_link(config)
         among = _may_serve(wish, config, security)
         out = _room(wish.out or Path("runs") / config.run.name, config)
         held, begun = _hold(wish, config, run, here.endpoint, among, discovery)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import socket
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,12 +16,14 @@ import msgpack
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
+from thinpipe.node import joining
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
-from thinpipe.node.door import SWARM_METHOD, DoorError, ask_door, swarm_door
-from thinpipe.node.entrance import place
-from thinpipe.node.membership import Throughput
+from thinpipe.node.door import SWARM_METHOD, Answered, DoorError, ask_door, swarm_door
+from thinpipe.node.entrance import Entrance, place
+from thinpipe.node.host import Addresses, HostError, HostOptions, host
+from thinpipe.node.membership import Membership, Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
 from thinpipe.node.security import PLAIN
 from thinpipe.node.shared_config import agreed, believed, told
@@ -220,6 +223,64 @@ def test_only_what_is_local_may_be_overridden() -> None:
         agreed(record, "a:1", None, {"run.steps": 7, "link.link": "80mbit,5ms"})
     with pytest.raises(ConfigError, match="nobody at a:1 knows of a run; give its --config"):
         agreed(None, "a:1", None, {})
+
+
+class QuietDiscovery:
+    """A DHT that holds nothing, and what was told there."""
+
+    def __init__(self) -> None:
+        self.published: list[NodeRecord] = []
+        self.closed = False
+        self.told: list[RunRecord] = []
+
+    def ready(self) -> QuietDiscovery:
+        return self
+
+    def close(self) -> None:
+        self.closed = True
+
+    def read(self, *_: Any) -> tuple[list[Seen], Counter[str]]:
+        return [], Counter()
+
+    def runs(self) -> tuple[list[RunRecord], Counter[str]]:
+        return self.told, Counter()
+
+    def publish(self, record: NodeRecord, **_: Any) -> bool:
+        self.published.append(record)
+        return True
+
+
+def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, discovery = told(config(run__name="demo")), QuietDiscovery()
+    door = Answered(
+        address="127.0.0.1:1",
+        host="127.0.0.1",
+        told=Told(addresses=(), run=record.run, configuration=record.configuration, toml=record.toml),
+    )
+    monkeypatch.setattr(joining, "ask_doors", lambda *_: Entrance(doors=(door,), peers=()))
+    monkeypatch.setattr(joining.Discovery, "begin", lambda *_, **__: discovery)
+    wish = joining.Wish(join=(door.address,), stage=0, out=tmp_path, overrides={"link.link": "nonsense"})
+    with pytest.raises(ConfigError, match="link 'nonsense'"):
+        joining.join(wish)
+    assert discovery.published == []
+    assert discovery.closed
+
+
+def test_who_cannot_begin_gives_its_stage_back(tmp_path: Path) -> None:
+    def ends(settings: RunConfig, out: Path) -> str:
+        discovery, run = QuietDiscovery(), told(settings)
+        membership = Membership(discovery=discovery, record=replace(MINE, state=State.STARTING), run=run)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(HostError) as error:
+            host(settings, 0, Addresses(listen=None, next=None), HostOptions(out=out, membership=membership))
+        assert error.value.exit_code == 2
+        assert [each.state for each in discovery.published] == [State.LEFT]
+        return str(error.value)
+
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        assert "in use" in ends(config(watch__prometheus=f"127.0.0.1:{busy.getsockname()[1]}"), tmp_path)
+    assert "choose another --out" in ends(config(), tmp_path / "nowhere")
 
 
 # -- addresses ------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +18,7 @@ import msgpack
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node import joining
+from thinpipe.node import claiming, joining
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
@@ -25,6 +27,7 @@ from thinpipe.node.entrance import Entrance, place
 from thinpipe.node.host import Addresses, HostError, HostOptions, host
 from thinpipe.node.membership import Membership, Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
+from thinpipe.node.reach import reachable
 from thinpipe.node.security import PLAIN
 from thinpipe.node.shared_config import agreed, believed, told
 from thinpipe.node.status import as_figures, status_table
@@ -164,6 +167,51 @@ def test_of_two_for_one_explicit_stage_one_is_refused() -> None:
     with pytest.raises(StageTaken, match="stage 1 goes to the node at"):
         take_stage(table.world(), MINE, 1, steps=9, among=range(2))
     assert table.written[99][0].state is State.LEFT
+
+
+def test_a_node_that_lost_only_the_dht_keeps_its_stage() -> None:
+    table = Table()
+    table.write(other(0), age_s=50)
+    table.write(other(1), age_s=30)
+    with pytest.raises(StageTaken, match="stage 1 is served by process 1"):
+        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+    table.later.append((1010, lambda: table.knocks.update({"192.0.2.1:1": Knock.REFUSED})))
+    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    assert (held.stage, begun) == (1, True)
+    assert 1010 <= table.now_s < 1015
+    table.knocks.clear()
+    for stage in (None, 1):  # a map of ports may answer for the node that is to be replaced, and that is this one
+        again = replace(MINE, incarnation=98, endpoint="192.0.2.1:1")
+        del table.written[99 if stage is None else 98]
+        held, _ = take_stage(table.world(), again, stage, steps=9, among=[1])
+        assert held.stage == 1
+
+
+def test_silent_strangers_do_not_hold_up_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claiming, "KNOCKING_S", 0.05)
+    table, gate, asked = Table(), threading.Event(), list[str]()
+    table.write(other(1))
+    for number in range(100, 400):
+        table.write(other(0, incarnation=number, endpoint=f"192.0.2.7:{number}"))
+
+    def knock(endpoint: str) -> Knock:
+        asked.append(endpoint)
+        if endpoint == "192.0.2.1:1":
+            return Knock.REFUSED
+        gate.wait(10)
+        return Knock.SILENCE
+
+    try:
+        world = replace(table.world(), knock=knock)
+        held, _ = take_stage(world, MINE, 1, steps=9, among=range(2))
+        assert held.stage == 1
+        assert set(asked) == {"192.0.2.1:1"}
+        began_s = time.monotonic()
+        living = world.without_dead(world.others(MINE), range(2))
+        assert time.monotonic() - began_s < 5
+        assert sum(each.living for each in living) >= 300
+    finally:
+        gate.set()
 
 
 # -- configurations that travel -------------------------------------------------------------------------------------
@@ -421,6 +469,25 @@ def test_who_is_no_door_is_named() -> None:
                 await ask_door(f"127.0.0.1:{port}")
 
     asyncio.run(story())
+
+
+def test_a_silent_address_of_a_name_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    connect = asyncio.open_connection
+
+    async def dial(host: str, port: int) -> Any:
+        return await (asyncio.Event().wait() if host == "2001:db8::1" else connect(host, port))
+
+    async def resolve(*_: object, **__: object) -> list[Any]:
+        return [(0, 0, 0, "", (name, 1)) for name in ("2001:db8::1", "127.0.0.1")]
+
+    async def story(port: int) -> str:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        return await reachable(f"dual.example:{port}", 0.4)
+
+    monkeypatch.setattr(asyncio, "open_connection", dial)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        port = there.getsockname()[1]
+        assert asyncio.run(story(port)) == f"ipv4:127.0.0.1:{port}"
 
 
 def test_hosts_of_grpc_peers() -> None:

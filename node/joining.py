@@ -173,11 +173,14 @@ def _settle(wish: Wish, entrance: Entrance, discovery: Discovery) -> tuple[RunCo
 
 
 def _from_dht(wish: Wish, discovery: Discovery) -> RunRecord | None:
-    name = wish.run or (load_config(wish.config).run.name if wish.config else None)
+    mine = load_config(wish.config) if wish.config else None
+    name = wish.run or (mine.run.name if mine else None)
     for look in range(1 if wish.config else RUN_LOOKS):
         if look:
             time.sleep(LOOK_AGAIN_S)
         runs = [run for run in discovery.runs()[0] if name in (None, run.run)]
+        if mine and len(runs) > 1:
+            runs = [run for run in runs if run.configuration == mine.digest()] or runs
         if len(runs) == 1:
             return runs[0]
         if runs:

@@ -22,6 +22,7 @@ from thinpipe.node import claiming, joining
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
+from thinpipe.node.discovery import Discovery
 from thinpipe.node.door import SWARM_METHOD, Answered, DoorError, ask_door, swarm_door
 from thinpipe.node.entrance import Entrance, place
 from thinpipe.node.host import Addresses, HostError, HostOptions, host
@@ -34,7 +35,7 @@ from thinpipe.node.status import as_figures, status_table
 from thinpipe.node.transport import serving
 from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
-from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State
+from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State, encode_run
 from typer.testing import CliRunner
 
 from .real_node import free_address
@@ -329,6 +330,26 @@ def test_who_cannot_begin_gives_its_stage_back(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         assert "in use" in ends(config(watch__prometheus=f"127.0.0.1:{busy.getsockname()[1]}"), tmp_path)
     assert "choose another --out" in ends(config(), tmp_path / "nowhere")
+
+
+def test_one_run_with_two_machines_settings_is_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    one = told(config(run__name="demo"))
+    same = told(config(run__name="demo", link__link="80mbit,5ms"))
+    another = told(config(run__name="demo", optim__clip=0.5))
+    assert one.toml != same.toml
+    raw = [(encode_run(each), 0.0) for each in (one, same, another)]
+    monkeypatch.setattr(Discovery, "_read", lambda *_: raw)
+    discovery = Discovery.__new__(Discovery)  # without its process
+    assert discovery.runs() == ([one, another], Counter())
+    wish = joining.Wish(join=(), stage=0)
+    with pytest.raises(ConfigError, match="several runs are told of"):
+        joining._from_dht(wish, discovery)
+    path = tmp_path / "run.toml"
+    path.write_text(dump_config(config(run__name="demo", optim__clip=0.5)))
+    assert joining._from_dht(replace(wish, config=path), discovery) == another
+    raw.pop()
+    assert joining._from_dht(wish, discovery) == one
+    assert joining._from_dht(replace(wish, config=path), discovery) == one  # whose differences are then said
 
 
 # -- addresses ------------------------------------------------------------------------------------------------------

@@ -95,12 +95,15 @@ class World:
         return {asked[each] for each in known if each.result() is Knock.REFUSED}
 
     def lingering(self, seen: Sequence[Seen], stage: int, mine: NodeRecord) -> Seen | None:
-        """The stage's last node, if it still answers: its record may be stale only because it lost the DHT."""
+        """The stage's last node, if it still answers: its record may be stale only because it lost the DHT. Where a
+        later process has its endpoint, or this one, nobody would answer for it."""
         listened = [each for each in seen if each.record.stage == stage and each.record.state in LISTENING]
         last = min(listened, key=lambda each: each.age_s, default=None)
-        if last is None or last.record.endpoint == mine.endpoint or self.knock(last.record.endpoint) != Knock.ANSWERED:
+        if last is None:
             return None
-        return last
+        endpoint = last.record.endpoint
+        later = {mine.endpoint, *(each.record.endpoint for each in seen if each.age_s < last.age_s)}
+        return last if endpoint not in later and self.knock(endpoint) is Knock.ANSWERED else None
 
 
 def take_stage(

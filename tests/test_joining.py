@@ -188,6 +188,16 @@ def test_a_node_that_lost_only_the_dht_keeps_its_stage() -> None:
         assert held.stage == 1
 
 
+def test_two_lost_nodes_may_come_back_in_each_others_places() -> None:
+    table = Table()
+    table.write(other(0), age_s=50)
+    table.write(other(1), age_s=50)
+    table.write(other(1, incarnation=7, endpoint="192.0.2.0:1"))
+    held, _ = take_stage(table.world(), replace(MINE, endpoint="192.0.2.1:1"), None, steps=9, among=range(2))
+    assert held.stage == 0
+    assert table.now_s < 1005
+
+
 def test_silent_strangers_do_not_hold_up_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claiming, "KNOCKING_S", 0.05)
     table, gate, asked = Table(), threading.Event(), list[str]()

@@ -158,8 +158,9 @@ class Discovery:
         return read_records(self._read(run_key(run)), run=run, configuration=configuration, stages=stages)
 
     def runs(self) -> tuple[list[RunRecord], Counter[str]]:
-        """The runs that are told of here, each once, and how many records were left out, by fault."""
-        found: list[RunRecord] = []
+        """The runs that are told of here, each once, and how many records were left out, by fault. Two records of one
+        fingerprint are of one run: they may differ in what is each machine's own."""
+        found: dict[tuple[str, str], RunRecord] = {}
         left_out: Counter[str] = Counter()
         for raw, _ in self._read(RUNS_KEY):
             try:
@@ -167,9 +168,8 @@ class Discovery:
             except RemoteProtocolError as error:
                 left_out[error.fault] += 1
             else:
-                if record not in found:
-                    found.append(record)
-        return found, left_out
+                found.setdefault((record.run, record.configuration), record)
+        return list(found.values()), left_out
 
     def _publish(self, key: str, value: bytes, renew_s: float, lease_s: float) -> bool:
         question = {"ask": "publish", "key": key, "value": value, "renew_s": renew_s, "kept_s": KEPT_S}

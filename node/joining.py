@@ -91,6 +91,7 @@ def join(wish: Wish) -> Joined:
         config, run = _settle(wish, entrance, discovery)
         host.check_device(config)
         host.check_codec(config)
+        host.check_link(config)
         among = _may_serve(wish, config, security)
         out = _room(wish.out or Path("runs") / config.run.name, config)
         held, begun = _hold(wish, config, run, here.endpoint, among, member)
@@ -192,11 +193,14 @@ def _settle(wish: Wish, entrance: Entrance, discovery: Discovery) -> tuple[RunCo
 
 
 def _from_dht(wish: Wish, discovery: Discovery) -> RunRecord | None:
-    name = wish.run or (load_config(wish.config).run.name if wish.config else None)
+    mine = load_config(wish.config) if wish.config else None
+    name = wish.run or (mine.run.name if mine else None)
     for look in range(1 if wish.config else RUN_LOOKS):
         if look:
             time.sleep(LOOK_AGAIN_S)
         runs = [run for run in discovery.runs()[0] if name in (None, run.run)]
+        if mine and len(runs) > 1:
+            runs = [run for run in runs if run.configuration == mine.digest()] or runs
         if len(runs) == 1:
             return runs[0]
         if runs:

@@ -135,10 +135,16 @@ def test_the_default_is_the_more_orthogonal_of_the_two():
 
 @pytest.mark.parametrize("shape", [(16, 40), (40, 16), (256, 256), (688, 256)], ids=str)
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16], ids=str)
-def test_quintic_in_bfloat16_is_torch_muon_s_to_the_bit(shape, source):
+def test_quintic_in_bfloat16_is_torch_muon_s(shape, source):
+    """To the bit where a sum is short. A long one is split into blocks, which CPUs without bfloat16 instructions add up
+    in another order for our batched product than for torch's: there to the rounding of bfloat16."""
     g = random_matrix(shape, seed=7, dtype=source)
-    theirs = torch_newton_schulz(g.clone(), QUINTIC, 5, 1e-7)
-    assert torch.equal(msign(g, dtype=torch.bfloat16, coefficients="quintic"), theirs.to(source))
+    theirs = torch_newton_schulz(g.clone(), QUINTIC, 5, 1e-7).to(source)
+    ours = msign(g, dtype=torch.bfloat16, coefficients="quintic")
+    if max(shape) < 64:
+        assert torch.equal(ours, theirs)
+    else:
+        assert torch.dist(ours.float(), theirs.float()) <= 2**-6 * theirs.float().norm()
 
 
 @settings(max_examples=25, deadline=None)

@@ -93,6 +93,8 @@ async def _keep(discovery: Discovery, run: RunRecord | None, known: list[RunReco
         elif not known:
             found, _ = await asyncio.to_thread(discovery.runs)
             known += found if len(found) == 1 else []
+        elif not discovery.alive:  # nothing was asked of it
+            raise DiscoveryError("the DHT's process has ended; start this bootstrap again")
     except DiscoveryError as error:
         if not discovery.alive:
             raise

@@ -11,15 +11,20 @@ import random
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from enum import Enum
 
 from ..protocol.claims import SETTLE_S, begun, choose, of_stage, rival, through
 from ..protocol.records import NodeRecord, Seen, State, stale_after_s
 from .addresses import split_address
+from .discovery import DiscoveryError
 
 LOOK_AGAIN_S = 2.0
+TROUBLE_S = 10.0  # before the DHT is asked again that did not answer
 CONNECT_S = 1.5
+KNOCKING_S = 1.0  # for all records together, so that a claim is settled within SETTLE_S, however many lie there
+KNOCKS_AT_ONCE = 32
 LISTENING = (State.WAITING, State.TRAINING)
 
 
@@ -54,7 +59,7 @@ def knock(endpoint: str) -> Knock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """What claiming needs of the world."""
+    """What claiming needs of the world. read: enters the DHT again if need be. It and publish raise DiscoveryError."""
 
     read: Callable[[], list[Seen]]
     publish: Callable[[NodeRecord], object]
@@ -66,17 +71,41 @@ class World:
     def others(self, mine: NodeRecord) -> list[Seen]:
         return [each for each in self.read() if each.record.incarnation != mine.incarnation]
 
-    def without_dead(self, seen: Sequence[Seen]) -> list[Seen]:
-        """Those whose endpoint refuses connections are as stale as if nobody had renewed them. Who has only claimed, or
-        builds its stage, does not listen yet."""
+    def without_dead(self, seen: Sequence[Seen], stages: Collection[int]) -> list[Seen]:
+        """Those of these stages whose endpoint refuses connections are as stale as if nobody had renewed them. Who has
+        only claimed, or builds its stage, does not listen yet."""
 
-        def look(each: Seen) -> Seen:
-            record = each.record
-            if each.living and record.state in LISTENING and self.knock(record.endpoint) is Knock.REFUSED:
-                return replace(each, age_s=max(each.age_s, stale_after_s(record.stages)))
-            return each
+        def listens(each: Seen) -> bool:
+            return each.living and each.record.state in LISTENING and each.record.stage in stages
 
-        return [look(each) for each in seen]
+        refused = self._refused({each.record.endpoint for each in seen if listens(each)})
+        return [
+            replace(each, age_s=max(each.age_s, stale_after_s(each.record.stages)))
+            if listens(each) and each.record.endpoint in refused
+            else each
+            for each in seen
+        ]
+
+    def _refused(self, endpoints: Collection[str]) -> set[str]:
+        """Which of them refuse, knocked at side by side: what is not known after KNOCKING_S is silent."""
+        if not endpoints:
+            return set()
+        pool = ThreadPoolExecutor(min(len(endpoints), KNOCKS_AT_ONCE), "knock")
+        asked = {pool.submit(self.knock, endpoint): endpoint for endpoint in endpoints}
+        known, _ = wait(asked, KNOCKING_S)
+        pool.shutdown(wait=False, cancel_futures=True)
+        return {asked[each] for each in known if each.result() is Knock.REFUSED}
+
+    def lingering(self, seen: Sequence[Seen], stage: int, mine: NodeRecord) -> Seen | None:
+        """The stage's last node, if it still answers: its record may be stale only because it lost the DHT. Where a
+        later process has its endpoint, or this one, nobody would answer for it."""
+        listened = [each for each in seen if each.record.stage == stage and each.record.state in LISTENING]
+        last = min(listened, key=lambda each: each.age_s, default=None)
+        if last is None:
+            return None
+        endpoint = last.record.endpoint
+        later = {mine.endpoint, *(each.record.endpoint for each in seen if each.age_s < last.age_s)}
+        return last if endpoint not in later and self.knock(endpoint) is Knock.ANSWERED else None
 
 
 def take_stage(
@@ -94,6 +123,9 @@ def take_stage(
             return _claim(world, replace(mine, stage=wanted))
         except StageTaken as error:
             world.say(f"{error}; looks for another one")
+        except DiscoveryError as error:
+            world.say(f"warning: {error}; looks for a stage again")
+            world.sleep(TROUBLE_S)
 
 
 def _claim(world: World, mine: NodeRecord) -> tuple[NodeRecord, bool]:
@@ -101,7 +133,7 @@ def _claim(world: World, mine: NodeRecord) -> tuple[NodeRecord, bool]:
     mine = replace(mine, state=State.CLAIMING, claimed_at_s=world.now())
     world.publish(mine)
     world.sleep(SETTLE_S)
-    seen = world.without_dead(world.others(mine))
+    seen = world.without_dead(world.others(mine), (mine.stage,))
     if other := rival(seen, mine):
         world.publish(replace(mine, state=State.LEFT))
         raise StageTaken(
@@ -117,18 +149,40 @@ def _still_on(seen: Sequence[Seen], mine: NodeRecord, steps: int) -> None:
         raise RunThrough(f"run '{mine.run}' is through: all {steps} steps are done, so no stage needs a node")
 
 
+def _wanted(
+    world: World, mine: NodeRecord, seen: Sequence[Seen], stages: Collection[int], draw: Callable[[int], int]
+) -> int | None:
+    """The stage to take now, if there is one whose last node does not answer."""
+    free, told, knocked = list(stages), seen, False
+    while True:
+        wanted = choose(told, free, draw)
+        if wanted is None:
+            if knocked:
+                return None
+            told, knocked = world.without_dead(seen, free), True
+        elif world.lingering(told, wanted, mine):
+            free.remove(wanted)
+        else:
+            return wanted
+
+
 def _until_needed(
     world: World, mine: NodeRecord, among: Collection[int], draw: Callable[[int], int], steps: int
 ) -> int:
     """The stage that needs a node most, once there is one."""
     mine_to_serve = [stage for stage in range(mine.stages) if stage in among]
-    spare = False
+    spare, trouble = False, ""
     while True:
-        seen = world.others(mine)
+        try:
+            seen, trouble = world.others(mine), ""
+        except DiscoveryError as error:
+            if not trouble:
+                world.say(f"warning: {error}; goes on looking for a stage once the DHT answers")
+            trouble = str(error)
+            world.sleep(TROUBLE_S)
+            continue
         _still_on(seen, mine, steps)
-        wanted = choose(seen, mine_to_serve, draw)
-        if wanted is None:
-            wanted = choose(world.without_dead(seen), mine_to_serve, draw)
+        wanted = _wanted(world, mine, seen, mine_to_serve, draw)
         if wanted is not None:
             return wanted
         if not spare:
@@ -146,18 +200,25 @@ def _until_free(world: World, mine: NodeRecord, stage: int, steps: int) -> None:
     while True:
         seen = world.others(mine)
         _still_on(seen, mine, steps)
-        holder = next(iter(of_stage(world.without_dead(seen), stage)), None)
+        holder = next(iter(of_stage(world.without_dead(seen, (stage,)), stage)), None)
         if holder is None:
+            if last := world.lingering(seen, stage, mine):
+                raise _served(last)
             return
         record, renewed_s = holder.record, world.now() - holder.age_s
         answers = record.state in LISTENING and world.knock(record.endpoint) is Knock.ANSWERED
         if answers or renewed_s > first.setdefault(record.incarnation, renewed_s) + 1.0:
-            raise StageTaken(
-                f"stage {stage} is served by process {record.incarnation:x} at {record.endpoint} ({record.state}, "
-                f"{holder.age_s:.0f} s ago); stop that one first, or say --stage auto"
-            )
+            raise _served(holder)
         if len(first) == 1 and first[record.incarnation] == renewed_s:
             world.say(
                 f"stage {stage} was served at {record.endpoint}, which is silent; waits for its record to go stale"
             )
         world.sleep(LOOK_AGAIN_S)
+
+
+def _served(holder: Seen) -> StageTaken:
+    record = holder.record
+    return StageTaken(
+        f"stage {record.stage} is served by process {record.incarnation:x} at {record.endpoint} ({record.state}, "
+        f"{holder.age_s:.0f} s ago); stop that one first, or say --stage auto"
+    )

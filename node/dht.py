@@ -287,13 +287,16 @@ def _answer(service: Service, question: dict[str, Any]) -> dict[str, Any]:
     }
     try:
         return {"ok": known[question.pop("ask")](**question)}
+    except TimeoutError:  # whose message is empty
+        return {"error": f"the DHT did not answer within {READ_S:g} s; is this machine busy, or its network down?"}
     except Exception as error:  # the node is told, and decides
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
-    die_with_parent(signal.SIGTERM)
+    # That the node is gone is told by the pipe. The kernel's word would come too early: it speaks of the thread that
+    # started this process, which ends before the node has said goodbye.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     # Whatever else is printed here is no answer.
     questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")

@@ -73,6 +73,7 @@ class Discovery:
         self._lock = threading.Lock()
         self._number = 0
         self._unread = b""
+        self._words = ""
 
     @classmethod
     def begin(
@@ -127,7 +128,7 @@ class Discovery:
         return Discovery.begin(peers, listen=self._listen, announce=self._announce).ready()
 
     def close(self) -> None:
-        """Leave it, and end its process and daemon."""
+        """Leave it, and end its process and daemon. What is asked of it then raises DiscoveryError."""
         with suppress(OSError):
             assert self._process.stdin
             self._process.stdin.close()
@@ -136,9 +137,11 @@ class Discovery:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        assert self._process.stdout
-        self._process.stdout.close()
-        self._complaints.close()
+        with self._lock:  # who waits for an answer is told first that there will be none
+            assert self._process.stdout
+            self._process.stdout.close()
+            self._last_words()
+            self._complaints.close()
 
     # -- records -----------------------------------------------------------------------------------------------------
 
@@ -155,8 +158,9 @@ class Discovery:
         return read_records(self._read(run_key(run)), run=run, configuration=configuration, stages=stages)
 
     def runs(self) -> tuple[list[RunRecord], Counter[str]]:
-        """The runs that are told of here, each once, and how many records were left out, by fault."""
-        found: list[RunRecord] = []
+        """The runs that are told of here, each once, and how many records were left out, by fault. Two records of one
+        fingerprint are of one run: they may differ in what is each machine's own."""
+        found: dict[tuple[str, str], RunRecord] = {}
         left_out: Counter[str] = Counter()
         for raw, _ in self._read(RUNS_KEY):
             try:
@@ -164,9 +168,8 @@ class Discovery:
             except RemoteProtocolError as error:
                 left_out[error.fault] += 1
             else:
-                if record not in found:
-                    found.append(record)
-        return found, left_out
+                found.setdefault((record.run, record.configuration), record)
+        return list(found.values()), left_out
 
     def _publish(self, key: str, value: bytes, renew_s: float, lease_s: float) -> bool:
         question = {"ask": "publish", "key": key, "value": value, "renew_s": renew_s, "kept_s": KEPT_S}
@@ -215,9 +218,12 @@ class Discovery:
             self._unread += more
 
     def _last_words(self) -> str:
-        self._complaints.seek(max(0, self._complaints.seek(0, os.SEEK_END) - 2048))
-        lines = [line for line in self._complaints.read().decode(errors="replace").splitlines() if line.strip()]
-        return f": {lines[-1].strip()}" if lines else ""
+        """What its process said last; known still when this is closed, since it may be asked then."""
+        if not self._complaints.closed:
+            self._complaints.seek(max(0, self._complaints.seek(0, os.SEEK_END) - 2048))
+            lines = [line for line in self._complaints.read().decode(errors="replace").splitlines() if line.strip()]
+            self._words = f": {lines[-1].strip()}" if lines else ""
+        return self._words
 
 
 def _explained(error: DiscoveryError, peers: Sequence[str], listen: Multiaddr) -> DiscoveryError:

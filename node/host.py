@@ -93,7 +93,7 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
     try:
         check_device(config)
         check_codec(config)
-        LinkProfile.parse(config.link.link)
+        check_link(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
@@ -119,6 +119,14 @@ def check_device(config: RunConfig) -> None:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
+
+
+def check_link(config: RunConfig) -> None:
+    """Raises ConfigError for a link that is not spelt as links are."""
+    try:
+        LinkProfile.parse(config.link.link)
+    except LinkError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None) -> None:
@@ -207,24 +215,12 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
     """Run one stage until the configured steps are done. Raises HostError."""
     out, trace = options.out, options.trace
     try:
-        watching = Watching(config.watch, out, stage=stage, replaces=options.resume)
-    except EndpointError as error:
-        raise HostError(str(error), 2) from None
-    metrics = MetricsWriter(out / f"stage-{stage}.jsonl", append=options.resume, view=watching.take)
+        watching, metrics = _records(config, stage, options)
+    except BaseException:
+        if options.membership:
+            options.membership.leave()  # or the stage stays claimed
+        raise
     tracer = Tracer(stage=stage, enabled=trace)
-    metrics.write(
-        "start",
-        stage=stage,
-        run=config.run.name,
-        stages=config.pipeline.stages,
-        steps=config.run.steps,
-        host=socket.gethostname(),
-        process=os.getpid(),
-        listen=addresses.listen,
-        next=addresses.next,
-        resume=options.resume,
-        tls=options.security.keys is not None,
-    )
 
     def on_fault(code: str, line: str) -> None:
         metrics.write("fault", code=code, reason=line)
@@ -233,6 +229,19 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
     # An idle event loop that wakes up to send a frame must not wait 5 ms (Python's default) for the compute thread.
     sys.setswitchinterval(0.0005)
     try:
+        metrics.write(
+            "start",
+            stage=stage,
+            run=config.run.name,
+            stages=config.pipeline.stages,
+            steps=config.run.steps,
+            host=socket.gethostname(),
+            process=os.getpid(),
+            listen=addresses.listen,
+            next=addresses.next,
+            resume=options.resume,
+            tls=options.security.keys is not None,
+        )
         asyncio.run(_host(config, stage, addresses, options, metrics, tracer, on_fault))
         metrics.write("exit", exit_code=0)
     except Exception as error:
@@ -250,6 +259,21 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
         watching.close()
         tracer.save(out / f"trace-stage-{stage}.json")
         metrics.close()
+
+
+def _records(config: RunConfig, stage: int, options: HostOptions) -> tuple[Watching, MetricsWriter]:
+    """Who watches, and where the node's records go. Raises HostError for a port that is taken or a file that cannot be
+    written."""
+    try:
+        watching = Watching(config.watch, options.out, stage=stage, replaces=options.resume)
+    except EndpointError as error:
+        raise HostError(str(error), 2) from None
+    path = options.out / f"stage-{stage}.jsonl"
+    try:
+        return watching, MetricsWriter(path, append=options.resume, view=watching.take)
+    except OSError as error:
+        watching.close()
+        raise HostError(f"no records can be written to {path}: {error.strerror}; choose another --out", 2) from None
 
 
 def _first(error: Exception) -> Exception:

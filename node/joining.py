@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..protocol.records import NodeRecord, RunRecord, State
+from ..protocol.records import NodeRecord, RunRecord, Seen, State
 from .addresses import ListenError, check_listen
 from .claiming import LOOK_AGAIN_S, World, take_stage
 from .config import ConfigError, RunConfig, dump_config, load_config
-from .discovery import Discovery
+from .discovery import Discovery, DiscoveryError
 from .entrance import Entrance, ask_doors, choose_for, place
 from .keys import KeysError
 from .multiaddr import Multiaddr
@@ -82,6 +82,7 @@ def join(wish: Wish) -> Joined:
     check_listen(here.listen)
     choose(wish.keys, insecure=wish.insecure, listen=here.listen)
     discovery = Discovery.begin(entrance.peers, listen=here.dht_listen, announce=here.dht_announce)
+    member = Member(discovery, wish.join, security)
     try:
         from . import host  # torch and transformers, while the DHT starts
         from .membership import Membership
@@ -90,9 +91,10 @@ def join(wish: Wish) -> Joined:
         config, run = _settle(wish, entrance, discovery)
         host.check_device(config)
         host.check_codec(config)
+        host.check_link(config)
         among = _may_serve(wish, config, security)
         out = _room(wish.out or Path("runs") / config.run.name, config)
-        held, begun = _hold(wish, config, run, here.endpoint, among, discovery)
+        held, begun = _hold(wish, config, run, here.endpoint, among, member)
         begun = begun or any(config.checkpoint.path(out).glob(f"stage-{held.stage}/step-*"))
         how = "which has begun: takes the stage's place there" if begun else "which has not begun"
         say(
@@ -106,12 +108,31 @@ def join(wish: Wish) -> Joined:
             listen=here.listen,
             out=out,
             resume=begun,
-            membership=Membership(discovery=discovery, record=held, run=run, doors=doors, security=security),
+            membership=Membership(discovery=member.discovery, record=held, run=run, doors=doors, security=security),
             security=security,
         )
     except BaseException:
-        discovery.close()
+        member.discovery.close()
         raise
+
+
+@dataclass(slots=True)
+class Member:
+    """Who waits for a stage, perhaps for days: `discovery` is another one once the first has ended."""
+
+    discovery: Discovery
+    join: tuple[str, ...]
+    security: Security
+
+    def read(self, run: RunRecord, stages: int) -> list[Seen]:
+        """The records of the run's nodes; enters the DHT again if need be. Raises DiscoveryError."""
+        if not self.discovery.alive:
+            peers = list(self.discovery.peers)
+            with suppress(DiscoveryError):  # who was there at first may be gone
+                peers += ask_doors(self.join, lambda _: None, self.security).peers
+            self.discovery = self.discovery.again(list(dict.fromkeys(peers)))
+            say("this node is in the DHT again")
+        return self.discovery.read(run.run, run.configuration, stages)[0]
 
 
 def _may_serve(wish: Wish, config: RunConfig, security: Security) -> list[int]:
@@ -130,7 +151,7 @@ def _may_serve(wish: Wish, config: RunConfig, security: Security) -> list[int]:
 
 
 def _hold(
-    wish: Wish, config: RunConfig, run: RunRecord, endpoint: str, among: list[int], discovery: Discovery
+    wish: Wish, config: RunConfig, run: RunRecord, endpoint: str, among: list[int], member: Member
 ) -> tuple[NodeRecord, bool]:
     """The record with which a stage is held, and whether the run has begun. Raises StageTaken, RunThrough."""
     stages = config.pipeline.stages
@@ -145,8 +166,8 @@ def _hold(
         claimed_at_s=time.time(),
     )
     world = World(
-        read=lambda: discovery.read(run.run, run.configuration, stages)[0],
-        publish=lambda record: discovery.publish(record, lease_s=LEASE_S),
+        read=lambda: member.read(run, stages),
+        publish=lambda record: member.discovery.publish(record, lease_s=LEASE_S),
         say=say,
     )
     return take_stage(world, mine, wish.stage, steps=config.run.steps, among=among)
@@ -172,11 +193,14 @@ def _settle(wish: Wish, entrance: Entrance, discovery: Discovery) -> tuple[RunCo
 
 
 def _from_dht(wish: Wish, discovery: Discovery) -> RunRecord | None:
-    name = wish.run or (load_config(wish.config).run.name if wish.config else None)
+    mine = load_config(wish.config) if wish.config else None
+    name = wish.run or (mine.run.name if mine else None)
     for look in range(1 if wish.config else RUN_LOOKS):
         if look:
             time.sleep(LOOK_AGAIN_S)
         runs = [run for run in discovery.runs()[0] if name in (None, run.run)]
+        if mine and len(runs) > 1:
+            runs = [run for run in runs if run.configuration == mine.digest()] or runs
         if len(runs) == 1:
             return runs[0]
         if runs:

@@ -72,6 +72,7 @@ class Membership:
     _seen_at_s: float = float("-inf")
     _lifecycle: Lifecycle | None = None
     _returned_at_s: float = float("-inf")
+    _last: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was given last
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- what others ask ---------------------------------------------------------------------------------------------
@@ -104,26 +105,33 @@ class Membership:
         """Asks at each call where a node of that stage is now, for one dialler: None while nobody is known.
 
         It gives the best record's endpoint, if a connection to it is not refused; one that it gave lately, so that the
-        dialler must have failed there, comes after the others.
+        dialler must have failed there, comes after the others. Where no record says, a neighbour that was there may
+        live all the same, cut off from the DHT: then it gives the last endpoint again, unless its node said goodbye.
         """
         given: dict[str, float] = {}
 
+        def last() -> str | None:
+            return max(given, key=lambda endpoint: given[endpoint], default=self._last.get(stage))
+
         async def ask() -> str | None:
             try:
-                candidates = [each.record.endpoint for each in of_stage(await self.seen(), stage)]
+                seen = await self.seen()
             except DiscoveryError as error:
                 self._complain(report, str(error))
-                return max(given, key=lambda endpoint: given[endpoint], default=None)
+                return last()
+            candidates = [each.record.endpoint for each in of_stage(seen, stage)]
+            if not candidates:
+                left = {each.record.endpoint for each in seen if each.record.state is State.LEFT}
+                return None if last() in left else last()
             now = self.clock()
             order = sorted(
                 dict.fromkeys(candidates), key=lambda e: given.get(e, -FAILED_LATELY_S) > now - FAILED_LATELY_S
             )
-            found = order[0] if order else None
+            found = order[0]
             if len(order) > 1:
                 knocks = await asyncio.gather(*(asyncio.to_thread(knock, endpoint) for endpoint in order))
                 found = next((e for e, k in zip(order, knocks, strict=True) if k is Knock.ANSWERED), found)
-            if found:
-                given[found] = now
+            given[found], self._last[stage] = now, found
             return found
 
         return ask
@@ -170,14 +178,16 @@ class Membership:
             return
         self._returned_at_s = self.clock()
         peers = list(self.discovery.peers)
-        for endpoint in {each.record.endpoint for each in self._seen if each.living} - {self.record.endpoint}:
+        # What was read may be of hours ago, when the neighbours met; so the doors are asked too.
+        known = {*self.doors, *(each.record.endpoint for each in self._seen if each.living)}
+        for endpoint in known - {self.record.endpoint}:
             with suppress(DoorError):
                 answered = await ask_door(endpoint, self.security, deadline_s=5.0)
                 peers += seen_from(answered.host, answered.told.addresses)
         try:
             self.discovery = await asyncio.to_thread(self.discovery.again, peers)
             print("this node is in the DHT again", file=sys.stderr, flush=True)
-        except DiscoveryError as error:
+        except (DiscoveryError, OSError) as error:  # OSError: no process can be started
             self._complain(report, str(error))
 
     async def _look_for_rivals(self, report: Report) -> None:

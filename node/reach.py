@@ -46,21 +46,22 @@ async def reachable(address: str, deadline_s: float, remedy: str = REMEDY) -> st
             f"{address}: no machine is known as '{host}'; check the name, or give its IP address", 2
         ) from None
     refused = False
-    for *_, where in found:
+    until_s = loop.time() + deadline_s
+    for left, (*_, where) in zip(range(len(found), 0, -1), found, strict=True):
         name = str(where[0])
         try:
-            connecting = asyncio.open_connection(name, port)
-            _, writer = await within(deadline_s, connecting, f"nobody answers at {address}")
+            async with asyncio.timeout((until_s - loop.time()) / left):  # one that is silent leaves time for the others
+                _, writer = await asyncio.open_connection(name, port)
         except ConnectionRefusedError:
             refused = True
-        except OSError:
+        except OSError:  # TimeoutError too
             continue
         else:
             writer.close()
             return f"ipv6:[{name}]:{port}" if ":" in name else f"ipv4:{name}:{port}"
     if refused:
         raise ProbeError(f"nobody listens at {address}: {remedy}", 2)
-    raise ProbeError(f"nobody answers at {address}: is the machine on, and reachable from here?", 1)
+    raise ProbeError(f"nobody answers at {address} within {deadline_s:g} s: is it on, and reachable from here?", 1)
 
 
 async def until_ready(address: str, channel: grpc.aio.Channel, security: Security, remedy: str = REMEDY) -> None:

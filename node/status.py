@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from ..protocol.claims import of_stage, rank
 from ..protocol.records import RunRecord, Seen, State
@@ -80,12 +81,13 @@ COLOURS = {"training": "green", "lost": "red", "left": "dim"}
 
 
 def status_table(figures: dict[str, Any]) -> Table:
-    """The same for people."""
+    """The same for people. Endpoints and notes are strangers' words, in which rich would find markup and emoji."""
     left_out = ", ".join(f"{count} {fault}" for fault, count in sorted(figures["left_out"].items()))
     lines = [f"records left out: {left_out}"] if left_out else []
+    caption = "\n".join([*lines, *figures["notes"]])
     table = Table(
         title=f"run '{figures['run']}', fingerprint {short(figures['configuration'])}, {figures['steps']} steps",
-        caption="\n".join([*lines, *figures["notes"]]) or None,
+        caption=Text(caption, style="table.caption") if caption else None,
         box=None,  # eight columns in 80 characters
         padding=(0, 2, 0, 0),
         pad_edge=False,
@@ -109,7 +111,7 @@ def status_table(figures: dict[str, Any]) -> Table:
             colour = COLOURS.get(node["state"], "yellow")
             table.add_row(
                 str(stage["stage"]),
-                node["endpoint"],
+                Text(node["endpoint"]),
                 f"[{colour}]{node['state']}[/{colour}]",
                 str(node["epoch"]),
                 str(node["completed_steps"]),

@@ -111,6 +111,17 @@ def until_step(lan: Lan, machine: str, stage: int, step: int) -> None:
         time.sleep(0.1)
 
 
+def until_claimed(lan: Lan) -> None:
+    """Each node has said which stage it takes, and builds it."""
+    deadline = time.monotonic() + DEADLINE_S
+    for machine in ("alpha", "beta"):
+        process, log = lan.process(machine, "node")
+        while "joins run" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"{machine} has no stage: {log.read_text()}"
+            time.sleep(0.1)
+
+
 def blocks() -> list[tuple[str, str]]:
     """(what it is for, text) of every block of code with a machine."""
     found = re.findall(r"^```(?:sh|toml) (\S+)\n(.*?)^```", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
@@ -137,6 +148,8 @@ def test_the_walkthrough_does_what_it_says(lan: Lan) -> None:
             for on, process, log in lan.running:
                 assert process.wait(DEADLINE_S) == 0, f"{log.name} on {on}: {log.read_text()}"
         for line in text.splitlines():
+            if "status" in line:
+                until_claimed(lan)
             printed = lan.run(machine, line)
             if line.startswith("thinpipe dht"):
                 process, log = lan.process("alpha", "dht")
@@ -146,7 +159,7 @@ def test_the_walkthrough_does_what_it_says(lan: Lan) -> None:
                     assert time.monotonic() < deadline, f"the bootstrap said only: {log.read_text()}"
                     time.sleep(0.1)
             if "status" in line:
-                assert "stage" in printed
+                assert all(lan.address(f"{each}.example:7010") in printed for each in ("alpha", "beta")), printed
     assert "60 steps" in printed
     assert "unknown" in printed  # what beta sent
     assert "stage 1: its records have" in printed

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from thinpipe.node.config import dump_config, merge, parse_config
-from thinpipe.node.host import prepare_corpus
+from thinpipe.node.preparation import prepare_corpus
 from thinpipe.sim.report import read_records
 from thinpipe.sim.swarm import node_environment
 

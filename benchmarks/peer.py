@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from thinpipe.node.config import RunConfig, dump_config, merge, parse_config, parse_override
-from thinpipe.node.host import prepare_corpus
+from thinpipe.node.preparation import prepare_corpus
 from thinpipe.sim.netns import Network, network
 from thinpipe.sim.report import read_records
 from thinpipe.sim.shaper import LinkProfile

@@ -166,9 +166,9 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     from ..sim.keeper import KeeperError, known, may_not_become
     from ..sim.swarm import LAST_WORDS, node_environment
 
-    environment, become = node_environment(), dict[str, Any]()
+    environment, credentials = node_environment(), dict[str, Any]()
     if user and os.getuid() != (entry := known(user)).pw_uid:
-        become = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
+        credentials = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
         environment["HOME"] = entry.pw_dir
     try:
         with NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
@@ -183,10 +183,10 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
                 text=True,
                 check=False,
                 timeout=CHECK_S,
-                **become,
+                **credentials,
             )
     except OSError as error:
-        if user and become and isinstance(error, PermissionError):
+        if user and credentials and isinstance(error, PermissionError):
             raise may_not_become(user) from None
         raise KeeperError(f"cannot check the settings: {error}") from None
     except subprocess.TimeoutExpired:

@@ -27,7 +27,7 @@ def summary(
     """
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)
-    from ..node.host import BAD_INPUT, resolve_architecture
+    from ..node.preparation import BAD_INPUT, resolve_architecture
     from ..sim.report import lacking_lines, summarise, write_summary
 
     try:

@@ -268,11 +268,10 @@ def node(
 def _check(settings: RunConfig, stage: int) -> None:
     """What `up` checks before it starts a process. The data is stage 0's alone."""
     from ..node.data import check_source
-    from ..node.host import BAD_INPUT
-    from ..node.local import check
+    from ..node.preparation import BAD_INPUT, check_settings
 
     try:
-        check(settings)
+        check_settings(settings)
         if stage == 0 and not settings.compute.pace:
             check_source(settings.data)
     except BAD_INPUT as error:

@@ -26,10 +26,10 @@ from ..sim.pipeline import StageTimes
 from ..sim.shaper import LinkProfile
 from ..sim.swarm import SwarmError
 from .config import ConfigError, RunConfig, dump_config, merge, parse_config
-from .host import check_codec, prepare_corpus, resolve_architecture
 from .local import clear, writable
 from .pace import Pace
 from .plan import AUTO, PLANNED, plan, resolved_schedule, times_measured
+from .preparation import check_codec, prepare_corpus, resolve_architecture
 
 LIMIT_S = 600.0  # of one cell
 WINDOW_S = 5.0

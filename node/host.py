@@ -8,7 +8,6 @@ node that was told to stop.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import secrets
 import signal
@@ -20,42 +19,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..compress.boundary import CodecError
-from ..compress.registry import parse_codec
 from ..protocol.errors import ProtocolError
-from ..protocol.greeting import TABLE_DIGEST, Identity
+from ..protocol.greeting import Identity
 from ..sim.endpoint import EndpointError
-from ..sim.shaper import LinkError, LinkProfile
-from .addresses import ListenError, check_listen, split_address
+from .addresses import check_listen, split_address
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
-from .data import Corpus, DataError, open_corpus, vocabulary_size
-from .dialling import NeighbourMismatch, Where, dial, dial_control
+from .dialling import Where, dial, dial_control
 from .flow import Reporter
-from .keys import KeysError
 from .lifecycle import Lifecycle
 from .link import LinkLost
 from .manifest import Fingerprint
 from .metrics import MetricsWriter, Tracer
-from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .optim import OptimizerError
-from .pace import VOCABULARY, Pace
-from .paced import PacedCorpus, PacedStage
+from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
 from .security import PLAIN, Security
-from .stage import Stage
 from .state import StateError
 from .transport import listening
 from .transport import serving as serving_only
 from .watching import Watching
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from .membership import Membership
 
-BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 
@@ -108,93 +95,6 @@ def _need(address: str | None, missing: str) -> str:
     if not address:
         raise ConfigError(missing)
     return address
-
-
-def check_device(config: RunConfig) -> None:
-    """Raises ConfigError for a device that is not there."""
-    try:
-        device = torch.device(config.compute.device)
-    except RuntimeError:
-        raise ConfigError(f"compute.device '{config.compute.device}' is unknown; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
-
-
-def check_link(config: RunConfig) -> None:
-    """Raises ConfigError for a link that is not spelt as links are."""
-    try:
-        LinkProfile.parse(config.link.link)
-    except LinkError as error:
-        raise ConfigError(str(error)) from None
-
-
-def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None) -> None:
-    """Raises ConfigError for a codec or byte format that there is not, or that does not fit this model."""
-    try:
-        boundary = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
-        codec = boundary.codec
-        if architecture is not None:
-            codec.check(architecture.hidden_size)
-            for fmt in (boundary.forward, boundary.backward):
-                fmt.table(codec.wire_width(architecture.hidden_size))
-    except CodecError as error:
-        raise ConfigError(str(error)) from None
-    if codec.table_scale and config.model.pretrained:
-        raise ConfigError(
-            f"codec '{codec.name}': table={codec.table_scale:g} adds a random table to embeddings that are trained "
-            f"already, those of {config.model.path}; say table=0"
-        )
-
-
-def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
-    """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
-    check_device(config)
-    check_codec(config)
-    architecture = resolve_architecture(config)
-    check_codec(config, architecture)
-    if config.compute.pace:
-        paced = PacedStage(config, architecture, stage)
-        return paced, run_digest(config, architecture)
-    check_sliceable(architecture)
-    if was_tied(architecture) and stage == 0:
-        print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
-    built = Stage(config, architecture, stage)
-    return built, run_digest(config, architecture, built.token_table_digest)
-
-
-def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
-    """What two neighbours must share: hex SHA-256 of settings and architecture; of the table that each generated."""
-    whole = hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
-    return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
-
-
-def resolve_architecture(config: RunConfig) -> PretrainedConfig:
-    """The model's, with the vocabulary of its text, which a paced run does not read. Raises what BAD_INPUT names."""
-    settings = config.model
-    if config.compute.pace:
-        pace = Pace.parse(config.compute.pace)
-        if pace.stages != config.pipeline.stages:
-            raise ConfigError(f"compute.pace {config.compute.pace}: pipeline.stages is {config.pipeline.stages}")
-        vocab = settings.vocab_size or VOCABULARY
-    else:
-        vocab = vocabulary_size(config.data, settings.vocab_size)
-    return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
-
-
-def prepare_corpus(config: RunConfig) -> Corpus:
-    """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
-    if config.compute.pace:
-        return PacedCorpus(config)
-    vocab = vocabulary_size(config.data, config.model.vocab_size)
-    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
-    needed = config.evaluation_microbatches * config.microbatch_size
-    if corpus.heldout_sequences < needed:
-        raise DataError(
-            f"{config.data.source} has {corpus.heldout_sequences} held-out sequences of {config.data.sequence_length} "
-            f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
-        )
-    return corpus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -84,14 +84,15 @@ def join(wish: Wish) -> Joined:
     discovery = Discovery.begin(entrance.peers, listen=here.dht_listen, announce=here.dht_announce)
     member = Member(discovery, wish.join, security)
     try:
-        from . import host  # torch and transformers, while the DHT starts
+        # torch and transformers, while the DHT starts
         from .membership import Membership
+        from .preparation import check_codec, check_device, check_link
 
         discovery.ready()
         config, run = _settle(wish, entrance, discovery)
-        host.check_device(config)
-        host.check_codec(config)
-        host.check_link(config)
+        check_device(config)
+        check_codec(config)
+        check_link(config)
         among = _may_serve(wish, config, security)
         out = _room(wish.out or Path("runs") / config.run.name, config)
         held, begun = _hold(wish, config, run, here.endpoint, among, member)

@@ -25,11 +25,11 @@ from ..sim.swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config, load_config
-from .host import BAD_INPUT, FAILED, check_codec, check_device, prepare_corpus, resolve_architecture
+from .host import FAILED
 from .keys import clock, load
-from .model import partition
 from .one_process import OneProcess
 from .plan import with_depth
+from .preparation import BAD_INPUT, check_settings, prepare_corpus
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
@@ -81,7 +81,7 @@ def run_local(
     started = False
     namespaces, isolation, isolated_by = ExitStack(), None, None
     try:
-        width = check(config)
+        width = check_settings(config)
         watch = _watch(config, isolate=isolate)
         if isolate and one_process:
             raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
@@ -152,17 +152,6 @@ def run_local(
             console.print(table)
         console.print(f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl a stage")
     return summary
-
-
-def check(config: RunConfig) -> int:
-    """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
-    check_device(config)
-    check_codec(config)
-    LinkProfile.parse(config.link.link)
-    architecture = resolve_architecture(config)
-    check_codec(config, architecture)
-    partition(architecture.num_hidden_layers, config.pipeline.stages)
-    return architecture.hidden_size
 
 
 def _watch(config: RunConfig, *, isolate: bool) -> Watch:

@@ -151,7 +151,7 @@ def gpu(config: RunConfig | None) -> Finding:
     """torch is imported here: it takes seconds."""
     import torch
 
-    from .host import check_device
+    from .preparation import check_device
 
     wants = config is not None and config.compute.device.startswith("cuda")
     count = torch.cuda.device_count()

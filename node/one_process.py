@@ -30,11 +30,11 @@ from ..sim.report import dense_bytes_one_way
 from ..sim.shaper import LinkProfile
 from .config import RunConfig
 from .data import vocabulary_size
-from .host import check_codec, check_device, prepare_corpus
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
 from .outgoing import chunk_bytes_for
 from .ports import Encoded
+from .preparation import check_codec, check_device, prepare_corpus
 from .runtime import draw
 from .sizes import accounted
 from .stage import Stage
@@ -44,7 +44,7 @@ Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> mess
 
 
 class OneProcess:
-    """All stages of a run. Raises what `node.host.BAD_INPUT` names when the configuration cannot be served."""
+    """All stages of a run. Raises what `node.preparation.BAD_INPUT` names when the configuration cannot be served."""
 
     def __init__(self, config: RunConfig, out: Path | None = None) -> None:
         torch.set_num_threads(1)

@@ -23,9 +23,9 @@ from ..sim.report import read_records
 from ..sim.shaper import LinkError, LinkProfile
 from .config import ConfigError, RunConfig
 from .data import DataError, vocabulary_size
-from .host import check_codec, resolve_architecture
 from .model import ModelError, resolve_model
 from .pace import VOCABULARY, Pace
+from .preparation import check_codec, resolve_architecture
 from .sizes import Sizes
 from .stage import Stage
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import host
+from thinpipe.node import host, preparation
 from thinpipe.node.checkpoint import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.host import Addresses, HostOptions
@@ -542,7 +542,7 @@ def run_cluster(
         patch.setattr(host, "CheckpointStore", cluster.store)
         patch.setattr(host, "prepare_corpus", lambda _: corpus)
         patch.setattr(host, "_until_signal", _until_drained)
-        patch.setattr(host, "check_sliceable", _check_sliceable)
+        patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
         def watched(config: RunConfig, stage: int) -> tuple[Stage, str]:
             built, digest = prepare(config, stage)

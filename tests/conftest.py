@@ -64,7 +64,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_settings(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`section.key` -> value of a run that trains in milliseconds; its corpus is tokenised and in the cache."""
     from thinpipe.node.config import merge, parse_config
-    from thinpipe.node.host import prepare_corpus
+    from thinpipe.node.preparation import prepare_corpus
 
     cache = tmp_path_factory.mktemp("cache")
     settings = {**TINY, "data.source": str(tiny_text), "data.cache": str(cache)}

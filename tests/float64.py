@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from thinpipe.node.config import RunConfig
-from thinpipe.node.host import prepare_corpus
+from thinpipe.node.preparation import prepare_corpus
 from torch import Tensor
 
 from . import textbook

@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 import torch
 from thinpipe.node.config import RunConfig
-from thinpipe.node.host import prepare, prepare_corpus
 from thinpipe.node.link import Link, Read, Write
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess
+from thinpipe.node.preparation import prepare, prepare_corpus
 from thinpipe.node.runtime import Node
 from thinpipe.node.stage import Stage
 from thinpipe.node.wiring import make_link

@@ -18,8 +18,8 @@ from thinpipe.compress.anchors import Anchors
 from thinpipe.compress.boundary import BoundaryContext, CodecError, StageContext
 from thinpipe.compress.mapl import Mapl, MaplReceiver, MaplSender
 from thinpipe.node.config import ConfigError, RunConfig
-from thinpipe.node.host import check_codec, prepare, run_digest
 from thinpipe.node.local import run_local
+from thinpipe.node.preparation import check_codec, prepare, run_digest
 from thinpipe.node.stage import Stage
 from thinpipe.node.tables import TableReceiver, TableSender, gradient_due
 from thinpipe.protocol.errors import Fault, RemoteProtocolError

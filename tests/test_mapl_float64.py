@@ -33,8 +33,8 @@ from thinpipe.compress.boundary import BoundaryContext, Receiver, Sender
 from thinpipe.compress.mapl import Mapl, MaplSender
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.config import RunConfig
-from thinpipe.node.host import prepare, prepare_corpus
 from thinpipe.node.model import partition
+from thinpipe.node.preparation import prepare, prepare_corpus
 from thinpipe.node.stage import Stage
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -1,0 +1,130 @@
+"""From settings to a stage and its data, or one line that says what cannot work.
+
+Nodes, runs on this machine, benchmarks and plans begin here, so that all refuse the same settings in the same words;
+what BAD_INPUT names is for the user to put right. The order is by cost: spellings first, then the model's shape, and
+only then the weights and the text, which take minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..compress.boundary import CodecError
+from ..compress.registry import parse_codec
+from ..protocol.greeting import TABLE_DIGEST
+from ..sim.shaper import LinkError, LinkProfile
+from .addresses import ListenError
+from .config import ConfigError, RunConfig
+from .data import Corpus, DataError, open_corpus, vocabulary_size
+from .dialling import NeighbourMismatch
+from .keys import KeysError
+from .model import ModelError, architecture_digest, check_sliceable, partition, resolve_model, was_tied
+from .pace import VOCABULARY, Pace
+from .paced import PacedCorpus, PacedStage
+from .stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
+
+
+def check_device(config: RunConfig) -> None:
+    """Raises ConfigError for a device that is not there."""
+    try:
+        device = torch.device(config.compute.device)
+    except RuntimeError:
+        raise ConfigError(f"compute.device '{config.compute.device}' is unknown; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
+
+
+def check_link(config: RunConfig) -> None:
+    """Raises ConfigError for a link that is not spelt as links are."""
+    try:
+        LinkProfile.parse(config.link.link)
+    except LinkError as error:
+        raise ConfigError(str(error)) from None
+
+
+def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None) -> None:
+    """Raises ConfigError for a codec or byte format that there is not, or that does not fit this model."""
+    try:
+        boundary = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
+        codec = boundary.codec
+        if architecture is not None:
+            codec.check(architecture.hidden_size)
+            for fmt in (boundary.forward, boundary.backward):
+                fmt.table(codec.wire_width(architecture.hidden_size))
+    except CodecError as error:
+        raise ConfigError(str(error)) from None
+    if codec.table_scale and config.model.pretrained:
+        raise ConfigError(
+            f"codec '{codec.name}': table={codec.table_scale:g} adds a random table to embeddings that are trained "
+            f"already, those of {config.model.path}; say table=0"
+        )
+
+
+def check_settings(config: RunConfig) -> int:
+    """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
+    check_device(config)
+    check_codec(config)
+    check_link(config)
+    architecture = resolve_architecture(config)
+    check_codec(config, architecture)
+    partition(architecture.num_hidden_layers, config.pipeline.stages)
+    return architecture.hidden_size
+
+
+def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
+    """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
+    check_device(config)
+    check_codec(config)
+    architecture = resolve_architecture(config)
+    check_codec(config, architecture)
+    if config.compute.pace:
+        paced = PacedStage(config, architecture, stage)
+        return paced, run_digest(config, architecture)
+    check_sliceable(architecture)
+    if was_tied(architecture) and stage == 0:
+        print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
+    built = Stage(config, architecture, stage)
+    return built, run_digest(config, architecture, built.token_table_digest)
+
+
+def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
+    """What two neighbours must share: hex SHA-256 of settings and architecture; of the table that each generated."""
+    whole = hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
+    return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
+
+
+def resolve_architecture(config: RunConfig) -> PretrainedConfig:
+    """The model's, with the vocabulary of its text, which a paced run does not read. Raises what BAD_INPUT names."""
+    settings = config.model
+    if config.compute.pace:
+        pace = Pace.parse(config.compute.pace)
+        if pace.stages != config.pipeline.stages:
+            raise ConfigError(f"compute.pace {config.compute.pace}: pipeline.stages is {config.pipeline.stages}")
+        vocab = settings.vocab_size or VOCABULARY
+    else:
+        vocab = vocabulary_size(config.data, settings.vocab_size)
+    return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
+
+
+def prepare_corpus(config: RunConfig) -> Corpus:
+    """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
+    if config.compute.pace:
+        return PacedCorpus(config)
+    vocab = vocabulary_size(config.data, config.model.vocab_size)
+    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
+    needed = config.evaluation_microbatches * config.microbatch_size
+    if corpus.heldout_sequences < needed:
+        raise DataError(
+            f"{config.data.source} has {corpus.heldout_sequences} held-out sequences of {config.data.sequence_length} "
+            f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
+        )
+    return corpus

@@ -41,7 +41,7 @@ from thinpipe.protocol.messages import (
 from thinpipe.sim.proxy import Proxy
 from thinpipe.sim.swarm import free_ports, node_environment
 
-DEADLINE_S = 60.0  # of a busy machine; a quiet one needs a third
+DEADLINE_S = 120.0  # of a slow and busy machine; a quiet one needs a sixth
 LIMITS = Limits(message_bytes=2**26)
 
 

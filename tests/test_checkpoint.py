@@ -215,7 +215,7 @@ def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path)
         "print(json.dumps([run.train_from(4), run.digests()]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == [losses, run.digests()]
@@ -1033,7 +1033,7 @@ def test_a_listing_waits_for_no_tensor_library(run_directory: Path) -> None:
         f"app(['checkpoint', 'verify', {str(run_directory)!r}], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "resumable" in done.stdout
 

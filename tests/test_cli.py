@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 STAGES = 2
 
 

@@ -489,7 +489,7 @@ def test_two_processes_build_at_once(tmp_path):
             assert builder.stdin is not None
             builder.stdin.write("go\n")
             builder.stdin.flush()
-        said = [builder.communicate(timeout=60) for builder in builders]
+        said = [builder.communicate(timeout=120) for builder in builders]
     finally:
         for builder in builders:
             builder.kill()

@@ -30,7 +30,7 @@ SETTINGS = {
     "codec.backward": "int4",
     "link.link": "200mbit,2ms",
 }
-END_S = 120.0
+END_S = 180.0
 
 
 @pytest.fixture(scope="module")

@@ -284,7 +284,7 @@ def test_the_command_line_says_the_same_of_both(tiny: TinyConfig, tmp_path: Path
             env=node_environment(),
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=200,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout), read_outcome(tmp_path / name, 2)

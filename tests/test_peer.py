@@ -24,7 +24,7 @@ def test_the_peer_has_the_losses_of_one_process(tiny: TinyConfig, tmp_path: Path
     environment = {**node_environment(), "GLOO_SOCKET_IFNAME": "lo"}
     above = subprocess.Popen([*command, "0"], env=environment)
     try:
-        subprocess.run([*command, "1"], env=environment, check=True, timeout=100)
+        subprocess.run([*command, "1"], env=environment, check=True, timeout=200)
         assert above.wait(20) == 0
     finally:
         above.kill()

@@ -355,7 +355,7 @@ def test_a_live_swarm_by_its_directory_and_over_http(live: tuple[Path, int, Any]
         assert re.search(r"0-1 +activations +\d+\.\d, 0 +\d+\.\d, 0 +\d+\.\d\d%", result.stdout)
         assert re.search(r"ratio \d+\.\d\dx", result.stdout)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode == 0
     result = CliRunner().invoke(app, ["top", str(run)], env={"COLUMNS": "200"})
     assert result.exit_code == 0

@@ -85,7 +85,10 @@ def test_a_cap_that_is_not_there_is_seen(settings: Path, tmp_path: Path) -> None
     """Nodes that are told that the kernel caps them, where it does not."""
     link = ("--link", "20mbit,kernel=rate", "--set", "link.verify=fail")
     done = subprocess.run(
-        command(settings, tmp_path / "run", "--json", "--steps", "2", *link), capture_output=True, text=True, timeout=120
+        command(settings, tmp_path / "run", "--json", "--steps", "2", *link),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 1
     assert "the cap does not hold" in done.stderr

@@ -10,7 +10,7 @@ Nobody is left behind: when the node's end of the pipe closes, however it died, 
 (hivemind's process, p2pd) asks the kernel to be killed with its parent, for the case that this process is killed.
 
 What goes through the pipes is msgpack behind a length of four bytes, one answer for each question. What comes over the
-network has to pass `SignedRecords` before hivemind keeps it or hands it on.
+network has to pass the rules of `node.dht_records` before hivemind keeps it or hands it on.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ import asyncio
 import contextlib
 import ctypes
 import functools
-import math
 import os
 import queue
-import re
 import signal
 import sys
 import threading
@@ -34,13 +32,12 @@ from typing import IO, Any
 import msgpack
 import psutil
 
+from .dht_records import read_by_record, validator
+
 PIPE_BYTES_MAX = 16 * 2**20
 START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine
 PEER_S = 2.0  # for one answer of one peer; of one that has just died nobody else knows yet, so who comes waits for it
-VALUE_BYTES_MAX = 64 * 1024
-KEPT_S_MAX = 600.0
 RECORDS_MAX = 4096  # of a key, that are handed on
-HELD_RECORDS_MAX, HELD_BYTES_MAX = 16384, 64 * 2**20  # of all keys, that strangers can make this process keep
 PR_SET_PDEATHSIG = 1
 
 
@@ -69,77 +66,6 @@ def read_frame(pipe: IO[bytes]) -> Any:
     return msgpack.unpackb(raw) if len(raw) == size else None
 
 
-# -- what may be kept -----------------------------------------------------------------------------------------------
-
-OWNER = re.compile(rb"\[owner:ssh-rsa [A-Za-z0-9+/=]{360,760}\]")  # 2048 to 4096 bits
-
-
-class Held:
-    """How much strangers have had kept here: (key, subkey) -> (expiration, bytes). Who is in may stay; who comes when
-    it is full is turned away."""
-
-    def __init__(self, records_max: int = HELD_RECORDS_MAX, bytes_max: int = HELD_BYTES_MAX) -> None:
-        self._records_max, self._bytes_max = records_max, bytes_max
-        self._held: dict[tuple[bytes, bytes], tuple[float, int]] = {}
-        self._nbytes = 0
-
-    def take(self, place: tuple[bytes, bytes], expires_s: float, nbytes: int, now_s: float) -> bool:
-        """Whether there is room; it is taken then."""
-        if not self._fits(place, nbytes):
-            for old in [old for old, (until_s, _) in self._held.items() if until_s < now_s]:
-                self._nbytes -= self._held.pop(old)[1]
-            if not self._fits(place, nbytes):
-                return False
-        before = self._held.get(place, (0.0, 0))
-        self._held[place] = (max(expires_s, before[0]), nbytes)
-        self._nbytes += nbytes - before[1]
-        return True
-
-    def _fits(self, place: tuple[bytes, bytes], nbytes: int) -> bool:
-        known = self._held.get(place)
-        count = len(self._held) + (known is None)
-        return count <= self._records_max and self._nbytes + nbytes - (known[1] if known else 0) <= self._bytes_max
-
-
-def acceptable(subkey: bytes, value: bytes, expires_s: float, now_s: float) -> bool:
-    """Whether a record has the form of ours, its signature taken off: bytes of bounded size, in the place of one owner,
-    for a bounded time. hivemind itself parses whatever it is sent, and waits for ever for a value that it cannot parse.
-    """
-    if len(value) > VALUE_BYTES_MAX + 16 or len(subkey) > 1024 or not math.isfinite(expires_s):
-        return False
-    if expires_s > now_s + KEPT_S_MAX:
-        return False
-    try:
-        owner, body = msgpack.unpackb(subkey), msgpack.unpackb(value)
-    except Exception:  # msgpack raises ValueError, TypeError, RecursionError and its own kinds, by input
-        return False
-    return type(owner) is bytes and OWNER.fullmatch(owner) is not None and type(body) is bytes
-
-
-def validator() -> Any:
-    """hivemind's RSASignatureValidator, for records of our form alone."""
-    from hivemind.dht.crypto import RSASignatureValidator
-
-    class SignedRecords(RSASignatureValidator):
-        def __init__(self) -> None:
-            super().__init__()
-            self._here = Held()
-
-        def validate(self, record: Any) -> bool:
-            subkey = record.subkey or b""
-            now_s = time.time()
-            try:
-                if not acceptable(subkey, self.strip_value(record), record.expiration_time, now_s):
-                    return False
-                if not super().validate(record):
-                    return False
-            except Exception:  # a key that is none
-                return False
-            return self._here.take((record.key, subkey), record.expiration_time, len(record.value), now_s)
-
-    return SignedRecords()
-
-
 # -- hivemind -------------------------------------------------------------------------------------------------------
 
 
@@ -151,6 +77,7 @@ def start_dht(peers: list[str], listen: list[str], announce: list[str] | None, c
         def run(self) -> None:
             """In the forked process: it goes with this one, and p2pd with it."""
             die_with_parent(signal.SIGKILL)
+            read_by_record()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             spawn = asyncio.subprocess.create_subprocess_exec
             asyncio.subprocess.create_subprocess_exec = functools.partial(

@@ -103,6 +103,8 @@ async def ask_door(
     address: str, security: Security = PLAIN, ask: Ask | None = None, *, deadline_s: float = WAIT_S
 ) -> Answered:
     """Ask at the door at `address` (host:port). Raises DoorError."""
+    if not security.may_dial(address):
+        raise DoorError(f"{address} leaves this machine, and this node has neither --keys nor --insecure", 2)
     try:
         target = await reachable(address, deadline_s, REMEDY)
         async with stream(address, target, SWARM_METHOD, deadline_s, security, REMEDY) as (read, write):

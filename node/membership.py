@@ -68,6 +68,7 @@ class Membership:
     clock: Callable[[], float] = time.monotonic
     _complaint: str = ""
     _rival: str = ""
+    _barred: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was said to be so
     _seen: list[Seen] = field(default_factory=list)
     _seen_at_s: float = float("-inf")
     _lifecycle: Lifecycle | None = None
@@ -107,6 +108,7 @@ class Membership:
         It gives the best record's endpoint, if a connection to it is not refused; one that it gave lately, so that the
         dialler must have failed there, comes after the others. Where no record says, a neighbour that was there may
         live all the same, cut off from the DHT: then it gives the last endpoint again, unless its node said goodbye.
+        What a record says is nobody's leave to send plain text out of this machine: such endpoints are not given.
         """
         given: dict[str, float] = {}
 
@@ -119,8 +121,10 @@ class Membership:
             except DiscoveryError as error:
                 self._complain(report, str(error))
                 return last()
-            candidates = [each.record.endpoint for each in of_stage(seen, stage)]
+            told = [each.record.endpoint for each in of_stage(seen, stage)]
+            candidates = [endpoint for endpoint in told if self.security.may_dial(endpoint)]
             if not candidates:
+                self._bar(report, stage, told)
                 left = {each.record.endpoint for each in seen if each.record.state is State.LEFT}
                 return None if last() in left else last()
             now = self.clock()
@@ -206,6 +210,16 @@ class Membership:
             )
         return None
 
+    def _bar(self, report: Report, stage: int, endpoints: list[str]) -> None:
+        if endpoints and self._barred.get(stage) != endpoints[0]:
+            self._barred[stage] = endpoints[0]
+            report(
+                "discovery",
+                f"stage {stage} is told to be at {endpoints[0]}, which leaves this machine and is not dialled: start "
+                "this node with --keys DIR (thinpipe keys issue makes one), or with --insecure, if whoever can reach "
+                "it may read and change the run",
+            )
+
     def _complain(self, report: Report, line: str) -> None:
         if line and line != self._complaint:
             report("discovery", f"{line}; training goes on, but who comes may not find this node")
@@ -240,6 +254,8 @@ class Membership:
 
     async def _dialled_here(self) -> str:
         """Why it cannot be reached, or nothing."""
+        if not self.security.may_dial(self.record.endpoint):
+            return ""  # behind a port map: the doors tell
         try:
             answered = await ask_door(self.record.endpoint, self.security, deadline_s=5.0)
         except DoorError as error:

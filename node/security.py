@@ -8,7 +8,8 @@ One object carries it to everything that listens or dials. Both ends show a cert
   the greeting have to be among the certificate's names, or the peer is refused by name (`wrong-certificate`).
 
 Plain text is for loopback. What leaves the machine needs keys, unless somebody says `--insecure`; a default that is
-secure only where one remembers it would be none. Why TLS and not a VPN's business: a VPN keeps strangers out, and lets
+secure only where one remembers it would be none. That holds for addresses that are typed (`choose`) and for those that
+are learnt from the DHT (`may_dial`). Why TLS and not a VPN's business: a VPN keeps strangers out, and lets
 any machine in it take any stage.
 """
 
@@ -42,9 +43,10 @@ class Called(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """keys: None for plain text."""
+    """keys: None for plain text. insecure: whether plain text may leave the machine."""
 
     keys: Keys | None = None
+    insecure: bool = False
     clock: Callable[[], datetime] = clock
 
     @property
@@ -59,8 +61,12 @@ class Security:
 
     # -- who dials ---------------------------------------------------------------------------------------------------
 
+    def may_dial(self, address: str) -> bool:
+        """Whether it may be talked to as this node talks. Raises ListenError for what is no host:port."""
+        return self.keys is not None or self.insecure or is_loopback(address)
+
     def channel(self, address: str, stage: int | None, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
-        """To a node of that stage; None: to any of the run."""
+        """To a node of that stage; None: to any of the run. Whether that may be, who learnt the address has asked."""
         if self.keys is None:
             return grpc.aio.insecure_channel(address, options=options)
         credentials = grpc.ssl_channel_credentials(
@@ -144,4 +150,4 @@ def choose(
                 f"{option} {address} leaves this machine, so it needs --keys DIR (thinpipe keys issue makes one); "
                 "or say --insecure, if whoever can reach it may read and change the run"
             )
-    return PLAIN
+    return Security(insecure=insecure)

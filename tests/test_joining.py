@@ -35,7 +35,7 @@ from thinpipe.node.joining import Member
 from thinpipe.node.membership import RETURN_EVERY_S, Membership, Throughput
 from thinpipe.node.multiaddr import Multiaddr, seen_from
 from thinpipe.node.reach import reachable
-from thinpipe.node.security import PLAIN
+from thinpipe.node.security import PLAIN, Security
 from thinpipe.node.shared_config import agreed, believed, told
 from thinpipe.node.status import as_figures, status_table
 from thinpipe.node.transport import serving
@@ -573,7 +573,8 @@ def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
     async def story() -> None:
         nonlocal now_s, told
         dht = cast("Discovery", Dht())
-        member = Membership(discovery=dht, record=RECORD, run=RUN, clock=lambda: now_s)
+        security = Security(insecure=True)
+        member = Membership(discovery=dht, record=RECORD, run=RUN, security=security, clock=lambda: now_s)
         where = member.where(2, lambda *_: None)
         assert await where() == below.record.endpoint
         stale, left = replace(below, age_s=100.0), replace(below, record=replace(below.record, state=State.LEFT))
@@ -585,6 +586,38 @@ def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
         assert await member.where(3, lambda *_: None)() is None
 
     asyncio.run(story())
+
+
+def test_plain_text_does_not_leave_the_machine_because_a_record_says_so() -> None:
+    """Without --insecure; with it, or with keys, the record is believed."""
+    near, far = (Seen(record=replace(RECORD, stage=2, endpoint=e), age_s=1.0) for e in ("127.0.0.1:9", "192.0.2.7:9"))
+    told: list[Seen] = [far]
+
+    class Dht:
+        def read(self, *_: Any) -> tuple[list[Seen], Counter[str]]:
+            return told, Counter()
+
+    async def story(security: Security) -> tuple[list[str | None], list[str]]:
+        nonlocal told
+        now_s, said = 0.0, list[str]()
+        member = Membership(
+            discovery=cast("Discovery", Dht()), record=RECORD, run=RUN, security=security, clock=lambda: now_s
+        )
+        where, found = member.where(2, lambda _, line: said.append(line)), []
+        for records in ([far], [far], [far, near]):
+            now_s, told = now_s + 10.0, records
+            found.append(await where())
+        return found, said
+
+    found, said = asyncio.run(story(Security()))
+    assert found == [None, None, "127.0.0.1:9"]
+    assert len(said) == 1
+    assert "stage 2 is told to be at 192.0.2.7:9, which leaves this machine and is not dialled" in said[0]
+    found, said = asyncio.run(story(Security(insecure=True)))
+    assert found[:2] == ["192.0.2.7:9"] * 2
+    assert not said
+    with pytest.raises(DoorError, match=r"192\.0\.2\.7:9 leaves this machine"):
+        asyncio.run(ask_door("192.0.2.7:9"))
 
 
 ECHO = """

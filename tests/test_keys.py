@@ -35,7 +35,7 @@ from thinpipe.node.certificates import (
     stage_name,
 )
 from thinpipe.node.keys import KeysError, describe, init, issue, load, parse_stages
-from thinpipe.node.security import PLAIN, choose
+from thinpipe.node.security import PLAIN, Security, choose
 from typer.testing import CliRunner
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -385,10 +385,10 @@ def test_wrong_use_is_one_line(arguments: list[str], expected: str, tmp_path: Pa
 
 def test_what_stays_on_this_machine_needs_no_keys(node: Path) -> None:
     for address in ("127.0.0.1:7001", "127.8.9.10:7001", "[::1]:7001", "localhost:7001"):
-        assert choose(None, insecure=False, listen=address, dial=address) is PLAIN
+        assert choose(None, insecure=False, listen=address, dial=address) == PLAIN
     for address in ("0.0.0.0:7001", "[::]:7001", "10.77.0.1:7001", "localhost.example:7001", "[::ffff:127.0.0.1]:7001"):
         for where in ({"listen": address}, {"dial": address}):
             with pytest.raises(KeysError, match="leaves this machine"):
                 choose(None, insecure=False, **where)
-            assert choose(None, insecure=True, **where) is PLAIN
+            assert choose(None, insecure=True, **where) == Security(insecure=True)
             assert choose(node, insecure=False, run="my-run", stages=[1], now=NOW, **where).keys

@@ -11,7 +11,6 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.node.dht import OWNER, Held, acceptable
 from thinpipe.protocol.claims import SETTLE_S, begun, better, choose, needy, of_stage, rival, through
 from thinpipe.protocol.door import (
     ASK_BYTES_MAX,
@@ -314,37 +313,3 @@ def test_of_many_who_claim_each_stage_is_held_by_one(count: int, seed: int) -> N
         else:
             table[node] = replace(table[node], state=State.STARTING)
     assert len(held) == 1
-
-
-# -- what the DHT's process lets in ---------------------------------------------------------------------------------
-
-OWN = b"[owner:ssh-rsa " + b"A" * 372 + b"]"
-
-
-def test_only_records_of_our_form_are_kept() -> None:
-    subkey, value = msgpack.packb(OWN), msgpack.packb(b"x")
-    assert OWNER.fullmatch(OWN)
-    assert acceptable(subkey, value, 1100.0, 1000.0)
-    for odd_subkey in (
-        b"",
-        msgpack.packb(None),
-        msgpack.packb("text"),
-        msgpack.packb(b"me"),
-        msgpack.packb(OWN + b"x"),
-        b"\xc1",
-    ):
-        assert not acceptable(odd_subkey, value, 1100.0, 1000.0)
-    for odd in (b"", b"\xc1", msgpack.packb("text"), msgpack.packb({}), value + b"more", msgpack.packb(b"x" * 70_000)):
-        assert not acceptable(subkey, odd, 1100.0, 1000.0)
-    for until_s in (float("inf"), float("nan"), 1e6):
-        assert not acceptable(subkey, value, until_s, 1000.0)
-
-
-def test_a_flood_keeps_out_who_comes_and_nobody_who_is_in() -> None:
-    held = Held(records_max=3, bytes_max=100)
-    for name in (b"a", b"b", b"c"):
-        assert held.take((b"key", name), 50.0, 10, 0.0)
-    assert not held.take((b"key", b"d"), 50.0, 10, 1.0)
-    assert held.take((b"key", b"a"), 60.0, 20, 1.0)
-    assert not held.take((b"key", b"a"), 60.0, 90, 1.0)
-    assert held.take((b"key", b"d"), 90.0, 10, 51.0)  # b and c are over

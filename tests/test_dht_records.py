@@ -1,0 +1,128 @@
+"""What the DHT's process keeps and hands on, by itself, and beside a member of the DHT that lies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgpack
+import psutil
+import pytest
+from thinpipe.node.dht_records import OWNER, Held, acceptable
+from thinpipe.sim.swarm import node_environment
+
+from .real_node import until
+
+OWN = b"[owner:ssh-rsa " + b"A" * 372 + b"]"
+
+
+def test_only_records_of_our_form_are_kept() -> None:
+    subkey, value = msgpack.packb(OWN), msgpack.packb(b"x")
+    assert OWNER.fullmatch(OWN)
+    assert acceptable(subkey, value, 1100.0, 1000.0)
+    for odd_subkey in (
+        b"",
+        msgpack.packb(None),
+        msgpack.packb("text"),
+        msgpack.packb(b"me"),
+        msgpack.packb(OWN + b"x"),
+        b"\xc1",
+    ):
+        assert not acceptable(odd_subkey, value, 1100.0, 1000.0)
+    for odd in (b"", b"\xc1", msgpack.packb("text"), msgpack.packb({}), value + b"more", msgpack.packb(b"x" * 70_000)):
+        assert not acceptable(subkey, odd, 1100.0, 1000.0)
+    for until_s in (float("inf"), float("nan"), 1e6):
+        assert not acceptable(subkey, value, until_s, 1000.0)
+
+
+def test_a_flood_keeps_out_who_comes_and_nobody_who_is_in() -> None:
+    held = Held(records_max=3, bytes_max=100)
+    for name in (b"a", b"b", b"c"):
+        assert held.take((b"key", name), 50.0, 10, 0.0)
+    assert not held.take((b"key", b"d"), 50.0, 10, 1.0)
+    assert held.take((b"key", b"a"), 60.0, 20, 1.0)
+    assert not held.take((b"key", b"a"), 60.0, 90, 1.0)
+    assert held.take((b"key", b"d"), 90.0, 10, 51.0)  # b and c are over
+
+
+# -- hivemind, for real ----------------------------------------------------------------------------------------------
+
+# Takes and tells whatever it is told, beside records of its own that nobody signed, as fresh as it likes to say.
+LIAR = """
+import sys, time, hivemind
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.proto import dht_pb2
+find = DHTProtocol.rpc_find
+async def rpc_find(self, request: dht_pb2.FindRequest, context: hivemind.p2p.P2PContext) -> dht_pb2.FindResponse:
+    response = await find(self, request, context)
+    for result in response.results:
+        result.expiration_time = 1e18
+    return response
+DHTProtocol.rpc_find = rpc_find
+dht = hivemind.DHT(start=True, record_validators=[], nat_port_map=False, auto_nat=False, use_relay=False)
+for number in range(5):
+    assert dht.store("key", b"forged", time.time() + 100, subkey=b"nobody %d" % number)
+print(dht.get_visible_maddrs()[0], flush=True)
+time.sleep(300)
+"""
+
+OWNER_OF_ONE = """
+import sys, time
+from thinpipe.node.dht import start_dht
+dht, place = start_dht(sys.argv[1:], ["/ip4/127.0.0.1/tcp/0"], None, False)
+print(dht.store("key", b"signed", time.time() + 100, subkey=place))
+dht.shutdown()
+"""
+
+READER = """
+import json, sys, time
+from thinpipe.node import dht as process
+from thinpipe.node.dht_records import Held, validator
+process.validator = lambda: validator(Held(records_max=0))  # it has no room left for anything
+dht, place = process.start_dht(sys.argv[1:], ["/ip4/127.0.0.1/tcp/0"], None, False)
+found = dht.get("key", latest=True)
+values = None if found is None else [each.value.decode() for each in found.value.values()]
+print(json.dumps({"values": values, "ahead_s": found and found.expiration_time - time.time()}))
+dht.shutdown()
+"""
+
+
+@pytest.fixture
+def liar(tmp_path: Path) -> Iterator[str]:
+    """Its multiaddr."""
+    log = tmp_path / "liar.log"
+    with log.open("w") as out:
+        process = subprocess.Popen([sys.executable, "-c", LIAR], stdout=out, stderr=out, env=node_environment())
+    try:
+        until(lambda: "/p2p/" in log.read_text() or process.poll() is not None, "the liar to be there")
+        assert process.poll() is None, log.read_text()
+        yield next(line for line in log.read_text().splitlines() if line.startswith("/ip"))
+    finally:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for each in family:
+            each.kill()
+        process.wait(10)
+
+
+def of(script: str, address: str) -> str:
+    """The last line that the script prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, address],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=node_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_a_reader_hears_what_is_signed_beside_forgeries_and_with_a_full_shelf(liar: str) -> None:
+    assert of(OWNER_OF_ONE, liar) == "True"
+    found = json.loads(of(READER, liar))
+    assert found["values"] == ["signed"]
+    assert 0 < found["ahead_s"] <= 100  # and not as the liar says

@@ -9,7 +9,7 @@ which are for all recipes, and win. The first recipe is what the others are comp
 and the same first weights, unless a recipe's own settings change them. One process computes bit for bit what the swarm
 does (tests/test_parity.py), and counts the same bytes but acknowledgements. Runs that `--out` holds already, made by
 the same command, are not run again; `--jobs` run side by side. With several seeds the table gives the mean and a 95 %
-interval (Student's t) of the paired differences.
+interval (Student's t) of the paired differences, and below it stands each seed's loss.
 """
 
 from __future__ import annotations
@@ -109,11 +109,21 @@ def draw(path: Path, summaries: dict[Recipe, list[dict[str, Any]]], tokens: floa
     figure.savefig(path, dpi=120)
 
 
+def by_seed(summaries: dict[Recipe, list[dict[str, Any]]], seeds: range) -> tuple[str, str]:
+    """The seeds, and each recipe's losses in their order."""
+    lines: list[str] = []
+    for recipe, of in summaries.items():
+        losses = ", ".join(f"{summary['val_loss']:.4f}" for summary in of)
+        lines.append(f"{recipe.name} {losses}")
+    return ", ".join(map(str, seeds)), "; ".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", action="append", required=True, type=Recipe.parse, metavar=METAVAR)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many")
+    parser.add_argument("--first-seed", type=int, default=1, metavar="N")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--plot", type=Path, help="also draw loss against bytes, as PNG")
@@ -123,7 +133,7 @@ def main() -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         parser.error(f"two recipes are called '{twice[0]}'; their runs would share a directory")
     shared = ["--steps", str(given.steps)] + [part for item in given.set for part in ("--set", item)]
-    seeds = range(1, given.seeds + 1)
+    seeds = range(given.first_seed, given.first_seed + given.seeds)
     with ThreadPoolExecutor(given.jobs) as pool:
         runs = {
             recipe: [pool.submit(train, given.out, recipe, seed, shared) for seed in seeds] for recipe in given.recipe
@@ -145,6 +155,7 @@ def main() -> None:
             f"| {statistics.mean(losses):.4f} | {statistics.mean(over):+.2f}{spread} % "
             f"| {of[0]['bytes_per_token']:.1f} | {of[0]['ratio']:.1f} |"
         )
+    print("\nBy seed ({}): {}.".format(*by_seed(summaries, seeds)))
     if given.plot:
         draw(given.plot, summaries, one["tokens"])
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from thinpipe.node.config import RunConfig, load_config
+from thinpipe.node.measuring.pace import Pace
 from thinpipe.node.metrics import Lap, MetricsWriter
 from thinpipe.node.model import build_stage
 from thinpipe.node.optim import StageOptimizer
-from thinpipe.node.pace import Pace
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from torch import Tensor, distributed, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B

@@ -15,8 +15,8 @@ from __future__ import annotations
 import argparse
 
 from thinpipe.node.config import merge, parse_config
+from thinpipe.node.measuring.sizes import Sizes
 from thinpipe.node.model import resolve_model
-from thinpipe.node.sizes import Sizes
 from thinpipe.protocol.schedule import get_schedule
 from thinpipe.sim.pipeline import Boundary, StageTimes, simulate
 from thinpipe.sim.shaper import LinkProfile

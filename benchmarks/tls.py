@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from thinpipe.node.config import RunConfig, dump_config, merge, parse_config
-from thinpipe.node.keys import clock, init, issue
+from thinpipe.node.security.keys import clock, init, issue
 from thinpipe.sim.bench import STEADY_WITHIN, Cell, measure
 from thinpipe.sim.swarm import run_swarm
 

@@ -55,7 +55,7 @@ def chaos(
         "link.link": link,
     }
     settings = configuration(None, {**small, **options}, overrides)
-    from ..node.chaos import run_chaos
+    from ..node.measuring.chaos import run_chaos
 
     with run_errors(out):
         found, survived = run_chaos(settings, out, count=kills, every_s=every, kinds=chosen, seed=seed, quiet=as_json)

@@ -45,8 +45,8 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
     if not (run / "run.toml").is_file():
         fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
     settings = configuration(run / "run.toml", {}, None)
-    from ..node.manifest import CheckpointError
-    from ..node.survey import survey, survey_table
+    from ..node.checkpoints.manifest import CheckpointError
+    from ..node.checkpoints.survey import survey, survey_table
 
     directory = settings.checkpoint.path(run)
     try:

@@ -267,7 +267,7 @@ def _shared(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[Run
     """What stands in RUN/run.toml, and options for the node: what was `given` here and may differ from it. Ends with 2
     where it may not."""
     from ..node.config import ConfigError, load_config
-    from ..node.shared_config import differences
+    from ..node.discovery.shared_config import differences
 
     try:
         shared = load_config(path)

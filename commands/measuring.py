@@ -63,8 +63,8 @@ def plan(
         "data.sequence_length": sequence_length,
     }
     from ..node.config import ConfigError
-    from ..node.pace import Pace
-    from ..node.plan import PLANNED, planned
+    from ..node.measuring.pace import Pace
+    from ..node.measuring.plan import PLANNED, planned
 
     try:
         paced = None if pace is None else Pace.parse(pace)
@@ -94,7 +94,7 @@ def plan(
 
         Console().print(*plan_tables(figures), sep="\n")
     if timeline:
-        from ..node.plan import events
+        from ..node.measuring.plan import events
         from ..sim.trace import draw
 
         draw(events(simulated), settings.pipeline.stages, timeline, window_s=figures["step_s"])
@@ -136,9 +136,9 @@ def bench(
     Cells that --out holds already are not run again. Exit code 1 if a cell failed or does not count.
     """
     one_arithmetic_thread()
-    from ..node.bench import Grid, run_bench, split_codecs
     from ..node.config import ConfigError, parse_override
-    from ..node.plan import PLANNED
+    from ..node.measuring.bench import Grid, run_bench, split_codecs
+    from ..node.measuring.plan import PLANNED
 
     links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
     if not (pace or free_running):
@@ -203,11 +203,11 @@ def probe(
         if given and other:
             fail(f"{option} does not go with --{'to' if other is to else 'listen'}; leave it away", 2)
     from ..node.addresses import ListenError
-    from ..node.keys import KeysError
-    from ..node.probe import listen as answer
-    from ..node.probe import print_probe
-    from ..node.reach import ProbeError
-    from ..node.security import choose
+    from ..node.probing.probe import listen as answer
+    from ..node.probing.probe import print_probe
+    from ..node.probing.reach import ProbeError
+    from ..node.security.keys import KeysError
+    from ..node.security.policy import choose
 
     try:
         security = choose(keys, insecure=insecure, listen=listen, dial=to, dial_option="--to")

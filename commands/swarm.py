@@ -37,11 +37,11 @@ def dht(
     one_arithmetic_thread()
     run = configuration(config, {}, None) if config else None
     from ..node.addresses import ListenError
-    from ..node.bootstrap import serve
     from ..node.config import ConfigError
-    from ..node.discovery import DiscoveryError
-    from ..node.entrance import choose_for
-    from ..node.keys import KeysError
+    from ..node.discovery.bootstrap import serve
+    from ..node.discovery.client import DiscoveryError
+    from ..node.discovery.entrance import choose_for
+    from ..node.security.keys import KeysError
 
     try:
         security = choose_for(join or (), keys, insecure=insecure, listen=listen)
@@ -65,10 +65,10 @@ def status(
         fail("say whom to ask: --join host:port of any node or bootstrap", 2)
     from ..node.addresses import ListenError
     from ..node.config import ConfigError
-    from ..node.discovery import DiscoveryError
-    from ..node.entrance import choose_for
-    from ..node.keys import KeysError
-    from ..node.status import find_status, status_table
+    from ..node.discovery.client import DiscoveryError
+    from ..node.discovery.entrance import choose_for
+    from ..node.discovery.status import find_status, status_table
+    from ..node.security.keys import KeysError
 
     try:
         found = find_status(tuple(join), run, choose_for(join, keys, insecure=insecure))

@@ -152,7 +152,7 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     if auto and auto.partition(":")[0] == own.pipeline.schedule.partition(":")[0]:
         del given["pipeline.schedule"]
     settings = configuration(path, given, None)
-    from ..node.shared_config import LOCAL, differences
+    from ..node.discovery.shared_config import LOCAL, differences
 
     if settings.digest() != own.digest():
         fail(
@@ -244,9 +244,9 @@ def node(
         return _check(settings, stage)
     from ..node.addresses import ListenError
     from ..node.host import Addresses, HostError, HostOptions, check_input, host
-    from ..node.keys import KeysError
     from ..node.local import LocalRunError, writable
-    from ..node.security import choose
+    from ..node.security.keys import KeysError
+    from ..node.security.policy import choose
 
     addresses = Addresses(listen=listen, next=next_)
     try:
@@ -288,11 +288,11 @@ def _join(
     resume: bool,
 ) -> None:
     from ..node.addresses import ListenError
-    from ..node.claiming import RunThrough, StageTaken
     from ..node.config import ConfigError, parse_override
-    from ..node.discovery import DiscoveryError
-    from ..node.joining import Wish, join
-    from ..node.keys import KeysError
+    from ..node.discovery.claiming import RunThrough, StageTaken
+    from ..node.discovery.client import DiscoveryError
+    from ..node.discovery.joining import Wish, join
+    from ..node.security.keys import KeysError
 
     try:
         given = {key: value for key, value in options.items() if value is not None}

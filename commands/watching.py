@@ -57,9 +57,9 @@ def doctor(
     one_arithmetic_thread()
     settings = configuration(config, {}, None) if config else None
     from ..node.addresses import ListenError
-    from ..node.doctor import Questions
-    from ..node.doctor import doctor as examine
     from ..node.model import ModelError
+    from ..node.probing.doctor import Questions
+    from ..node.probing.doctor import doctor as examine
 
     directory = out or (config.parent if config else Path())
     questions = Questions(listen=listen, to=to, keys=keys, insecure=insecure, config=settings, out=directory)

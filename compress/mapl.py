@@ -11,7 +11,7 @@ The gradient of A has two halves, X̃ᵀ dZ with X̃ = H - a[t] at the sender an
 receiver sends its half once a step; autograd gives each its own, because each holds A as a leaf of its own graph. With
 both halves and no rounding Aᵀg is symmetric, so what moves is the subspace; the sender's half alone adds a rotation
 that means nothing and loses half of the signal. The sender owns A, steps it on the manifold (SPEL, `compress.stiefel`)
-and codes with what the receiver holds; how the change travels is not known here (`node.tables`).
+and codes with what the receiver holds; how the change travels is not known here (`node.boundary.tables`).
 
 Why not a fixed subspace (Subspace Networks, arXiv 2506.01260): the same bytes, and the model must be constrained to
 stay in it. Why not a free matrix: without the manifold, encoder and decoder drift apart in scale and the published loss

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..sim.report import OUTSIDE_RATIO
-from .link import Link
+from .links.link import Link
 from .metrics import Lap, Stopwatch
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from ..protocol.errors import Fault, RemoteProtocolError
 from ..protocol.messages import Kind, Message
-from .link import Link
+from .boundary.ports import Received
+from .links.link import Link
 from .metrics import Stopwatch, Tracer
 from .patience import Patience
-from .ports import Received
 
 T = TypeVar("T")
 Reporter = Callable[[str, str], None]  # (fault code, one line for people)

@@ -24,24 +24,24 @@ from ..protocol.errors import ProtocolError
 from ..protocol.greeting import Identity
 from ..sim.endpoint import EndpointError
 from .addresses import check_listen, split_address
-from .checkpoint import CheckpointError, CheckpointStore
+from .checkpoints.manifest import Fingerprint
+from .checkpoints.store import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
-from .dialling import Where, dial, dial_control
 from .flow import Reporter
 from .lifecycle import Lifecycle
-from .link import LinkLost
-from .manifest import Fingerprint
+from .links.dialling import Where, dial, dial_control
+from .links.link import LinkLost
+from .links.transport import listening
+from .links.transport import serving as serving_only
 from .metrics import MetricsWriter, Tracer
 from .optim import OptimizerError
 from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
-from .security import PLAIN, Security
+from .security.policy import PLAIN, Security
 from .state import StateError
-from .transport import listening
-from .transport import serving as serving_only
-from .watching import Watching
+from .watching.views import Watching
 
 if TYPE_CHECKING:
-    from .membership import Membership
+    from .discovery.membership import Membership
 
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)

@@ -28,17 +28,17 @@ from ..protocol.greeting import Identity
 from ..protocol.rewind import Phase, Rewind
 from ..sim.shaper import LinkProfile, Shaper
 from .account import Account
-from .checkpoint import HELD_TIMES, CheckpointStore
-from .checkpoint_writer import CheckpointWriter
+from .boundary.ports import BoundaryShape
+from .checkpoints.copies import Copies
+from .checkpoints.store import HELD_TIMES, CheckpointStore
+from .checkpoints.writer import CheckpointWriter
 from .config import RunConfig
-from .control import Control, Wanted
-from .copies import Copies
 from .data import Corpus
 from .flow import Reporter, Worker
-from .link import Link
+from .links.control import Control, Wanted
+from .links.link import Link
 from .metrics import MetricsWriter, Tracer
 from .patience import Patience
-from .ports import BoundaryShape
 from .runtime import Node
 from .stage import Stage
 from .state import StageSnapshot

@@ -26,10 +26,10 @@ from ..sim.tc import KernelLinkError
 from ..sim.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config, load_config
 from .host import FAILED
-from .keys import clock, load
+from .measuring.plan import with_depth
 from .one_process import OneProcess
-from .plan import with_depth
 from .preparation import BAD_INPUT, check_settings, prepare_corpus
+from .security.keys import clock, load
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")

@@ -5,7 +5,7 @@ and flushed at once, so a run that is killed leaves everything up to its last st
 needs nothing but `json`, and the records outlive the processes.
 
 Record kinds (`event`): start, ready, step, evaluation, checkpoint, copy, halt, rewind, fault, end, exit. Units are in
-the names. Whoever looks at a run while it goes on (`node.watching`) is given the same records.
+the names. Whoever looks at a run while it goes on (`node.watching.views`) is given the same records.
 """
 
 from __future__ import annotations

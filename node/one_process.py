@@ -28,17 +28,17 @@ from ..protocol.schedule import (
 from ..sim.endpoint import Endpoint
 from ..sim.report import dense_bytes_one_way
 from ..sim.shaper import LinkProfile
+from .boundary.ports import Encoded
 from .config import RunConfig
 from .data import vocabulary_size
+from .links.outgoing import chunk_bytes_for
+from .measuring.sizes import accounted
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
-from .outgoing import chunk_bytes_for
-from .ports import Encoded
 from .preparation import check_codec, check_device, prepare_corpus
 from .runtime import draw
-from .sizes import accounted
 from .stage import Stage
-from .watching import Watching
+from .watching.views import Watching
 
 Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
 

@@ -19,11 +19,11 @@ from ..sim.shaper import LinkError, LinkProfile
 from .addresses import ListenError
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
-from .dialling import NeighbourMismatch
-from .keys import KeysError
+from .links.dialling import NeighbourMismatch
+from .measuring.pace import VOCABULARY, Pace
+from .measuring.paced import PacedCorpus, PacedStage
 from .model import ModelError, architecture_digest, check_sliceable, partition, resolve_model, was_tied
-from .pace import VOCABULARY, Pace
-from .paced import PacedCorpus, PacedStage
+from .security.keys import KeysError
 from .stage import Stage
 
 if TYPE_CHECKING:

@@ -30,14 +30,14 @@ from ..protocol.schedule import (
 from ..sim.link_check import LinkCheck
 from ..sim.report import dense_bytes_one_way
 from .account import Account
+from .boundary.ports import DownstreamPort, Encoded, Received, UpstreamPort
 from .config import RunConfig
 from .data import Corpus
 from .flow import Arrival, Intake, Outbox, Reporter, Worker
-from .link import Link, LinkUnlike
-from .link_probe import probe_s
+from .links.link import Link, LinkUnlike
+from .links.link_probe import probe_s
 from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .patience import Patience
-from .ports import DownstreamPort, Encoded, Received, UpstreamPort
 from .stage import Stage
 
 

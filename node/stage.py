@@ -24,12 +24,12 @@ from ..compress.anchors import token_table
 from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
+from .boundary.ports import BoundaryShape, DownstreamPort, Encoded, Received, UpstreamPort
+from .boundary.tables import gradient_due, moves_after
 from .config import RunConfig
 from .model import WeightGradients, build_stage
 from .optim import OptimStats, StageOptimizer
-from .ports import BoundaryShape, DownstreamPort, Encoded, Received, UpstreamPort
 from .state import StageSnapshot, StageState, StateError, sha256_of
-from .tables import gradient_due, moves_after
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..compress.boundary import CodecError, Receiver, Sender
 from ..protocol.errors import LocalProtocolError
-from .held import DictionaryEnd, Held
+from .boundary.held import DictionaryEnd, Held
 from .optim import StageOptimizer
 
 

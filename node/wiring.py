@@ -9,12 +9,12 @@ from ..protocol.copies import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import Identity
 from ..protocol.session import LinkSession
 from ..sim.shaper import LinkProfile
+from .boundary.ports import BoundaryShape
 from .config import RunConfig
-from .control import ALIVE_EVERY_S
-from .link import Link
+from .links.control import ALIVE_EVERY_S
+from .links.link import Link
+from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
 from .metrics import Tracer
-from .outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
-from .ports import BoundaryShape
 from .stage import Stage
 
 # What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.

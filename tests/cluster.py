@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from thinpipe.node import host, preparation
-from thinpipe.node.checkpoint import CheckpointStore
+from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.host import Addresses, HostOptions
 from thinpipe.node.lifecycle import Lifecycle

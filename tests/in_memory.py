@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from thinpipe.node.config import RunConfig
-from thinpipe.node.link import Link, Read, Write
+from thinpipe.node.links.link import Link, Read, Write
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import prepare, prepare_corpus

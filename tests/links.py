@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from thinpipe.node.link import Link
+from thinpipe.node.links.link import Link
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.messages import Limits
 from thinpipe.protocol.session import Identity, LinkSession

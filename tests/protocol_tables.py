@@ -10,10 +10,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from thinpipe.node.control import ALIVE_EVERY_S, QUEUED_MAX
-from thinpipe.node.copies import DECLINED_MAX
-from thinpipe.node.dialling import PERMANENT, RETRY_FIRST_S, RETRY_MOST_S, THEIR_PLACE
-from thinpipe.node.transport import CONNECTIONS_MAX, PASSING, REFUSAL_TIMEOUT_S
+from thinpipe.node.checkpoints.copies import DECLINED_MAX
+from thinpipe.node.links.control import ALIVE_EVERY_S, QUEUED_MAX
+from thinpipe.node.links.dialling import PERMANENT, RETRY_FIRST_S, RETRY_MOST_S, THEIR_PLACE
+from thinpipe.node.links.transport import CONNECTIONS_MAX, PASSING, REFUSAL_TIMEOUT_S
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.assembly import MESSAGE_COST_BYTES
 from thinpipe.protocol.control import (

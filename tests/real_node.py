@@ -24,9 +24,9 @@ from thinpipe.compress.boundary import Direction, Key
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import vocabulary_size
+from thinpipe.node.links.transport import METHOD
 from thinpipe.node.model import resolve_model
 from thinpipe.node.preparation import run_digest
-from thinpipe.node.transport import METHOD
 from thinpipe.protocol.messages import (
     Chunk,
     Greeting,

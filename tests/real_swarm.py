@@ -58,7 +58,7 @@ class Process:
     def dht(self) -> psutil.Process:
         """The process that holds its part of the DHT."""
         children = psutil.Process(self.popen.pid).children()
-        return next(each for each in children if "thinpipe.node.dht" in each.cmdline())
+        return next(each for each in children if "thinpipe.node.discovery.dht" in each.cmdline())
 
     def p2pd(self) -> psutil.Process:
         return next(each for each in self.family() if each.name() == "p2pd")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node.bench import Grid, split_codecs
+from thinpipe.node.measuring.bench import Grid, split_codecs
 from thinpipe.sim.bench import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.bench_report import bench_tables
 from typer.testing import CliRunner

@@ -26,11 +26,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.cli import app
-from thinpipe.node import checkpoint as checkpoint_module
-from thinpipe.node.checkpoint import STATE, CheckpointStore
-from thinpipe.node.checkpoint_writer import CheckpointWriter
-from thinpipe.node.config import ConfigError, RunConfig, dump_config, parse_config
-from thinpipe.node.manifest import (
+from thinpipe.node.checkpoints import store as checkpoint_module
+from thinpipe.node.checkpoints.manifest import (
     MANIFEST,
     MANIFEST_BYTES_MAX,
     CheckpointError,
@@ -38,6 +35,9 @@ from thinpipe.node.manifest import (
     ForeignCheckpoint,
     read_manifest,
 )
+from thinpipe.node.checkpoints.store import STATE, CheckpointStore
+from thinpipe.node.checkpoints.writer import CheckpointWriter
+from thinpipe.node.config import ConfigError, RunConfig, dump_config, parse_config
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError

@@ -18,10 +18,10 @@ import pytest
 import torch
 from thinpipe.compress.boundary import LearnedTable, Payload
 from thinpipe.compress.registry import parse_format
-from thinpipe.node.codebooks import CodebookSender
+from thinpipe.node.boundary.codebooks import CodebookSender
+from thinpipe.node.boundary.packing import Packing
+from thinpipe.node.boundary.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
 from thinpipe.node.config import RunConfig
-from thinpipe.node.packing import Packing
-from thinpipe.node.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
 from thinpipe.protocol.delta import join_deltas, split_deltas
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message

@@ -14,13 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinpipe.node.arrivals import Arrivals
-from thinpipe.node.checkpoint import STATE, CheckpointStore
-from thinpipe.node.copies import Copies, buddy_side
-from thinpipe.node.durable import sweep_incoming
-from thinpipe.node.manifest import CheckpointError, Fingerprint, Manifest
+from thinpipe.node.checkpoints.arrivals import Arrivals
+from thinpipe.node.checkpoints.copies import Copies, buddy_side
+from thinpipe.node.checkpoints.durable import sweep_incoming
+from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint, Manifest
+from thinpipe.node.checkpoints.store import STATE, CheckpointStore
+from thinpipe.node.checkpoints.wards import QUEUED_MAX
 from thinpipe.node.state import StageSnapshot
-from thinpipe.node.wards import QUEUED_MAX
 from thinpipe.protocol.control import (
     CopiesHeld,
     CopyDeclined,

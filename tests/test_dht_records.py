@@ -11,7 +11,7 @@ from pathlib import Path
 import msgpack
 import psutil
 import pytest
-from thinpipe.node.dht_records import OWNER, Held, acceptable
+from thinpipe.node.discovery.dht_records import OWNER, Held, acceptable
 from thinpipe.sim.swarm import node_environment
 
 from .real_node import until

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from thinpipe.node.config import RunConfig, dump_config, load_config, merge, parse_config
-from thinpipe.node.dht import write_frame
+from thinpipe.node.discovery.dht import write_frame
 from thinpipe.node.one_process import OneProcess
 from thinpipe.sim.swarm import node_environment
 
@@ -233,7 +233,7 @@ def test_without_join_hivemind_is_not_even_imported(config: RunConfig, tmp_path:
         assert up.stderr
         assert up.returncode == 0, up.stderr.read().decode()
     assert not any("p2pd" in name for name in started)
-    daemon = [sys.executable, "-m", "thinpipe.node.dht"]
+    daemon = [sys.executable, "-m", "thinpipe.node.discovery.dht"]
     question = io.BytesIO()
     write_frame(question, {"peers": [], "listen": [], "announce": None, "client": False})
     done = subprocess.run(daemon, env=environment, capture_output=True, input=question.getvalue(), check=False)

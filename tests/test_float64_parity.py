@@ -21,9 +21,9 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from thinpipe.node.boundary.ports import UpstreamPort
 from thinpipe.node.config import RunConfig
 from thinpipe.node.model import partition
-from thinpipe.node.ports import UpstreamPort
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.node.stage import Stage
 from transformers.models.llama.modeling_llama import LlamaRMSNorm

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from thinpipe.node.manifest import MANIFEST, MANIFEST_BYTES_MAX, CheckpointError, read_manifest
+from thinpipe.node.checkpoints.manifest import MANIFEST, MANIFEST_BYTES_MAX, CheckpointError, read_manifest
 from thinpipe.protocol import delta, dictionary, messages
 from thinpipe.protocol.errors import RemoteProtocolError
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 import pytest
-from thinpipe.node.control import Control
-from thinpipe.node.dialling import dial, dial_control
-from thinpipe.node.link import Link
-from thinpipe.node.transport import SERVICE, listening
+from thinpipe.node.links.control import Control
+from thinpipe.node.links.dialling import dial, dial_control
+from thinpipe.node.links.link import Link
+from thinpipe.node.links.transport import SERVICE, listening
 from thinpipe.protocol.control import CopyProgress
 from thinpipe.protocol.effects import Dismiss, Side
 from thinpipe.protocol.rewind import Rewind
@@ -98,7 +98,7 @@ async def part_from_one_who_left() -> Link:
 
 
 def test_a_goodbye_that_nobody_is_left_to_hear_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinpipe.node.link.LAST_WORD_S", 0.05)
+    monkeypatch.setattr("thinpipe.node.links.link.LAST_WORD_S", 0.05)
     assert not asyncio.run(part_from_one_who_left()).finished
 
 

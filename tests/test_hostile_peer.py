@@ -14,7 +14,7 @@ import psutil
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.preparation import prepare_corpus
-from thinpipe.node.probe_asker import ask
+from thinpipe.node.probing.asker import ask
 from thinpipe.protocol.messages import Chunk, Greeting, Head, Kind, encode_frame
 from thinpipe.protocol.probing import Terms, encode_probe
 from thinpipe.sim.report import read_records

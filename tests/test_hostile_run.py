@@ -15,10 +15,10 @@ import grpc.aio
 import numpy as np
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
-from thinpipe.node.dialling import PERMANENT, NeighbourMismatch, dial
-from thinpipe.node.link import Link
+from thinpipe.node.links.dialling import PERMANENT, NeighbourMismatch, dial
+from thinpipe.node.links.link import Link
+from thinpipe.node.links.transport import METHOD, SERVICE, listening
 from thinpipe.node.metrics import Tracer
-from thinpipe.node.transport import METHOD, SERVICE, listening
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.messages import Greeting, Limits, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.session import Identity, LinkSession

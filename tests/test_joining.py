@@ -21,24 +21,24 @@ import msgpack
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node import claiming, joining
 from thinpipe.node.addresses import ListenError, host_of
-from thinpipe.node.bootstrap import _keep
-from thinpipe.node.claiming import Knock, RunThrough, StageTaken, World, take_stage
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
-from thinpipe.node.dht import Service, _answer
-from thinpipe.node.discovery import Discovery, DiscoveryError
-from thinpipe.node.door import SWARM_METHOD, Answered, DoorError, ask_door, swarm_door
-from thinpipe.node.entrance import Entrance, place
+from thinpipe.node.discovery import claiming, joining
+from thinpipe.node.discovery.bootstrap import _keep
+from thinpipe.node.discovery.claiming import Knock, RunThrough, StageTaken, World, take_stage
+from thinpipe.node.discovery.client import Discovery, DiscoveryError
+from thinpipe.node.discovery.dht import Service, _answer
+from thinpipe.node.discovery.door import SWARM_METHOD, Answered, DoorError, ask_door, swarm_door
+from thinpipe.node.discovery.entrance import Entrance, place
+from thinpipe.node.discovery.joining import Member
+from thinpipe.node.discovery.membership import RETURN_EVERY_S, Membership, Throughput
+from thinpipe.node.discovery.multiaddr import Multiaddr, seen_from
+from thinpipe.node.discovery.shared_config import agreed, believed, told
+from thinpipe.node.discovery.status import as_figures, status_table
 from thinpipe.node.host import Addresses, HostError, HostOptions, host
-from thinpipe.node.joining import Member
-from thinpipe.node.membership import RETURN_EVERY_S, Membership, Throughput
-from thinpipe.node.multiaddr import Multiaddr, seen_from
-from thinpipe.node.reach import reachable
-from thinpipe.node.security import PLAIN, Security
-from thinpipe.node.shared_config import agreed, believed, told
-from thinpipe.node.status import as_figures, status_table
-from thinpipe.node.transport import serving
+from thinpipe.node.links.transport import serving
+from thinpipe.node.probing.reach import reachable
+from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State, encode_run

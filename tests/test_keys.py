@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.cli import app
-from thinpipe.node import certificates
-from thinpipe.node.certificates import (
+from thinpipe.node.security import certificates
+from thinpipe.node.security.certificates import (
     CertificateError,
     Flaw,
     judge,
@@ -34,8 +34,8 @@ from thinpipe.node.certificates import (
     spell_stages,
     stage_name,
 )
-from thinpipe.node.keys import KeysError, describe, init, issue, load, parse_stages
-from thinpipe.node.security import PLAIN, Security, choose
+from thinpipe.node.security.keys import KeysError, describe, init, issue, load, parse_stages
+from thinpipe.node.security.policy import PLAIN, Security, choose
 from typer.testing import CliRunner
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)

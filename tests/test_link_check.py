@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.host import FAILED
-from thinpipe.node.link import PROBE_TRIES, Link, LinkUnlike
+from thinpipe.node.links.link import PROBE_TRIES, Link, LinkUnlike
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.framing import framed_bytes
 from thinpipe.protocol.messages import Kind, Limits, Message

@@ -17,11 +17,11 @@ import torch
 from thinpipe.compress.anchors import Anchors
 from thinpipe.compress.boundary import BoundaryContext, CodecError, StageContext
 from thinpipe.compress.mapl import Mapl, MaplReceiver, MaplSender
+from thinpipe.node.boundary.tables import TableReceiver, TableSender, gradient_due
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.local import run_local
 from thinpipe.node.preparation import check_codec, prepare, run_digest
 from thinpipe.node.stage import Stage
-from thinpipe.node.tables import TableReceiver, TableSender, gradient_due
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import Identity, check_greeting
 from thinpipe.protocol.messages import Greeting, Kind, Message

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
-from thinpipe.node.control import LIMITS, Control
-from thinpipe.node.outgoing import Write
+from thinpipe.node.links.control import LIMITS, Control
+from thinpipe.node.links.outgoing import Write
 from thinpipe.node.patience import LEAST_S, TIMES, Patience
 from thinpipe.protocol.control import Alive, CopyPart
 from thinpipe.protocol.effects import Side

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
+from thinpipe.node.measuring.pace import Pace, times_at
+from thinpipe.node.measuring.plan import with_depth
+from thinpipe.node.measuring.sizes import Sizes
 from thinpipe.node.model import resolve_model
-from thinpipe.node.pace import Pace, times_at
-from thinpipe.node.plan import with_depth
-from thinpipe.node.sizes import Sizes
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig

@@ -19,12 +19,12 @@ import grpc
 import grpc.aio
 import pytest
 from thinpipe.cli import app
-from thinpipe.node.dialling import dial
-from thinpipe.node.probe import figures
-from thinpipe.node.probe_asker import ask
-from thinpipe.node.probe_service import ProbeService
-from thinpipe.node.reach import ProbeError
-from thinpipe.node.transport import PROBE_METHOD, listening, probe_door, serving
+from thinpipe.node.links.dialling import dial
+from thinpipe.node.links.transport import PROBE_METHOD, listening, probe_door, serving
+from thinpipe.node.probing.asker import ask
+from thinpipe.node.probing.probe import figures
+from thinpipe.node.probing.reach import ProbeError
+from thinpipe.node.probing.service import ProbeService
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Refusal, encode_frame
 from thinpipe.protocol.probing import (
@@ -344,7 +344,7 @@ async def _leave(address: str, frames: list[bytes]) -> None:
 
 
 def test_who_does_not_read_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinpipe.node.probe_service.WAIT_S", 0.3)
+    monkeypatch.setattr("thinpipe.node.probing.service.WAIT_S", 0.3)
 
     async def story() -> None:
         async with listener() as scene, grpc.aio.insecure_channel(scene.address) as channel:
@@ -373,7 +373,7 @@ def said_of(arguments: list[str], exit_code: int) -> str:
 
 
 def test_a_link_to_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinpipe.node.probe.DEADLINE_S", 0.5)
+    monkeypatch.setattr("thinpipe.node.probing.probe.DEADLINE_S", 0.5)
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         nowhere = f"127.0.0.1:{closed.getsockname()[1]}"
@@ -467,5 +467,5 @@ def test_faults_have_names() -> None:
 
 def test_a_probe_starts_without_torch() -> None:
     """Which takes seconds to import, and which a machine that is only measured need not have."""
-    looked = "import sys, thinpipe.node.probe; sys.exit('torch' in sys.modules)"
+    looked = "import sys, thinpipe.node.probing.probe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", looked], timeout=120, check=False).returncode == 0

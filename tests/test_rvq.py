@@ -18,7 +18,7 @@ from thinpipe.compress.codebook import Codebooks, Grid
 from thinpipe.compress.kmeans import DEAD
 from thinpipe.compress.registry import parse_codec, parse_format
 from thinpipe.compress.rvq import Rvq
-from thinpipe.node.tables import dictionary_of
+from thinpipe.node.boundary.tables import dictionary_of
 from thinpipe.protocol import selection
 from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Mirror, Publisher

@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from thinpipe.node import certificates
 from thinpipe.node.config import dump_config
-from thinpipe.node.control import Control
-from thinpipe.node.dialling import NeighbourMismatch, dial, dial_control
-from thinpipe.node.handshake import PREFACE
-from thinpipe.node.keys import init, issue, load
-from thinpipe.node.link import Link
+from thinpipe.node.links.control import Control
+from thinpipe.node.links.dialling import NeighbourMismatch, dial, dial_control
+from thinpipe.node.links.link import Link
+from thinpipe.node.links.transport import METHOD, listening
 from thinpipe.node.local import LocalRunError, run_local
-from thinpipe.node.probe_asker import ask, visit
-from thinpipe.node.reach import ProbeError
-from thinpipe.node.security import PLAIN, Security
-from thinpipe.node.transport import METHOD, listening
+from thinpipe.node.probing.asker import ask, visit
+from thinpipe.node.probing.reach import ProbeError
+from thinpipe.node.security import certificates
+from thinpipe.node.security.handshake import PREFACE
+from thinpipe.node.security.keys import init, issue, load
+from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.effects import Side
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.probing import TOKEN_BYTES

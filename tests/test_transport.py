@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from thinpipe.node.dialling import dial
-from thinpipe.node.link import Link
-from thinpipe.node.transport import listening
+from thinpipe.node.links.dialling import dial
+from thinpipe.node.links.link import Link
+from thinpipe.node.links.transport import listening
 from thinpipe.protocol.framing import framed_bytes
 from thinpipe.protocol.messages import Kind, Message
 from thinpipe.sim.shaper import LinkProfile

@@ -22,12 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from thinpipe.cli import app
-from thinpipe.node import prometheus, tensorboard
 from thinpipe.node.config import ConfigError, WatchSection, dump_config, parse_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.prometheus import Exporter
-from thinpipe.node.tensorboard import Events
-from thinpipe.node.watching import Watching
+from thinpipe.node.watching import prometheus, tensorboard
+from thinpipe.node.watching.prometheus import Exporter
+from thinpipe.node.watching.tensorboard import Events
+from thinpipe.node.watching.views import Watching
 from thinpipe.sim.console import describe
 from thinpipe.sim.endpoint import Endpoint, EndpointError
 from thinpipe.sim.exposition import ExpositionError, families, read_figures

@@ -1,7 +1,7 @@
 """A target for copies of checkpoints: what a neighbour may say of them to both ends, down to the file on the disk.
 
-One end receives (`node.arrivals` by the rules of `protocol.copies`) into a directory of a memory file system, where
-there is one; the other sends, by the same rules, and is told how far its peer is.
+One end receives (checkpoints/arrivals.py, by the rules of `protocol.copies`) into a directory of a memory file system,
+where there is one; the other sends, by the same rules, and is told how far its peer is.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thinpipe.node.arrivals import Arrivals, Incoming
-from thinpipe.node.checkpoint import STATE, CheckpointStore
-from thinpipe.node.control import LIMITS
-from thinpipe.node.manifest import CheckpointError, Manifest
+from thinpipe.node.checkpoints.arrivals import Arrivals, Incoming
+from thinpipe.node.checkpoints.manifest import CheckpointError, Manifest
+from thinpipe.node.checkpoints.store import STATE, CheckpointStore
+from thinpipe.node.links.control import LIMITS
 from thinpipe.protocol.control import CopyFrame, CopyOffer, CopyPart, CopyProgress
 from thinpipe.protocol.copies import PARTS_AHEAD_LEAST, PARTS_TOGETHER, Receiving, Sending
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
@@ -54,7 +54,7 @@ class _Receiver:
         self.incoming: Incoming | None = None
 
     def take(self, frame: CopyOffer | CopyPart) -> None:
-        """As `node.copies` does, but at once. Raises RemoteProtocolError or CheckpointError."""
+        """As `node.checkpoints.copies` does, but at once. Raises RemoteProtocolError or CheckpointError."""
         if isinstance(frame, CopyOffer):
             self.incoming = None
             self.incoming = Incoming(self.arrivals, frame.completed_steps, self.arrivals.offer(frame))

@@ -8,7 +8,7 @@ from random import Random
 
 import msgpack
 from thinpipe.node.config import ConfigError, RunConfig
-from thinpipe.node.shared_config import believed, told
+from thinpipe.node.discovery.shared_config import believed, told
 from thinpipe.protocol.door import Ask, Told, decode_ask, decode_told, encode_ask, encode_told
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.records import (

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from thinpipe.node.checkpoint import STATE, CheckpointStore, _stamp
-from thinpipe.node.manifest import (
+from thinpipe.node.checkpoints.manifest import (
     MANIFEST,
     MANIFEST_BYTES_MAX,
     NOTES,
@@ -24,6 +23,7 @@ from thinpipe.node.manifest import (
     read_manifest,
     seal,
 )
+from thinpipe.node.checkpoints.store import STATE, CheckpointStore, _stamp
 
 from . import mutators
 from .judge import Ends, Finding, Target, check_refusal

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from thinpipe.compress.boundary import LearnedTable
 from thinpipe.compress.registry import parse_format
-from thinpipe.node.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
-from thinpipe.node.tables import TableReceiver
+from thinpipe.node.boundary.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
+from thinpipe.node.boundary.tables import TableReceiver
 from thinpipe.protocol.assembly import Assembly
 from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Mirror, Publisher

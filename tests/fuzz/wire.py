@@ -12,7 +12,7 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
-from thinpipe.node.control import LIMITS as CONTROL_LIMITS
+from thinpipe.node.links.control import LIMITS as CONTROL_LIMITS
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.assembly import message_cost
 from thinpipe.protocol.control import (

@@ -1,0 +1,1 @@
+"""A stage's state on disk, and copies of it on a neighbour."""

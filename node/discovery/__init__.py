@@ -1,0 +1,1 @@
+"""Who is in the swarm, and how one gets in: hivemind's DHT in a process of its own, doors, records, claims."""

@@ -1,0 +1,101 @@
+"""`thinpipe dht`: a member of the DHT that serves no stage and answers at the swarm's door, so that others find in.
+
+It keeps nothing that the swarm needs. Its members know each other once they are in, so its end is not noticed by them;
+one that comes later joins by any of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+
+from ...protocol.door import ADDRESSES_MAX, Told
+from ...protocol.records import RunRecord
+from ..addresses import check_listen
+from ..config import RunConfig
+from ..links.transport import serving
+from ..security.policy import Security
+from .client import Discovery, DiscoveryError
+from .door import Answered, swarm_door
+from .entrance import Entrance, Place, ask_doors, place
+from .joining import free_port, say
+from .shared_config import short, told
+
+LOOK_EVERY_S = 30.0
+LEASE_S = 3600.0
+
+
+def serve(
+    listen: str,
+    join: Sequence[str],
+    announce: str | None,
+    dht_port: int | None,
+    config: RunConfig | None,
+    security: Security,
+) -> None:
+    """Until SIGINT or SIGTERM. Raises DiscoveryError, ListenError and ConfigError."""
+    entrance = ask_doors(join, say, security) if join else Entrance(doors=(), peers=())
+    run = told(config) if config else None
+    here = place(listen, announce, dht_port, free_port, entrance.source_host())
+    check_listen(here.listen)
+    discovery = Discovery.begin(entrance.peers, listen=here.dht_listen, announce=here.dht_announce).ready()
+    try:
+        asyncio.run(_serve(here, discovery, run, entrance, security))
+    finally:
+        discovery.close()
+
+
+async def _serve(
+    here: Place, discovery: Discovery, run: RunRecord | None, entrance: Entrance, security: Security
+) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    known = [run] if run else [each for each in map(_run_of, entrance.doors) if each]
+
+    def answer() -> Told:
+        addresses = discovery.addresses[:ADDRESSES_MAX]
+        if not known:
+            return Told(addresses=addresses)
+        of = known[0]
+        return Told(addresses=addresses, run=of.run, configuration=of.configuration, toml=of.toml)
+
+    def report(_: str, line: str) -> None:
+        print(f"thinpipe: {line}", file=sys.stderr, flush=True)
+
+    async with serving(here.listen, {"Swarm": swarm_door(answer, report, security)}, security):
+        of = f"run '{run.run}', fingerprint {short(run.configuration)}" if run else "no run of its own"
+        print(f"a bootstrap of the DHT at {here.endpoint} ({of}), until Ctrl-C; to join:", flush=True)
+        print(f"  thinpipe node --join {here.endpoint} --stage auto", flush=True)
+        for address in discovery.addresses:
+            print(f"  or by --join {address}", flush=True)
+        waiting = asyncio.ensure_future(stop.wait())
+        try:
+            while not waiting.done():
+                await _keep(discovery, run, known)
+                await asyncio.wait([waiting], timeout=LOOK_EVERY_S)
+        finally:
+            waiting.cancel()
+
+
+def _run_of(door: Answered) -> RunRecord | None:
+    told = door.told
+    return RunRecord(run=told.run, configuration=told.configuration, toml=told.toml) if told.run else None
+
+
+async def _keep(discovery: Discovery, run: RunRecord | None, known: list[RunRecord]) -> None:
+    """Tell of the run, or learn of the one that is told of here. Raises DiscoveryError if there is no DHT any more."""
+    try:
+        if run:
+            await asyncio.to_thread(discovery.publish_run, run, lease_s=LEASE_S)
+        elif not known:
+            found, _ = await asyncio.to_thread(discovery.runs)
+            known += found if len(found) == 1 else []
+        elif not discovery.alive:  # nothing was asked of it
+            raise DiscoveryError("the DHT's process has ended; start this bootstrap again")
+    except DiscoveryError as error:
+        if not discovery.alive:
+            raise
+        print(f"thinpipe: {error}", file=sys.stderr, flush=True)

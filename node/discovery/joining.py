@@ -1,0 +1,251 @@
+"""`thinpipe node --join`: from an address, and nothing else, to a node that serves a stage.
+
+In this order: ask at the doors; enter the DHT; learn the run's configuration and check it; claim a stage; say whether
+the run has begun. Then `node.host` runs the stage as it always does. The DHT's process is started before torch is
+imported here, since both take seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...protocol.records import NodeRecord, RunRecord, Seen, State
+from ..addresses import ListenError, check_listen
+from ..config import ConfigError, RunConfig, dump_config, load_config
+from ..security.keys import KeysError
+from ..security.policy import Security, choose
+from .claiming import LOOK_AGAIN_S, World, take_stage
+from .client import Discovery, DiscoveryError
+from .entrance import Entrance, ask_doors, choose_for, place
+from .multiaddr import Multiaddr
+from .shared_config import agreed, short
+
+if TYPE_CHECKING:
+    from .membership import Membership
+
+LEASE_S = 3600.0  # of a claim and of a start: they end with the process
+RUN_LOOKS = 4  # for a run in the DHT, before nobody is believed to know of one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What the user said. stage: None for the one that needs a node most. run: a name, where several are told of."""
+
+    join: tuple[str, ...]
+    stage: int | None
+    listen: str | None = None
+    announce: str | None = None
+    dht_port: int | None = None
+    config: Path | None = None
+    run: str | None = None
+    out: Path | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    keys: Path | None = None
+    insecure: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """What `node.host` needs to know. resume: the run has begun."""
+
+    config: RunConfig
+    stage: int
+    listen: str
+    out: Path
+    resume: bool
+    membership: Membership
+    security: Security
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+
+
+def join(wish: Wish) -> Joined:
+    """Raises DiscoveryError, ConfigError, ListenError, KeysError, StageTaken, RunThrough."""
+    security = choose_for(wish.join, wish.keys, insecure=wish.insecure, listen=wish.listen)
+    if security.warning:
+        say(f"warning: {security.warning}")
+    entrance = ask_doors(wish.join, say, security)
+    source = entrance.source_host()
+    default = "127.0.0.1:0" if Multiaddr(host=source, port=1).loopback else "0.0.0.0:0"
+    here = place(wish.listen or default, wish.announce, wish.dht_port, free_port, source)
+    check_listen(here.listen)
+    choose(wish.keys, insecure=wish.insecure, listen=here.listen)
+    discovery = Discovery.begin(entrance.peers, listen=here.dht_listen, announce=here.dht_announce)
+    member = Member(discovery, wish.join, security)
+    try:
+        # torch and transformers, while the DHT starts
+        from ..preparation import check_codec, check_device, check_link
+        from .membership import Membership
+
+        discovery.ready()
+        config, run = _settle(wish, entrance, discovery)
+        check_device(config)
+        check_codec(config)
+        check_link(config)
+        among = _may_serve(wish, config, security)
+        out = _room(wish.out or Path("runs") / config.run.name, config)
+        held, begun = _hold(wish, config, run, here.endpoint, among, member)
+        begun = begun or any(config.checkpoint.path(out).glob(f"stage-{held.stage}/step-*"))
+        how = "which has begun: takes the stage's place there" if begun else "which has not begun"
+        say(
+            f"joins run '{run.run}' (fingerprint {short(run.configuration)}) as stage {held.stage} of {held.stages} at "
+            f"{held.endpoint}, {how}; records in {out}"
+        )
+        doors = tuple(door.address for door in entrance.doors)
+        return Joined(
+            config=config,
+            stage=held.stage,
+            listen=here.listen,
+            out=out,
+            resume=begun,
+            membership=Membership(discovery=member.discovery, record=held, run=run, doors=doors, security=security),
+            security=security,
+        )
+    except BaseException:
+        member.discovery.close()
+        raise
+
+
+@dataclass(slots=True)
+class Member:
+    """Who waits for a stage, perhaps for days: `discovery` is another one once the first has ended."""
+
+    discovery: Discovery
+    join: tuple[str, ...]
+    security: Security
+
+    def read(self, run: RunRecord, stages: int) -> list[Seen]:
+        """The records of the run's nodes; enters the DHT again if need be. Raises DiscoveryError."""
+        if not self.discovery.alive:
+            peers = list(self.discovery.peers)
+            with suppress(DiscoveryError):  # who was there at first may be gone
+                peers += ask_doors(self.join, lambda _: None, self.security).peers
+            self.discovery = self.discovery.again(list(dict.fromkeys(peers)))
+            say("this node is in the DHT again")
+        return self.discovery.read(run.run, run.configuration, stages)[0]
+
+
+def _may_serve(wish: Wish, config: RunConfig, security: Security) -> list[int]:
+    """The stages that this node may take, by what it was told and by its certificate. Raises ConfigError, KeysError."""
+    stages = config.pipeline.stages
+    if wish.stage is not None and wish.stage >= stages:
+        raise ConfigError(f"--stage {wish.stage}: the run has {stages} stages, so 0 to {stages - 1}")
+    if security.keys is None:
+        return list(range(stages))
+    explicit = None if wish.stage is None else [wish.stage]
+    choose(wish.keys, insecure=False, run=config.run.name, stages=explicit)
+    among = [stage for stage in range(stages) if stage in security.keys.said.stages]
+    if not among:
+        raise KeysError(f"{security.keys.directory}: its certificate is for none of the {stages} stages of this run")
+    return among
+
+
+def _hold(
+    wish: Wish, config: RunConfig, run: RunRecord, endpoint: str, among: list[int], member: Member
+) -> tuple[NodeRecord, bool]:
+    """The record with which a stage is held, and whether the run has begun. Raises StageTaken, RunThrough."""
+    stages = config.pipeline.stages
+    mine = NodeRecord(
+        run=run.run,
+        configuration=run.configuration,
+        stage=wish.stage or 0,
+        stages=stages,
+        endpoint=endpoint,
+        state=State.CLAIMING,
+        incarnation=secrets.randbits(63),
+        claimed_at_s=time.time(),
+    )
+    world = World(
+        read=lambda: member.read(run, stages),
+        publish=lambda record: member.discovery.publish(record, lease_s=LEASE_S),
+        say=say,
+    )
+    return take_stage(world, mine, wish.stage, steps=config.run.steps, among=among)
+
+
+def _settle(wish: Wish, entrance: Entrance, discovery: Discovery) -> tuple[RunConfig, RunRecord]:
+    """The run's configuration: by the doors, or by the DHT. Raises ConfigError."""
+    told = {
+        (door.told.run, door.told.configuration): door
+        for door in entrance.doors
+        if door.told.run and wish.run in (None, door.told.run)
+    }
+    if len(told) > 1:
+        lines = [f"{door.address}: '{run}' {short(digest)}" for (run, digest), door in told.items()]
+        raise ConfigError(f"the doors tell of different runs ({'; '.join(lines)}); join one, or say which by --run")
+    where = ", ".join(wish.join)
+    record = None
+    for (run, digest), door in told.items():
+        record, where = RunRecord(run=run, configuration=digest, toml=door.told.toml), door.address
+    if record is None:
+        record = _from_dht(wish, discovery)
+    return agreed(record, where, wish.config, wish.overrides)
+
+
+def _from_dht(wish: Wish, discovery: Discovery) -> RunRecord | None:
+    mine = load_config(wish.config) if wish.config else None
+    name = wish.run or (mine.run.name if mine else None)
+    for look in range(1 if wish.config else RUN_LOOKS):
+        if look:
+            time.sleep(LOOK_AGAIN_S)
+        runs = [run for run in discovery.runs()[0] if name in (None, run.run)]
+        if mine and len(runs) > 1:
+            runs = [run for run in runs if run.configuration == mine.digest()] or runs
+        if len(runs) == 1:
+            return runs[0]
+        if runs:
+            lines = ", ".join(f"'{run.run}' {short(run.configuration)}" for run in runs[:8])
+            raise ConfigError(f"several runs are told of in this DHT ({lines}); say which by --run or --config")
+    return None
+
+
+def _room(out: Path, config: RunConfig) -> Path:
+    """The directory for this node's records, with the run's configuration in it. Raises ConfigError."""
+    from ..local import LocalRunError, writable
+
+    try:
+        writable(out)
+    except LocalRunError as error:
+        raise ConfigError(str(error)) from None
+    path = out / "run.toml"
+    if path.exists():
+        before = load_config(path)
+        if before.digest() != config.digest() or before.run.name != config.run.name:
+            raise ConfigError(
+                f"{path} is of another run ('{before.run.name}', fingerprint {short(before.digest())}; this is "
+                f"'{config.run.name}', {short(config.digest())}); choose another --out"
+            )
+        return out
+    fresh = path.with_name(f".run-{os.getpid()}.toml")  # another node may be about to write the same
+    fresh.write_text(dump_config(config), encoding="utf-8")
+    with suppress(FileNotFoundError):
+        fresh.replace(path)
+    return out
+
+
+def free_port(host: str, wish: int | None) -> int:
+    """`wish` if it can be listened on, else any that can. Raises ListenError."""
+    reason = ""
+    for port in (wish, 0) if wish else (0,):
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(found[0], found[1]) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(found[4])
+                return int(probe.getsockname()[1])
+        except OSError as error:
+            reason = str(error.strerror)
+        except UnicodeError:  # of a name that is none, such as a..b
+            reason = "no machine is known by that name"
+    raise ListenError(f"cannot listen at {host}: {reason}; choose another --listen")

@@ -1,0 +1,288 @@
+"""A node that serves its stage as a member of the swarm: it keeps its record current, finds the stage below anew at
+each dial, answers at the swarm's door, and finds out whether it can be reached where it says.
+
+None of it is needed while neighbours are connected. What fails here is said, once each time that it changes, and
+training goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from ...protocol.claims import of_stage, rival
+from ...protocol.door import ADDRESSES_MAX, Ask, Told
+from ...protocol.records import NodeRecord, RunRecord, Seen, State, renew_every_s, stale_after_s
+from ...protocol.rewind import Phase
+from ..links.transport import Door, Report
+from ..security.policy import PLAIN, Security
+from .claiming import Knock, knock
+from .client import Discovery, DiscoveryError
+from .door import DoorError, ask_door, swarm_door
+from .multiaddr import seen_from
+
+if TYPE_CHECKING:
+    from ..lifecycle import Lifecycle
+    from ..links.dialling import Where
+
+TICK_S = 1.0
+RUN_LEASE_S = 3600.0
+TELLERS = 3  # stages that publish the run's configuration: one would be its only source
+FAILED_LATELY_S = 30.0
+RETURN_EVERY_S = 30.0  # to the DHT, if its process here has ended
+
+
+class Throughput:
+    """Tokens/s over the last steps, from how many are completed when."""
+
+    def __init__(self, tokens_per_step: int, window_s: float = 30.0) -> None:
+        self._tokens, self._window_s = tokens_per_step, window_s
+        self._seen: list[tuple[float, int]] = []  # (when, completed), at each change
+
+    def note(self, now_s: float, completed: int) -> float:
+        """0 until two changes have been seen, and after a rewind."""
+        if self._seen and completed < self._seen[-1][1]:
+            self._seen = []
+        if not self._seen or completed > self._seen[-1][1]:
+            self._seen.append((now_s, completed))
+        while len(self._seen) > 2 and self._seen[0][0] < now_s - self._window_s:
+            self._seen.pop(0)
+        (first_s, first), (last_s, last) = self._seen[0], self._seen[-1]
+        return self._tokens * (last - first) / (last_s - first_s) if last_s > first_s else 0.0
+
+
+@dataclass(slots=True)
+class Membership:
+    """record: as it was published last. doors: host:port of those that let this node in."""
+
+    discovery: Discovery
+    record: NodeRecord
+    run: RunRecord
+    doors: tuple[str, ...] = ()
+    security: Security = PLAIN
+    clock: Callable[[], float] = time.monotonic
+    _complaint: str = ""
+    _rival: str = ""
+    _barred: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was said to be so
+    _seen: list[Seen] = field(default_factory=list)
+    _seen_at_s: float = float("-inf")
+    _lifecycle: Lifecycle | None = None
+    _returned_at_s: float = float("-inf")
+    _last: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was given last
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    # -- what others ask ---------------------------------------------------------------------------------------------
+
+    def told(self) -> Told:
+        return Told(
+            addresses=self.discovery.addresses[:ADDRESSES_MAX],
+            run=self.run.run,
+            configuration=self.run.configuration,
+            toml=self.run.toml,
+            incarnation=self.record.incarnation,
+        )
+
+    def methods(self, report: Report) -> dict[str, Door]:
+        """What a listener serves beside the run's own."""
+        return {"Swarm": swarm_door(self.told, report, self.security)}
+
+    # -- who is where ------------------------------------------------------------------------------------------------
+
+    async def seen(self) -> list[Seen]:
+        """The records of the run, as of a second ago at most."""
+        async with self._reading:
+            if self.clock() > self._seen_at_s + TICK_S:
+                run, stages = self.run, self.record.stages
+                self._seen, _ = await asyncio.to_thread(self.discovery.read, run.run, run.configuration, stages)
+                self._seen_at_s = self.clock()
+            return self._seen
+
+    def where(self, stage: int, report: Report) -> Where:
+        """Asks at each call where a node of that stage is now, for one dialler: None while nobody is known.
+
+        It gives the best record's endpoint, if a connection to it is not refused; one that it gave lately, so that the
+        dialler must have failed there, comes after the others. Where no record says, a neighbour that was there may
+        live all the same, cut off from the DHT: then it gives the last endpoint again, unless its node said goodbye.
+        What a record says is nobody's leave to send plain text out of this machine: such endpoints are not given.
+        """
+        given: dict[str, float] = {}
+
+        def last() -> str | None:
+            return max(given, key=lambda endpoint: given[endpoint], default=self._last.get(stage))
+
+        async def ask() -> str | None:
+            try:
+                seen = await self.seen()
+            except DiscoveryError as error:
+                self._complain(report, str(error))
+                return last()
+            told = [each.record.endpoint for each in of_stage(seen, stage)]
+            candidates = [endpoint for endpoint in told if self.security.may_dial(endpoint)]
+            if not candidates:
+                self._bar(report, stage, told)
+                left = {each.record.endpoint for each in seen if each.record.state is State.LEFT}
+                return None if last() in left else last()
+            now = self.clock()
+            order = sorted(
+                dict.fromkeys(candidates), key=lambda e: given.get(e, -FAILED_LATELY_S) > now - FAILED_LATELY_S
+            )
+            found = order[0]
+            if len(order) > 1:
+                knocks = await asyncio.gather(*(asyncio.to_thread(knock, endpoint) for endpoint in order))
+                found = next((e for e, k in zip(order, knocks, strict=True) if k is Knock.ANSWERED), found)
+            given[found], self._last[stage] = now, found
+            return found
+
+        return ask
+
+    # -- what this node tells ----------------------------------------------------------------------------------------
+
+    async def keep_current(self, lifecycle: Lifecycle, tokens_per_step: int, report: Report) -> None:
+        """Publish what the node does, at once when that changes and else as often as records are renewed; never
+        returns."""
+        self._lifecycle, throughput = lifecycle, Throughput(tokens_per_step)
+        reached = asyncio.ensure_future(self.find_out_whether_reached(report))
+        try:
+            due_s = float("-inf")
+            while True:
+                now = self.clock()
+                before, rate = self.record, throughput.note(now, lifecycle.machine.completed)
+                self.record = _current(before, lifecycle, rate)
+                if now >= due_s or (self.record.state, self.record.epoch) != (before.state, before.epoch):
+                    due_s = now + renew_every_s(self.record.stages)
+                    await self._publish(report)
+                    if not any(met.is_set() for met in lifecycle.control.met.values()):
+                        await self._look_for_rivals(report)
+                await asyncio.sleep(TICK_S)
+        finally:
+            reached.cancel()
+
+    async def _publish(self, report: Report) -> None:
+        def tell() -> bool:
+            if self.record.stage < TELLERS:
+                self.discovery.publish_run(self.run, lease_s=RUN_LEASE_S)
+            return self.discovery.publish(self.record, lease_s=stale_after_s(self.record.stages))
+
+        try:
+            taken = await asyncio.to_thread(tell)
+        except DiscoveryError as error:
+            self._complain(report, str(error))
+            await self._return(report)
+        else:
+            self._complain(report, "" if taken else "no member of the DHT took this node's record")
+
+    async def _return(self, report: Report) -> None:
+        """Enter the DHT again if its process here has ended, by whoever was there."""
+        if self.discovery.alive or self.clock() < self._returned_at_s + RETURN_EVERY_S:
+            return
+        self._returned_at_s = self.clock()
+        peers = list(self.discovery.peers)
+        # What was read may be of hours ago, when the neighbours met; so the doors are asked too.
+        known = {*self.doors, *(each.record.endpoint for each in self._seen if each.living)}
+        for endpoint in known - {self.record.endpoint}:
+            with suppress(DoorError):
+                answered = await ask_door(endpoint, self.security, deadline_s=5.0)
+                peers += seen_from(answered.host, answered.told.addresses)
+        try:
+            self.discovery = await asyncio.to_thread(self.discovery.again, peers)
+            print("this node is in the DHT again", file=sys.stderr, flush=True)
+        except (DiscoveryError, OSError) as error:  # OSError: no process can be started
+            self._complain(report, str(error))
+
+    async def _look_for_rivals(self, report: Report) -> None:
+        """Another node of this stage, whose claim is better, is said: which of the two it is, the neighbours decide. (A
+        stranger's record looks the same.)"""
+        try:
+            other = rival(await self.seen(), self.record)
+        except DiscoveryError as error:
+            return self._complain(report, str(error))
+        if other and other.endpoint != self._rival and await asyncio.to_thread(knock, other.endpoint) is Knock.ANSWERED:
+            self._rival = other.endpoint
+            report(
+                "stage-taken",
+                f"stage {self.record.stage} is served by process {other.incarnation:x} at {other.endpoint} too, whose "
+                "claim is better; if neighbours go there, stop this one, or start it again with --stage auto",
+            )
+        return None
+
+    def _bar(self, report: Report, stage: int, endpoints: list[str]) -> None:
+        if endpoints and self._barred.get(stage) != endpoints[0]:
+            self._barred[stage] = endpoints[0]
+            report(
+                "discovery",
+                f"stage {stage} is told to be at {endpoints[0]}, which leaves this machine and is not dialled: start "
+                "this node with --keys DIR (thinpipe keys issue makes one), or with --insecure, if whoever can reach "
+                "it may read and change the run",
+            )
+
+    def _complain(self, report: Report, line: str) -> None:
+        if line and line != self._complaint:
+            report("discovery", f"{line}; training goes on, but who comes may not find this node")
+        self._complaint = line
+
+    def leave(self) -> None:
+        """The last words, as far as somebody hears them. Blocks for a moment."""
+        now = self._lifecycle
+        try:
+            last = _current(self.record, now, 0.0) if now else self.record
+            last = replace(last, state=State.LEFT, tokens_per_s=0.0)
+            self.discovery.publish(last, lease_s=0.0)
+        except DiscoveryError:
+            pass  # they see it by its age
+        finally:
+            self.discovery.close()
+
+    # -- can others reach it -----------------------------------------------------------------------------------------
+
+    async def find_out_whether_reached(self, report: Report) -> None:
+        """Have the announced endpoint dialled, by the doors that this node came in by and by itself, and say what comes
+        of it."""
+        tries = [self._dialled_back(door) for door in self.doors]
+        found = await asyncio.gather(self._dialled_here(), *tries)
+        failed = [f"by {who} ({why})" for who, why in zip(("itself", *self.doors), found, strict=True) if why]
+        if failed:
+            report(
+                "unreachable",
+                f"this node is announced at {self.record.endpoint} and cannot be reached there {', nor '.join(failed)}"
+                "; open or map that port, or say with --announce host:port where the stage above reaches it",
+            )
+
+    async def _dialled_here(self) -> str:
+        """Why it cannot be reached, or nothing."""
+        if not self.security.may_dial(self.record.endpoint):
+            return ""  # behind a port map: the doors tell
+        try:
+            answered = await ask_door(self.record.endpoint, self.security, deadline_s=5.0)
+        except DoorError as error:
+            return str(error)
+        ours = answered.told.incarnation == self.record.incarnation
+        return "" if ours else f"another node answers at {self.record.endpoint}"
+
+    async def _dialled_back(self, door: str) -> str:
+        ask = Ask(reach=self.record.endpoint, incarnation=self.record.incarnation)
+        try:
+            answer = (await ask_door(door, self.security, ask)).told.dialled_back
+        except DoorError:
+            return ""  # it may have gone since
+        return "" if answer == "yes" else answer
+
+
+def _current(record: NodeRecord, lifecycle: Lifecycle, tokens_per_s: float) -> NodeRecord:
+    """What the node does now."""
+    machine = lifecycle.machine
+    ends = {"above": machine.identity.first, "below": machine.identity.last}
+    there = all(peer is not None for side, peer in machine.peers.items() if not ends[side])
+    training = machine.phase is Phase.RUNNING and there
+    return replace(
+        record,
+        state=State.TRAINING if training else State.WAITING,
+        epoch=machine.epoch,
+        completed_steps=machine.completed,
+        committed_steps=lifecycle.committed,
+        tokens_per_s=tokens_per_s if training else 0.0,
+    )

@@ -1,0 +1,122 @@
+"""`thinpipe status`: the swarm as its nodes tell of it in the DHT, read once, by a member that only asks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import JustifyMethod
+from rich.table import Table
+from rich.text import Text
+
+from ...protocol.claims import of_stage, rank
+from ...protocol.records import RunRecord, Seen, State
+from ..config import ConfigError
+from ..security.policy import Security
+from .entrance import look_around
+from .shared_config import believed, short
+
+
+def find_status(join: Sequence[str], run: str | None, security: Security) -> dict[str, Any]:
+    """What `thinpipe status --json` prints. Raises DiscoveryError, and ConfigError where it is not clear which run."""
+    notes: list[str] = []
+    entrance, discovery = look_around(join, notes.append, security)
+    try:
+        told = [
+            RunRecord(run=door.told.run, configuration=door.told.configuration, toml=door.told.toml)
+            for door in entrance.doors
+            if door.told.run and run in (None, door.told.run)
+        ]
+        if not told:
+            told = [each for each in discovery.runs()[0] if run in (None, each.run)]
+        names = sorted({f"'{each.run}' {short(each.configuration)}" for each in told})
+        if len(names) > 1:
+            raise ConfigError(f"several runs are told of here ({', '.join(names)}); say which by --run")
+        if not told:
+            raise ConfigError(f"nobody at {', '.join(join)} knows of {f'run {run!r}' if run else 'a run'}")
+        record = told[0]
+        config = believed(record, ", ".join(join))
+        seen, left_out = discovery.read(record.run, record.configuration, config.pipeline.stages)
+    finally:
+        discovery.close()
+    return as_figures(record, config.pipeline.stages, config.run.steps, seen, left_out, notes)
+
+
+def as_figures(
+    run: RunRecord, stages: int, steps: int, seen: Sequence[Seen], left_out: Counter[str], notes: Sequence[str]
+) -> dict[str, Any]:
+    """stages: for each the nodes that serve it, or the last one that did."""
+
+    def of(stage: int) -> list[Seen]:
+        last = sorted((s for s in seen if s.record.stage == stage), key=lambda s: (s.age_s, rank(s.record)))
+        return of_stage(seen, stage) or last[:1]
+
+    return {
+        "run": run.run,
+        "configuration": run.configuration,
+        "steps": steps,
+        "stages": [{"stage": stage, "nodes": [_node(each) for each in of(stage)]} for stage in range(stages)],
+        "left_out": dict(left_out),
+        "notes": list(notes),
+    }
+
+
+def _node(seen: Seen) -> dict[str, Any]:
+    record = seen.record
+    lost = not seen.living and record.state is not State.LEFT
+    return {
+        "endpoint": record.endpoint,
+        "state": "lost" if lost else record.state.value,
+        "epoch": record.epoch,
+        "completed_steps": record.completed_steps,
+        "committed_steps": record.committed_steps,
+        "tokens_per_s": round(record.tokens_per_s, 3),
+        "age_s": round(seen.age_s, 3),
+        "incarnation": f"{record.incarnation:x}",
+    }
+
+
+COLOURS = {"training": "green", "lost": "red", "left": "dim"}
+
+
+def status_table(figures: dict[str, Any]) -> Table:
+    """The same for people. Endpoints and notes are strangers' words, in which rich would find markup and emoji."""
+    left_out = ", ".join(f"{count} {fault}" for fault, count in sorted(figures["left_out"].items()))
+    lines = [f"records left out: {left_out}"] if left_out else []
+    caption = "\n".join([*lines, *figures["notes"]])
+    table = Table(
+        title=f"run '{figures['run']}', fingerprint {short(figures['configuration'])}, {figures['steps']} steps",
+        caption=Text(caption, style="table.caption") if caption else None,
+        box=None,  # eight columns in 80 characters
+        padding=(0, 2, 0, 0),
+        pad_edge=False,
+    )
+    columns: list[tuple[str, JustifyMethod]] = [
+        ("stage", "right"),
+        ("endpoint", "left"),
+        ("state", "left"),
+        ("epoch", "right"),
+        ("step", "right"),
+        ("committed", "right"),
+        ("tokens/s", "right"),
+        ("age", "right"),
+    ]
+    for column, justify in columns:
+        table.add_column(column, justify=justify, no_wrap=column != "endpoint", overflow="fold")
+    for stage in figures["stages"]:
+        if not stage["nodes"]:
+            table.add_row(str(stage["stage"]), "-", "[red]nobody[/red]", "-", "-", "-", "-", "-")
+        for node in stage["nodes"]:
+            colour = COLOURS.get(node["state"], "yellow")
+            table.add_row(
+                str(stage["stage"]),
+                Text(node["endpoint"]),
+                f"[{colour}]{node['state']}[/{colour}]",
+                str(node["epoch"]),
+                str(node["completed_steps"]),
+                str(node["committed_steps"]),
+                f"{node['tokens_per_s']:.0f}" if node["tokens_per_s"] else "-",
+                f"{node['age_s']:.0f} s",
+            )
+    return table

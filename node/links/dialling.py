@@ -1,0 +1,268 @@
+"""The upstream end of a boundary's two streams: dial, retry while there is hope, and say why when there is none.
+
+Where the stage below is may change: a replacement has another address. So who dials may ask for it anew at each dial
+(`Where`), and an address that was given so is given up after a few seconds without a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+
+import grpc
+import grpc.aio
+
+from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
+from ..security.policy import PLAIN, Security
+from .control import Control
+from .link import LAST_WORD_S, EpochOver, Link, Read
+from .outgoing import Write
+from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, both_ways, channel_options, tell
+
+RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
+ASK_AGAIN_S = 4.0  # without a connection; a name, a handshake and a slow path together take less
+Where = Callable[[], Awaitable[str | None]]  # host:port of the stage below now; None: nobody knows
+# A peer that differs in one of these will differ again: nothing is gained by dialling it anew.
+PERMANENT = {
+    Fault.PROTOCOL_VERSION,
+    Fault.RUN_ID,
+    Fault.CONFIGURATION,
+    Fault.STAGE,
+    Fault.CERTIFICATE,
+    Fault.FENCED,
+    Fault.INCARNATION,
+    Fault.RESUME,
+}
+
+
+# Refused here, these mean that the process there is the wrong one for its place, and the right one may still come.
+THEIR_PLACE = {Fault.FENCED, Fault.INCARNATION}
+
+
+def _hopeless(error: ProtocolError, where: str | Where) -> bool:
+    """Of an address that was found, and not given by the user, only that this process was replaced: else a stranger's
+    record, or a stale one, could end a node; the right one may be found next."""
+    refused = isinstance(error, RefusedError)
+    if not isinstance(where, str):
+        return refused and error.fault is Fault.FENCED
+    return error.fault in PERMANENT and (refused or error.fault not in THEIR_PLACE)
+
+
+class NeighbourMismatch(ValueError):
+    """The node at the other end is not the neighbour that this run needs."""
+
+
+async def dial(
+    where: str | Where,
+    link: Link,
+    *,
+    greeting_timeout_s: float,
+    patience_s: Callable[[], float],
+    report: Report,
+    security: Security = PLAIN,
+) -> None:
+    """Keep a stream to the neighbour below open until both sides said goodbye.
+
+    Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
+    never agree (another run, configuration, stage), and TimeoutError after `patience_s()` without a connection.
+    """
+    loop = asyncio.get_running_loop()
+    last_open_s = loop.time()
+    pause_s = RETRY_FIRST_S
+    unlike = ""
+    while not link.finished:
+        link.opened.clear()
+        connect_timeout_s = patience_s()
+        remaining_s = last_open_s + connect_timeout_s - loop.time()
+        address, attempt_s = await _find(where, remaining_s)
+        try:
+            await _one_connection(address, link, attempt_s, greeting_timeout_s, security)
+        except _NoTls as error:  # that the control stream tells; here it is told if it stays so
+            unlike = f"{error}; "
+        except _NotReached:
+            if attempt_s < remaining_s:  # it may be somewhere else by now
+                await asyncio.sleep(RETRY_FIRST_S)
+                continue
+            why = f"the last one ended with {link.fault}; " if link.fault else unlike
+            raise TimeoutError(
+                f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
+                f"{why}is stage {link.session.peer_stage} running there?"
+            ) from None
+        except ProtocolError as error:
+            blame = "refused by" if isinstance(error, RefusedError) else "refused"
+            line = f"{link.name}: {blame} the node at {address}: {error}"
+            if _hopeless(error, where):
+                raise NeighbourMismatch(line) from None
+            if error.fault in PASSING:
+                pause_s = RETRY_FIRST_S
+            else:
+                report(error.fault, line)
+        except EpochOver:
+            return
+        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            if not link.finished:
+                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                report("connection-lost", f"{link.name}: the connection to {address} broke ({detail})")
+        else:
+            if not link.finished:
+                report("connection-lost", f"{link.name}: the node at {address} ended the stream")
+        if link.opened.is_set():
+            last_open_s, pause_s, unlike = loop.time(), RETRY_FIRST_S, ""
+        if not link.finished:
+            await asyncio.sleep(pause_s)
+            pause_s = min(RETRY_MOST_S, 2 * pause_s)
+
+
+class _NotReached(Exception):
+    pass
+
+
+class _NoTls(Exception):
+    """Somebody is there, and the two cannot agree on TLS; the message is a line for people."""
+
+
+NOWHERE = "any node of that stage, since none is announced"
+
+
+async def _find(where: str | Where, remaining_s: float) -> tuple[str, float]:
+    """The address to dial, and for how long to try; 0 s: there is nobody to dial."""
+    if isinstance(where, str):
+        return where, remaining_s
+    address = await where()
+    return (NOWHERE, 0.0) if address is None else (address, min(ASK_AGAIN_S, remaining_s))
+
+
+async def _one_connection(
+    address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float, security: Security
+) -> None:
+    stage = link.session.peer_stage
+    opening = _stream(address, METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    try:
+        async with opening as (call, read, write):
+            await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
+            await _end_gently(call, read, greeting_timeout_s)
+    finally:
+        link.settle()
+
+
+async def dial_control(
+    where: str | Where,
+    control: Control,
+    *,
+    greeting_timeout_s: float,
+    patience_s: Callable[[], float],
+    report: Report,
+    security: Security = PLAIN,
+) -> None:
+    """Keep the control stream to the neighbour below open until all stages are through.
+
+    Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
+    `patience_s()` without a connection. Who cannot agree on TLS at the first meeting never will; later it may be a
+    replacement with the wrong keys, which somebody can still put right, so it is said, and waited for.
+    """
+    loop = asyncio.get_running_loop()
+    last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+    unlike = ""
+    while True:
+        before = control.meetings["below"]
+        # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
+        connect_timeout_s = LAST_WORD_S if control.through else patience_s()
+        remaining_s = last_open_s + connect_timeout_s - loop.time()
+        address, attempt_s = await _find(where, remaining_s)
+        try:
+            if await _one_control(address, control, attempt_s, greeting_timeout_s, security):
+                return
+        except _NoTls as error:
+            if isinstance(where, str) and not control.met["below"].is_set():
+                raise NeighbourMismatch(str(error)) from None
+            if unlike != str(error) and not control.through:
+                unlike = str(error)
+                report("tls", unlike)
+        except _NotReached:
+            if control.through:
+                return
+            if attempt_s < remaining_s:
+                await asyncio.sleep(RETRY_FIRST_S)
+                continue
+            below = control.machine.identity.stage + 1
+            raise TimeoutError(
+                f"no connection to {address} for {connect_timeout_s:g} s; {unlike and f'{unlike}; '}"
+                f"is stage {below} running there? If it was lost, start it again with --resume"
+            ) from None
+        except ProtocolError as error:
+            blame = "refused by" if isinstance(error, RefusedError) else "refused"
+            line = f"control stream: {blame} the node at {address}: {error}"
+            if _hopeless(error, where):
+                raise NeighbourMismatch(line) from None
+            report(error.fault, line)
+        except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            stranger = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED
+            if not control.through and not stranger:  # of a server that is no node the other stream says enough
+                detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
+                report("connection-lost", f"control stream to {address}: {detail}")
+        if control.meetings["below"] != before:
+            last_open_s, pause_s, unlike = loop.time(), RETRY_FIRST_S, ""
+        await asyncio.sleep(pause_s)
+        pause_s = min(RETRY_MOST_S, 2 * pause_s)
+
+
+async def _one_control(
+    address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float, security: Security
+) -> bool:
+    """One connection; whether the neighbour took the last word."""
+    stage = control.machine.identity.stage + 1
+    opening = _stream(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    async with opening as (call, read, write):
+        last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
+        return await _end_gently(call, read, greeting_timeout_s) and last
+
+
+Call = grpc.aio.StreamStreamCall
+
+
+@asynccontextmanager
+async def _stream(
+    address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float, security: Security, stage: int
+) -> AsyncIterator[tuple[Call, Read, Write]]:
+    """A stream of that method, gone at the end of the block; a peer that the block refuses is told why first.
+
+    Raises _NotReached if nobody listens there in time, and _NoTls if TLS is why there is no connection."""
+    if address is NOWHERE:
+        raise _NotReached
+    async with security.channel(address, stage, channel_options(FRAME_BYTES_MAX)) as channel:
+        try:
+            async with asyncio.timeout(connect_timeout_s):
+                await _until_ready(channel, address, security, stage)
+        except TimeoutError:
+            raise _NotReached from None
+        call = channel.stream_stream(method)()
+        read, write = both_ways(call)
+        try:
+            yield call, read, write
+        except RemoteProtocolError as error:
+            await tell(write, error)
+            await _end_gently(call, read, farewell_timeout_s)
+            raise
+        finally:
+            call.cancel()
+
+
+async def _until_ready(channel: grpc.aio.Channel, address: str, security: Security, stage: int) -> None:
+    """gRPC tries again and again, and never says why in vain; what has to do with TLS is looked into."""
+    while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and (why := await security.fault(address, stage)):
+            raise _NoTls(why)
+        await channel.wait_for_state_change(state)
+
+
+async def _end_gently(call: Call, read: Read, timeout_s: float) -> bool:
+    """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its.
+    Whether that came in time and without an error, so that the peer has read all of ours."""
+    with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):
+        async with asyncio.timeout(timeout_s):
+            await call.done_writing()
+            while await read() is not None:  # gRPC tells the status only when all that came has been read
+                pass
+            return await call.code() is grpc.StatusCode.OK
+    return False

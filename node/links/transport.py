@@ -1,0 +1,284 @@
+"""gRPC: two bidirectional streams a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
+
+Link carries tensors within one epoch, Control outlives epochs; Probe is anybody's who wants to measure the path, and
+Swarm (node/discovery/door.py) anybody's who wants to join.
+
+The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
+named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
+on both ends; the server admits few streams at once and gives a stranger only the greeting deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
+from ...protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
+from ...protocol.probing import NotNow
+from ..addresses import ListenError
+from ..probing.service import ProbeService
+from ..security.policy import PLAIN, Security
+from .link import EpochOver, Link, Read, Write
+
+if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe` has no use for
+    from .control import Control
+
+SERVICE = "thinpipe.v1.Stage"
+METHOD, CONTROL_METHOD, PROBE_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control", f"/{SERVICE}/Probe"
+CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
+REFUSAL_TIMEOUT_S = 2.0
+# A new epoch is on its way here or there: dial again at once.
+PASSING = {Fault.EPOCH, Fault.HALTED}
+
+T = TypeVar("T")
+Report = Callable[[str, str], None]  # (fault code, one line for people)
+Door = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
+
+
+def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
+    """The same on both ends: message limits from the protocol, keep-alive that notices a dead path in half a minute."""
+    return [
+        ("grpc.max_receive_message_length", frame_bytes_max),
+        ("grpc.max_send_message_length", frame_bytes_max),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),  # gRPC's own are 1 s and 120 s: a replacement would be long unseen
+        ("grpc.min_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 1_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        # gRPC's own is 30 s: who comes back under its name, at another address, would be looked for at the old one.
+        ("grpc.dns_min_time_between_resolutions_ms", 1_000),
+        # Or a new channel would take over the connection of the one before it, which may be why that one was given up.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.so_reuseport", 0),  # a busy port must be an error, not a silent share
+        ("grpc.enable_http_proxy", 0),
+    ]
+
+
+FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
+
+
+@asynccontextmanager
+async def listening(
+    address: str,
+    link: Link | Callable[[], Link | None],
+    *,
+    greeting_timeout_s: float,
+    report: Report,
+    control: Control | None = None,
+    more: dict[str, Door] | None = None,
+    security: Security = PLAIN,
+) -> AsyncIterator[int]:
+    """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
+
+    `link`: the present one, None between two epochs. A second stream on it is admitted only if it is the same process
+    dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream is open.
+    `more`: methods to serve beside the run's own. Raises ListenError for a taken or malformed address.
+    """
+    doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
+    probes = ProbeService(busy=doors.busy, terms_timeout_s=greeting_timeout_s)
+    handlers = {"Link": doors.link, "Probe": probe_door(probes, report, security), **(more or {})}
+    if control:
+        handlers["Control"] = doors.control
+    async with serving(address, handlers, security) as port:
+        try:
+            yield port
+        finally:
+            doors.stopping = True
+
+
+@asynccontextmanager
+async def serving(address: str, doors: dict[str, Door], security: Security = PLAIN) -> AsyncIterator[int]:
+    """A server with these methods, while the body runs; yields the port. Raises ListenError."""
+    server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
+    handlers = {name: grpc.stream_stream_rpc_method_handler(door) for name, door in doors.items()}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    try:
+        port = security.add_port(server, address)
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ListenError(
+            f"cannot listen on {address}: it is in use or not host:port of this machine; choose another --listen"
+        )
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(grace=1.0)
+
+
+def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN) -> Door:
+    """What a server does with a stream of the method Probe."""
+
+    async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
+        read, write = both_ways(context)
+        try:
+            security.admit_any(context)
+            await probes.serve(read, write, context.peer())
+        except RemoteProtocolError as error:
+            if not isinstance(error, NotNow):
+                report(error.fault, f"probe: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+
+    return probe
+
+
+class _Doors:
+    """What a server does with each stream that a peer opens."""
+
+    def __init__(
+        self,
+        current: Callable[[], Link | None],
+        control: Control | None,
+        greeting_timeout_s: float,
+        report: Report,
+        security: Security,
+    ) -> None:
+        self.stopping = False
+        self._security = security
+        self._current, self._control = current, control
+        self._greeting_timeout_s, self._report = greeting_timeout_s, report
+
+    def busy(self) -> bool:
+        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
+        was none.)"""
+        link = self._current()
+        met = self._control is not None and any(event.is_set() for event in self._control.met.values())
+        return met or (link is not None and link.serving.locked())
+
+    async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = both_ways(context)
+        first: list[bytes] = []
+
+        async def read() -> bytes | None:
+            return first.pop() if first else await receive()
+
+        peer, ended, refused, link = context.peer(), "broke", False, self._current()
+
+        async def refuse(error: RemoteProtocolError) -> None:
+            nonlocal ended, refused
+            refused = True
+            ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
+            if error.fault is not Fault.HALTED:
+                self._report(error.fault, f"{link.name if link else 'link'}: refused the peer at {peer}: {error}")
+            await tell(write, error)
+
+        try:
+            try:
+                async with asyncio.timeout(self._greeting_timeout_s):  # who says nothing takes nobody's place
+                    frame = await read()
+            except TimeoutError:
+                reason = f"no greeting within {self._greeting_timeout_s:g} s"
+                return await refuse(RemoteProtocolError(Fault.TIMEOUT, reason))
+            if frame is None:
+                return None
+            try:
+                self._security.admit(context, frame)
+            except RemoteProtocolError as error:
+                await refuse(error)
+                return await linger(read)
+            if link is None:
+                await refuse(RemoteProtocolError(Fault.HALTED, "this stage waits for a new epoch; dial again"))
+                return await linger(read)
+            if link.serving.locked() and not link.take_over(frame):
+                reason = f"{link.name} has a connection already; close that one first"
+                await refuse(RemoteProtocolError(Fault.UNEXPECTED, reason))
+                return await linger(read)
+            first.append(frame)
+            async with link.serving:
+                try:
+                    await link.attach(read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s)
+                    ended = "was ended there"
+                except EpochOver:
+                    ended = ""
+                except RemoteProtocolError as error:
+                    await refuse(error)
+                except RefusedError as error:
+                    ended = ""
+                    if error.fault not in PASSING:
+                        self._report(error.fault, f"{link.name}: refused by the peer at {peer}: {error}")
+                finally:
+                    link.settle()
+            if refused:
+                await linger(read)
+        finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
+            if ended and not (self.stopping or link is None or link.finished or link.over):
+                self._report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
+
+    async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        assert self._control
+        receive, write = both_ways(context)
+        admitted = False
+
+        async def read() -> bytes | None:
+            nonlocal admitted
+            frame = await receive()
+            if frame is not None and not admitted:
+                self._security.admit(context, frame)
+                admitted = True
+            return frame
+
+        try:
+            await self._control.converse(
+                "above", read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s
+            )
+        except RemoteProtocolError as error:
+            self._report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+        except (RefusedError, ConnectionError) as error:
+            if not self.stopping:
+                self._report("connection-lost", f"control stream from {context.peer()}: {error}")
+
+
+async def tell(write: Write, error: RemoteProtocolError) -> None:
+    """Why we refuse. That the peer cannot be told, being gone or not listening, matters less than the reason itself."""
+    with suppress(Exception):
+        async with asyncio.timeout(REFUSAL_TIMEOUT_S):
+            await write(encode_frame(Refusal(code=error.fault, reason=error.reason)))
+
+
+async def linger(read: Read) -> None:
+    """Ending a stream on which the peer still writes may overtake the refusal: read on until the peer ends it."""
+    with suppress(Exception):
+        async with asyncio.timeout(REFUSAL_TIMEOUT_S):
+            while await read() is not None:
+                pass
+
+
+def both_ways(stream: Any) -> tuple[Read, Write]:
+    """What reads frames from gRPC's end of a stream, a call's or a context's, and what writes them; uncancelled. What
+    reads gives None at the end of the stream, which in gRPC is an object of its own."""
+    receive = uncancelled(stream.read)
+
+    async def read() -> bytes | None:
+        frame = await receive()
+        return frame if isinstance(frame, bytes) else None
+
+    return read, uncancelled(stream.write)
+
+
+def uncancelled(operation: Callable[..., Awaitable[T]]) -> Callable[..., Awaitable[T]]:
+    """gRPC takes the cancellation of a read or a write for that of the whole call, and with it of what was written
+    last. So the operation runs on, and the next one waits for it."""
+    running: asyncio.Future[T] | None = None
+
+    async def run(*arguments: bytes) -> T:
+        nonlocal running
+        if running is not None and not running.done():
+            await asyncio.wait([running])
+        running = asyncio.ensure_future(operation(*arguments))
+        running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if nobody waits for it
+        return await asyncio.shield(running)
+
+    return run

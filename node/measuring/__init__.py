@@ -1,0 +1,1 @@
+"""What a run would do and does: plans, stated machines, benchmarks, faults."""

@@ -1,0 +1,212 @@
+"""What a run would do on given machines and links, without running it: `thinpipe plan`.
+
+Everything that can be known is taken from where it is true: message sizes from the byte formats and the framing that
+nodes use, the order of work from the schedule that they execute (`sim.pipeline` charges it to a virtual clock), the
+multiplications from the model's own shapes. What cannot be known is how fast a machine computes; that is given, as a
+rate that it achieves (`--pace 150m@4x66tflops`) or by a run that was measured (`--from RUN`).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...compress.boundary import CodecError
+from ...protocol.schedule import HOP_MAX, get_schedule
+from ...sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
+from ...sim.report import read_records
+from ...sim.shaper import LinkError, LinkProfile
+from ..config import ConfigError, RunConfig
+from ..data import DataError, vocabulary_size
+from ..model import ModelError, resolve_model
+from ..preparation import check_codec, resolve_architecture
+from ..stage import Stage
+from .pace import VOCABULARY, Pace
+from .sizes import Sizes
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+AUTO = ":hop=auto"
+HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, HOP_MAX)
+AUTO_WITHIN = 1.003
+PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
+
+
+def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
+    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third,
+    weight gradients another. Raises ConfigError for a run that has no steps."""
+    times = []
+    for stage in range(config.pipeline.stages):
+        path = run / f"stage-{stage}.jsonl"
+        records = read_records(path) if path.exists() else []
+        steps = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
+        if not steps:
+            raise ConfigError(f"{run} has no second step of stage {stage} on record; name the --out of a finished run")
+        compute_s = float(np.median([step["compute_s"] + step["codec_s"] for step in steps]))
+        each = compute_s / config.pipeline.microbatches
+        times.append(StageTimes(forward_s=each / 3, backward_s=each * 2 / 3))
+    return times
+
+
+def plan(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    times: Sequence[StageTimes],
+    *,
+    rule: Rule = "duplex",
+) -> tuple[dict[str, Any], Simulation]:
+    """The figures, as JSON holds them, and the simulation that they are from."""
+    boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
+    simulated = simulate(
+        get_schedule(config.pipeline.schedule),
+        times,
+        [boundary] * (stages - 1),
+        microbatches=config.pipeline.microbatches,
+        rule=rule,
+    )
+    free = LinkProfile(rate_bits_per_s=None)
+    uncapped = simulate(
+        get_schedule(config.pipeline.schedule),
+        times,
+        [Boundary(forward_bytes=0, backward_bytes=0, link=free)] * (stages - 1),
+        microbatches=config.pipeline.microbatches,
+    )
+    tokens = config.microbatch_size * config.data.sequence_length
+    dense_bytes, rate = 2 * tokens * architecture.hidden_size, boundary.link.rate_bits_per_s
+    both = boundary.forward_bytes + boundary.backward_bytes
+    return {
+        "schedule": config.pipeline.schedule,
+        "link": str(boundary.link),
+        "step_s": simulated.step_s,
+        "tokens_per_s": config.tokens_per_step / simulated.step_s,
+        "uncapped_tokens_per_s": config.tokens_per_step / uncapped.step_s,
+        "bottleneck": simulated.bottleneck,
+        "bytes_per_microbatch": {"forward": boundary.forward_bytes, "backward": boundary.backward_bytes},
+        "ratio": 2 * dense_bytes / both,
+        "stages": [
+            {
+                "forward_s": each.forward_s,
+                "backward_s": each.backward_s,
+                "weight_gradient_s": each.weight_gradient_s,
+                "compute_share": simulated.compute_share[stage],
+                "microbatches_in_flight": simulated.peak_in_flight[stage],
+                "activation_bytes_in_flight": simulated.peak_in_flight[stage] * _saved_bytes(config, architecture),
+            }
+            for stage, each in enumerate(times)
+        ],
+        "boundaries": [
+            {
+                "forward_share": simulated.wire_share[stage, stage + 1],
+                "backward_share": simulated.wire_share[stage + 1, stage],
+                # Each direction of a full-duplex link may take as long as the slower neighbour computes.
+                "compute_bound_at_ratio": rate
+                and dense_bytes * 8 / rate / max(each.forward_s + each.backward_s for each in times[stage : stage + 2]),
+            }
+            for stage in range(stages - 1)
+        ],
+    }, simulated
+
+
+def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
+    """Seconds of a first stage on this machine, which has nothing else to do, taken for all of them: one microbatch
+    forward and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
+    these times is more than it needs."""
+    if config.compute.pace:
+        return Pace.parse(config.compute.pace).times(config, architecture)
+    import torch
+
+    stage = Stage(config, architecture, 0)
+    ids_BS = np.zeros((config.microbatch_size, config.data.sequence_length + 1), np.int32)
+    took: list[float] = []
+    for microbatch in range(2):
+        began = time.perf_counter()
+        out = stage.forward(0, microbatch, ids_BS, None)
+        took.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        stage.backward(microbatch, None if out is None else torch.zeros_like(out.z_BTW), 0.0 if out else None)
+        took.append(time.perf_counter() - began)
+    return [StageTimes(forward_s=took[2], backward_s=took[3])] * config.pipeline.stages
+
+
+def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
+    """About what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and without
+    activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
+    less the attention scores)."""
+    layers = -(-architecture.num_hidden_layers // config.pipeline.stages)
+    return 34 * config.microbatch_size * config.data.sequence_length * architecture.hidden_size * layers
+
+
+def resolved_schedule(
+    spec: str, config: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes], *, rule: Rule = "duplex"
+) -> str:
+    """`spec`, with `hop=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more costs
+    memory, and where a link is the bottleneck time too. Raises ScheduleError for a schedule without a hop."""
+    name, auto, _ = spec.partition(AUTO)
+    if not auto:
+        return spec
+    found: list[tuple[str, float]] = []
+    for hop in HOPS:
+        schedule = f"{name}:hop={hop:g}" if hop else name
+        figures, _ = plan(_with_schedule(config, schedule), architecture, times, rule=rule)
+        found.append((schedule, figures["step_s"]))
+    least = min(step_s for _, step_s in found)
+    return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
+
+
+def with_depth(config: RunConfig, spec: str) -> RunConfig:
+    """The run with the depth that `spec`, which says hop=auto, needs on this machine. Raises what PLANNED names."""
+    architecture = resolve_architecture(config)
+    times = times_calibrated(config, architecture)
+    return _with_schedule(config, resolved_schedule(spec, config, architecture, times))
+
+
+def _with_schedule(config: RunConfig, schedule: str) -> RunConfig:
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"schedule": schedule})})
+
+
+def planned(
+    config: RunConfig, paced: Pace | None, measured: Path | None, *, schedule: str, rule: Rule
+) -> tuple[dict[str, Any], Simulation]:
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `hop=auto`. Raises what
+    PLANNED names."""
+    given = config.model.vocab_size
+    vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
+    length = config.data.sequence_length
+    architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
+    check_codec(config, architecture)
+    if paced:
+        times = paced.times(config, architecture)
+    else:
+        assert measured is not None
+        times = times_measured(measured, config)
+    config = _with_schedule(config, resolved_schedule(schedule, config, architecture, times, rule=rule))
+    return plan(config, architecture, times, rule=rule)
+
+
+def events(simulated: Simulation) -> list[dict[str, Any]]:
+    """The simulated spans in the Chrome trace format, as nodes write theirs (`sim.trace` draws both)."""
+    found = []
+    for span in simulated.spans:
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(span.action).__name__).lower()  # as nodes name their jobs
+        name = "optimizer step" if kind == "step" else f"{kind} {getattr(span.action, 'microbatch', '')}"
+        if span.sender is None:
+            process, lane = span.stage, "compute"
+        else:
+            process, lane = span.sender, f"boundary {min(span.sender, span.stage)}-{max(span.sender, span.stage)}"
+        found.append(
+            {
+                "ph": "X",
+                "pid": process,
+                "tid": lane,
+                "name": name,
+                "ts": span.start_s * 1e6,
+                "dur": (span.end_s - span.start_s) * 1e6,
+            }
+        )
+    return found

@@ -1,0 +1,153 @@
+"""Who may talk to this node, and whom it talks to: mutual TLS by the run's own authority, or plain text.
+
+One object carries it to everything that listens or dials. Both ends show a certificate of the run's authority:
+
+- Whoever dials stage 3 has TLS look for the name of that stage in the server's certificate, so a server of another
+  stage, run or authority fails in the handshake, before a byte of the run.
+- Whoever listens has TLS ask for a certificate of the authority, and then holds the greeting to it: run and stage of
+  the greeting have to be among the certificate's names, or the peer is refused by name (`wrong-certificate`).
+
+Plain text is for loopback. What leaves the machine needs keys, unless somebody says `--insecure`; a default that is
+secure only where one remembers it would be none. That holds for addresses that are typed (`choose`) and for those that
+are learnt from the DHT (`may_dial`). Why TLS and not a VPN's business: a VPN keeps strangers out, and lets
+any machine in it take any stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from ...protocol.errors import Fault, RemoteProtocolError
+from ...protocol.messages import Greeting, Limits, decode_frame
+from ..addresses import is_loopback
+from .certificates import CertificateError, Said, parse, read, run_name, spell_moment, stage_name
+from .handshake import diagnose
+from .keys import Keys, KeysError, clock, load
+
+LIMITS = Limits(message_bytes=1)  # of a greeting
+ENDS_SOON = timedelta(days=3)
+
+
+class Called(Protocol):
+    """What is needed of a `grpc.aio.ServicerContext`."""
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Security:
+    """keys: None for plain text. insecure: whether plain text may leave the machine."""
+
+    keys: Keys | None = None
+    insecure: bool = False
+    clock: Callable[[], datetime] = clock
+
+    @property
+    def warning(self) -> str | None:
+        """What should be known before a run of days begins."""
+        if self.keys is None or self.keys.said.ends - self.clock() > ENDS_SOON:
+            return None
+        ends = spell_moment(self.keys.said.ends)
+        return (
+            f"the certificate in {self.keys.directory} ends on {ends}; connections that stand then stay, new ones fail"
+        )
+
+    # -- who dials ---------------------------------------------------------------------------------------------------
+
+    def may_dial(self, address: str) -> bool:
+        """Whether it may be talked to as this node talks. Raises ListenError for what is no host:port."""
+        return self.keys is not None or self.insecure or is_loopback(address)
+
+    def channel(self, address: str, stage: int | None, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
+        """To a node of that stage; None: to any of the run. Whether that may be, who learnt the address has asked."""
+        if self.keys is None:
+            return grpc.aio.insecure_channel(address, options=options)
+        credentials = grpc.ssl_channel_credentials(
+            self.keys.authority_pem, self.keys.key_pem, self.keys.certificate_pem
+        )
+        options = [*options, ("grpc.ssl_target_name_override", self.keys.name(stage))]
+        return grpc.aio.secure_channel(address, credentials, options=options)
+
+    async def fault(self, address: str, stage: int | None) -> str | None:
+        """One line on why there is no connection, if TLS is why; see `handshake.diagnose`."""
+        return await diagnose(address, self.keys, stage, self.clock)
+
+    # -- who listens -------------------------------------------------------------------------------------------------
+
+    def add_port(self, server: grpc.aio.Server, address: str) -> int:
+        """As `add_insecure_port`: the port, or 0 or RuntimeError."""
+        if self.keys is None:
+            return server.add_insecure_port(address)
+        pairs = [(self.keys.key_pem, self.keys.certificate_pem)]
+        credentials = grpc.ssl_server_credentials(pairs, self.keys.authority_pem, require_client_auth=True)
+        return server.add_secure_port(address, credentials)
+
+    def admit(self, context: Called, frame: bytes) -> None:
+        """Hold a neighbour's first frame to its certificate. Raises RemoteProtocolError."""
+        if self.keys is None:
+            return
+        said = self._peer(context)
+        greeting = decode_frame(frame, LIMITS)
+        if not isinstance(greeting, Greeting):
+            return  # and refused for that, by whoever reads it
+        if stage_name(greeting.run_id, greeting.stage) not in said.names:
+            raise RemoteProtocolError(
+                Fault.CERTIFICATE,
+                f"the greeting says stage {greeting.stage} of run '{greeting.run_id}', the certificate is for {said}; "
+                f"start that node with keys of its stage: thinpipe keys issue --stages {greeting.stage}",
+            )
+
+    def admit_any(self, context: Called) -> None:
+        """Hold a peer that claims no stage to the run. Raises RemoteProtocolError."""
+        if self.keys is not None:
+            self._peer(context)
+
+    def _peer(self, context: Called) -> Said:
+        assert self.keys
+        run = self.keys.said.run
+        try:
+            said = read(parse(b"".join(context.auth_context().get("x509_pem_cert", ()))))
+        except CertificateError as error:
+            raise RemoteProtocolError(Fault.CERTIFICATE, f"the peer's certificate: {error}") from None
+        if run_name(run) not in said.names:
+            raise RemoteProtocolError(
+                Fault.CERTIFICATE,
+                f"the certificate is for {said}, this is run '{run}'; start that node with keys of this run",
+            )
+        return said
+
+
+PLAIN = Security()
+
+
+def choose(
+    keys: Path | None,
+    *,
+    insecure: bool,
+    listen: str | None = None,
+    dial: str | None = None,
+    dial_option: str = "--next",
+    run: str | None = None,
+    stages: list[int] | None = None,
+    now: datetime | None = None,
+) -> Security:
+    """What --keys and --insecure come to. Raises KeysError: for keys that are no good for these stages of this run, and
+    for an address that others reach where neither was said; ListenError for what is no address."""
+    if keys is not None:
+        if insecure:
+            raise KeysError("--keys and --insecure contradict each other; leave one away")
+        return Security(load(keys, now=now or clock(), run=run, stages=stages))
+    for option, address in (("--listen", listen), (dial_option, dial)):
+        if address and not insecure and not is_loopback(address):
+            raise KeysError(
+                f"{option} {address} leaves this machine, so it needs --keys DIR (thinpipe keys issue makes one); "
+                "or say --insecure, if whoever can reach it may read and change the run"
+            )
+    return Security(insecure=insecure)

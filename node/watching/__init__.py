@@ -1,0 +1,1 @@
+"""Who looks at a node's records while it writes them."""

@@ -1,0 +1,75 @@
+"""Who looks at a node's records while it writes them, by its settings: Prometheus, TensorBoard.
+
+A view must not cost a run: one that fails (a full disk) is left out from then on, and that is said once. Only what can
+be put right at once, before anything was built, ends the node: an address for the figures that is taken. A node that
+takes the place of a lost one goes on without them then, since the lost one may be asleep with its port.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...sim.endpoint import Endpoint, EndpointError
+from ..config import WatchSection
+
+
+class View(Protocol):
+    """Sees each record after it was written."""
+
+    def take(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Watching:
+    """The views of one stage. replaces: it takes a lost one's place. Raises EndpointError."""
+
+    def __init__(self, settings: WatchSection, out: Path, *, stage: int, replaces: bool = False) -> None:
+        self._stage = stage
+        self._views: list[View] = []
+        if settings.prometheus:
+            self._serve(settings.prometheus, replaces)
+        if settings.tensorboard:
+            self._write(out / "tensorboard" / f"stage-{stage}")
+
+    def _serve(self, address: str, replaces: bool) -> None:
+        from .prometheus import Exporter
+
+        try:
+            exporter = Exporter(self._stage, Endpoint.parse(address))
+        except EndpointError as error:
+            if not replaces:
+                raise
+            self._say(f"{error}; goes on without")
+            return
+        print(f"stage {self._stage} serves its figures at http://{exporter.endpoint}/metrics", flush=True)
+        self._views.append(exporter)
+
+    def _write(self, directory: Path) -> None:
+        from .tensorboard import Events
+
+        try:
+            self._views.append(Events(directory, stage=self._stage))
+        except OSError as error:
+            self._say(f"no events for TensorBoard in {directory}: {error.strerror}; goes on without")
+
+    def take(self, record: dict[str, Any]) -> None:
+        """A record was written."""
+        for view in tuple(self._views):
+            try:
+                view.take(record)
+            except Exception as error:
+                self._views.remove(view)
+                self._say(f"{type(view).__name__} is left out from now on: {error!r}")
+
+    def close(self) -> None:
+        for view in self._views:
+            try:
+                view.close()
+            except Exception as error:
+                self._say(f"{type(view).__name__}: {error!r}")
+
+    def _say(self, line: str) -> None:
+        print(f"stage {self._stage}: warning: {line}", file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ class Wired(nn.Module):
 
 
 def pass_s(seconds: float) -> None:
-    """As node.paced passes time: asleep, on this thread."""
+    """As node.measuring.paced passes time: asleep, on this thread."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(left)

@@ -71,7 +71,7 @@ time.sleep(300)
 
 OWNER_OF_ONE = """
 import sys, time
-from thinpipe.node.dht import start_dht
+from thinpipe.node.discovery.dht import start_dht
 dht, place = start_dht(sys.argv[1:], ["/ip4/127.0.0.1/tcp/0"], None, False)
 print(dht.store("key", b"signed", time.time() + 100, subkey=place))
 dht.shutdown()
@@ -79,8 +79,8 @@ dht.shutdown()
 
 READER = """
 import json, sys, time
-from thinpipe.node import dht as process
-from thinpipe.node.dht_records import Held, validator
+from thinpipe.node.discovery import dht as process
+from thinpipe.node.discovery.dht_records import Held, validator
 process.validator = lambda: validator(Held(records_max=0))  # it has no room left for anything
 dht, place = process.start_dht(sys.argv[1:], ["/ip4/127.0.0.1/tcp/0"], None, False)
 found = dht.get("key", latest=True)

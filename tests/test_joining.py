@@ -621,7 +621,7 @@ def test_plain_text_does_not_leave_the_machine_because_a_record_says_so() -> Non
 
 
 ECHO = """
-from thinpipe.node import dht
+from thinpipe.node.discovery import dht
 
 def serve(questions, answers):
     while raw := questions.read(1):

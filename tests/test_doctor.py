@@ -24,14 +24,14 @@ from thinpipe import __version__
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.config import dump_config
+from thinpipe.node.links import probe_service
+from thinpipe.node.links.probe_service import ProbeService, dial_back
 from thinpipe.node.links.transport import listening, probe_door, serving
 from thinpipe.node.probing import doctor, machine
-from thinpipe.node.probing import service as probe_service
 from thinpipe.node.probing.asker import Visited, visit
 from thinpipe.node.probing.doctor import Questions, examine, report, table
 from thinpipe.node.probing.machine import Finding
 from thinpipe.node.probing.reach import ProbeError
-from thinpipe.node.probing.service import ProbeService, dial_back
 from thinpipe.node.security.keys import clock, init, issue
 from thinpipe.node.security.policy import PLAIN, Security, choose
 from thinpipe.protocol.probing import TOKEN_BYTES, About, Outcome, Visit, decode_probe, encode_probe, knock

@@ -16,6 +16,19 @@ MAY_IMPORT = {
     "compress": {"compress"},
     "protocol": {"protocol"},
 }
+# Rooms of node: which other rooms of node each may import. All may import the modules that lie in node itself.
+MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
+    "boundary": set(),
+    "checkpoints": set(),
+    "data": set(),
+    "model": set(),
+    "security": set(),
+    "watching": set(),
+    "links": {"checkpoints", "security"},
+    "measuring": {"boundary", "data", "links", "model"},
+    "probing": {"links", "measuring", "model", "security"},
+    "discovery": {"links", "probing", "security"},
+}
 SANS_IO = {"torch", "asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "subprocess"}
 FOREIGN = {
     "protocol": SANS_IO,
@@ -62,11 +75,33 @@ def test_imports_point_one_way(path: Path) -> None:
             assert name not in FOREIGN.get(room, set()), f"{path.relative_to(ROOT)} imports {name}"
 
 
+def imported_in_node(path: Path, source: str | None = None) -> Iterator[str]:
+    """Rooms and modules of node that a module in one of its rooms imports from beside its own room."""
+    for statement in ast.walk(ast.parse(source or path.read_text())):
+        if isinstance(statement, ast.ImportFrom) and statement.level == 2:
+            yield from [statement.module.split(".")[0]] if statement.module else [each.name for each in statement.names]
+
+
+def test_rooms_of_node_are_entered_in_one_direction() -> None:
+    rooms = {path.parent.name for path in (ROOT / "node").glob("*/__init__.py")}
+    assert set(MAY_IMPORT_IN_NODE) == rooms
+    for room, may in MAY_IMPORT_IN_NODE.items():
+        for path in (ROOT / "node" / room).glob("*.py"):
+            found = set(imported_in_node(path)) & rooms
+            assert found <= may, f"{path.relative_to(ROOT)} imports {found - may}"
+    order: list[str] = []
+    while left := {room: may for room, may in MAY_IMPORT_IN_NODE.items() if room not in order}:
+        free = [room for room, may in left.items() if may <= set(order)]
+        assert free, f"{sorted(left)} import each other"
+        order += free
+
+
 def test_the_check_sees_forbidden_imports() -> None:
     inside = ROOT / "protocol" / "session.py"
-    assert ("inside", "node") in set(imported(inside, "from ..node.link import Link"))
+    assert ("inside", "node") in set(imported(inside, "from ..node.links.link import Link"))
     assert ("inside", "sim") in set(imported(inside, "from .. import sim"))
     assert ("inside", "node") in set(imported(inside, "import thinpipe.node.links.link"))
+    assert set(imported_in_node(inside, "from ..links.link import Link\nfrom .. import flow")) == {"links", "flow"}
     assert ("outside", "torch") in set(imported(inside, "def f():\n    import torch.nn"))
 
 

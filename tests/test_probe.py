@@ -20,11 +20,11 @@ import grpc.aio
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.links.dialling import dial
+from thinpipe.node.links.probe_service import ProbeService
 from thinpipe.node.links.transport import PROBE_METHOD, listening, probe_door, serving
 from thinpipe.node.probing.asker import ask
 from thinpipe.node.probing.probe import figures
 from thinpipe.node.probing.reach import ProbeError
-from thinpipe.node.probing.service import ProbeService
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Refusal, encode_frame
 from thinpipe.protocol.probing import (
@@ -344,7 +344,7 @@ async def _leave(address: str, frames: list[bytes]) -> None:
 
 
 def test_who_does_not_read_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinpipe.node.probing.service.WAIT_S", 0.3)
+    monkeypatch.setattr("thinpipe.node.links.probe_service.WAIT_S", 0.3)
 
     async def story() -> None:
         async with listener() as scene, grpc.aio.insecure_channel(scene.address) as channel:

@@ -22,9 +22,9 @@ from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ...protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
 from ...protocol.probing import NotNow
 from ..addresses import ListenError
-from ..probing.service import ProbeService
 from ..security.policy import PLAIN, Security
 from .link import EpochOver, Link, Read, Write
+from .probe_service import ProbeService
 
 if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe` has no use for
     from .control import Control

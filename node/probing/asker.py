@@ -39,10 +39,10 @@ from ...protocol.probing import (
 from ...sim.link_check import SteadyRate
 from ...sim.shaper import LinkProfile
 from ..links.outgoing import Write
+from ..links.probe_service import WAIT_S, Pacer, Read, meter_of
 from ..links.transport import PROBE_METHOD
 from ..security.policy import PLAIN, Security
 from .reach import REMEDY, ProbeError, reachable, stream, within
-from .service import WAIT_S, Pacer, Read, meter_of
 
 ECHOES = 20
 ECHOES_LEAST, ECHOES_S = 3, 2.0  # so many at least, and then no more after this time

@@ -23,11 +23,11 @@ from ...sim.console import probe_table
 from ...sim.link_check import LinkCheck, round_trip_warning
 from ...sim.shaper import LinkError, LinkProfile
 from ..addresses import ListenError, check_listen, split_address
+from ..links.probe_service import ProbeService, profile_of
 from ..links.transport import probe_door, serving
 from ..security.policy import PLAIN, Security
 from .asker import Findings, ask
 from .reach import ProbeError
-from .service import ProbeService, profile_of
 
 SECONDS_LEAST = 0.2
 DEADLINE_S = 10.0  # for the other side to be there, at each of the steps there

@@ -45,8 +45,8 @@ from ...protocol.probing import (
 from ...sim.link_check import SteadyRate
 from ...sim.shaper import DEFAULT_BURST_BYTES, LinkProfile, Shaper
 from ..addresses import host_of
-from ..links.link import Read
-from ..links.outgoing import Write
+from .link import Read
+from .outgoing import Write
 
 WAIT_S = 10.0  # for one frame to come or go
 DIAL_S = 5.0  # to be there, when a visitor is dialled back

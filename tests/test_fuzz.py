@@ -22,6 +22,7 @@ from thinpipe.protocol import delta, dictionary, messages
 from thinpipe.protocol.errors import RemoteProtocolError
 
 from .fuzz import judge as judging
+from .fuzz.__main__ import NAMES
 from .fuzz.judge import Ends, Finding, Target, check_refusal, judge
 from .fuzz.targets import TARGETS
 
@@ -47,6 +48,10 @@ def damaged(target: Target, nth: int) -> bytes:
     for _ in range(draw.choice([1, 1, 2, 4])):
         data = target.mutate(data, draw)[: target.input_bytes_max]
     return data
+
+
+def test_make_fuzz_drives_every_target() -> None:
+    assert sorted(NAMES) == sorted(TARGETS)
 
 
 @each_target

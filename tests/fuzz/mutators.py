@@ -203,6 +203,23 @@ def frame(data: bytes, draw: Random) -> bytes:
     return parsed.SerializeToString()
 
 
+def probe_frame(data: bytes, draw: Random) -> bytes:
+    """A frame of a probe with another value in one of its fields, or another body."""
+    parsed = pb.ProbeFrame()
+    try:
+        parsed.ParseFromString(data)
+    except DecodeError:
+        return damage(data, draw)
+    if draw.random() < 0.2:
+        return damage(data, draw)
+    body = parsed.WhichOneof("body")
+    if body is None or draw.random() < 0.05:
+        body = draw.choice(pb.ProbeFrame.DESCRIPTOR.fields).name
+        getattr(parsed, body).SetInParent()
+    _fields(getattr(parsed, body), draw)
+    return parsed.SerializeToString()
+
+
 # -- several in a row -------------------------------------------------------------------------------------------------
 
 
@@ -221,7 +238,7 @@ def cut(data: bytes) -> list[tuple[int, bytes]]:
     return parts
 
 
-def conversation(data: bytes, draw: Random) -> bytes:
+def conversation(data: bytes, draw: Random, change: Mutator = frame) -> bytes:
     """A first byte and a conversation, in which one frame is changed, left out, repeated, or comes elsewhere."""
     if not data or draw.random() < 0.05:
         return damage(data, draw)
@@ -242,7 +259,7 @@ def conversation(data: bytes, draw: Random) -> bytes:
         case 3:
             parts[at] = (draw.randrange(256), raw)
         case _:
-            parts[at] = (how, frame(raw, draw))
+            parts[at] = (how, change(raw, draw))
     return first + join(parts)
 
 

@@ -7,6 +7,9 @@ from .discovery import DISCOVERY
 from .disk import DISK
 from .judge import Target
 from .payloads import PAYLOADS
+from .probing import PROBING
 from .wire import WIRE
 
-TARGETS: dict[str, Target] = {target.name: target for target in [*WIRE, *PAYLOADS, *DISK, *COPYING, *DISCOVERY]}
+TARGETS: dict[str, Target] = {
+    target.name: target for target in [*WIRE, *PAYLOADS, *DISK, *COPYING, *DISCOVERY, *PROBING]
+}

@@ -364,6 +364,19 @@ def test_packages_that_are_missing_or_too_old(monkeypatch: pytest.MonkeyPatch) -
     assert finding.remedy == "pip install hivemind 'grpcio<2,>=1.78'"
 
 
+def test_a_cpu_without_instructions_for_bfloat16(monkeypatch: pytest.MonkeyPatch, tiny: TinyConfig) -> None:
+    assert machine.product_seconds("float32") > 0
+    for times, state in ((0.4, "ok"), (9.0, "warning")):
+        monkeypatch.setattr(machine, "product_seconds", lambda dtype, t=times: t if dtype == "bfloat16" else 1.0)
+        for asked in ("compute.dtype", "optim.msign_dtype"):
+            found = machine.arithmetic(tiny({asked: "bfloat16"}))
+            assert (found.state, bool(found.remedy)) == (state, state == "warning")
+            assert f"takes {times} times as long" in found.found
+        assert machine.arithmetic(tiny({})).state == "ok"
+        assert machine.arithmetic(tiny({"compute.dtype": "bfloat16", "compute.device": "cuda:0"})).state == "ok"
+        assert machine.arithmetic(None).state == "ok"
+
+
 def test_a_gpu_that_is_wanted_and_not_there(monkeypatch: pytest.MonkeyPatch, tiny: TinyConfig) -> None:
     import torch
 
@@ -439,7 +452,7 @@ def test_the_command_says_it_all_and_its_exit_code(tiny: TinyConfig, tmp_path: P
     told = json.loads(healthy.stdout)
     names = [finding["name"] for finding in told["findings"]]
     network = ["port", "figures", "keys", "neighbour", "reachable", "clock"]
-    machines = ["timer", "cores", "memory", "disk", "GPU", "root", "traffic_control"]
+    machines = ["timer", "cores", "memory", "disk", "GPU", "arithmetic", "root", "traffic_control"]
     assert names == ["Python", "packages", *network, *machines]
     assert told["faults"] == 0
     sick = invoke("--listen", "a..b:7001", "--json")

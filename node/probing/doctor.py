@@ -76,6 +76,7 @@ def examine(questions: Questions) -> Iterator[Finding]:
     yield machine.memory(config, questions.stages_here)
     yield machine.disk(questions.out, config)
     yield machine.gpu(config)
+    yield machine.arithmetic(config)
     yield machine.root()
     yield machine.traffic_control()
 

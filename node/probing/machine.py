@@ -7,6 +7,7 @@ thin-link swarm: a disk that takes a checkpoint in seconds, a timer that wakes a
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -34,6 +35,8 @@ FSYNC_BYTES = 16 * 2**20
 FSYNC_SLOW_S = 1.0  # for those: a checkpoint of 1 GB would take a minute
 WAKE_LATE_S = 0.005  # the transport's chunks are 5 ms of a link
 NAPS = 20
+PRODUCT_SIDE, PRODUCTS = 384, 5
+BF16_SLOW = 2.0  # times float32; with instructions it is faster
 STATE_BYTES_PER_PARAMETER = 12  # float32: weight and two moments
 USER_SPACE = "only --isolate netns needs it; the cap of --link does not"
 
@@ -229,6 +232,34 @@ def cores(stages_here: int) -> Finding:
         remedy = "stages share cores: throughput is the machine's; bench --pace measures links all the same"
         return Finding(name="cores", state="warning", found=found, remedy=remedy)
     return Finding(name="cores", state="ok", found=found)
+
+
+def arithmetic(config: RunConfig | None) -> Finding:
+    """Whether a CPU that is to multiply in bfloat16 has instructions for it: without them torch does it, ten times
+    slower than in float32."""
+    name = "arithmetic"
+    dtypes = {config.compute.dtype, config.optim.msign_dtype} if config else set[str]()
+    if config is None or config.compute.device != "cpu" or "bfloat16" not in dtypes:
+        return Finding(name=name, state="ok", found="nothing is asked of this CPU but float32")
+    times = product_seconds("bfloat16") / product_seconds("float32")
+    found = f"a product in bfloat16 takes {times:.1f} times as long as in float32"
+    if times < BF16_SLOW:
+        return Finding(name=name, state="ok", found=found)
+    remedy = 'set compute.dtype and optim.msign_dtype to "float32": this CPU has no instructions for bfloat16'
+    return Finding(name=name, state="warning", found=found, remedy=remedy)
+
+
+def product_seconds(dtype: str) -> float:
+    """Of two square matrices, the fastest of a few."""
+    import torch
+
+    a = torch.ones(PRODUCT_SIDE, PRODUCT_SIDE, dtype=getattr(torch, dtype))
+    fastest = math.inf
+    for _ in range(PRODUCTS):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        fastest = min(fastest, time.perf_counter() - began)
+    return fastest
 
 
 def _state_bytes(config: RunConfig | None) -> int:

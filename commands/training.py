@@ -57,7 +57,9 @@ def up(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (128)")] = None,
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: at the end. (0)")] = None,
     seed: Annotated[int | None, typer.Option(help="Weights, data order and rounding follow from it. (1)")] = None,
-    out: Annotated[Path, typer.Option(help="Directory for run.toml, records and summary.json.")] = Path("runs/latest"),
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for run.toml, records and summary.json. (runs/latest)")
+    ] = None,
     config: Config = None,
     overrides: Override = None,
     one_process: Annotated[
@@ -121,11 +123,18 @@ def up(
         settings = configuration(config, options, overrides)
     elif one_process:
         fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
+    elif overwrite:
+        fail("--resume goes on with a run, --overwrite replaces one; leave one away", 2)
+    elif out not in (None, resume):
+        fail(
+            f"--resume {resume}: goes on where it is and not in {out}; leave --out away, or begin another run there", 2
+        )
     else:
         settings, out = _resumed(resume, said(config, options, overrides), auto), resume
         auto = None  # the depth is the run's own
     from ..node.local import run_local
 
+    out = out or Path("runs/latest")
     with run_errors(out):
         summary = run_local(
             settings,

@@ -283,6 +283,22 @@ def test_what_a_run_computes_does_not_change_when_it_goes_on(
     assert (begun.started, (begun.run / "run.toml").read_text()) == ([], before)
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--overwrite"], "--resume goes on with a run, --overwrite replaces one; leave one away"),
+        (["--out", "elsewhere"], "goes on where it is and not in elsewhere; leave --out away"),
+        (["--one-process"], "only a swarm writes checkpoints; leave --one-process away"),
+    ],
+)
+def test_what_contradicts_going_on(begun: Begun, options: list[str], named: str) -> None:
+    done = begun.go_on(*options)
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert named in done.stderr
+    assert begun.started == []
+    assert "nothing was started" in begun.go_on("--out", str(begun.run)).stderr  # says the same twice
+
+
 def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: Path) -> None:
     """A node that dies with a traceback leaves no line of ours, where the one before it had left one."""
     said = []

@@ -11,12 +11,13 @@ import typer
 from .commands.chaos import chaos
 from .commands.checkpoints import checkpoint
 from .commands.common import OneLine
+from .commands.hosting import node
 from .commands.keeping import keep
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
 from .commands.swarm import dht, status
-from .commands.training import node, up
+from .commands.training import up
 from .commands.watching import doctor, top
 
 app = typer.Typer(

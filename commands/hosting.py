@@ -1,0 +1,184 @@
+"""`thinpipe node`: one stage, of a swarm on this machine or on many."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import (
+    Insecure,
+    KeysDirectory,
+    Link,
+    Override,
+    Prometheus,
+    TensorBoard,
+    configuration,
+    fail,
+    one_arithmetic_thread,
+)
+from .swarm import Announce, DhtPort, Joins
+
+if TYPE_CHECKING:
+    from ..node.config import RunConfig
+
+AUTO = -1
+
+
+def _stage(text: str) -> int:
+    """The option --stage: a number, or -1 for auto."""
+    if text == "auto":
+        return AUTO
+    if text.isascii() and text.isdecimal():
+        return int(text)
+    raise typer.BadParameter(f"'{text}' is neither a stage, from 0, nor auto")
+
+
+def node(
+    stage: Annotated[
+        int, typer.Option(help="Which stage this node hosts, from 0; auto: the one that needs a node.", parser=_stage)
+    ],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The run.toml that all nodes of the run share.")
+    ] = None,
+    listen: Annotated[str | None, typer.Option(help="host:port where the stage above reaches this node.")] = None,
+    next_: Annotated[str | None, typer.Option("--next", help="host:port of the stage below.")] = None,
+    join: Joins = None,
+    announce: Announce = None,
+    dht_port: DhtPort = None,
+    run: Annotated[str | None, typer.Option(help="With --join: which run, where several are told of.")] = None,
+    link: Link = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for this node's records. (beside run.toml; with --join runs/RUN)")
+    ] = None,
+    overrides: Override = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Write what ran when, for ui.perfetto.dev.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Take the stage's place in a run that has begun, from its newest checkpoint. (--join knows by itself)",
+        ),
+    ] = False,
+    keys: KeysDirectory = None,
+    insecure: Insecure = False,
+    prometheus: Prometheus = None,
+    tensorboard: TensorBoard = None,
+    parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
+    check: Annotated[bool, typer.Option("--check", hidden=True, help="Only say what cannot work.")] = False,
+) -> None:
+    """Host one stage. Neighbours may start in any order and wait for each other.
+
+    Either all addresses are given (--config, --listen, --next), or the node joins a swarm (--join) and needs nothing
+    else.
+    """
+    one_arithmetic_thread()
+    options = {
+        "link.link": link,
+        "compute.device": device,
+        "watch.prometheus": prometheus,
+        "watch.tensorboard": tensorboard,
+    }
+    if join and not check:
+        if next_:
+            fail("--next and --join contradict each other: the DHT says where the stage below is; leave one away", 2)
+        wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
+        wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
+        wish |= {"keys": keys, "insecure": insecure}
+        return _join(wish, options, overrides, trace=trace, parent=parent, resume=resume)
+    for option, given in (
+        ("--stage auto", stage == AUTO),
+        ("--announce", announce),
+        ("--dht-port", dht_port),
+        ("--run", run),
+    ):
+        if given:
+            fail(f"{option} goes with --join host:port, which names any node or bootstrap of the swarm", 2)
+    if config is None:
+        fail("say which run: --config run.toml and the addresses, or --join host:port of any node or bootstrap", 2)
+    settings = configuration(config, options, overrides)
+    if stage >= settings.pipeline.stages:
+        fail(
+            f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
+        )
+    if check:
+        return _check(settings, stage)
+    from ..node.addresses import ListenError
+    from ..node.host import Addresses, HostError, HostOptions, check_input, host
+    from ..node.local import LocalRunError, writable
+    from ..node.security.keys import KeysError
+    from ..node.security.policy import choose
+
+    addresses = Addresses(listen=listen, next=next_)
+    try:
+        check_input(settings, stage, addresses)
+        name, who = settings.run.name, [stage]
+        security = choose(keys, insecure=insecure, listen=listen, dial=next_, run=name, stages=who)
+        if security.warning:
+            print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
+        directory = writable(out or config.parent)
+        how = HostOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
+        host(settings, stage, addresses, how)
+    except (KeysError, ListenError) as error:
+        fail(str(error), 2)
+    except (HostError, LocalRunError) as error:
+        fail(str(error), error.exit_code)
+    return None
+
+
+def _check(settings: RunConfig, stage: int) -> None:
+    """What `up` checks before it starts a process. The data is stage 0's alone."""
+    from ..node.data import check_source
+    from ..node.preparation import BAD_INPUT, check_settings
+
+    try:
+        check_settings(settings)
+        if stage == 0 and not settings.compute.pace:
+            check_source(settings.data)
+    except BAD_INPUT as error:
+        fail(str(error), 2)
+
+
+def _join(
+    wish: dict[str, Any],
+    options: dict[str, Any],
+    overrides: list[str] | None,
+    *,
+    trace: bool,
+    parent: int | None,
+    resume: bool,
+) -> None:
+    from ..node.addresses import ListenError
+    from ..node.config import ConfigError, parse_override
+    from ..node.discovery.claiming import RunThrough, StageTaken
+    from ..node.discovery.client import DiscoveryError
+    from ..node.discovery.joining import Wish, join
+    from ..node.security.keys import KeysError
+
+    try:
+        given = {key: value for key, value in options.items() if value is not None}
+        joined = join(Wish(**wish, overrides={**given, **dict(map(parse_override, overrides or []))}))
+    except RunThrough as error:
+        print(str(error))
+        return
+    except DiscoveryError as error:
+        fail(str(error), error.exit_code)
+    except (ConfigError, KeysError, ListenError, StageTaken) as error:
+        fail(str(error), 2)
+    from ..node.host import Addresses, HostError, HostOptions, host
+
+    how = HostOptions(
+        out=joined.out,
+        trace=trace,
+        parent=parent,
+        resume=joined.resume or resume,
+        security=joined.security,
+        membership=joined.membership,
+    )
+    try:
+        host(joined.config, joined.stage, Addresses(listen=joined.listen, next=None), how)
+    except HostError as error:
+        fail(str(error), error.exit_code)

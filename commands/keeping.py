@@ -112,8 +112,10 @@ def keep(
     there = run / "run.toml"
     settings = configuration(config or (there if there.is_file() else None), given, sets)
     from ..node.addresses import ListenError, split_address
-    from ..sim.keeper import Keeper, KeeperError, Post, become, known
+    from ..sim.keeper import Keeper, Post
+    from ..sim.posts import KeeperError
     from ..sim.shaper import LinkError, LinkProfile
+    from ..sim.users import become, known
 
     try:
         node_words = shlex.split(node_options)
@@ -163,8 +165,9 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     process that ends: the keeper itself has no use for torch, and may stay for days. As `user`, who is to read the
     model and the data. Raises KeeperError."""
     from ..node.config import dump_config
-    from ..sim.keeper import KeeperError, known, may_not_become
+    from ..sim.posts import KeeperError
     from ..sim.swarm import LAST_WORDS, node_environment
+    from ..sim.users import known, may_not_become
 
     environment, credentials = node_environment(), dict[str, Any]()
     if user and os.getuid() != (entry := known(user)).pw_uid:

@@ -19,20 +19,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .figures import (
-    STATES,
-    DictionaryFigures,
-    FaultFigures,
-    LinkFigures,
-    StageFigures,
-    Way,
-    any_number,
-    moment,
-    quantity,
-    stage_count,
-    stage_number,
-    whole,
-)
+from .figures import STATES, DictionaryFigures, FaultFigures, LinkFigures, StageFigures, Way
+from .quantities import any_number, moment, quantity, stage_count, stage_number, whole
 
 PREFIX = "thinpipe_"
 BITS = 8

@@ -9,7 +9,7 @@ A process counts from zero, so of one that was replaced its last counts are kept
 behind are done again: `tokens` counts them twice, as work was done; the ratio counts them once, as the summary does.
 
 Records, and figures over HTTP, may be a stranger's, and every view makes rows and bars of them: so whoever reads them
-holds stages, times and quantities to what can be (`stage_number` to `any_number`).
+holds stages, times and quantities to what can be (quantities.py).
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .quantities import any_number, moment, quantity, stage_count, stage_number, whole
 from .report import OUTSIDE_RATIO
 
 RECENT_STEPS = 10  # over which rates and shares are taken
 FAULTS_KEPT = 100
 CODES_MAX = 64  # of faults that are told apart; a peer has a say in them
-STAGES_MAX = 1024  # of a run, as its configuration has it
-TIME_MAX_S = 253_402_300_800.0  # the year 10000: further on, calendars end
-QUANTITY_MAX = 2.0**63  # bytes, bits a second, seconds, counts
 STATES = ("starting", "training", "halted", "ended", "stopped", "failed")
 STALENESS = {"projector": "staleness", "activations": "activation_staleness", "gradients": "gradient_staleness"}
 
@@ -287,47 +285,6 @@ def _way(link: dict[str, Any]) -> Way:
     if direction not in ("forward", "backward"):
         raise ValueError(direction)
     return stage_number(link["boundary"]), direction
-
-
-def any_number(value: Any) -> float:
-    """NaN and infinity too: of losses, norms and staleness, which a run that diverges has. Raises TypeError for
-    what is no number, ValueError for one that no float holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{value!r} is no number")
-    try:
-        return float(value)
-    except OverflowError:  # JSON has whole numbers of any length
-        raise ValueError("a number of more than 300 digits") from None
-
-
-def quantity(value: Any, most: float = QUANTITY_MAX) -> float:
-    """A number that can be added up and drawn. Raises TypeError for what is none, ValueError for what cannot be."""
-    if not -most <= any_number(value) <= most:  # NaN is not, either
-        raise ValueError(f"{value!r} is beyond what there can be")
-    return float(value)
-
-
-def moment(value: Any) -> float:
-    """Seconds since 1970, which a calendar has. Raises as `quantity` does."""
-    return quantity(value, TIME_MAX_S)
-
-
-def whole(value: Any) -> int:
-    """Raises as `quantity` does."""
-    quantity(value)
-    return int(value)
-
-
-def stage_number(value: Any) -> int:
-    """Of a stage, or of the boundary below it. Raises as `quantity` does."""
-    if not 0 <= (number := whole(value)) < STAGES_MAX:
-        raise ValueError(f"there is no stage {number}, of {STAGES_MAX} at most")
-    return number
-
-
-def stage_count(value: Any) -> int:
-    """Of a run. Raises as `quantity` does."""
-    return stage_number(whole(value) - 1) + 1
 
 
 def _maybe(kind: Any, value: Any) -> Any:

@@ -16,10 +16,7 @@ its own, there is nothing to wait for, and nothing to sum up.
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import pwd
 import signal
 import subprocess
 import sys
@@ -29,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from .posts import began, ended_after, gave_up, newest_life, take_lock
 from .swarm import node_environment
 from .tail import RecordTail
 
@@ -38,95 +36,8 @@ PROGRESS_S, PROGRESS_STEPS = 60.0, 10  # and then one within so long, or within 
 STANDBY_S = 3.0  # that a lost stage stays free for its own keeper, if that is only being started
 SUMMARY_S = 120.0  # for the other stages to end, and for a summary
 PAUSE_FIRST_S, PAUSE_MOST_S = 1.0, 30.0  # before a node is started again
-TAIL_BYTES = 2**18
 
 Say = Callable[[str], None]
-
-
-class KeeperError(RuntimeError):
-    """The post cannot be taken; one line says why."""
-
-
-def known(user: str) -> pwd.struct_passwd:
-    """Raises KeeperError for a user that is not there."""
-    try:
-        return pwd.getpwnam(user)
-    except KeyError:
-        raise KeeperError(f"there is no user '{user}' here; make one, or leave --user away") from None
-
-
-def may_not_become(user: str) -> KeeperError:
-    return KeeperError(
-        f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities SETUID "
-        "and SETGID), or leave --user away"
-    )
-
-
-def become(user: str) -> None:
-    """Give up root for `user`, for good. Nothing to do for who is that user already. Raises KeeperError."""
-    entry = known(user)
-    if os.getuid() != entry.pw_uid:
-        try:
-            os.initgroups(user, entry.pw_gid)
-            os.setgid(entry.pw_gid)
-            os.setuid(entry.pw_uid)
-        except PermissionError:
-            raise may_not_become(user) from None
-    os.environ["HOME"] = entry.pw_dir
-
-
-def take_lock(run: Path, stage: int) -> int | None:
-    """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it. Raises
-    KeeperError."""
-    path = run / f"stage-{stage}.lock"
-    try:
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise KeeperError(
-            f"cannot open {path}: {error.strerror}; was it made by another user? Remove it, or start as that user"
-        ) from None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        return None
-    return held
-
-
-def gave_up(run: Path, stage: int) -> bool:
-    """Whether the last keeper of the stage ended without having done its part."""
-    lock = run / f"stage-{stage}.lock"
-    return lock.exists() and lock.stat().st_size > 0
-
-
-def began(run: Path, stage: int) -> bool:
-    """Whether the stage has been started before."""
-    records = run / f"stage-{stage}.jsonl"
-    return records.exists() and records.stat().st_size > 0
-
-
-def ended_after(run: Path, stage: int) -> int | None:
-    """The steps that the stage had done when its newest process ended the run; None while it has not."""
-    return newest_life(run, stage)[0]
-
-
-def newest_life(run: Path, stage: int) -> tuple[int | None, bool]:
-    """`ended_after`, and whether that process has also left with exit code 0: nobody needs it any more then."""
-    records, steps, left = run / f"stage-{stage}.jsonl", None, False
-    if not records.exists():
-        return None, False
-    with records.open("rb") as file:
-        cut = file.seek(0, os.SEEK_END) > TAIL_BYTES
-        file.seek(-TAIL_BYTES if cut else 0, os.SEEK_END if cut else os.SEEK_SET)
-        text = file.read()
-    lines = text[: text.rfind(b"\n") + 1].splitlines()
-    for line in lines[1:] if cut else lines:
-        record = json.loads(line)
-        if record["event"] in ("start", "end"):
-            steps, left = record["steps"] if record["event"] == "end" else None, False
-        elif record["event"] == "exit":
-            left = record["exit_code"] == 0
-    return steps, left
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

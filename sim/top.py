@@ -24,7 +24,8 @@ from typing import Protocol
 
 from .endpoint import Endpoint, EndpointError
 from .exposition import ExpositionError, read_figures
-from .figures import STAGES_MAX, StageFigures, stage_count, whole
+from .figures import StageFigures
+from .quantities import STAGES_MAX, stage_count, whole
 from .tail import RecordTail
 
 ANSWER_BYTES_MAX = 4 * 2**20

@@ -20,8 +20,9 @@ import typer
 from thinpipe.cli import app
 from thinpipe.commands import keeping, reports
 from thinpipe.node.config import dump_config
-from thinpipe.sim import keeper, tc
-from thinpipe.sim.keeper import Keeper, Post, ended_after, take_lock
+from thinpipe.sim import keeper, posts, tc, users
+from thinpipe.sim.keeper import Keeper, Post
+from thinpipe.sim.posts import ended_after, take_lock
 from thinpipe.sim.report import read_records
 from thinpipe.sim.shaper import LinkProfile
 from thinpipe.sim.swarm import free_ports, node_environment
@@ -187,7 +188,7 @@ def test_only_the_newest_process_counts_as_ended(tmp_path: Path, monkeypatch: py
     assert ended_after(tmp_path, 0) is None
     records.write_text('{"event": "start"}\n{"event": "step", "step": 0}\n{"event": "end", "steps": 7}\n')
     assert ended_after(tmp_path, 0) == 7
-    monkeypatch.setattr(keeper, "TAIL_BYTES", 40)  # from within the step
+    monkeypatch.setattr(posts, "TAIL_BYTES", 40)  # from within the step
     assert ended_after(tmp_path, 0) == 7
     with records.open("a") as file:
         file.write('{"event": "start"}\n{"event": "end", "st')  # being written
@@ -487,14 +488,14 @@ def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.Monk
 
     def refused(user: str) -> None:
         assert kernel.capped
-        raise keeper.KeeperError(f"may not become {user}")
+        raise posts.KeeperError(f"may not become {user}")
 
     for more, line in (
         (("--user", "nobody-here"), "there is no user"),
         (("--steps", "20"), "is another run's"),
         (("--user", "root"), "may not become root"),
     ):
-        monkeypatch.setattr(keeper, "become", refused)
+        monkeypatch.setattr(users, "become", refused)
         done = CliRunner().invoke(app, [*options, *more])
         assert done.exit_code == 2
         assert line in done.stderr

@@ -25,7 +25,8 @@ from thinpipe.node.config import dump_config
 from thinpipe.sim import top
 from thinpipe.sim.endpoint import Endpoint
 from thinpipe.sim.exposition import ExpositionError
-from thinpipe.sim.figures import TIME_MAX_S, StageFigures
+from thinpipe.sim.figures import StageFigures
+from thinpipe.sim.quantities import TIME_MAX_S
 from thinpipe.sim.report import read_records
 from thinpipe.sim.swarm import free_ports
 from thinpipe.sim.tail import RecordTail

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 LAST = 20  # steps
+LINES = ("-", "--", "-.", ":")
 WAYS = ("activation", "gradient")
 
 
@@ -40,18 +41,34 @@ def figure_of(runs: list[list[dict[str, float]]], name: str) -> float | None:
     return statistics.mean(values) if values else None
 
 
+def family(name: str) -> tuple[str, int]:
+    """drift16 is of the family drift, by its number: one colour for a family, one line style for a number."""
+    letters = name.rstrip("0123456789")
+    return letters, int(name[len(letters) :] or 0)
+
+
 def draw(path: Path, recipes: dict[str, list[list[dict[str, float]]]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    families = list(dict.fromkeys(family(name)[0] for name in recipes))
+    numbers = sorted({family(name)[1] for name in recipes})
+    dashes = {number: LINES[at % len(LINES)] for at, number in enumerate(numbers)}
     figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), sharey=True)
     for axes, way in zip(panels, WAYS, strict=True):
         for name, runs in recipes.items():
             line = [step.get(f"{way}_staleness") for step in runs[0]]
             if any(value is not None for value in line):
-                axes.plot([value or float("nan") for value in line], label=name, linewidth=1)
+                letters, number = family(name)
+                axes.plot(
+                    [value or float("nan") for value in line],
+                    label=name,
+                    linewidth=1,
+                    color=f"C{families.index(letters)}",
+                    linestyle=dashes[number],
+                )
         axes.set_title(f"codebooks of {way}s")
         axes.set_xlabel("step")
         axes.set_yscale("log")
@@ -74,6 +91,7 @@ def main() -> None:
         if (directory / "summary.json").exists():
             recipes.setdefault(name, []).append(records(directory))
             summaries[name].append(json.loads((directory / "summary.json").read_text()))
+    recipes = dict(sorted(recipes.items(), key=lambda each: family(each[0])))
     if not recipes:
         parser.error(f"{given.runs} holds no finished run; make some with benchmarks/quality.py --out {given.runs}")
     bytes_of = {

@@ -21,6 +21,7 @@ import glob
 import hashlib
 import json
 import logging
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -104,14 +105,16 @@ def files_digest(paths: Iterable[Path], *salt: str) -> str:
 
 def _stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    found = [
-        path
-        for path in root.rglob("*.py")
-        if not _STDLIB_SKIPPED_DIRECTORIES.intersection(path.relative_to(root).parts[:-1])
-        and not path.relative_to(root).parts[0].startswith("config-")  # generated where Python was built
-        and not path.name.startswith("_sysconfigdata")
-        and path.name not in _STDLIB_SKIPPED_FILES
-    ]
+    found: list[Path] = []
+    for directory, inside, names in os.walk(root):  # never into site-packages, which can be large
+        top = Path(directory) == root
+        inside[:] = set(inside) - _STDLIB_SKIPPED_DIRECTORIES
+        inside[:] = [name for name in inside if not (top and name.startswith("config-"))]  # of where Python was built
+        found += [
+            Path(directory, name)
+            for name in names
+            if name.endswith(".py") and not name.startswith("_sysconfigdata") and name not in _STDLIB_SKIPPED_FILES
+        ]
     if not found:
         raise DataError(f"no source of the standard library in {root}; set data.source to a file or directory of text")
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -38,6 +40,7 @@ from thinpipe.node.discovery.status import as_figures, status_table
 from thinpipe.node.host import Addresses, HostError, HostOptions, host
 from thinpipe.node.links.transport import serving
 from thinpipe.node.probing.reach import reachable
+from thinpipe.node.security.keys import clock, init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
@@ -289,6 +292,50 @@ def test_silent_strangers_do_not_hold_up_a_claim(monkeypatch: pytest.MonkeyPatch
         assert sum(each.living for each in living) >= 300
     finally:
         gate.set()
+
+
+@contextmanager
+def taking(then: Callable[[socket.socket], object]) -> Iterator[str]:
+    """A listener that does that with each connection, and keeps it open unless it closes it."""
+    kept: list[socket.socket] = []
+
+    def serve(listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                kept.append(connection)
+                then(connection)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,))
+        thread.start()
+        yield f"127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    for connection in kept:
+        connection.close()
+
+
+def reset(connection: socket.socket) -> None:
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def test_a_port_map_before_nobody_is_nobody(tmp_path: Path) -> None:
+    """A process that hangs has its connections taken by the kernel, and is not dead; nor is one that speaks TLS."""
+    with taking(lambda _: None) as hung, taking(socket.socket.close) as mapped, taking(reset) as torn:
+        found = [claiming.knock(endpoint) for endpoint in (hung, mapped, torn, free_address())]
+    assert found == [Knock.ANSWERED, Knock.REFUSED, Knock.REFUSED, Knock.REFUSED]
+    now = clock()
+    init("demo", tmp_path / "authority", days=9, now=now)
+    issue([0], tmp_path / "authority", tmp_path / "node", days=9, now=now)
+    keys = Security(load(tmp_path / "node", now=now))
+
+    async def real(security: Security) -> Knock:
+        async with serving("127.0.0.1:0", {}, security) as port:
+            return await asyncio.to_thread(claiming.knock, f"127.0.0.1:{port}")
+
+    assert [asyncio.run(real(each)) for each in (PLAIN, keys)] == [Knock.ANSWERED] * 2
 
 
 # -- configurations that travel -------------------------------------------------------------------------------------

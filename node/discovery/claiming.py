@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -23,6 +24,7 @@ from .client import DiscoveryError
 LOOK_AGAIN_S = 2.0
 TROUBLE_S = 10.0  # before the DHT is asked again that did not answer
 CONNECT_S = 1.5
+CLOSED_S = 0.3  # for a port map to find out that nobody is behind it
 KNOCKING_S = 1.0  # for all records together, so that a claim is settled within SETTLE_S, however many lie there
 KNOCKS_AT_ONCE = 32
 LISTENING = (State.WAITING, State.TRAINING)
@@ -46,12 +48,15 @@ class Knock(Enum):
 
 
 def knock(endpoint: str) -> Knock:
-    """Raises nothing."""
+    """Who takes the connection and closes it at once is a port map whose machine refused it. Raises nothing."""
     host, port = split_address(endpoint)
     try:
-        with socket.create_connection((host, port), timeout=CONNECT_S):
+        with socket.create_connection((host, port), timeout=CONNECT_S) as connection:
+            connection.settimeout(CLOSED_S)
+            with suppress(TimeoutError):
+                return Knock.ANSWERED if connection.recv(1) else Knock.REFUSED
             return Knock.ANSWERED
-    except ConnectionRefusedError:
+    except (ConnectionRefusedError, ConnectionResetError):
         return Knock.REFUSED
     except (OSError, UnicodeError):
         return Knock.SILENCE

@@ -119,7 +119,7 @@ def up(
         fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
     elif overwrite:
         fail("--resume goes on with a run, --overwrite replaces one; leave one away", 2)
-    elif out not in (None, resume):
+    elif out is not None and out.resolve() != resume.resolve():
         fail(
             f"--resume {resume}: goes on where it is and not in {out}; leave --out away, or begin another run there", 2
         )

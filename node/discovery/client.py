@@ -72,7 +72,7 @@ class Discovery:
         self.addresses: tuple[str, ...] = ()
         self._lock = threading.Lock()
         self._number = 0
-        self._unread = b""
+        self._unread = bytearray()
         self._words = ""
 
     @classmethod
@@ -207,8 +207,11 @@ class Discovery:
         out = self._process.stdout.fileno()
         while True:
             size = int.from_bytes(self._unread[:4], "big") if len(self._unread) >= 4 else PIPE_BYTES_MAX
+            if size > PIPE_BYTES_MAX:
+                raise DiscoveryError(f"the DHT's process sends {size} bytes, at most {PIPE_BYTES_MAX} are read")
             if len(self._unread) >= 4 + size:
-                raw, self._unread = self._unread[4 : 4 + size], self._unread[4 + size :]
+                raw = bytes(self._unread[4 : 4 + size])
+                del self._unread[: 4 + size]
                 return msgpack.unpackb(raw)
             if not select.select([out], [], [], max(0.0, until_s - time.monotonic()))[0]:
                 raise DiscoveryError(f"the DHT's process did not answer within {deadline_s:g} s; is the machine busy?")

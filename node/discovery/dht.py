@@ -37,7 +37,6 @@ from .dht_records import read_by_record, validator
 PIPE_BYTES_MAX = 16 * 2**20
 START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine
 PEER_S = 2.0  # for one answer of one peer; of one that has just died nobody else knows yet, so who comes waits for it
-RECORDS_MAX = 4096  # of a key, that are handed on
 PR_SET_PDEATHSIG = 1
 
 
@@ -98,6 +97,8 @@ def start_dht(peers: list[str], listen: list[str], announce: list[str] | None, c
         nat_port_map=False,  # nothing is asked of a router, or of machines that nobody named
         auto_nat=False,
         use_relay=False,
+        cache_locally=False,  # what is asked is asked for the newest
+        cache_nearest=0,
     )
     dht.run_in_background(timeout=START_S)
     return dht, rules.local_public_key
@@ -150,9 +151,9 @@ class Service:
         if found is None or not isinstance(found.value, dict):
             return []
         now = time.time()
-        values = [(each.value, kept_s - (each.expiration_time - now)) for each in found.value.values()]
+        values = [(each.value, max(0.0, kept_s - (each.expiration_time - now))) for each in found.value.values()]
         values = [(value, age_s) for value, age_s in values if isinstance(value, bytes)]
-        return sorted(values, key=lambda each: each[1])[:RECORDS_MAX]
+        return sorted(values, key=lambda each: each[1])
 
     def addresses(self) -> list[str]:
         return [str(address) for address in self._dht.get_visible_maddrs(latest=True)]

@@ -1,8 +1,9 @@
 """A run's configuration on its way between machines: what is told, and what is believed of it.
 
-Told is the whole tree as TOML, less what names places on one machine's disk. Believed is nothing but what has the
-fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the user gives, if any. Settings that
-are no part of the fingerprint (data source, link, device, checkpoints) are each machine's own and may be overridden;
+Told is the whole tree as TOML, less what names places on one machine, and who may look on there. Believed is nothing
+but what has the fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the user gives, if
+any. Settings that are no part of the fingerprint (data source, link, device, checkpoints) are each machine's own and
+may be overridden;
 those that are may not, since the neighbours would refuse a node that computes something else.
 """
 
@@ -18,7 +19,8 @@ from ...protocol.header import printable
 from ...protocol.records import RunRecord, encode_run
 from ..config import ConfigError, RunConfig, dump_config, merge, parse_config, read_toml
 
-OWN_PLACES = {"data.cache", "checkpoint.directory"}  # written to: no stranger decides where
+# What is written to, and who may look on: no stranger decides that.
+OWN_PLACES = {"data.cache", "checkpoint.directory", "watch.prometheus", "watch.tensorboard"}
 LOCAL = "data.source, data.tokenizer, data.cache, model.path, compute.device, link.*, checkpoint.*, watch.*"
 
 

@@ -122,7 +122,7 @@ class _NoTls(Exception):
     """Somebody is there, and the two cannot agree on TLS; the message is a line for people."""
 
 
-NOWHERE = "any node of that stage, since none is announced"
+NOWHERE = "any node of that stage, since none is announced that may be dialled"
 
 
 async def _find(where: str | Where, remaining_s: float) -> tuple[str, float]:

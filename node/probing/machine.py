@@ -240,7 +240,7 @@ def arithmetic(config: RunConfig | None) -> Finding:
     name = "arithmetic"
     dtypes = {config.compute.dtype, config.optim.msign_dtype} if config else set[str]()
     if config is None or config.compute.device != "cpu" or "bfloat16" not in dtypes:
-        return Finding(name=name, state="ok", found="nothing is asked of this CPU but float32")
+        return Finding(name=name, state="ok", found="no bfloat16 is asked of this CPU")
     times = product_seconds("bfloat16") / product_seconds("float32")
     found = f"a product in bfloat16 takes {times:.1f} times as long as in float32"
     if times < BF16_SLOW:

@@ -346,11 +346,15 @@ def config(**settings: Any) -> RunConfig:
 
 
 def test_a_configuration_arrives_as_it_left_less_its_places() -> None:
-    mine = config(run__name="demo", data__cache="/here", checkpoint__directory="/there", optim__clip=0.5)
+    places = {"data__cache": "/here", "checkpoint__directory": "/there"}
+    mine = config(run__name="demo", **places, optim__clip=0.5, watch__prometheus="0.0.0.0:9400")
     record = told(mine)
     arrived = believed(record, "a:1")
     assert arrived.digest() == mine.digest() == record.configuration
     assert arrived.data.cache is None
+    assert arrived.watch.prometheus == ""  # who may look on, whoever tells of the run does not decide
+    loud = replace(told(mine), toml=dump_config(mine))
+    assert believed(loud, "a:1").watch.prometheus == ""
     assert arrived.checkpoint.directory is None
     evil = replace(record, toml=record.toml + "\n[checkpoint2]\nx=1\n")
     with pytest.raises(ConfigError, match="told by a:1: unknown section"):

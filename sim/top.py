@@ -209,18 +209,21 @@ def fetch(endpoint: Endpoint) -> str:
     over = threading.Timer(ANSWER_S, _hang_up, [wire])
     over.daemon = True
     over.start()
+    answer = None
     try:
         connection.request("GET", "/metrics", headers={"Accept": "text/plain"})
         answer = connection.getresponse()
         if answer.status != http.client.OK:
             raise ExpositionError(f"HTTP status {answer.status}; is that a node's --prometheus?")
         text = answer.read(ANSWER_BYTES_MAX + 1)
-    except http.client.HTTPException:
+    except (http.client.HTTPException, OSError):  # what a drip meets that was hung up on: an end, or a reset
         if time.monotonic() < deadline:
             raise
         text = b""
     finally:
         over.cancel()
+        if answer is not None:
+            answer.close()
         connection.close()
     if time.monotonic() >= deadline:
         raise TimeoutError(f"no whole answer within {ANSWER_S:g} s")

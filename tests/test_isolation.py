@@ -95,7 +95,7 @@ def test_a_cap_that_is_not_there_is_seen(settings: Path, tmp_path: Path) -> None
 
 
 @on_kernel_links
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_no_namespace_stays(settings: Path, tmp_path: Path, how: signal.Signals) -> None:
     out = tmp_path / "run"
     with subprocess.Popen(

@@ -141,6 +141,7 @@ def test_a_standby_takes_the_place_of_whoever_is_killed(tmp_path: Path, settings
 
 
 @alone
+@pytest.mark.long  # what `up` does at SIGTERM is in test_recovery
 def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
     tmp_path: Path, settings: Path, reference: list[str]
 ) -> None:

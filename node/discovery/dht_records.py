@@ -199,8 +199,8 @@ def read_by_record() -> None:
 
     def neighbours(peer: Any, nearest: dict[Any, Any]) -> dict[Any, Any]:
         """Others than who answers, each under one name, and not more than a bucket of them."""
-        names = {other: name for name, other in list(nearest.items())[: 2 * NEIGHBOURS_MAX] if other != peer}
-        return {name: other for other, name in list(names.items())[:NEIGHBOURS_MAX]}
+        names = {other: name for name, other in list(nearest.items())[:NEIGHBOURS_MAX] if other != peer}
+        return {name: other for other, name in names.items()}
 
     def judge_all(self: Any, key: bytes, dictionary: Any) -> bool:
         if not _reading.get():

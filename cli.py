@@ -9,14 +9,14 @@ from __future__ import annotations
 import typer
 
 from .commands.chaos import chaos
-from .commands.checkpoints import checkpoint
+from .commands.checkpoint import checkpoint
 from .commands.common import OneLine
+from .commands.discovery import dht, status
 from .commands.hosting import node
-from .commands.keeping import keep
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
-from .commands.swarm import dht, status
+from .commands.supervise import supervise
 from .commands.training import up
 from .commands.watching import doctor, top
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (up, node, keep, dht, status, top, summary, doctor, plan, bench, probe, chaos):
+for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")

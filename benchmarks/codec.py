@@ -94,7 +94,7 @@ def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats
         device=device,
         tokens=bundle.codec.tokens(stage, table_VD),
     )
-    sender, receiver = bundle.codec.sender(context), bundle.codec.receiver(context)
+    sender, receiver = bundle.codec.encoder(context), bundle.codec.decoder(context)
     learned = bundle.codec.table(width) is not None
     if learned:
         sender.use_table(sender.master.clone())

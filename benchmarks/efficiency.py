@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from thinpipe.sim.report import read_records
+from thinpipe.sim.reports.summary import read_records
 
 
 def run(out: Path, *options: str) -> dict[str, Any]:

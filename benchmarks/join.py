@@ -21,8 +21,8 @@ from typing import Any
 
 from thinpipe.node.config import dump_config, merge, parse_config
 from thinpipe.node.preparation import prepare_corpus
-from thinpipe.sim.report import read_records
-from thinpipe.sim.swarm import node_environment
+from thinpipe.sim.launch.swarm import node_environment
+from thinpipe.sim.reports.summary import read_records
 
 DEADLINE_S = 180.0
 
@@ -64,10 +64,10 @@ def moment(out: Path, stage: int, event: str) -> float | None:
 class Joiner:
     """A node, from its start to its first step."""
 
-    def __init__(self, directory: Path, name: str, door: str) -> None:
+    def __init__(self, directory: Path, name: str, rendezvous: str) -> None:
         self.out, self.log = directory / name, directory / f"{name}.log"
         self.began_s = time.time()
-        self.running = process(self.log, "node", "--join", door, "--stage", "auto", "--out", str(self.out))
+        self.running = process(self.log, "node", "--join", rendezvous, "--stage", "auto", "--out", str(self.out))
         self.process = self.running.__enter__()
 
     def figures(self) -> dict[str, Any]:
@@ -90,13 +90,13 @@ def main() -> None:
         bootstrap = directory / "bootstrap.log"
         options = ["--listen", "127.0.0.1:0", "--config", str(directory / "run.toml")]
         with process(bootstrap, "dht", *options):
-            door = said(bootstrap, r"node --join (\S+) --stage auto")[1]
-            nodes = [Joiner(directory, f"node-{number}", door) for number in range(given.stages)]
+            rendezvous = said(bootstrap, r"node --join (\S+) --stage auto")[1]
+            nodes = [Joiner(directory, f"node-{number}", rendezvous) for number in range(given.stages)]
             try:
                 figures: dict[str, Any] = {"stages": given.stages, "nodes": [node.figures() for node in nodes]}
                 lost = next(n for n, f in zip(nodes, figures["nodes"], strict=True) if f["stage"] == given.stages - 1)
                 lost.process.kill()
-                nodes.append(Joiner(directory, "replacement", door))
+                nodes.append(Joiner(directory, "replacement", rendezvous))
                 figures["replacement"] = nodes[-1].figures()
             finally:
                 for node in nodes:

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from thinpipe.node.config import load_config
-from thinpipe.sim.report import read_records
+from thinpipe.sim.reports.summary import read_records
 
 MIB = 2**20
 

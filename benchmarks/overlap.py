@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from thinpipe.sim.trace import overlap
+from thinpipe.sim.reports.trace import overlap
 
 
 def main() -> None:

@@ -1,18 +1,19 @@
 """thinpipe against what a user would pick instead, torch.distributed.pipelining, over the same kernel-capped links.
 
     sudo .venv/bin/python benchmarks/peer.py [--repeats 3] [--steps 12] [--stages 2] [--caps 80mbit,300mbit]
-        [--paced 20,40] [--set section.key=value] [--json FILE] [--out DIRECTORY]
+        [--emulate 20,40] [--set section.key=value] [--json FILE] [--out DIRECTORY]
 
 Both train the same stages from the same weights on the same batches (see peer_torch.py), 1F1B, bf16 on the wire, one
-arithmetic thread a process; each stage in a network namespace of its own, behind tbf (`sim.netns`); thinpipe's nodes
-are those of its command line, over gRPC and with no cap of their own. In a repeat every program runs at every cap, in
-an order that turns round from one repeat to the next. tokens/s: of the steps after the first `--skip`, by the moments
-at which stage 0 ended them; bytes a token: what the kernel counted on all nodes' links between two of these moments.
+arithmetic thread a process; each stage in a network namespace of its own, behind tbf (`sim.links.netns`); thinpipe's
+nodes are those of its command line, over gRPC and with no cap of their own. In a repeat every program runs at every
+cap, in an order that turns round from one repeat to the next. tokens/s: of the steps after the first `--skip`, by the
+moments at which stage 0 ended them; bytes a token: what the kernel counted on all nodes' links between two of these
+moments.
 
 Ratios are taken within a repeat; printed are their geometric mean and a 95 % interval (Student's t over logarithms).
 `mapl` cannot be faster than the link is relieved, bytes of the peer / its own, nor than compute allows, itself
 uncapped / the peer at the cap: the smaller one is the bound that stands beside it. Beside the ratio of times stands
-that of CPU seconds, of all stages and threads. With `--paced F,B` a stage sleeps F and B ms a microbatch instead of
+that of CPU seconds, of all stages and threads. With `--emulate F,B` a stage sleeps F and B ms a microbatch instead of
 computing, so a cap binds that a laptop's compute would not reach. Needs root, for the namespaces.
 """
 
@@ -34,19 +35,19 @@ from typing import Any
 
 from thinpipe.node.config import RunConfig, dump_config, merge, parse_config, parse_override
 from thinpipe.node.preparation import prepare_corpus
-from thinpipe.sim.netns import Network, network
-from thinpipe.sim.report import read_records
-from thinpipe.sim.shaper import LinkProfile
-from thinpipe.sim.swarm import node_environment
-from thinpipe.sim.tc import KernelLinkError
+from thinpipe.sim.launch.swarm import node_environment
+from thinpipe.sim.links.netns import Network, network
+from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.links.tc import KernelLinkError
+from thinpipe.sim.reports.summary import read_records
 
 PROGRAMS = {"thinpipe bf16": "bf16", "torch bf16": "bf16", "thinpipe mapl": "mapl"}  # and their codecs
 PORT = 7001
 # Narrow and shallow: many bytes for little arithmetic, so that a thin link can bind at the pace of a few cores.
 COMPUTED = {"model.layers": 2, "model.width": 128, "model.vocab_size": 1024, "data.sequence_length": 128}
 COMPUTED |= {"pipeline.batch_size": 64, "pipeline.microbatches": 8, "data.heldout_sequences": 8}
-PACED = {"model.preset": "150m", "data.sequence_length": 1024, "data.heldout_sequences": 1, "checkpoint.every": 0}
-PACED |= {"pipeline.batch_size": 16, "pipeline.microbatches": 16}
+EMULATED = {"model.preset": "150m", "data.sequence_length": 1024, "data.heldout_sequences": 1, "checkpoint.every": 0}
+EMULATED |= {"pipeline.batch_size": 16, "pipeline.microbatches": 16}
 Counted = tuple[int, float, list[tuple[int, int]]]  # steps, moment, what each node had sent and received
 # Student's t, two-sided 95 %, by degrees of freedom from 1.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -71,10 +72,10 @@ class Figures:
 def settings(given: argparse.Namespace, program: str) -> RunConfig:
     values: dict[str, Any] = {"run.steps": given.steps, "pipeline.stages": given.stages, "link.link": "none"}
     values |= {"checkpoint.every": 0, "codec.codec": PROGRAMS[program]}
-    if given.paced:
-        forward_ms, backward_ms = given.paced
-        preset = PACED["model.preset"]
-        values |= {**PACED, "compute.pace": f"{preset}@{given.stages}x{forward_ms:g}ms+{backward_ms:g}ms"}
+    if given.emulate:
+        forward_ms, backward_ms = given.emulate
+        preset = EMULATED["model.preset"]
+        values |= {**EMULATED, "compute.emulate": f"{preset}@{given.stages}x{forward_ms:g}ms+{backward_ms:g}ms"}
     else:
         layers = max(COMPUTED["model.layers"], given.stages)
         values |= {**COMPUTED, "model.layers": layers}
@@ -249,7 +250,7 @@ def main() -> None:
     parser.add_argument("--programs", default=",".join(PROGRAMS), help="which of them run")
     parser.add_argument("--caps", default="80mbit,300mbit", help="rates, with commas between; uncapped is run too")
     parser.add_argument(
-        "--paced", type=lambda text: tuple(map(float, text.split(","))), metavar="FORWARD_MS,BACKWARD_MS"
+        "--emulate", type=lambda text: tuple(map(float, text.split(","))), metavar="FORWARD_MS,BACKWARD_MS"
     )
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="section.key=value")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds in which a step has to come")

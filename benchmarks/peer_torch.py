@@ -5,9 +5,9 @@
 It reads the run.toml of a thinpipe run and does what that says as a user of torch would: `PipelineStage` around a
 module, `Schedule1F1B`, `step`, the optimizer. The module is thinpipe's own stage (`node.model.build_stage`, the same
 weights), so the arithmetic is equal; hidden states leave it as bf16 (fp32 if the codec is), and so do their gradients.
-The loss is the sum over tokens, and thinpipe's own `StageOptimizer` divides and steps. With `compute.pace` a stage is a
-function that sleeps, forward and backward, on tensors of the exact shape. Every stage draws batches by itself (torch
-sends no token ids); records are written as thinpipe's nodes write them: one line a step, after the optimizer.
+The loss is the sum over tokens, and thinpipe's own `StageOptimizer` divides and steps. With `compute.emulate` a stage
+is a function that sleeps, forward and backward, on tensors of the exact shape. Every stage draws batches by itself
+(torch sends no token ids); records are written as thinpipe's nodes write them: one line a step, after the optimizer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from thinpipe.node.config import RunConfig, load_config
-from thinpipe.node.measuring.pace import Pace
+from thinpipe.node.measuring.emulated_machine import EmulatedMachine
 from thinpipe.node.metrics import Lap, MetricsWriter
 from thinpipe.node.model import build_stage
 from thinpipe.node.optim import StageOptimizer
@@ -43,7 +43,7 @@ class Wired(nn.Module):
 
 
 def pass_s(seconds: float) -> None:
-    """As node.measuring.paced passes time: asleep, on this thread."""
+    """As node.measuring.emulated_stage passes time: asleep, on this thread."""
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         time.sleep(left)
@@ -65,7 +65,7 @@ class Sleeps(torch.autograd.Function):
         return torch.zeros_like(x) if x.is_floating_point() else None, torch.zeros(1), None, None, None
 
 
-class Paced(nn.Module):
+class Emulated(nn.Module):
     """A stage that computes nothing and takes its time."""
 
     def __init__(self, shape: torch.Size, forward_s: float, backward_s: float) -> None:
@@ -92,10 +92,10 @@ def train(config: RunConfig, index: int, metrics: MetricsWriter) -> None:
     ids = torch.zeros(config.microbatch_size, config.data.sequence_length, dtype=torch.int64)
     wire = torch.float32 if config.codec.codec == "fp32" else torch.bfloat16
     hidden = torch.zeros(*ids.shape, architecture.hidden_size, dtype=wire)
-    if config.compute.pace:
-        times = Pace.parse(config.compute.pace).times(config, architecture)[index]
+    if config.compute.emulate:
+        times = EmulatedMachine.parse(config.compute.emulate).times(config, architecture)[index]
         out = hidden[..., :1].detach() if last else hidden  # nobody reads the last one's
-        module: nn.Module = Paced(out.shape, times.forward_s, times.backward_s)
+        module: nn.Module = Emulated(out.shape, times.forward_s, times.backward_s)
         optimizer = None
     else:
         model = build_stage(
@@ -107,7 +107,7 @@ def train(config: RunConfig, index: int, metrics: MetricsWriter) -> None:
     hidden.requires_grad_()  # the stages agree beforehand on what gets a gradient
     x = ids if first else hidden
     stage = PipelineStage(module, index, stages, torch.device("cpu"), input_args=(x,), output_args=(out,))
-    loss_fn = (lambda out, _: out.float().sum()) if config.compute.pace else summed_loss
+    loss_fn = (lambda out, _: out.float().sum()) if config.compute.emulate else summed_loss
     schedule = Schedule1F1B(stage, parts, loss_fn=loss_fn, scale_grads=False)
     distributed.barrier()
     for step in range(config.run.steps):

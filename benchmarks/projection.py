@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 
 from thinpipe.node.config import merge, parse_config
-from thinpipe.node.measuring.sizes import Sizes
+from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.model import resolve_model
 from thinpipe.protocol.schedule import get_schedule
-from thinpipe.sim.pipeline import Boundary, StageTimes, simulate
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.sim.links.pipeline import Boundary, StageTimes, simulate
+from thinpipe.sim.links.shaper import LinkProfile
 
 STAGES, TOKENS, SEQUENCE, LINK = 8, 524_288, 1024, "200mbit,50ms"
 DENSE = {"bytes": 4096, "microbatches": 64, "step_s": 100.475, "steps": 2925}
@@ -90,7 +90,15 @@ def main() -> None:
     for recipe in RECIPES:
         best = min(
             (step_s(schedule, compute_s, microbatches, sizes(recipe, microbatches)), schedule, microbatches)
-            for schedule in ("1f1b", "1f1b:hop=2", "1f1b:hop=6", "gpipe", "zb", "zb:hop=2", "zb:hop=6")
+            for schedule in (
+                "1f1b",
+                "1f1b:rtt_ratio=2",
+                "1f1b:rtt_ratio=6",
+                "gpipe",
+                "zb",
+                "zb:rtt_ratio=2",
+                "zb:rtt_ratio=6",
+            )
             for microbatches in (8, 16, 32, 64)
         )
         seconds, schedule, microbatches = best

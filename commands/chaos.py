@@ -36,7 +36,7 @@ def chaos(
     Exit code 0 if it does, 1 if not.
     """
     one_arithmetic_thread()
-    from ..sim.chaos import KINDS, Kind
+    from ..sim.launch.fault_injection import KINDS, Kind
 
     named = kinds.split(",")
     chosen: tuple[Kind, ...] = tuple(kind for kind in KINDS if named.count(kind))
@@ -55,7 +55,7 @@ def chaos(
         "link.link": link,
     }
     settings = configuration(None, {**small, **options}, overrides)
-    from ..node.measuring.chaos import run_chaos
+    from ..node.measuring.chaos_run import run_chaos
 
     with run_errors(out):
         found, survived = run_chaos(settings, out, count=kills, every_s=every, kinds=chosen, seed=seed, quiet=as_json)

@@ -19,7 +19,7 @@ from .common import (
     fail,
     one_arithmetic_thread,
 )
-from .swarm import Announce, DhtPort, Joins
+from .discovery import Announce, DhtPort, Joins
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
@@ -109,7 +109,7 @@ def node(
     from ..node.addresses import ListenError
     from ..node.host import Addresses, HostError, HostOptions, check_input, host
     from ..node.local import LocalRunError, writable
-    from ..node.security.keys import KeysError
+    from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
 
     addresses = Addresses(listen=listen, next=next_)
@@ -136,7 +136,7 @@ def _check(settings: RunConfig, stage: int) -> None:
 
     try:
         check_settings(settings)
-        if stage == 0 and not settings.compute.pace:
+        if stage == 0 and not settings.compute.emulate:
             check_source(settings.data)
     except BAD_INPUT as error:
         fail(str(error), 2)
@@ -153,15 +153,15 @@ def _join(
 ) -> None:
     from ..node.addresses import ListenError
     from ..node.config import ConfigError, parse_override
-    from ..node.discovery.claiming import RunThrough, StageTaken
+    from ..node.discovery.claiming import RunFinished, StageTaken
     from ..node.discovery.client import DiscoveryError
-    from ..node.discovery.joining import Wish, join
-    from ..node.security.keys import KeysError
+    from ..node.discovery.joining import JoinOptions, join
+    from ..node.security.key_directory import KeysError
 
     try:
         given = {key: value for key, value in options.items() if value is not None}
-        joined = join(Wish(**wish, overrides={**given, **dict(map(parse_override, overrides or []))}))
-    except RunThrough as error:
+        joined = join(JoinOptions(**wish, overrides={**given, **dict(map(parse_override, overrides or []))}))
+    except RunFinished as error:
         print(str(error))
         return
     except DiscoveryError as error:

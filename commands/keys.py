@@ -31,7 +31,7 @@ def keys_init(
         fail("say whose authority: --run NAME or --config run.toml", 2)
     name = configuration(config, {"run.name": run}, None).run.name
     from ..node.security.certificates import spell_moment
-    from ..node.security.keys import AUTHORITY_KEY, KeysError, clock, init
+    from ..node.security.key_directory import AUTHORITY_KEY, KeysError, clock, init
 
     try:
         said = init(name, out, days=days, now=clock())
@@ -50,7 +50,7 @@ def keys_issue(
 ) -> None:
     """Issue a node's key and certificate, with a copy of the authority's certificate."""
     from ..node.security.certificates import spell_moment
-    from ..node.security.keys import KeysError, clock, issue, parse_stages
+    from ..node.security.key_directory import KeysError, clock, issue, parse_stages
 
     try:
         said = issue(parse_stages(stages), authority, out, days=days, now=clock())
@@ -65,7 +65,7 @@ def keys_show(
     as_json: Json = False,
 ) -> None:
     """Say what the keys in DIR are for and how long. Exit code 1 if no node would take them."""
-    from ..node.security.keys import KeysError, clock, describe
+    from ..node.security.key_directory import KeysError, clock, describe
 
     try:
         found = describe(directory, now=clock())

@@ -23,7 +23,7 @@ from .common import (
 
 
 def plan(
-    pace: Annotated[
+    emulate: Annotated[
         str | None,
         typer.Option(help="Model, stages and what each stage computes: PRESET@STAGESxRATEtflops, as 150m@4x66tflops."),
     ] = None,
@@ -35,7 +35,10 @@ def plan(
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
     link: Link = None,
     schedule: Annotated[
-        str | None, typer.Option(help="gpipe, 1f1b, zb; 1f1b:hop=1.8, zb:hop=1.8; hop=auto finds the depth. (1f1b)")
+        str | None,
+        typer.Option(
+            help="gpipe, 1f1b, zb; 1f1b:rtt_ratio=1.8, zb:rtt_ratio=1.8; rtt_ratio=auto finds the depth. (1f1b)"
+        ),
     ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; of the run)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; of the run)")] = None,
@@ -63,26 +66,26 @@ def plan(
         "data.sequence_length": sequence_length,
     }
     from ..node.config import ConfigError
-    from ..node.measuring.pace import Pace
+    from ..node.measuring.emulated_machine import EmulatedMachine
     from ..node.measuring.plan import PLANNED, planned
 
     try:
-        paced = None if pace is None else Pace.parse(pace)
+        emulated = None if emulate is None else EmulatedMachine.parse(emulate)
     except ConfigError as error:
         fail(str(error), 2)
-    if (paced is None) == (measured is None):
-        fail("say how fast stages compute: --pace 150m@4x66tflops, or --from a run that was measured", 2)
+    if (emulated is None) == (measured is None):
+        fail("say how fast stages compute: --emulate 150m@4x66tflops, or --from a run that was measured", 2)
     if rule not in ("duplex", "shared"):
         fail(f"--rule: there is no '{rule}'; choose duplex or shared", 2)
     if measured is not None:
         config = run_toml(measured, "--from")
     given = {key: value for key, value in options.items() if value is not None}
-    if schedule and not schedule.endswith(":hop=auto"):
+    if schedule and not schedule.endswith(":rtt_ratio=auto"):
         given["pipeline.schedule"] = schedule
-    settings = configuration(config, {**(paced.settings() if paced else {}), **given}, overrides)
+    settings = configuration(config, {**(emulated.settings() if emulated else {}), **given}, overrides)
     try:
         spec = schedule or settings.pipeline.schedule
-        figures, simulated = planned(settings, paced, measured, schedule=spec, rule=rule)
+        figures, simulated = planned(settings, emulated, measured, schedule=spec, rule=rule)
     except PLANNED as error:
         fail(str(error), 2)
     if as_json:
@@ -90,18 +93,18 @@ def plan(
     else:
         from rich.console import Console
 
-        from ..sim.console import plan_tables
+        from ..sim.reports.console import plan_tables
 
         Console().print(*plan_tables(figures), sep="\n")
     if timeline:
         from ..node.measuring.plan import events
-        from ..sim.trace import draw
+        from ..sim.reports.trace import draw
 
         draw(events(simulated), settings.pipeline.stages, timeline, window_s=figures["step_s"])
 
 
 def bench(
-    pace: Annotated[
+    emulate: Annotated[
         list[str] | None,
         typer.Option(
             help="Stages that take the time of another machine: 150m@4x66tflops, 1b@4x66tflops, 150m@4x5ms+10ms."
@@ -118,8 +121,8 @@ def bench(
     ] = None,
     sweep: Annotated[bool, typer.Option("--sweep", help="Links of 10, 80, 300 and 1000 Mb/s, 25 ms each.")] = False,
     schedule: Annotated[
-        str, typer.Option(help="Schedules, with commas between them; hop=auto finds the depth for each link.")
-    ] = "1f1b:hop=auto",
+        str, typer.Option(help="Schedules, with commas between them; rtt_ratio=auto finds the depth for each link.")
+    ] = "1f1b:rtt_ratio=auto",
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; free-running 8)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; free-running 16)")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; free-running 128)")] = None,
@@ -137,12 +140,12 @@ def bench(
     """
     one_arithmetic_thread()
     from ..node.config import ConfigError, parse_override
-    from ..node.measuring.bench import Grid, run_bench, split_codecs
+    from ..node.measuring.bench_grid import Grid, run_bench, split_codecs
     from ..node.measuring.plan import PLANNED
 
     links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
-    if not (pace or free_running):
-        fail("say how stages compute: --pace 150m@4x66tflops or --free-running tiny@2", 2)
+    if not (emulate or free_running):
+        fail("say how stages compute: --emulate 150m@4x66tflops or --free-running tiny@2", 2)
     if not links:
         fail("say over which links: --link 300mbit,25ms or --sweep", 2)
     options = {
@@ -154,7 +157,7 @@ def bench(
         settings = {key: value for key, value in options.items() if value is not None}
         settings |= dict(map(parse_override, overrides or []))
         grid = Grid(
-            paces=tuple(pace or ()),
+            machines=tuple(emulate or ()),
             free_running=tuple(free_running or ()),
             codecs=tuple(split_codecs(codec)),
             links=links,
@@ -206,7 +209,7 @@ def probe(
     from ..node.probing.probe import listen as answer
     from ..node.probing.probe import print_probe
     from ..node.probing.reach import ProbeError
-    from ..node.security.keys import KeysError
+    from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
 
     try:

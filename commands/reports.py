@@ -28,7 +28,7 @@ def summary(
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)
     from ..node.preparation import BAD_INPUT, resolve_architecture
-    from ..sim.report import lacking_lines, summarise, write_summary
+    from ..sim.reports.summary import lacking_lines, summarise, write_summary
 
     try:
         width = resolve_architecture(settings).hidden_size
@@ -49,14 +49,14 @@ def summary(
         return
     from rich.console import Console
 
-    from ..sim.console import summary_tables
+    from ..sim.reports.console import summary_tables
 
     Console().print(*summary_tables(found), sep="\n")
 
 
 def mode_of(run: Path) -> str:
     """Who made these records: the nodes of a swarm, which say where they listen, or one process for all stages."""
-    from ..sim.report import read_records
+    from ..sim.reports.summary import read_records
 
     head = next(iter(read_records(run / "stage-0.jsonl")), {})
     return "swarm" if head.get("event") == "start" else "one-process"

@@ -44,7 +44,7 @@ def up(
     steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="gpipe, 1f1b, zb; for slow links 1f1b:hop=1.8, zb:hop=1.8; hop=auto finds out. (1f1b)"),
+        typer.Option(help="gpipe, 1f1b, zb; for slow links 1f1b:rtt_ratio=1.8, zb:rtt_ratio=auto (found out). (1f1b)"),
     ] = None,
     microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
@@ -110,9 +110,9 @@ def up(
         "checkpoint.every": checkpoint_every,
     }
     options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
-    auto = schedule if schedule and schedule.endswith(":hop=auto") else None
+    auto = schedule if schedule and schedule.endswith(":rtt_ratio=auto") else None
     if auto:
-        options["pipeline.schedule"] = auto.removesuffix(":hop=auto")
+        options["pipeline.schedule"] = auto.removesuffix(":rtt_ratio=auto")
     if resume is None:
         settings = configuration(config, options, overrides)
     elif one_process:
@@ -149,7 +149,7 @@ def up(
 
 def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     """The settings to go on with: the run's, and what is given now, where that may differ between nodes too. auto: the
-    schedule with hop=auto, if that was given: whatever depth was found for the run is meant."""
+    schedule with rtt_ratio=auto, if that was given: whatever depth was found for the run is meant."""
     path = run_toml(run, "--resume")
     own = configuration(path, {}, None)
     if auto and auto.partition(":")[0] == own.pipeline.schedule.partition(":")[0]:

@@ -24,8 +24,8 @@ def top(
     RUN is read from its records, whether it trains or has ended; stages that write elsewhere are added as further
     directories, or over HTTP with --prometheus. Where the output is no terminal, one frame is printed.
     """
-    from ..sim.top import TopError, sources
-    from ..sim.top_console import show
+    from ..sim.reports.top import TopError, sources
+    from ..sim.reports.top_console import show
 
     addresses = [address for address in (prometheus or "").split(",") if address.strip()]
     if not (runs or addresses):

@@ -1,7 +1,7 @@
 """What a codec is: an in-graph half and a byte half.
 
-A codec compresses what crosses one pipeline boundary. Its *in-graph half* is what autograd sees: `Sender.encode` at the
-upstream stage maps hidden states (B, T, D) to a narrower wire tensor (B, T, W), `Receiver.decode` at the downstream
+A codec compresses what crosses one pipeline boundary. Its *in-graph half* is what autograd sees: `Encoder.encode` at
+the upstream stage maps hidden states (B, T, D) to a narrower wire tensor (B, T, W), `Decoder.decode` at the downstream
 stage maps it back; whatever is learned by gradient lives there. Its *byte half* is a `ByteFormat`: `pack` turns a wire
 tensor into bytes, `unpack` turns them back, and autograd passes straight through, because the receiver differentiates
 with respect to what it unpacked and sends that gradient back, packed, as dL/dZ (Bengio et al., arXiv 1308.3432).
@@ -140,7 +140,7 @@ class ByteFormat(ABC):
         return None
 
     @property
-    def begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether there is a master: something was learned from."""
         return False
 
@@ -211,7 +211,7 @@ class ByteFormat(ABC):
             )
 
 
-class Half(nn.Module, ABC):
+class BoundaryModule(nn.Module, ABC):
     """What both halves of a boundary have: a table that may be there, and a state that may be empty."""
 
     def use_table(self, table: Tensor) -> None:
@@ -235,7 +235,7 @@ class Half(nn.Module, ABC):
             raise _without_table(self)
 
 
-class Sender(Half):
+class Encoder(BoundaryModule):
     """The in-graph half at the upstream stage.
 
     A half with a learned table codes with what the receiver holds (`use_table`), never with what it has learned since
@@ -262,7 +262,7 @@ class Sender(Half):
         return {}
 
 
-class Receiver(Half):
+class Decoder(BoundaryModule):
     """The in-graph half at the downstream stage."""
 
     @abstractmethod
@@ -327,11 +327,11 @@ class Codec(ABC):
         return None
 
     @abstractmethod
-    def sender(self, context: BoundaryContext) -> Sender:
+    def encoder(self, context: BoundaryContext) -> Encoder:
         """The upstream half. A node builds only its own side; nothing is shared with the other."""
 
     @abstractmethod
-    def receiver(self, context: BoundaryContext) -> Receiver:
+    def decoder(self, context: BoundaryContext) -> Decoder:
         """The downstream half."""
 
 

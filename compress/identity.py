@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .boundary import BoundaryContext, Codec, Receiver, Sender, check_table_scale
+from .boundary import BoundaryContext, Codec, Decoder, Encoder, check_table_scale
 from .registry import register_codec
 
 
-class IdentitySender(Sender):
+class IdentityEncoder(Encoder):
     """Z = H."""
 
     def encode(self, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ class IdentitySender(Sender):
         return hidden_BTD
 
 
-class IdentityReceiver(Receiver):
+class IdentityDecoder(Decoder):
     """Ĥ = Z."""
 
     def decode(self, z_BTW: Tensor, ids_BT: Tensor) -> Tensor:
@@ -29,7 +29,7 @@ class IdentityReceiver(Receiver):
 
 
 @register_codec
-class Identity(Codec):
+class IdentityCodec(Codec):
     """`table`: scale of the frozen token table in stage 0's embedding, which helps dense training too; 0 for none."""
 
     name = "identity"
@@ -42,10 +42,10 @@ class Identity(Codec):
     def wire_width(self, width: int) -> int:
         return width
 
-    def sender(self, context: BoundaryContext) -> Sender:
+    def encoder(self, context: BoundaryContext) -> Encoder:
         del context
-        return IdentitySender()
+        return IdentityEncoder()
 
-    def receiver(self, context: BoundaryContext) -> Receiver:
+    def decoder(self, context: BoundaryContext) -> Decoder:
         del context
-        return IdentityReceiver()
+        return IdentityDecoder()

@@ -53,7 +53,7 @@ class Learner:
         self._forget_measures()
 
     @property
-    def begun(self) -> bool:
+    def has_started(self) -> bool:
         return self.sums.shape[-1] > 0
 
     @property

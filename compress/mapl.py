@@ -11,7 +11,7 @@ The gradient of A has two halves, X̃ᵀ dZ with X̃ = H - a[t] at the sender an
 receiver sends its half once a step; autograd gives each its own, because each holds A as a leaf of its own graph. With
 both halves and no rounding Aᵀg is symmetric, so what moves is the subspace; the sender's half alone adds a rotation
 that means nothing and loses half of the signal. The sender owns A, steps it on the manifold (SPEL, `compress.stiefel`)
-and codes with what the receiver holds; how the change travels is not known here (`node.boundary.tables`).
+and codes with what the receiver holds; how the change travels is not known here (`node.boundary.learned_tables`).
 
 Why not a fixed subspace (Subspace Networks, arXiv 2506.01260): the same bytes, and the model must be constrained to
 stay in it. Why not a free matrix: without the manifold, encoder and decoder drift apart in scale and the published loss
@@ -33,9 +33,9 @@ from .boundary import (
     BoundaryContext,
     Codec,
     CodecError,
+    Decoder,
+    Encoder,
     LearnedTable,
-    Receiver,
-    Sender,
     StageContext,
     check_table_scale,
 )
@@ -49,7 +49,7 @@ CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "gra
 _STREAM = 0x4D41504C  # "MAPL": keeps the first projector's draws apart from every other use of the seed
 
 
-class MaplSender(Sender):
+class MaplEncoder(Encoder):
     """Owns the projector: `master` (D, R) is learned, `shipped` is what the receiver holds and what codes."""
 
     def __init__(
@@ -160,7 +160,7 @@ class MaplSender(Sender):
         self._energy.zero_()
 
 
-class MaplReceiver(Receiver):
+class MaplDecoder(Decoder):
     """Knows of the projector only what arrived."""
 
     def __init__(self, context: BoundaryContext, *, rank: int, every: int, learned: bool) -> None:
@@ -210,7 +210,7 @@ def _copy(value: Tensor, like: Tensor) -> Tensor:
 
 
 @register_codec
-class Mapl(Codec):
+class MaplCodec(Codec):
     """`--codec mapl:r=64,anchors=factorized,ar=64,table=1.0,every=1`; plain `mapl` is the best recipe found for `tiny`.
 
     That is: an eighth of the width, full anchors, no token table (which full anchors make up for), a projector that
@@ -297,11 +297,11 @@ class Mapl(Codec):
             pairs=self.pairs,
         ).to(device=context.device, dtype=context.dtype)
 
-    def sender(self, context: BoundaryContext) -> Sender:
-        return MaplSender(
+    def encoder(self, context: BoundaryContext) -> Encoder:
+        return MaplEncoder(
             context, rank=self.rank, projector=self.projector, every=self.every, rate=self.rate, beta=self.beta
         )
 
-    def receiver(self, context: BoundaryContext) -> Receiver:
+    def decoder(self, context: BoundaryContext) -> Decoder:
         learned = self.table(context.width).gradient is not None
-        return MaplReceiver(context, rank=self.rank, every=self.every, learned=learned)
+        return MaplDecoder(context, rank=self.rank, every=self.every, learned=learned)

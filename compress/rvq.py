@@ -17,10 +17,10 @@ becomes of dead codes: all of that is our own choice. Gradients are coded in the
 codebook of their own, which lives where they are packed.
 
 How a node uses it. Who packs owns the table, so a boundary may have two: the upstream node that of activations, the
-downstream node that of gradients, each beside a `TableSender` (dictionary "codebook", always float32), with a
-`TableReceiver` at the other end. A training tensor, in the order of the schedule:
+downstream node that of gradients, each beside a `TableOwner` (dictionary "codebook", always float32), with a
+`TableReplica` at the other end. A training tensor, in the order of the schedule:
 
-    if not format.begun: format.learn(z, key)           k-means: from here on there is a master
+    if not format.has_started: format.learn(z, key)           k-means: from here on there is a master
     delta = publisher.publish(format.master, entries=select(...)); format.use_table(shipped)
     payload = format.pack(z, key)                        the message carries delta and names its version
     if it had begun before: format.learn(z, key)         reuses the search that pack did
@@ -115,13 +115,13 @@ class Rvq(ByteFormat):
         )
 
     @property
-    def begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether there is a master."""
-        return self._learner.begun
+        return self._learner.has_started
 
     @property
     def master(self) -> Tensor:
-        if not self.begun:
+        if not self.has_started:
             raise CodecError("format 'rvq' has no codebook before the first tensor that it learns from")
         return self._learner.master
 
@@ -237,7 +237,7 @@ class Rvq(ByteFormat):
 
     def measures(self) -> dict[str, float]:
         """`kmeans.Learner.measures`, and how far what is in use stands from the master, relative to it."""
-        if not self.begun:
+        if not self.has_started:
             return {}
         return self._learner.measures() | {"staleness": self._staleness()}
 
@@ -252,7 +252,7 @@ class Rvq(ByteFormat):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What the owner has learned; what is in use is the dictionary's. Nothing at the other end."""
-        return self._learner.state() if self.begun else {}
+        return self._learner.state() if self.has_started else {}
 
     def state_layout(self, width: int, completed: int) -> dict[str, Tensor]:
         return self._learner.layout(self._group_width(width)) if completed else {}

@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..protocol.schedule import ScheduleError, get_schedule
-from ..sim.endpoint import Endpoint
+from ..sim.reports.metrics_address import MetricsAddress
 
 
 class ConfigError(ValueError):
@@ -101,7 +101,9 @@ class PipelineSection(Section):
     """How the model is cut and in which order a stage works."""
 
     stages: int = Field(default=4, ge=1, le=1024)
-    schedule: str = Field(default="1f1b", description="gpipe, 1f1b, zb; 1f1b:hop=1.8, zb:hop=1.8 for slow links")
+    schedule: str = Field(
+        default="1f1b", description="gpipe, 1f1b, zb; 1f1b:rtt_ratio=1.8, zb:rtt_ratio=1.8 for slow links"
+    )
     batch_size: int = Field(default=16, ge=1, description="sequences a step")
     microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
 
@@ -175,7 +177,7 @@ class ComputeSection(Section):
     )
     activation_checkpointing: bool = False
     compile: bool = False
-    pace: str | None = Field(
+    emulate: str | None = Field(
         default=None,
         description="compute nothing and take the time of another machine, such as 150m@4x66tflops; needs "
         "checkpoint.every = 0",
@@ -193,7 +195,7 @@ class WatchSection(Section):
     @field_validator("prometheus")
     @classmethod
     def _is_an_endpoint(cls, text: str) -> str:
-        return "" if text in ("", "none") else str(Endpoint.parse(text))
+        return "" if text in ("", "none") else str(MetricsAddress.parse(text))
 
 
 class RunConfig(Section):
@@ -218,8 +220,10 @@ class RunConfig(Section):
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
-        if self.compute.pace and self.checkpoint.every:
-            raise ValueError("compute.pace: a run that computes nothing has no state to keep; set checkpoint.every = 0")
+        if self.compute.emulate and self.checkpoint.every:
+            raise ValueError(
+                "compute.emulate: a run that computes nothing has no state to keep; set checkpoint.every = 0"
+            )
         if self.data.heldout_sequences < self.microbatch_size:
             raise ValueError(
                 f"data.heldout_sequences = {self.data.heldout_sequences} is less than the {self.microbatch_size} "

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..compress.boundary import CodecError
 from ..protocol.errors import ProtocolError
-from ..protocol.greeting import Identity
-from ..sim.endpoint import EndpointError
+from ..protocol.greeting import NodeIdentity
+from ..sim.reports.metrics_address import MetricsAddressError
 from .addresses import check_listen, split_address
 from .checkpoints.manifest import Fingerprint
 from .checkpoints.store import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
-from .flow import Reporter
 from .lifecycle import Lifecycle
 from .links.dialling import Where, dial, dial_control
 from .links.link import LinkLost
@@ -36,6 +35,7 @@ from .links.transport import serving as serving_only
 from .metrics import MetricsWriter, Tracer
 from .optim import OptimizerError
 from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
+from .queues import Reporter
 from .security.policy import PLAIN, Security
 from .state import StateError
 from .watching.views import Watching
@@ -166,7 +166,7 @@ def _records(config: RunConfig, stage: int, options: HostOptions) -> tuple[Watch
     written."""
     try:
         watching = Watching(config.watch, options.out, stage=stage, replaces=options.resume)
-    except EndpointError as error:
+    except MetricsAddressError as error:
         raise HostError(str(error), 2) from None
     path = options.out / f"stage-{stage}.jsonl"
     try:
@@ -194,7 +194,7 @@ async def _host(
 ) -> None:
     link = config.link
     stage, digest = prepare(config, index)
-    identity = Identity(
+    identity = NodeIdentity(
         run_id=config.run.name,
         configuration=digest,
         stage=index,
@@ -203,13 +203,13 @@ async def _host(
     )
     fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=config.pipeline.stages)
 
-    def patience_s() -> float:
+    def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
         was_there = lifecycle.control.met["below"].is_set()
         return max(link.connect_timeout_s, link.replacement_timeout_s) if was_there else link.connect_timeout_s
 
     security = options.security
-    waits = {"greeting_timeout_s": link.greeting_timeout_s, "patience_s": patience_s, "report": on_fault}
+    waits = {"greeting_timeout_s": link.greeting_timeout_s, "patience_s": deadline_s, "report": on_fault}
     waits["security"] = security
     membership, below = options.membership, index + 1
 
@@ -233,7 +233,7 @@ async def _host(
     )
     async with AsyncExitStack() as open_ends:
         methods = membership.methods(on_fault) if membership else {}
-        if stage.upstream_port:
+        if stage.upstream_endpoint:
             assert addresses.listen
             serving = listening(
                 addresses.listen,
@@ -254,9 +254,9 @@ async def _host(
         if options.parent is not None:
             endless.append(_watch_parent(options.parent))
         work = lifecycle.run()
-        if stage.downstream_port:
+        if stage.downstream_endpoint:
             calling = dial_control(where(), lifecycle.control, **waits)
-            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if lifecycle.control.through else 0)
+            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if lifecycle.control.finished else 0)
         await _first_to_end(work, *endless)
 
 

@@ -1,9 +1,9 @@
-"""One stage through all epochs of a run: train, break off, restore, train again, until all stages are through.
+"""One stage through all generations of a run: train, break off, restore, train again, until all stages are through.
 
-Within an epoch nothing is shared with the next one: links, sessions, queues and threads are made anew, and all that
+Within a generation nothing is shared with the next one: links, sessions, queues and threads are made anew, and all that
 crosses over is the stage's state, restored from a snapshot. So whatever a loss left half done (a message under way, a
-partial gradient, an unpacked tensor) is gone with its epoch and needs no rule of its own. Why not repair the links in
-place: each of those leftovers would be a case, and the order of two cases another one.
+partial gradient, an unpacked tensor) is gone with its generation and needs no rule of its own. Why not repair the links
+in place: each of those leftovers would be a case, and the order of two cases another one.
 
 Snapshots: after every `checkpoint.every` steps the state is copied; the newest copies stay in memory, because who
 survives a loss restores from there, and each goes to disk in the background, because who was lost restores from that.
@@ -21,28 +21,28 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..protocol.control import CopyFrame, CopyPart
-from ..protocol.effects import ChooseEnd, Dismiss, EndAfter, Side, Start, Stop
-from ..protocol.framing import framed_bytes
-from ..protocol.greeting import Identity
-from ..protocol.rewind import Phase, Rewind
-from ..sim.shaper import LinkProfile, Shaper
-from .account import Account
-from .boundary.ports import BoundaryShape
-from .checkpoints.copies import Copies
+from ..protocol.control_messages import CopyFrame, CopyPart
+from ..protocol.effects import ChooseEnd, EndAfter, Leave, Side, Start, Stop
+from ..protocol.greeting import NodeIdentity
+from ..protocol.rollback import Rollback, RollbackPhase
+from ..protocol.wire_size import framed_bytes
+from ..sim.links.shaper import LinkProfile, Shaper
+from .boundary.endpoints import BoundaryShape
+from .checkpoints.copy_service import CopyService
 from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .checkpoints.writer import CheckpointWriter
 from .config import RunConfig
 from .data import Corpus
-from .flow import Reporter, Worker
-from .links.control import Control, Wanted
+from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts_ahead_for, transfer_s
+from .links.control_stream import Control, Wanted
 from .links.link import Link
 from .metrics import MetricsWriter, Tracer
-from .patience import Patience
-from .runtime import Node
+from .queues import Reporter, Worker
+from .receive_deadline import ReceiveDeadline
+from .run_totals import RunTotals
 from .stage import Stage
 from .state import StageSnapshot
-from .wiring import make_link, part_bytes_for, parts_ahead_for, silence_of, transfer_s
+from .training_loop import TrainingLoop
 
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
@@ -50,18 +50,18 @@ Dial = Callable[[Link], Coroutine[Any, Any, None]]
 
 
 class Lifecycle:
-    """Stage `stage.index` from its first epoch to its last.
+    """Stage `stage.index` from its first generation to its last.
 
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
-    anew, as it is before the first step. Raises what `node.runtime.Node` does, and TimeoutError if no new epoch is
-    agreed in time.
+    anew, as it is before the first step. Raises what `node.training_loop.TrainingLoop` does, and TimeoutError if no new
+    generation is agreed in time.
     """
 
     def __init__(
         self,
         config: RunConfig,
         stage: Stage,
-        identity: Identity,
+        identity: NodeIdentity,
         *,
         joining: bool,
         rebuild: Callable[[], Stage],
@@ -81,33 +81,33 @@ class Lifecycle:
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
-        self._node: Node | None = None
+        self._node: TrainingLoop | None = None
         self._training: asyncio.Task[None] | None = None
-        self._account = Account()
+        self._totals = RunTotals()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._writer = CheckpointWriter(store, on_written=self._written, on_error=self._unwritten)
         profile = LinkProfile.parse(config.link.link)
         self._known = known = (
             store.newest_intact(HELD_TIMES * store.keep, report=partial(on_fault, "checkpoint")) if joining else []
         )
-        epoch = max((store.manifest(step).epoch for step in known), default=0)
+        generation = max((store.manifest(step).generation for step in known), default=0)
         self.committed = max(known, default=0)
-        self.machine = Rewind(identity, joining=joining, epoch=epoch)
+        self.machine = Rollback(identity, joining=joining, generation=generation)
         self.control = Control(
             self.machine,
-            silence_s=silence_of(profile),
+            heartbeat_timeout_s=heartbeat_timeout_s(profile),
             on_effect=self._effects.put_nowait,
             sent=self._sent,
         )
-        self._patience = Patience(
+        self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
             fixed_s=config.link.progress_timeout_s,
             replacement_s=config.link.replacement_timeout_s,
             missing_s=self.control.missing_s,
         )
-        # Between two epochs there are no links.
+        # Between two generations there are no links.
         self._idle_wires = {side: Shaper(profile.applied) for side in self._sent}
-        self._copies = self.control.copies = Copies(
+        self._copies = self.control.copies = CopyService(
             stage=identity.stage,
             stages=identity.stages,
             store=store,
@@ -130,12 +130,12 @@ class Lifecycle:
             if self._joining:
                 link = self.config.link
                 if await self._copies.fetch(
-                    self._known, patience_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
+                    self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
                 ):
                     self._known = await asyncio.to_thread(self._on_disk)
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
-                self._begin(Start(epoch=0, completed=0, members=()))
+                self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
         finally:
@@ -154,7 +154,7 @@ class Lifecycle:
         done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             wanted.cancel()
-            if self.machine.phase is not Phase.RUNNING:
+            if self.machine.phase is not RollbackPhase.RUNNING:
                 raise TimeoutError(self._late(timeout_s))
             line = f"this stage is through; waited {timeout_s:g} s in vain to hear that the others are, and leaves"
             self._on_fault("timeout", line)
@@ -165,11 +165,13 @@ class Lifecycle:
         match wanted.result():
             case Stop():
                 began = time.monotonic()
-                self._store.floor = self.machine.gossip.copied_by_all
+                self._store.floor = self.machine.heartbeats.copied_by_all
                 await self._break_off()
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
                 offered = {*self._snapshots, *await asyncio.to_thread(self._on_disk)}
-                self._metrics.write("halt", epoch=self.machine.epoch, seconds=round(time.monotonic() - began, 6))
+                self._metrics.write(
+                    "view_change", generation=self.machine.generation, seconds=round(time.monotonic() - began, 6)
+                )
                 self.control.act(self.machine.stopped(offered))
             case Start() as start:
                 await self._restore(start)
@@ -183,7 +185,7 @@ class Lifecycle:
                 print(f"the run ends, for now, after {end.completed} steps", flush=True)
                 if self._node:
                     self._node.end_after(end.completed)
-            case Dismiss():
+            case Leave():
                 return True
         return False
 
@@ -191,13 +193,13 @@ class Lifecycle:
         """End after the step under way, and all others too. False if that cannot be arranged, because who would have
         to know is not there."""
         reachable = self.machine.identity.first or self.machine.peers["above"] is not None
-        if self.machine.phase is Phase.DISMISSED or not (reachable and self._loop):
+        if self.machine.phase is RollbackPhase.FINISHED or not (reachable and self._loop):
             return False
         self.control.act(self.machine.drain())
         return True
 
     async def _trained(self) -> bool:
-        """The epoch's training ended by itself: this stage has done all its steps, or has failed."""
+        """The generation's training ended by itself: this stage has done all its steps, or has failed."""
         assert self._training
         training, self._training = self._training, None
         training.result()
@@ -215,16 +217,18 @@ class Lifecycle:
 
     def _late(self, timeout_s: float | None) -> str:
         missing = [f"{side} ({self._peer(side)})" for side, peer in self.machine.peers.items() if peer is None]
-        return f"waited {timeout_s:g} s for a new epoch to be agreed; not connected: {', '.join(missing) or 'nobody'}"
+        return (
+            f"waited {timeout_s:g} s for a new generation to be agreed; not connected: {', '.join(missing) or 'nobody'}"
+        )
 
     def _peer(self, side: Side) -> str:
         return f"stage {self._identity.stage + (1 if side == 'below' else -1)}"
 
-    # -- an epoch -----------------------------------------------------------------------------------------------
+    # -- a generation -----------------------------------------------------------------------------------------------
 
     def _begin(self, start: Start) -> None:
-        """Train in this epoch, in the background."""
-        identity = replace(self._identity, epoch=start.epoch)
+        """Train in this generation, in the background."""
+        identity = replace(self._identity, generation=start.generation)
         index, members = self.stage.index, start.members
 
         def link(side: Side, shape: BoundaryShape) -> Link:
@@ -232,9 +236,9 @@ class Lifecycle:
             member = members[peer] if members else None
             return make_link(self.config, identity, peer, shape, self._tracer, member=member, sent=self._sent[side])
 
-        above = link("above", self.stage.upstream_port.shape) if self.stage.upstream_port else None
-        below = link("below", self.stage.downstream_port.shape) if self.stage.downstream_port else None
-        self._node = Node(
+        above = link("above", self.stage.upstream_endpoint.shape) if self.stage.upstream_endpoint else None
+        below = link("below", self.stage.downstream_endpoint.shape) if self.stage.downstream_endpoint else None
+        self._node = TrainingLoop(
             self.config,
             self.stage,
             above=above,
@@ -243,16 +247,16 @@ class Lifecycle:
             metrics=self._metrics,
             tracer=self._tracer,
             on_fault=self._on_fault,
-            epoch=start.epoch,
+            generation=start.generation,
             on_completed=self._completed,
-            account=self._account,
-            patience=self._patience,
+            totals=self._totals,
+            deadline=self._deadline,
             last=self.machine.end,
         )
         self.link_above = above
         self._training = asyncio.create_task(self._train(self._node, below))
 
-    async def _train(self, node: Node, below: Link | None) -> None:
+    async def _train(self, node: TrainingLoop, below: Link | None) -> None:
         if below is None:
             return await node.run()
         assert self._dial
@@ -264,7 +268,7 @@ class Lifecycle:
         return None
 
     async def _break_off(self) -> None:
-        """Nothing of the epoch moves any more, in any thread."""
+        """Nothing of the generation moves any more, in any thread."""
         node, self._node = self._node, None
         training, self._training = self._training, None
         self.link_above = None
@@ -273,13 +277,13 @@ class Lifecycle:
         for link in (node.above, node.below):
             if link:
                 link.abandon()
-                self._account.close(link)
+                self._totals.close(link)
         if training:
             training.cancel()
             await asyncio.gather(training, return_exceptions=True)
         node.close()
         await asyncio.to_thread(node.join)
-        self._account.watch.take()
+        self._totals.watch.take()
 
     async def _completed(self, compute: Worker, completed: int) -> None:
         """A step is done; `compute` is the thread that may look at the stage."""
@@ -290,11 +294,11 @@ class Lifecycle:
 
     async def _keep(self, snapshot: StageSnapshot) -> None:
         """In memory now, on disk soon."""
-        self._store.floor = self.machine.gossip.copied_by_all
+        self._store.floor = self.machine.heartbeats.copied_by_all
         self._snapshots[snapshot.completed] = snapshot
         for old in sorted(self._snapshots)[:-IN_MEMORY]:
             del self._snapshots[old]
-        await asyncio.to_thread(self._writer.submit, snapshot, epoch=self.machine.epoch)
+        await asyncio.to_thread(self._writer.submit, snapshot, generation=self.machine.generation)
 
     async def _restore(self, start: Start) -> None:
         """Bring the stage to where it was after `start.completed` steps."""
@@ -307,12 +311,16 @@ class Lifecycle:
             self.stage, where = await asyncio.to_thread(self._rebuild), "settings"
         else:
             await asyncio.to_thread(self.stage.restore, snapshot)
-        self.stage.set_epoch(start.epoch)
+        self.stage.set_generation(start.generation)
         self._copies.written(start.completed)  # what comes after it is not to be copied any more
         self._snapshots = {step: kept for step, kept in self._snapshots.items() if step <= start.completed}
         seconds = round(time.monotonic() - began, 6)
-        self._metrics.write("rewind", epoch=start.epoch, completed=start.completed, source=where, seconds=seconds)
-        print(f"epoch {start.epoch}: goes on after {start.completed} steps, restored from {where}", flush=True)
+        self._metrics.write(
+            "rollback", generation=start.generation, completed=start.completed, source=where, seconds=seconds
+        )
+        print(
+            f"generation {start.generation}: goes on after {start.completed} steps, restored from {where}", flush=True
+        )
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -327,14 +335,14 @@ class Lifecycle:
         self._in_loop(partial(self._copies.written, completed))
 
     def _held_at_buddy(self, completed: int) -> None:
-        self.machine.gossip.copied = completed
+        self.machine.heartbeats.copied = completed
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
         """A part takes the wire's time first, when nobody else wants it."""
         if isinstance(frame, CopyPart):
             nbytes = framed_bytes(len(frame.data))
             link = self._node and (self._node.above if side == "above" else self._node.below)
-            if not (link and await link.lend(nbytes)):
+            if not (link and await link.reserve(nbytes)):
                 loop = asyncio.get_running_loop()
                 passage = self._idle_wires[side].admit(nbytes, loop.time())
                 await asyncio.sleep(max(0.0, passage.depart_s - loop.time()))

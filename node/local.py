@@ -1,8 +1,8 @@
 """A whole run on this machine, as `thinpipe up` does it: check, prepare, run, summarise.
 
 Everything that can be wrong with the input is found here, before a process starts: settings, codec and link spelling,
-the cut of the model, the data, the directory. Then the run is either a swarm of node processes (`sim.swarm`) or the
-one-process reference, and both end with the same summary from the same records.
+the cut of the model, the data, the directory. Then the run is either a swarm of node processes (`sim.launch.swarm`) or
+the one-process reference, and both end with the same summary from the same records.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 from rich.console import Console
 
-from ..sim.console import RunDisplay, summary_tables
-from ..sim.endpoint import Endpoint, EndpointError
-from ..sim.isolation import isolated
-from ..sim.report import lacking_lines, summarise, write_summary
-from ..sim.shaper import LinkProfile
-from ..sim.swarm import Progress, SwarmError, Watch, run_swarm
-from ..sim.tc import KernelLinkError
-from ..sim.trace import draw, merge
+from ..sim.launch.isolation import isolated
+from ..sim.launch.swarm import Progress, SwarmError, Watch, run_swarm
+from ..sim.links.shaper import LinkProfile
+from ..sim.links.tc import KernelLinkError
+from ..sim.reports.console import RunDisplay, summary_tables
+from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
+from ..sim.reports.summary import lacking_lines, summarise, write_summary
+from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config, load_config
 from .host import FAILED
 from .measuring.plan import with_depth
 from .one_process import OneProcess
 from .preparation import BAD_INPUT, check_settings, prepare_corpus
-from .security.keys import clock, load
+from .security.key_directory import clock, load
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
@@ -72,9 +72,9 @@ def run_local(
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
     resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. restarts: how many lost
-    stages are replaced. schedule: one with hop=auto, whose depth is found before the first step, for the whole run;
-    run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys: of
-    all stages at once, for TLS between them.
+    stages are replaced. schedule: one with rtt_ratio=auto, whose depth is found before the first step, for the whole
+    run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys:
+    of all stages at once, for TLS between them.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -85,8 +85,8 @@ def run_local(
         watch = _watch(config, isolate=isolate)
         if isolate and one_process:
             raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
-        if one_process and config.compute.pace:
-            raise ConfigError("compute.pace: one process has no links to wait for; leave --one-process away")
+        if one_process and config.compute.emulate:
+            raise ConfigError("compute.emulate: one process has no links to wait for; leave --one-process away")
         if keys is not None:
             if one_process:
                 raise ConfigError("--keys: one process has no links to secure; leave one of the two away")
@@ -125,7 +125,7 @@ def run_local(
                 isolated_by = isolation.record() if isolation else None
         if trace and not one_process:
             draw(merge(out, config.pipeline.stages), config.pipeline.stages, out / "trace.png")
-    except (*BAD_INPUT, KernelLinkError, EndpointError) as error:
+    except (*BAD_INPUT, KernelLinkError, MetricsAddressError) as error:
         raise LocalRunError(str(error), 2) from None
     except SwarmError as error:
         raise LocalRunError(str(error), error.exit_code) from None
@@ -155,8 +155,8 @@ def run_local(
 
 
 def _watch(config: RunConfig, *, isolate: bool) -> Watch:
-    """Who may look at the nodes. Raises ConfigError or EndpointError where they could not."""
-    first = Endpoint.parse(config.watch.prometheus) if config.watch.prometheus else None
+    """Who may look at the nodes. Raises ConfigError or MetricsAddressError where they could not."""
+    first = MetricsAddress.parse(config.watch.prometheus) if config.watch.prometheus else None
     if first and isolate:
         raise ConfigError(
             "--prometheus: nobody outside of its namespace reaches a node of --isolate; leave one of the two away, and "

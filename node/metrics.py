@@ -4,7 +4,7 @@ The JSON lines are the truth; progress bar, summary and report all read the same
 and flushed at once, so a run that is killed leaves everything up to its last step. Why not a metrics library: a reader
 needs nothing but `json`, and the records outlive the processes.
 
-Record kinds (`event`): start, ready, step, evaluation, checkpoint, copy, halt, rewind, fault, end, exit. Units are in
+Record kinds (`event`): start, ready, step, evaluation, checkpoint, copy, halt, rollback, fault, end, exit. Units are in
 the names. Whoever looks at a run while it goes on (`node.watching.views`) is given the same records.
 """
 

@@ -25,19 +25,19 @@ from ..protocol.schedule import (
     get_schedule,
     interleave,
 )
-from ..sim.endpoint import Endpoint
-from ..sim.report import dense_bytes_one_way
-from ..sim.shaper import LinkProfile
-from .boundary.ports import Encoded
+from ..sim.links.shaper import LinkProfile
+from ..sim.reports.metrics_address import MetricsAddress
+from ..sim.reports.summary import dense_bytes_one_way
+from .boundary.endpoints import Encoded
 from .config import RunConfig
 from .data import vocabulary_size
 from .links.outgoing import chunk_bytes_for
-from .measuring.sizes import accounted
+from .measuring.message_sizes import accounted
 from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
 from .preparation import check_codec, check_device, prepare_corpus
-from .runtime import draw
 from .stage import Stage
+from .training_loop import draw
 from .watching.views import Watching
 
 Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
@@ -68,7 +68,7 @@ class OneProcess:
         """Of one stage, with those who look at them."""
         settings = self.config.watch
         if settings.prometheus:
-            own = Endpoint.parse(settings.prometheus).of_stage(index)
+            own = MetricsAddress.parse(settings.prometheus).of_stage(index)
             settings = settings.model_copy(update={"prometheus": str(own)})
         self._watching.append(Watching(settings, out, stage=index))
         return MetricsWriter(out / f"stage-{index}.jsonl", view=self._watching[-1].take)
@@ -110,9 +110,9 @@ class OneProcess:
     def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
         """One forward (training or evaluation) of one stage; returns the loss sum if it is the last stage's."""
         stage, watch = self.stages[index], self.watches[index]
-        if stage.upstream_port:
+        if stage.upstream_endpoint:
             with watch.measure("codec"):
-                ids_BS, received = stage.upstream_port.unpack_activation(self._take(index, kind))
+                ids_BS, received = stage.upstream_endpoint.unpack_activation(self._take(index, kind))
         else:
             ids_BS, received = draw(self.corpus, self.config, kind, step, microbatch), None
         with watch.measure("compute"):
@@ -120,9 +120,9 @@ class OneProcess:
             out = stage.evaluate(ids_BS, received) if evaluating else stage.forward(step, microbatch, ids_BS, received)
         if not isinstance(out, Encoded):
             return out or 0.0
-        assert stage.downstream_port
+        assert stage.downstream_endpoint
         with watch.measure("codec"):
-            message = stage.downstream_port.pack_activation(out, ids_BS, step, microbatch, kind)
+            message = stage.downstream_endpoint.pack_activation(out, ids_BS, step, microbatch, kind)
         self._send(index, index + 1, message)
         return 0.0
 
@@ -130,22 +130,22 @@ class OneProcess:
         """`split`: leave the weight gradients out."""
         stage, watch = self.stages[index], self.watches[index]
         dz_out, loss_sum = None, None
-        if stage.downstream_port:
+        if stage.downstream_endpoint:
             message = self._take(index, Kind.GRADIENT)
             loss_sum = message.loss_sum
             with watch.measure("codec"):
-                dz_out = stage.downstream_port.unpack_gradient(message)
+                dz_out = stage.downstream_endpoint.unpack_gradient(message)
         with watch.measure("compute"):
             dz_in = (stage.input_gradient if split else stage.backward)(microbatch, dz_out, loss_sum)
-        if stage.upstream_port:
+        if stage.upstream_endpoint:
             assert dz_in is not None
             with watch.measure("codec"):
-                message = stage.upstream_port.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
+                message = stage.upstream_endpoint.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
             self._send(index, index - 1, message)
             if (half := stage.gradient_to_send(step)) is not None:
-                assert stage.upstream_port.table
+                assert stage.upstream_endpoint.table
                 with watch.measure("codec"):
-                    message = stage.upstream_port.table.pack_gradient(half, step)
+                    message = stage.upstream_endpoint.table.pack_gradient(half, step)
                 self._send(index, index - 1, message)
 
     def _weight_gradient(self, index: int, microbatch: int) -> None:
@@ -156,10 +156,10 @@ class OneProcess:
         stage = self.stages[index]
         if not stage.awaits_gradient(step):
             return None
-        assert stage.downstream_port
-        assert stage.downstream_port.table
+        assert stage.downstream_endpoint
+        assert stage.downstream_endpoint.table
         with self.watches[index].measure("codec"):
-            return stage.downstream_port.table.unpack_gradient(self._take(index, Kind.PROJECTOR_GRADIENT))
+            return stage.downstream_endpoint.table.unpack_gradient(self._take(index, Kind.PROJECTOR_GRADIENT))
 
     def _evaluate(self, step: int) -> float:
         count, loss_sum = self.config.evaluation_microbatches, 0.0

@@ -15,15 +15,15 @@ import torch
 from ..compress.boundary import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
-from ..sim.shaper import LinkError, LinkProfile
+from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
 from .config import ConfigError, RunConfig
 from .data import Corpus, DataError, open_corpus, vocabulary_size
 from .links.dialling import NeighbourMismatch
-from .measuring.pace import VOCABULARY, Pace
-from .measuring.paced import PacedCorpus, PacedStage
+from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
+from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
 from .model import ModelError, architecture_digest, check_sliceable, partition, resolve_model, was_tied
-from .security.keys import KeysError
+from .security.key_directory import KeysError
 from .stage import Stage
 
 if TYPE_CHECKING:
@@ -86,9 +86,9 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     check_codec(config)
     architecture = resolve_architecture(config)
     check_codec(config, architecture)
-    if config.compute.pace:
-        paced = PacedStage(config, architecture, stage)
-        return paced, run_digest(config, architecture)
+    if config.compute.emulate:
+        emulated = EmulatedStage(config, architecture, stage)
+        return emulated, run_digest(config, architecture)
     check_sliceable(architecture)
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
@@ -103,12 +103,13 @@ def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_di
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
-    """The model's, with the vocabulary of its text, which a paced run does not read. Raises what BAD_INPUT names."""
+    """The model's, with the vocabulary of its text, which an emulated run does not read. Raises what BAD_INPUT
+    names."""
     settings = config.model
-    if config.compute.pace:
-        pace = Pace.parse(config.compute.pace)
-        if pace.stages != config.pipeline.stages:
-            raise ConfigError(f"compute.pace {config.compute.pace}: pipeline.stages is {config.pipeline.stages}")
+    if config.compute.emulate:
+        machine = EmulatedMachine.parse(config.compute.emulate)
+        if machine.stages != config.pipeline.stages:
+            raise ConfigError(f"compute.emulate {config.compute.emulate}: pipeline.stages is {config.pipeline.stages}")
         vocab = settings.vocab_size or VOCABULARY
     else:
         vocab = vocabulary_size(config.data, settings.vocab_size)
@@ -117,8 +118,8 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
 
 def prepare_corpus(config: RunConfig) -> Corpus:
     """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
-    if config.compute.pace:
-        return PacedCorpus(config)
+    if config.compute.emulate:
+        return EmptyCorpus(config)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
     corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
     needed = config.evaluation_microbatches * config.microbatch_size

@@ -24,8 +24,8 @@ from ..compress.anchors import token_table
 from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
-from .boundary.ports import BoundaryShape, DownstreamPort, Encoded, Received, UpstreamPort
-from .boundary.tables import gradient_due, moves_after
+from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, Received, UpstreamEndpoint
+from .boundary.learned_tables import gradient_due, moves_after
 from .config import RunConfig
 from .model import WeightGradients, build_stage
 from .optim import OptimStats, StageOptimizer
@@ -74,17 +74,17 @@ class Stage:
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
         )
         self.width = self.model.width
-        self.upstream_port: UpstreamPort | None = None
-        self.downstream_port: DownstreamPort | None = None
+        self.upstream_endpoint: UpstreamEndpoint | None = None
+        self.downstream_endpoint: DownstreamEndpoint | None = None
         self.token_table_digest, self.tokens = self._tokens()
         if not self.first:
             codec, context, shape = self._boundary(index - 1)
-            self.receiver = codec.codec.receiver(context).to(self.device, self.dtype)
-            self.upstream_port = UpstreamPort(shape, dtype=self.dtype, device=self.device)
+            self.receiver = codec.codec.decoder(context).to(self.device, self.dtype)
+            self.upstream_endpoint = UpstreamEndpoint(shape, dtype=self.dtype, device=self.device)
         if not self.last:
             codec, context, shape = self._boundary(index)
-            self.sender = codec.codec.sender(context).to(self.device, self.dtype)
-            self.downstream_port = DownstreamPort(shape, dtype=self.dtype, device=self.device)
+            self.sender = codec.codec.encoder(context).to(self.device, self.dtype)
+            self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
         self.optimizer = StageOptimizer(self._trained(), config.optim, total_steps=config.run.steps)
         self._state = StageState(
             stage=index,
@@ -103,8 +103,8 @@ class Stage:
         self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, as far as known in this step
 
     @property
-    def _ports(self) -> list[UpstreamPort | DownstreamPort]:
-        return [port for port in (self.upstream_port, self.downstream_port) if port]
+    def _ports(self) -> list[UpstreamEndpoint | DownstreamEndpoint]:
+        return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
 
     def _tokens(self) -> tuple[str, nn.Module | None]:
         """The digest of the frozen token table, which all stages must generate alike ("" where there is none), and what
@@ -195,7 +195,7 @@ class Stage:
 
     def _publish(self, step: int) -> bytes:
         """At a step's start, what the stage below has to know of this boundary's table before it can decode."""
-        table = self.downstream_port and self.downstream_port.table
+        table = self.downstream_endpoint and self.downstream_endpoint.table
         published = table.publish(self.sender.master, step) if table else None
         if published is None:
             return b""
@@ -211,8 +211,8 @@ class Stage:
         return received.z_BTW
 
     def _encoded(self, z_BTW: Tensor, delta: bytes = b"") -> Encoded:
-        assert self.downstream_port
-        table = self.downstream_port.table
+        assert self.downstream_endpoint
+        table = self.downstream_endpoint.table
         return Encoded(z_BTW=z_BTW, coded_with=table.coded_with if table else {}, delta=delta)
 
     def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
@@ -243,14 +243,14 @@ class Stage:
     def gradient_to_send(self, step: int) -> Tensor | None:
         """This stage's half of the gradient of the table above, once the step's last backward, or the first half of it,
         is done, where due."""
-        table = self.upstream_port and self.upstream_port.table
+        table = self.upstream_endpoint and self.upstream_endpoint.table
         if self._backwards < self.config.pipeline.microbatches or not table or not gradient_due(table.table, step):
             return None
         return self.receiver.take_gradient()
 
     def awaits_gradient(self, step: int) -> bool:
         """Whether `finish` needs the other half of the gradient of the table below."""
-        table = self.downstream_port and self.downstream_port.table
+        table = self.downstream_endpoint and self.downstream_endpoint.table
         return bool(table) and gradient_due(table.table, step)
 
     def finish(self, step: int, table_gradient: Tensor | None = None) -> tuple[float, OptimStats]:
@@ -264,7 +264,7 @@ class Stage:
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
         stats = self.optimizer.step(step, tokens)  # first: it refuses gradients that are not finite
-        table = self.downstream_port and self.downstream_port.table
+        table = self.downstream_endpoint and self.downstream_endpoint.table
         if table and moves_after(table.table, step):
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
             self.sender.learn(table_gradient, rate=rate)
@@ -281,7 +281,7 @@ class Stage:
         """Figures of what the codecs learned here since the last call: the projector and the codebook of activations
         below, and of gradients above."""
         figures = {} if self.last else self.sender.measures()
-        for name, port in (("activation", self.downstream_port), ("gradient", self.upstream_port)):
+        for name, port in (("activation", self.downstream_endpoint), ("gradient", self.upstream_endpoint)):
             if port:
                 figures |= {f"{name}_{figure}": value for figure, value in port.measures().items()}
         return figures
@@ -300,7 +300,7 @@ class Stage:
     def _settle(self) -> None:
         """What packing changes is part of the state: nothing of the steps so far may still wait for it."""
         for port in self._ports:
-            port.packing.settle()
+            port.pack_queue.flush()
 
     def snapshot(self) -> StageSnapshot:
         """A copy of the state as it is between two steps, on the compute thread: other threads may unpack the next
@@ -317,28 +317,30 @@ class Stage:
         """Go on from `snapshot`, bit for bit; a step that was broken off leaves nothing behind.
 
         No message of that step may still be unpacked or packed by another thread: empty the queues first. Tables keep
-        the later of their own epoch and the snapshot's. Raises StateError, before anything is changed, for a tensor
-        that is missing, foreign, or of another shape or dtype, and for a table that is not what its version says.
+        the later of their own generation and the snapshot's. Raises StateError, before anything is changed, for a
+        tensor that is missing, foreign, or of another shape or dtype, and for a table that is not what its version
+        says.
         """
         self._state.restore(snapshot)
         for port in self._ports:
-            port.packing.clear()
+            port.pack_queue.discard()
         self._saved.clear()
         self._owed.clear()
         self.losses.clear()
         self._begun, self._backwards = False, 0
         self.completed = snapshot.completed
 
-    def set_epoch(self, epoch: int) -> None:
-        """The run's new epoch, after `restore`: both tables are named with it. Raises LocalProtocolError for an earlier
+    def set_generation(self, generation: int) -> None:
+        """The run's new generation, after `restore`: both tables are named with it. Raises LocalProtocolError for an
+        earlier
         one. Numbers, and so the state's digest, stay as they are."""
         for port in self._ports:
             for end in port.ends.values():
-                end.set_epoch(epoch)
+                end.set_generation(generation)
 
     def state_sha256(self) -> str:
         """Digest of names, types, shapes and bits; equal digests mean bit-identical state. A function of training
-        alone: a run that was rewound, in a later epoch, has that of an undisturbed one."""
+        alone: a run that was rolled back, in a later generation, has that of an undisturbed one."""
         return sha256_of(self.state_tensors())
 
     def state_bytes(self) -> int:

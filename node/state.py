@@ -1,9 +1,9 @@
 """A stage's state: what training has changed, gathered by name from the parts that hold it, copied, and put back.
 
 A state is two things. Tensors by name: weights, the optimizer's buffers, the codec's halves, their tables; their digest
-is a function of training alone. And what a rewind changes: the versions of the dictionaries, kept beside the tensors so
-that no digest sees them. Whatever comes from a disk or another machine is compared with the layout that this stage has
-itself before one number is changed.
+is a function of training alone. And what a rollback changes: the versions of the dictionaries, kept beside the tensors
+so that no digest sees them. Whatever comes from a disk or another machine is compared with the layout that this stage
+has itself before one number is changed.
 
 Why not `Module.state_dict`: it knows nothing of optimizers, of error feedback, of tables that belong to a boundary, nor
 of what is frozen and need not be kept.
@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.boundary import CodecError, Receiver, Sender
+from ..compress.boundary import CodecError, Decoder, Encoder
 from ..protocol.errors import LocalProtocolError
-from .boundary.held import DictionaryEnd, Held
+from .boundary.table_snapshot import DictionaryEnd, TableSnapshot
 from .optim import StageOptimizer
 
 
@@ -32,8 +32,8 @@ class StateError(RuntimeError):
 class StageSnapshot:
     """Everything that training has changed in one stage after `completed` steps; its memory is its own.
 
-    tensors: on the CPU, contiguous, by name. dictionaries: what must not enter a digest of the state because a rewind
-    changes it: for each (`ports` names them) {"version": [epoch, step, microbatch, index] or None, "digest": hex}.
+    tensors: on the CPU, contiguous, by name. dictionaries: what must not enter a digest of the state because a rollback
+    changes it: for each (`ports` names them) {"version": [generation, step, microbatch, index] or None, "digest": hex}.
     """
 
     completed: int
@@ -56,8 +56,8 @@ class StageState:
         trained: list[tuple[str, nn.Parameter]],
         optimizer: StageOptimizer,
         tokens: nn.Module | None,
-        receiver: Receiver | None,
-        sender: Sender | None,
+        receiver: Decoder | None,
+        sender: Encoder | None,
         ends: dict[str, DictionaryEnd],
     ) -> None:
         self._stage = stage
@@ -116,7 +116,7 @@ class StageState:
         return {name: tensor for name, tensor in self._tokens.state_dict().items() if name not in trained}
 
     @property
-    def _halves(self) -> dict[str, Receiver | Sender]:
+    def _halves(self) -> dict[str, Decoder | Encoder]:
         halves = {"receiver": self._receiver, "sender": self._sender}
         return {name: half for name, half in halves.items() if half is not None}
 
@@ -137,7 +137,7 @@ class StageState:
             if (found[name].shape, found[name].dtype) != (wanted.shape, wanted.dtype):
                 raise StateError(f"{where}: '{name}' is {_shown(found[name])}, wanted {_shown(wanted)}; {remedy}")
 
-    def _read_tables(self, snapshot: StageSnapshot) -> dict[str, Held | None]:
+    def _read_tables(self, snapshot: StageSnapshot) -> dict[str, TableSnapshot | None]:
         ends = self._ends
         if sorted(snapshot.dictionaries) != sorted(ends):
             raise StateError(

@@ -7,31 +7,33 @@ the later one's node sees the earlier one settled, if settling takes less than t
 nobody compares, decide at most between two that came at once.
 
 Why not a lock or an election: both need somebody who holds it, and its loss would be one loss more. What is left after
-all, two nodes of one stage, is refused by the neighbour (`protocol.rewind`), as it is without discovery.
+all, two nodes of one stage, is refused by the neighbour (`protocol.rollback`), as it is without discovery.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .records import NodeRecord, Seen, State
+from .records import NodeRecord, NodeState, Seen
 
-SETTLE_S = 2.0  # between a claim and the second look; longer than it takes to read and write once
+CLAIM_WAIT_S = 2.0  # between a claim and the second look; longer than it takes to read and write once
 
 
-def rank(record: NodeRecord) -> tuple[bool, int, float, int]:
-    """The less, the better: who has settled before who only claims, of these the later epoch (its members are the
+def priority(record: NodeRecord) -> tuple[bool, int, float, int]:
+    """The less, the better: who has settled before who only claims, of these the later generation (its members are the
     run), then the earlier claim, then the lower number."""
-    return (record.state is State.CLAIMING, -record.epoch, record.claimed_at_s, record.incarnation)
+    return (record.state is NodeState.CLAIMING, -record.generation, record.claimed_at_s, record.incarnation)
 
 
 def better(a: NodeRecord, b: NodeRecord) -> bool:
-    return rank(a) < rank(b)
+    return priority(a) < priority(b)
 
 
 def of_stage(seen: Sequence[Seen], stage: int) -> list[Seen]:
     """The living records of a stage, the best first."""
-    return sorted((each for each in seen if each.living and each.record.stage == stage), key=lambda s: rank(s.record))
+    return sorted(
+        (each for each in seen if each.living and each.record.stage == stage), key=lambda s: priority(s.record)
+    )
 
 
 def rival(seen: Sequence[Seen], mine: NodeRecord) -> NodeRecord | None:
@@ -40,7 +42,7 @@ def rival(seen: Sequence[Seen], mine: NodeRecord) -> NodeRecord | None:
     return next((other for other in others if better(other, mine)), None)
 
 
-def needy(seen: Sequence[Seen], stages: Iterable[int]) -> list[int]:
+def neediest(seen: Sequence[Seen], stages: Iterable[int]) -> list[int]:
     """Those of `stages` that nobody serves or claims and that need a node most: never served, or the longest without.
     All of one need are named together, since it is nobody's order in which they are taken."""
     free = [stage for stage in stages if not of_stage(seen, stage)]
@@ -52,21 +54,21 @@ def needy(seen: Sequence[Seen], stages: Iterable[int]) -> list[int]:
 def choose(seen: Sequence[Seen], stages: Iterable[int], draw: Callable[[int], int]) -> int | None:
     """The stage to claim: one of the neediest, by draw(count) in 0..count-1, so that many who come at once seldom want
     the same; None: all are served."""
-    wanted = needy(seen, stages)
+    wanted = neediest(seen, stages)
     return wanted[draw(len(wanted))] if wanted else None
 
 
-def begun(seen: Sequence[Seen], stage: int) -> bool:
+def has_started(seen: Sequence[Seen], stage: int) -> bool:
     """Whether a node that takes `stage` now takes it in a run that has begun, so that it must not begin afresh."""
 
     def shows(record: NodeRecord) -> bool:
-        if record.state is State.TRAINING or record.epoch or record.completed_steps or record.committed_steps:
+        if record.state is NodeState.TRAINING or record.generation or record.completed_steps or record.committed_steps:
             return True
-        return record.stage == stage and record.state in (State.WAITING, State.LEFT)
+        return record.stage == stage and record.state in (NodeState.WAITING, NodeState.LEFT)
 
     return any(shows(each.record) for each in seen)
 
 
-def through(seen: Sequence[Seen], steps: int) -> bool:
+def is_finished(seen: Sequence[Seen], steps: int) -> bool:
     """Whether the run has done all its steps: one of its nodes left after the last."""
-    return any(each.record.state is State.LEFT and each.record.completed_steps >= steps for each in seen)
+    return any(each.record.state is NodeState.LEFT and each.record.completed_steps >= steps for each in seen)

@@ -29,7 +29,7 @@ _FIELDS = ["name", "version", "previous", "entries", "encoding", "digest"]
 class Version(NamedTuple):
     """When a delta was made; a later one is greater. `index` counts the deltas of one microbatch."""
 
-    epoch: int
+    generation: int
     step: int
     microbatch: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -76,7 +76,7 @@ class DictionarySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Delta:
-    """What leads a mirror from version `previous` to `version`; from nothing (a snapshot) where that is None.
+    """What leads a replica from version `previous` to `version`; from nothing (a snapshot) where that is None.
 
     indices: the entries it changes, ascending; None for all. digest: of the table after it.
     """
@@ -102,7 +102,7 @@ def encode_delta(delta: Delta) -> bytes:
 
 
 def decode_delta(raw: bytes | memoryview, spec: DictionarySpec) -> Delta:
-    """The one delta whose bytes these are; its values are for the mirror to judge. Raises RemoteProtocolError only."""
+    """The one delta whose bytes these are; its values are for the replica to judge. Raises RemoteProtocolError only."""
     if (size := memoryview(raw).nbytes) > spec.delta_bytes_max:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a delta of {size} bytes, at most {spec.delta_bytes_max} here")
     raw = bytes(raw)

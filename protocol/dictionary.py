@@ -1,10 +1,10 @@
 """Dictionaries that a decoder needs (projectors, codebooks), kept bit-identical at both ends by versioned deltas.
 
 A dictionary is a table of `entries x width` numbers with one owner. Its Publisher keeps `shipped`, bit-exactly what the
-peer's Mirror holds once every delta so far has arrived; the owner codes tensors with `shipped`, never with the master
+peer's Replica holds once every delta so far has arrived; the owner codes tensors with `shipped`, never with the master
 that it trains, so that both ends agree whatever is in flight. The first delta is a snapshot at full precision. Later
 ones code `master - shipped` of the chosen entries coarsely, and the *decoded* values are added to `shipped` by the
-function that the mirror runs: what rounding left out is part of the next delta. This is closed-loop prediction,
+function that the replica runs: what rounding left out is part of the next delta. This is closed-loop prediction,
 x' = x + Q(master - x), as in CHOCO (arXiv 1902.00340) and EF21 (arXiv 2106.05203).
 
 Why not the whole table each time: at full precision it is 4 to 8 times the bytes, and rounded it never gets closer than
@@ -35,10 +35,10 @@ from .rows import decode_rows, encode_rows
 
 
 class _Table:
-    """A table at a version: what Publisher and Mirror have in common."""
+    """A table at a version: what Publisher and Replica have in common."""
 
-    def __init__(self, spec: DictionarySpec, epoch: int) -> None:
-        self.spec, self.epoch = spec, epoch
+    def __init__(self, spec: DictionarySpec, generation: int) -> None:
+        self.spec, self.generation = spec, generation
         self.version: Version | None = None
         self.digest = b""
         self._table: np.ndarray | None = None
@@ -68,8 +68,10 @@ class _Table:
             raise LocalProtocolError(Fault.RESUME, f"{what} is {table.shape} {table.dtype}, not {shape} {spec.dtype}")
         if digest != (_digest(spec, version, table) if version else b""):
             raise LocalProtocolError(Fault.RESUME, f"{what} does not match its digest")
-        if version and version.epoch > self.epoch:
-            raise LocalProtocolError(Fault.EPOCH, f"{what} is of epoch {version.epoch}, later than {self.epoch} here")
+        if version and version.generation > self.generation:
+            raise LocalProtocolError(
+                Fault.GENERATION, f"{what} is of generation {version.generation}, later than {self.generation} here"
+            )
         table.setflags(write=False)
         self.version, self.digest, self._table = version, digest, table if version else None
 
@@ -93,7 +95,7 @@ class Publisher(_Table):
         if (master.shape, master.dtype) != (shape, dtype) or not np.isfinite(master).all():
             found = f"{master.shape} {master.dtype}, want finite numbers {shape} {dtype}"
             raise LocalProtocolError(Fault.PAYLOAD, f"master of '{spec.name}' at step {step}: {found}")
-        version = Version(self.epoch, step, microbatch, 0)
+        version = Version(self.generation, step, microbatch, 0)
         if old and old[:3] == version[:3]:
             version = old._replace(index=old.index + 1)
         encoding, indices = spec.encoding if old else spec.snapshot_encoding, None
@@ -114,13 +116,13 @@ class Publisher(_Table):
             )
             check_delta(delta, spec)
             table = _advance(self._table, delta, spec)
-        except RemoteProtocolError as error:  # the mirror's rules, broken here
+        except RemoteProtocolError as error:  # the replica's rules, broken here
             raise LocalProtocolError(error.fault, error.reason) from None
         self.version, self.digest, self._table = version, _digest(spec, version, table), table
         return replace(delta, digest=self.digest)
 
 
-class Mirror(_Table):
+class Replica(_Table):
     """The peer's end: the table as of the last delta."""
 
     def after(self, delta: Delta) -> np.ndarray:
@@ -128,8 +130,8 @@ class Mirror(_Table):
         one."""
         spec, what = self.spec, f"the delta to {delta.version} of dictionary '{self.spec.name}'"
         check_delta(delta, spec)
-        if delta.version.epoch != self.epoch:
-            raise RemoteProtocolError(Fault.EPOCH, f"{what} is not of epoch {self.epoch}")
+        if delta.version.generation != self.generation:
+            raise RemoteProtocolError(Fault.GENERATION, f"{what} is not of generation {self.generation}")
         if delta.previous != self.version:  # a gap, a replay, a second snapshot or a first delta that is none
             raise RemoteProtocolError(Fault.OUT_OF_ORDER, f"{what} starts from {delta.previous}, here: {self.version}")
         table = _advance(self._table, delta, spec)
@@ -139,7 +141,7 @@ class Mirror(_Table):
         return table
 
     def adopt(self, delta: Delta, table: np.ndarray) -> None:
-        """Hold `table` from now on, which is `after(delta)` of this mirror as it is: where one message changes several
+        """Hold `table` from now on, which is `after(delta)` of this replica as it is: where one message changes several
         dictionaries, all of them are looked at before one is changed."""
         self.version, self.digest, self._table = delta.version, delta.digest, table
 

@@ -1,4 +1,4 @@
-"""What an input of the automaton `protocol.rewind` asks the node for, as frozen dataclasses.
+"""What an input of the automaton `protocol.rollback` asks the node for, as frozen dataclasses.
 
 The automaton neither sends nor stops anything itself: it returns a list of these, and the node carries them out in
 order. Why not callbacks: a list can be compared, and nobody calls into the automaton while it is in the middle of a
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .control import ControlFrame
+from .control_messages import ControlFrame
 
 Side = Literal["above", "below"]
 SIDES: tuple[Side, Side] = ("above", "below")
@@ -31,15 +31,15 @@ class Stop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Go on in `epoch` after `completed` steps. `members`: the process of each stage."""
+    """Go on in `generation` after `completed` steps. `members`: the process of each stage."""
 
-    epoch: int
+    generation: int
     completed: int
     members: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Dismiss:
+class Leave:
     """All stages are through: the process may end."""
 
 
@@ -55,4 +55,4 @@ class EndAfter:
     completed: int
 
 
-Effect = Send | Stop | Start | Dismiss | ChooseEnd | EndAfter
+Effect = Send | Stop | Start | Leave | ChooseEnd | EndAfter

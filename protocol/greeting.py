@@ -18,7 +18,7 @@ PRINTED_CHARACTERS_MAX = 40  # of each value: a configuration hash need not be s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class NodeIdentity:
     """What a node says of itself and holds its neighbour to."""
 
     run_id: str
@@ -26,7 +26,7 @@ class Identity:
     stage: int
     stages: int
     incarnation: int
-    epoch: int = 0
+    generation: int = 0
 
     @property
     def first(self) -> bool:
@@ -55,7 +55,7 @@ class Identity:
             stage=self.stage,
             stages=self.stages,
             incarnation=self.incarnation,
-            epoch=self.epoch,
+            generation=self.generation,
             next_sequence=next_sequence,
             granted_bytes=granted_bytes,
             completed_steps=completed_steps,
@@ -67,15 +67,15 @@ class Identity:
 TABLE_DIGEST = " table "
 
 
-def check_greeting(peer: Greeting, mine: Identity, peer_stage: int) -> None:
+def check_greeting(peer: Greeting, mine: NodeIdentity, peer_stage: int) -> None:
     """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node expects, in the
-    same epoch."""
-    check_kinship(peer, mine, peer_stage)
-    _hold_to([(Fault.EPOCH, "epoch", peer.epoch, mine.epoch)], peer, mine)
+    same generation."""
+    check_handshake(peer, mine, peer_stage)
+    _hold_to([(Fault.GENERATION, "generation", peer.generation, mine.generation)], peer, mine)
 
 
-def check_kinship(peer: Greeting, mine: Identity, peer_stage: int) -> None:
-    """The same, in whatever epoch the two are."""
+def check_handshake(peer: Greeting, mine: NodeIdentity, peer_stage: int) -> None:
+    """The same, in whatever generation the two are."""
     their_settings, _, their_table = peer.configuration.partition(TABLE_DIGEST)
     our_settings, _, our_table = mine.configuration.partition(TABLE_DIGEST)
     rules = [
@@ -89,7 +89,7 @@ def check_kinship(peer: Greeting, mine: Identity, peer_stage: int) -> None:
     _hold_to(rules, peer, mine)
 
 
-def _hold_to(rules: Sequence[tuple[Fault, str, object, object]], peer: Greeting, mine: Identity) -> None:
+def _hold_to(rules: Sequence[tuple[Fault, str, object, object]], peer: Greeting, mine: NodeIdentity) -> None:
     for fault, what, theirs, ours in rules:
         if theirs != ours:
             theirs, ours = _print_apart(str(theirs), str(ours))
@@ -101,7 +101,7 @@ def _hold_to(rules: Sequence[tuple[Fault, str, object, object]], peer: Greeting,
 
 
 def check_resume(
-    peer: Greeting, mine: Identity, *, before: Greeting | None, began: bool, first_kept: int, next_sequence: int
+    peer: Greeting, mine: NodeIdentity, *, before: Greeting | None, began: bool, first_kept: int, next_sequence: int
 ) -> bool:
     """Whether this is the process that greeted `before`, so that the link goes on where it was; False: a fresh start.
 
@@ -129,7 +129,7 @@ _REMEDIES = {
     Fault.RUN_ID: "one of the two dials the wrong run; check --next",
     Fault.CONFIGURATION: "start both from the same run.toml and the same version",
     Fault.STAGE: "check --stage here and --next upstream",
-    Fault.EPOCH: "the peer belongs to an earlier attempt of this run; stop it",
+    Fault.GENERATION: "the peer belongs to an earlier attempt of this run; stop it",
 }
 
 

@@ -28,7 +28,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
-from .control import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
+from .control_messages import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
 from .envelope import around_data, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
@@ -47,7 +47,7 @@ class Kind(IntEnum):
     EVALUATION = 3
     EVALUATION_LOSS = 4
     PROJECTOR_GRADIENT = 6  # the receiver's half of the gradient of a learned projector, once a step
-    PROBE = 5  # ballast that measures the link; the receiver drops it
+    PROBE = 5  # filler that measures the link; the receiver drops it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ class Greeting:
     incarnation: int
     next_sequence: int
     granted_bytes: int
-    epoch: int = 0
+    generation: int = 0
     completed_steps: int = 0
     joining: bool = False
     protocol_version: int = PROTOCOL_VERSION
@@ -144,7 +144,7 @@ class Chunk:
     """A part of a message; `head` on the first part only."""
 
     sequence: int
-    epoch: int
+    generation: int
     data: bytes | memoryview
     head: Head | None = None
     next_sequence: int = 0
@@ -192,7 +192,7 @@ def encode_frame(frame: Frame) -> bytes:
         case Chunk():
             chunk = pb.Chunk(
                 sequence=frame.sequence,
-                epoch=frame.epoch,
+                generation=frame.generation,
                 head=None if frame.head is None else _head_to_pb(frame.head),
                 next_sequence=frame.next_sequence,
                 granted_bytes=frame.granted_bytes,
@@ -247,7 +247,7 @@ def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
     head = chunk.head
     codec = head.codec.encode()
     flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head"), chunk.acknowledge]
-    numbers = [chunk.sequence, chunk.epoch, head.step, head.token_ids_bytes, head.body_bytes]
+    numbers = [chunk.sequence, chunk.generation, head.step, head.token_ids_bytes, head.body_bytes]
     numbers += [head.dictionary_bytes, chunk.next_sequence, chunk.granted_bytes]
     envelope = struct.pack("<6I8Qd", *flags, *numbers, head.loss_sum)
     return zlib.crc32(data, zlib.crc32(envelope + codec + head.codec_header))
@@ -312,7 +312,7 @@ def _chunk_from_pb(chunk: pb.Chunk, data: bytes | memoryview, limits: Limits) ->
     head = _head_from_pb(chunk.head, limits) if chunk.HasField("head") else None
     return Chunk(
         sequence=chunk.sequence,
-        epoch=chunk.epoch,
+        generation=chunk.generation,
         data=data,
         head=head,
         next_sequence=chunk.next_sequence,

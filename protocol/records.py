@@ -18,10 +18,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 
-from .control import LISTED_MAX, STEP_MAX
+from .control_messages import LISTED_MAX, STEP_MAX
 from .errors import Fault, RemoteProtocolError
 from .messages import PROTOCOL_VERSION
-from .strict import Check, number, pack, real, text, unpack
+from .strict_msgpack import Check, number, pack, real, text, unpack
 
 RECORD_BYTES_MAX = 1024
 CONFIGURATION_BYTES_MAX = 64 * 1024
@@ -36,12 +36,12 @@ _RUN = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-class State(StrEnum):
+class NodeState(StrEnum):
     """What a node does. It begins to listen between STARTING and WAITING."""
 
     CLAIMING = "claiming"  # says that it would take the stage, and looks who else does
     STARTING = "starting"  # has the stage, and builds it
-    WAITING = "waiting"  # for a neighbour, or for a new epoch
+    WAITING = "waiting"  # for a neighbour, or for a new generation
     TRAINING = "training"
     LEFT = "left"  # has ended in order: the run is through, or was told to end
 
@@ -50,7 +50,8 @@ class State(StrEnum):
 class NodeRecord:
     """One node's own words. configuration: the run's fingerprint. endpoint: host:port where it is reached.
 
-    completed_steps: of its epoch; committed_steps: in its newest checkpoint. claimed_at_s: Unix time, on its own clock.
+    completed_steps: of its generation; committed_steps: in its newest checkpoint. claimed_at_s: Unix time, on its own
+    clock.
     """
 
     run: str
@@ -58,10 +59,10 @@ class NodeRecord:
     stage: int
     stages: int
     endpoint: str
-    state: State
+    state: NodeState
     incarnation: int
     claimed_at_s: float
-    epoch: int = 0
+    generation: int = 0
     completed_steps: int = 0
     committed_steps: int = 0
     tokens_per_s: float = 0.0
@@ -102,10 +103,10 @@ NODE_SCHEMA: dict[str, Check] = {
     "stage": number(0, LISTED_MAX),
     "stages": number(1, LISTED_MAX + 1),
     "endpoint": is_endpoint,
-    "state": lambda value: type(value) is str and value in set(State),
+    "state": lambda value: type(value) is str and value in set(NodeState),
     "incarnation": number(0, 2**64),
     "claimed_at_s": real(0.0, 1e11),
-    "epoch": _STEPS,
+    "generation": _STEPS,
     "completed_steps": _STEPS,
     "committed_steps": _STEPS,
     "tokens_per_s": real(0.0, 1e12),
@@ -132,7 +133,7 @@ def decode_record(raw: bytes, *, run: str, configuration: str, stages: int) -> N
     if values["stage"] >= stages:
         raise RemoteProtocolError(Fault.STAGE, f"a node record of stage {values['stage']}, of {stages}")
     del values["version"]
-    return NodeRecord(**{**values, "state": State(values["state"])})
+    return NodeRecord(**{**values, "state": NodeState(values["state"])})
 
 
 def encode_run(record: RunRecord) -> bytes:
@@ -170,7 +171,7 @@ class Seen:
     @property
     def living(self) -> bool:
         """Whether its node is there, by its record."""
-        return self.record.state is not State.LEFT and self.age_s < stale_after_s(self.record.stages)
+        return self.record.state is not NodeState.LEFT and self.age_s < stale_after_s(self.record.stages)
 
 
 def read_records(

@@ -13,20 +13,22 @@ schedule that saves neither memory nor time.
 A flushing schedule is one number per stage, the depth: run `depth` forwards, then alternate one backward, one forward.
 - GPipe (Huang et al., arXiv 1811.06965): depth M, all microbatches; memory grows with the batch.
 - 1F1B (PipeDream-Flush, Narayanan et al., arXiv 2006.09503): depth P - s, the same bubble with memory bounded by P.
-- 1F1B over links that take time, `1f1b:hop=1.8`: a microbatch comes back from the stage below after t_F + t_B and two
-  hops, each a message's bits and the latency; so that a stage does not stand idle meanwhile it needs a depth of
-  `1 + ceil((P-1-s)(1 + hop))`, where hop is the time of those two hops in units of t_F + t_B. More than needed costs
-  memory, and where a link is the bottleneck time too: the schedule nears GPipe, under which directions take turns.
-- ZB-H1 (zero bubble, Qi et al., arXiv 2401.10241), `zb` or `zb:hop=1.8`: 1F1B of the same depths whose Backward is cut
-  in two. The stage above waits for the input gradient alone, so the weight gradient moves to where a stage would stand
-  idle: behind by as many microbatches as the stage is less deep than stage 0. So no stage holds more microbatches than
-  stage 0 does under 1F1B, and the bubble of the flush is (P-1)(t_F + t_B - t_W), a third of 1F1B's when all three are
-  alike. Its further variants need twice the memory, or optimizer steps that can be taken back.
+- 1F1B over links that take time, `1f1b:rtt_ratio=1.8`: a microbatch comes back from the stage below after t_F + t_B and
+  two hops, each a message's bits and the latency; so that a stage does not stand idle meanwhile it needs a depth of `1
+  + ceil((P-1-s)(1 + rtt_ratio))`, where rtt_ratio is the time of those two hops in units of t_F + t_B. More than needed
+  costs memory, and where a link is the bottleneck time too: the schedule nears GPipe, under which directions take
+  turns.
+- ZB-H1 (zero bubble, Qi et al., arXiv 2401.10241), `zb` or `zb:rtt_ratio=1.8`: 1F1B of the same depths whose Backward
+  is cut in two. The stage above waits for the input gradient alone, so the weight gradient moves to where a stage would
+  stand idle: behind by as many microbatches as the stage is less deep than stage 0. So no stage holds more microbatches
+  than stage 0 does under 1F1B, and the bubble of the flush is (P-1)(t_F + t_B - t_W), a third of 1F1B's when all three
+  are alike. Its further variants need twice the memory, or optimizer steps that can be taken back.
 
 Bounded links stay free of deadlock while depths never rise downstream and fall between neighbours by at most the
 messages that both directions of their boundary can hold together: the downstream stage then works off enough forwards,
 and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none, and a
-hop by as much more; nodes hold two messages at each of four places of a boundary, so HOP_MAX is what they can take.
+hop by as much more; nodes hold two messages at each of four places of a boundary, so RTT_RATIO_MAX is what they can
+take.
 
 Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
 """
@@ -41,7 +43,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-HOP_MAX = 6.0
+RTT_RATIO_MAX = 6.0
 
 
 class ScheduleError(ValueError):
@@ -145,14 +147,16 @@ class OneFOneB(FlushingSchedule):
 
     name = "1f1b"
 
-    def __init__(self, hop: float = 0.0) -> None:
-        if not 0 <= hop <= HOP_MAX:
-            raise ScheduleError(f"schedule '{self.name}': hop={hop:g} has to be from 0 (instant links) to {HOP_MAX:g}")
-        self.hop = hop
+    def __init__(self, rtt_ratio: float = 0.0) -> None:
+        if not 0 <= rtt_ratio <= RTT_RATIO_MAX:
+            raise ScheduleError(
+                f"schedule '{self.name}': rtt_ratio={rtt_ratio:g} has to be from 0 (instant links) to {RTT_RATIO_MAX:g}"
+            )
+        self.rtt_ratio = rtt_ratio
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
         _check_shape(stage, stages, microbatches)
-        return min(microbatches, 1 + math.ceil((stages - 1 - stage) * (1 + self.hop)))
+        return min(microbatches, 1 + math.ceil((stages - 1 - stage) * (1 + self.rtt_ratio)))
 
 
 class ZeroBubble(OneFOneB):
@@ -199,18 +203,18 @@ class Evaluation(Schedule):
 SCHEDULES: dict[str, Schedule] = {
     schedule.name: schedule for schedule in (GPipe(), OneFOneB(), ZeroBubble(), Evaluation())
 }
-_WITH_HOP: dict[str, type[OneFOneB]] = {kind.name: kind for kind in (OneFOneB, ZeroBubble)}
+_WITH_RTT_RATIO: dict[str, type[OneFOneB]] = {kind.name: kind for kind in (OneFOneB, ZeroBubble)}
 
 
 def get_schedule(spec: str) -> Schedule:
-    """The schedule of that name, or `1f1b:hop=1.8`. Raises ScheduleError that names the nearest known one."""
+    """The schedule of that name, or `1f1b:rtt_ratio=1.8`. Raises ScheduleError that names the nearest known one."""
     name, colon, option = spec.partition(":")
     if name in SCHEDULES and not colon:
         return SCHEDULES[name]
-    if name in _WITH_HOP:
-        if hop := re.fullmatch(r"hop=([0-9]*\.?[0-9]+)", option):
-            return _WITH_HOP[name](float(hop[1]))
-        raise ScheduleError(f"schedule '{spec}': {name} has one option, as in {name}:hop=1.8")
+    if name in _WITH_RTT_RATIO:
+        if rtt_ratio := re.fullmatch(r"rtt_ratio=([0-9]*\.?[0-9]+)", option):
+            return _WITH_RTT_RATIO[name](float(rtt_ratio[1]))
+        raise ScheduleError(f"schedule '{spec}': {name} has one option, as in {name}:rtt_ratio=1.8")
     nearest = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.4)
     remedy = f"the nearest known one is '{nearest[0]}'" if nearest else f"known: {', '.join(SCHEDULES)}"
     raise ScheduleError(f"unknown schedule '{spec}'; {remedy}")

@@ -1,6 +1,6 @@
 """One neighbour link, sans-IO: greeting, sequence numbers, acknowledgement, credit, resume.
 
-A `LinkSession` outlives its connections. Bytes go in (`receive`), events come out; `stamp` turns a part of a message
+A `LinkSession` outlives its connections. Bytes go in (`receive`), events come out; `send` turns a part of a message
 into the bytes of a frame and keeps them until the peer has acknowledged them. After a reconnect the kept frames are
 sent again as they were, never encoded again, so what the peer decodes does not depend on what the network did.
 
@@ -23,9 +23,8 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
-from .assembly import Assembly, message_cost
 from .errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
-from .greeting import Identity, check_greeting, check_resume
+from .greeting import NodeIdentity, check_greeting, check_resume
 from .messages import (
     Chunk,
     Credit,
@@ -39,9 +38,10 @@ from .messages import (
     decode_frame,
     encode_frame,
 )
+from .reassembly import Assembly, message_cost
 
 
-class State(Enum):
+class SessionState(Enum):
     """Where the present connection stands."""
 
     CLOSED = "closed"
@@ -50,11 +50,16 @@ class State(Enum):
     PEER_DONE = "the peer said goodbye"
 
 
-TRANSITIONS: dict[State, dict[type[Frame], State]] = {
-    State.CLOSED: {},
-    State.AWAIT: {Greeting: State.OPEN, Refusal: State.CLOSED},
-    State.OPEN: {Chunk: State.OPEN, Credit: State.OPEN, Goodbye: State.PEER_DONE, Refusal: State.CLOSED},
-    State.PEER_DONE: {Credit: State.PEER_DONE, Refusal: State.CLOSED},
+TRANSITIONS: dict[SessionState, dict[type[Frame], SessionState]] = {
+    SessionState.CLOSED: {},
+    SessionState.AWAIT: {Greeting: SessionState.OPEN, Refusal: SessionState.CLOSED},
+    SessionState.OPEN: {
+        Chunk: SessionState.OPEN,
+        Credit: SessionState.OPEN,
+        Goodbye: SessionState.PEER_DONE,
+        Refusal: SessionState.CLOSED,
+    },
+    SessionState.PEER_DONE: {Credit: SessionState.PEER_DONE, Refusal: SessionState.CLOSED},
 }
 
 
@@ -95,12 +100,12 @@ Event = Opened | Received | Acknowledged | PeerDone
 
 
 class LinkSession:
-    """This node's side of the link to stage `peer_stage`, in one epoch."""
+    """This node's side of the link to stage `peer_stage`, in one generation."""
 
     def __init__(
         self,
         *,
-        identity: Identity,
+        identity: NodeIdentity,
         peer_stage: int,
         limits: Limits,
         receive_buffer_bytes: int,
@@ -116,7 +121,7 @@ class LinkSession:
         self.identity = identity
         self.peer_stage = peer_stage
         self.limits = limits
-        self.state = State.CLOSED
+        self.state = SessionState.CLOSED
         self._member = member  # the only process that may greet here; None: whoever comes first
         self.used = False  # set by the owner: it took something from the peer, or told it what cannot be told again
         self._receive_buffer_bytes = receive_buffer_bytes
@@ -126,10 +131,10 @@ class LinkSession:
         """Everything that belongs to the conversation with one process."""
         self.peer: Greeting | None = None
         self._next_sequence = 0  # of what this node sends
-        self._unsent = 0  # data bytes of the message whose first part was stamped and whose last was not
+        self._unsent = 0  # data bytes of the message whose first part was sent and whose last was not
         self._sent_cost = 0
         self._peer_granted = 0
-        self._kept: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
+        self._retransmission_buffer: deque[tuple[int, bytes]] = deque()  # (sequence, frame) until acknowledged
         self.unacknowledged_bytes = 0
         self._expected = 0  # sequence of the next chunk from the peer
         self._told = (0, self._receive_buffer_bytes)  # what the last credit or chunk said
@@ -143,11 +148,11 @@ class LinkSession:
 
     def connect(self) -> None:
         """A new connection stands; greetings are due."""
-        self.state = State.AWAIT
+        self.state = SessionState.AWAIT
 
     def disconnect(self) -> None:
         """The connection is gone. What was agreed, received and kept stays."""
-        self.state = State.CLOSED
+        self.state = SessionState.CLOSED
 
     def greeting(self) -> bytes:
         """Who this node is and from where it goes on; tells all that `credit` would."""
@@ -155,7 +160,7 @@ class LinkSession:
         return encode_frame(self.identity.greeting(next_sequence=self._expected, granted_bytes=self._granted))
 
     def goodbye(self) -> bytes:
-        """The frame after which this node stamps no more. Raises LocalProtocolError in the middle of a message."""
+        """The frame after which this node sends no more. Raises LocalProtocolError in the middle of a message."""
         if self._unsent:
             raise LocalProtocolError(Fault.UNEXPECTED, f"a goodbye with {self._unsent} bytes of a message to go")
         return encode_frame(Goodbye())
@@ -166,7 +171,7 @@ class LinkSession:
         """Whether the peer's credit covers the next chunk, with this much data."""
         return self._sent_cost + self._cost(data_bytes, starts=not self._unsent) <= self._peer_granted
 
-    def stamp(self, head: Head | None, data: bytes | memoryview, *, acknowledge: bool = True) -> bytes:
+    def send(self, head: Head | None, data: bytes | memoryview, *, acknowledge: bool = True) -> bytes:
         """The frame for the next part of a message, kept until acknowledged. It tells all that `credit` would.
 
         `acknowledge` asks the peer to answer at once and not with its next chunk. Raises LocalProtocolError past
@@ -183,7 +188,7 @@ class LinkSession:
         next_sequence, granted_bytes = self._tell()
         chunk = Chunk(
             sequence=self._next_sequence,
-            epoch=self.identity.epoch,
+            generation=self.identity.generation,
             head=head,
             data=data,
             next_sequence=next_sequence,
@@ -191,7 +196,7 @@ class LinkSession:
             acknowledge=acknowledge,
         )
         frame = encode_frame(chunk)
-        self._kept.append((self._next_sequence, frame))
+        self._retransmission_buffer.append((self._next_sequence, frame))
         self._next_sequence += 1
         self._sent_cost += self._cost(len(data), starts=head is not None)
         self._unsent = due - len(data)
@@ -203,9 +208,9 @@ class LinkSession:
         """What a chunk takes of the credit: both ends count alike. The message's own price is due with its head."""
         return message_cost(data_bytes) if starts else data_bytes
 
-    def kept_frames(self) -> list[bytes]:
+    def retransmissions(self) -> list[bytes]:
         """What a new connection has to carry first: all frames that the peer has not acknowledged, as they were."""
-        return [frame for _, frame in self._kept]
+        return [frame for _, frame in self._retransmission_buffer]
 
     # -- receiving ----------------------------------------------------------------------------------------------
 
@@ -222,7 +227,7 @@ class LinkSession:
                 raise RemoteProtocolError(Fault.UNEXPECTED, f"a {name} frame while the link is {self.state.value}")
             event = self._take(frame)
         except (RemoteProtocolError, RefusedError):
-            self.state = State.CLOSED
+            self.state = SessionState.CLOSED
             raise
         self.state = following
         return [event] if event else []
@@ -286,12 +291,12 @@ class LinkSession:
         if self._member is not None and peer.incarnation != self._member:
             raise RemoteProtocolError(
                 Fault.FENCED,
-                f"in epoch {self.identity.epoch} stage {self.peer_stage} is process {self._member:x}, not "
+                f"in generation {self.identity.generation} stage {self.peer_stage} is process {self._member:x}, not "
                 f"{peer.incarnation:x}",
             )
         another = self.peer is not None and self.peer.incarnation != peer.incarnation
         started_over = another and not self.used  # a stranger that knew how to greet must not keep the true one out
-        first_kept = self._kept[0][0] if self._kept else self._next_sequence
+        first_kept = self._retransmission_buffer[0][0] if self._retransmission_buffer else self._next_sequence
         resumed = check_resume(
             peer,
             self.identity,
@@ -316,15 +321,17 @@ class LinkSession:
 
     def _take_credit(self, next_sequence: int, granted_bytes: int) -> Acknowledged:
         self._check_acknowledged(next_sequence)
-        while self._kept and self._kept[0][0] < next_sequence:
-            self.unacknowledged_bytes -= len(self._kept.popleft()[1])
+        while self._retransmission_buffer and self._retransmission_buffer[0][0] < next_sequence:
+            self.unacknowledged_bytes -= len(self._retransmission_buffer.popleft()[1])
         self._peer_granted = max(self._peer_granted, granted_bytes)  # a grant is never taken back
         return Acknowledged(next_sequence=next_sequence)
 
     def _take_chunk(self, chunk: Chunk) -> Received | None:
-        if chunk.epoch != self.identity.epoch:
+        if chunk.generation != self.identity.generation:
             raise RemoteProtocolError(
-                Fault.EPOCH, f"chunk {chunk.sequence} is of epoch {chunk.epoch}, this run is in {self.identity.epoch}"
+                Fault.GENERATION,
+                f"chunk {chunk.sequence} is of generation {chunk.generation}, "
+                f"this run is in {self.identity.generation}",
             )
         if chunk.sequence < self._expected:
             self._take_credit(chunk.next_sequence, chunk.granted_bytes)  # what it said then is still true

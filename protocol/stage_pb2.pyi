@@ -7,18 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "alive", "halt", "offer", "commit", "finished", "dismissed", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     GOODBYE_FIELD_NUMBER: _ClassVar[int]
-    ALIVE_FIELD_NUMBER: _ClassVar[int]
-    HALT_FIELD_NUMBER: _ClassVar[int]
-    OFFER_FIELD_NUMBER: _ClassVar[int]
-    COMMIT_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    START_VIEW_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    DO_VIEW_CHANGE_FIELD_NUMBER: _ClassVar[int]
+    START_VIEW_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
-    DISMISSED_FIELD_NUMBER: _ClassVar[int]
+    ALL_FINISHED_FIELD_NUMBER: _ClassVar[int]
     DRAIN_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     COPIES_HELD_FIELD_NUMBER: _ClassVar[int]
@@ -32,12 +32,12 @@ class Frame(_message.Message):
     chunk: Chunk
     credit: Credit
     goodbye: Goodbye
-    alive: Alive
-    halt: Halt
-    offer: Offer
-    commit: Commit
+    heartbeat: Heartbeat
+    start_view_change: StartViewChange
+    do_view_change: DoViewChange
+    start_view: StartView
     finished: Finished
-    dismissed: Dismissed
+    all_finished: AllFinished
     drain: Drain
     last_step: LastStep
     copies_held: CopiesHeld
@@ -46,13 +46,13 @@ class Frame(_message.Message):
     copy_part: CopyPart
     copy_wanted: CopyWanted
     copy_declined: CopyDeclined
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., alive: _Optional[_Union[Alive, _Mapping]] = ..., halt: _Optional[_Union[Halt, _Mapping]] = ..., offer: _Optional[_Union[Offer, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., dismissed: _Optional[_Union[Dismissed, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ...) -> None: ...
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "epoch", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
+    __slots__ = ("protocol_version", "run_id", "generation", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     CONFIGURATION_FIELD_NUMBER: _ClassVar[int]
     STAGE_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -63,7 +63,7 @@ class Greeting(_message.Message):
     JOINING_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: str
-    epoch: int
+    generation: int
     configuration: str
     stage: int
     stages: int
@@ -72,7 +72,7 @@ class Greeting(_message.Message):
     granted_bytes: int
     completed_steps: int
     joining: int
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., epoch: _Optional[int] = ..., configuration: _Optional[str] = ..., stage: _Optional[int] = ..., stages: _Optional[int] = ..., incarnation: _Optional[int] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., completed_steps: _Optional[int] = ..., joining: _Optional[int] = ...) -> None: ...
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., generation: _Optional[int] = ..., configuration: _Optional[str] = ..., stage: _Optional[int] = ..., stages: _Optional[int] = ..., incarnation: _Optional[int] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., completed_steps: _Optional[int] = ..., joining: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason")
@@ -83,9 +83,9 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("sequence", "epoch", "head", "crc32", "data", "next_sequence", "granted_bytes", "acknowledge")
+    __slots__ = ("sequence", "generation", "head", "crc32", "data", "next_sequence", "granted_bytes", "acknowledge")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
     CRC32_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
@@ -93,14 +93,14 @@ class Chunk(_message.Message):
     GRANTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     sequence: int
-    epoch: int
+    generation: int
     head: MessageHead
     crc32: int
     data: bytes
     next_sequence: int
     granted_bytes: int
     acknowledge: int
-    def __init__(self, sequence: _Optional[int] = ..., epoch: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., generation: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[int] = ...) -> None: ...
 
 class MessageHead(_message.Message):
     __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "dictionary_bytes", "loss_sum")
@@ -136,49 +136,49 @@ class Goodbye(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class Alive(_message.Message):
-    __slots__ = ("epoch", "completed_steps", "missing", "copied_steps")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+class Heartbeat(_message.Message):
+    __slots__ = ("generation", "completed_steps", "missing", "copied_steps")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     COPIED_STEPS_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
+    generation: int
     completed_steps: int
     missing: int
     copied_steps: int
-    def __init__(self, epoch: _Optional[int] = ..., completed_steps: _Optional[int] = ..., missing: _Optional[int] = ..., copied_steps: _Optional[int] = ...) -> None: ...
+    def __init__(self, generation: _Optional[int] = ..., completed_steps: _Optional[int] = ..., missing: _Optional[int] = ..., copied_steps: _Optional[int] = ...) -> None: ...
 
-class Halt(_message.Message):
-    __slots__ = ("epoch",)
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
-    def __init__(self, epoch: _Optional[int] = ...) -> None: ...
+class StartViewChange(_message.Message):
+    __slots__ = ("generation",)
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    generation: int
+    def __init__(self, generation: _Optional[int] = ...) -> None: ...
 
-class Offer(_message.Message):
-    __slots__ = ("epoch", "incarnations", "steps")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+class DoViewChange(_message.Message):
+    __slots__ = ("generation", "incarnations", "steps")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
+    generation: int
     incarnations: _containers.RepeatedScalarFieldContainer[int]
     steps: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., incarnations: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, generation: _Optional[int] = ..., incarnations: _Optional[_Iterable[int]] = ..., steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
-class Commit(_message.Message):
-    __slots__ = ("epoch", "completed_steps", "incarnations")
-    EPOCH_FIELD_NUMBER: _ClassVar[int]
+class StartView(_message.Message):
+    __slots__ = ("generation", "completed_steps", "incarnations")
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     INCARNATIONS_FIELD_NUMBER: _ClassVar[int]
-    epoch: int
+    generation: int
     completed_steps: int
     incarnations: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, epoch: _Optional[int] = ..., completed_steps: _Optional[int] = ..., incarnations: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, generation: _Optional[int] = ..., completed_steps: _Optional[int] = ..., incarnations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class Dismissed(_message.Message):
+class AllFinished(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
@@ -253,28 +253,28 @@ class CopyDeclined(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ProbeFrame(_message.Message):
-    __slots__ = ("terms", "refusal", "echo", "turn", "ballast", "done", "measured", "visit", "about", "dialled")
+    __slots__ = ("terms", "refusal", "echo", "turn", "filler", "done", "measured", "info_request", "info_response", "dial_back_result")
     TERMS_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
     TURN_FIELD_NUMBER: _ClassVar[int]
-    BALLAST_FIELD_NUMBER: _ClassVar[int]
+    FILLER_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     MEASURED_FIELD_NUMBER: _ClassVar[int]
-    VISIT_FIELD_NUMBER: _ClassVar[int]
-    ABOUT_FIELD_NUMBER: _ClassVar[int]
-    DIALLED_FIELD_NUMBER: _ClassVar[int]
+    INFO_REQUEST_FIELD_NUMBER: _ClassVar[int]
+    INFO_RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    DIAL_BACK_RESULT_FIELD_NUMBER: _ClassVar[int]
     terms: ProbeTerms
     refusal: Refusal
     echo: ProbeEcho
     turn: ProbeTurn
-    ballast: ProbeBallast
+    filler: ProbeFiller
     done: ProbeDone
     measured: ProbeMeasured
-    visit: ProbeVisit
-    about: ProbeAbout
-    dialled: ProbeDialled
-    def __init__(self, terms: _Optional[_Union[ProbeTerms, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., echo: _Optional[_Union[ProbeEcho, _Mapping]] = ..., turn: _Optional[_Union[ProbeTurn, _Mapping]] = ..., ballast: _Optional[_Union[ProbeBallast, _Mapping]] = ..., done: _Optional[_Union[ProbeDone, _Mapping]] = ..., measured: _Optional[_Union[ProbeMeasured, _Mapping]] = ..., visit: _Optional[_Union[ProbeVisit, _Mapping]] = ..., about: _Optional[_Union[ProbeAbout, _Mapping]] = ..., dialled: _Optional[_Union[ProbeDialled, _Mapping]] = ...) -> None: ...
+    info_request: ProbeInfoRequest
+    info_response: ProbeInfoResponse
+    dial_back_result: ProbeDialBackResult
+    def __init__(self, terms: _Optional[_Union[ProbeTerms, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., echo: _Optional[_Union[ProbeEcho, _Mapping]] = ..., turn: _Optional[_Union[ProbeTurn, _Mapping]] = ..., filler: _Optional[_Union[ProbeFiller, _Mapping]] = ..., done: _Optional[_Union[ProbeDone, _Mapping]] = ..., measured: _Optional[_Union[ProbeMeasured, _Mapping]] = ..., info_request: _Optional[_Union[ProbeInfoRequest, _Mapping]] = ..., info_response: _Optional[_Union[ProbeInfoResponse, _Mapping]] = ..., dial_back_result: _Optional[_Union[ProbeDialBackResult, _Mapping]] = ...) -> None: ...
 
 class ProbeTerms(_message.Message):
     __slots__ = ("protocol_version", "milliseconds", "bytes", "rate_bits_per_s", "latency_us", "jitter_us", "burst_bytes", "round_trips_only")
@@ -306,7 +306,7 @@ class ProbeTurn(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
-class ProbeBallast(_message.Message):
+class ProbeFiller(_message.Message):
     __slots__ = ("data",)
     DATA_FIELD_NUMBER: _ClassVar[int]
     data: bytes
@@ -324,7 +324,7 @@ class ProbeMeasured(_message.Message):
     microseconds: int
     def __init__(self, bytes: _Optional[int] = ..., microseconds: _Optional[int] = ...) -> None: ...
 
-class ProbeVisit(_message.Message):
+class ProbeInfoRequest(_message.Message):
     __slots__ = ("protocol_version", "version", "port", "token")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -336,7 +336,7 @@ class ProbeVisit(_message.Message):
     token: bytes
     def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., port: _Optional[int] = ..., token: _Optional[bytes] = ...) -> None: ...
 
-class ProbeAbout(_message.Message):
+class ProbeInfoResponse(_message.Message):
     __slots__ = ("protocol_version", "version", "unix_us", "seen_as", "in_a_run")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -350,7 +350,7 @@ class ProbeAbout(_message.Message):
     in_a_run: int
     def __init__(self, protocol_version: _Optional[int] = ..., version: _Optional[str] = ..., unix_us: _Optional[int] = ..., seen_as: _Optional[str] = ..., in_a_run: _Optional[int] = ...) -> None: ...
 
-class ProbeDialled(_message.Message):
+class ProbeDialBackResult(_message.Message):
     __slots__ = ("outcome",)
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
     outcome: int

@@ -2,7 +2,7 @@
 
 What stands in for gRPC, threads and time is `tests/virtual.py`; what can befall the swarm, and when, is
 `tests/faults.py`. Faults are carried out where the code really is: the methods of a stage, of its store and of its
-rewind are wrapped to tell when they are called, and then do what they always do; frames tell by what is in them. A
+rollback are wrapped to tell when they are called, and then do what they always do; frames tell by what is in them. A
 killed process is cut off from everything, its disk included, and then cancelled.
 """
 
@@ -28,9 +28,9 @@ from thinpipe.node.lifecycle import Lifecycle
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.model import architecture_digest, check_sliceable
 from thinpipe.node.stage import Stage
-from thinpipe.protocol.control import Commit
+from thinpipe.protocol.control_messages import StartView
 from thinpipe.protocol.messages import Chunk, Kind, Limits, decode_frame
-from thinpipe.sim.report import read_records, steps_of
+from thinpipe.sim.reports.summary import read_records, steps_of
 
 from .faults import (
     Corrupt,
@@ -77,7 +77,7 @@ class Ended:
     losses: list[list[float]]
     val_losses: list[float]
     state_sha256: list[str]
-    epochs: int
+    generations: int
     frames: int
     seconds: float  # of the jumping clock
     said: list[str]  # by stages, of faults
@@ -86,7 +86,7 @@ class Ended:
     meetings: Counter[int]  # control streams
     starts: list[int]  # processes that a stage took
     fenced: list[tuple[int, str]]  # replaced processes that woke up: the stage, and with which words it ended
-    rewinds: list[dict[str, Any]]
+    rollbacks: list[dict[str, Any]]
     checkpoints: list[list[int]]  # by stage: after which steps one was written
     damaged: list[tuple[int, int]]  # (stage, step) of checkpoints that were torn
 
@@ -106,7 +106,7 @@ class _Records(MetricsWriter):
         if self._process.dead:
             return
         super().write(event, **fields)
-        if event == "rewind":
+        if event == "rollback":
             self._process.restored.set()
         elif event == "step":
             self._on_step(self._process.stage, fields["step"] + 1)
@@ -170,14 +170,14 @@ class Cluster:
 
     def _ended(self) -> Ended:
         records = [read_records(self.out / f"stage-{stage}.jsonl") for stage in range(self.stages)]
-        rewinds = [r for r in records[0] if r["event"] == "rewind"]
+        rollbacks = [r for r in records[0] if r["event"] == "rollback"]
         return Ended(
             losses=[[record["loss"] for record in steps_of(of)] for of in records],
             val_losses=[
                 next((r["val_loss"] for r in reversed(of) if r["event"] == "evaluation"), 0.0) for of in records
             ],
             state_sha256=[[r["state_sha256"] for r in of if r["event"] == "end"][-1] for of in records],
-            epochs=1 + max((r["epoch"] for r in rewinds), default=0),
+            generations=1 + max((r["generation"] for r in rollbacks), default=0),
             frames=self.frames,
             seconds=self._loop.time(),
             said=self.said,
@@ -186,7 +186,7 @@ class Cluster:
             meetings=self.meetings,
             starts=[sum(r["event"] == "start" for r in of) for of in records],
             fenced=self.fenced,
-            rewinds=rewinds,
+            rollbacks=rollbacks,
             checkpoints=[[r["completed"] for r in of if r["event"] == "checkpoint"] for of in records],
             damaged=self.damaged,
         )
@@ -265,7 +265,7 @@ class Cluster:
                 self.happened.append(fault)
 
     def adopt(self, life: Lifecycle) -> Lifecycle:
-        """Its rewind tells when it is where."""
+        """Its rollback tells when it is where."""
         process = PROCESS.get()
         assert process
         process.lifecycle = life
@@ -273,11 +273,11 @@ class Cluster:
         stopped, receive = machine.stopped, machine.receive
 
         def now_stopped(steps: set[int]) -> Any:
-            self.reached(process, Phase.HALTED)
+            self.reached(process, Phase.STOPPED)
             return stopped(steps)
 
         def now_received(side: Any, frame: Any) -> Any:
-            if last and isinstance(frame, Commit):
+            if last and isinstance(frame, StartView):
                 self.reached(process, Phase.COMMIT)
             return receive(side, frame)
 
@@ -354,7 +354,7 @@ class Cluster:
     def _over(self) -> bool:
         """All have done all, and nothing can be lost any more."""
         lives = [seat.process.lifecycle for seat in self.seats if seat.process]
-        return any(life.control.through for life in lives if life)
+        return any(life.control.finished for life in lives if life)
 
     def _present(self, stage: int) -> Process | None:
         """Who serves it, unless that is over or has been interfered with already."""
@@ -446,9 +446,9 @@ class Cluster:
         return self._damaged(stream, frame)
 
     def _look(self, stream: Stream, raw: bytes) -> None:
-        """At which phase of a step or a rewind a frame that goes down shows the stage above to be."""
+        """At which phase of a step or a rollback a frame that goes down shows the stage above to be."""
         frame = decode_frame(raw, LIMITS)
-        if isinstance(frame, Commit):
+        if isinstance(frame, StartView):
             self.reached(stream.upper, Phase.COMMIT)
         if not isinstance(frame, Chunk):
             return

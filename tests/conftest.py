@@ -29,7 +29,7 @@ WORDS = [
     "rate",
     "bytes",
     "codec",
-    "epoch",
+    "generation",
 ]
 
 # A swarm of processes on these starts in the time of its imports; a step takes about 30 ms.
@@ -49,7 +49,7 @@ TinyConfig = Callable[..., "RunConfig"]
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 300 KB of text, the same in every session."""
+    """InfoResponse 300 KB of text, the same in every session."""
     draw = random.Random(7)
     lines = []
     for _ in range(6000):
@@ -86,8 +86,8 @@ def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
 @pytest.fixture(scope="session")
 def kernel_links() -> None:
     """Namespaces behind interfaces that the kernel caps. Skips, with the one line that says what this machine lacks."""
-    from thinpipe.sim import netns
-    from thinpipe.sim.tc import KernelLinkError
+    from thinpipe.sim.links import netns
+    from thinpipe.sim.links.tc import KernelLinkError
 
     try:
         netns.check()

@@ -27,7 +27,7 @@ from thinpipe.protocol.delta import (
     joined_bytes_max,
     split_deltas,
 )
-from thinpipe.protocol.dictionary import Mirror, Publisher
+from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message
 from thinpipe.protocol.selection import Policy, budget, select
@@ -98,7 +98,7 @@ class Held:
     table: np.ndarray
 
     @classmethod
-    def of(cls, end: Publisher | Mirror) -> Held:
+    def of(cls, end: Publisher | Replica) -> Held:
         assert end.version is not None
         return cls(end.version, end.digest, end.table)
 
@@ -110,19 +110,19 @@ class Held:
         return {"version": list(self.version), "digest": self.digest.hex(), "table": self.table}
 
 
-def reissued(spec: DictionarySpec, epoch: int, held: Held | None) -> tuple[Publisher, Delta | None]:
-    """A publisher that has just shipped this table, as of the same place in the training, in `epoch`; and how."""
-    publisher = Publisher(spec, epoch)
+def republished(spec: DictionarySpec, generation: int, held: Held | None) -> tuple[Publisher, Delta | None]:
+    """A publisher that has just shipped this table, as of the same place in the training, in `generation`; and how."""
+    publisher = Publisher(spec, generation)
     if held is None:
         return publisher, None
     return publisher, publisher.publish(held.table, step=held.version.step, microbatch=held.version.microbatch)
 
 
-def read(spec: DictionarySpec, epoch: int, state: dict[str, Any] | None) -> Held | None:
+def read(spec: DictionarySpec, generation: int, state: dict[str, Any] | None) -> Held | None:
     """What a checkpoint says of a dictionary."""
     if state is None:
         return None
-    reader = Mirror(spec, epoch)
+    reader = Replica(spec, generation)
     reader.load_state(state)
     return Held.of(reader)
 
@@ -136,9 +136,9 @@ def nearest(tensor: np.ndarray, table: np.ndarray) -> np.ndarray:
 class Owner:
     """A dictionary where it is learned: the master, what was shipped, how much its entries are used."""
 
-    def __init__(self, run: Run, plan: Plan, epoch: int, state: dict[str, Any] | None) -> None:
+    def __init__(self, run: Run, plan: Plan, generation: int, state: dict[str, Any] | None) -> None:
         self.run, self.plan, spec = run, plan, plan.spec
-        self.publisher, _ = reissued(spec, epoch, read(spec, epoch, state and state["shipped"]))
+        self.publisher, _ = republished(spec, generation, read(spec, generation, state and state["shipped"]))
         if state is None:
             self.master = run.noise(spec.name, 0, 0, (spec.entries, spec.width)).astype(spec.dtype)
             self.usage = np.ones(spec.entries)
@@ -216,28 +216,28 @@ def codes_in(message: Message) -> np.ndarray:
 
 
 class End:
-    """One stage's half of the boundary, in one epoch. `state`: of a checkpoint; None: a fresh start."""
+    """One stage's half of the boundary, in one generation. `state`: of a checkpoint; None: a fresh start."""
 
-    def __init__(self, run: Run, side: int, epoch: int = 0, state: dict[str, Any] | None = None) -> None:
-        self.run, self.side, self.epoch = run, side, epoch
+    def __init__(self, run: Run, side: int, generation: int = 0, state: dict[str, Any] | None = None) -> None:
+        self.run, self.side, self.generation = run, side, generation
         self.sends = (Kind.ACTIVATION, Kind.GRADIENT)[side]
-        state = state or {"completed": 0, "weights": np.zeros(ROWS), "owners": {}, "mirrors": {}}
+        state = state or {"completed": 0, "weights": np.zeros(ROWS), "owners": {}, "replicas": {}}
         self.completed: int = state["completed"]
         self.weights: np.ndarray = state["weights"].copy()
-        self.owners, self.mirrors = {}, {}
-        self.history: dict[str, list[Held]] = {}  # of each mirror, all that it was in this epoch
+        self.owners, self.replicas = {}, {}
+        self.history: dict[str, list[Held]] = {}  # of each replica, all that it was in this generation
         for plan in run.plans:
             name, spec = plan.spec.name, plan.spec
             if plan.kind is self.sends:
-                self.owners[name] = Owner(run, plan, epoch, state["owners"].get(name))
+                self.owners[name] = Owner(run, plan, generation, state["owners"].get(name))
             else:
-                mirror = Mirror(spec, epoch)
-                _, delta = reissued(spec, epoch, read(spec, epoch, state["mirrors"].get(name)))
+                replica = Replica(spec, generation)
+                _, delta = republished(spec, generation, read(spec, generation, state["replicas"].get(name)))
                 if delta is not None:
-                    mirror.apply(delta)
-                self.mirrors[name] = mirror
-                self.history[name] = [] if delta is None else [Held.of(mirror)]
-        self.begun = 0  # microbatches of the step under way that were sent
+                    replica.apply(delta)
+                self.replicas[name] = replica
+                self.history[name] = [] if delta is None else [Held.of(replica)]
+        self.has_started = 0  # microbatches of the step under way that were sent
         self.inbox: deque[tuple[int, int, np.ndarray]] = deque()
         self.decoded: dict[tuple[Kind, int, int], bytes] = {}
         self._own = self._own_state()
@@ -250,11 +250,11 @@ class End:
 
     def state(self) -> dict[str, Any]:
         """As of the last completed step, whatever was decoded ahead since or sent of the next one."""
-        mirrors = {}
+        replicas = {}
         for name, history in self.history.items():
             known = [held for held in history if held.version.step < self.completed]
-            mirrors[name] = known[-1].state() if known else None
-        return {**self._own, "mirrors": mirrors}
+            replicas[name] = known[-1].state() if known else None
+        return {**self._own, "replicas": replicas}
 
     # -- sending ------------------------------------------------------------------------------------------------------
 
@@ -262,9 +262,9 @@ class End:
         """What this end does next, if it can do anything now: the upper one sends a microbatch or ends its step, the
         lower one answers a microbatch."""
         if self.side == 0:
-            if self.begun < self.run.microbatches:
+            if self.has_started < self.run.microbatches:
                 shift = self.weights.mean()
-                return self._send(self.completed, self.begun, shift)
+                return self._send(self.completed, self.has_started, shift)
             if len(self.inbox) == self.run.microbatches:
                 for step, _, decoded in self.inbox:
                     assert step == self.completed
@@ -275,15 +275,15 @@ class End:
         if not self.inbox:
             return None
         step, microbatch, decoded = self.inbox.popleft()
-        assert (step, microbatch) == (self.completed, self.begun)
+        assert (step, microbatch) == (self.completed, self.has_started)
         self.weights = 0.9 * self.weights + 0.1 * decoded.astype(np.float64).mean(axis=1)
         sent = self._send(step, microbatch, self.weights.mean())
-        if self.begun == self.run.microbatches:
+        if self.has_started == self.run.microbatches:
             self._complete()
         return sent
 
     def _complete(self) -> None:
-        self.completed, self.begun = self.completed + 1, 0
+        self.completed, self.has_started = self.completed + 1, 0
         self._own = self._own_state()
 
     def _send(self, step: int, microbatch: int, shift: float) -> Sent:
@@ -292,7 +292,7 @@ class End:
         sent = self._coded(self.sends, step, microbatch, tensor, join_deltas(filter(None, deltas)))
         for owner, codes in zip(self.owners.values(), codes_in(sent.message), strict=True):
             owner.learn(tensor, codes)
-        self.begun += 1
+        self.has_started += 1
         return sent
 
     def evaluate(self, number: int) -> Sent | None:
@@ -324,42 +324,42 @@ class End:
     def take(self, message: Message) -> bytes:
         """The decoded tensor, as bits. Raises RemoteProtocolError, and then nothing has changed."""
         plans = self.run.of(message.kind)
-        before = {plan.spec.name: self.mirrors[plan.spec.name].state() for plan in plans}
+        before = {plan.spec.name: self.replicas[plan.spec.name].state() for plan in plans}
         try:
             for plan in plans:
                 self._follow(plan, message)
         except RemoteProtocolError:
             for name, state in before.items():
-                self.mirrors[name].load_state(state)
+                self.replicas[name].load_state(state)
             raise
         codes = codes_in(message)
-        rows = [self.mirrors[plan.spec.name].table[of] for plan, of in zip(plans, codes, strict=True)]
+        rows = [self.replicas[plan.spec.name].table[of] for plan, of in zip(plans, codes, strict=True)]
         decoded = b"".join(each.tobytes() for each in rows)
         if message.kind is Kind.EVALUATION:
             return decoded
         for plan in plans:
-            self.history[plan.spec.name].append(Held.of(self.mirrors[plan.spec.name]))
+            self.history[plan.spec.name].append(Held.of(self.replicas[plan.spec.name]))
         self.decoded[message.kind, message.step, message.microbatch] = decoded
         self.inbox.append((message.step, message.microbatch, np.concatenate(rows, axis=1)))
         return decoded
 
     def _follow(self, plan: Plan, message: Message) -> None:
-        mirror, name = self.mirrors[plan.spec.name], plan.spec.name
+        replica, name = self.replicas[plan.spec.name], plan.spec.name
         names = [plan.spec.name for plan in self.run.of(message.kind)]
         raw = split_deltas(message.dictionary, names).get(name)
         *numbers, digest = message.codec_header[name]
         if raw is None:
-            mirror.check(Version(*numbers), digest)
+            replica.check(Version(*numbers), digest)
             return
         delta = decode_delta(raw, plan.spec)
-        due = mirror.version is None or plan.due(message.step, message.microbatch)
+        due = replica.version is None or plan.due(message.step, message.microbatch)
         if message.kind is not plan.kind or not due:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a change of '{name}' where none is due")
         if delta.version[1:] != (message.step, message.microbatch, 0):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a change of '{name}' to {delta.version} out of its place")
         if (delta.version, delta.digest) != (Version(*numbers), digest):
             raise RemoteProtocolError(Fault.PAYLOAD, f"a tensor coded with another version of '{name}' than it brings")
-        mirror.apply(delta)
+        replica.apply(delta)
 
 
 def undisturbed(run: Run) -> Iterator[tuple[End, End]]:
@@ -375,7 +375,8 @@ def undisturbed(run: Run) -> Iterator[tuple[End, End]]:
 
 
 def content(state: dict[str, Any]) -> Any:
-    """A checkpoint's bits, named by their place in the training and not by the epoch in which they were written."""
+    """A checkpoint's bits, named by their place in the training and not by the generation in which they were
+    written."""
 
     def table(held: dict[str, Any] | None) -> Any:
         return held and (held["version"][1:], held["table"].tobytes())
@@ -384,5 +385,5 @@ def content(state: dict[str, Any]) -> Any:
         name: (table(each["shipped"]), each["master"].tobytes(), each["usage"].tobytes())
         for name, each in state["owners"].items()
     }
-    mirrors = {name: table(held) for name, held in state["mirrors"].items()}
-    return state["completed"], state["weights"].tobytes(), owners, mirrors
+    replicas = {name: table(held) for name, held in state["replicas"].items()}
+    return state["completed"], state["weights"].tobytes(), owners, replicas

@@ -26,16 +26,16 @@ class Phase(Enum):
     SNAPSHOT = "snapshot"  # state and tables are being copied
     DELTA = "delta"  # some frames of a change of the projector's table are written, and some are not
     CHECKPOINT = "checkpoint"  # it is being written: `point` counts what was flushed to the disk
-    # Of a rewind, so that it needs another fault before it:
-    HALTED = "rewind-halted"  # the step is broken off, and nothing is offered yet
-    COMMIT = "rewind-commit"  # the new epoch is agreed here and not passed on; at the last stage: not agreed yet
-    RESTORE = "rewind-restore"  # the state is about to be replaced
+    # Of a rollback, so that it needs another fault before it:
+    STOPPED = "rollback-halted"  # the step is broken off, and nothing is offered yet
+    COMMIT = "rollback-commit"  # the new generation is agreed here and not passed on; at the last stage: not agreed yet
+    RESTORE = "rollback-restore"  # the state is about to be replaced
 
 
 TRAINING = (Phase.BEFORE_SEND, Phase.MID_SEND, Phase.MID_BACKWARD, Phase.BEFORE_COMMIT, Phase.SNAPSHOT)
 TRAINING += (Phase.DELTA, Phase.CHECKPOINT)
 SENDING = (Phase.BEFORE_SEND, Phase.MID_SEND, Phase.DELTA)  # the last stage has nobody to send an activation to
-REWIND = (Phase.HALTED, Phase.COMMIT, Phase.RESTORE)
+ROLLBACK = (Phase.STOPPED, Phase.COMMIT, Phase.RESTORE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,9 +267,9 @@ def _one(chance: random.Random, *, stages: int, steps: int, frames: int) -> Faul
 def _moment(chance: random.Random, *, stages: int, steps: int, frames: int) -> At:
     if chance.random() < 0.5:
         return Frame(number=chance.randrange(5, frames))
-    phase = chance.choice((*TRAINING, *REWIND, *REWIND))
+    phase = chance.choice((*TRAINING, *ROLLBACK, *ROLLBACK))
     stage = chance.randrange(stages - 1 if phase in SENDING else stages)
-    if phase in REWIND:
+    if phase in ROLLBACK:
         return During(stage=stage, phase=phase, point=chance.randrange(1, 3))
     point = chance.randrange(1, 5) if phase is Phase.CHECKPOINT else 1
     return During(stage=stage, phase=phase, step=chance.randrange(steps), point=point)

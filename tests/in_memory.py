@@ -17,15 +17,15 @@ from typing import Any, Literal
 
 import torch
 from thinpipe.node.config import RunConfig
+from thinpipe.node.link_settings import make_link
 from thinpipe.node.links.link import Link, Read, Write
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import prepare, prepare_corpus
-from thinpipe.node.runtime import Node
 from thinpipe.node.stage import Stage
-from thinpipe.node.wiring import make_link
-from thinpipe.protocol.session import Identity
-from thinpipe.sim.report import read_records
+from thinpipe.node.training_loop import TrainingLoop
+from thinpipe.protocol.session import NodeIdentity
+from thinpipe.sim.reports.summary import read_records
 
 RUN_TIMEOUT_S = 60.0  # a swarm that hangs must fail as a test, not as pytest's timeout
 
@@ -133,30 +133,34 @@ def run_in_memory(config: RunConfig, out: Path, *, cuts: Mapping[int, Sequence[C
 
 async def _swarm(config: RunConfig, out: Path, cuts: Mapping[int, Sequence[Cut]]) -> Outcome:
     stages = config.pipeline.stages
-    nodes: list[Node] = []
+    nodes: list[TrainingLoop] = []
     faults: list[tuple[str, str]] = []
     writers = [MetricsWriter(out / f"stage-{index}.jsonl") for index in range(stages)]
     for index in range(stages):
         stage, digest = prepare(config, index)
-        identity = Identity(
+        identity = NodeIdentity(
             run_id=config.run.name, configuration=digest, stage=index, stages=stages, incarnation=1000 + index
         )
         above = (
             make_link(
-                config, identity, index - 1, stage.upstream_port.shape, Tracer(stage=identity.stage, enabled=False)
+                config, identity, index - 1, stage.upstream_endpoint.shape, Tracer(stage=identity.stage, enabled=False)
             )
-            if stage.upstream_port
+            if stage.upstream_endpoint
             else None
         )
         below = (
             make_link(
-                config, identity, index + 1, stage.downstream_port.shape, Tracer(stage=identity.stage, enabled=False)
+                config,
+                identity,
+                index + 1,
+                stage.downstream_endpoint.shape,
+                Tracer(stage=identity.stage, enabled=False),
             )
-            if stage.downstream_port
+            if stage.downstream_endpoint
             else None
         )
         nodes.append(
-            Node(
+            TrainingLoop(
                 config,
                 stage,
                 above=above,
@@ -180,7 +184,7 @@ async def _swarm(config: RunConfig, out: Path, cuts: Mapping[int, Sequence[Cut]]
         for node, writer in zip(nodes, writers, strict=True):
             node.close()
             writer.close()
-    outcome = read_outcome(out, len(nodes) if config.compute.pace else [node.stage for node in nodes])
+    outcome = read_outcome(out, len(nodes) if config.compute.emulate else [node.stage for node in nodes])
     outcome.connections = {boundary: task.result() for boundary, task in joins.items()}
     outcome.faults = faults
     return outcome

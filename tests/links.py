@@ -5,8 +5,8 @@ from __future__ import annotations
 from thinpipe.node.links.link import Link
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.messages import Limits
-from thinpipe.protocol.session import Identity, LinkSession
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.protocol.session import LinkSession, NodeIdentity
+from thinpipe.sim.links.shaper import LinkProfile
 
 
 def make_link(
@@ -18,7 +18,7 @@ def make_link(
     receive_buffer_bytes: int = 8 * 2**20,
 ) -> Link:
     """Of stage 0 or 1; the other one is its peer."""
-    identity = Identity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
+    identity = NodeIdentity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
     limits = Limits(message_bytes=message_bytes)
     return Link(
         session=LinkSession(

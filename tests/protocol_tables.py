@@ -10,34 +10,33 @@ import re
 from pathlib import Path
 from typing import Any
 
-from thinpipe.node.checkpoints.copies import DECLINED_MAX
-from thinpipe.node.links.control import ALIVE_EVERY_S, QUEUED_MAX
+from thinpipe.node.checkpoints.copy_service import DECLINED_MAX
+from thinpipe.node.links.control_stream import HEARTBEAT_EVERY_S, QUEUED_MAX
 from thinpipe.node.links.dialling import PERMANENT, RETRY_FIRST_S, RETRY_MOST_S, THEIR_PLACE
 from thinpipe.node.links.transport import CONNECTIONS_MAX, PASSING, REFUSAL_TIMEOUT_S
 from thinpipe.protocol import stage_pb2 as pb
-from thinpipe.protocol.assembly import MESSAGE_COST_BYTES
-from thinpipe.protocol.control import (
+from thinpipe.protocol.control_messages import (
     BYTES_MAX,
     LISTED_MAX,
     PART_BYTES_MAX,
     STEP_MAX,
-    Alive,
-    Commit,
+    AllFinished,
     ControlFrame,
-    Dismissed,
+    DoViewChange,
     Drain,
     Finished,
-    Halt,
+    Heartbeat,
     LastStep,
-    Offer,
+    StartView,
+    StartViewChange,
 )
-from thinpipe.protocol.copies import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST, PARTS_TOGETHER
+from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST, PARTS_TOGETHER
 from thinpipe.protocol.delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
 from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Greeting, Kind, Limits
-from thinpipe.protocol.probing import (
+from thinpipe.protocol.path_probe import (
     BALLAST_BYTES_MAX,
     BURST_BYTES_MAX,
     ECHOES_MAX,
@@ -47,21 +46,22 @@ from thinpipe.protocol.probing import (
     TOKEN_BYTES,
     Outcome,
 )
-from thinpipe.protocol.probing import BYTES_MAX as PROBE_BYTES_MAX
-from thinpipe.protocol.rewind import (
-    EPOCHS_AHEAD_MAX,
-    OFFERED_MAX,
+from thinpipe.protocol.path_probe import BYTES_MAX as PROBE_BYTES_MAX
+from thinpipe.protocol.reassembly import MESSAGE_COST_BYTES
+from thinpipe.protocol.rollback import (
+    GENERATIONS_AHEAD_MAX,
+    STEPS_LISTED_MAX,
     Effect,
     EndAfter,
-    Phase,
-    Rewind,
+    Rollback,
+    RollbackPhase,
     Send,
     Side,
     Start,
     Stop,
 )
 from thinpipe.protocol.rows import Encoding, rows_bytes
-from thinpipe.protocol.session import TRANSITIONS, State
+from thinpipe.protocol.session import TRANSITIONS, SessionState
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 Row = tuple[str, ...]
@@ -75,7 +75,19 @@ FIELDS: dict[str, dict[str, str]] = {
         "chunk": "Link",
         "credit": "Link",
         "goodbye": "Link, last of its sender's chunks",
-        **dict.fromkeys(["alive", "halt", "offer", "commit", "finished", "dismissed", "drain", "last_step"], "Control"),
+        **dict.fromkeys(
+            [
+                "heartbeat",
+                "start_view_change",
+                "do_view_change",
+                "start_view",
+                "finished",
+                "all_finished",
+                "drain",
+                "last_step",
+            ],
+            "Control",
+        ),
         **dict.fromkeys(
             ["copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined"],
             "Control: copies",
@@ -84,20 +96,20 @@ FIELDS: dict[str, dict[str, str]] = {
     "Greeting": {
         "protocol_version": f"{PROTOCOL_VERSION}",
         "run_id": "text",
-        "epoch": "Link: the epoch of this link. Control: the one that the sender is, or was last, in",
+        "generation": "Link: the generation of this link. Control: the one that the sender is, or was last, in",
         "configuration": "text; hash of all that must agree; perhaps ` table ` and the digest of a generated table",
         "stage": "of the sender, from 0",
         "stages": "of the pipeline",
         "incarnation": "random number of the sender's process, drawn once at its start",
         "next_sequence": "Link: of the first chunk that the sender lacks. Control: 0",
         "granted_bytes": "Link: as in Credit. Control: 0",
-        "completed_steps": "Control: of this epoch, for people. Link: 0",
-        "joining": "Control: 1 if the sender takes a stage's place and is in no epoch; 0 or 1",
+        "completed_steps": "Control: of this generation, for people. Link: 0",
+        "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people, with both values"},
     "Chunk": {
-        "sequence": "from 0 in each direction and epoch, without a gap",
-        "epoch": "the link's",
+        "sequence": "from 0 in each direction and generation, without a gap",
+        "generation": "the link's",
         "head": "present on the first chunk of a message and on no other",
         "crc32": "see Checksum",
         "data": "the next bytes of the message; at most the receiver's chunk limit",
@@ -121,25 +133,25 @@ FIELDS: dict[str, dict[str, str]] = {
         "granted_bytes": "cost of what may be sent, since the link began",
     },
     "Goodbye": {},
-    "Alive": {
-        "epoch": "the sender's",
-        "completed_steps": "of this epoch",
+    "Heartbeat": {
+        "generation": "the sender's",
+        "completed_steps": "of this generation",
         "missing": "1 + the nearest stage beyond the sender that nobody serves; 0: none; at most the number of stages",
         "copied_steps": "least, over the sender and all beyond it, of the newest state that a neighbour has a copy of",
     },
-    "Halt": {"epoch": "the one that is over"},
-    "Offer": {
-        "epoch": "highest that the sender, or any stage below it, was in",
+    "StartViewChange": {"generation": "the one that is over"},
+    "DoViewChange": {
+        "generation": "highest that the sender, or any stage below it, was in",
         "incarnations": "from the sender's down to the last stage's",
-        "steps": f"falling, last one 0; after which all of these could go on; at most {OFFERED_MAX} are offered",
+        "steps": f"falling, last one 0; after which all of these could go on; at most {STEPS_LISTED_MAX} are offered",
     },
-    "Commit": {
-        "epoch": "the new one",
+    "StartView": {
+        "generation": "the new one",
         "completed_steps": "go on after these",
         "incarnations": "of all stages, from stage 0 on",
     },
     "Finished": {},
-    "Dismissed": {},
+    "AllFinished": {},
     "Drain": {},
     "LastStep": {"completed_steps": "end when so many are completed"},
     "CopiesHeld": {"stage": _COPY, "steps": "falling; all that the sender has of it"},
@@ -159,45 +171,45 @@ FIELDS: dict[str, dict[str, str]] = {
         "refusal": "last; the number that it has in Frame",
         "echo": "both ways",
         "turn": "from who asks",
-        "ballast": "both ways",
-        "done": "both ways, after the last ballast",
+        "filler": "both ways",
+        "done": "both ways, after the last filler",
         "measured": "from who answers, last",
-        "visit": "first, instead of terms",
-        "about": "the answer to a visit",
-        "dialled": "after it, if the visit named a port",
+        "info_request": "first, instead of terms",
+        "info_response": "the answer to a visit",
+        "dial_back_result": "after it, if the visit named a port",
     },
     "ProbeTerms": {
         "protocol_version": f"{PROTOCOL_VERSION}",
         "milliseconds": "that each direction is filled, at most",
-        "bytes": "of ballast data in each direction, at most",
+        "bytes": "of filler data in each direction, at most",
         "rate_bits_per_s": "by which both sides shape what they send; 0: they do not",
         "latency_us": "added by each sender",
         "jitter_us": "of it, either way; at most the latency",
         "burst_bytes": "that an idle sender passes at once; 0 without a rate",
-        "round_trips_only": "1: no ballast, as who answers is in a run; 0 or 1",
+        "round_trips_only": "1: no filler, as who answers is in a run; 0 or 1",
     },
     "ProbeEcho": {"number": "comes back as it is"},
     "ProbeTurn": {},
-    "ProbeBallast": {"data": "dropped"},
+    "ProbeFiller": {"data": "dropped"},
     "ProbeDone": {},
     "ProbeMeasured": {
-        "bytes": "framed, of the steady part of the ballast that came",
+        "bytes": "framed, of the steady part of the filler that came",
         "microseconds": "that they took; 0: too little came to tell",
     },
-    "ProbeVisit": {
+    "ProbeInfoRequest": {
         "protocol_version": "who visits speaks; another one is answered too",
         "version": "text; of its program",
         "port": "of its address, to be dialled back; 0: none",
         "token": f"{TOKEN_BYTES} random bytes",
     },
-    "ProbeAbout": {
+    "ProbeInfoResponse": {
         "protocol_version": f"{PROTOCOL_VERSION}",
         "version": "text; of the program that answers",
         "unix_us": "its clock: microseconds since 1970",
         "seen_as": "text; the address that the visit came from",
         "in_a_run": "1: it has met a neighbour; 0 or 1",
     },
-    "ProbeDialled": {"outcome": ", ".join(f"{int(each)}: {each.name.lower()}" for each in Outcome)},
+    "ProbeDialBackResult": {"outcome": ", ".join(f"{int(each)}: {each.name.lower()}" for each in Outcome)},
 }
 FAULTS: dict[Fault, str] = {
     Fault.MALFORMED: "bytes that are no frame, header, delta or section; a number out of range",
@@ -211,9 +223,9 @@ FAULTS: dict[Fault, str] = {
     Fault.CONFIGURATION: "another configuration, or a delta in another encoding than configured",
     Fault.STAGE: "not the stage that should be here",
     Fault.CERTIFICATE: "over TLS, a run or stage that the sender's certificate does not name",
-    Fault.EPOCH: "a frame, a greeting or a delta of another epoch",
+    Fault.GENERATION: "a frame, a greeting or a delta of another generation",
     Fault.FENCED: "a process whose place another one has taken",
-    Fault.HALTED: "the stage is between two epochs",
+    Fault.STOPPED: "the stage is between two generations",
     Fault.INCARNATION: "another process in the middle of a link",
     Fault.RESUME: "chunks are asked for that are not kept",
     Fault.TIMEOUT: "no greeting in time",
@@ -224,7 +236,7 @@ KINDS: dict[Kind, Row] = {
     Kind.GRADIENT: ("up", "deltas, the gradient of that microbatch's tensor", "sum of the token losses"),
     Kind.EVALUATION: ("down", "token ids, the tensor; never a delta", "0"),
     Kind.EVALUATION_LOSS: ("up", "nothing", "sum over all evaluated tokens"),
-    Kind.PROBE: ("both", "ballast, dropped by the receiver", "0"),
+    Kind.PROBE: ("both", "filler, dropped by the receiver", "0"),
     Kind.PROJECTOR_GRADIENT: ("up", "the receiver's half of a projector's gradient, once a step", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
@@ -254,7 +266,7 @@ def transitions() -> list[Row]:
     frames = ["Greeting", "Chunk", "Credit", "Goodbye", "Refusal"]
     assert {kind.__name__ for row in TRANSITIONS.values() for kind in row} == set(frames)
     rows: list[Row] = [("state", *frames)]
-    for state in State:
+    for state in SessionState:
         to = {kind.__name__: following for kind, following in TRANSITIONS[state].items()}
         rows.append((f"{state.name}: {state.value}", *(to[kind].name if kind in to else "refused" for kind in frames)))
     return rows
@@ -288,25 +300,25 @@ def limits() -> list[Row]:
         ("codec header, keys and values and containers, all levels together", str(HEADER_VALUES_MAX)),
         ("codec header, levels below the map", str(HEADER_DEPTH_MAX)),
         ("any text, characters (code points)", str(TEXT_CHARACTERS_MAX)),
-        ("step, completed steps, control frame's epoch and offset: below", bits(STEP_MAX)),
+        ("step, completed steps, control frame's generation and offset: below", bits(STEP_MAX)),
         ("microbatch, a version's index: below", bits(MICROBATCH_MAX)),
         ("cost of a message beside its data, bytes of credit", str(MESSAGE_COST_BYTES)),
         ("stages or steps in a control frame", str(LISTED_MAX)),
         ("manifest of a copy, bytes", str(BYTES_MAX["manifest"])),
         ("part of a copy, bytes", str(PART_BYTES_MAX)),
-        ("steps that a stage offers, 0 among them", str(OFFERED_MAX)),
-        ("epochs that an Offer or Commit may be ahead", bits(EPOCHS_AHEAD_MAX)),
+        ("steps that a stage offers, 0 among them", str(STEPS_LISTED_MAX)),
+        ("generations that an DoViewChange or StartView may be ahead", bits(GENERATIONS_AHEAD_MAX)),
         ("parts of a copy that are acknowledged at once, at most", str(PARTS_TOGETHER)),
         ("parts of a copy that are not acknowledged: from, to", f"{PARTS_AHEAD_LEAST}, {PARTS_AHEAD_MOST}"),
         ("copies that are declined on one connection", str(DECLINED_MAX)),
         ("control frames that wait for one neighbour", str(QUEUED_MAX)),
-        ("seconds between two Alive", f"{ALIVE_EVERY_S:g}"),
+        ("seconds between two Heartbeat", f"{HEARTBEAT_EVERY_S:g}"),
         ("seconds between two attempts to dial: first, most", f"{RETRY_FIRST_S:g}, {RETRY_MOST_S:g}"),
         ("seconds in which a refusal is told", f"{REFUSAL_TIMEOUT_S:g}"),
         ("streams that a node serves at once", str(CONNECTIONS_MAX)),
         ("digest of a dictionary, bytes", str(DIGEST_BYTES)),
         ("probe: seconds and bytes in each direction", f"{SECONDS_MAX:g}, {bits(PROBE_BYTES_MAX)}"),
-        ("probe: echoes; ballast in a frame, bytes", f"{ECHOES_MAX}, {BALLAST_BYTES_MAX}"),
+        ("probe: echoes; filler in a frame, bytes", f"{ECHOES_MAX}, {BALLAST_BYTES_MAX}"),
         ("probe: rate to shape by, bits/s, from, to", "{}, {}".format(*RATE_BITS_PER_S)),
         ("probe: latency, seconds; burst, bytes", f"{LATENCY_S_MAX:g}, {BURST_BYTES_MAX}"),
     ]
@@ -345,18 +357,18 @@ def index_widths() -> list[Row]:
 # -- what a control frame brings about, by trying it -------------------------------------------------------------------
 
 _FRAMES: list[ControlFrame] = [
-    Alive(epoch=0, completed_steps=1),
-    Halt(epoch=0),
-    Offer(epoch=0, incarnations=(102,), steps=(5, 0)),
-    Commit(epoch=1, completed_steps=5, incarnations=(100, 101, 102)),
+    Heartbeat(generation=0, completed_steps=1),
+    StartViewChange(generation=0),
+    DoViewChange(generation=0, incarnations=(102,), steps=(5, 0)),
+    StartView(generation=1, completed_steps=5, incarnations=(100, 101, 102)),
     Finished(),
-    Dismissed(),
+    AllFinished(),
     Drain(),
     LastStep(completed_steps=9),
 ]
 
 
-def in_phase(phase: Phase) -> Rewind:
+def in_phase(phase: RollbackPhase) -> Rollback:
     """The middle one of three stages, both neighbours being there."""
 
     def greeting(stage: int) -> Greeting:
@@ -370,27 +382,27 @@ def in_phase(phase: Phase) -> Rewind:
             granted_bytes=0,
         )
 
-    machine = Rewind(Identity(run_id="run", configuration="c", stage=1, stages=3, incarnation=101), joining=False)
+    machine = Rollback(NodeIdentity(run_id="run", configuration="c", stage=1, stages=3, incarnation=101), joining=False)
     machine.meet("above", greeting(0))
     machine.meet("below", greeting(2))
-    if phase in (Phase.HALTING, Phase.HALTED):
-        machine.halt()
-    if phase is Phase.HALTED:
+    if phase in (RollbackPhase.STOPPING, RollbackPhase.STOPPED):
+        machine.start_view_change()
+    if phase is RollbackPhase.STOPPED:
         machine.stopped({5})
-    if phase is Phase.DISMISSED:
+    if phase is RollbackPhase.FINISHED:
         machine.finished()
         machine.receive("below", Finished())
-        machine.receive("above", Dismissed())
+        machine.receive("above", AllFinished())
     assert machine.phase is phase
     return machine
 
 
-def brought_about(phase: Phase, side: Side, frame: ControlFrame) -> str | None:
+def brought_about(phase: RollbackPhase, side: Side, frame: ControlFrame) -> str | None:
     """In words; None: it may not come from there."""
     machine = in_phase(phase)
     if isinstance(frame, Finished):
         machine.finished()
-    if isinstance(frame, Dismissed) and phase is Phase.RUNNING:
+    if isinstance(frame, AllFinished) and phase is RollbackPhase.RUNNING:
         machine.finished()
         machine.receive("below", Finished())
     try:
@@ -398,7 +410,7 @@ def brought_about(phase: Phase, side: Side, frame: ControlFrame) -> str | None:
     except RemoteProtocolError as error:
         if error.fault is not Fault.UNEXPECTED:
             raise
-        if isinstance(frame, Dismissed) and side == "above":
+        if isinstance(frame, AllFinished) and side == "above":
             return "refused"
         return None
     said = ", ".join(_worded(effect) for effect in effects)
@@ -421,9 +433,11 @@ def _worded(effect: Effect) -> str:
 
 
 def waves() -> list[Row]:
-    rows: list[Row] = [("frame", "from", *(f"{phase.name}: {phase.value}" for phase in Phase))]
+    rows: list[Row] = [("frame", "from", *(f"{phase.name}: {phase.value}" for phase in RollbackPhase))]
     for frame in _FRAMES:
-        cells = {side: tuple(brought_about(phase, side, frame) for phase in Phase) for side in ("above", "below")}
+        cells = {
+            side: tuple(brought_about(phase, side, frame) for phase in RollbackPhase) for side in ("above", "below")
+        }
         some = {side: cell for side, cell in cells.items() if any(cell)}
         same = len(some) == 2 and len(set(some.values())) == 1
         for side, cell in list(some.items())[:1] if same else some.items():
@@ -434,10 +448,10 @@ def waves() -> list[Row]:
 # -- the document ------------------------------------------------------------------------------------------------------
 
 LINK = ["Frame", "Greeting", "Refusal", "Chunk", "MessageHead", "Credit", "Goodbye"]
-CONTROL = ["Alive", "Halt", "Offer", "Commit", "Finished", "Dismissed", "Drain", "LastStep"]
+CONTROL = ["Heartbeat", "StartViewChange", "DoViewChange", "StartView", "Finished", "AllFinished", "Drain", "LastStep"]
 COPIES = ["CopiesHeld", "CopyOffer", "CopyProgress", "CopyPart", "CopyWanted", "CopyDeclined"]
-PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeBallast", "ProbeDone", "ProbeMeasured"]
-PROBES += ["ProbeVisit", "ProbeAbout", "ProbeDialled"]
+PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeFiller", "ProbeDone", "ProbeMeasured"]
+PROBES += ["ProbeInfoRequest", "ProbeInfoResponse", "ProbeDialBackResult"]
 
 
 def tables() -> dict[str, list[Row]]:

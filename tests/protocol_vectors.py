@@ -18,27 +18,26 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from thinpipe.protocol.assembly import message_cost
-from thinpipe.protocol.control import (
-    Alive,
-    Commit,
+from thinpipe.protocol.control_messages import (
+    AllFinished,
     CopiesHeld,
     CopyDeclined,
     CopyOffer,
     CopyPart,
     CopyProgress,
     CopyWanted,
-    Dismissed,
+    DoViewChange,
     Drain,
     Finished,
-    Halt,
+    Heartbeat,
     LastStep,
-    Offer,
+    StartView,
+    StartViewChange,
 )
 from thinpipe.protocol.delta import Delta, DictionarySpec, Version, encode_delta, join_deltas
 from thinpipe.protocol.dictionary import Publisher
 from thinpipe.protocol.errors import Fault
-from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import encode_header
 from thinpipe.protocol.messages import (
     Chunk,
@@ -54,6 +53,7 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
+from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rows import decode_rows, encode_rows
 from thinpipe.protocol.selection import Policy, select
 from thinpipe.protocol.session import LinkSession, Opened, Received
@@ -116,28 +116,31 @@ def all_frames() -> dict[str, Frame]:
         incarnation=LARGEST,
         next_sequence=300,
         granted_bytes=16 * 2**20,
-        epoch=4,
+        generation=4,
         completed_steps=70000,
     )
     return {
         "greeting": greeting,
         "greeting, fields of their default value": replace(
-            greeting, stage=0, epoch=0, completed_steps=0, next_sequence=0, granted_bytes=0
+            greeting, stage=0, generation=0, completed_steps=0, next_sequence=0, granted_bytes=0
         ),
         "greeting of who joins": replace(greeting, joining=True),
-        "refusal": Refusal(code=Fault.EPOCH, reason="epoch: stage 1 expects 4, the peer (stage 0) says 3"),
+        "refusal": Refusal(code=Fault.GENERATION, reason="generation: stage 1 expects 4, the peer (stage 0) says 3"),
         "chunk with a head": Chunk(
-            sequence=300, epoch=4, data=b"idsidbodybod", head=a_head(), next_sequence=17, granted_bytes=99999
+            sequence=300, generation=4, data=b"idsidbodybod", head=a_head(), next_sequence=17, granted_bytes=99999
         ),
         "chunk without a head": Chunk(
-            sequence=301, epoch=4, data=bytes(range(64)), next_sequence=18, granted_bytes=100000, acknowledge=True
+            sequence=301, generation=4, data=bytes(range(64)), next_sequence=18, granted_bytes=100000, acknowledge=True
         ),
         "chunk that is a whole message without data": Chunk(
-            sequence=0, epoch=0, data=b"", head=Head(kind=Kind.EVALUATION_LOSS, step=1, microbatch=0, loss_sum=12.25)
+            sequence=0,
+            generation=0,
+            data=b"",
+            head=Head(kind=Kind.EVALUATION_LOSS, step=1, microbatch=0, loss_sum=12.25),
         ),
         "chunk of a change of a dictionary": Chunk(
             sequence=LARGEST,
-            epoch=LARGEST,
+            generation=LARGEST,
             data=b"\0",
             head=Head(kind=Kind.GRADIENT, step=2**48 - 1, microbatch=2**32 - 1, dictionary_bytes=1, loss_sum=1e300),
             next_sequence=LARGEST,
@@ -146,12 +149,12 @@ def all_frames() -> dict[str, Frame]:
         "credit": Credit(next_sequence=301, granted_bytes=16 * 2**20 + 4096),
         "credit that says nothing yet": Credit(next_sequence=0, granted_bytes=0),
         "goodbye": Goodbye(),
-        "alive": Alive(epoch=4, completed_steps=12, missing=3, copied_steps=10),
-        "halt": Halt(epoch=4),
-        "offer": Offer(epoch=4, incarnations=(1, LARGEST), steps=(300, 12, 0)),
-        "commit": Commit(epoch=5, completed_steps=12, incarnations=(7, 1, LARGEST)),
+        "heartbeat": Heartbeat(generation=4, completed_steps=12, missing=3, copied_steps=10),
+        "start_view_change": StartViewChange(generation=4),
+        "do_view_change": DoViewChange(generation=4, incarnations=(1, LARGEST), steps=(300, 12, 0)),
+        "start_view": StartView(generation=5, completed_steps=12, incarnations=(7, 1, LARGEST)),
         "finished": Finished(),
-        "dismissed": Dismissed(),
+        "all_finished": AllFinished(),
         "drain": Drain(),
         "last step": LastStep(completed_steps=2**48 - 1),
         "copies held": CopiesHeld(stage=2, steps=(12, 10)),
@@ -205,7 +208,14 @@ def checksums() -> list[dict[str, Any]]:
         covered = struct.pack(
             "<6I8Qd",
             *(head.kind, head.microbatch, len(codec), len(header), chunk.head is not None, chunk.acknowledge),
-            *(chunk.sequence, chunk.epoch, head.step, head.token_ids_bytes, head.body_bytes, head.dictionary_bytes),
+            *(
+                chunk.sequence,
+                chunk.generation,
+                head.step,
+                head.token_ids_bytes,
+                head.body_bytes,
+                head.dictionary_bytes,
+            ),
             *(chunk.next_sequence, chunk.granted_bytes, head.loss_sum),
         )
         covered += codec + header + bytes(chunk.data)
@@ -287,7 +297,7 @@ def deltas() -> list[dict[str, Any]]:
                     entries=None if entries is None else np.array(entries),
                 )
                 sequence.append(described(delta, publisher.shipped))
-            out.append({"spec": asdict(spec), "epoch": 4, "zeros_at": None, "deltas": sequence})
+            out.append({"spec": asdict(spec), "generation": 4, "zeros_at": None, "deltas": sequence})
     for entries, changed in ((1, [0]), (256, [0, 255]), (257, [0, 255, 256]), (65536, [65535]), (65537, [1, 65536])):
         spec = DictionarySpec("p", entries, 1, "float32", "int4")
         publisher, zeros = Publisher(spec, 2**64 - 1), np.zeros((entries, 1), np.float32)
@@ -295,7 +305,7 @@ def deltas() -> list[dict[str, Any]]:
         delta = publisher.publish(table_of(spec, 1), step=1, microbatch=0, entries=np.array(changed))
         sequence = [described(delta, publisher.shipped)]
         start = [2**64 - 1, 0, 0, 0]
-        out.append({"spec": asdict(spec), "epoch": 2**64 - 1, "zeros_at": start, "deltas": sequence})
+        out.append({"spec": asdict(spec), "generation": 2**64 - 1, "zeros_at": start, "deltas": sequence})
     return out
 
 
@@ -308,7 +318,7 @@ def digests() -> list[dict[str, Any]]:
         ("x" * 32, Version(128, 65536, 256, 0), "float32"),
     ):
         spec = DictionarySpec(name, 3, 2, dtype)  # type: ignore[arg-type]
-        publisher = Publisher(spec, version.epoch)
+        publisher = Publisher(spec, version.generation)
         table = table_of(spec, 9)
         for _ in range(version.index + 1):
             delta = publisher.publish(table, step=version.step, microbatch=version.microbatch)
@@ -390,13 +400,13 @@ def conversation() -> dict[str, Any]:
     ends = End(run, 0, 3), End(run, 1, 3)
     sessions = [
         LinkSession(
-            identity=Identity(
+            identity=NodeIdentity(
                 run_id="vectors",
                 configuration="c0ffee",
                 stage=stage,
                 stages=2,
                 incarnation=2**40 + stage,
-                epoch=3,
+                generation=3,
             ),
             peer_stage=1 - stage,
             limits=limits,
@@ -417,10 +427,10 @@ def conversation() -> dict[str, Any]:
         for event in sessions[1 - sender].receive(frame):
             if isinstance(event, Opened) and sender == 0:
                 tell(1, sessions[1].greeting())
-                for kept in sessions[1].kept_frames():
+                for kept in sessions[1].retransmissions():
                     tell(1, kept)
             if isinstance(event, Opened) and sender == 1:
-                for kept in sessions[0].kept_frames():
+                for kept in sessions[0].retransmissions():
                     tell(0, kept)
             if isinstance(event, Received):
                 sessions[1 - sender].consume(event.cost_bytes)
@@ -454,7 +464,7 @@ def conversation() -> dict[str, Any]:
 
     def send(stage: int, *, count: int = 1000, lost: bool = False) -> None:
         for _ in range(min(count, len(coming[stage]))):
-            tell(stage, sessions[stage].stamp(*coming[stage].popleft(), acknowledge=count < 1000), lost=lost)
+            tell(stage, sessions[stage].send(*coming[stage].popleft(), acknowledge=count < 1000), lost=lost)
 
     connect()
     queue(0, ends[0].work())
@@ -473,7 +483,7 @@ def conversation() -> dict[str, Any]:
     tell(0, sessions[0].goodbye())
     tell(1, sessions[1].goodbye())
     specs = [{**asdict(plan.spec), "kind": int(plan.kind)} for plan in run.plans]
-    return {"epoch": 3, "dictionaries": specs, "said": said, "messages": messages}
+    return {"generation": 3, "dictionaries": specs, "said": said, "messages": messages}
 
 
 def vectors() -> dict[str, Any]:

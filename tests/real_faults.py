@@ -2,7 +2,7 @@
 
 What is done is `tests/faults.py`'s vocabulary, as far as it can be done to a process that knows nothing of it: a phase
 of a step is over before anybody outside has heard of it, so a moment is a number of steps (`Done`), or one of the two
-records that a rewind writes (`Phase.HALTED`, `Phase.RESTORE`). Who starts a killed stage again is the
+records that a rollback writes (`Phase.STOPPED`, `Phase.RESTORE`). Who starts a killed stage again is the
 launcher's affair.
 """
 
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from thinpipe.sim.report import read_records
+from thinpipe.sim.reports.summary import read_records
 
 from .faults import At, DiskFull, Done, During, Fault, Kill, Pause, Phase, TornCheckpoint
 from .real_node import until
 
-RECORD_OF = {Phase.HALTED: "halt", Phase.RESTORE: "rewind"}
+RECORD_OF = {Phase.STOPPED: "view_change", Phase.RESTORE: "rollback"}
 ROOM_BYTES = 2**17  # for one file on a full disk: more than all records, less than any checkpoint
 
 
@@ -34,7 +34,8 @@ def records(run: Path, stage: int, event: str) -> list[dict[str, Any]]:
 
 
 def carry_out(run: Path, faults: Sequence[Fault]) -> None:
-    """One after the other, each when its moment has come; a moment of a rewind is one that the fault before it brought
+    """One after the other, each when its moment has come; a moment of a rollback is one that the fault before it
+    brought
     about."""
     reached: Callable[[], bool] = _moment(run, faults[0].at)
     for fault, following in pairwise([*faults, None]):

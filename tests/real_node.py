@@ -38,8 +38,8 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
-from thinpipe.sim.proxy import Proxy
-from thinpipe.sim.swarm import free_ports, node_environment
+from thinpipe.sim.launch.swarm import free_ports, node_environment
+from thinpipe.sim.links.proxy import Proxy
 
 DEADLINE_S = 120.0  # of a slow and busy machine; a quiet one needs a sixth
 LIMITS = Limits(message_bytes=2**26)
@@ -112,7 +112,7 @@ def activation(config: RunConfig, *, microbatch: int = 0) -> Message:
 def parts(message: Message, first: int = 0) -> list[bytes]:
     """The frames of a message, numbered from `first`."""
     return [
-        encode_frame(Chunk(sequence=number, epoch=0, head=head, data=data))
+        encode_frame(Chunk(sequence=number, generation=0, head=head, data=data))
         for number, (head, data) in enumerate(split(message, 256 * 1024), start=first)
     ]
 

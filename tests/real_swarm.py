@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 from thinpipe.cli import app
-from thinpipe.sim.swarm import node_environment
+from thinpipe.sim.launch.swarm import node_environment
 from typer.testing import CliRunner
 
 from .real_faults import records

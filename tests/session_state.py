@@ -15,6 +15,6 @@ def transfer_state(of: LinkSession) -> dict[str, Any]:
     inner = vars(of._assembly)
     return {
         **{name: getattr(of, name) for name in names},
-        "kept": list(of._kept),
+        "kept": list(of._retransmission_buffer),
         "assembly": {name: bytes(value) if name == "_buffer" else value for name, value in inner.items()},
     }

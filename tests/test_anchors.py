@@ -239,7 +239,7 @@ def test_pairs_spread_evenly():
     assert abs(distinct - wanted) < 0.01 * wanted
     swapped = pair_buckets(ids.flip(1), vocab_size, buckets)[:, 1]
     same = (swapped == pair_buckets(ids, vocab_size, buckets)[:, 1]).double().mean().item()
-    assert same < 2 / buckets + 1 / vocab_size  # a token twice is its own mirror image; all others by chance
+    assert same < 2 / buckets + 1 / vocab_size  # a token twice is its own replica image; all others by chance
 
 
 # --- anchors -------------------------------------------------------------------------------------------------------

@@ -45,8 +45,11 @@ UP = [
     (["--codec", "bf15"], r"unknown codec 'bf15'; the nearest known one is 'bf16'"),
     (["--forward", "int5"], r"unknown byte format 'int5'; the nearest known one is 'int"),
     (["--schedule", "2f2b"], r"pipeline\.schedule: .*unknown schedule '2f2b'; the nearest known one is '1f1b'"),
-    (["--schedule", "1f1b:hop=9"], r"pipeline\.schedule: .*hop=9 has to be from 0 \(instant links\) to 6"),
-    (["--schedule", "zb:hop=9"], r"pipeline\.schedule: .*'zb': hop=9 has to be from 0 \(instant links\) to 6"),
+    (["--schedule", "1f1b:rtt_ratio=9"], r"pipeline\.schedule: .*rtt_ratio=9 has to be from 0 \(instant links\) to 6"),
+    (
+        ["--schedule", "zb:rtt_ratio=9"],
+        r"pipeline\.schedule: .*'zb': rtt_ratio=9 has to be from 0 \(instant links\) to 6",
+    ),
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
     (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node.measuring.bench import Grid, split_codecs
-from thinpipe.sim.bench import WARM_UP_STEPS, WINDOWS, Cell, measure
-from thinpipe.sim.bench_report import bench_tables
+from thinpipe.node.measuring.bench_grid import Grid, split_codecs
+from thinpipe.sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure
+from thinpipe.sim.reports.bench_report import bench_tables
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.alone
@@ -49,7 +49,7 @@ def record(
                     "wait_s": 0.5,
                     "cpu_s": cpu_s,
                     "sent_bytes": sent,
-                    "codec": {"paced_s": 1.0, "late_s": late_s if stage else 0.0},
+                    "codec": {"emulated_s": 1.0, "late_s": late_s if stage else 0.0},
                 }
             )
         link = {
@@ -59,7 +59,7 @@ def record(
         }
         lines.append({"event": "end", "links": [link], "peak_rss_bytes": 1})
         (directory / f"stage-{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return Cell(name="cell", stages=2, window_steps=(len(seconds) - WARM_UP_STEPS) // WINDOWS, paced=True)
+    return Cell(name="cell", stages=2, window_steps=(len(seconds) - WARM_UP_STEPS) // WINDOWS, emulated=True)
 
 
 def test_windows_leave_the_warm_up_out(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_codecs_are_told_apart_at_commas() -> None:
 
 def test_every_codec_has_its_uncapped_cell_first() -> None:
     grid = Grid(
-        paces=("tiny@2x1ms+1ms",), codecs=("bf16", "int8"), links=("1mbit", "none"), schedules=("1f1b",), settings={}
+        machines=("tiny@2x1ms+1ms",), codecs=("bf16", "int8"), links=("1mbit", "none"), schedules=("1f1b",), settings={}
     )
     assert [(cell.codec, str(cell.link)) for cell in grid.cells()] == [
         ("bf16", "none"),
@@ -132,7 +132,7 @@ def bench(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
 
 def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path) -> None:
     """A real swarm of two processes, at a pace that this machine surely keeps."""
-    arguments = ("--pace", "tiny@2x10ms+20ms", "--codec", "bf16", "--link", "20mbit,5ms", "--link", "1kbit")
+    arguments = ("--emulate", "tiny@2x10ms+20ms", "--codec", "bf16", "--link", "20mbit,5ms", "--link", "1kbit")
     _, found, _ = bench(tmp_path, *arguments, "--limit", "60")
     uncapped, capped, long = found["cells"]
     assert uncapped["measured"]["tokens_per_s"] < 8 * 64 / (4 * 0.03)  # what compute allows
@@ -155,7 +155,7 @@ def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path
 
 def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> None:
     """One stage is told to keep less than a message in memory, which no node accepts."""
-    arguments = ("--pace", "tiny@2x1ms+1ms", "--codec", "bf16", "--link", "20mbit", "--set", "compute.device=cuda")
+    arguments = ("--emulate", "tiny@2x1ms+1ms", "--codec", "bf16", "--link", "20mbit", "--set", "compute.device=cuda")
     code, found, _ = bench(tmp_path, *arguments)
     assert code == 1
     assert [cell["state"] for cell in found["cells"]] == ["failed", "failed"]
@@ -164,16 +164,19 @@ def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> Non
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--link", "80mbit"], "say how stages compute"),
-    (["--pace", "tiny@2x1tflops"], "say over which links: --link 300mbit,25ms or --sweep"),
-    (["--pace", "tiny@2", "--link", "80mbit"], "a pace is PRESET@STAGES"),
+    (["--emulate", "tiny@2x1tflops"], "say over which links: --link 300mbit,25ms or --sweep"),
+    (["--emulate", "tiny@2", "--link", "80mbit"], "a pace is PRESET@STAGES"),
     (["--free-running", "tiny", "--link", "80mbit"], r"--free-running: 'tiny' is not PRESET@STAGES"),
-    (["--pace", "tiny@2x1tflops", "--link", "0mbit"], "link rate 0"),
-    (["--pace", "tiny@2x1tflops", "--link", "80mbps"], "unknown unit 'mbps'"),
-    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--codec", "int9"], "int9"),
-    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--codec", "bf16 int8 int8 int8"], "is not CODEC"),
-    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--schedule", "2f2b"], "unknown schedule '2f2b'"),
-    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--microbatches", "7"], "does not divide"),
-    (["--pace", "tiny@2x1tflops", "--link", "80mbit", "--set", "optim.moun_lr=1"], "unknown setting 'optim.moun_lr'"),
+    (["--emulate", "tiny@2x1tflops", "--link", "0mbit"], "link rate 0"),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbps"], "unknown unit 'mbps'"),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--codec", "int9"], "int9"),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--codec", "bf16 int8 int8 int8"], "is not CODEC"),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--schedule", "2f2b"], "unknown schedule '2f2b'"),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--microbatches", "7"], "does not divide"),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--set", "optim.moun_lr=1"],
+        "unknown setting 'optim.moun_lr'",
+    ),
 ]
 
 

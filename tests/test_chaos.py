@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from thinpipe.sim.chaos import KINDS, plan, plan_every
+from thinpipe.sim.launch.fault_injection import KINDS, plan, plan_every
 
 
 @pytest.mark.parametrize("seed", range(5))

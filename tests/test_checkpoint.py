@@ -108,11 +108,11 @@ class Run(OneProcess):
     def snapshots(self) -> list[StageSnapshot]:
         return [stage.snapshot() for stage in self.stages]
 
-    def rewind(self, snapshots: list[StageSnapshot], epoch: int) -> None:
+    def rollback(self, snapshots: list[StageSnapshot], generation: int) -> None:
         self._mail.clear()
         for stage, snapshot in zip(self.stages, snapshots, strict=True):
             stage.restore(snapshot)
-            stage.set_epoch(epoch)
+            stage.set_generation(generation)
 
     def digests(self) -> list[str]:
         return [stage.state_sha256() for stage in self.stages]
@@ -152,7 +152,7 @@ def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunC
     for stage in run.stages:
         for frozen in stage._state._frozen_tokens().values():
             frozen.zero_()  # another machine draws others
-    run.rewind(undisturbed.snapshots[completed], epoch=0)
+    run.rollback(undisturbed.snapshots[completed], generation=0)
     assert run.digests() == undisturbed.digests[completed]
     for ours, theirs in zip(run.snapshots(), undisturbed.snapshots[completed], strict=True):
         assert same(ours, theirs)
@@ -161,14 +161,15 @@ def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunC
 
 
 def test_a_run_is_rewound_from_anywhere(variant: tuple[RunConfig, Undisturbed]) -> None:
-    """It breaks off after each number of actions of a step, is rewound under a new epoch, and ends the same."""
+    """It breaks off after each number of actions of a step, is rolled back under a new generation, and ends the
+    same."""
     config, undisturbed = variant
     run = Run(config)
     run.train_from(0, 5)
-    for epoch, actions in enumerate(range(0, run.actions() + 1, 3), start=1):
+    for generation, actions in enumerate(range(0, run.actions() + 1, 3), start=1):
         run.act(run.stages[0].completed, actions)
-        completed = epoch % 6
-        run.rewind(undisturbed.snapshots[completed], epoch)
+        completed = generation % 6
+        run.rollback(undisturbed.snapshots[completed], generation)
         assert [snapshot.completed for snapshot in run.snapshots()] == [completed] * STAGES
         assert run.digests() == undisturbed.digests[completed]
         assert run.stages[0].measures().get("angle_moved_rad", 0) == 0
@@ -179,7 +180,7 @@ def test_a_run_is_rewound_from_anywhere(variant: tuple[RunConfig, Undisturbed]) 
     for above, below in zip(run.snapshots(), run.snapshots()[1:], strict=False):
         ends = above.dictionaries.get("table_below"), below.dictionaries.get("table_above")
         assert ends[0] == ends[1]
-        assert ends[0] is None or ends[0]["version"][0] == epoch
+        assert ends[0] is None or ends[0]["version"][0] == generation
 
 
 def test_a_run_that_splits_its_backward_is_rewound_from_anywhere(tiny: TinyConfig) -> None:
@@ -188,11 +189,11 @@ def test_a_run_that_splits_its_backward_is_rewound_from_anywhere(tiny: TinyConfi
     whole = Run(configure(tiny, **settings))
     run = Run(configure(tiny, **settings, **{"pipeline.schedule": "zb"}))
     begin, expected = run.snapshots(), [(whole.act(step), whole.digests()) for step in range(2)]
-    for epoch, actions in enumerate(range(1, run.actions(), 5), start=1):
+    for generation, actions in enumerate(range(1, run.actions(), 5), start=1):
         run.act(0, actions)
         with pytest.raises(StateError, match="in the middle of step"):
             run.snapshots()
-        run.rewind(begin, epoch)
+        run.rollback(begin, generation)
         assert not any(stage._owed for stage in run.stages)
     assert [(run.act(step), run.digests()) for step in range(2)] == expected
 
@@ -202,7 +203,7 @@ def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path)
     run = Run(config)
     run.train_from(0, 4)
     for index, snapshot in enumerate(run.snapshots()):
-        store_of(tmp_path, stage=index).write(snapshot, epoch=0, written_s=0)
+        store_of(tmp_path, stage=index).write(snapshot, generation=0, written_s=0)
     losses = run.train_from(4)
     (tmp_path / "run.toml").write_text(dump_config(config))
     program = (
@@ -211,7 +212,7 @@ def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path)
         "from thinpipe.node.config import load_config\n"
         "from tests.test_checkpoint import Run, store_of, STAGES\n"
         "out = Path(sys.argv[1]); run = Run(load_config(out / 'run.toml'))\n"
-        "run.rewind([store_of(out, stage=index).load(4) for index in range(STAGES)], epoch=1)\n"
+        "run.rollback([store_of(out, stage=index).load(4) for index in range(STAGES)], generation=1)\n"
         "print(json.dumps([run.train_from(4), run.digests()]))\n"
     )
     done = subprocess.run(
@@ -222,12 +223,12 @@ def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path)
 
 
 def test_the_next_steps_messages_are_no_part_of_a_snapshot(tiny: TinyConfig) -> None:
-    """Another thread unpacks ahead: the mirror may be a step further than what is computed with it."""
+    """Another thread unpacks ahead: the replica may be a step further than what is computed with it."""
     run = Run(configure(tiny))
     run.train_from(0, 3)
     before, digest = run.stages[1].snapshot(), run.stages[1].state_sha256()
     run._forward(0, 3, 0, Kind.ACTIVATION)
-    port = run.stages[1].upstream_port
+    port = run.stages[1].upstream_endpoint
     assert port is not None
     assert port.table is not None
     port.unpack_activation(run._take(1, Kind.ACTIVATION))
@@ -238,11 +239,11 @@ def test_the_next_steps_messages_are_no_part_of_a_snapshot(tiny: TinyConfig) -> 
 
 def owed(run: Run, gradient: Tensor) -> Callable[[], Message]:
     """A projector's gradient that was taken and is not packed yet."""
-    port = run.stages[1].upstream_port
+    port = run.stages[1].upstream_endpoint
     assert port is not None
     table = port.table
     assert table is not None
-    return port.packing.later(lambda: table.pack_gradient(gradient, 2))
+    return port.pack_queue.submit(lambda: table.pack_gradient(gradient, 2))
 
 
 @pytest.mark.parametrize("packed_by", ["the codec's thread", "the snapshot"])
@@ -285,9 +286,9 @@ def test_a_receiver_that_forgets_goes_back_to_what_was_restored(tiny: TinyConfig
     snapshot = run.stages[1].snapshot()
     run.act(2)
     run.stages[1].restore(snapshot)
-    run.stages[1].set_epoch(1)
-    run.stages[0].set_epoch(1)
-    table = run.stages[1].upstream_port.table  # pyright: ignore
+    run.stages[1].set_generation(1)
+    run.stages[0].set_generation(1)
+    table = run.stages[1].upstream_endpoint.table  # pyright: ignore
     assert table is not None
     named = table.dictionary_state()
     table.forget()
@@ -301,37 +302,39 @@ def test_a_snapshot_is_a_copy_and_has_its_time(tiny: TinyConfig) -> None:
     before = run.snapshots()
     kept = [{name: tensor.clone() for name, tensor in snapshot.tensors.items()} for snapshot in before]
     for actions in range(1, run.actions(), 4):
-        run.rewind(before, 0)
+        run.rollback(before, 0)
         run.act(1, actions)
         with pytest.raises(StateError, match="stage 0: a snapshot in the middle of step 1; take it after the step's"):
             run.stages[0].snapshot()
-    run.rewind(before, 0)
+    run.rollback(before, 0)
     run.act(1)
     for snapshot, tensors in zip(before, kept, strict=True):
         assert all(torch.equal(snapshot.tensors[name], tensors[name]) for name in tensors)
         assert all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in snapshot.tensors.values())
 
 
-def test_epochs_only_rise(tiny: TinyConfig) -> None:
+def test_generations_only_rise(tiny: TinyConfig) -> None:
     run = Run(configure(tiny))
     run.act(0)
     for stage in run.stages:
         digest = stage.state_sha256()
-        stage.set_epoch(3)
-        stage.set_epoch(3)
+        stage.set_generation(3)
+        stage.set_generation(3)
         assert stage.state_sha256() == digest
         for bad in (2, -1, 2**64):
-            with pytest.raises(LocalProtocolError, match=f"table 'projector' is in epoch 3 and cannot go to {bad}"):
-                stage.set_epoch(bad)
+            with pytest.raises(
+                LocalProtocolError, match=f"table 'projector' is in generation 3 and cannot go to {bad}"
+            ):
+                stage.set_generation(bad)
 
 
-def test_a_restored_state_goes_on_in_the_later_epoch(tiny: TinyConfig) -> None:
-    """Whichever comes first, the state or the word of a new epoch."""
+def test_a_restored_state_goes_on_in_the_later_generation(tiny: TinyConfig) -> None:
+    """Whichever comes first, the state or the word of a new generation."""
     run = Run(configure(tiny))
     run.train_from(0, 2)
     before = run.snapshots()
     for stage, snapshot in zip(run.stages, before, strict=True):
-        stage.set_epoch(3)
+        stage.set_generation(3)
         stage.restore(snapshot)
     names = [held for snapshot in run.snapshots() for held in snapshot.dictionaries.values()]
     assert [held["version"] for held in names] == [[3, 1, 0, 0]] * 2 * (STAGES - 1)
@@ -363,7 +366,7 @@ UNFIT = {
     "momentum is missing": (without("codec/sender/momentum"), r"lacks 'codec/sender/momentum'"),
     "gathered is missing": (without("codec/sender/gathered"), r"lacks 'codec/sender/gathered'"),
     "error is missing": (without("codec/table_above/error"), r"lacks 'codec/table_above/error'"),
-    "a mirror is missing": (without("codec/table_above/mirror"), r"lacks 'codec/table_above/mirror'"),
+    "a replica is missing": (without("codec/table_above/replica"), r"lacks 'codec/table_above/replica'"),
     "one too many": (
         lambda tensors, _: tensors.update(x=torch.zeros(2)),
         r"has 'x' \(float32 \(2,\)\), wanted no such",
@@ -375,7 +378,7 @@ UNFIT = {
         r"is float32 \(8, 512\), wanted float32 \(512, 8\)",
     ),
     "a table of other numbers": (
-        replaced("codec/table_above/mirror", lambda t: t + 1),
+        replaced("codec/table_above/replica", lambda t: t + 1),
         r"dictionary 'projector' does not match its digest",
     ),
     "another digest": (in_table(digest="00" * 16), r"does not match its digest"),
@@ -445,9 +448,9 @@ def small(completed: int) -> StageSnapshot:
     )
 
 
-def write(store: CheckpointStore, *numbers: int, epoch: int = 0) -> None:
+def write(store: CheckpointStore, *numbers: int, generation: int = 0) -> None:
     for completed in numbers:
-        store.write(small(completed), epoch=epoch, written_s=1.7e9)
+        store.write(small(completed), generation=generation, written_s=1.7e9)
 
 
 def intact(store: CheckpointStore) -> list[int]:
@@ -462,12 +465,12 @@ def intact(store: CheckpointStore) -> list[int]:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     store = store_of(tmp_path / "a" / "b")
     assert store.steps() == store.numbers() == store.newest_intact(3, report=pytest.fail) == []
-    size = store.write(small(0), epoch=0, written_s=1.7e9)
-    write(store, 20, epoch=4)
+    size = store.write(small(0), generation=0, written_s=1.7e9)
+    write(store, 20, generation=4)
     assert intact(store) == [0, 20]
     assert store.newest_intact(3, report=pytest.fail) == [20, 0]
     assert store.newest_intact(1, report=pytest.fail) == [20]
-    assert (store.manifest(0).epoch, store.manifest(20).epoch) == (0, 4)
+    assert (store.manifest(0).generation, store.manifest(20).generation) == (0, 4)
     manifest = store.verify(20)
     assert size == manifest.file_bytes == (store.path(20) / STATE).stat().st_size
     assert manifest.torch == torch.__version__
@@ -494,7 +497,7 @@ def test_what_a_copy_may_need_is_not_pruned(tmp_path: Path) -> None:
 def test_a_real_state_survives_the_disk(trained: tuple[Run, list[StageSnapshot]], tmp_path: Path) -> None:
     for index, snapshot in enumerate(trained[1]):
         store = store_of(tmp_path, stage=index)
-        store.write(snapshot, epoch=0, written_s=0)
+        store.write(snapshot, generation=0, written_s=0)
         assert same(store.load(5), snapshot)
 
 
@@ -522,11 +525,11 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     store = store_of(tmp_path, keep=3)
     write(store, 10, 20, 30, 40, 50)
     assert intact(store) == [30, 40, 50]
-    write(store, 20)  # after a rewind: what is later is not newer, and must not push it out
+    write(store, 20)  # after a rollback: what is later is not newer, and must not push it out
     assert intact(store) == [20, 30, 40, 50]
-    write(store, 30, epoch=1)
+    write(store, 30, generation=1)
     assert intact(store) == [20, 30, 40, 50]
-    assert store.manifest(30).epoch == 1
+    assert store.manifest(30).generation == 1
     (store.path(20) / STATE).write_bytes(b"")
     write(store, 60)
     assert intact(store) == [40, 50, 60]
@@ -599,7 +602,7 @@ TEARS: dict[str, Callable[[Path], object]] = {
     "manifest of another digest": lambda at: resealed(at / MANIFEST, file_sha256="0" * 64),
     "manifest of the future": lambda at: resealed(at / MANIFEST, format=2),
     "manifest with more": lambda at: resealed(at / MANIFEST, more=1),
-    "manifest with a number as text": lambda at: resealed(at / MANIFEST, epoch="0"),
+    "manifest with a number as text": lambda at: resealed(at / MANIFEST, generation="0"),
     "both of another stage": lambda at: resealed(at / MANIFEST, stage=2),
     "both of another number of stages": lambda at: resealed(at / MANIFEST, stages=9),
     "both of another run": lambda at: resealed(at / MANIFEST, run="\x1b[31m\nx"),
@@ -747,7 +750,7 @@ def test_death_at_any_call_leaves_whole_checkpoints(what: str, tmp_path: Path) -
         with pytest.MonkeyPatch.context() as patch:
             mortal = Mortal(patch, lives)
             try:
-                write(store_of(directory), number, epoch=1)
+                write(store_of(directory), number, generation=1)
             except Died:
                 pass
             else:
@@ -759,7 +762,7 @@ def test_death_at_any_call_leaves_whole_checkpoints(what: str, tmp_path: Path) -
         after.newest_intact(3, report=pytest.fail)  # puts away what was left
         assert {20, 30, 40} <= set(intact(after)) or intact(after) == [30, 40, 50]
         assert [path.name for path in after.directory.iterdir() if path.name.startswith(".")] == []
-        outcomes.append(intact(after)[-1] if number == 50 else after.manifest(40).epoch)
+        outcomes.append(intact(after)[-1] if number == 50 else after.manifest(40).generation)
         write(after, 60)
         assert len(intact(after)) == 3
     else:
@@ -835,18 +838,18 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @dataclass(slots=True)
-class Told:
+class RendezvousResponse:
     written: list[tuple[int, int, float]]
     errors: list[str]
 
 
 @pytest.fixture
-def told() -> Told:
-    return Told([], [])
+def told() -> RendezvousResponse:
+    return RendezvousResponse([], [])
 
 
 @pytest.fixture
-def writer(told: Told, tmp_path: Path) -> Iterator[CheckpointWriter]:
+def writer(told: RendezvousResponse, tmp_path: Path) -> Iterator[CheckpointWriter]:
     writer = CheckpointWriter(
         store_of(tmp_path),
         on_written=lambda *what: told.written.append(what),
@@ -857,22 +860,24 @@ def writer(told: Told, tmp_path: Path) -> Iterator[CheckpointWriter]:
     writer.close()
 
 
-def test_it_writes_what_it_is_given_in_order(writer: CheckpointWriter, told: Told, tmp_path: Path) -> None:
+def test_it_writes_what_it_is_given_in_order(
+    writer: CheckpointWriter, told: RendezvousResponse, tmp_path: Path
+) -> None:
     for completed in (1, 2, 3):
-        writer.submit(small(completed), epoch=0)
+        writer.submit(small(completed), generation=0)
     assert writer.flush(30)
     assert intact(store_of(tmp_path)) == [1, 2, 3] == [completed for completed, _, _ in told.written]
     assert all(size > 1000 and seconds > 0 for _, size, seconds in told.written)
     assert told.errors == []
-    writer.submit(small(4), epoch=0)
+    writer.submit(small(4), generation=0)
     writer.close()  # finishes what was submitted
     writer.close()
     assert intact(store_of(tmp_path)) == [2, 3, 4]
     with pytest.raises(RuntimeError, match="closed"):
-        writer.submit(small(5), epoch=0)
+        writer.submit(small(5), generation=0)
 
 
-def test_a_newer_one_waits(writer: CheckpointWriter, told: Told, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_one_waits(writer: CheckpointWriter, told: RendezvousResponse, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write, writing = threading.Event(), threading.Event()
     real = CheckpointStore.write
 
@@ -882,10 +887,10 @@ def test_a_newer_one_waits(writer: CheckpointWriter, told: Told, monkeypatch: py
         return real(*args, **options)
 
     monkeypatch.setattr(CheckpointStore, "write", slow)
-    assert writer.submit(small(1), epoch=0) < 5
+    assert writer.submit(small(1), generation=0) < 5
     assert writing.wait(30)
     assert not writer.flush(0)
-    second = threading.Thread(target=writer.submit, args=(small(2),), kwargs={"epoch": 0})
+    second = threading.Thread(target=writer.submit, args=(small(2),), kwargs={"generation": 0})
     second.start()
     second.join(0.05)
     assert second.is_alive()  # it waits for the first
@@ -898,23 +903,23 @@ def test_a_newer_one_waits(writer: CheckpointWriter, told: Told, monkeypatch: py
 
 
 def test_a_failed_write_is_told_of_and_the_next_one_is_written(
-    writer: CheckpointWriter, told: Told, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    writer: CheckpointWriter, told: RendezvousResponse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def bug(*_: Any, **__: Any) -> None:
         raise KeyError("a bug\nof two lines")
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_module.os, "rename", bug)
-        writer.submit(small(1), epoch=0)
+        writer.submit(small(1), generation=0)
         assert writer.flush(30)
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "_fill", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
-        writer.submit(small(2), epoch=0)
+        writer.submit(small(2), generation=0)
         assert writer.flush(30)
     assert told.errors[0].startswith("KeyError: ")
     assert "step-00000002: broken" in told.errors[1]
     assert not [line for line in told.errors if "\n" in line]
-    writer.submit(small(3), epoch=0)
+    writer.submit(small(3), generation=0)
     assert writer.flush(30)
     assert intact(store_of(tmp_path)) == [3]
 
@@ -925,7 +930,7 @@ def test_whoever_is_told_may_fail(tmp_path: Path) -> None:
 
     writer = CheckpointWriter(store_of(tmp_path), on_written=fails, on_error=fails)
     for completed in (1, 2):
-        writer.submit(small(completed), epoch=0)
+        writer.submit(small(completed), generation=0)
     writer.close()
     assert intact(store_of(tmp_path)) == [1, 2]
 

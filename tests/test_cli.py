@@ -17,9 +17,9 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node import local
 from thinpipe.node.config import RunConfig, dump_config, load_config
-from thinpipe.sim import swarm
-from thinpipe.sim.report import read_records
-from thinpipe.sim.swarm import SwarmError
+from thinpipe.sim.launch import swarm
+from thinpipe.sim.launch.swarm import SwarmError
+from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -226,38 +226,40 @@ class Begun(NamedTuple):
 
 
 @pytest.fixture
-def begun(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begun:
-    begun = Begun(tmp_path, [])
-    (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": STAGES, "pipeline.schedule": "zb:hop=1"})))
+def has_started(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Begun:
+    has_started = Begun(tmp_path, [])
+    (tmp_path / "run.toml").write_text(
+        dump_config(tiny({"pipeline.stages": STAGES, "pipeline.schedule": "zb:rtt_ratio=1"}))
+    )
 
     def start_nothing(run: Path, **_: object) -> None:
-        begun.started.append(load_config(run / "run.toml"))
+        has_started.started.append(load_config(run / "run.toml"))
         raise SwarmError("nothing was started", 1)
 
     monkeypatch.setattr(local, "run_swarm", start_nothing)
-    return begun
+    return has_started
 
 
-def test_what_is_each_machines_own_may_change_when_a_run_goes_on(begun: Begun) -> None:
-    before = load_config(begun.run / "run.toml")
+def test_what_is_each_machines_own_may_change_when_a_run_goes_on(has_started: Begun) -> None:
+    before = load_config(has_started.run / "run.toml")
     whole = [
         "--stages",
         str(STAGES),
         "--steps",
         "3",
         "--schedule",
-        "zb:hop=auto",
+        "zb:rtt_ratio=auto",
         "--config",
-        str(begun.run / "run.toml"),
+        str(has_started.run / "run.toml"),
     ]
-    done = begun.go_on(*whole, "--checkpoint-every", "5", "--link", "80mbit,5ms", "--set", "link.verify=fail")
+    done = has_started.go_on(*whole, "--checkpoint-every", "5", "--link", "80mbit,5ms", "--set", "link.verify=fail")
     assert "nothing was started" in done.stderr
-    (started,) = begun.started
+    (started,) = has_started.started
     assert (started.checkpoint.every, started.link.link, started.link.verify) == (5, "80mbit,5ms", "fail")
     assert started.shared() == before.shared()
-    begun.go_on()
-    assert begun.started[1] == started
-    assert [path.name for path in begun.run.iterdir()] == ["run.toml"]
+    has_started.go_on()
+    assert has_started.started[1] == started
+    assert [path.name for path in has_started.run.iterdir()] == ["run.toml"]
 
 
 @pytest.mark.parametrize(
@@ -266,21 +268,21 @@ def test_what_is_each_machines_own_may_change_when_a_run_goes_on(begun: Begun) -
         (["--steps", "400"], "run.steps is 400 here and 3 there"),
         (["--set", "run.steps=400"], "run.steps is 400 here and 3 there"),
         (["--codec", "int8", "--checkpoint-every", "5"], "codec.codec is 'int8' here and 'bf16' there"),
-        (["--schedule", "1f1b:hop=auto"], "pipeline.schedule is '1f1b' here and 'zb:hop=1' there"),
+        (["--schedule", "1f1b:rtt_ratio=auto"], "pipeline.schedule is '1f1b' here and 'zb:rtt_ratio=1' there"),
         (["--config", "{other}"], "run.seed is 7 here and"),
     ],
 )
 def test_what_a_run_computes_does_not_change_when_it_goes_on(
-    begun: Begun, tmp_path_factory: pytest.TempPathFactory, options: list[str], named: str
+    has_started: Begun, tmp_path_factory: pytest.TempPathFactory, options: list[str], named: str
 ) -> None:
     other = tmp_path_factory.mktemp("other") / "other.toml"
     other.write_text("[run]\nseed = 7\n")
-    before = (begun.run / "run.toml").read_text()
-    done = begun.go_on(*(option.format(other=other) for option in options))
+    before = (has_started.run / "run.toml").read_text()
+    done = has_started.go_on(*(option.format(other=other) for option in options))
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert f"thinpipe: error: --resume {begun.run}: {named}" in done.stderr
+    assert f"thinpipe: error: --resume {has_started.run}: {named}" in done.stderr
     assert "begin another run with --out" in done.stderr
-    assert (begun.started, (begun.run / "run.toml").read_text()) == ([], before)
+    assert (has_started.started, (has_started.run / "run.toml").read_text()) == ([], before)
 
 
 @pytest.mark.parametrize(
@@ -291,12 +293,12 @@ def test_what_a_run_computes_does_not_change_when_it_goes_on(
         (["--one-process"], "only a swarm writes checkpoints; leave --one-process away"),
     ],
 )
-def test_what_contradicts_going_on(begun: Begun, options: list[str], named: str) -> None:
-    done = begun.go_on(*options)
+def test_what_contradicts_going_on(has_started: Begun, options: list[str], named: str) -> None:
+    done = has_started.go_on(*options)
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert named in done.stderr
-    assert begun.started == []
-    assert "nothing was started" in begun.go_on("--out", str(begun.run)).stderr  # says the same twice
+    assert has_started.started == []
+    assert "nothing was started" in has_started.go_on("--out", str(has_started.run)).stderr  # says the same twice
 
 
 def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: P
     said = []
     for resume, words in ((False, "thinpipe: error: no space"), (True, "Traceback"), (True, "thinpipe: error: late")):
         node = swarm._start(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
-        said.append(swarm.obituary(node, node.process.wait(DEADLINE_S)))
+        said.append(swarm.exit_reason(node, node.process.wait(DEADLINE_S)))
     assert said == [
         "stage 1 ended: no space",
         f"stage 1 ended with exit code 1: Traceback; see {tmp_path / 'stage-1.log'}",

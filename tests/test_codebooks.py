@@ -18,14 +18,14 @@ import pytest
 import torch
 from thinpipe.compress.boundary import LearnedTable, Payload
 from thinpipe.compress.registry import parse_format
-from thinpipe.node.boundary.codebooks import CodebookSender
-from thinpipe.node.boundary.packing import Packing
-from thinpipe.node.boundary.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
+from thinpipe.node.boundary.codebook_tables import CodebookOwner
+from thinpipe.node.boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, UpstreamEndpoint
+from thinpipe.node.boundary.pack_queue import PackQueue
 from thinpipe.node.config import RunConfig
 from thinpipe.protocol.delta import join_deltas, split_deltas
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.sim.report import read_records
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, run_in_memory, run_reference
@@ -147,7 +147,7 @@ class Pair:
 
     def __init__(self) -> None:
         place = {"dtype": torch.float32, "device": torch.device("cpu")}
-        self.down, self.up = DownstreamPort(_shape(), **place), UpstreamPort(_shape(), **place)
+        self.down, self.up = DownstreamEndpoint(_shape(), **place), UpstreamEndpoint(_shape(), **place)
         self.draw = torch.Generator().manual_seed(3)
         self.ids = np.arange(2 * 17) % 500
 
@@ -161,12 +161,12 @@ class Pair:
     def books(self) -> tuple[np.ndarray, np.ndarray]:
         """What each end holds for activations."""
         down, up = self.down.ends["activation_codebook_below"], self.up.ends["activation_codebook_above"]
-        return down.state_tensors()["shipped"].numpy(), up.state_tensors()["mirror"].numpy()
+        return down.state_tensors()["shipped"].numpy(), up.state_tensors()["replica"].numpy()
 
 
-def decoded(port: DownstreamPort | UpstreamPort, message: Message) -> torch.Tensor:
+def decoded(port: DownstreamEndpoint | UpstreamEndpoint, message: Message) -> torch.Tensor:
     """By the end that coded it, with the table that it codes with."""
-    fmt = port.shape.forward if isinstance(port, DownstreamPort) else port.shape.backward
+    fmt = port.shape.forward if isinstance(port, DownstreamEndpoint) else port.shape.backward
     payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
     return fmt.unpack(payload, shape=port.shape.z_shape, dtype=torch.float32)
 
@@ -283,7 +283,7 @@ def test_a_tensor_without_the_change_that_is_due_is_refused(pair: Pair) -> None:
 @pytest.mark.parametrize("spoiled", ["projector", "codebook"])
 def test_of_two_changes_both_are_followed_or_none(spoiled: str) -> None:
     place = {"dtype": torch.float32, "device": torch.device("cpu")}
-    down, up = DownstreamPort(_shape(PROJECTOR), **place), UpstreamPort(_shape(PROJECTOR), **place)
+    down, up = DownstreamEndpoint(_shape(PROJECTOR), **place), UpstreamEndpoint(_shape(PROJECTOR), **place)
     draw = torch.Generator().manual_seed(5)
 
     def activation(step: int, microbatch: int) -> Message:
@@ -317,7 +317,7 @@ def test_a_code_past_the_table_is_refused() -> None:
     """Three codes take two bits, of which the fourth pattern means nothing."""
     place = {"dtype": torch.float32, "device": torch.device("cpu")}
     shapes = [replace(_shape(), forward=parse_format("rvq:groups=2,codes=3")) for _ in range(2)]
-    down, up = DownstreamPort(shapes[0], **place), UpstreamPort(shapes[1], **place)
+    down, up = DownstreamEndpoint(shapes[0], **place), UpstreamEndpoint(shapes[1], **place)
     z = torch.randn(down.shape.z_shape)
     message = down.pack_activation(Encoded(z_BTW=z), np.arange(34), 0, 0, Kind.ACTIVATION)
     body = bytes(message.body)[:-1] + b"\xff"
@@ -364,29 +364,29 @@ def _message(microbatch: int) -> Message:
 
 
 def test_messages_are_packed_in_order_whoever_asks() -> None:
-    packing, packed = Packing(), []
+    pack_queue, packed = PackQueue(), []
 
     def job(microbatch: int) -> Callable[[], Message]:
-        return packing.later(lambda: packed.append(microbatch) or _message(microbatch))
+        return pack_queue.submit(lambda: packed.append(microbatch) or _message(microbatch))
 
     jobs = [job(microbatch) for microbatch in range(4)]
     assert jobs[1]().microbatch == 1  # out of turn: what is before it comes first
     assert packed == [0, 1]
-    packing.settle()
+    pack_queue.flush()
     assert packed == [0, 1, 2, 3]
     assert [message().microbatch for message in jobs] == [0, 1, 2, 3]
     assert packed == [0, 1, 2, 3]
 
 
 def test_what_packing_raises_is_raised_to_whoever_asks() -> None:
-    packing = Packing()
+    pack_queue = PackQueue()
 
     def fail() -> Message:
         raise ValueError("not finite")
 
-    message, after = packing.later(fail), packing.later(lambda: _message(1))
+    message, after = pack_queue.submit(fail), pack_queue.submit(lambda: _message(1))
     with pytest.raises(ValueError, match="not finite"):
-        packing.settle()
+        pack_queue.flush()
     with pytest.raises(ValueError, match="not finite"):
         message()
     assert after().microbatch == 1
@@ -397,9 +397,9 @@ def test_a_codebook_is_the_owners(pair: Pair) -> None:
     for microbatch in range(3):
         pair.up.unpack_activation(pair.activation(microbatch))
     receiver = pair.up.ends["activation_codebook_above"]
-    assert not isinstance(receiver, CodebookSender)
-    assert set(receiver.state_tensors()) == {"mirror", "version"}
-    assert not pair.up.shape.forward.begun
+    assert not isinstance(receiver, CodebookOwner)
+    assert set(receiver.state_tensors()) == {"replica", "version"}
+    assert not pair.up.shape.forward.has_started
     assert set(pair.down.ends["activation_codebook_below"].state_tensors()) == {
         *("shipped", "version"),
         *("counts", "sums", "updates"),

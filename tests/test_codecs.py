@@ -13,14 +13,14 @@ from thinpipe.compress import registry
 from thinpipe.compress.boundary import (
     BoundaryContext,
     CodecError,
+    Decoder,
     Direction,
+    Encoder,
     Key,
     Payload,
-    Receiver,
-    Sender,
     StageContext,
 )
-from thinpipe.compress.identity import Identity
+from thinpipe.compress.identity import IdentityCodec
 from thinpipe.compress.registry import codec_names, format_names, parse_codec, parse_format
 
 FORMATS = format_names()
@@ -272,7 +272,7 @@ class TestFormatLaws:
     def test_a_table_is_learned_or_asked_for_in_vain(self, name):
         fmt, z = parse_format(SMALL.get(name, name)), tensor((4, 40))
         table = fmt.table(40)
-        assert not fmt.begun
+        assert not fmt.has_started
         assert fmt.measures() == {}
         if table is None:
             for ask in (
@@ -287,7 +287,7 @@ class TestFormatLaws:
         with pytest.raises(CodecError, match="no codebook"):
             fmt.pack(z, key())
         fmt.learn(z, key())
-        assert fmt.begun
+        assert fmt.has_started
         assert (fmt.master.shape, fmt.master.dtype) == ((table.entries, table.width), torch.float32)
         assert fmt.usage.shape == (table.entries,)
         assert bool((fmt.usage >= 0).all())
@@ -320,15 +320,15 @@ class TestCodecLaws:
         tokens = [
             wire.codec.tokens(self.stage(index), torch.ones(64, 24)) for index in (1, 2)
         ]  # a table of its own each
-        sender = wire.codec.sender(dataclasses.replace(context, tokens=tokens[0]))
-        receiver = wire.codec.receiver(dataclasses.replace(context, tokens=tokens[1]))
+        sender = wire.codec.encoder(dataclasses.replace(context, tokens=tokens[0]))
+        receiver = wire.codec.decoder(dataclasses.replace(context, tokens=tokens[1]))
         if wire.codec.table(24) is not None:
             table = sender.master
             assert table.shape == (wire.codec.table(24).entries, wire.codec.table(24).width)
             sender.use_table(table.clone())  # each its own copy, as from the wire
             receiver.use_table(table.clone())
-        assert isinstance(sender, Sender)
-        assert isinstance(receiver, Receiver)
+        assert isinstance(sender, Encoder)
+        assert isinstance(receiver, Decoder)
         return wire, sender, receiver
 
     def stage(self, index):
@@ -416,7 +416,7 @@ def test_identity_passes_values_and_gradients_unchanged():
     codec = parse_codec("identity").codec
     hidden_BTD = torch.randn(2, 3, 24).requires_grad_()
     ids_BT = torch.zeros(2, 3, dtype=torch.int64)
-    out_BTD = codec.receiver(CONTEXT).decode(codec.sender(CONTEXT).encode(hidden_BTD, ids_BT), ids_BT)
+    out_BTD = codec.decoder(CONTEXT).decode(codec.encoder(CONTEXT).encode(hidden_BTD, ids_BT), ids_BT)
     gradient_BTD = torch.randn(2, 3, 24)
     out_BTD.backward(gradient_BTD)
     assert torch.equal(out_BTD, hidden_BTD)
@@ -462,7 +462,7 @@ def test_unknown_specs_are_refused_by_name(args, message):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optioned(Identity):
+class Optioned(IdentityCodec):
     """A codec with one option of each type."""
 
     name = "optioned"

@@ -22,7 +22,7 @@ def test_each_stage_has_its_name_port_and_boundaries() -> None:
     peers = SERVICES["stage-0"]["environment"]["THINPIPE_PEERS"].split(",")
     assert peers == [f"stage-{index}:{7000 + index}" for index in range(len(STAGES))]
     for index, name in enumerate(STAGES):
-        assert SERVICES[name]["command"] == ["keep", "--stage", str(index)]
+        assert SERVICES[name]["command"] == ["supervise", "--stage", str(index)]
         ends = {f"boundary-{above}-{above + 1}" for above in (index - 1, index) if 0 <= above < len(STAGES) - 1}
         assert set(SERVICES[name]["networks"]) == ends
 
@@ -51,7 +51,7 @@ def test_every_variable_has_its_default_in_the_example() -> None:
 
 
 def test_every_setting_is_an_option_of_keep() -> None:
-    keep = get_command(app).commands["keep"]  # pyright: ignore[reportAttributeAccessIssue]
+    keep = get_command(app).commands["supervise"]  # pyright: ignore[reportAttributeAccessIssue]
     known = {option.envvar for option in keep.params if option.envvar}
     set_here = {name for name in SERVICES["stage-0"]["environment"] if name != "THINPIPE_CACHE"}
     assert set_here <= known

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.node.discovery.dht_records import ASKED_KEPT, ASKED_MAX, ASKED_S, OWNER, Asked, Held, acceptable
-from thinpipe.sim.swarm import node_environment
+from thinpipe.node.discovery.dht_records import ASKED_KEPT, ASKED_MAX, ASKED_S, OWNER, Asked, StoredRecords, acceptable
+from thinpipe.sim.launch.swarm import node_environment
 
 from .real_node import until
 
@@ -42,7 +42,7 @@ def test_only_records_of_our_form_are_kept() -> None:
 
 
 def test_a_flood_keeps_out_who_comes_and_nobody_who_is_in() -> None:
-    held = Held(records_max=3, bytes_max=100)
+    held = StoredRecords(records_max=3, bytes_max=100)
     for name in (b"a", b"b", b"c"):
         assert held.take((b"key", name), 50.0, 10, 0.0)
     assert not held.take((b"key", b"d"), 50.0, 10, 1.0)
@@ -52,7 +52,7 @@ def test_a_flood_keeps_out_who_comes_and_nobody_who_is_in() -> None:
 
 
 def test_a_shorter_record_that_expires_earlier_makes_no_room() -> None:
-    held = Held(records_max=9, bytes_max=100)
+    held = StoredRecords(records_max=9, bytes_max=100)
     assert held.take((b"key", b"a"), 50.0, 90, 0.0)
     assert held.take((b"key", b"a"), 40.0, 1, 0.0)  # hivemind keeps the other one
     assert not held.take((b"key", b"b"), 50.0, 20, 0.0)
@@ -61,7 +61,7 @@ def test_a_shorter_record_that_expires_earlier_makes_no_room() -> None:
 
 
 def test_one_key_does_not_fill_the_shelf() -> None:
-    held = Held(records_max=9, bytes_max=100, key_bytes_max=50)
+    held = StoredRecords(records_max=9, bytes_max=100, key_bytes_max=50)
     assert held.take((b"one", b"a"), 50.0, 40, 0.0)
     assert not held.take((b"one", b"b"), 50.0, 20, 0.0)
     assert held.take((b"two", b"a"), 50.0, 50, 0.0)
@@ -79,7 +79,10 @@ def test_one_key_does_not_fill_the_shelf() -> None:
 )
 def test_the_shelf_keeps_its_books(takes: list[tuple[bytes, bytes, int, float]]) -> None:
     """Against what hivemind keeps: of each place the record that expires last, until it does."""
-    held, kept = Held(records_max=4, bytes_max=100, key_bytes_max=70), dict[tuple[bytes, bytes], tuple[float, int]]()
+    held, kept = (
+        StoredRecords(records_max=4, bytes_max=100, key_bytes_max=70),
+        dict[tuple[bytes, bytes], tuple[float, int]](),
+    )
     for number, (key, name, nbytes, lasts_s) in enumerate(takes):
         now_s = float(number)
         kept = {place: each for place, each in kept.items() if each[0] >= now_s}

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, Version, decode_delta, encode_delta
-from thinpipe.protocol.dictionary import Mirror, Publisher
+from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX
 from thinpipe.protocol.rows import Encoding
@@ -60,7 +60,7 @@ def bits(table: np.ndarray) -> bytes:
     return table.tobytes()
 
 
-def held(end: Publisher | Mirror) -> tuple[Any, ...]:
+def held(end: Publisher | Replica) -> tuple[Any, ...]:
     return end.version, end.digest, None if end.version is None else bits(end.table)
 
 
@@ -70,12 +70,12 @@ def refused(fault: Fault, call: Callable[[], object], match: str = ".") -> None:
     assert caught.value.fault == fault
 
 
-def ready(encoding: Encoding = "int8", **other: Any) -> tuple[DictionarySpec, Publisher, Mirror, Delta]:
+def ready(encoding: Encoding = "int8", **other: Any) -> tuple[DictionarySpec, Publisher, Replica, Delta]:
     """Both ends after a snapshot, and the delta that comes next."""
     spec = DictionarySpec(**{"name": "table", "entries": 6, "width": 5, "encoding": encoding, **other})
-    publisher, mirror = Publisher(spec, 3), Mirror(spec, 3)
-    mirror.apply(delivered(publisher.publish(table_of(spec, 1), step=0, microbatch=0), spec))
-    return spec, publisher, mirror, publisher.publish(table_of(spec, 2), step=1, microbatch=0)
+    publisher, replica = Publisher(spec, 3), Replica(spec, 3)
+    replica.apply(delivered(publisher.publish(table_of(spec, 1), step=0, microbatch=0), spec))
+    return spec, publisher, replica, publisher.publish(table_of(spec, 2), step=1, microbatch=0)
 
 
 class Sent(NamedTuple):
@@ -84,18 +84,18 @@ class Sent(NamedTuple):
 
 
 class TwoEnds(RuleBasedStateMachine):
-    """One publisher, one mirror, and a network that delays, repeats, reorders and damages; and rewinds."""
+    """One publisher, one replica, and a network that delays, repeats, reorders and damages; and rollbacks."""
 
     @initialize(spec=specs, seed=st.integers(0, 99))
     def start(self, spec: DictionarySpec, seed: int) -> None:
-        self.spec, self.epoch, self.step, self.microbatch = spec, 3, 0, 0
-        self.publisher, self.mirror = Publisher(spec, self.epoch), Mirror(spec, self.epoch)
+        self.spec, self.generation, self.step, self.microbatch = spec, 3, 0, 0
+        self.publisher, self.replica = Publisher(spec, self.generation), Replica(spec, self.generation)
         self.master = table_of(spec, seed)
-        self.expected = held(self.mirror)  # of the mirror, by what was delivered
+        self.expected = held(self.replica)  # of the replica, by what was delivered
         self.coming: deque[Sent] = deque()
-        self.seen: list[bytes] = []  # delivered, or of an earlier epoch
+        self.seen: list[bytes] = []  # delivered, or of an earlier generation
         self.handed_out: list[tuple[np.ndarray, bytes]] = []
-        self.checkpoint = (self.publisher.state(), self.mirror.state(), self.expected)
+        self.checkpoint = (self.publisher.state(), self.replica.state(), self.expected)
 
     @rule(
         seed=st.integers(0, 2**32 - 1),
@@ -122,7 +122,7 @@ class TwoEnds(RuleBasedStateMachine):
         self.handed_out.append((after, bits(after)))
 
     def _deliver(self, raw: bytes) -> None:
-        table = self.mirror.apply(decode_delta(raw, self.spec))
+        table = self.replica.apply(decode_delta(raw, self.spec))
         self.handed_out.append((table, bits(table)))
 
     def _refused(self, raw: bytes) -> None:
@@ -135,7 +135,7 @@ class TwoEnds(RuleBasedStateMachine):
         sent = self.coming.popleft()
         self._deliver(sent.raw)
         self.expected = sent.after
-        self.mirror.check(*sent.after[:2])
+        self.replica.check(*sent.after[:2])
         self.seen.append(sent.raw)
 
     @precondition(lambda self: len(self.coming) > 1)
@@ -163,30 +163,30 @@ class TwoEnds(RuleBasedStateMachine):
 
     @rule()
     def restart_both(self) -> None:
-        for end in ("publisher", "mirror"):
+        for end in ("publisher", "replica"):
             old = getattr(self, end)
-            new = type(old)(self.spec, self.epoch)
+            new = type(old)(self.spec, self.generation)
             new.load_state(old.state())
             setattr(self, end, new)
 
     @precondition(lambda self: not self.coming)
     @rule()
     def commit(self) -> None:
-        self.checkpoint = (self.publisher.state(), self.mirror.state(), self.expected)
+        self.checkpoint = (self.publisher.state(), self.replica.state(), self.expected)
 
     @rule()
-    def rewind(self) -> None:
-        self.epoch, self.step, self.microbatch = self.epoch + 1, 0, 0
-        self.publisher, self.mirror = Publisher(self.spec, self.epoch), Mirror(self.spec, self.epoch)
+    def rollback(self) -> None:
+        self.generation, self.step, self.microbatch = self.generation + 1, 0, 0
+        self.publisher, self.replica = Publisher(self.spec, self.generation), Replica(self.spec, self.generation)
         self.publisher.load_state(self.checkpoint[0])
-        self.mirror.load_state(self.checkpoint[1])
+        self.replica.load_state(self.checkpoint[1])
         self.expected = self.checkpoint[2]
         self.seen += [sent.raw for sent in self.coming]
         self.coming.clear()
 
     @invariant()
-    def mirror_holds_what_was_shipped(self) -> None:
-        assert held(self.mirror) == self.expected
+    def replica_holds_what_was_shipped(self) -> None:
+        assert held(self.replica) == self.expected
 
     @invariant()
     def nothing_handed_out_changes(self) -> None:
@@ -340,12 +340,12 @@ def test_a_difference_too_large_for_the_encoding_is_refused(encoding: Encoding, 
 
 
 def test_one_microbatch_may_bring_several_deltas() -> None:
-    spec, publisher, mirror, delta = ready()
+    spec, publisher, replica, delta = ready()
     assert delta.version == (3, 1, 0, 0)
     again = publisher.publish(table_of(spec, 3), step=1, microbatch=0)
     assert (again.previous, again.version) == ((3, 1, 0, 0), (3, 1, 0, 1))
     assert publisher.publish(table_of(spec, 3), step=1, microbatch=1).version == (3, 1, 1, 0)
-    refused(Fault.OUT_OF_ORDER, lambda: mirror.apply(again))
+    refused(Fault.OUT_OF_ORDER, lambda: replica.apply(again))
 
 
 def test_nothing_can_be_had_before_the_snapshot() -> None:
@@ -353,19 +353,19 @@ def test_nothing_can_be_had_before_the_snapshot() -> None:
     with pytest.raises(LocalProtocolError):
         _ = Publisher(spec, 0).shipped
     with pytest.raises(LocalProtocolError):
-        _ = Mirror(spec, 0).table
-    refused(Fault.OUT_OF_ORDER, lambda: Mirror(spec, 0).check(Version(0, 0, 0, 0), bytes(DIGEST_BYTES)))
+        _ = Replica(spec, 0).table
+    refused(Fault.OUT_OF_ORDER, lambda: Replica(spec, 0).check(Version(0, 0, 0, 0), bytes(DIGEST_BYTES)))
 
 
-def test_the_mirror_names_what_it_refuses() -> None:
-    spec, publisher, mirror, delta = ready()
-    version, before = delta.version, held(mirror)
+def test_the_replica_names_what_it_refuses() -> None:
+    spec, publisher, replica, delta = ready()
+    version, before = delta.version, held(replica)
     snapshot = Publisher(spec, 3).publish(table_of(spec, 1), step=9, microbatch=0)
     cases: list[tuple[Fault, Delta]] = [
         (Fault.OUT_OF_ORDER, publisher.publish(table_of(spec, 3), step=2, microbatch=0)),
         (Fault.OUT_OF_ORDER, snapshot),
-        (Fault.EPOCH, replace(delta, version=version._replace(epoch=2), previous=Version(2, 0, 0, 0))),
-        (Fault.EPOCH, replace(delta, version=version._replace(epoch=4))),
+        (Fault.GENERATION, replace(delta, version=version._replace(generation=2), previous=Version(2, 0, 0, 0))),
+        (Fault.GENERATION, replace(delta, version=version._replace(generation=4))),
         (Fault.UNEXPECTED, replace(delta, name="another")),
         (Fault.CONFIGURATION, replace(delta, encoding="int4")),
         (Fault.MALFORMED, replace(delta, previous=version)),
@@ -380,19 +380,19 @@ def test_the_mirror_names_what_it_refuses() -> None:
         ],
     ]
     for fault, wrong in cases:
-        refused(fault, lambda wrong=wrong: mirror.apply(wrong))
-        assert held(mirror) == before
-    refused(Fault.OUT_OF_ORDER, lambda: Mirror(spec, 3).apply(delta))  # the first is a snapshot
-    mirror.apply(delta)
-    refused(Fault.OUT_OF_ORDER, lambda: mirror.apply(delta))
+        refused(fault, lambda wrong=wrong: replica.apply(wrong))
+        assert held(replica) == before
+    refused(Fault.OUT_OF_ORDER, lambda: Replica(spec, 3).apply(delta))  # the first is a snapshot
+    replica.apply(delta)
+    refused(Fault.OUT_OF_ORDER, lambda: replica.apply(delta))
 
 
 @each_dtype
 @each_encoding
 def test_values_that_are_not_finite_are_refused(encoding: Encoding, dtype: Any) -> None:
     """Scales of nan, infinity, zero, a subnormal and below zero; codes below the least one; plain nan and infinity."""
-    _, _, mirror, delta = ready(encoding, dtype=dtype)
-    before = held(mirror)
+    _, _, replica, delta = ready(encoding, dtype=dtype)
+    before = held(replica)
     if encoding in ("int8", "int4"):
         scales = (0x7FC0, 0x7F80, 0x0000, 0x007F, 0x8000, 0xBF80, 0xFFFF)
         wrong = [scale.to_bytes(2, "little") + delta.payload[2:] for scale in scales]
@@ -403,41 +403,41 @@ def test_values_that_are_not_finite_are_refused(encoding: Encoding, dtype: Any) 
         wrong = [bytes(width - 2) + value.to_bytes(2, "little") + delta.payload[width:] for value in top]
     why = "scale or code" if encoding in ("int8", "int4") else "not be finite"  # and not: the digest differs
     for payload in wrong:
-        refused(Fault.PAYLOAD, lambda payload=payload: mirror.apply(replace(delta, payload=payload)), why)
-        assert held(mirror) == before
+        refused(Fault.PAYLOAD, lambda payload=payload: replica.apply(replace(delta, payload=payload)), why)
+        assert held(replica) == before
 
 
 def test_the_spare_nibble_is_not_free() -> None:
-    _, _, mirror, delta = ready("int4", entries=3, width=3)
+    _, _, replica, delta = ready("int4", entries=3, width=3)
     assert delta.payload[-1] >> 4 == 8
-    refused(Fault.PAYLOAD, lambda: mirror.apply(replace(delta, payload=delta.payload[:-1] + b"\x98")), "code")
-    mirror.apply(delta)
+    refused(Fault.PAYLOAD, lambda: replica.apply(replace(delta, payload=delta.payload[:-1] + b"\x98")), "code")
+    replica.apply(delta)
 
 
 def test_a_table_that_differs_in_one_bit_is_noticed() -> None:
     """Also where the next delta does not touch it."""
-    spec, publisher, mirror, delta = ready("bf16")
-    mirror.apply(delta)
-    state = mirror.state()
+    spec, publisher, replica, delta = ready("bf16")
+    replica.apply(delta)
+    state = replica.state()
     other = state["table"].copy()
     other.view(np.uint32)[5, 4] ^= 1
-    mirror.__dict__["_table"] = other
+    replica.__dict__["_table"] = other
     delta = publisher.publish(table_of(spec, 9), step=2, microbatch=0, entries=np.array([0]))
-    refused(Fault.PAYLOAD, lambda: mirror.apply(delta))
+    refused(Fault.PAYLOAD, lambda: replica.apply(delta))
     with pytest.raises(LocalProtocolError):
-        mirror.load_state({**state, "table": other})
-    mirror.load_state(state)
-    assert bits(mirror.apply(delta)) == bits(publisher.shipped)
+        replica.load_state({**state, "table": other})
+    replica.load_state(state)
+    assert bits(replica.apply(delta)) == bits(publisher.shipped)
 
 
 def test_a_tensor_names_the_version_it_was_coded_with() -> None:
-    _, _, mirror, delta = ready()
-    refused(Fault.OUT_OF_ORDER, lambda: mirror.check(delta.version, delta.digest))
-    mirror.apply(delta)
-    mirror.check(delta.version, delta.digest)
+    _, _, replica, delta = ready()
+    refused(Fault.OUT_OF_ORDER, lambda: replica.check(delta.version, delta.digest))
+    replica.apply(delta)
+    replica.check(delta.version, delta.digest)
     assert delta.previous is not None
-    refused(Fault.OUT_OF_ORDER, lambda: mirror.check(delta.previous, delta.digest))  # type: ignore[arg-type]
-    refused(Fault.PAYLOAD, lambda: mirror.check(delta.version, bytes(DIGEST_BYTES)))
+    refused(Fault.OUT_OF_ORDER, lambda: replica.check(delta.previous, delta.digest))  # type: ignore[arg-type]
+    refused(Fault.PAYLOAD, lambda: replica.check(delta.version, bytes(DIGEST_BYTES)))
 
 
 def test_digests_of_other_dictionaries_differ() -> None:
@@ -612,18 +612,18 @@ def test_memory_stays_within_the_spec() -> None:
 @each_dtype
 @each_encoding
 def test_a_restored_publisher_goes_on_bit_for_bit(encoding: Encoding, dtype: Any) -> None:
-    spec, publisher, mirror, delta = ready(encoding, dtype=dtype)
-    mirror.apply(delta)
-    restored, followed = Publisher(spec, 3), Mirror(spec, 3)
+    spec, publisher, replica, delta = ready(encoding, dtype=dtype)
+    replica.apply(delta)
+    restored, followed = Publisher(spec, 3), Replica(spec, 3)
     restored.load_state(publisher.state())
-    followed.load_state(mirror.state())
+    followed.load_state(replica.state())
     for step in range(2, 6):
         entries = None if step % 2 else np.array([0, 3])
         sent = [
             end.publish(table_of(spec, step), step=step, microbatch=1, entries=entries) for end in (publisher, restored)
         ]
         assert encode_delta(sent[0]) == encode_delta(sent[1])
-        assert bits(followed.apply(sent[0])) == bits(mirror.apply(sent[1])) == bits(publisher.shipped)
+        assert bits(followed.apply(sent[0])) == bits(replica.apply(sent[1])) == bits(publisher.shipped)
 
 
 def test_an_empty_state_is_one_too() -> None:
@@ -668,18 +668,18 @@ def test_a_damaged_state_is_refused() -> None:
             assert held(end) == before
     with pytest.raises(LocalProtocolError) as caught:
         Publisher(spec, 2).load_state(state)
-    assert caught.value.fault == Fault.EPOCH
+    assert caught.value.fault == Fault.GENERATION
 
 
-def test_a_rewind_raises_the_epoch_and_repeats_the_steps() -> None:
-    spec, publisher, mirror, delta = ready()
+def test_a_rollback_raises_the_generation_and_repeats_the_steps() -> None:
+    spec, publisher, replica, delta = ready()
     committed = publisher.state()
     late = publisher.publish(table_of(spec, 3), step=2, microbatch=0)
-    mirror.apply(delta)
-    again, followed = Publisher(spec, 4), Mirror(spec, 4)
+    replica.apply(delta)
+    again, followed = Publisher(spec, 4), Replica(spec, 4)
     again.load_state(committed)
-    followed.load_state(mirror.state())
-    refused(Fault.EPOCH, lambda: followed.apply(late))
+    followed.load_state(replica.state())
+    refused(Fault.GENERATION, lambda: followed.apply(late))
     redone = again.publish(table_of(spec, 3), step=2, microbatch=0)
     assert redone.payload == late.payload
     assert bits(followed.apply(redone)) == bits(publisher.shipped)

@@ -1,8 +1,8 @@
 """Encoder and decoder hold the same tables at every message, whatever happens to links and processes between them.
 
 Two ends that learn (`dictionary_ends`) over two real link sessions, under any interleaving of messages, cuts, resumes,
-duplicates, restarts from a checkpoint, and rewinds. What is decoded is what was meant, bit for bit, and what has been
-replayed in a later epoch ends in the bits of a run on which nothing was lost.
+duplicates, restarts from a checkpoint, and rollbacks. What is decoded is what was meant, bit for bit, and what has been
+replayed in a later generation ends in the bits of a run on which nothing was lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from thinpipe.protocol.assembly import message_cost
 from thinpipe.protocol.delta import (
     DIGEST_BYTES,
     DictionarySpec,
@@ -25,9 +24,10 @@ from thinpipe.protocol.delta import (
     split_deltas,
 )
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.messages import Head, Kind, Limits, Message, split
-from thinpipe.protocol.session import LinkSession, Opened, Received, State
+from thinpipe.protocol.reassembly import message_cost
+from thinpipe.protocol.session import LinkSession, Opened, Received, SessionState
 
 from .dictionary_ends import ROWS, End, Plan, Run, Sent, content, nearest, undisturbed
 
@@ -79,15 +79,20 @@ class Side:
     def __init__(self, run: Run, side: int) -> None:
         self.run, self.side = run, side
         self.incarnation = 100 + side
-        self.disk: dict[int, dict[str, Any]] = {}  # completed -> state, of whatever epoch it was
+        self.disk: dict[int, dict[str, Any]] = {}  # completed -> state, of whatever generation it was
         self.began(End(run, side), 0)
 
-    def began(self, end: End, epoch: int) -> None:
-        """Everything of an epoch is made anew."""
+    def began(self, end: End, generation: int) -> None:
+        """Everything of a generation is made anew."""
         self.end = end
         self.limits = Limits(message_bytes=self.run.message_bytes_max, chunk_bytes=96)
-        identity = Identity(
-            run_id="run", configuration="c", stage=self.side, stages=2, incarnation=self.incarnation, epoch=epoch
+        identity = NodeIdentity(
+            run_id="run",
+            configuration="c",
+            stage=self.side,
+            stages=2,
+            incarnation=self.incarnation,
+            generation=generation,
         )
         self.session = LinkSession(
             identity=identity,
@@ -97,7 +102,7 @@ class Side:
         )
         self.parts: deque[tuple[Head | None, bytes | memoryview]] = deque()
         self.wire: deque[bytes] = deque()
-        self.stamped: list[bytes] = []  # each chunk of this epoch, by sequence
+        self.stamped: list[bytes] = []  # each chunk of this generation, by sequence
         self.meant: deque[Sent] = deque()  # sent and not decoded there yet
         self.acknowledged = 0
 
@@ -108,7 +113,7 @@ class Side:
 
     def kept(self) -> list[bytes]:
         """What a new connection carries first: as it was sent, never encoded again."""
-        frames = self.session.kept_frames()
+        frames = self.session.retransmissions()
         assert frames == self.stamped[len(self.stamped) - len(frames) :]
         return frames
 
@@ -120,13 +125,13 @@ class Boundary(RuleBasedStateMachine):
 
     @initialize(run=runs, periods=st.tuples(st.integers(1, 3), st.integers(1, 3)), overwrites=st.booleans())
     def start(self, run: Run, periods: tuple[int, int], overwrites: bool) -> None:
-        self.run, self.epoch, self.connected, self.evaluations = run, 0, False, 0
+        self.run, self.generation, self.connected, self.evaluations = run, 0, False, 0
         self.overwrites = overwrites  # whether a step that is done again replaces the checkpoint of its first time
         self.periods = periods  # steps between checkpoints that are made as soon as a step is completed
         self.both = [Side(run, 0), Side(run, 1)]
-        self.old_chunks: list[tuple[int, bytes]] = []  # (towards which side, frame) of earlier epochs
-        self.taken: list[tuple[int, Message]] = []  # (by which side, message), of all epochs
-        self.replayed: dict[Any, bytes] = {}  # what was decoded of each microbatch, in whatever epoch
+        self.old_chunks: list[tuple[int, bytes]] = []  # (towards which side, frame) of earlier generations
+        self.taken: list[tuple[int, Message]] = []  # (by which side, message), of all generations
+        self.replayed: dict[Any, bytes] = {}  # what was decoded of each microbatch, in whatever generation
         self.reference = undisturbed(run)
         self.reference_states: list[tuple[Any, Any]] = []
         self.connect(2)
@@ -160,9 +165,9 @@ class Boundary(RuleBasedStateMachine):
         for _ in range(min(count, len(here.parts))):
             if not here.session.may_send(len(here.parts[0][1])):
                 return
-            frame = here.session.stamp(*here.parts.popleft())
+            frame = here.session.send(*here.parts.popleft())
             here.stamped.append(frame)
-            if here.session.state is State.OPEN:
+            if here.session.state is SessionState.OPEN:
                 here.wire.append(frame)
 
     @rule(towards=sides, count=st.integers(1, 12))
@@ -177,7 +182,7 @@ class Boundary(RuleBasedStateMachine):
                 elif isinstance(event, Received):
                     here.session.consume(event.cost_bytes)
                     self.decode(towards, event.message)
-        if here.session.state is State.OPEN and here.session.credit_due:
+        if here.session.state is SessionState.OPEN and here.session.credit_due:
             here.wire.append(here.session.credit())
 
     def decode(self, side: int, message: Message) -> None:
@@ -190,9 +195,9 @@ class Boundary(RuleBasedStateMachine):
         )
         assert decoded == sent.meant, "what the encoder meant"
         for nth, (name, held) in enumerate(sent.tables.items()):
-            mirror = here.end.mirrors[name]
-            assert (mirror.version, mirror.digest, mirror.table.tobytes()) == held
-            assert message.body[2 * ROWS * nth :][: 2 * ROWS] == nearest(sent.tensor, mirror.table).tobytes()
+            replica = here.end.replicas[name]
+            assert (replica.version, replica.digest, replica.table.tobytes()) == held
+            assert message.body[2 * ROWS * nth :][: 2 * ROWS] == nearest(sent.tensor, replica.table).tobytes()
         if message.kind is not Kind.EVALUATION:
             key = message.kind, message.step, message.microbatch
             assert self.replayed.setdefault(key, decoded) == decoded, "a replay says what was said before"
@@ -204,7 +209,7 @@ class Boundary(RuleBasedStateMachine):
         """A careless peer sends a chunk again that has arrived: dropped, whatever it said."""
         here, there = self.both[towards], self.both[1 - towards]
         old = there.stamped[: here.session._expected]
-        if old and here.session.state is there.session.state is State.OPEN:
+        if old and here.session.state is there.session.state is SessionState.OPEN:
             there.wire.append(data.draw(st.sampled_from(old[-2:]) | st.sampled_from(old)))
             self.deliver(towards, len(there.wire))
 
@@ -262,8 +267,9 @@ class Boundary(RuleBasedStateMachine):
 
     @precondition(lambda self: all(side.end.decoded for side in self.both))
     @rule(died=st.sampled_from([(), (0,), (1,), (0, 1)]), lost=st.integers(0, 2))
-    def rewind(self, died: tuple[int, ...], lost: int) -> None:
-        """All go back to the newest step that both can go back to, in a new epoch. Who died has its disk only, and of
+    def rollback(self, died: tuple[int, ...], lost: int) -> None:
+        """All go back to the newest step that both can go back to, in a new generation. Who died has its disk only, and
+        of
         that perhaps not all; the others have the present state in memory too."""
         offers: list[dict[int, dict[str, Any]]] = []
         for side, here in enumerate(self.both):
@@ -274,11 +280,11 @@ class Boundary(RuleBasedStateMachine):
             memory = {} if side in died else {here.end.completed: here.end.state()}
             offers.append({**here.disk, **memory})
         goal = max({0} | set(offers[0]) & set(offers[1]))
-        self.epoch += 1
+        self.generation += 1
         self.connected = False
         for side, here in enumerate(self.both):
             self.old_chunks += [(1 - side, frame) for frame in here.stamped]
-            here.began(End(self.run, side, self.epoch, offers[side].get(goal)), self.epoch)
+            here.began(End(self.run, side, self.generation, offers[side].get(goal)), self.generation)
             assert here.end.completed == goal
 
     # -- what must not be taken ---------------------------------------------------------------------------------------
@@ -286,11 +292,11 @@ class Boundary(RuleBasedStateMachine):
     @precondition(lambda self: self.taken)
     @rule(data=st.data())
     def replay(self, data: st.DataObject) -> None:
-        """A message that was decoded once, in this epoch or an earlier one, is not decoded again, unless it brings
+        """A message that was decoded once, in this generation or an earlier one, is not decoded again, unless it brings
         nothing and was coded with what is here."""
         side, message = data.draw(st.sampled_from(self.taken[-20:]))
         end = self.both[side].end
-        present = {name: [*(mirror.version or ()), mirror.digest] for name, mirror in end.mirrors.items()}
+        present = {name: [*(replica.version or ()), replica.digest] for name, replica in end.replicas.items()}
         if len(message.dictionary) or message.codec_header != present:
             self.refused(end, message)
 
@@ -324,7 +330,7 @@ class Boundary(RuleBasedStateMachine):
                 self.refused(end, replace(message, dictionary=wrong, codec_header=header))
                 before = self.held(end)
                 with pytest.raises(RemoteProtocolError):
-                    end.mirrors[name].apply(delta)
+                    end.replicas[name].apply(delta)
                 assert self.held(end) == before
 
     def refused(self, end: End, message: Message) -> None:
@@ -335,21 +341,21 @@ class Boundary(RuleBasedStateMachine):
 
     @staticmethod
     def held(end: End) -> Any:
-        tables = {name: mirror.state() for name, mirror in end.mirrors.items()}
+        tables = {name: replica.state() for name, replica in end.replicas.items()}
         return {name: (each["version"], each["digest"], each["table"].tobytes()) for name, each in tables.items()}
 
     @precondition(lambda self: self.connected and self.old_chunks)
     @rule(data=st.data())
     def wake_up(self, data: st.DataObject) -> None:
-        """A chunk of an earlier epoch is refused by name; the connection goes, and nothing else."""
+        """A chunk of an earlier generation is refused by name; the connection goes, and nothing else."""
         towards, frame = data.draw(st.sampled_from(self.old_chunks[-20:]))
         here = self.both[towards]
-        if here.session.state is not State.OPEN:
+        if here.session.state is not SessionState.OPEN:
             return
         before, expected = self.held(here.end), here.session._expected
         with pytest.raises(RemoteProtocolError) as caught:
             here.session.receive(frame)
-        assert caught.value.fault is Fault.EPOCH
+        assert caught.value.fault is Fault.GENERATION
         assert (self.held(here.end), here.session._expected) == (before, expected)
         self.cut()
 
@@ -366,7 +372,7 @@ class Boundary(RuleBasedStateMachine):
                 self.reference_states.append((content(upper.state()), content(lower.state())))
                 self.reference_decoded = {**lower.decoded, **upper.decoded}
             assert content(here.end.state()) == self.reference_states[here.end.completed][side]
-            assert here.session.unacknowledged_bytes == sum(map(len, here.session.kept_frames()))
+            assert here.session.unacknowledged_bytes == sum(map(len, here.session.retransmissions()))
 
     def teardown(self) -> None:
         """From any point, a while in which nothing happens brings both to the end of a later step."""
@@ -386,15 +392,15 @@ class Boundary(RuleBasedStateMachine):
             assert self.reference_decoded.get(key, decoded) == decoded
 
 
-def begun(**other: Any) -> Boundary:
+def has_started(**other: Any) -> Boundary:
     boundary = Boundary()
     boundary.start(run_of(**other), periods=(100, 100), overwrites=False)
     return boundary
 
 
-def test_ends_may_go_on_from_checkpoints_of_two_epochs() -> None:
+def test_ends_may_go_on_from_checkpoints_of_two_generations() -> None:
     """A step that was done twice; each end has the checkpoint of another time."""
-    boundary = begun()
+    boundary = has_started()
     upper, lower = boundary.both
     while lower.end.completed < 3:
         boundary.train(1)
@@ -402,19 +408,19 @@ def test_ends_may_go_on_from_checkpoints_of_two_epochs() -> None:
             boundary.save(0)
             boundary.save(1)
     assert upper.end.completed == 2
-    boundary.save(1)  # after 3 steps, in epoch 0
-    boundary.rewind(died=(0,), lost=0)
+    boundary.save(1)  # after 3 steps, in generation 0
+    boundary.rollback(died=(0,), lost=0)
     while upper.end.completed < 3:
         boundary.train(1)
-    boundary.save(0)  # after 3 steps, in epoch 1
-    boundary.rewind(died=(0, 1), lost=0)
+    boundary.save(0)  # after 3 steps, in generation 1
+    boundary.rollback(died=(0, 1), lost=0)
     assert upper.end.completed == lower.end.completed == 3
     boundary.teardown()
 
 
 @pytest.mark.parametrize("arrived", [(0, 0), (1, 7), (7, 1), (4, 4)])
 def test_much_is_on_its_way_when_the_connection_breaks(arrived: tuple[int, int]) -> None:
-    boundary = begun(microbatches=3)
+    boundary = has_started(microbatches=3)
     boundary.train(3)
     for rounds in (1, 2, 3):
         boundary.break_in(rounds=rounds, sent=8, arrived=arrived)

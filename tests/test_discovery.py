@@ -18,7 +18,7 @@ import pytest
 from thinpipe.node.config import RunConfig, dump_config, load_config, merge, parse_config
 from thinpipe.node.discovery.dht import write_frame
 from thinpipe.node.one_process import OneProcess
-from thinpipe.sim.swarm import node_environment
+from thinpipe.sim.launch.swarm import node_environment
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
@@ -84,7 +84,7 @@ if __name__ == "__main__":
     dht = hivemind.DHT(sys.argv[1:2], start=True, record_validators=[rules], **local)
     key, mine, until = "thinpipe/run/found", rules.local_public_key, time.time() + 200
     odd = {"version": 1, "run": "found", "configuration": "f" * 64, "stage": 0, "stages": 2, "endpoint": "127.0.0.1:9",
-           "state": "training", "incarnation": 5, "claimed_at_s": 1.0, "epoch": 9, "completed_steps": 1,
+           "state": "training", "incarnation": 5, "claimed_at_s": 1.0, "generation": 9, "completed_steps": 1,
            "committed_steps": 1, "tokens_per_s": 1.0}
     def store(value, subkey, key=key, until=until):
         print(dht.store(key, value, until, subkey=subkey), flush=True)
@@ -118,28 +118,28 @@ def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, config: RunConfig, 
     of a node's own part of the DHT, of a node."""
     scene.use_keys("found", "0-1")
     bootstrap = scene.dht("bootstrap", "--config", str(tmp_path / "run.toml"))
-    door, address = bootstrap.until_says(DOOR)[1], bootstrap.until_says(MULTIADDR)[1]
+    rendezvous, address = bootstrap.until_says(DOOR)[1], bootstrap.until_says(MULTIADDR)[1]
     stranger = strangers(address, tmp_path / "stranger.log")
     try:
-        nodes = [scene.node(name, door, "auto") for name in ("a", "b")]  # at once, for two stages
+        nodes = [scene.node(name, rendezvous, "auto") for name in ("a", "b")]  # at once, for two stages
         places = dict(map(served, nodes))
         assert sorted(places) == [0, 1]
         at = {served(node)[0]: node for node in nodes}
         directories = {served(node)[0]: tmp_path / node.log.stem for node in nodes}
         until(lambda: "done" in (tmp_path / "stranger.log").read_text(), "a stranger to write")
         assert (tmp_path / "stranger.log").read_text().split() == ["True", *["False"] * 4, "done"]
-        late = scene.node("late", door, "1")
-        without = scene.run("without", "status", "--join", door)
+        late = scene.node("late", rendezvous, "1")
+        without = scene.run("without", "status", "--join", rendezvous)
         until(lambda: records(directories[0], 0, "step"), "the first step")
 
-        found = scene.status(door)
+        found = scene.status(rendezvous)
         assert [stage["nodes"][0]["endpoint"] for stage in found["stages"]] == [places[0], places[1]]
         assert all(stage["nodes"][0]["state"] in ("training", "waiting") for stage in found["stages"])
         assert found["left_out"] == {"malformed-frame": 1}
         line = late.ends(2).splitlines()[-1]
         assert "thinpipe: error: stage 1 is served by process" in line
         assert places[1] in line
-        assert f"{door} speaks TLS and this one does not" in without.ends(2)
+        assert f"{rendezvous} speaks TLS and this one does not" in without.ends(2)
 
         family = bootstrap.family()[1:]
         bootstrap.dht().kill()
@@ -170,7 +170,7 @@ def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, config: RunConfig, 
     finally:
         os.killpg(stranger.pid, signal.SIGKILL)
         stranger.wait()
-    assert records(directories[1], 1, "rewind")[-1]["completed"] > 0  # from its neighbour's copy: its disk is new
+    assert records(directories[1], 1, "rollback")[-1]["completed"] > 0  # from its neighbour's copy: its disk is new
     steps = records(directories[0], 0, "end")[-1]["steps"]
     assert states(directories) == states_after(config, steps)
 
@@ -198,12 +198,12 @@ def test_by_multiaddr_the_configuration_comes_from_the_dht(scene: Scene, config:
 
 def test_a_node_that_cannot_be_reached_is_told(scene: Scene, tmp_path: Path) -> None:
     bootstrap = scene.dht("bootstrap", "--config", str(tmp_path / "run.toml"))
-    door, nobody = bootstrap.until_says(DOOR)[1], free_address()
-    node = scene.node("a", door, "1", "--announce", nobody)
+    rendezvous, nobody = bootstrap.until_says(DOOR)[1], free_address()
+    node = scene.node("a", rendezvous, "1", "--announce", nobody)
     node.until_says(r"this node is announced at")
     line = next(line for line in node.words.splitlines() if "this node is announced at" in line)
     assert f"at {nobody} and cannot be reached there by itself (nobody listens at {nobody}" in line
-    assert f", nor by {door} (nobody listens at {nobody}" in line
+    assert f", nor by {rendezvous} (nobody listens at {nobody}" in line
     assert "say with --announce host:port where the stage above reaches it" in line
     node.popen.terminate()
     assert "stopped by SIGTERM" in node.ends(130)

@@ -24,19 +24,27 @@ from thinpipe import __version__
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.config import dump_config
-from thinpipe.node.links import probe_service
-from thinpipe.node.links.probe_service import ProbeService, dial_back
-from thinpipe.node.links.transport import listening, probe_door, serving
+from thinpipe.node.links import probe_server
+from thinpipe.node.links.probe_server import ProbeService, dial_back
+from thinpipe.node.links.transport import listening, probe_handler, serving
 from thinpipe.node.probing import doctor, machine
-from thinpipe.node.probing.asker import Visited, visit
 from thinpipe.node.probing.doctor import Questions, examine, report, table
 from thinpipe.node.probing.machine import Finding
+from thinpipe.node.probing.probe_client import Visited, visit
 from thinpipe.node.probing.reach import ProbeError
-from thinpipe.node.security.keys import clock, init, issue
+from thinpipe.node.security.key_directory import clock, init, issue
 from thinpipe.node.security.policy import PLAIN, Security, choose
-from thinpipe.protocol.probing import TOKEN_BYTES, About, Outcome, Visit, decode_probe, encode_probe, knock
-from thinpipe.sim.swarm import free_ports
-from thinpipe.sim.tc import KernelLinkError
+from thinpipe.protocol.path_probe import (
+    TOKEN_BYTES,
+    InfoRequest,
+    InfoResponse,
+    Outcome,
+    decode_probe,
+    dial_back_proof,
+    encode_probe,
+)
+from thinpipe.sim.launch.swarm import free_ports
+from thinpipe.sim.links.tc import KernelLinkError
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -50,7 +58,7 @@ TOKEN = bytes(range(TOKEN_BYTES))
 async def neighbour(security: Security = PLAIN) -> AsyncIterator[str]:
     """A probe --listen."""
     service = ProbeService(busy=lambda: False)
-    async with serving("127.0.0.1:0", {"Probe": probe_door(service, complain, security)}, security) as port:
+    async with serving("127.0.0.1:0", {"Probe": probe_handler(service, complain, security)}, security) as port:
         yield f"127.0.0.1:{port}"
 
 
@@ -60,7 +68,7 @@ async def neighbour(security: Security = PLAIN) -> AsyncIterator[str]:
 def test_a_visit_tells_versions_clock_and_whether_the_way_back_is_open() -> None:
     async def story() -> tuple[Visited, str | None]:
         came = asyncio.get_running_loop().create_future()
-        async with neighbour() as address, doctor._door("127.0.0.1:0", knock(TOKEN), came) as port:
+        async with neighbour() as address, doctor._door("127.0.0.1:0", dial_back_proof(TOKEN), came) as port:
             visited = await visit(address, port=port, token=TOKEN)
             await asyncio.wait([came], timeout=5)
         return visited, came.result() if came.done() else None
@@ -84,12 +92,18 @@ def test_nothing_is_dialled_unless_it_is_asked_for_and_a_shut_port_is_said() -> 
 def test_a_strangers_call_proves_nothing() -> None:
     async def story() -> bool:
         came = asyncio.get_running_loop().create_future()
-        async with doctor._door("127.0.0.1:0", knock(TOKEN), came) as port:
-            for words in (knock(bytes(TOKEN_BYTES)), TOKEN, knock(TOKEN)[:-1], b"", b"GET / HTTP/1.0\r\n\r\n" * 9):
+        async with doctor._door("127.0.0.1:0", dial_back_proof(TOKEN), came) as port:
+            for words in (
+                dial_back_proof(bytes(TOKEN_BYTES)),
+                TOKEN,
+                dial_back_proof(TOKEN)[:-1],
+                b"",
+                b"GET / HTTP/1.0\r\n\r\n" * 9,
+            ):
                 await dial_back("127.0.0.1", port, words)
             await asyncio.sleep(0.05)
             strangers = came.done()
-            await dial_back("127.0.0.1", port, knock(TOKEN))
+            await dial_back("127.0.0.1", port, dial_back_proof(TOKEN))
             await asyncio.wait_for(came, 5)
             return strangers
 
@@ -103,7 +117,7 @@ def test_the_door_dials_where_the_visit_came_from_and_nowhere_else(monkeypatch: 
     assert host_of("ipv6:%5Bfe80::1%25eth0%5D:50123") == "fe80::1%eth0"
     for none in ("unix:/tmp/socket", "", "ipv4", "dns:evil.example:1"):
         assert host_of(none) == ""
-    assert {field for field in Visit.__dataclass_fields__ if "host" in field or "address" in field} == set()
+    assert {field for field in InfoRequest.__dataclass_fields__ if "host" in field or "address" in field} == set()
     assert asyncio.run(dial_back("", free_ports(1)[0], b"x")) is Outcome.UNREACHABLE
 
     dialled = []
@@ -112,14 +126,14 @@ def test_the_door_dials_where_the_visit_came_from_and_nowhere_else(monkeypatch: 
         dialled.append((host, port, words))
         return Outcome.SILENT
 
-    monkeypatch.setattr(probe_service, "dial_back", note)
+    monkeypatch.setattr(probe_server, "dial_back", note)
 
     async def story() -> Outcome | None:
         async with neighbour() as address:
             return (await visit(address, port=7001, token=TOKEN)).outcome
 
     assert asyncio.run(story()) is Outcome.SILENT
-    assert dialled == [("127.0.0.1", 7001, knock(TOKEN))]
+    assert dialled == [("127.0.0.1", 7001, dial_back_proof(TOKEN))]
 
 
 def test_one_visitor_is_dialled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +145,7 @@ def test_one_visitor_is_dialled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
             await hangs.wait()
             return Outcome.SILENT
 
-        monkeypatch.setattr(probe_service, "dial_back", hang)
+        monkeypatch.setattr(probe_server, "dial_back", hang)
         async with neighbour() as address:
             first = asyncio.create_task(visit(address, port=1, token=TOKEN))
             await dialling.wait()
@@ -149,13 +163,13 @@ def test_one_visitor_is_dialled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_another_version_is_answered_because_that_is_the_question() -> None:
     frames = (
-        encode_probe(replace(Visit(port=0, token=TOKEN, version="9"), protocol_version=99)),
-        encode_probe(About(version="9", unix_us=1, seen_as="x", in_a_run=False, protocol_version=99)),
+        encode_probe(replace(InfoRequest(port=0, token=TOKEN, version="9"), protocol_version=99)),
+        encode_probe(InfoResponse(version="9", unix_us=1, seen_as="x", in_a_run=False, protocol_version=99)),
     )
     for frame in frames:
         assert decode_probe(frame + b"\xf8\x01\x01")  # with a field that is not known here
 
-    async def story() -> About:
+    async def story() -> InfoResponse:
         said: list[bytes] = []
 
         async def read() -> bytes | None:
@@ -166,7 +180,7 @@ def test_another_version_is_answered_because_that_is_the_question() -> None:
 
         await ProbeService(busy=lambda: True).serve(read, write, "ipv4:127.0.0.1:1")
         about = decode_probe(said[0])
-        assert isinstance(about, About)
+        assert isinstance(about, InfoResponse)
         return about
 
     assert asyncio.run(story()).in_a_run
@@ -271,7 +285,7 @@ def test_a_neighbour_that_is_not_there_is_a_fault() -> None:
     assert "reachable" not in found
 
 
-ABOUT = About(version=__version__, unix_us=0, seen_as="192.0.2.7", in_a_run=False)
+ABOUT = InfoResponse(version=__version__, unix_us=0, seen_as="192.0.2.7", in_a_run=False)
 MET = Visited(about=ABOUT, round_trip_s=0.05, offset_s=0.0, outcome=Outcome.CONNECTED)
 
 

@@ -1,7 +1,7 @@
 """Each fault in each phase: it really happens, it has the consequence that it should have, and the run ends equal.
 
 One process, virtual time (`tests/cluster.py`), MAPL with dictionaries, three stages. The middle one is hit unless the
-place is the point. Phases of a rewind have a loss of the head before them.
+place is the point. Phases of a rollback have a loss of the head before them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from .cluster import Ended, run_cluster
 from .conftest import TinyConfig
 from .faults import (
-    REWIND,
+    ROLLBACK,
     SENDING,
     TRAINING,
     Corrupt,
@@ -40,7 +40,7 @@ from .faults_reference import SETTINGS, STAGES, assert_equal
 from .in_memory import Outcome, run_reference
 
 STEP = 4  # of 6, counted from 0; the projector's table changes before it
-LOSS = kill(0, STEP, Phase.MID_BACKWARD)  # that brings about a rewind
+LOSS = kill(0, STEP, Phase.MID_BACKWARD)  # that brings about a rollback
 SILENCE_S = 8.0  # after which a neighbour is taken for gone, on an uncapped link
 SLOW_BITS_PER_S = 2_000.0  # a part of a tensor takes half a second, a step a minute
 
@@ -59,7 +59,7 @@ FAULTS: list[Callable[[int | None, Phase], Fault]] = [
     lambda step, phase: disk_full(1, step, phase, writes=1),
 ]
 IN_TRAINING = [fault(STEP, phase) for phase in TRAINING for fault in FAULTS]
-IN_A_REWIND = [fault(None, phase) for phase in REWIND for fault in FAULTS]
+IN_A_ROLLBACK = [fault(None, phase) for phase in ROLLBACK for fault in FAULTS]
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +74,9 @@ def calm(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> Ended:
 
 
 @pytest.fixture(scope="module")
-def rewound(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> Ended:
-    """The swarm with the one loss that brings about a rewind."""
-    return run_cluster(tiny(SETTINGS), tmp_path_factory.mktemp("rewound"), [LOSS])
+def rolled_back(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> Ended:
+    """The swarm with the one loss that brings about a rollback."""
+    return run_cluster(tiny(SETTINGS), tmp_path_factory.mktemp("rolled back"), [LOSS])
 
 
 def loses_a_commit(fault: Fault) -> bool:
@@ -94,17 +94,17 @@ def assert_consequence(fault: Fault, ended: Ended, otherwise: Ended) -> None:
     match fault:
         case Kill(stage=stage) | TornCheckpoint(stage=stage) | Pause(stage=stage, replaced=True):
             assert more_starts == [int(each == stage) for each in range(STAGES)]
-            assert ended.epochs > 1
+            assert ended.generations > 1
         case Pause() | Cut() | Slow() | Corrupt() | DiskFull():  # nothing is lost, not even a step
             assert not any(more_starts)
-            assert ended.epochs == otherwise.epochs + loses_a_commit(fault)
+            assert ended.generations == otherwise.generations + loses_a_commit(fault)
             assert not ended.fenced
     match fault:
         case TornCheckpoint(stage=stage):
             ((torn, step),) = ended.damaged
             assert torn == stage
             assert ended.said_of(f"stage {stage}", "checkpoint", "damaged", f"step-{step:08d}")
-            assert ended.rewinds[-1]["completed"] < step
+            assert ended.rollbacks[-1]["completed"] < step
         case Pause(replaced=True):
             ((sleeper, words),) = ended.fenced
             assert sleeper == fault.stage
@@ -115,7 +115,7 @@ def assert_consequence(fault: Fault, ended: Ended, otherwise: Ended) -> None:
             assert bool(ended.said_of("silent")) == (fault.seconds > SILENCE_S)
         case Cut():
             assert ended.meetings[fault.boundary] > otherwise.meetings[fault.boundary]
-            if otherwise.epochs == 1:
+            if otherwise.generations == 1:
                 assert ended.connections[fault.boundary] > otherwise.connections[fault.boundary]
             assert ended.said_of("connection-lost")
         case Slow():
@@ -143,12 +143,14 @@ def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_pa
     assert_consequence(fault, ended, calm)
 
 
-@pytest.mark.parametrize("fault", IN_A_REWIND, ids=str)
-def test_in_a_rewind(tiny: TinyConfig, undisturbed: Outcome, rewound: Ended, tmp_path: Path, fault: Fault) -> None:
+@pytest.mark.parametrize("fault", IN_A_ROLLBACK, ids=str)
+def test_in_a_rollback(
+    tiny: TinyConfig, undisturbed: Outcome, rolled_back: Ended, tmp_path: Path, fault: Fault
+) -> None:
     ended = run_cluster(tiny(SETTINGS), tmp_path, [LOSS, fault])
     assert_equal(ended, undisturbed)
     assert ended.happened == [LOSS, fault]
-    assert_consequence(fault, ended, rewound)
+    assert_consequence(fault, ended, rolled_back)
 
 
 ENDS = [kill(stage, STEP, phase) for stage in (0, 2) for phase in TRAINING if stage == 0 or phase not in SENDING]
@@ -185,18 +187,18 @@ def test_a_loss_between_input_and_weight_gradients(
     ended = run_cluster(tiny({**SPLIT, "pipeline.schedule": "zb"}), tmp_path, [fault])
     assert_equal(ended, undisturbed_whole)
     assert ended.happened == [fault]
-    assert ended.epochs > 1
+    assert ended.generations > 1
 
 
 # Each stage first, each second and each phase with every other one; the rest of the cube takes its time elsewhere.
 TWICE = [
     pytest.param(first, second, phase, marks=[] if (first + second + place) % 3 == 0 else pytest.mark.long)
-    for first, second, (place, phase) in itertools.product(range(STAGES), range(STAGES), enumerate(REWIND))
+    for first, second, (place, phase) in itertools.product(range(STAGES), range(STAGES), enumerate(ROLLBACK))
 ]
 
 
 @pytest.mark.parametrize(("first", "second", "phase"), TWICE)
-def test_a_second_kill_during_the_rewind(
+def test_a_second_kill_during_the_rollback(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, first: int, second: int, phase: Phase
 ) -> None:
     """Of any stage, the one that has just come back included."""
@@ -255,18 +257,19 @@ def test_a_loss_while_the_disk_is_full_goes_back_further(
     assert_equal(ended, undisturbed)
     assert ended.happened == faults
     assert len(ended.said_of("No space left on device")) == 1
-    (rewind,) = ended.rewinds
-    assert rewind["completed"] == 3
+    (rollback,) = ended.rollbacks
+    assert rollback["completed"] == 3
     assert 6 in ended.checkpoints[stage]  # there is room again
 
 
 @pytest.mark.parametrize("frame", range(1, 6))
 @pytest.mark.parametrize("boundary", range(STAGES - 1))
-def test_each_word_of_a_rewind_is_cut_short(
+def test_each_word_of_a_rollback_is_cut_short(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, boundary: int, frame: int
 ) -> None:
-    """Halt, Offer, Commit or whatever is under way: who hears half of it says so, and hears it again."""
-    at = kill(0, None, Phase.HALTED).at
+    """StartViewChange, DoViewChange, StartView or whatever is under way: who hears half of it says so, and hears it
+    again."""
+    at = kill(0, None, Phase.STOPPED).at
     faults: list[Fault] = [
         kill(2, STEP, Phase.MID_BACKWARD),
         Corrupt(at=at, boundary=boundary, frame=frame, control=True),

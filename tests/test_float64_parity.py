@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from thinpipe.node.boundary.ports import UpstreamPort
+from thinpipe.node.boundary.endpoints import UpstreamEndpoint
 from thinpipe.node.config import RunConfig
 from thinpipe.node.model import partition
 from thinpipe.node.preparation import prepare_corpus
@@ -177,8 +177,8 @@ def scaled_gradients(patch: pytest.MonkeyPatch, microbatch: int, factor: float) 
 
 def louder_boundary(patch: pytest.MonkeyPatch) -> None:
     """Gradients grow by a millionth on their way upstream."""
-    pack = UpstreamPort.pack_gradient
-    patch.setattr(UpstreamPort, "pack_gradient", lambda self, dz, *args: pack(self, dz * (1 + 1e-6), *args))
+    pack = UpstreamEndpoint.pack_gradient
+    patch.setattr(UpstreamEndpoint, "pack_gradient", lambda self, dz, *args: pack(self, dz * (1 + 1e-6), *args))
 
 
 BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {

@@ -174,7 +174,7 @@ def nothing(*_: object) -> None:
 def test_a_check_that_is_left_out_is_found(
     name: str, where: object, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (where, dictionary) if where is delta else (where,):  # a mirror asks again
+    for module in (where, dictionary) if where is delta else (where,):  # a replica asks again
         monkeypatch.setattr(module, what, nothing)
     with pytest.raises(Exception) as caught:  # whatever a missing check leads to
         search(TARGETS[name])

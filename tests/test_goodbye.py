@@ -10,14 +10,14 @@ from collections.abc import Callable
 import grpc
 import grpc.aio
 import pytest
-from thinpipe.node.links.control import Control
+from thinpipe.node.links.control_stream import Control
 from thinpipe.node.links.dialling import dial, dial_control
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import SERVICE, listening
-from thinpipe.protocol.control import CopyProgress
-from thinpipe.protocol.effects import Dismiss, Side
-from thinpipe.protocol.rewind import Rewind
-from thinpipe.protocol.session import Event, Identity, PeerDone, State
+from thinpipe.protocol.control_messages import CopyProgress
+from thinpipe.protocol.effects import Leave, Side
+from thinpipe.protocol.rollback import Rollback
+from thinpipe.protocol.session import Event, NodeIdentity, PeerDone, SessionState
 
 from .in_memory import Cut, join
 from .links import make_link
@@ -82,7 +82,7 @@ async def part_from_one_who_left() -> Link:
     peer.connect()
 
     async def write(frame: bytes) -> None:
-        if frames.empty() and link.session.state is State.AWAIT:
+        if frames.empty() and link.session.state is SessionState.AWAIT:
             peer.receive(frame)
             frames.put_nowait(peer.greeting())
             frames.put_nowait(peer.goodbye())
@@ -128,7 +128,7 @@ async def dial_a_slow_reader() -> tuple[bool, list[Event]]:
         f"127.0.0.1:{port}",
         link,
         greeting_timeout_s=DEADLINE_S,
-        patience_s=lambda: DEADLINE_S,
+        deadline_s=lambda: DEADLINE_S,
         report=lambda code, line: pytest.fail(f"{code}: {line}"),
     )
     leaving = asyncio.ensure_future(asyncio.gather(calling, link.drain(DEADLINE_S)))
@@ -151,7 +151,9 @@ def test_who_is_dismissed_leaves_at_once_whatever_is_still_coming(under_way: int
 
     async def story() -> float:
         machines = [
-            Rewind(Identity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=stage + 1), joining=False)
+            Rollback(
+                NodeIdentity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=stage + 1), joining=False
+            )
             for stage in (0, 1)
         ]
         through = [asyncio.Event(), asyncio.Event()]
@@ -159,7 +161,7 @@ def test_who_is_dismissed_leaves_at_once_whatever_is_still_coming(under_way: int
 
         def on_effect(stage: int) -> Callable[[object], None]:
             def took(effect: object) -> None:
-                if isinstance(effect, Dismiss):
+                if isinstance(effect, Leave):
                     through[stage].set()
                     for offset in range(under_way if stage else 0):
                         controls[1].tell("above", CopyProgress(stage=0, completed_steps=5, offset=offset))
@@ -168,12 +170,12 @@ def test_who_is_dismissed_leaves_at_once_whatever_is_still_coming(under_way: int
 
         for stage, machine in enumerate(machines):
             sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
-            controls.append(Control(machine, silence_s=60, on_effect=on_effect(stage), sent=sent))
+            controls.append(Control(machine, heartbeat_timeout_s=60, on_effect=on_effect(stage), sent=sent))
         listener = listening("127.0.0.1:0", lambda: None, greeting_timeout_s=30, report=print, control=controls[1])
         async with listener as port:
             calling = asyncio.create_task(
                 dial_control(
-                    f"127.0.0.1:{port}", controls[0], greeting_timeout_s=30, patience_s=lambda: 60, report=print
+                    f"127.0.0.1:{port}", controls[0], greeting_timeout_s=30, deadline_s=lambda: 60, report=print
                 )
             )
             for control, side in ((controls[1], "above"), (controls[0], "below")):

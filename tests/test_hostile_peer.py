@@ -14,11 +14,11 @@ import psutil
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.preparation import prepare_corpus
-from thinpipe.node.probing.asker import ask
+from thinpipe.node.probing.probe_client import ask
 from thinpipe.protocol.messages import Chunk, Greeting, Head, Kind, encode_frame
-from thinpipe.protocol.probing import Terms, encode_probe
-from thinpipe.sim.report import read_records
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.protocol.path_probe import Terms, encode_probe
+from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
@@ -42,7 +42,7 @@ def hostilities(config: RunConfig, hello: Greeting) -> dict[str, tuple[list[byte
 
     flipped = bytearray(parts(good)[0])
     flipped[len(flipped) // 2] ^= 1
-    late = encode_frame(Chunk(sequence=5, epoch=0, head=good.head, data=b""))
+    late = encode_frame(Chunk(sequence=5, generation=0, head=good.head, data=b""))
     huge = Head(kind=Kind.ACTIVATION, step=0, microbatch=0, body_bytes=2**50)
     frames: dict[str, tuple[list[bytes], str]] = {
         "random bytes": ([bytes(range(256)) * 4], "malformed-frame"),
@@ -58,11 +58,11 @@ def hostilities(config: RunConfig, hello: Greeting) -> dict[str, tuple[list[byte
         "another version": (greet(protocol_version=99), "protocol-version"),
         "another stage": (greet(stage=1), "wrong-stage"),
         "another number of stages": (greet(stages=7), "wrong-stage"),
-        "another epoch": (greet(epoch=3), "wrong-epoch"),
+        "another generation": (greet(generation=3), "wrong-generation"),
         "a chunk out of order": ([greeting, late], "out-of-order"),
         "a flipped bit": ([greeting, bytes(flipped)], "corrupt-chunk"),
         "a message that is too large": (
-            [greeting, encode_frame(Chunk(sequence=0, epoch=0, head=huge, data=b"x"))],
+            [greeting, encode_frame(Chunk(sequence=0, generation=0, head=huge, data=b"x"))],
             "oversized",
         ),
         "an unknown codec": (bad(codec="zip9"), "bad-payload"),

@@ -21,9 +21,9 @@ from thinpipe.node.links.transport import METHOD, SERVICE, listening
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.messages import Greeting, Limits, Refusal, decode_frame, encode_frame
-from thinpipe.protocol.session import Identity, LinkSession
-from thinpipe.sim.report import read_records
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.protocol.session import LinkSession, NodeIdentity
+from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
@@ -58,7 +58,7 @@ def test_broken_connections_and_strangers_leave_no_trace_in_the_result(
     """The last stage is started first. Every second step something happens to the link; strangers keep knocking."""
     (tmp_path / "run.toml").write_text(dump_config(config))
     address = free_address()
-    knocks = [encode_frame(hello_of(config, incarnation=31337)), b"\xff" * 64]
+    connect_probes = [encode_frame(hello_of(config, incarnation=31337)), b"\xff" * 64]
     answers: list[str] = []
     with node(tmp_path, 1, "--listen", address, *SLOW) as lower:
         until(lambda: "listens on" in (tmp_path / "stage-1.log").read_text() or lower.poll() is not None, "a listener")
@@ -69,7 +69,7 @@ def test_broken_connections_and_strangers_leave_no_trace_in_the_result(
 
             for due in range(1, STEPS - 1, 2):
                 until(lambda due=due: steps() >= due or None not in (upper.poll(), lower.poll()), f"step {due}")
-                answers += [asyncio.run(attempt(address, [knock])) for knock in knocks]
+                answers += [asyncio.run(attempt(address, [connect_probe])) for connect_probe in connect_probes]
                 between.cut(half=due % 4 == 1)
             until(lambda: None not in (upper.poll(), lower.poll()), "the run to end")
             said = [(tmp_path / f"stage-{stage}.log").read_text() for stage in range(2)]
@@ -175,7 +175,7 @@ def test_a_node_outlasts_every_strange_server_until_its_neighbour_is_there(
 
 
 def make_link(stage: int = 0) -> Link:
-    identity = Identity(run_id="r", configuration="c" * 64, stage=stage, stages=2, incarnation=1)
+    identity = NodeIdentity(run_id="r", configuration="c" * 64, stage=stage, stages=2, incarnation=1)
     return Link(
         session=LinkSession(
             identity=identity, peer_stage=1 - stage, limits=Limits(message_bytes=1024), receive_buffer_bytes=2**20
@@ -200,7 +200,7 @@ async def dialled(
                 f"127.0.0.1:{port}",
                 make_link(),
                 greeting_timeout_s=0.3,
-                patience_s=lambda: connect_timeout_s,
+                deadline_s=lambda: connect_timeout_s,
                 report=lambda code, line: reports.append((code, line)),
             )
         except (NeighbourMismatch, TimeoutError) as error:

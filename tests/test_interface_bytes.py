@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.config import dump_config
-from thinpipe.sim.report import OUTSIDE_RATIO
+from thinpipe.sim.reports.summary import OUTSIDE_RATIO
 
 from .conftest import TinyConfig
 

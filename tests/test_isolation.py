@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.config import dump_config
-from thinpipe.sim import netns
-from thinpipe.sim.netns import existing
-from thinpipe.sim.report import read_records
+from thinpipe.sim.links import netns
+from thinpipe.sim.links.netns import existing
+from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig

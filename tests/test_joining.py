@@ -27,25 +27,31 @@ from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
 from thinpipe.node.discovery import claiming, joining
 from thinpipe.node.discovery.bootstrap import _keep
-from thinpipe.node.discovery.claiming import Knock, RunThrough, StageTaken, World, take_stage
+from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_stage
 from thinpipe.node.discovery.client import Discovery, DiscoveryError
 from thinpipe.node.discovery.dht import Service, _answer
-from thinpipe.node.discovery.door import SWARM_METHOD, Answered, DoorError, ask_door, swarm_door
-from thinpipe.node.discovery.entrance import Entrance, place
+from thinpipe.node.discovery.entry_points import EntryPoints, place
 from thinpipe.node.discovery.joining import Member
 from thinpipe.node.discovery.membership import RETURN_EVERY_S, Membership, Throughput
 from thinpipe.node.discovery.multiaddr import Multiaddr, seen_from
-from thinpipe.node.discovery.shared_config import agreed, believed, told
+from thinpipe.node.discovery.rendezvous import (
+    SWARM_METHOD,
+    RendezvousAnswer,
+    RendezvousError,
+    ask_rendezvous,
+    rendezvous_handler,
+)
+from thinpipe.node.discovery.shared_config import agreed, shareable, verified
 from thinpipe.node.discovery.status import as_figures, status_table
 from thinpipe.node.host import Addresses, HostError, HostOptions, host
 from thinpipe.node.links.transport import serving
 from thinpipe.node.probing.reach import reachable
-from thinpipe.node.security.keys import clock, init, issue, load
+from thinpipe.node.security.key_directory import clock, init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
-from thinpipe.protocol.door import Ask, Told, encode_ask
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
-from thinpipe.protocol.records import NodeRecord, RunRecord, Seen, State, encode_run
-from thinpipe.sim.swarm import node_environment
+from thinpipe.protocol.records import NodeRecord, NodeState, RunRecord, Seen, encode_run
+from thinpipe.protocol.rendezvous_messages import RendezvousRequest, RendezvousResponse, encode_request
+from thinpipe.sim.launch.swarm import node_environment
 from typer.testing import CliRunner
 
 from .real_node import free_address
@@ -61,18 +67,18 @@ class Table:
         self.now_s = 1000.0
         self.written: dict[int, tuple[NodeRecord, float]] = {}
         self.said: list[str] = []
-        self.knocks: dict[str, Knock] = {}
+        self.connect_probes: dict[str, ConnectProbe] = {}
         self.later: list[tuple[float, Callable[[], None]]] = []
 
     def write(self, record: NodeRecord, age_s: float = 0.0) -> None:
         self.written[record.incarnation] = (record, self.now_s - age_s)
 
-    def world(self) -> World:
-        return World(
+    def environment(self) -> Environment:
+        return Environment(
             read=lambda: [Seen(record=record, age_s=self.now_s - when) for record, when in self.written.values()],
             publish=self.write,
             say=self.said.append,
-            knock=lambda endpoint: self.knocks.get(endpoint, Knock.ANSWERED),
+            connect_probe=lambda endpoint: self.connect_probes.get(endpoint, ConnectProbe.ANSWERED),
             now=lambda: self.now_s,
             sleep=self.sleep,
         )
@@ -85,8 +91,8 @@ class Table:
             due[1]()
 
 
-FRESH = replace(RECORD, epoch=0, completed_steps=0, committed_steps=0, tokens_per_s=0.0, stages=2)
-MINE = replace(FRESH, incarnation=99, endpoint="192.0.2.99:1", state=State.CLAIMING)
+FRESH = replace(RECORD, generation=0, completed_steps=0, committed_steps=0, tokens_per_s=0.0, stages=2)
+MINE = replace(FRESH, incarnation=99, endpoint="192.0.2.99:1", state=NodeState.CLAIMING)
 
 
 def other(stage: int, **change: Any) -> NodeRecord:
@@ -95,9 +101,9 @@ def other(stage: int, **change: Any) -> NodeRecord:
 
 def test_who_is_alone_takes_a_stage_of_a_run_that_has_not_begun() -> None:
     table = Table()
-    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
-    assert held.state is State.STARTING
-    assert not begun
+    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    assert held.state is NodeState.STARTING
+    assert not has_started
     assert table.written[99][0] == held
 
 
@@ -105,9 +111,9 @@ def test_the_stage_whose_port_refuses_is_taken_at_once() -> None:
     table = Table()
     table.write(other(0))
     table.write(other(1, completed_steps=3))
-    table.knocks["192.0.2.1:1"] = Knock.REFUSED
-    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
-    assert (held.stage, begun) == (1, True)
+    table.connect_probes["192.0.2.1:1"] = ConnectProbe.REFUSED
+    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    assert (held.stage, has_started) == (1, True)
     assert table.now_s < 1005
 
 
@@ -115,11 +121,11 @@ def test_a_spare_waits_until_a_record_goes_stale() -> None:
     table = Table()
     table.write(other(0))
     table.write(other(1), age_s=5)
-    table.knocks["192.0.2.1:1"] = Knock.SILENCE  # a machine that is off
+    table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE  # a machine that is off
     for again_s in range(1005, 1100, 5):
         table.later.append((again_s, lambda: table.write(other(0))))
-    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
-    assert (held.stage, begun) == (1, True)
+    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    assert (held.stage, has_started) == (1, True)
     assert len(table.said) == 1
     assert "all 2 stages are served; waits as a spare" in table.said[0]
     assert 1014 < table.now_s < 1022
@@ -138,8 +144,8 @@ def test_a_spare_outlives_a_dht_that_does_not_answer() -> None:
         table.write(other(0))
         return [] if reads > 3 else [Seen(record=other(0), age_s=1.0)]
 
-    world = replace(table.world(), read=read)
-    held, _ = take_stage(world, MINE, None, steps=9, among=[0])
+    environment = replace(table.environment(), read=read)
+    held, _ = take_stage(environment, MINE, None, steps=9, among=[0])
     assert held.stage == 0
     assert [line.startswith("warning: the DHT did not answer within 15 s") for line in table.said] == [
         False,
@@ -188,9 +194,9 @@ def test_a_spare_ends_with_the_run() -> None:
     table = Table()
     table.write(other(0))
     table.write(other(1))
-    table.later.append((1004, lambda: table.write(other(1, state=State.LEFT, completed_steps=9))))
-    with pytest.raises(RunThrough, match="all 9 steps are done"):
-        take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    table.later.append((1004, lambda: table.write(other(1, state=NodeState.LEFT, completed_steps=9))))
+    with pytest.raises(RunFinished, match="all 9 steps are done"):
+        take_stage(table.environment(), MINE, None, steps=9, among=range(2))
 
 
 def test_the_loser_of_a_race_takes_another_stage() -> None:
@@ -201,7 +207,7 @@ def test_the_loser_of_a_race_takes_another_stage() -> None:
         table.write(replace(rival_of, stage=table.written[99][0].stage))
 
     table.later.append((1001, claim_the_same))
-    held, _ = take_stage(table.world(), MINE, None, steps=9, among=range(2))
+    held, _ = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
     assert {held.stage, table.written[5][0].stage} == {0, 1}
     assert "whose claim is better; looks for another one" in table.said[0]
 
@@ -212,31 +218,31 @@ def test_an_explicit_stage_that_is_served_is_refused() -> None:
     with pytest.raises(
         StageTaken, match=r"stage 1 is served by process 1 at 192\.0\.2\.1:1 \(training, 0 s ago\); stop"
     ):
-        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
     assert 99 not in table.written
 
 
 def test_an_explicit_stage_whose_machine_is_off_is_waited_for() -> None:
     table = Table()
     table.write(other(1))
-    table.knocks["192.0.2.1:1"] = Knock.SILENCE
-    held, begun = take_stage(table.world(), MINE, 1, steps=9, among=range(2))
-    assert (held.stage, begun) == (1, True)
+    table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE
+    held, has_started = take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+    assert (held.stage, has_started) == (1, True)
     assert "waits for its record to go stale" in table.said[0]
     table = Table()
-    table.knocks["192.0.2.1:1"] = Knock.SILENCE
+    table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE
     table.write(other(1))
     table.later.append((1006, lambda: table.write(other(1))))  # behind a firewall, and alive
     with pytest.raises(StageTaken, match="stage 1 is served"):
-        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
+        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
 
 
 def test_of_two_for_one_explicit_stage_one_is_refused() -> None:
     table = Table()
     table.later.append((1001, lambda: table.write(replace(MINE, incarnation=5, claimed_at_s=1.0, stage=1))))
     with pytest.raises(StageTaken, match="stage 1 goes to the node at"):
-        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
-    assert table.written[99][0].state is State.LEFT
+        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+    assert table.written[99][0].state is NodeState.LEFT
 
 
 def test_a_node_that_lost_only_the_dht_keeps_its_stage() -> None:
@@ -244,16 +250,16 @@ def test_a_node_that_lost_only_the_dht_keeps_its_stage() -> None:
     table.write(other(0), age_s=50)
     table.write(other(1), age_s=30)
     with pytest.raises(StageTaken, match="stage 1 is served by process 1"):
-        take_stage(table.world(), MINE, 1, steps=9, among=range(2))
-    table.later.append((1010, lambda: table.knocks.update({"192.0.2.1:1": Knock.REFUSED})))
-    held, begun = take_stage(table.world(), MINE, None, steps=9, among=range(2))
-    assert (held.stage, begun) == (1, True)
+        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+    table.later.append((1010, lambda: table.connect_probes.update({"192.0.2.1:1": ConnectProbe.REFUSED})))
+    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    assert (held.stage, has_started) == (1, True)
     assert 1010 <= table.now_s < 1015
-    table.knocks.clear()
+    table.connect_probes.clear()
     for stage in (None, 1):  # a map of ports may answer for the node that is to be replaced, and that is this one
         again = replace(MINE, incarnation=98, endpoint="192.0.2.1:1")
         del table.written[99 if stage is None else 98]
-        held, _ = take_stage(table.world(), again, stage, steps=9, among=[1])
+        held, _ = take_stage(table.environment(), again, stage, steps=9, among=[1])
         assert held.stage == 1
 
 
@@ -262,7 +268,7 @@ def test_two_lost_nodes_may_come_back_in_each_others_places() -> None:
     table.write(other(0), age_s=50)
     table.write(other(1), age_s=50)
     table.write(other(1, incarnation=7, endpoint="192.0.2.0:1"))
-    held, _ = take_stage(table.world(), replace(MINE, endpoint="192.0.2.1:1"), None, steps=9, among=range(2))
+    held, _ = take_stage(table.environment(), replace(MINE, endpoint="192.0.2.1:1"), None, steps=9, among=range(2))
     assert held.stage == 0
     assert table.now_s < 1005
 
@@ -274,20 +280,20 @@ def test_silent_strangers_do_not_hold_up_a_claim(monkeypatch: pytest.MonkeyPatch
     for number in range(100, 400):
         table.write(other(0, incarnation=number, endpoint=f"192.0.2.7:{number}"))
 
-    def knock(endpoint: str) -> Knock:
+    def connect_probe(endpoint: str) -> ConnectProbe:
         asked.append(endpoint)
         if endpoint == "192.0.2.1:1":
-            return Knock.REFUSED
+            return ConnectProbe.REFUSED
         gate.wait(10)
-        return Knock.SILENCE
+        return ConnectProbe.SILENCE
 
     try:
-        world = replace(table.world(), knock=knock)
-        held, _ = take_stage(world, MINE, 1, steps=9, among=range(2))
+        environment = replace(table.environment(), connect_probe=connect_probe)
+        held, _ = take_stage(environment, MINE, 1, steps=9, among=range(2))
         assert held.stage == 1
         assert set(asked) == {"192.0.2.1:1"}
         began_s = time.monotonic()
-        living = world.without_dead(world.others(MINE), range(2))
+        living = environment.without_dead(environment.others(MINE), range(2))
         assert time.monotonic() - began_s < 5
         assert sum(each.living for each in living) >= 300
     finally:
@@ -324,18 +330,18 @@ def reset(connection: socket.socket) -> None:
 def test_a_port_map_before_nobody_is_nobody(tmp_path: Path) -> None:
     """A process that hangs has its connections taken by the kernel, and is not dead; nor is one that speaks TLS."""
     with taking(lambda _: None) as hung, taking(socket.socket.close) as mapped, taking(reset) as torn:
-        found = [claiming.knock(endpoint) for endpoint in (hung, mapped, torn, free_address())]
-    assert found == [Knock.ANSWERED, Knock.REFUSED, Knock.REFUSED, Knock.REFUSED]
+        found = [claiming.connect_probe(endpoint) for endpoint in (hung, mapped, torn, free_address())]
+    assert found == [ConnectProbe.ANSWERED, ConnectProbe.REFUSED, ConnectProbe.REFUSED, ConnectProbe.REFUSED]
     now = clock()
     init("demo", tmp_path / "authority", days=9, now=now)
     issue([0], tmp_path / "authority", tmp_path / "node", days=9, now=now)
     keys = Security(load(tmp_path / "node", now=now))
 
-    async def real(security: Security) -> Knock:
+    async def real(security: Security) -> ConnectProbe:
         async with serving("127.0.0.1:0", {}, security) as port:
-            return await asyncio.to_thread(claiming.knock, f"127.0.0.1:{port}")
+            return await asyncio.to_thread(claiming.connect_probe, f"127.0.0.1:{port}")
 
-    assert [asyncio.run(real(each)) for each in (PLAIN, keys)] == [Knock.ANSWERED] * 2
+    assert [asyncio.run(real(each)) for each in (PLAIN, keys)] == [ConnectProbe.ANSWERED] * 2
 
 
 # -- configurations that travel -------------------------------------------------------------------------------------
@@ -348,38 +354,38 @@ def config(**settings: Any) -> RunConfig:
 def test_a_configuration_arrives_as_it_left_less_its_places() -> None:
     places = {"data__cache": "/here", "checkpoint__directory": "/there"}
     mine = config(run__name="demo", **places, optim__clip=0.5, watch__prometheus="0.0.0.0:9400")
-    record = told(mine)
-    arrived = believed(record, "a:1")
+    record = shareable(mine)
+    arrived = verified(record, "a:1")
     assert arrived.digest() == mine.digest() == record.configuration
     assert arrived.data.cache is None
     assert arrived.watch.prometheus == ""  # who may look on, whoever tells of the run does not decide
-    loud = replace(told(mine), toml=dump_config(mine))
-    assert believed(loud, "a:1").watch.prometheus == ""
+    loud = replace(shareable(mine), toml=dump_config(mine))
+    assert verified(loud, "a:1").watch.prometheus == ""
     assert arrived.checkpoint.directory is None
     evil = replace(record, toml=record.toml + "\n[checkpoint2]\nx=1\n")
     with pytest.raises(ConfigError, match="told by a:1: unknown section"):
-        believed(evil, "a:1")
+        verified(evil, "a:1")
     placed = dump_config(mine)
     assert "/there" in placed
-    assert believed(replace(record, toml=placed), "a:1").checkpoint.directory is None
+    assert verified(replace(record, toml=placed), "a:1").checkpoint.directory is None
 
 
 def test_a_configuration_that_is_not_what_its_fingerprint_says_is_refused() -> None:
-    record = told(config(run__name="demo"))
-    changed = replace(record, toml=told(config(run__name="demo", run__steps=7)).toml)
+    record = shareable(config(run__name="demo"))
+    changed = replace(record, toml=shareable(config(run__name="demo", run__steps=7)).toml)
     with pytest.raises(
         ConfigError, match=rf"fingerprint {record.configuration[:12]}, but .* has [0-9a-f]{{12}}: another"
     ):
-        believed(changed, "a:1")
+        verified(changed, "a:1")
     for odd in ("[[[[", "x = " + "[" * 20000):
         with pytest.raises(ConfigError, match="is not TOML"):
-            believed(replace(record, toml=odd), "a:1")
+            verified(replace(record, toml=odd), "a:1")
     with pytest.raises(ConfigError, match="no name for a directory"):
-        believed(told(config(run__name="..")), "a:1")
+        verified(shareable(config(run__name="..")), "a:1")
 
 
 def test_a_file_of_another_run_is_refused_with_what_differs(tmp_path: Path) -> None:
-    record = told(config(optim__clip=0.5))
+    record = shareable(config(optim__clip=0.5))
     path = tmp_path / "run.toml"
     path.write_text(dump_config(config(optim__clip=2.0, link__link="80mbit,5ms")))
     with pytest.raises(ConfigError) as error:
@@ -392,7 +398,7 @@ def test_a_file_of_another_run_is_refused_with_what_differs(tmp_path: Path) -> N
 
 
 def test_only_what_is_local_may_be_overridden() -> None:
-    record = told(config())
+    record = shareable(config())
     mine, _ = agreed(record, "a:1", None, {"link.link": "80mbit,5ms", "data.source": "text.txt", "checkpoint.every": 7})
     assert (mine.link.link, mine.data.source, mine.checkpoint.every) == ("80mbit,5ms", "text.txt", 7)
     with pytest.raises(ConfigError, match=r"run\.steps changes what the run computes: its fingerprint would be"):
@@ -429,15 +435,15 @@ class QuietDiscovery:
 def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, discovery = told(config(run__name="demo")), QuietDiscovery()
-    door = Answered(
+    record, discovery = shareable(config(run__name="demo")), QuietDiscovery()
+    rendezvous = RendezvousAnswer(
         address="127.0.0.1:1",
         host="127.0.0.1",
-        told=Told(addresses=(), run=record.run, configuration=record.configuration, toml=record.toml),
+        response=RendezvousResponse(addresses=(), run=record.run, configuration=record.configuration, toml=record.toml),
     )
-    monkeypatch.setattr(joining, "ask_doors", lambda *_: Entrance(doors=(door,), peers=()))
+    monkeypatch.setattr(joining, "ask_all_rendezvous", lambda *_: EntryPoints(rendezvous=(rendezvous,), peers=()))
     monkeypatch.setattr(joining.Discovery, "begin", lambda *_, **__: discovery)
-    wish = joining.Wish(join=(door.address,), stage=0, out=tmp_path, overrides={"link.link": "nonsense"})
+    wish = joining.JoinOptions(join=(rendezvous.address,), stage=0, out=tmp_path, overrides={"link.link": "nonsense"})
     with pytest.raises(ConfigError, match="link 'nonsense'"):
         joining.join(wish)
     assert discovery.published == []
@@ -446,12 +452,12 @@ def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
 
 def test_who_cannot_begin_gives_its_stage_back(tmp_path: Path) -> None:
     def ends(settings: RunConfig, out: Path) -> str:
-        discovery, run = QuietDiscovery(), told(settings)
-        membership = Membership(discovery=discovery, record=replace(MINE, state=State.STARTING), run=run)  # pyright: ignore[reportArgumentType]
+        discovery, run = QuietDiscovery(), shareable(settings)
+        membership = Membership(discovery=discovery, record=replace(MINE, state=NodeState.STARTING), run=run)  # pyright: ignore[reportArgumentType]
         with pytest.raises(HostError) as error:
             host(settings, 0, Addresses(listen=None, next=None), HostOptions(out=out, membership=membership))
         assert error.value.exit_code == 2
-        assert [each.state for each in discovery.published] == [State.LEFT]
+        assert [each.state for each in discovery.published] == [NodeState.LEFT]
         return str(error.value)
 
     with socket.create_server(("127.0.0.1", 0)) as busy:
@@ -460,15 +466,15 @@ def test_who_cannot_begin_gives_its_stage_back(tmp_path: Path) -> None:
 
 
 def test_one_run_with_two_machines_settings_is_one_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    one = told(config(run__name="demo"))
-    same = told(config(run__name="demo", link__link="80mbit,5ms"))
-    another = told(config(run__name="demo", optim__clip=0.5))
+    one = shareable(config(run__name="demo"))
+    same = shareable(config(run__name="demo", link__link="80mbit,5ms"))
+    another = shareable(config(run__name="demo", optim__clip=0.5))
     assert one.toml != same.toml
     raw = [(encode_run(each), 0.0) for each in (one, same, another)]
     monkeypatch.setattr(Discovery, "_read", lambda *_: raw)
     discovery = Discovery.__new__(Discovery)  # without its process
     assert discovery.runs() == ([one, another], Counter())
-    wish = joining.Wish(join=(), stage=0)
+    wish = joining.JoinOptions(join=(), stage=0)
     with pytest.raises(ConfigError, match="several runs are told of"):
         joining._from_dht(wish, discovery)
     path = tmp_path / "run.toml"
@@ -517,7 +523,7 @@ def test_ports_are_settled_before_they_are_told() -> None:
         place("127.0.0.1:0", "a.example:0", None, free, "192.0.2.7")
 
 
-def test_throughput_is_of_the_last_steps_and_begins_anew_after_a_rewind() -> None:
+def test_throughput_is_of_the_last_steps_and_begins_anew_after_a_rollback() -> None:
     meter = Throughput(100, window_s=10)
     assert meter.note(0.0, 5) == 0.0
     assert meter.note(1.0, 5) == 0.0
@@ -628,12 +634,12 @@ def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
         member = Membership(discovery=dht, record=RECORD, run=RUN, security=security, clock=lambda: now_s)
         where = member.where(2, lambda *_: None)
         assert await where() == below.record.endpoint
-        stale, left = replace(below, age_s=100.0), replace(below, record=replace(below.record, state=State.LEFT))
+        stale, left = replace(below, age_s=100.0), replace(below, record=replace(below.record, state=NodeState.LEFT))
         cases = [([stale], below.record.endpoint), ([], below.record.endpoint), (None, below.record.endpoint)]
         for records, expected in [*cases, ([left], None)]:
             now_s, told = now_s + 10.0, records
             assert await where() == expected
-            assert await member.where(2, lambda *_: None)() == expected  # a new epoch's link
+            assert await member.where(2, lambda *_: None)() == expected  # a new generation's link
         assert await member.where(3, lambda *_: None)() is None
 
     asyncio.run(story())
@@ -667,8 +673,8 @@ def test_plain_text_does_not_leave_the_machine_because_a_record_says_so() -> Non
     found, said = asyncio.run(story(Security(insecure=True)))
     assert found[:2] == ["192.0.2.7:9"] * 2
     assert not said
-    with pytest.raises(DoorError, match=r"192\.0\.2\.7:9 leaves this machine"):
-        asyncio.run(ask_door("192.0.2.7:9"))
+    with pytest.raises(RendezvousError, match=r"192\.0\.2\.7:9 leaves this machine"):
+        asyncio.run(ask_rendezvous("192.0.2.7:9"))
 
 
 ECHO = """
@@ -723,7 +729,7 @@ def test_a_bootstrap_that_has_nothing_to_ask_ends_with_its_dht() -> None:
 # -- a door ---------------------------------------------------------------------------------------------------------
 
 
-TOLD = Told(addresses=("/ip4/127.0.0.1/tcp/1/p2p/QmAbcdefghijklmnopqrstu",), incarnation=7)
+TOLD = RendezvousResponse(addresses=("/ip4/127.0.0.1/tcp/1/p2p/QmAbcdefghijklmnopqrstu",), incarnation=7)
 
 
 async def say_at_door(address: str, raw: bytes) -> str:
@@ -742,22 +748,22 @@ def test_a_door_answers_and_refuses_by_name() -> None:
     faults: list[str] = []
 
     async def story() -> None:
-        door = swarm_door(lambda: TOLD, lambda code, _: faults.append(code))
-        async with serving("127.0.0.1:0", {"Swarm": door}) as port:
+        rendezvous = rendezvous_handler(lambda: TOLD, lambda code, _: faults.append(code))
+        async with serving("127.0.0.1:0", {"Swarm": rendezvous}) as port:
             address = f"127.0.0.1:{port}"
-            answered = await ask_door(address)
-            assert (answered.told, answered.host) == (TOLD, "127.0.0.1")
+            answered = await ask_rendezvous(address)
+            assert (answered.response, answered.host) == (TOLD, "127.0.0.1")
             assert await say_at_door(address, b"\xc1") == "malformed-frame"
             assert await say_at_door(address, msgpack.packb({"version": 1})) == "malformed-frame"
             assert await say_at_door(address, b"\x80" * 1000) == "oversized"
-            other = msgpack.packb({**msgpack.unpackb(encode_ask(Ask())), "version": 99})
+            other = msgpack.packb({**msgpack.unpackb(encode_request(RendezvousRequest())), "version": 99})
             assert await say_at_door(address, other) == "protocol-version"
             nobody = free_address()
             back = [(address, 7, "yes"), (address, 8, "another node answers at"), (nobody, 7, "nobody listens at")]
             for reach, incarnation, said in back:
-                answered = await ask_door(address, PLAIN, Ask(reach=reach, incarnation=incarnation))
-                assert answered.told.dialled_back.startswith(said)
-            elsewhere = await ask_door(address, PLAIN, Ask(reach="192.0.2.1:9", incarnation=7))
+                answered = await ask_rendezvous(address, PLAIN, RendezvousRequest(reach=reach, incarnation=incarnation))
+                assert answered.response.dialled_back.startswith(said)
+            elsewhere = await ask_rendezvous(address, PLAIN, RendezvousRequest(reach="192.0.2.1:9", incarnation=7))
             assert elsewhere.told.dialled_back == ""  # not for a stranger to have dialled
 
     asyncio.run(story())
@@ -769,22 +775,22 @@ def test_who_is_no_door_is_named() -> None:
         async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
             del context
 
-        with pytest.raises(DoorError, match=r"nobody listens at .*: start `thinpipe dht"):
-            await ask_door(free_address())
+        with pytest.raises(RendezvousError, match=r"nobody listens at .*: start `thinpipe dht"):
+            await ask_rendezvous(free_address())
         async with serving("127.0.0.1:0", {"Probe": probe}) as port:
-            with pytest.raises(DoorError, match="is in no DHT"):
-                await ask_door(f"127.0.0.1:{port}")
+            with pytest.raises(RendezvousError, match="is in no DHT"):
+                await ask_rendezvous(f"127.0.0.1:{port}")
         async with serving("127.0.0.1:0", {"Swarm": probe}) as port:
-            with pytest.raises(DoorError, match="without an answer"):
-                await ask_door(f"127.0.0.1:{port}")
+            with pytest.raises(RendezvousError, match="without an answer"):
+                await ask_rendezvous(f"127.0.0.1:{port}")
 
         async def liar(_: object, context: grpc.aio.ServicerContext) -> None:
             await context.read()
             await context.write(b"\x93\x01\x02\x03")
 
         async with serving("127.0.0.1:0", {"Swarm": liar}) as port:
-            with pytest.raises(DoorError, match="answers, but not as a swarm's door does: malformed-frame"):
-                await ask_door(f"127.0.0.1:{port}")
+            with pytest.raises(RendezvousError, match="answers, but not as a swarm's rendezvous does: malformed-frame"):
+                await ask_rendezvous(f"127.0.0.1:{port}")
 
     asyncio.run(story())
 

@@ -34,7 +34,7 @@ from thinpipe.node.security.certificates import (
     spell_stages,
     stage_name,
 )
-from thinpipe.node.security.keys import KeysError, describe, init, issue, load, parse_stages
+from thinpipe.node.security.key_directory import KeysError, describe, init, issue, load, parse_stages
 from thinpipe.node.security.policy import PLAIN, Security, choose
 from typer.testing import CliRunner
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.host import FAILED
-from thinpipe.node.links.link import PROBE_TRIES, Link, LinkUnlike
+from thinpipe.node.links.link import PROBE_TRIES, Link, LinkOffCap
 from thinpipe.node.metrics import Tracer
-from thinpipe.protocol.framing import framed_bytes
 from thinpipe.protocol.messages import Kind, Limits, Message
-from thinpipe.protocol.session import Identity, LinkSession
-from thinpipe.sim.link_check import LinkCheck, SteadyRate, round_trip_warning
-from thinpipe.sim.shaper import LinkProfile, Shaper
+from thinpipe.protocol.session import LinkSession, NodeIdentity
+from thinpipe.protocol.wire_size import framed_bytes
+from thinpipe.sim.links.link_check import LinkCheck, SteadyRate, round_trip_warning
+from thinpipe.sim.links.shaper import LinkProfile, Shaper
 
 from .conftest import TinyConfig
 from .in_memory import run_in_memory
@@ -26,7 +26,7 @@ CAP = 80e6
 
 
 def make_link(stage: int, profile: str, clock: Callable[[], float]) -> Link:
-    identity = Identity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=100 + stage)
+    identity = NodeIdentity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=100 + stage)
     session = LinkSession(
         identity=identity, peer_stage=1 - stage, limits=Limits(message_bytes=2**19), receive_buffer_bytes=2**23
     )
@@ -215,7 +215,7 @@ def test_a_node_that_shall_fail_ends_with_that_line(tiny: TinyConfig, tmp_path: 
     first: BaseException = raised.value
     while isinstance(first, BaseExceptionGroup):
         first = first.exceptions[0]
-    assert isinstance(first, LinkUnlike)
+    assert isinstance(first, LinkOffCap)
     assert isinstance(first, FAILED)  # exit code 1
     assert "configured 5e+04 Mb/s, measured" in str(first)
     assert str(first).endswith('link.verify = "fail" ends the node here')

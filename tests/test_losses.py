@@ -24,7 +24,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> O
 def test_undisturbed(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path) -> None:
     ended = run_cluster(tiny(SETTINGS), tmp_path, [], hurry=True)
     assert_equal(ended, undisturbed)
-    assert ended.epochs == 1
+    assert ended.generations == 1
     assert ended.seconds < 1  # nobody waited for anything
     assert not ended.said
     assert FRAMES <= ended.frames <= FRAMES + 100
@@ -60,7 +60,7 @@ def test_a_finished_run_can_be_resumed_and_has_nothing_to_do(
     run_cluster(tiny(SETTINGS), tmp_path, [])
     ended = run_cluster(tiny(SETTINGS), tmp_path, [], resume=True)
     assert_equal(ended, undisturbed)
-    assert ended.epochs == 2
+    assert ended.generations == 2
 
 
 def test_without_checkpoints_a_loss_begins_the_run_again(
@@ -69,7 +69,7 @@ def test_without_checkpoints_a_loss_begins_the_run_again(
     config = tiny(SETTINGS | {"checkpoint.every": 0})
     ended = run_cluster(config, tmp_path, [Kill(at=Frame(number=FRAMES // 2), stage=1)])
     assert_equal(ended, undisturbed)
-    assert [rewind["completed"] for rewind in ended.rewinds] == [0]
+    assert [rollback["completed"] for rollback in ended.rollbacks] == [0]
 
 
 def story(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
@@ -79,7 +79,7 @@ def story(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> 
     ended = run_cluster(tiny(SETTINGS), tmp_path, faults, seed=seed)
     assert_equal(ended, undisturbed)
     lost = [fault for fault in ended.happened if isinstance(fault, Kill)]
-    assert ended.epochs >= 1 + bool(lost)
+    assert ended.generations >= 1 + bool(lost)
     certain = [fault for fault in faults if isinstance(fault.at, Frame) and fault.at.number < FRAMES // 2]
     assert ended.happened or not certain
 

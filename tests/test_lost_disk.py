@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
-from thinpipe.sim.report import read_records
-from thinpipe.sim.swarm import free_ports, node_environment
+from thinpipe.sim.launch.swarm import free_ports, node_environment
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
@@ -91,10 +91,10 @@ def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp
     names = ["" if stage != lost else " again" for stage in range(STAGES)]
     ends = [machines.records(stage, "end", names[stage])[-1] for stage in range(STAGES)]
     assert [end["state_sha256"] for end in ends] == undisturbed.state_sha256
-    rewinds = machines.records(lost, "rewind", " again")
-    assert rewinds[0]["source"] == "disk"
-    assert rewinds[0]["completed"] in (copied, copied - 5)
-    assert rewinds[0]["completed"] > 0
+    rollbacks = machines.records(lost, "rollback", " again")
+    assert rollbacks[0]["source"] == "disk"
+    assert rollbacks[0]["completed"] in (copied, copied - 5)
+    assert rollbacks[0]["completed"] > 0
     buddy = lost + 1 if lost < STAGES - 1 else lost - 1
     links = machines.records(buddy, "end", names[buddy])[-1]["links"]
     assert sum(link["sent_bytes"].get("checkpoint_copy", 0) for link in links) > 0  # what came back, at least

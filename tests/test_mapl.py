@@ -16,16 +16,16 @@ import pytest
 import torch
 from thinpipe.compress.anchors import Anchors
 from thinpipe.compress.boundary import BoundaryContext, CodecError, StageContext
-from thinpipe.compress.mapl import Mapl, MaplReceiver, MaplSender
-from thinpipe.node.boundary.tables import TableReceiver, TableSender, gradient_due
+from thinpipe.compress.mapl import MaplCodec, MaplDecoder, MaplEncoder
+from thinpipe.node.boundary.learned_tables import TableOwner, TableReplica, gradient_due
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.local import run_local
 from thinpipe.node.preparation import check_codec, prepare, run_digest
 from thinpipe.node.stage import Stage
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.greeting import Identity, check_greeting
+from thinpipe.protocol.greeting import NodeIdentity, check_greeting
 from thinpipe.protocol.messages import Greeting, Kind, Message
-from thinpipe.sim.report import read_records
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
@@ -185,8 +185,8 @@ def test_the_two_sides_share_nothing(tiny: TinyConfig) -> None:
     assert [hasattr(stage, "sender") for stage in stages] == [True, True, False]
     assert [hasattr(stage, "receiver") for stage in stages] == [False, True, True]
     for upper, lower in itertools.pairwise(stages):
-        assert isinstance(upper.sender, MaplSender)
-        assert isinstance(lower.receiver, MaplReceiver)
+        assert isinstance(upper.sender, MaplEncoder)
+        assert isinstance(lower.receiver, MaplDecoder)
         assert not storages(upper, "sender") & storages(lower, "receiver")
         assert not any(key.endswith(("master", "momentum")) for key in lower.state_tensors() if "above" in key)
         hidden, ids = torch.zeros(1, 4, 64), torch.zeros(1, 4, dtype=torch.int64)
@@ -196,8 +196,8 @@ def test_the_two_sides_share_nothing(tiny: TinyConfig) -> None:
 
 def test_an_interior_stage_has_one_table_for_both_sides(tiny: TinyConfig) -> None:
     stage, _ = prepare(configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 3}), 1)
-    assert isinstance(stage.sender, MaplSender)
-    assert isinstance(stage.receiver, MaplReceiver)
+    assert isinstance(stage.sender, MaplEncoder)
+    assert isinstance(stage.receiver, MaplDecoder)
     assert stage.sender._tokens is stage.receiver._tokens is stage.tokens
     names = [name for name, _ in stage._trained() if name.startswith("codec")]
     assert names == ["codec.stage_1.weight"]
@@ -228,7 +228,7 @@ def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> 
     architecture = stages[0].model.causal.config
     mine, theirs = (run_digest(config, architecture, table) for table in (stages[0].token_table_digest, "0" * 64))
     assert digests[0] == mine
-    identity = Identity(run_id="r", configuration=mine, stage=0, stages=3, incarnation=1)
+    identity = NodeIdentity(run_id="r", configuration=mine, stage=0, stages=3, incarnation=1)
     peer = Greeting(
         run_id="r", configuration=theirs, stage=1, stages=3, incarnation=2, next_sequence=0, granted_bytes=0
     )
@@ -240,15 +240,15 @@ def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> 
 # -- formulas -----------------------------------------------------------------------------------------------------
 
 
-def halves(**options: Any) -> tuple[MaplSender, MaplReceiver, Anchors, Anchors]:
-    codec = Mapl(r=3, **options)
+def halves(**options: Any) -> tuple[MaplEncoder, MaplDecoder, Anchors, Anchors]:
+    codec = MaplCodec(r=3, **options)
     stage = StageContext(seed=5, stage=0, width=12, vocab_size=7, dtype=torch.float64)
     table = torch.randn(7, 12, dtype=torch.float64)
     own = [codec.tokens(replace(stage, stage=index), table) for index in (0, 1)]
     boundary = BoundaryContext(seed=5, boundary=0, width=12, vocab_size=7, dtype=torch.float64)
-    sender, receiver = codec.sender(replace(boundary, tokens=own[0])), codec.receiver(replace(boundary, tokens=own[1]))
-    assert isinstance(sender, MaplSender)
-    assert isinstance(receiver, MaplReceiver)
+    sender, receiver = codec.encoder(replace(boundary, tokens=own[0])), codec.decoder(replace(boundary, tokens=own[1]))
+    assert isinstance(sender, MaplEncoder)
+    assert isinstance(receiver, MaplDecoder)
     assert isinstance(own[0], Anchors)
     assert isinstance(own[1], Anchors)
     for anchors in own:
@@ -347,7 +347,7 @@ def ends(tiny: TinyConfig) -> tuple[Stage, Stage]:
 
 def messages(upper: Stage, steps: int) -> list[Message]:
     """Activations of the first microbatch of some steps; the projector is moved by hand between them."""
-    port = upper.downstream_port
+    port = upper.downstream_endpoint
     assert port is not None
     config, out = upper.config, []
     for step in range(steps):
@@ -362,10 +362,10 @@ def messages(upper: Stage, steps: int) -> list[Message]:
 
 
 def refused(end: Stage, message: Message) -> RemoteProtocolError:
-    assert end.upstream_port
+    assert end.upstream_endpoint
     before = {name: tensor.clone() for name, tensor in end.state_tensors().items()}
     with pytest.raises(RemoteProtocolError) as caught:
-        end.upstream_port.unpack_activation(message)
+        end.upstream_endpoint.unpack_activation(message)
     after = end.state_tensors()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -375,17 +375,17 @@ def refused(end: Stage, message: Message) -> RemoteProtocolError:
 def test_a_projector_message_that_does_not_follow_is_refused(ends: tuple[Stage, Stage]) -> None:
     upper, lower = ends
     first, second, third = messages(upper, 3)
-    assert lower.upstream_port
-    table = lower.upstream_port.table
+    assert lower.upstream_endpoint
+    table = lower.upstream_endpoint.table
     assert table is not None
     assert refused(lower, second).fault is Fault.OUT_OF_ORDER  # no snapshot yet
     assert refused(lower, replace(first, dictionary=b"")).fault is Fault.OUT_OF_ORDER  # coded with what is not here
     assert refused(lower, replace(first, dictionary=bytes(first.dictionary)[:-1])).fault is Fault.MALFORMED
-    _, received = lower.upstream_port.unpack_activation(first)
+    _, received = lower.upstream_endpoint.unpack_activation(first)
     assert received.table is not None
-    assert upper.downstream_port
-    assert upper.downstream_port.table
-    assert torch.equal(table.state_tensors()["mirror"], received.table)
+    assert upper.downstream_endpoint
+    assert upper.downstream_endpoint.table
+    assert torch.equal(table.state_tensors()["replica"], received.table)
     assert refused(lower, first).fault is Fault.OUT_OF_ORDER  # a replay
     assert refused(lower, third).fault is Fault.OUT_OF_ORDER  # a gap
     assert refused(lower, replace(second, kind=Kind.EVALUATION)).fault is Fault.UNEXPECTED
@@ -396,10 +396,10 @@ def test_a_projector_message_that_does_not_follow_is_refused(ends: tuple[Stage, 
 def test_a_projector_that_changes_within_a_step_is_refused(ends: tuple[Stage, Stage]) -> None:
     """It would drop what the receiver had gathered of the gradient."""
     upper, lower = ends
-    assert lower.upstream_port
+    assert lower.upstream_endpoint
     first, second = messages(upper, 2)
     assert refused(lower, replace(first, microbatch=1)).fault is Fault.UNEXPECTED
-    lower.upstream_port.unpack_activation(first)
+    lower.upstream_endpoint.unpack_activation(first)
     assert refused(lower, replace(second, step=2)).fault is Fault.UNEXPECTED
 
 
@@ -411,8 +411,8 @@ def test_what_is_gathered_between_two_steps_of_the_projector_is_state(tiny: Tiny
     outcome = run_reference(config, tmp_path)
     assert outcome == run_in_memory(config, tmp_path / "swarm")
     [message] = messages(stages[0], 1)
-    assert stages[1].upstream_port
-    ids_BS, received = stages[1].upstream_port.unpack_activation(message)
+    assert stages[1].upstream_endpoint
+    ids_BS, received = stages[1].upstream_endpoint.unpack_activation(message)
     stages[1].forward(0, 0, ids_BS, received)
     stages[1].backward(0, None, None)
     names = [name for name in stages[1].state_tensors() if name.startswith("codec/receiver")]
@@ -440,15 +440,20 @@ def test_autocast_leaves_the_projector_alone(tiny: TinyConfig) -> None:
     assert not torch.equal(out.z_BTW, out.z_BTW.to(torch.bfloat16).to(torch.float32))
 
 
-def test_a_projector_of_another_epoch_is_refused(ends: tuple[Stage, Stage]) -> None:
+def test_a_projector_of_another_generation_is_refused(ends: tuple[Stage, Stage]) -> None:
     upper, lower = ends
-    assert upper.downstream_port
-    assert upper.downstream_port.table
-    upper.downstream_port.table = TableSender(
-        upper.downstream_port.table.table, epoch=1, seed=1, boundary=0, dtype=torch.float32, device=torch.device("cpu")
+    assert upper.downstream_endpoint
+    assert upper.downstream_endpoint.table
+    upper.downstream_endpoint.table = TableOwner(
+        upper.downstream_endpoint.table.table,
+        generation=1,
+        seed=1,
+        boundary=0,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
     )
     [message] = messages(upper, 1)
-    assert refused(lower, message).fault is Fault.EPOCH
+    assert refused(lower, message).fault is Fault.GENERATION
 
 
 GRADIENTS = {
@@ -462,20 +467,20 @@ GRADIENTS = {
 @pytest.mark.parametrize("spoil", GRADIENTS.values(), ids=GRADIENTS)
 def test_a_bad_projector_gradient_is_refused_by_name(spoil: Any, ends: tuple[Stage, Stage]) -> None:
     upper, lower = ends
-    assert lower.upstream_port
-    assert lower.upstream_port.table
-    assert upper.downstream_port
-    assert upper.downstream_port.table
-    good = lower.upstream_port.table.pack_gradient(torch.randn(64, 8), 3)
-    upper.downstream_port.table.unpack_gradient(good)
+    assert lower.upstream_endpoint
+    assert lower.upstream_endpoint.table
+    assert upper.downstream_endpoint
+    assert upper.downstream_endpoint.table
+    good = lower.upstream_endpoint.table.pack_gradient(torch.randn(64, 8), 3)
+    upper.downstream_endpoint.table.unpack_gradient(good)
     with pytest.raises(RemoteProtocolError, match="projector gradient of step 3 at boundary 0"):
-        upper.downstream_port.table.unpack_gradient(spoil(good))
+        upper.downstream_endpoint.table.unpack_gradient(spoil(good))
 
 
 def test_what_rounding_takes_from_a_gradient_comes_with_the_next() -> None:
-    table = Mapl(r=8, gradient="int4").table(64)
+    table = MaplCodec(r=8, gradient="int4").table(64)
     place: dict[str, Any] = {"seed": 1, "boundary": 0, "dtype": torch.float32, "device": torch.device("cpu")}
-    below, above = TableReceiver(table, epoch=0, **place), TableSender(table, epoch=0, **place)
+    below, above = TableReplica(table, generation=0, **place), TableOwner(table, generation=0, **place)
     wanted, got = torch.zeros(64, 8), torch.zeros(64, 8)
     for step in range(50):
         gradient = torch.randn(64, 8)
@@ -486,8 +491,8 @@ def test_what_rounding_takes_from_a_gradient_comes_with_the_next() -> None:
 
 
 def test_the_gradient_is_due_where_both_ends_expect_it() -> None:
-    every = Mapl(r=8, every=3).table(64)
+    every = MaplCodec(r=8, every=3).table(64)
     assert [gradient_due(every, step) for step in range(7)] == [False, False, True, False, False, True, False]
-    assert not any(gradient_due(Mapl(r=8, projector="fixed").table(64), step) for step in range(4))
-    assert not any(gradient_due(Mapl(r=8, gradient="none").table(64), step) for step in range(4))
+    assert not any(gradient_due(MaplCodec(r=8, projector="fixed").table(64), step) for step in range(4))
+    assert not any(gradient_due(MaplCodec(r=8, gradient="none").table(64), step) for step in range(4))
     assert not gradient_due(None, 0)

@@ -29,8 +29,8 @@ import pytest
 import torch
 from thinpipe.compress import anchors as anchors_module
 from thinpipe.compress.anchors import Anchors
-from thinpipe.compress.boundary import BoundaryContext, Receiver, Sender
-from thinpipe.compress.mapl import Mapl, MaplSender
+from thinpipe.compress.boundary import BoundaryContext, Decoder, Encoder
+from thinpipe.compress.mapl import MaplCodec, MaplEncoder
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.config import RunConfig
 from thinpipe.node.model import partition
@@ -58,7 +58,7 @@ class PlainModel:
     `stages` give the numbers to start from; `codec` says which parts there are and how fast they learn.
     """
 
-    def __init__(self, architecture: str, stages: Sequence[Stage], codec: Mapl) -> None:
+    def __init__(self, architecture: str, stages: Sequence[Stage], codec: MaplCodec) -> None:
         self.causal = plain_model(architecture)
         start = {name: p.detach().clone() for stage in stages for name, p in stage.model.full_names()}
         self.causal.load_state_dict(start, strict=True)
@@ -152,10 +152,10 @@ def shipped(stages: Sequence[Stage]) -> list[Tensor]:
     """What both sides of every boundary hold."""
     ends: list[Tensor] = []
     for upper, lower in itertools.pairwise(stages):
-        assert isinstance(upper.sender, MaplSender)
-        assert lower.upstream_port
-        assert lower.upstream_port.table
-        ends += [upper.sender.shipped.detach(), lower.upstream_port.table.state_tensors()["mirror"]]
+        assert isinstance(upper.sender, MaplEncoder)
+        assert lower.upstream_endpoint
+        assert lower.upstream_endpoint.table
+        ends += [upper.sender.shipped.detach(), lower.upstream_endpoint.table.state_tensors()["replica"]]
     return ends
 
 
@@ -197,7 +197,7 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
             }
         )
         codec = parse_codec(config.codec.codec).codec
-        assert isinstance(codec, Mapl)
+        assert isinstance(codec, MaplCodec)
         plain = PlainModel(architecture, [prepare(config, index)[0] for index in range(stages)], codec)
         return errors_of(plain, config, run_in_memory(config, tmp_path / "run"), trained)
 
@@ -295,18 +295,18 @@ def test_the_senders_half_alone_is_a_graph_that_is_cut_at_the_receiver(compare: 
 
 def receivers_half(patch: pytest.MonkeyPatch, factor: float) -> None:
     """The receiver's half of the projector's gradient counts `factor` times."""
-    learn = MaplSender.learn
+    learn = MaplEncoder.learn
 
-    def wrong(self: MaplSender, gradient: Tensor | None, *, rate: float) -> None:
+    def wrong(self: MaplEncoder, gradient: Tensor | None, *, rate: float) -> None:
         assert gradient is not None
         learn(self, factor * gradient, rate=rate)
 
-    patch.setattr(MaplSender, "learn", wrong)
+    patch.setattr(MaplEncoder, "learn", wrong)
 
 
 def rate_without_schedule(patch: pytest.MonkeyPatch) -> None:
-    learn = MaplSender.learn
-    patch.setattr(MaplSender, "learn", lambda self, gradient, **_: learn(self, gradient, rate=0.005))
+    learn = MaplEncoder.learn
+    patch.setattr(MaplEncoder, "learn", lambda self, gradient, **_: learn(self, gradient, rate=0.005))
 
 
 class Known(nn.Module):
@@ -323,40 +323,40 @@ class Known(nn.Module):
 
 def anchors_of_the_sender(patch: pytest.MonkeyPatch) -> None:
     """The receiver adds what the sender subtracted: its own anchors learn, but are not used."""
-    tokens, receiver = Mapl.tokens, Mapl.receiver
+    tokens, receiver = MaplCodec.tokens, MaplCodec.decoder
     of_stage: dict[int, nn.Module] = {}
 
-    def remember(self: Mapl, context: Any, table_VD: Tensor | None) -> nn.Module | None:
+    def remember(self: MaplCodec, context: Any, table_VD: Tensor | None) -> nn.Module | None:
         known = tokens(self, context, table_VD)
         assert known is not None
         of_stage[context.stage] = known
         return known
 
-    def wrong(self: Mapl, context: BoundaryContext) -> Receiver:
+    def wrong(self: MaplCodec, context: BoundaryContext) -> Decoder:
         other = of_stage[context.boundary]
         known = Known(context.tokens, lambda own, ids: own + (other(ids) - own).detach())
         return receiver(self, replace(context, tokens=known))
 
-    patch.setattr(Mapl, "tokens", remember)
-    patch.setattr(Mapl, "receiver", wrong)
+    patch.setattr(MaplCodec, "tokens", remember)
+    patch.setattr(MaplCodec, "receiver", wrong)
 
 
 def one_use_forgotten(patch: pytest.MonkeyPatch) -> None:
     """An interior stage's anchors learn from what comes in and not from what goes out."""
-    sender = Mapl.sender
+    sender = MaplCodec.encoder
 
-    def wrong(self: Mapl, context: BoundaryContext) -> Sender:
+    def wrong(self: MaplCodec, context: BoundaryContext) -> Encoder:
         known = Known(context.tokens, lambda own, _: own.detach()) if context.boundary else context.tokens
         return sender(self, replace(context, tokens=known))
 
-    patch.setattr(Mapl, "sender", wrong)
+    patch.setattr(MaplCodec, "sender", wrong)
 
 
 def no_token_table_below(patch: pytest.MonkeyPatch) -> None:
     """The receiver forgets the frozen token table."""
-    receiver = Mapl.receiver
+    receiver = MaplCodec.decoder
 
-    def wrong(self: Mapl, context: BoundaryContext) -> Receiver:
+    def wrong(self: MaplCodec, context: BoundaryContext) -> Decoder:
         def without(own: Tensor, ids_BT: Tensor) -> Tensor:
             assert isinstance(context.tokens, Anchors)
             assert context.tokens.table is not None
@@ -364,25 +364,25 @@ def no_token_table_below(patch: pytest.MonkeyPatch) -> None:
 
         return receiver(self, replace(context, tokens=Known(context.tokens, without)))
 
-    patch.setattr(Mapl, "receiver", wrong)
+    patch.setattr(MaplCodec, "receiver", wrong)
 
 
 def one_projector_late(patch: pytest.MonkeyPatch) -> None:
     """The sender codes with the projector before the one that it shipped."""
-    use, before = MaplSender.use_table, dict[int, Tensor]()
+    use, before = MaplEncoder.use_table, dict[int, Tensor]()
 
-    def wrong(self: MaplSender, table: Tensor) -> None:
+    def wrong(self: MaplEncoder, table: Tensor) -> None:
         use(self, before.get(id(self), table))
         before[id(self)] = table.detach().clone()
 
-    patch.setattr(MaplSender, "use_table", wrong)
+    patch.setattr(MaplEncoder, "use_table", wrong)
 
 
 def one_projector_early(patch: pytest.MonkeyPatch) -> None:
     """The sender codes held-out text with what it has learned and not shipped."""
-    encode = MaplSender.encode
+    encode = MaplEncoder.encode
 
-    def wrong(self: MaplSender, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
+    def wrong(self: MaplEncoder, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         shipped = self.shipped
         if not torch.is_grad_enabled():
             self._shipped = self.master
@@ -390,7 +390,7 @@ def one_projector_early(patch: pytest.MonkeyPatch) -> None:
         self._shipped = shipped
         return z_BTR
 
-    patch.setattr(MaplSender, "encode", wrong)
+    patch.setattr(MaplEncoder, "encode", wrong)
 
 
 def pairs_the_other_way_round(patch: pytest.MonkeyPatch) -> None:

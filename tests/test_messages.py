@@ -16,23 +16,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from thinpipe.protocol import messages
 from thinpipe.protocol import stage_pb2 as pb
-from thinpipe.protocol.assembly import MESSAGE_COST_BYTES, Assembly
-from thinpipe.protocol.control import (
+from thinpipe.protocol.control_messages import (
     BYTES_MAX,
     PART_BYTES_MAX,
     STEP_MAX,
-    Alive,
-    Commit,
+    AllFinished,
     CopiesHeld,
     CopyDeclined,
     CopyOffer,
     CopyPart,
     CopyProgress,
     CopyWanted,
-    Dismissed,
+    DoViewChange,
     Finished,
-    Halt,
-    Offer,
+    Heartbeat,
+    StartView,
+    StartViewChange,
 )
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from thinpipe.protocol.header import (
@@ -61,6 +60,7 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
+from thinpipe.protocol.reassembly import MESSAGE_COST_BYTES, Assembly
 
 unhurried = settings(deadline=None)  # the machine may be busy; what is asserted is never the time
 
@@ -91,7 +91,9 @@ heads = st.builds(
     body_bytes=st.integers(0, LIMITS.message_bytes // 2),
     loss_sum=st.floats(allow_nan=False, allow_infinity=False),
 )
-chunks = st.builds(Chunk, sequence=U64, epoch=U64, data=st.binary(max_size=LIMITS.chunk_bytes), head=st.none() | heads)
+chunks = st.builds(
+    Chunk, sequence=U64, generation=U64, data=st.binary(max_size=LIMITS.chunk_bytes), head=st.none() | heads
+)
 STEPS = st.integers(0, STEP_MAX - 1)
 INCARNATIONS = st.lists(U64, max_size=64).map(tuple)
 parts = st.builds(CopyPart, stage=U32, completed_steps=STEPS, offset=STEPS, data=st.binary(max_size=100))
@@ -107,15 +109,15 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         incarnation=U64,
         next_sequence=U64,
         granted_bytes=U64,
-        epoch=U64,
+        generation=U64,
         completed_steps=U64,
         protocol_version=U32,
         joining=st.booleans(),
     ),
     st.builds(Refusal, code=PRINTABLE, reason=PRINTABLE),
     st.builds(Goodbye),
-    st.builds(Alive, epoch=STEPS, completed_steps=STEPS),
-    st.builds(Halt, epoch=STEPS),
+    st.builds(Heartbeat, generation=STEPS, completed_steps=STEPS),
+    st.builds(StartViewChange, generation=STEPS),
     st.builds(
         CopiesHeld, stage=U32, steps=st.sets(STEPS, max_size=64).map(lambda steps: tuple(sorted(steps, reverse=True)))
     ),
@@ -125,14 +127,14 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(CopyWanted, stage=U32, completed_steps=STEPS),
     st.builds(CopyDeclined, stage=U32, completed_steps=STEPS, reason=PRINTABLE),
     st.builds(
-        Offer,
-        epoch=STEPS,
+        DoViewChange,
+        generation=STEPS,
         incarnations=INCARNATIONS,
         steps=st.sets(st.integers(1, STEP_MAX - 1), max_size=32).map(lambda some: (*sorted(some, reverse=True), 0)),
     ),
-    st.builds(Commit, epoch=STEPS, completed_steps=STEPS, incarnations=INCARNATIONS),
+    st.builds(StartView, generation=STEPS, completed_steps=STEPS, incarnations=INCARNATIONS),
     st.builds(Finished),
-    st.builds(Dismissed),
+    st.builds(AllFinished),
 )
 
 
@@ -157,13 +159,13 @@ def chunk_pb(**head: Any) -> pb.Frame:
 @pytest.mark.parametrize(
     ("frame", "fault"),
     [
-        (pb.Frame(alive=pb.Alive(epoch=2**48)), Fault.MALFORMED),
-        (pb.Frame(commit=pb.Commit(completed_steps=2**48)), Fault.MALFORMED),
-        (pb.Frame(commit=pb.Commit(incarnations=range(1025))), Fault.OVERSIZED),
-        (pb.Frame(offer=pb.Offer(steps=[])), Fault.MALFORMED),
-        (pb.Frame(offer=pb.Offer(steps=[4, 2])), Fault.MALFORMED),
-        (pb.Frame(offer=pb.Offer(steps=[2, 4, 0])), Fault.MALFORMED),
-        (pb.Frame(offer=pb.Offer(steps=[2, 0, 0])), Fault.MALFORMED),
+        (pb.Frame(heartbeat=pb.Heartbeat(generation=2**48)), Fault.MALFORMED),
+        (pb.Frame(start_view=pb.StartView(completed_steps=2**48)), Fault.MALFORMED),
+        (pb.Frame(start_view=pb.StartView(incarnations=range(1025))), Fault.OVERSIZED),
+        (pb.Frame(do_view_change=pb.DoViewChange(steps=[])), Fault.MALFORMED),
+        (pb.Frame(do_view_change=pb.DoViewChange(steps=[4, 2])), Fault.MALFORMED),
+        (pb.Frame(do_view_change=pb.DoViewChange(steps=[2, 4, 0])), Fault.MALFORMED),
+        (pb.Frame(do_view_change=pb.DoViewChange(steps=[2, 0, 0])), Fault.MALFORMED),
         (pb.Frame(greeting=pb.Greeting(protocol_version=1, joining=2)), Fault.MALFORMED),
         (pb.Frame(copies_held=pb.CopiesHeld(steps=[2, 4])), Fault.MALFORMED),
         (pb.Frame(copies_held=pb.CopiesHeld(steps=range(1025, 0, -1))), Fault.OVERSIZED),
@@ -218,7 +220,7 @@ def test_data_that_are_not_copied_are_judged_as_protobuf_judges_the_whole(frame:
 
 
 def test_the_data_of_a_frame_are_a_view_of_it() -> None:
-    raw = encode_frame(Chunk(sequence=1, epoch=0, data=bytes(100_000)))
+    raw = encode_frame(Chunk(sequence=1, generation=0, data=bytes(100_000)))
     frame = decode_frame(raw, Limits(message_bytes=2**20))
     assert isinstance(frame, Chunk)
     assert isinstance(frame.data, memoryview)
@@ -234,7 +236,7 @@ def test_a_part_of_any_length_comes_back(size: int) -> None:
 @pytest.mark.parametrize("loss", [0.0, -0.0, 5e-324, -1.7976931348623157e308, math.pi])
 def test_a_loss_keeps_its_bits(loss: float) -> None:
     head = Head(kind=Kind.GRADIENT, step=0, microbatch=0, loss_sum=loss)
-    frame = decode_frame(encode_frame(Chunk(sequence=0, epoch=0, data=b"", head=head)), LIMITS)
+    frame = decode_frame(encode_frame(Chunk(sequence=0, generation=0, data=b"", head=head)), LIMITS)
     assert isinstance(frame, Chunk)
     assert frame.head is not None
     assert struct.pack("<d", frame.head.loss_sum) == struct.pack("<d", loss)
@@ -257,7 +259,7 @@ def test_the_largest_legal_frames_pass() -> None:
         loss_sum=-1e300,
     )
     largest: list[Frame] = [
-        Chunk(sequence=2**64 - 1, epoch=2**64 - 1, data=b"\xff" * limits.chunk_bytes, head=head),
+        Chunk(sequence=2**64 - 1, generation=2**64 - 1, data=b"\xff" * limits.chunk_bytes, head=head),
         Refusal(code=wide, reason=wide),
         Greeting(
             run_id=wide,
@@ -267,7 +269,7 @@ def test_the_largest_legal_frames_pass() -> None:
             incarnation=2**64 - 1,
             next_sequence=2**64 - 1,
             granted_bytes=2**64 - 1,
-            epoch=2**64 - 1,
+            generation=2**64 - 1,
             completed_steps=2**64 - 1,
             protocol_version=2**32 - 1,
         ),
@@ -304,7 +306,7 @@ def test_a_split_message_comes_back(
     out: Message | None = None
     for sequence, (head, data) in enumerate(parts):
         assert out is None, "whole before its last part"
-        raw = encode_frame(Chunk(sequence=sequence, epoch=0, data=data, head=head))
+        raw = encode_frame(Chunk(sequence=sequence, generation=0, data=data, head=head))
         frame = decode_frame(raw, Limits(message_bytes=1200, chunk_bytes=chunk_bytes))
         assert isinstance(frame, Chunk)
         out = assembly.add(frame)
@@ -414,7 +416,9 @@ def test_no_flipped_bit_makes_another_chunk(head: Head, data: bytes) -> None:
 
     What may pass is the same chunk, or a greeting that is refused for its version.
     """
-    chunk = Chunk(sequence=5, epoch=1, data=data, head=head, next_sequence=300, granted_bytes=2**33, acknowledge=True)
+    chunk = Chunk(
+        sequence=5, generation=1, data=data, head=head, next_sequence=300, granted_bytes=2**33, acknowledge=True
+    )
     raw = encode_frame(chunk)
     for bit in range(8 * len(raw)):
         flipped = bytearray(raw)
@@ -447,7 +451,7 @@ def test_every_prefix_of_a_frame_is_harmless(frame: Frame) -> None:
 
 def test_a_truncated_chunk_is_refused_byte_by_byte() -> None:
     raw = encode_frame(
-        Chunk(sequence=1, epoch=2, data=b"data" * 9, head=Head(kind=Kind.GRADIENT, step=1, microbatch=2))
+        Chunk(sequence=1, generation=2, data=b"data" * 9, head=Head(kind=Kind.GRADIENT, step=1, microbatch=2))
     )
     for length in range(len(raw)):
         assert refusal_of(raw[:length]).fault is Fault.MALFORMED
@@ -459,9 +463,9 @@ def test_a_frame_that_is_too_long_is_refused_before_it_is_parsed() -> None:
 
 
 def test_data_beyond_the_chunk_size_is_refused() -> None:
-    within = Chunk(sequence=0, epoch=0, data=b"x" * LIMITS.chunk_bytes)
+    within = Chunk(sequence=0, generation=0, data=b"x" * LIMITS.chunk_bytes)
     assert decode_frame(encode_frame(within), LIMITS) == within
-    beyond = Chunk(sequence=0, epoch=0, data=b"x" * (LIMITS.chunk_bytes + 1))
+    beyond = Chunk(sequence=0, generation=0, data=b"x" * (LIMITS.chunk_bytes + 1))
     assert refusal_of(encode_frame(beyond)).fault is Fault.OVERSIZED
 
 
@@ -499,7 +503,7 @@ def test_a_loss_that_is_not_finite_is_refused_at_both_ends(loss: float) -> None:
         next(split(message, 10))
     assert caught.value.fault is Fault.PAYLOAD
     with pytest.raises(LocalProtocolError):
-        encode_frame(Chunk(sequence=0, epoch=0, data=b"", head=message.head))
+        encode_frame(Chunk(sequence=0, generation=0, data=b"", head=message.head))
 
 
 @pytest.mark.parametrize(
@@ -535,7 +539,7 @@ def test_a_bad_head_is_refused(head: dict[str, Any], fault: Fault) -> None:
 )
 def test_what_the_peer_would_refuse_is_refused_here(head: Head) -> None:
     with pytest.raises(LocalProtocolError):
-        encode_frame(Chunk(sequence=0, epoch=0, data=b"", head=head))
+        encode_frame(Chunk(sequence=0, generation=0, data=b"", head=head))
 
 
 def test_a_wrong_checksum_is_named() -> None:
@@ -717,7 +721,7 @@ def cost_of_heads(name: str, salt: int, count: int = 20) -> float:
     for nth in range(count):
         header = WORST_HEADERS[name](salt + 256 * nth)
         head = Head(kind=Kind.ACTIVATION, step=2**40, microbatch=2**31, codec=ASTRAL * 512, codec_header=header)
-        raws.append(encode_frame(Chunk(sequence=2**40, epoch=2**40, data=b"", head=head)))
+        raws.append(encode_frame(Chunk(sequence=2**40, generation=2**40, data=b"", head=head)))
     held: list[Message] = []
     tracemalloc.start()
     try:

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from thinpipe.sim import isolation, netns, tc
-from thinpipe.sim.isolation import isolated
-from thinpipe.sim.netns import Network, existing, network
-from thinpipe.sim.shaper import LinkProfile
-from thinpipe.sim.tc import KernelLinkError
+from thinpipe.sim.launch import isolation
+from thinpipe.sim.launch.isolation import isolated
+from thinpipe.sim.links import netns, tc
+from thinpipe.sim.links.netns import Network, existing, network
+from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.links.tc import KernelLinkError
 
 pytestmark = pytest.mark.alone
 
@@ -146,8 +147,8 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_ends_a_process_leaves_nothing_and_sigkill_is_swept(how: signal.Signals) -> None:
     program = (
-        "import signal, time\nfrom thinpipe.sim.isolation import isolated\n"
-        "from thinpipe.sim.shaper import LinkProfile\n"
+        "import signal, time\nfrom thinpipe.sim.launch.isolation import isolated\n"
+        "from thinpipe.sim.links.shaper import LinkProfile\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs the tests may have it ignored
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "with isolated(2, LinkProfile.parse('80mbit')) as made:\n    print(made.network.switch, flush=True)\n"

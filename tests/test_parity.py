@@ -20,7 +20,7 @@ import pytest
 import torch
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.local import run_local
-from thinpipe.sim.swarm import node_environment
+from thinpipe.sim.launch.swarm import node_environment
 
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
@@ -119,9 +119,9 @@ ZERO_BUBBLE = {
         },
     ),
     "zb, 4 stages, bf16": (4, "zb", {"compute.dtype": "bfloat16"}),
-    "zb:hop=1.3, 4 stages, recomputed": (
+    "zb:rtt_ratio=1.3, 4 stages, recomputed": (
         4,
-        "zb:hop=1.3",
+        "zb:rtt_ratio=1.3",
         {"codec.codec": "mapl:r=8,every=1", "compute.activation_checkpointing": True},
     ),
     "zb, 1 stage": (1, "zb", {}),
@@ -153,7 +153,7 @@ def test_gpipe_and_1f1b_are_equal(codec: str, tiny: TinyConfig, tmp_path: Path) 
     settings = {"pipeline.stages": 4, "codec.codec": codec}
     gpipe, one_f_one_b, deeper, deepest = (
         run_in_memory(tiny({**settings, "pipeline.schedule": schedule}), tmp_path / schedule)
-        for schedule in ("gpipe", "1f1b", "1f1b:hop=0.7", "1f1b:hop=6")
+        for schedule in ("gpipe", "1f1b", "1f1b:rtt_ratio=0.7", "1f1b:rtt_ratio=6")
     )
     assert gpipe == one_f_one_b == deeper == deepest
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from thinpipe.node.config import dump_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.sim.report import read_records
-from thinpipe.sim.swarm import free_ports, node_environment
+from thinpipe.sim.launch.swarm import free_ports, node_environment
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.protocol.schedule import SCHEDULES, InputGradient, Schedule, Step, WeightGradient, get_schedule
-from thinpipe.sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
+from thinpipe.sim.links.shaper import LinkProfile
 
 TRAINING = [SCHEDULES[name] for name in ("gpipe", "1f1b")]
 EVERY = [*TRAINING, SCHEDULES["zb"]]
@@ -83,7 +83,7 @@ def test_latency_starves_a_shallow_schedule() -> None:
 def test_a_depth_for_the_hop_hides_latency() -> None:
     """Four stages, a round trip of two microbatches' compute: with the depth for it only the flush waits for links."""
     link = LinkProfile(rate_bits_per_s=None, latency_s=3.0)
-    plain, deep = (uniform(get_schedule(name), 4, 64, link=link).step_s for name in ("1f1b", "1f1b:hop=2"))
+    plain, deep = (uniform(get_schedule(name), 4, 64, link=link).step_s for name in ("1f1b", "1f1b:rtt_ratio=2"))
     assert deep == pytest.approx(3 * 67 + 6 * 3)  # the first microbatch down, the last one up
     assert plain > 2 * deep
 

@@ -123,7 +123,7 @@ def covered_by_crc(chunk: dict[str, Any]) -> bytes:
     codec = head["codec"].encode()
     numbers = [head["kind"], head["microbatch"], len(codec), len(head["codec_header"])]
     numbers += [int(chunk["head"] is not None), chunk["acknowledge"]]
-    longer = [chunk["sequence"], chunk["epoch"], head["step"], head["token_ids_bytes"], head["body_bytes"]]
+    longer = [chunk["sequence"], chunk["generation"], head["step"], head["token_ids_bytes"], head["body_bytes"]]
     longer += [head["dictionary_bytes"], chunk["next_sequence"], chunk["granted_bytes"]]
     envelope = struct.pack("<6I8Qd", *numbers, *longer, head["loss_sum"])
     return envelope + codec + head["codec_header"] + chunk["data"]
@@ -209,10 +209,10 @@ def rows_from(payload: bytes, encoding: str, rows: int, width: int, dtype: np.dt
 
 
 class Table:
-    """A mirror."""
+    """A replica."""
 
-    def __init__(self, spec: dict[str, Any], epoch: int) -> None:
-        self.spec, self.epoch = spec, epoch
+    def __init__(self, spec: dict[str, Any], generation: int) -> None:
+        self.spec, self.generation = spec, generation
         self.version: list[int] | None = None
         self.digest = b""
         self.table = np.zeros((spec["entries"], spec["width"]), dtype_of(spec))
@@ -224,7 +224,7 @@ class Table:
         assert list(head) == ["name", "version", "previous", "entries", "encoding", "digest"]
         assert head["name"] == self.spec["name"]
         assert head["previous"] == self.version
-        assert head["version"][0] == self.epoch
+        assert head["version"][0] == self.generation
         assert self.version is None or head["version"] > self.version
         count, chosen = head["entries"], np.arange(self.spec["entries"])
         if count is not None:
@@ -302,7 +302,7 @@ def test_another_reader_finds_the_same_rows() -> None:
 
 def test_another_reader_follows_the_deltas() -> None:
     for vector in load("deltas"):
-        table = Table(vector["spec"], vector["epoch"])
+        table = Table(vector["spec"], vector["generation"])
         table.version = vector["zeros_at"]
         for each in vector["deltas"]:
             head = table.apply(bytes.fromhex(each["bytes"]))
@@ -351,7 +351,7 @@ def test_another_receiver_follows_the_conversation(stage: int) -> None:
     """Frames of two connections to messages, messages to tables and tensors."""
     vector = load("conversation")
     specs = {each["name"]: each for each in vector["dictionaries"] if (each["kind"] == 1) == (stage == 1)}
-    tables = {name: Table(spec, vector["epoch"]) for name, spec in specs.items()}
+    tables = {name: Table(spec, vector["generation"]) for name, spec in specs.items()}
     expected, dropped, connection = 0, 0, 0
     head: Any = None
     data, got = b"", []
@@ -362,11 +362,15 @@ def test_another_receiver_follows_the_conversation(stage: int) -> None:
         if said["connection"] != connection:
             connection = said["connection"]
             assert name == "greeting"
-            assert (fields["protocol_version"], fields["epoch"], fields["stage"]) == (1, vector["epoch"], 1 - stage)
+            assert (fields["protocol_version"], fields["generation"], fields["stage"]) == (
+                1,
+                vector["generation"],
+                1 - stage,
+            )
         if name != "chunk":
             continue
         assert zlib.crc32(covered_by_crc(fields)) == fields["crc32"]
-        assert fields["epoch"] == vector["epoch"]
+        assert fields["generation"] == vector["generation"]
         if fields["sequence"] < expected:
             dropped += 1
             continue

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
-from thinpipe.node.measuring.pace import Pace, times_at
+from thinpipe.node.measuring.emulated_machine import EmulatedMachine, times_at
+from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.measuring.plan import with_depth
-from thinpipe.node.measuring.sizes import Sizes
 from thinpipe.node.model import resolve_model
 from typer.testing import CliRunner
 
@@ -78,7 +78,7 @@ def planned(*arguments: str) -> dict[str, Any]:
 
 
 def test_a_link_that_is_wide_enough_changes_nothing() -> None:
-    figures = planned("--pace", "tiny@4x1tflops", "--codec", "mapl", "--microbatches", "8")
+    figures = planned("--emulate", "tiny@4x1tflops", "--codec", "mapl", "--microbatches", "8")
     assert figures["tokens_per_s"] == pytest.approx(figures["uncapped_tokens_per_s"])
     assert [boundary["compute_bound_at_ratio"] for boundary in figures["boundaries"]] == [None] * 3
     assert figures["bottleneck"] == "compute of stage 3"
@@ -86,22 +86,24 @@ def test_a_link_that_is_wide_enough_changes_nothing() -> None:
 
 def test_a_ratio_makes_a_boundary_compute_bound() -> None:
     """At the ratio that the plan names for dense training, the wires are no longer the bottleneck."""
-    pace = ("--pace", "tiny@2x0.05tflops", "--link", "5mbit", "--set", "model.vocab_size=1024")
-    dense = planned(*pace, "--codec", "bf16")
+    machine = ("--emulate", "tiny@2x0.05tflops", "--link", "5mbit", "--set", "model.vocab_size=1024")
+    dense = planned(*machine, "--codec", "bf16")
     ratio = dense["boundaries"][0]["compute_bound_at_ratio"]
     assert dense["bottleneck"].startswith("the link")
     assert 1 < ratio < 30
     codec = f"mapl:r={int(256 / ratio) - 1},every=64"
-    narrow = planned(*pace, "--codec", codec, "--forward", "bf16", "--backward", "bf16")
+    narrow = planned(*machine, "--codec", codec, "--forward", "bf16", "--backward", "bf16")
     assert narrow["bottleneck"].startswith("compute")
-    wide = planned(*pace, "--codec", f"mapl:r={int(512 / ratio)},every=64", "--forward", "bf16", "--backward", "bf16")
+    wide = planned(
+        *machine, "--codec", f"mapl:r={int(512 / ratio)},every=64", "--forward", "bf16", "--backward", "bf16"
+    )
     assert wide["bottleneck"].startswith("the link")
 
 
 def test_a_deeper_schedule_hides_the_latency() -> None:
-    pace = ("--pace", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
-    pace += ("--sequence-length", "2048")
-    plain, deep = (planned(*pace, "--schedule", schedule) for schedule in ("1f1b", "1f1b:hop=1"))
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
+    machine += ("--sequence-length", "2048")
+    plain, deep = (planned(*machine, "--schedule", schedule) for schedule in ("1f1b", "1f1b:rtt_ratio=1"))
     shares = [figures["tokens_per_s"] / figures["uncapped_tokens_per_s"] for figures in (plain, deep)]
     assert shares[0] < 0.9
     assert shares[1] > 0.95
@@ -109,9 +111,9 @@ def test_a_deeper_schedule_hides_the_latency() -> None:
 
 def test_zero_bubble_hides_some_of_the_latency() -> None:
     """The depth of 1F1B; messages up leave earlier, and weight gradients fill the wait."""
-    pace = ("--pace", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
-    pace += ("--sequence-length", "2048")
-    whole, split = (planned(*pace, "--schedule", schedule) for schedule in ("1f1b", "zb"))
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
+    machine += ("--sequence-length", "2048")
+    whole, split = (planned(*machine, "--schedule", schedule) for schedule in ("1f1b", "zb"))
     assert whole["tokens_per_s"] < 0.95 * split["tokens_per_s"]
     assert [stage["microbatches_in_flight"] for stage in split["stages"]] == [4] * 4
     first, *_, last = split["stages"]
@@ -121,7 +123,16 @@ def test_zero_bubble_hides_some_of_the_latency() -> None:
 
 def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
-    arguments = ["--pace", "tiny@3x1tflops", "--link", "10mbit,5ms", "--microbatches", "8", "--timeline", str(picture)]
+    arguments = [
+        "--emulate",
+        "tiny@3x1tflops",
+        "--link",
+        "10mbit,5ms",
+        "--microbatches",
+        "8",
+        "--timeline",
+        str(picture),
+    ]
     arguments += ["--schedule", "zb"]
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert result.exit_code == 0, result.output
@@ -131,18 +142,18 @@ def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[list[str], str]] = [
-    ([], "say how fast stages compute: --pace 150m@4x66tflops, or --from a run"),
-    (["--pace", "tiny@4x1tflops", "--from", "runs"], "say how fast stages compute"),
-    (["--pace", "tiny@4"], r"a pace is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, .*; got 'tiny@4'"),
-    (["--pace", "tiny@4x0tflops"], r"a pace has to be above zero"),
-    (["--pace", "tiny@4x5ms+0ms"], r"a pace has to be above zero"),
-    (["--pace", "tiny@4x5min+1ms"], r"a pace is"),
-    (["--pace", "8b@8of4x66tflops"], r"a pace cannot take 8 of 4 stages"),
-    (["--pace", "huge@4x1tflops"], r"unknown model.preset 'huge'"),
-    (["--pace", "tiny@64x1tflops"], r"64 stages, but the model has 4 layers"),
-    (["--pace", "tiny@4x1tflops", "--link", "300"], r"link '300'"),
-    (["--pace", "tiny@4x1tflops", "--codec", "mapl:r=999"], r"r=999"),
-    (["--pace", "tiny@4x1tflops", "--rule", "none"], r"--rule: there is no 'none'; choose duplex or shared"),
+    ([], "say how fast stages compute: --emulate 150m@4x66tflops, or --from a run"),
+    (["--emulate", "tiny@4x1tflops", "--from", "runs"], "say how fast stages compute"),
+    (["--emulate", "tiny@4"], r"a pace is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, .*; got 'tiny@4'"),
+    (["--emulate", "tiny@4x0tflops"], r"a pace has to be above zero"),
+    (["--emulate", "tiny@4x5ms+0ms"], r"a pace has to be above zero"),
+    (["--emulate", "tiny@4x5min+1ms"], r"a pace is"),
+    (["--emulate", "8b@8of4x66tflops"], r"a pace cannot take 8 of 4 stages"),
+    (["--emulate", "huge@4x1tflops"], r"unknown model.preset 'huge'"),
+    (["--emulate", "tiny@64x1tflops"], r"64 stages, but the model has 4 layers"),
+    (["--emulate", "tiny@4x1tflops", "--link", "300"], r"link '300'"),
+    (["--emulate", "tiny@4x1tflops", "--codec", "mapl:r=999"], r"r=999"),
+    (["--emulate", "tiny@4x1tflops", "--rule", "none"], r"--rule: there is no 'none'; choose duplex or shared"),
     (["--from", "nowhere"], r"--from nowhere: there is no run.toml"),
 ]
 
@@ -157,29 +168,31 @@ def test_what_cannot_be_planned_is_refused(arguments: list[str], expected: str) 
 
 
 def test_a_pace_is_spelled_one_way() -> None:
-    assert Pace.parse("150m@4x66.5tflops") == Pace(preset="150m", stages=4, whole=4, tflops=66.5)
-    assert Pace.parse("8b@8of32x66tflops") == Pace(preset="8b", stages=8, whole=32, tflops=66)
-    assert Pace.parse("1b@4x5ms+0.01s") == Pace(preset="1b", stages=4, whole=4, seconds=(0.005, 0.01))
+    assert EmulatedMachine.parse("150m@4x66.5tflops") == EmulatedMachine(preset="150m", stages=4, whole=4, tflops=66.5)
+    assert EmulatedMachine.parse("8b@8of32x66tflops") == EmulatedMachine(preset="8b", stages=8, whole=32, tflops=66)
+    assert EmulatedMachine.parse("1b@4x5ms+0.01s") == EmulatedMachine(
+        preset="1b", stages=4, whole=4, seconds=(0.005, 0.01)
+    )
     for text in ("", "150m", "150m@4x66", "150m@0x66tflops", "150M@4x66tflops", "150m@4x-1tflops", "150m@4x5ms"):
         with pytest.raises(ConfigError, match="a pace is"):
-            Pace.parse(text)
+            EmulatedMachine.parse(text)
 
 
 def test_a_part_of_a_pipeline_has_inner_stages_only() -> None:
-    whole = planned("--pace", "8b@32x66tflops")["stages"]
-    part = planned("--pace", "8b@8of32x66tflops")["stages"]
+    whole = planned("--emulate", "8b@32x66tflops")["stages"]
+    part = planned("--emulate", "8b@8of32x66tflops")["stages"]
     assert [stage["forward_s"] for stage in part] == pytest.approx([whole[1]["forward_s"]] * 8)
-    assert planned("--pace", "8b@8of32x5ms+10ms")["stages"][3]["backward_s"] == 0.01
+    assert planned("--emulate", "8b@8of32x5ms+10ms")["stages"][3]["backward_s"] == 0.01
 
 
 def test_the_depth_is_found_by_simulation() -> None:
     """Deep where links take long, plain where they do not; never deeper than helps."""
-    pace = ("--pace", "150m@4x66tflops", "--codec", "mapl", "--batch-size", "512", "--sequence-length", "2048")
-    auto = ("--schedule", "1f1b:hop=auto")
-    assert planned(*pace, *auto)["schedule"] == "1f1b"
-    found = planned(*pace, *auto, "--link", "80mbit,25ms")
-    deepest = planned(*pace, "--schedule", "1f1b:hop=6", "--link", "80mbit,25ms")
-    assert found["schedule"].startswith("1f1b:hop=")
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--batch-size", "512", "--sequence-length", "2048")
+    auto = ("--schedule", "1f1b:rtt_ratio=auto")
+    assert planned(*machine, *auto)["schedule"] == "1f1b"
+    found = planned(*machine, *auto, "--link", "80mbit,25ms")
+    deepest = planned(*machine, "--schedule", "1f1b:rtt_ratio=6", "--link", "80mbit,25ms")
+    assert found["schedule"].startswith("1f1b:rtt_ratio=")
     assert found["step_s"] <= 1.003 * deepest["step_s"]
     in_flight = [sum(stage["microbatches_in_flight"] for stage in each["stages"]) for each in (found, deepest)]
     assert in_flight[0] < in_flight[1]
@@ -187,5 +200,5 @@ def test_the_depth_is_found_by_simulation() -> None:
 
 def test_a_run_finds_its_depth_before_the_first_step(tiny: TinyConfig) -> None:
     config = tiny({"pipeline.stages": 2, "link.link": "100mbit,200ms"})
-    assert with_depth(config, "1f1b:hop=auto").pipeline.schedule.startswith("1f1b:hop=")
-    assert with_depth(tiny({"pipeline.stages": 2}), "1f1b:hop=auto").pipeline.schedule == "1f1b"
+    assert with_depth(config, "1f1b:rtt_ratio=auto").pipeline.schedule.startswith("1f1b:rtt_ratio=")
+    assert with_depth(tiny({"pipeline.stages": 2}), "1f1b:rtt_ratio=auto").pipeline.schedule == "1f1b"

@@ -20,37 +20,37 @@ import grpc.aio
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.links.dialling import dial
-from thinpipe.node.links.probe_service import ProbeService
-from thinpipe.node.links.transport import PROBE_METHOD, listening, probe_door, serving
-from thinpipe.node.probing.asker import ask
+from thinpipe.node.links.probe_server import ProbeService
+from thinpipe.node.links.transport import PROBE_METHOD, listening, probe_handler, serving
 from thinpipe.node.probing.probe import figures
+from thinpipe.node.probing.probe_client import ask
 from thinpipe.node.probing.reach import ProbeError
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Refusal, encode_frame
-from thinpipe.protocol.probing import (
+from thinpipe.protocol.path_probe import (
     BALLAST_BYTES_MAX,
     BYTES_MAX,
     ECHOES_MAX,
     PROBE_FRAME_BYTES_MAX,
     TOKEN_BYTES,
-    About,
-    Answerer,
-    Ballast,
-    Dialled,
+    DialBackResult,
     Done,
     Echo,
+    Filler,
+    InfoRequest,
+    InfoResponse,
     Measured,
     Outcome,
-    Phase,
-    Said,
+    ProbeMessage,
+    ProbePhase,
+    ProbeResponder,
     Terms,
     Turn,
-    Visit,
-    ballast_frame,
     decode_probe,
     encode_probe,
+    filler_frame,
 )
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.sim.links.shaper import LinkProfile
 from typer.testing import CliRunner
 
 from .test_transport import complain, make_link
@@ -66,8 +66,8 @@ HUGE = Terms(
     jitter_us=2**64 - 1,
     burst_bytes=2**64 - 1,
 )
-VISIT = Visit(port=7001, token=bytes(range(TOKEN_BYTES)), version="0.1.0")
-Encodable = Terms | Echo | Turn | Done | Measured | Visit | About | Dialled
+VISIT = InfoRequest(port=7001, token=bytes(range(TOKEN_BYTES)), version="0.1.0")
+Encodable = Terms | Echo | Turn | Done | Measured | InfoRequest | InfoResponse | DialBackResult
 SAID: list[Encodable] = [
     WISH,
     HUGE,
@@ -77,8 +77,8 @@ SAID: list[Encodable] = [
     Done(),
     Measured(2**40, 10**6),
     VISIT,
-    About(version="0.1.0", unix_us=2**50, seen_as="2001:db8::7", in_a_run=True),
-    *map(Dialled, Outcome),
+    InfoResponse(version="0.1.0", unix_us=2**50, seen_as="2001:db8::7", in_a_run=True),
+    *map(DialBackResult, Outcome),
 ]
 
 # -- the rules, without a socket ------------------------------------------------------------------------------------
@@ -92,11 +92,11 @@ def test_a_frame_is_read_as_it_was_written(said: Encodable) -> None:
 def test_a_refusal_is_the_same_bytes_in_every_stream() -> None:
     refusal = Refusal(code="oversized", reason="too much")
     assert decode_probe(encode_frame(refusal)) == refusal
-    assert decode_probe(ballast_frame(bytes(100))) == Ballast(100)
+    assert decode_probe(filler_frame(bytes(100))) == Filler(100)
 
 
 def test_any_wish_is_cut_down_and_allocates_nothing() -> None:
-    terms = Answerer(round_trips_only=False).receive(HUGE)
+    terms = ProbeResponder(round_trips_only=False).receive(HUGE)
     assert terms == Terms(
         milliseconds=10_000,
         bytes=BYTES_MAX,
@@ -105,7 +105,7 @@ def test_any_wish_is_cut_down_and_allocates_nothing() -> None:
         jitter_us=10**6,
         burst_bytes=2**24,
     )
-    slow = Answerer(round_trips_only=False).receive(replace(WISH, rate_bits_per_s=1))
+    slow = ProbeResponder(round_trips_only=False).receive(replace(WISH, rate_bits_per_s=1))
     assert (slow.rate_bits_per_s, slow.burst_bytes) == (10_000, 1)
 
 
@@ -129,17 +129,21 @@ def _flipped(raw: bytes, bit: int) -> bytes:
 @pytest.mark.parametrize(
     ("phase", "allowed"),
     [
-        (Phase.TERMS, {Terms, Visit}),
-        (Phase.ECHOES, {Echo, Turn}),
-        (Phase.TAKING, {Ballast, Done}),
-        (Phase.OVER, set[type]()),
+        (ProbePhase.TERMS, {Terms, InfoRequest}),
+        (ProbePhase.ECHOES, {Echo, Turn}),
+        (ProbePhase.TAKING, {Filler, Done}),
+        (ProbePhase.OVER, set[type]()),
     ],
 )
-def test_each_frame_has_its_time(phase: Phase, allowed: set[type]) -> None:
-    way: dict[Phase, list[Said]] = {Phase.TERMS: [], Phase.ECHOES: [WISH], Phase.TAKING: [WISH, Turn()]}
-    way[Phase.OVER] = [WISH, Turn(), Done()]
-    for said in (*SAID, Ballast(5), Refusal(code="x", reason="y")):
-        rules = Answerer(round_trips_only=False)
+def test_each_frame_has_its_time(phase: ProbePhase, allowed: set[type]) -> None:
+    way: dict[ProbePhase, list[ProbeMessage]] = {
+        ProbePhase.TERMS: [],
+        ProbePhase.ECHOES: [WISH],
+        ProbePhase.TAKING: [WISH, Turn()],
+    }
+    way[ProbePhase.OVER] = [WISH, Turn(), Done()]
+    for said in (*SAID, Filler(5), Refusal(code="x", reason="y")):
+        rules = ProbeResponder(round_trips_only=False)
         for before in way[phase]:
             rules.receive(before)
         assert rules.phase is phase
@@ -166,7 +170,7 @@ class Scene:
 @asynccontextmanager
 async def listener() -> AsyncIterator[Scene]:
     scene = Scene()
-    door = probe_door(scene.service, lambda code, _: scene.faults.append(code))
+    door = probe_handler(scene.service, lambda code, _: scene.faults.append(code))
     async with serving("127.0.0.1:0", {"Probe": door}) as port:
         scene.address = f"127.0.0.1:{port}"
         yield scene
@@ -224,7 +228,7 @@ def test_a_listener_is_in_a_run_from_its_neighbours_first_word_on() -> None:
         async with listening("127.0.0.1:0", lower, greeting_timeout_s=5, report=complain) as port:
             address, free = f"127.0.0.1:{port}", LinkProfile.parse("none")
             asked.append((await ask(address, free, 0.2)).terms.round_trips_only)
-            dialling = dial(address, upper, greeting_timeout_s=5, patience_s=lambda: 10, report=complain)
+            dialling = dial(address, upper, greeting_timeout_s=5, deadline_s=lambda: 10, report=complain)
             calling = asyncio.create_task(dialling)
             await asyncio.gather(upper.opened.wait(), lower.opened.wait())
             asked.append((await ask(address, free, 0.2)).terms.round_trips_only)
@@ -276,10 +280,10 @@ HOSTILE: dict[str, tuple[list[bytes], str]] = {
     "another version": ([encode_probe(replace(WISH, protocol_version=99))], "protocol-version"),
     "an echo before the terms": ([encode_probe(Echo(1))], "unexpected-frame"),
     "terms twice": ([TERMS, TERMS], "unexpected-frame"),
-    "ballast before the turn": ([TERMS, ballast_frame(bytes(1000))], "unexpected-frame"),
-    "ballast that is too much in a frame": ([TERMS, TURN, ballast_frame(bytes(2 * BALLAST_BYTES_MAX))], "oversized"),
-    "ballast beyond the terms": (
-        [encode_probe(replace(WISH, bytes=1000)), TURN, ballast_frame(bytes(1001))],
+    "filler before the turn": ([TERMS, filler_frame(bytes(1000))], "unexpected-frame"),
+    "filler that is too much in a frame": ([TERMS, TURN, filler_frame(bytes(2 * BALLAST_BYTES_MAX))], "oversized"),
+    "filler beyond the terms": (
+        [encode_probe(replace(WISH, bytes=1000)), TURN, filler_frame(bytes(1001))],
         "oversized",
     ),
     "too many echoes": ([TERMS, *(encode_probe(Echo(number)) for number in range(ECHOES_MAX + 1))], "unexpected-frame"),
@@ -318,7 +322,7 @@ def test_a_hostile_peer_ends_its_own_stream_by_name_and_disturbs_nothing() -> No
                 assert await attempt(scene.address, frames) == code, name
                 await _free(scene)
             huge = encode_probe(replace(HUGE, rate_bits_per_s=0, latency_us=0, jitter_us=0))
-            for frames in ([huge], [huge, TURN], [TERMS, TURN, ballast_frame(bytes(1000))]):
+            for frames in ([huge], [huge, TURN], [TERMS, TURN, filler_frame(bytes(1000))]):
                 await _leave(scene.address, frames)
                 await _free(scene)
             assert (await ask(scene.address, LinkProfile.parse("none"), 0.2)).up
@@ -334,7 +338,7 @@ async def _free(scene: Scene) -> None:
 
 
 async def _leave(address: str, frames: list[bytes]) -> None:
-    """Go away in the middle, with ballast under way."""
+    """Go away in the middle, with filler under way."""
     async with grpc.aio.insecure_channel(address) as channel:
         call = channel.stream_stream(PROBE_METHOD)()
         for frame in frames:
@@ -344,7 +348,7 @@ async def _leave(address: str, frames: list[bytes]) -> None:
 
 
 def test_who_does_not_read_holds_nothing_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("thinpipe.node.links.probe_service.WAIT_S", 0.3)
+    monkeypatch.setattr("thinpipe.node.links.probe_server.WAIT_S", 0.3)
 
     async def story() -> None:
         async with listener() as scene, grpc.aio.insecure_channel(scene.address) as channel:

@@ -11,25 +11,15 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.protocol.claims import SETTLE_S, begun, better, choose, needy, of_stage, rival, through
-from thinpipe.protocol.door import (
-    ASK_BYTES_MAX,
-    TELL_BYTES_MAX,
-    Ask,
-    Told,
-    decode_ask,
-    decode_told,
-    encode_ask,
-    encode_told,
-)
+from thinpipe.protocol.claims import CLAIM_WAIT_S, better, choose, has_started, is_finished, neediest, of_stage, rival
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from thinpipe.protocol.records import (
     CONFIGURATION_BYTES_MAX,
     RECORD_BYTES_MAX,
     NodeRecord,
+    NodeState,
     RunRecord,
     Seen,
-    State,
     decode_record,
     decode_run,
     encode_record,
@@ -39,22 +29,32 @@ from thinpipe.protocol.records import (
     renew_every_s,
     stale_after_s,
 )
+from thinpipe.protocol.rendezvous_messages import (
+    REQUEST_BYTES_MAX,
+    TELL_BYTES_MAX,
+    RendezvousRequest,
+    RendezvousResponse,
+    decode_request,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 
 DIGEST = "0123456789abcdef" * 4
 OF = {"run": "demo", "configuration": DIGEST, "stages": 4}
 
 steps = st.integers(0, 2**48 - 1)
-states = st.sampled_from(State)
+states = st.sampled_from(NodeState)
 RECORD = NodeRecord(
     run="demo",
     configuration=DIGEST,
     stage=1,
     stages=4,
     endpoint="192.0.2.7:7001",
-    state=State.TRAINING,
+    state=NodeState.TRAINING,
     incarnation=7,
     claimed_at_s=1.7e9,
-    epoch=2,
+    generation=2,
     completed_steps=40,
     committed_steps=30,
     tokens_per_s=1234.5,
@@ -67,7 +67,7 @@ records = st.builds(
     endpoint=st.sampled_from(["a.example:1", "[fe80::1%2]:65535", "192.0.2.7:7001"]),
     incarnation=st.integers(0, 2**64 - 1),
     claimed_at_s=st.floats(0, 1e11),
-    epoch=steps,
+    generation=steps,
     completed_steps=steps,
     committed_steps=steps,
     tokens_per_s=st.floats(0, 1e12),
@@ -92,8 +92,8 @@ def test_any_bytes_end_in_a_value_or_a_named_fault(raw: bytes) -> None:
     for decode in (
         lambda: decode_record(raw, **OF),
         lambda: decode_run(raw),
-        lambda: decode_ask(raw),
-        lambda: decode_told(raw),
+        lambda: decode_request(raw),
+        lambda: decode_response(raw),
     ):
         try:
             decode()
@@ -128,7 +128,7 @@ def test_a_changed_field_is_read_as_it_is_or_refused(name: str, value: object) -
 @given(st.dictionaries(st.text(max_size=8) | st.integers(-9, 9), anything, min_size=1, max_size=3))
 def test_another_field_more_or_less_is_refused(more: dict[object, object]) -> None:
     values = msgpack.unpackb(encode_record(RECORD))
-    for odd in ({**values, **more}, {key: value for key, value in values.items() if key != "epoch"}):
+    for odd in ({**values, **more}, {key: value for key, value in values.items() if key != "generation"}):
         if odd.keys() != values.keys():
             with pytest.raises(RemoteProtocolError):
                 decode_record(msgpack.packb(odd), **OF)
@@ -142,8 +142,8 @@ def test_another_field_more_or_less_is_refused(more: dict[object, object]) -> No
         ({"stages": 5}, Fault.STAGE),
         ({"stage": 4}, Fault.STAGE),
         ({"version": 10**6}, Fault.PROTOCOL_VERSION),
-        ({"epoch": True}, Fault.MALFORMED),
-        ({"epoch": 2.0}, Fault.MALFORMED),
+        ({"generation": True}, Fault.MALFORMED),
+        ({"generation": 2.0}, Fault.MALFORMED),
         ({"tokens_per_s": 5}, Fault.MALFORMED),
         ({"tokens_per_s": float("nan")}, Fault.MALFORMED),
         ({"state": "dreaming"}, Fault.MALFORMED),
@@ -160,7 +160,7 @@ def test_strangers_are_counted_by_name(change: dict[str, object], fault: Fault) 
 
 
 def test_nothing_is_told_that_nobody_would_take() -> None:
-    for odd in ({"endpoint": "no port"}, {"epoch": -1}, {"tokens_per_s": float("inf")}, {"run": "a b"}):
+    for odd in ({"endpoint": "no port"}, {"generation": -1}, {"tokens_per_s": float("inf")}, {"run": "a b"}):
         with pytest.raises(LocalProtocolError):
             encode_record(replace(RECORD, **odd))
 
@@ -191,18 +191,18 @@ def test_endpoints(good: str) -> None:
 
 
 def test_questions_and_answers_are_told_as_they_are() -> None:
-    ask = Ask(reach="192.0.2.7:7001", incarnation=2**63)
-    assert decode_ask(encode_ask(ask)) == ask
-    told = Told(
+    ask = RendezvousRequest(reach="192.0.2.7:7001", incarnation=2**63)
+    assert decode_request(encode_request(ask)) == ask
+    told = RendezvousResponse(
         addresses=("/ip4/1.2.3.4/tcp/1/p2p/Qm",), run="demo", configuration=DIGEST, toml="[run]\n", incarnation=3
     )
-    assert decode_told(encode_told(told)) == told
-    for decode, most in ((decode_ask, ASK_BYTES_MAX), (decode_told, TELL_BYTES_MAX)):
+    assert decode_response(encode_response(told)) == told
+    for decode, most in ((decode_request, REQUEST_BYTES_MAX), (decode_response, TELL_BYTES_MAX)):
         with pytest.raises(RemoteProtocolError, match="oversized"):
             decode(b"\x80" * (most + 1))
-    other = {**msgpack.unpackb(encode_ask(ask)), "version": 99}
+    other = {**msgpack.unpackb(encode_request(ask)), "version": 99}
     with pytest.raises(RemoteProtocolError, match="protocol version 99 there"):
-        decode_ask(msgpack.packb(other))
+        decode_request(msgpack.packb(other))
 
 
 # -- claims ---------------------------------------------------------------------------------------------------------
@@ -214,9 +214,9 @@ def seen(age_s: float = 1.0, **change: object) -> Seen:
 
 @given(records, records)
 def test_of_two_claims_one_is_better(a: NodeRecord, b: NodeRecord) -> None:
-    if (a.state is State.CLAIMING, a.epoch, a.claimed_at_s, a.incarnation) != (
-        b.state is State.CLAIMING,
-        b.epoch,
+    if (a.state is NodeState.CLAIMING, a.generation, a.claimed_at_s, a.incarnation) != (
+        b.state is NodeState.CLAIMING,
+        b.generation,
         b.claimed_at_s,
         b.incarnation,
     ):
@@ -240,38 +240,38 @@ def test_only_a_stage_without_a_node_is_chosen(found: list[Seen], drawn: int) ->
 
 def test_who_is_lost_longest_needs_a_node_most() -> None:
     lost = [seen(100, stage=0, incarnation=1), seen(200, stage=1, incarnation=2), seen(stage=2, incarnation=3)]
-    assert needy([*lost, seen(stage=3, incarnation=4)], range(4)) == [1]
-    assert needy(lost, range(4)) == [3]  # never served
-    assert needy([], range(4)) == [0, 1, 2, 3]
-    assert needy(lost, [0, 2]) == [0]  # what a certificate is for
+    assert neediest([*lost, seen(stage=3, incarnation=4)], range(4)) == [1]
+    assert neediest(lost, range(4)) == [3]  # never served
+    assert neediest([], range(4)) == [0, 1, 2, 3]
+    assert neediest(lost, [0, 2]) == [0]  # what a certificate is for
     assert of_stage(lost, 1) == []
-    assert needy([seen(stage=stage, incarnation=stage) for stage in range(4)], range(4)) == []
+    assert neediest([seen(stage=stage, incarnation=stage) for stage in range(4)], range(4)) == []
 
 
 def test_who_has_settled_is_not_overtaken_by_an_earlier_clock() -> None:
-    settled = replace(RECORD, state=State.STARTING, epoch=0, claimed_at_s=100.0)
-    late = replace(RECORD, state=State.CLAIMING, epoch=0, claimed_at_s=50.0, incarnation=8)
+    settled = replace(RECORD, state=NodeState.STARTING, generation=0, claimed_at_s=100.0)
+    late = replace(RECORD, state=NodeState.CLAIMING, generation=0, claimed_at_s=50.0, incarnation=8)
     assert rival([Seen(record=settled, age_s=0)], late) == settled
     assert rival([Seen(record=late, age_s=0)], settled) is None
-    later_epoch = replace(RECORD, claimed_at_s=900.0, epoch=3, incarnation=9)
-    assert better(later_epoch, RECORD)  # whose process was replaced
+    later_generation = replace(RECORD, claimed_at_s=900.0, generation=3, incarnation=9)
+    assert better(later_generation, RECORD)  # whose process was replaced
 
 
 def test_a_run_has_begun_when_anybody_has_trained_or_waited_in_that_place() -> None:
-    fresh = {"epoch": 0, "completed_steps": 0, "committed_steps": 0}
-    assert not begun([], 1)
-    assert not begun([seen(state=State.CLAIMING, **fresh), seen(state=State.STARTING, **fresh)], 1)
-    assert not begun([seen(state=State.WAITING, **fresh)], 0)
-    assert begun([seen(state=State.WAITING, **fresh)], 1)
-    assert begun([seen(state=State.TRAINING, **fresh)], 0)
-    assert begun([seen(500, state=State.WAITING)], 0)
+    fresh = {"generation": 0, "completed_steps": 0, "committed_steps": 0}
+    assert not has_started([], 1)
+    assert not has_started([seen(state=NodeState.CLAIMING, **fresh), seen(state=NodeState.STARTING, **fresh)], 1)
+    assert not has_started([seen(state=NodeState.WAITING, **fresh)], 0)
+    assert has_started([seen(state=NodeState.WAITING, **fresh)], 1)
+    assert has_started([seen(state=NodeState.TRAINING, **fresh)], 0)
+    assert has_started([seen(500, state=NodeState.WAITING)], 0)
 
 
 def test_a_run_is_through_when_somebody_left_after_the_last_step() -> None:
-    assert through([seen(state=State.LEFT, completed_steps=40)], 40)
-    assert not through([seen(state=State.LEFT, completed_steps=39)], 40)
-    assert not through([seen(state=State.WAITING, completed_steps=40)], 40)
-    assert not seen(state=State.LEFT).living
+    assert is_finished([seen(state=NodeState.LEFT, completed_steps=40)], 40)
+    assert not is_finished([seen(state=NodeState.LEFT, completed_steps=39)], 40)
+    assert not is_finished([seen(state=NodeState.WAITING, completed_steps=40)], 40)
+    assert not seen(state=NodeState.LEFT).living
 
 
 def test_larger_swarms_renew_less_often() -> None:
@@ -288,28 +288,28 @@ def test_of_many_who_claim_each_stage_is_held_by_one(count: int, seed: int) -> N
     offset_s = [draw.uniform(-3, 3) for _ in range(count)]
     table: dict[int, NodeRecord] = {}
     # (time, node, what): each claims at a moment, its words take a while to arrive, as does what it reads.
-    events: list[tuple[float, int, str]] = [(draw.uniform(0, 2 * SETTLE_S), node, "claim") for node in range(count)]
+    events: list[tuple[float, int, str]] = [(draw.uniform(0, 2 * CLAIM_WAIT_S), node, "claim") for node in range(count)]
     held: dict[int, int] = {}
     while events:
         events.sort()
         now, node, what = events.pop(0)
-        delay_s = draw.uniform(0, SETTLE_S / 4)
-        mine = replace(RECORD, incarnation=node, epoch=0, stage=0)
+        delay_s = draw.uniform(0, CLAIM_WAIT_S / 4)
+        mine = replace(RECORD, incarnation=node, generation=0, stage=0)
         if what == "claim":
-            record = replace(mine, state=State.CLAIMING, claimed_at_s=100 + now + offset_s[node])
+            record = replace(mine, state=NodeState.CLAIMING, claimed_at_s=100 + now + offset_s[node])
             events += [
                 (now + delay_s, node, f"arrives {record.claimed_at_s}"),
-                (now + delay_s + SETTLE_S, node, "look"),
+                (now + delay_s + CLAIM_WAIT_S, node, "look"),
             ]
         elif what.startswith("arrives"):
-            table[node] = replace(mine, state=State.CLAIMING, claimed_at_s=float(what.split()[1]))
+            table[node] = replace(mine, state=NodeState.CLAIMING, claimed_at_s=float(what.split()[1]))
         elif what == "look":
             others = [Seen(record=record, age_s=0) for other, record in table.items() if other != node]
             if rival(others, table[node]):
-                table[node] = replace(table[node], state=State.LEFT)
+                table[node] = replace(table[node], state=NodeState.LEFT)
             else:
                 held[node] = 0
                 events.append((now + delay_s, node, "settles"))
         else:
-            table[node] = replace(table[node], state=State.STARTING)
+            table[node] = replace(table[node], state=NodeState.STARTING)
     assert len(held) == 1

@@ -77,7 +77,7 @@ def after_steps(run: Path, count: int) -> Callable[[], bool]:
 
 FROM_OUTSIDE: list[Fault] = [
     Kill(at=Done(stage=0, steps=4), stage=1),
-    Kill(at=During(stage=0, phase=Phase.HALTED), stage=0),  # the first one is not mended yet
+    Kill(at=During(stage=0, phase=Phase.STOPPED), stage=0),  # the first one is not mended yet
     TornCheckpoint(at=Done(stage=0, steps=12), stage=2),
     Pause(at=Done(stage=0, steps=20), stage=1, seconds=1.0),
     DiskFull(at=Done(stage=0, steps=24), stage=1),
@@ -96,7 +96,7 @@ def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tm
     assert summary["val_loss"] == undisturbed.val_losses[0][-1]
     assert summary["steps"] == STEPS
     assert [len(records(run, stage, "start")) for stage in range(3)] == [2, 2, 2]
-    assert len(summary["rewinds"]) >= 2
+    assert len(summary["rollbacks"]) >= 2
     assert any(r["code"] == "checkpoint" and "is damaged" in r["reason"] for r in records(run, 2, "fault"))
     full = unwritten(run, 1)
     assert len(full) >= 2
@@ -132,7 +132,7 @@ def test_terminated_runs_go_on_with_resume(up: Up, config: RunConfig, undisturbe
     summary = ended(up("--resume", str(run)))
     assert states(summary) == undisturbed.state_sha256
     assert summary["steps"] == STEPS
-    assert summary["rewinds"][-1]["completed"] == first["steps"]
+    assert summary["rollbacks"][-1]["completed"] == first["steps"]
     assert len(records(run, 0, "step")) == STEPS  # nothing was done twice
 
 
@@ -152,4 +152,4 @@ def test_chaos_of_every_kind(tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert sum(found["faults"].values()) == 14
     assert found["fenced"] >= 1
-    assert found["epochs"] > 4
+    assert found["generations"] > 4

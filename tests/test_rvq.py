@@ -18,10 +18,10 @@ from thinpipe.compress.codebook import Codebooks, Grid
 from thinpipe.compress.kmeans import DEAD
 from thinpipe.compress.registry import parse_codec, parse_format
 from thinpipe.compress.rvq import Rvq
-from thinpipe.node.boundary.tables import dictionary_of
+from thinpipe.node.boundary.learned_tables import dictionary_of
 from thinpipe.protocol import selection
 from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
-from thinpipe.protocol.dictionary import Mirror, Publisher
+from thinpipe.protocol.dictionary import Publisher, Replica
 
 laws = settings(deadline=None, max_examples=30)
 
@@ -545,7 +545,7 @@ class TestLearning:
         train(copy, tensors[4:])
         assert equal(state_of(fmt), state_of(copy))
         fmt.load_state_tensors({})
-        assert not fmt.begun
+        assert not fmt.has_started
         assert fmt.state_tensors() == {}
         assert equal(state_of(started(fmt, tensors[0])), state_of(started(Rvq(groups=4, codes=16), tensors[0])))
 
@@ -576,23 +576,23 @@ class TestDictionary:
         owner, follower = (parse_format(f"rvq:groups=4,codes=16,delta={delta},encoding={encoding}") for _ in range(2))
         table = owner.table(16)
         spec = dictionary_of(table, torch.float32)
-        publisher, mirror = Publisher(spec, 0), Mirror(spec, 0)
+        publisher, replica = Publisher(spec, 0), Replica(spec, 0)
         for microbatch in range(20):
             z, k = gaussian((128, 16), seed=microbatch, rho=0.6) + microbatch / 10, key(microbatch)
-            begun = owner.begun
-            if not begun:
+            has_started = owner.has_started
+            if not has_started:
                 owner.learn(z, k)
             change = publisher.publish(
                 owner.master.numpy(),
                 step=3,
                 microbatch=microbatch,
-                entries=chosen(table, publisher, owner, k, microbatch) if begun else None,
+                entries=chosen(table, publisher, owner, k, microbatch) if has_started else None,
             )
             owner.use_table(torch.from_numpy(publisher.shipped.copy()))
             payload = owner.pack(z, k)
-            if begun:
+            if has_started:
                 owner.learn(z, k)
-            arrived = mirror.apply(decode_delta(encode_delta(change), spec))
+            arrived = replica.apply(decode_delta(encode_delta(change), spec))
             follower.use_table(torch.from_numpy(arrived.copy()))
             there = follower.unpack(payload, shape=(128, 16), dtype=torch.float32)
             assert torch.equal(there, owner.unpack(payload, shape=(128, 16), dtype=torch.float32))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.protocol.schedule import (
-    HOP_MAX,
+    RTT_RATIO_MAX,
     SCHEDULES,
     Backward,
     Evaluate,
@@ -139,10 +139,10 @@ def test_conformance(name, stages, microbatches):
 
 
 @pytest.mark.parametrize("kind", [OneFOneB, ZeroBubble])
-@given(hop=st.floats(0, HOP_MAX), stages=st.integers(1, 8), microbatches=st.integers(1, 40))
+@given(rtt_ratio=st.floats(0, RTT_RATIO_MAX), stages=st.integers(1, 8), microbatches=st.integers(1, 40))
 @settings(deadline=None)
-def test_conformance_over_links_that_take_time(kind, hop, stages, microbatches):
-    schedule = kind(hop)
+def test_conformance_over_links_that_take_time(kind, rtt_ratio, stages, microbatches):
+    schedule = kind(rtt_ratio)
     for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
         check_stream(schedule, actions, stage, stages, microbatches)
     check_global_order(schedule, stages, microbatches)
@@ -292,7 +292,7 @@ def test_the_textbook_orders():
         "F0 F1 B0 F2 B1 F3 B2 B3 S",
         "F0 B0 F1 B1 F2 B2 F3 B3 S",
     ]
-    assert [short(s) for s in streams_of(get_schedule("1f1b:hop=1.5"), 2, 4)] == [
+    assert [short(s) for s in streams_of(get_schedule("1f1b:rtt_ratio=1.5"), 2, 4)] == [
         "F0 F1 F2 F3 B0 B1 B2 B3 S",
         "F0 B0 F1 B1 F2 B2 F3 B3 S",
     ]
@@ -301,7 +301,7 @@ def test_the_textbook_orders():
         "F0 F1 I0 F2 I1 W0 F3 I2 W1 I3 W2 W3 S",
         "F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3 S",
     ]
-    assert [short(s) for s in streams_of(get_schedule("zb:hop=1.5"), 2, 4)] == [
+    assert [short(s) for s in streams_of(get_schedule("zb:rtt_ratio=1.5"), 2, 4)] == [
         "F0 F1 F2 F3 I0 W0 I1 W1 I2 W2 I3 W3 S",
         "F0 I0 F1 I1 F2 I2 F3 I3 W0 W1 W2 W3 S",
     ]
@@ -351,7 +351,7 @@ def test_the_bubble_of_zero_bubble(forward_s, input_s, weight_s):
 
 def test_which_schedules_split():
     assert [name for name, schedule in SCHEDULES.items() if splits_backward(schedule)] == ["zb"]
-    assert splits_backward(get_schedule("zb:hop=2"))
+    assert splits_backward(get_schedule("zb:rtt_ratio=2"))
 
 
 def test_an_unknown_schedule_is_refused_by_name():
@@ -362,13 +362,13 @@ def test_an_unknown_schedule_is_refused_by_name():
     with pytest.raises(ScheduleError, match="unknown schedule 'zbv'; the nearest known one is 'zb'"):
         get_schedule("zbv")
     for name in ("1f1b", "zb"):
-        for option in (":", ":hop", ":hop=", ":hop=-1", ":hop=nan", ":depth=3"):
-            with pytest.raises(ScheduleError, match=rf"'{name}:.*': {name} has one option, as in {name}:hop=1.8"):
+        for option in (":", ":hop", ":rtt_ratio=", ":rtt_ratio=-1", ":rtt_ratio=nan", ":depth=3"):
+            with pytest.raises(ScheduleError, match=rf"'{name}:.*': {name} has one option, as in {name}:rtt_ratio=1.8"):
                 get_schedule(name + option)
-        with pytest.raises(ScheduleError, match=rf"'{name}': hop=6.5 has to be from 0 \(instant links\) to 6"):
-            get_schedule(f"{name}:hop=6.5")
-    with pytest.raises(ScheduleError, match="unknown schedule 'gpipe:hop=1'; the nearest known one is 'gpipe'"):
-        get_schedule("gpipe:hop=1")
+        with pytest.raises(ScheduleError, match=rf"'{name}': rtt_ratio=6.5 has to be from 0 \(instant links\) to 6"):
+            get_schedule(f"{name}:rtt_ratio=6.5")
+    with pytest.raises(ScheduleError, match="unknown schedule 'gpipe:rtt_ratio=1'; the nearest known one is 'gpipe'"):
+        get_schedule("gpipe:rtt_ratio=1")
 
 
 @pytest.mark.parametrize(("stage", "stages", "microbatches"), [(0, 0, 1), (0, 1, 0), (2, 2, 4), (-1, 2, 4)])

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from thinpipe.protocol.assembly import MESSAGE_COST_BYTES, message_cost
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
-from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.messages import (
     PROTOCOL_VERSION,
     TEXT_CHARACTERS_MAX,
@@ -31,7 +30,8 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
-from thinpipe.protocol.session import TRANSITIONS, Acknowledged, LinkSession, Opened, PeerDone, Received, State
+from thinpipe.protocol.reassembly import MESSAGE_COST_BYTES, message_cost
+from thinpipe.protocol.session import TRANSITIONS, Acknowledged, LinkSession, Opened, PeerDone, Received, SessionState
 
 from .session_state import transfer_state
 
@@ -40,15 +40,15 @@ BUFFER_BYTES = 2 * message_cost(LIMITS.message_bytes)
 FRAME_TYPES: list[type[Frame]] = [Greeting, Refusal, Chunk, Credit, Goodbye]
 
 
-def identity(stage: int, **other: Any) -> Identity:
-    return Identity(
+def identity(stage: int, **other: Any) -> NodeIdentity:
+    return NodeIdentity(
         **{
             "run_id": "run",
             "configuration": "c0ffee" * 10,
             "stage": stage,
             "stages": 4,
             "incarnation": 1000 + stage,
-            "epoch": 3,
+            "generation": 3,
             **other,
         }
     )
@@ -61,7 +61,7 @@ def session(stage: int, peer_stage: int, buffer_bytes: int = BUFFER_BYTES, **oth
 
 
 def greet(upper: LinkSession, lower: LinkSession) -> tuple[Opened, Opened]:
-    """A new connection, opened by the upper stage; what it has to resend is returned by `kept_frames`."""
+    """A new connection, opened by the upper stage; what it has to resend is returned by `retransmissions`."""
     upper.connect()
     lower.connect()
     [there] = lower.receive(upper.greeting())
@@ -83,7 +83,7 @@ def message(nth: int, size: int = 150) -> Message:
 
 
 def stamped(sender: LinkSession, what: Message, chunk_bytes: int = LIMITS.chunk_bytes) -> list[bytes]:
-    return [sender.stamp(head, data) for head, data in split(what, chunk_bytes)]
+    return [sender.send(head, data) for head, data in split(what, chunk_bytes)]
 
 
 def received(receiver: LinkSession, frames: list[bytes]) -> list[Message]:
@@ -132,7 +132,7 @@ class Side:
 
     @property
     def open(self) -> bool:
-        return self.session.state is State.OPEN
+        return self.session.state is SessionState.OPEN
 
 
 class LinkMachine(RuleBasedStateMachine):
@@ -193,7 +193,7 @@ class LinkMachine(RuleBasedStateMachine):
         for _ in range(count):
             if not end.parts or not end.session.may_send(len(end.parts[0][1])):
                 return
-            raw = end.session.stamp(*end.parts.popleft())
+            raw = end.session.send(*end.parts.popleft())
             end.kept[len(end.kept)] = raw
             if end.open:
                 end.wire.append(raw)
@@ -211,7 +211,7 @@ class LinkMachine(RuleBasedStateMachine):
                 case Opened():
                     if side == 1:
                         here.wire.append(here.session.greeting())
-                    here.wire.extend(here.session.kept_frames())
+                    here.wire.extend(here.session.retransmissions())
                     here.acknowledged = max(here.acknowledged, event.peer.next_sequence)
                 case Received():
                     here.got.append(content(event.message))
@@ -282,7 +282,7 @@ class LinkMachine(RuleBasedStateMachine):
         if not hasattr(self, "ends"):
             return
         for here, there in zip(self.ends, reversed(self.ends), strict=True):
-            kept = here.session.kept_frames()
+            kept = here.session.retransmissions()
             assert here.session.unacknowledged_bytes == sum(map(len, kept))
             assert kept == [here.kept[i] for i in range(here.acknowledged, len(here.kept))], "resent, never re-encoded"
             assert here.got == there.sent[: len(here.got)], "exactly once, in order, byte-identical"
@@ -309,7 +309,7 @@ class LinkMachine(RuleBasedStateMachine):
             assert here.got == there.sent
             assert not here.parts
             assert here.session.unacknowledged_bytes == 0
-            assert here.session.kept_frames() == []
+            assert here.session.retransmissions() == []
 
 
 LinkMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
@@ -319,20 +319,20 @@ TestLink = LinkMachine.TestCase
 # -- the transition table ----------------------------------------------------------------------------------------------
 
 
-def in_state(state: State) -> tuple[LinkSession, LinkSession]:
+def in_state(state: SessionState) -> tuple[LinkSession, LinkSession]:
     """(sender, receiver in that state). Unless the sender said goodbye, one part of its message 2 is through."""
     upper, lower = pair()
     received(lower, stamped(upper, message(0)))
     stamped(lower, message(1))
-    if state is State.PEER_DONE:
+    if state is SessionState.PEER_DONE:
         lower.receive(upper.goodbye())
     else:
         under_way = stamped(upper, message(2))
         lower.receive(under_way[0])
     match state:
-        case State.CLOSED:
+        case SessionState.CLOSED:
             lower.disconnect()
-        case State.AWAIT:
+        case SessionState.AWAIT:
             lower.connect()
     assert lower.state is state
     return upper, lower
@@ -345,14 +345,14 @@ def honest(kind: type[Frame], sender: LinkSession) -> bytes:
         Refusal: encode_frame(Refusal(code="timeout", reason="too slow")),
         Credit: sender.credit(),
         Goodbye: encode_frame(Goodbye()),
-        Chunk: sender.kept_frames()[-1],
+        Chunk: sender.retransmissions()[-1],
     }
     return frames[kind]
 
 
 @pytest.mark.parametrize("kind", FRAME_TYPES, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("state", State, ids=lambda state: state.name)
-def test_every_pair_of_state_and_frame(state: State, kind: type[Frame]) -> None:
+@pytest.mark.parametrize("state", SessionState, ids=lambda state: state.name)
+def test_every_pair_of_state_and_frame(state: SessionState, kind: type[Frame]) -> None:
     upper, lower = in_state(state)
     raw, before = honest(kind, upper), transfer_state(lower)
     if kind not in TRANSITIONS[state]:
@@ -363,33 +363,33 @@ def test_every_pair_of_state_and_frame(state: State, kind: type[Frame]) -> None:
         assert transfer_state(lower) == before
         told = decode_frame(refusal(error), LIMITS)
         assert told == Refusal(code="unexpected-frame", reason=error.reason)
-        assert lower.state is State.CLOSED
+        assert lower.state is SessionState.CLOSED
     elif kind is Refusal:
         with pytest.raises(RefusedError, match="too slow"):
             lower.receive(raw)
-        assert lower.state is State.CLOSED
+        assert lower.state is SessionState.CLOSED
         assert transfer_state(lower) == before
     elif kind is Goodbye:
         assert fault_of(lower, raw).fault is Fault.UNEXPECTED  # in_state left a message half through
         assert transfer_state(lower) == before
     else:
-        if kind is Chunk and state is State.OPEN:
-            raw = upper.kept_frames()[-2]
+        if kind is Chunk and state is SessionState.OPEN:
+            raw = upper.retransmissions()[-2]
         lower.receive(raw)
         assert lower.state is TRANSITIONS[state][kind]
     # Whatever happened on that connection, the next one delivers everything, once.
     greet(upper, lower)
-    arrived = received(lower, upper.kept_frames())
-    assert [content(what) for what in arrived] == ([] if state is State.PEER_DONE else [content(message(2))])
-    assert [content(what) for what in received(upper, lower.kept_frames())] == [content(message(1))]
+    arrived = received(lower, upper.retransmissions())
+    assert [content(what) for what in arrived] == ([] if state is SessionState.PEER_DONE else [content(message(2))])
+    assert [content(what) for what in received(upper, lower.retransmissions())] == [content(message(1))]
 
 
 def test_the_table_says_what_the_docstring_says() -> None:
     assert {state: set(row) for state, row in TRANSITIONS.items()} == {
-        State.CLOSED: set(),
-        State.AWAIT: {Greeting, Refusal},
-        State.OPEN: {Chunk, Credit, Goodbye, Refusal},
-        State.PEER_DONE: {Credit, Refusal},
+        SessionState.CLOSED: set(),
+        SessionState.AWAIT: {Greeting, Refusal},
+        SessionState.OPEN: {Chunk, Credit, Goodbye, Refusal},
+        SessionState.PEER_DONE: {Credit, Refusal},
     }
 
 
@@ -398,11 +398,11 @@ def test_a_refused_frame_closes_the_connection_for_all_that_follow() -> None:
     upper, lower = pair()
     frames = stamped(upper, message(0))
     assert fault_of(lower, b"garbage").fault is Fault.MALFORMED
-    assert lower.state is State.CLOSED
+    assert lower.state is SessionState.CLOSED
     for raw in frames:
         assert fault_of(lower, raw).fault is Fault.UNEXPECTED
     greet(upper, lower)
-    assert [content(what) for what in received(lower, upper.kept_frames())] == [content(message(0))]
+    assert [content(what) for what in received(lower, upper.retransmissions())] == [content(message(0))]
 
 
 def test_goodbye() -> None:
@@ -410,7 +410,7 @@ def test_goodbye() -> None:
     received(lower, stamped(upper, message(0)))
     upper.receive(lower.credit())
     assert lower.receive(upper.goodbye()) == [PeerDone()]
-    assert lower.state is State.PEER_DONE
+    assert lower.state is SessionState.PEER_DONE
     # The one that said goodbye still listens, and the other may still send and be credited.
     assert received(upper, stamped(lower, message(1)))
     assert lower.receive(upper.credit()) == [Acknowledged(next_sequence=3)]
@@ -425,7 +425,7 @@ def test_no_goodbye_in_the_middle_of_a_message() -> None:
     assert fault_of(lower, encode_frame(Goodbye())).fault is Fault.UNEXPECTED
     greet(upper, lower)
     assert [content(what) for what in received(lower, rest)] == [content(message(0))]
-    upper.stamp(*next(split(message(1), 64)))
+    upper.send(*next(split(message(1), 64)))
     with pytest.raises(LocalProtocolError):
         upper.goodbye()
 
@@ -450,8 +450,8 @@ LONG = "experiment-with-a-very-long-name-that-somebody-chose-"
         ({"stages": 5}, Fault.STAGE, ["number of stages", "expects 4", "says 5"]),
         ({"stage": 3}, Fault.STAGE, ["neighbour's stage index", "expects 1", "says 3", "--stage"]),
         ({"stage": 2}, Fault.STAGE, ["neighbour's stage index", "expects 1", "says 2"]),
-        ({"epoch": 2}, Fault.EPOCH, ["expects 3", "says 2"]),
-        ({"epoch": 4}, Fault.EPOCH, ["expects 3", "says 4"]),
+        ({"generation": 2}, Fault.GENERATION, ["expects 3", "says 2"]),
+        ({"generation": 4}, Fault.GENERATION, ["expects 3", "says 4"]),
         ({"protocol_version": 77}, Fault.PROTOCOL_VERSION, [f"expects {PROTOCOL_VERSION},", "says 77", "thinpipe"]),
         ({"protocol_version": 77, "run_id": "other", "stages": 9}, Fault.PROTOCOL_VERSION, ["says 77"]),
         ({"next_sequence": 1}, Fault.RESUME, ["chunk 1", "keeps 0 to 0"]),
@@ -521,7 +521,7 @@ def test_another_process_may_take_the_place_of_one_of_which_nothing_was_used(sen
     assert there.started_over
     assert not there.resumed
     assert lower.unacknowledged_bytes == 0
-    assert not lower.kept_frames()
+    assert not lower.retransmissions()
     assert received(lower, stamped(true_neighbour, message(1))) == [message(1)]
 
 
@@ -539,7 +539,7 @@ def test_another_process_that_is_refused_takes_nobodys_place(sent: str) -> None:
     assert transfer_state(lower) == before
     _, there = greet(upper, lower)
     assert there.resumed
-    assert received(lower, upper.kept_frames() if sent == "there" else frames) == [message(0)]
+    assert received(lower, upper.retransmissions() if sent == "there" else frames) == [message(0)]
 
 
 def test_a_restart_before_anything_moved_is_a_fresh_start() -> None:
@@ -554,7 +554,7 @@ def test_a_restart_before_anything_moved_is_a_fresh_start() -> None:
     # What the dead process granted does not bind the living one: the honest sender stays within the smaller buffer.
     got = 0
     while upper.may_send(0):
-        reborn.receive(upper.stamp(message(0, 0).head, b""))
+        reborn.receive(upper.send(message(0, 0).head, b""))
         got += 1
     assert got == BUFFER_BYTES // MESSAGE_COST_BYTES
 
@@ -581,8 +581,8 @@ def test_a_resumed_link_resends_only_what_is_missing_as_it_was() -> None:
     here, there = greet(upper, lower)
     assert here.resumed
     assert there.resumed
-    assert upper.kept_frames() == frames[4:]
-    assert [content(what) for what in received(lower, upper.kept_frames())] == [content(message(1))]
+    assert upper.retransmissions() == frames[4:]
+    assert [content(what) for what in received(lower, upper.retransmissions())] == [content(message(1))]
 
 
 def test_duplicates_are_dropped_and_cost_nothing() -> None:
@@ -598,8 +598,8 @@ def test_duplicates_are_dropped_and_cost_nothing() -> None:
 # -- chunks that break a rule ------------------------------------------------------------------------------------------
 
 
-def forged(sequence: int, data: bytes = b"", head: Head | None = None, epoch: int = 3) -> bytes:
-    return encode_frame(Chunk(sequence=sequence, epoch=epoch, data=data, head=head))
+def forged(sequence: int, data: bytes = b"", head: Head | None = None, generation: int = 3) -> bytes:
+    return encode_frame(Chunk(sequence=sequence, generation=generation, data=data, head=head))
 
 
 def head_of(size: int, ids: int = 0) -> Head:
@@ -638,12 +638,17 @@ BROKEN: dict[str, tuple[list[bytes], bytes, Fault, str]] = {
     "empty head": ([], forged(0, b"", head_of(9)), Fault.MALFORMED, "chunk 0 is empty"),
     "empty part": ([forged(0, b"x", head_of(9))], forged(1, b""), Fault.MALFORMED, "chunk 1 is empty"),
     "crc": ([forged(0, b"x", head_of(9))], bytes(CORRUPT), Fault.CORRUPT, "chunk 1 does not match"),
-    "earlier epoch": ([], forged(0, b"x", head_of(1), epoch=2), Fault.EPOCH, "of epoch 2, this run is in 3"),
-    "duplicate of an earlier epoch": (
+    "earlier generation": (
+        [],
+        forged(0, b"x", head_of(1), generation=2),
+        Fault.GENERATION,
+        "of generation 2, this run is in 3",
+    ),
+    "duplicate of an earlier generation": (
         [forged(0, b"x", head_of(1))],
-        forged(0, b"x", head_of(1), epoch=2),
-        Fault.EPOCH,
-        "of epoch 2",
+        forged(0, b"x", head_of(1), generation=2),
+        Fault.GENERATION,
+        "of generation 2",
     ),
     "message too long": ([], forged(0, b"x", head_of(LIMITS.message_bytes + 1)), Fault.OVERSIZED, "301 bytes"),
     "chunk too long": ([], forged(0, b"x" * 65, head_of(65)), Fault.OVERSIZED, "65 bytes"),
@@ -666,7 +671,7 @@ def test_a_broken_rule_is_named_and_changes_nothing(name: str) -> None:
     assert error.fault is fault
     assert named in str(error)
     assert transfer_state(lower) == before
-    assert lower.state is State.CLOSED
+    assert lower.state is SessionState.CLOSED
 
 
 def test_a_message_comes_whole_whatever_its_parts() -> None:
@@ -690,14 +695,14 @@ def test_an_honest_sender_stops_at_the_credit_and_goes_on_when_it_is_granted() -
     while parts:
         head, data = parts[0]
         if upper.may_send(len(data)):
-            for event in lower.receive(upper.stamp(head, data)):
+            for event in lower.receive(upper.send(head, data)):
                 assert isinstance(event, Received)
                 events.append(event)
             parts.pop(0)
             continue
         stopped += 1
         with pytest.raises(LocalProtocolError) as caught:
-            upper.stamp(head, data)
+            upper.send(head, data)
         assert caught.value.fault is Fault.OVERDRAWN
         assert not lower.credit_due or lower._expected
         lower.consume(events.pop(0).cost_bytes)
@@ -792,7 +797,7 @@ def test_a_delivered_message_is_the_receivers_alone() -> None:
 
 def test_a_buffer_that_cannot_hold_one_message_is_refused_at_construction() -> None:
     enough = message_cost(LIMITS.message_bytes)
-    assert session(2, 1, enough).state is State.CLOSED
+    assert session(2, 1, enough).state is SessionState.CLOSED
     with pytest.raises(LocalProtocolError, match=f"receive_buffer_bytes to at least {enough}") as caught:
         session(2, 1, enough - 1)
     assert caught.value.fault is Fault.OVERSIZED
@@ -816,8 +821,8 @@ def test_nothing_can_be_sent_before_the_peer_grants() -> None:
     fresh = session(1, 2)
     assert not fresh.may_send(0)
     with pytest.raises(LocalProtocolError):
-        fresh.stamp(head_of(0), b"")
-    assert fresh.kept_frames() == []
+        fresh.send(head_of(0), b"")
+    assert fresh.retransmissions() == []
 
 
 def test_credit_is_due_when_it_says_something_new() -> None:
@@ -844,15 +849,15 @@ def test_a_chunk_tells_what_a_credit_would() -> None:
     assert lower.credit_due
     [back, *_] = stamped(lower, message(1))
     assert not lower.credit_due, "the chunk has said it"
-    assert len(upper.kept_frames()) == len(list(split(message(0), 64)))
+    assert len(upper.retransmissions()) == len(list(split(message(0), 64)))
     upper.receive(back)
-    assert first not in upper.kept_frames()
+    assert first not in upper.retransmissions()
 
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_a_credit_is_urgent_only_where_the_peer_asked(asked: bool) -> None:
     upper, lower = pair()
-    lower.receive(upper.stamp(head_of(0), b"", acknowledge=asked))
+    lower.receive(upper.send(head_of(0), b"", acknowledge=asked))
     assert lower.credit_due
     assert lower.credit_urgent is asked
     lower.credit()
@@ -862,7 +867,7 @@ def test_a_credit_is_urgent_only_where_the_peer_asked(asked: bool) -> None:
 
 def test_a_chunk_that_acknowledges_what_was_never_sent_is_refused_and_changes_nothing() -> None:
     _, lower = pair()
-    chunk = Chunk(sequence=0, epoch=lower.identity.epoch, head=head_of(0), data=b"", next_sequence=1)
+    chunk = Chunk(sequence=0, generation=lower.identity.generation, head=head_of(0), data=b"", next_sequence=1)
     before = transfer_state(lower)
     assert fault_of(lower, encode_frame(chunk)).fault is Fault.OUT_OF_ORDER
     assert transfer_state(lower) == before
@@ -898,16 +903,16 @@ def test_no_more_is_consumed_than_was_received() -> None:
     ids=["no head", "head within", "too long", "empty", "empty head", "too long at once", "loss", "header", "step"],
 )
 def test_a_part_that_the_peer_would_refuse_is_never_kept(
-    begun: bool, head: Head | None, data: bytes, fault: Fault
+    has_started: bool, head: Head | None, data: bytes, fault: Fault
 ) -> None:
     """A kept frame is sent again on every connection; one that the peer must refuse would end them all."""
     upper, lower = pair()
-    if begun:
-        lower.receive(upper.stamp(head_of(3), b"x"))
+    if has_started:
+        lower.receive(upper.send(head_of(3), b"x"))
     before = transfer_state(upper)
     with pytest.raises(LocalProtocolError) as caught:
-        upper.stamp(head, data)
+        upper.send(head, data)
     assert caught.value.fault is fault
     assert transfer_state(upper) == before
-    if begun:
-        assert received(lower, [upper.stamp(None, b"yz")])
+    if has_started:
+        assert received(lower, [upper.send(None, b"yz")])

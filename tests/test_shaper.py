@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinpipe.protocol.framing import framed_bytes
-from thinpipe.sim.shaper import BusyMeter, LinkError, LinkProfile, Shaper, WireQueue
+from thinpipe.protocol.wire_size import framed_bytes
+from thinpipe.sim.links.shaper import BusyMeter, LinkError, LinkProfile, Shaper, WireQueue
 
 KIB = 1024
 CHUNK_BYTES = 128 * KIB

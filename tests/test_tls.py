@@ -14,24 +14,24 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from thinpipe.node.config import dump_config
-from thinpipe.node.links.control import Control
+from thinpipe.node.links.control_stream import Control
 from thinpipe.node.links.dialling import NeighbourMismatch, dial, dial_control
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import METHOD, listening
 from thinpipe.node.local import LocalRunError, run_local
-from thinpipe.node.probing.asker import ask, visit
+from thinpipe.node.probing.probe_client import ask, visit
 from thinpipe.node.probing.reach import ProbeError
 from thinpipe.node.security import certificates
-from thinpipe.node.security.handshake import PREFACE
-from thinpipe.node.security.keys import init, issue, load
+from thinpipe.node.security.handshake_diagnosis import PREFACE
+from thinpipe.node.security.key_directory import init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.effects import Side
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
-from thinpipe.protocol.probing import TOKEN_BYTES
-from thinpipe.protocol.rewind import Rewind
-from thinpipe.protocol.session import Identity
-from thinpipe.sim.report import read_records
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.protocol.path_probe import TOKEN_BYTES
+from thinpipe.protocol.rollback import Rollback
+from thinpipe.protocol.session import NodeIdentity
+from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import read_outcome, run_reference
@@ -86,9 +86,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Security]:
 
 
 def make_control(stage: int, run: str = "r") -> Control:
-    identity = Identity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
+    identity = NodeIdentity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
     sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
-    return Control(Rewind(identity, joining=False), silence_s=60, on_effect=lambda _: None, sent=sent)
+    return Control(Rollback(identity, joining=False), heartbeat_timeout_s=60, on_effect=lambda _: None, sent=sent)
 
 
 @dataclass
@@ -123,13 +123,13 @@ def run(job: Awaitable[None]) -> None:
     asyncio.run(bounded())
 
 
-async def call(address: str, security: Security, *, run: str = "r", patience_s: float = 10.0) -> None:
+async def call(address: str, security: Security, *, run: str = "r", deadline_s: float = 10.0) -> None:
     """As stage 0 does on its control stream, until it ends. Raises NeighbourMismatch or TimeoutError."""
     await dial_control(
         address,
         make_control(0, run),
         greeting_timeout_s=5,
-        patience_s=lambda: patience_s,
+        deadline_s=lambda: deadline_s,
         report=lambda *_: None,
         security=security,
     )
@@ -144,7 +144,7 @@ async def talking(listener: Listener, security: Security) -> AsyncIterator[Link]
             listener.address,
             upper,
             greeting_timeout_s=5,
-            patience_s=lambda: 10,
+            deadline_s=lambda: 10,
             report=lambda _, line: lost.append(line),
             security=security,
         )
@@ -212,7 +212,7 @@ def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, 
                     listener.address,
                     make_link(0),
                     greeting_timeout_s=5,
-                    patience_s=lambda: 3.0,
+                    deadline_s=lambda: 3.0,
                     report=lambda *_: None,
                     security=dialler,
                 )
@@ -331,7 +331,7 @@ def test_who_is_not_there_or_says_nothing_is_no_fault_of_tls(made: dict[str, Sec
                 address = f"127.0.0.1:{each.getsockname()[1]}"
                 for name in ("0", "plain"):
                     with pytest.raises(TimeoutError, match=rf"no connection to {address} for 1 s; is stage 1 running"):
-                        await call(address, made[name], patience_s=1.0)
+                        await call(address, made[name], deadline_s=1.0)
 
     run(story())
 
@@ -343,7 +343,7 @@ def test_a_name_that_is_none_is_no_bug(host: str, made: dict[str, Security]) -> 
     async def story() -> None:
         for name in ("0", "plain"):
             with pytest.raises(TimeoutError, match="no connection to"):
-                await call(f"{host}:7001", made[name], patience_s=1.0)
+                await call(f"{host}:7001", made[name], deadline_s=1.0)
 
     run(story())
 
@@ -404,7 +404,7 @@ def test_a_replacement_with_wrong_keys_is_said_and_waited_for(made: dict[str, Se
                     port,
                     control,
                     greeting_timeout_s=5,
-                    patience_s=lambda: 15,
+                    deadline_s=lambda: 15,
                     report=lambda code, line: reports.append(f"{code}: {line}"),
                     security=made["0"],
                 )

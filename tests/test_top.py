@@ -22,17 +22,17 @@ import pytest
 from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config import dump_config
-from thinpipe.sim import top
-from thinpipe.sim.endpoint import Endpoint
-from thinpipe.sim.exposition import ExpositionError
-from thinpipe.sim.figures import StageFigures
-from thinpipe.sim.quantities import TIME_MAX_S
-from thinpipe.sim.report import read_records
-from thinpipe.sim.swarm import free_ports
-from thinpipe.sim.tail import RecordTail
-from thinpipe.sim.top import Seen, Source, Swarm, TopError, look, sources
-from thinpipe.sim.top_console import show
-from thinpipe.sim.top_view import Bar, frame
+from thinpipe.sim.launch.swarm import free_ports
+from thinpipe.sim.reports import top
+from thinpipe.sim.reports.figures import StageFigures
+from thinpipe.sim.reports.metrics_address import MetricsAddress
+from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError
+from thinpipe.sim.reports.quantities import TIME_MAX_S
+from thinpipe.sim.reports.record_tail import RecordTail
+from thinpipe.sim.reports.summary import read_records
+from thinpipe.sim.reports.top import Source, StageView, SwarmView, TopError, look, sources
+from thinpipe.sim.reports.top_console import show
+from thinpipe.sim.reports.top_view import Bar, frame
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -40,7 +40,7 @@ from .real_node import until
 from .test_watch import LEARNED, ready, start, step
 
 
-def drawn(swarms: list[Swarm], width: int, now_s: float = 120.0) -> str:
+def drawn(swarms: list[SwarmView], width: int, now_s: float = 120.0) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(frame(swarms, width=width, now_s=now_s))
     text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
@@ -79,7 +79,7 @@ def run(tmp_path: Path) -> Path:
 def test_a_frame_has_it_all_and_fits(run: Path, width: int) -> None:
     text = drawn(look(sources([run], []), 120.0), width)
     lines = text.splitlines()
-    assert re.search(r"loss 4\.9000 +2,000 tokens/s +ratio 2\.22x +epoch 0", text)
+    assert re.search(r"loss 4\.9000 +2,000 tokens/s +ratio 2\.22x +generation 0", text)
     assert "step 2/9" in text
     assert re.search(r"^0 +not seen", text, re.MULTILINE)
     assert re.search(r"1 +training +2/9 +4\.9000 +2,000 +40% +20% +30% +-", text)
@@ -103,7 +103,7 @@ def test_a_fault_whose_reason_is_long_keeps_its_time_stage_and_code(width: int) 
     of.take(start())
     of.take({"event": "fault", "time_s": 100.0, "code": "connection-lost", "reason": "boundary 0-1: " + "why " * 99})
     when = time.strftime("%H:%M:%S", time.localtime(100.0))
-    text = drawn([Swarm("it", {1: Seen(figures=of, state="training")})], width)
+    text = drawn([SwarmView("it", {1: StageView(figures=of, state="training")})], width)
     assert re.search(rf"{when} +1 +connection-lost +boundary 0-1: why .*…", text)
 
 
@@ -135,12 +135,12 @@ def test_one_without_boundaries_and_links_without_a_cap() -> None:
     alone = StageFigures(0)
     for record in (start(0, stages=1), step(0, sent=0) | {"sent_bytes": {}, "links": [], "dictionaries": []}):
         alone.take(record)
-    text = drawn([Swarm("one", {0: Seen(figures=alone, state="training")})], 80)
+    text = drawn([SwarmView("one", {0: StageView(figures=alone, state="training")})], 80)
     assert "links" not in text
     free = StageFigures(1)
     link = {"boundary": 1, "direction": "forward", "configured_bits_per_s": None, "measured_bits_per_s": 2e8}
     free.take(step(0, sent=100) | {"links": [link | {"used_bits_per_s": 1e8, "received_bytes": 0}]})
-    text = drawn([Swarm("two", {1: Seen(figures=free, state="training")})], 80)
+    text = drawn([SwarmView("two", {1: StageView(figures=free, state="training")})], 80)
     assert re.search(r"1 → 2 +█+─+┃ +50\.0% +- +200\.0 +100\.0", text)
 
 
@@ -181,14 +181,14 @@ def test_a_file_is_read_as_it_grows_and_anew_when_it_is_another_one(tmp_path: Pa
         file.write('"x": 1}\n')
     assert [record["event"] for record in tail.read()] == ["step"]
     assert list(tail.read()) == []
-    assert tail.generation == 0
+    assert tail.replacements == 0
     path.unlink()
     write(path, *(start(0) for _ in range(9)))
     assert len(list(tail.read())) == 9
-    assert tail.generation == 1
+    assert tail.replacements == 1
     path.write_text("")
     assert list(tail.read()) == []
-    assert tail.generation == 2
+    assert tail.replacements == 2
 
 
 def test_another_run_in_the_same_place_starts_over(run: Path) -> None:
@@ -243,7 +243,7 @@ def test_nobody_who_answers_is_exit_code_1() -> None:
 
 
 @contextmanager
-def answering(answer: bytes, drip_s: float = 0.0) -> Iterator[Endpoint]:
+def answering(answer: bytes, drip_s: float = 0.0) -> Iterator[MetricsAddress]:
     """A server that says that to each that comes, all at once or byte by byte."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -263,7 +263,7 @@ def answering(answer: bytes, drip_s: float = 0.0) -> Iterator[Endpoint]:
                         pass
 
         threading.Thread(target=serve, daemon=True).start()
-        yield Endpoint("127.0.0.1", server.getsockname()[1])
+        yield MetricsAddress("127.0.0.1", server.getsockname()[1])
         server.close()
 
 
@@ -290,7 +290,7 @@ def test_what_answers_is_held_to_a_limit_and_a_deadline(
     began = time.monotonic()
     with answering(answer, drip_s) as endpoint:
         with pytest.raises(
-            (ExpositionError, OSError, top.http.client.HTTPException), match=expected and re.escape(expected)
+            (MetricsFormatError, OSError, top.http.client.HTTPException), match=expected and re.escape(expected)
         ):
             top.fetch(endpoint)
         assert time.monotonic() - began < 3
@@ -368,21 +368,21 @@ def test_a_live_swarm_by_its_directory_and_over_http(live: tuple[Path, int, Any]
 class _Story:
     """A source that tells one swarm after the other."""
 
-    def __init__(self, *swarms: Swarm) -> None:
+    def __init__(self, *swarms: SwarmView) -> None:
         self._swarms = list(swarms)
         self.looks = 0
 
-    def look(self, now_s: float) -> Swarm:
+    def look(self, now_s: float) -> SwarmView:
         del now_s
         self.looks += 1
         return self._swarms.pop(0) if len(self._swarms) > 1 else self._swarms[0]
 
 
 def test_the_screen_is_redrawn_until_the_run_is_over() -> None:
-    def at(state: str) -> Swarm:
+    def at(state: str) -> SwarmView:
         figures = StageFigures(0)
         figures.take(start(0, stages=1))
-        return Swarm("tale", {0: Seen(figures=figures, state=state)})
+        return SwarmView("tale", {0: StageView(figures=figures, state=state)})
 
     story = _Story(at("starting"), at("training"), at("training"), at("ended"))
     told: list[Source] = [story]

@@ -10,9 +10,9 @@ import pytest
 from thinpipe.node.links.dialling import dial
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import listening
-from thinpipe.protocol.framing import framed_bytes
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.sim.shaper import LinkProfile
+from thinpipe.protocol.wire_size import framed_bytes
+from thinpipe.sim.links.shaper import LinkProfile
 
 from .links import make_link
 
@@ -46,7 +46,7 @@ async def joined_by_grpc(upper: Link, lower: Link) -> AsyncIterator[None]:
     async with listening("127.0.0.1:0", lower, greeting_timeout_s=5, report=complain) as port:
         address = f"127.0.0.1:{port}"
         calling = asyncio.create_task(
-            dial(address, upper, greeting_timeout_s=5, patience_s=lambda: 10, report=complain)
+            dial(address, upper, greeting_timeout_s=5, deadline_s=lambda: 10, report=complain)
         )
         await asyncio.gather(upper.opened.wait(), lower.opened.wait())
         yield
@@ -202,14 +202,14 @@ def test_unacknowledged_bytes_stay_below_the_window(join: Join) -> None:
     async def job() -> None:
         upper, lower = make_link(0, "300mbit,25ms"), make_link(1, "300mbit,25ms")
         under_way: list[int] = []
-        stamp = upper.session.stamp
+        stamp = upper.session.send
 
         def recording(*args: object, acknowledge: bool) -> bytes:
             frame = stamp(*args, acknowledge=acknowledge)
             under_way.append(upper.session.unacknowledged_bytes)
             return frame
 
-        upper.session.stamp = recording
+        upper.session.send = recording
         async with join(upper, lower):
             sending = asyncio.create_task(_send_all(upper, 40))
             for _ in range(40):

@@ -17,7 +17,7 @@ from thinpipe.protocol.delta import (
     joined_bytes_max,
     split_deltas,
 )
-from thinpipe.protocol.dictionary import Mirror, Publisher
+from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.header import decode_header, encode_header
 from thinpipe.protocol.messages import Limits, decode_frame, encode_frame
 
@@ -55,17 +55,19 @@ def test_headers_are_read() -> None:
 def test_deltas_are_followed() -> None:
     for vector in load("deltas"):
         spec = DictionarySpec(**vector["spec"])
-        mirror = Mirror(spec, vector["epoch"])
+        replica = Replica(spec, vector["generation"])
         if start := vector["zeros_at"]:
             version = Version(*start)
             zeros = np.zeros((spec.entries, spec.width), spec.dtype)
-            begun = Publisher(spec, version.epoch).publish(zeros, step=version.step, microbatch=version.microbatch)
-            assert begun.version == version
-            mirror.apply(begun)
+            has_started = Publisher(spec, version.generation).publish(
+                zeros, step=version.step, microbatch=version.microbatch
+            )
+            assert has_started.version == version
+            replica.apply(has_started)
         for each in vector["deltas"]:
             delta = decode_delta(bytes.fromhex(each["bytes"]), spec)
             assert encode_delta(delta).hex() == each["bytes"]
-            table = mirror.apply(delta)
+            table = replica.apply(delta)
             assert [*delta.version] == each["version"]
             assert hashlib.sha256(table.tobytes()).hexdigest() == each["table_sha256"]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.config import load_config
-from thinpipe.sim.netns import Network, network
-from thinpipe.sim.report import read_records
-from thinpipe.sim.shaper import LinkProfile
-from thinpipe.sim.swarm import node_environment
+from thinpipe.sim.launch.swarm import node_environment
+from thinpipe.sim.links.netns import Network, network
+from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.reports.summary import read_records
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -167,7 +167,7 @@ def test_the_walkthrough_does_what_it_says(lan: Lan) -> None:
     home = lan.home("alpha")
     ends = [read_records(home / f"runs/walkthrough/stage-{stage}.jsonl") for stage in (0, 1)]
     digests = [next(r for r in reversed(records) if r["event"] == "end")["state_sha256"] for records in ends]
-    assert any(record["event"] == "rewind" for record in ends[0])
+    assert any(record["event"] == "rollback" for record in ends[0])
     check = next(record for record in ends[0] if record["event"] == "ready")["link_check"]
     assert [each["configured_bits_per_s"] for each in check] == [80e6]
     assert check[0]["warning"] is None

@@ -24,15 +24,15 @@ from tensorboardX.record_writer import masked_crc32c
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, WatchSection, dump_config, parse_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.watching import prometheus, tensorboard
-from thinpipe.node.watching.prometheus import Exporter
-from thinpipe.node.watching.tensorboard import Events
+from thinpipe.node.watching import prometheus_server, tensorboard_events
+from thinpipe.node.watching.prometheus_server import Exporter
+from thinpipe.node.watching.tensorboard_events import Events
 from thinpipe.node.watching.views import Watching
-from thinpipe.sim.console import describe
-from thinpipe.sim.endpoint import Endpoint, EndpointError
-from thinpipe.sim.exposition import ExpositionError, families, read_figures
-from thinpipe.sim.figures import CODES_MAX, DictionaryFigures, LinkFigures, StageFigures
-from thinpipe.sim.report import read_records, summarise
+from thinpipe.sim.reports.console import describe
+from thinpipe.sim.reports.figures import CODES_MAX, DictionaryFigures, LinkFigures, StageFigures
+from thinpipe.sim.reports.metrics_address import MetricsAddress, MetricsAddressError
+from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError, families, read_figures
+from thinpipe.sim.reports.summary import read_records, summarise
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -64,7 +64,7 @@ def ready(*ways: tuple[int, str]) -> dict[str, Any]:
     return {"event": "ready", "time_s": 101.0, "stage": 1, "state_bytes": 5, "link_check": checks}
 
 
-def step(number: int, *, sent: int, epoch: int = 0, seconds: float = 0.5, **more: Any) -> dict[str, Any]:
+def step(number: int, *, sent: int, generation: int = 0, seconds: float = 0.5, **more: Any) -> dict[str, Any]:
     """Of stage 1, which sends `sent` bytes each way since its process began, a tenth of it in no ratio."""
     tenth = sent // 10
     rows = {"activation": sent - tenth, "probe": tenth}
@@ -83,7 +83,7 @@ def step(number: int, *, sent: int, epoch: int = 0, seconds: float = 0.5, **more
         "event": "step",
         "time_s": 102.0 + number,
         "step": number,
-        "epoch": epoch,
+        "generation": generation,
         "loss": 5.0 - number / 10,
         "grad_norm": 1.5,
         "tokens": 1000,
@@ -97,9 +97,9 @@ def step(number: int, *, sent: int, epoch: int = 0, seconds: float = 0.5, **more
         "rss_bytes": 2**28,
         "codec": {"staleness": 0.01, "activation_staleness": 0.5, "gradient_staleness": 0.25},
         "dictionaries": [
-            {"boundary": 1, "dictionary": "projector", "end": "owner", "version": [epoch, number, 0, 0]},
-            {"boundary": 1, "dictionary": "gradients", "end": "mirror", "version": None},
-            {"boundary": 0, "dictionary": "gradients", "end": "owner", "version": [epoch, number, 3, 0]},
+            {"boundary": 1, "dictionary": "projector", "end": "owner", "version": [generation, number, 0, 0]},
+            {"boundary": 1, "dictionary": "gradients", "end": "replica", "version": None},
+            {"boundary": 0, "dictionary": "gradients", "end": "owner", "version": [generation, number, 3, 0]},
         ],
         **more,
     }
@@ -127,9 +127,9 @@ def test_records_become_what_is_now() -> None:
     assert (link.sent_bytes, link.received_bytes) == ({"activation": 1800, "probe": 200}, 4000)
     assert of.moved_bytes == 2 * 1800
     assert of.ratio == 8000 / 3600
-    projector, mirror, gradients = of.dictionaries
+    projector, replica, gradients = of.dictionaries
     assert (projector.version, projector.staleness) == ((0, 1, 0, 0), 0.01)
-    assert (mirror.version, mirror.staleness) == (None, None)
+    assert (replica.version, replica.staleness) == (None, None)
     assert (gradients.version, gradients.staleness) == ((0, 1, 3, 0), 0.25)
 
 
@@ -139,11 +139,11 @@ def test_a_replaced_process_counts_from_zero_and_the_sum_goes_on() -> None:
     assert (of.committed, of.dense_bytes) == (2, 3 * 4000)
     of.take(start(process=8))
     assert (of.state, of.process) == ("starting", 8)
-    of.take({"event": "rewind", "time_s": 110.0, "epoch": 1, "completed": 1, "source": "disk", "seconds": 0.1})
-    assert (of.epoch, of.completed, of.committed) == (1, 1, 1)
-    replaced = folded(start(), {"event": "rewind", "time_s": 1.0, "epoch": 2, "completed": 4, "source": "disk"})
+    of.take({"event": "rollback", "time_s": 110.0, "generation": 1, "completed": 1, "source": "disk", "seconds": 0.1})
+    assert (of.generation, of.completed, of.committed) == (1, 1, 1)
+    replaced = folded(start(), {"event": "rollback", "time_s": 1.0, "generation": 2, "completed": 4, "source": "disk"})
     assert replaced.committed == 4  # another process wrote it, and it is there
-    of.take(step(1, sent=1000, epoch=1))
+    of.take(step(1, sent=1000, generation=1))
     assert of.links[1, "forward"].sent_bytes == {"activation": 2700 + 900, "probe": 300 + 100}
     assert of.links[1, "forward"].received_bytes == 6000 + 2000
     assert of.dense_bytes == 2 * 4000  # steps that count, while the bytes are all that were sent
@@ -153,18 +153,21 @@ def test_a_replaced_process_counts_from_zero_and_the_sum_goes_on() -> None:
 def test_the_live_line_counts_the_bytes_of_every_process_a_stage_has_had() -> None:
     one_life = [folded(start(), *(step(number, sent=1000 * (number + 1)) for number in range(4))) for _ in range(2)]
     assert describe(one_life) == "loss 4.700  2000 tokens/s  4 bytes/token  ratio 2.22x"
-    rewind = {"event": "rewind", "time_s": 110.0, "epoch": 1, "completed": 2, "source": "disk", "seconds": 0.1}
-    again = [step(2, sent=0, epoch=1), step(3, sent=0, epoch=1)]  # nothing more is sent, and nothing is forgotten
+    rollback = {"event": "rollback", "time_s": 110.0, "generation": 1, "completed": 2, "source": "disk", "seconds": 0.1}
+    again = [
+        step(2, sent=0, generation=1),
+        step(3, sent=0, generation=1),
+    ]  # nothing more is sent, and nothing is forgotten
     for figures in one_life:
-        for record in (start(process=8), rewind, *again):
+        for record in (start(process=8), rollback, *again):
             figures.take(record)
     assert describe(one_life) == "loss 4.700  2000 tokens/s  4 bytes/token  ratio 2.22x"
-    taken_over = [folded(start(), rewind, step(2, sent=1000), step(3, sent=2000)) for _ in range(2)]
+    taken_over = [folded(start(), rollback, step(2, sent=1000), step(3, sent=2000)) for _ in range(2)]
     assert describe(taken_over) == "loss 4.700  2000 tokens/s  4 bytes/token  ratio 2.22x"
 
 
 def test_states_and_faults() -> None:
-    of = folded(start(), step(0, sent=10), {"event": "halt", "time_s": 1.0, "epoch": 0, "seconds": 0.1})
+    of = folded(start(), step(0, sent=10), {"event": "view_change", "time_s": 1.0, "generation": 0, "seconds": 0.1})
     assert of.state == "halted"
     of.take({"event": "fault", "time_s": 2.0, "code": "timeout", "reason": "why"})
     of.take({"event": "end", "time_s": 3.0, "steps": 1})
@@ -239,7 +242,7 @@ TABLES = st.builds(
     DictionaryFigures,
     boundary=st.integers(0, 2),
     dictionary=NAMES,
-    end=st.sampled_from(["owner", "mirror"]),
+    end=st.sampled_from(["owner", "replica"]),
     version=st.tuples(COUNTS, COUNTS, COUNTS, COUNTS),
     staleness=SHARES,
 )
@@ -256,7 +259,7 @@ FIGURES = st.builds(
     loss=st.none() | st.floats(allow_nan=False),
     val_loss=SHARES,
     grad_norm=SHARES,
-    epoch=COUNTS,
+    generation=COUNTS,
     committed=st.none() | COUNTS,
     tokens=COUNTS,
     tokens_per_s=SHARES,
@@ -318,7 +321,7 @@ def test_faults_are_told_by_code_and_time() -> None:
     ],
 )
 def test_text_that_no_node_serves_is_refused(text: str) -> None:
-    with pytest.raises(ExpositionError):
+    with pytest.raises(MetricsFormatError):
         read_figures(text)
 
 
@@ -329,7 +332,7 @@ def test_what_a_run_that_diverges_says_is_no_nonsense() -> None:
     assert again.grad_norm == math.inf
 
 
-def scrape(endpoint: Endpoint) -> str:
+def scrape(endpoint: MetricsAddress) -> str:
     with urllib.request.urlopen(f"http://{endpoint}/metrics", timeout=10) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
         return answer.read().decode()
@@ -349,7 +352,7 @@ def recorded(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_what_is_served_over_http_is_what_the_records_say(recorded: Path) -> None:
     records = read_records(recorded / "stage-1.jsonl")
-    exporter = Exporter(1, Endpoint.parse("0"))
+    exporter = Exporter(1, MetricsAddress.parse("0"))
     try:
         for record in records:
             exporter.take(record)
@@ -372,7 +375,7 @@ def test_what_is_served_over_http_is_what_the_records_say(recorded: Path) -> Non
     seconds = sum(record["compute_s"] for record in records if record["event"] == "step")
     assert found["thinpipe_compute_seconds_total",] == pytest.approx(seconds)
     assert found["thinpipe_dictionary_step", "1-2", "owner", "projector"] == 3
-    assert found["thinpipe_dictionary_step", "0-1", "mirror", "projector"] == 3
+    assert found["thinpipe_dictionary_step", "0-1", "replica", "projector"] == 3
     assert found["thinpipe_dictionary_staleness_ratio", "1-2", "activations", "owner"] == pytest.approx(
         last["codec"]["activation_staleness"]
     )
@@ -393,9 +396,9 @@ def test_the_ratio_of_all_stages_is_the_summarys(recorded: Path) -> None:
 
 
 def test_strangers_cost_nothing_but_their_own_connection(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prometheus, "CONNECTION_S", 2.0)
-    monkeypatch.setattr(prometheus._Handler, "timeout", 1.5)
-    exporter = Exporter(1, Endpoint.parse("127.0.0.1:0"))
+    monkeypatch.setattr(prometheus_server, "CONNECTION_S", 2.0)
+    monkeypatch.setattr(prometheus_server._Handler, "timeout", 1.5)
+    exporter = Exporter(1, MetricsAddress.parse("127.0.0.1:0"))
     where = (exporter.endpoint.host, exporter.endpoint.port)
     with closing(exporter), ExitStack() as open_ends:
         exporter.take(step(0, sent=10))
@@ -404,7 +407,7 @@ def test_strangers_cost_nothing_but_their_own_connection(monkeypatch: pytest.Mon
             return open_ends.enter_context(socket.create_connection(where, timeout=5))
 
         began = time.monotonic()  # before the server's clocks begin, however slow this machine is
-        dripping, *silent = (come() for _ in range(prometheus.CONNECTIONS_MAX))
+        dripping, *silent = (come() for _ in range(prometheus_server.CONNECTIONS_MAX))
         dripping.sendall(b"GET /metrics HTTP/1.1\r\n")
         one_too_many = come()
         assert ended(one_too_many)
@@ -439,15 +442,15 @@ def ended(connection: socket.socket) -> bool:
 
 
 def test_addresses() -> None:
-    assert Endpoint.parse("9100") == Endpoint("127.0.0.1", 9100)
-    assert str(Endpoint.parse("0.0.0.0:9100").of_stage(3)) == "0.0.0.0:9103"
-    assert str(Endpoint.parse("[::1]:9100").of_stage(1)) == "[::1]:9101"
-    assert Endpoint.parse("0").of_stage(2).port == 0
+    assert MetricsAddress.parse("9100") == MetricsAddress("127.0.0.1", 9100)
+    assert str(MetricsAddress.parse("0.0.0.0:9100").of_stage(3)) == "0.0.0.0:9103"
+    assert str(MetricsAddress.parse("[::1]:9100").of_stage(1)) == "[::1]:9101"
+    assert MetricsAddress.parse("0").of_stage(2).port == 0
     for wrong in ("", "here", "here:", ":9100", "9100x", "1.2.3.4:70000", "-1"):
-        with pytest.raises(EndpointError, match="neither a port nor host:port"):
-            Endpoint.parse(wrong)
-    with pytest.raises(EndpointError, match="past 65535"):
-        Endpoint.parse("65535").of_stage(1)
+        with pytest.raises(MetricsAddressError, match="neither a port nor host:port"):
+            MetricsAddress.parse(wrong)
+    with pytest.raises(MetricsAddressError, match="past 65535"):
+        MetricsAddress.parse("65535").of_stage(1)
 
 
 def test_who_looks_is_no_part_of_what_neighbours_compare(tiny: TinyConfig) -> None:
@@ -481,7 +484,7 @@ def test_a_port_that_is_taken_is_one_line_and_leaves_nothing(command: str, tiny:
 def test_who_takes_a_lost_ones_place_goes_on_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = WatchSection(prometheus=str(taken.getsockname()[1]))
-        with pytest.raises(EndpointError, match="in use"):
+        with pytest.raises(MetricsAddressError, match="in use"):
             Watching(settings, tmp_path, stage=0)
         Watching(settings, tmp_path, stage=0, replaces=True).take(start())
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -530,8 +533,8 @@ def test_events_are_the_records(recorded: Path) -> None:
 
 def test_steps_that_are_done_again_replace_those_before(tmp_path: Path) -> None:
     again = Events(tmp_path, stage=1)
-    rewind = {"event": "rewind", "time_s": 110.0, "epoch": 1, "completed": 1, "source": "disk", "seconds": 0.1}
-    for record in (start(), step(0, sent=1), step(1, sent=2), rewind, step(1, sent=3, epoch=1)):
+    rollback = {"event": "rollback", "time_s": 110.0, "generation": 1, "completed": 1, "source": "disk", "seconds": 0.1}
+    for record in (start(), step(0, sent=1), step(1, sent=2), rollback, step(1, sent=3, generation=1)):
         again.take(record)
     again.close()
     told = [(event.step, event.session_log.status) for event in events(tmp_path)[1:]]
@@ -541,8 +544,8 @@ def test_steps_that_are_done_again_replace_those_before(tmp_path: Path) -> None:
 def test_a_disk_that_is_slow_or_full_costs_the_events_and_not_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tensorboard, "EVENTS_AHEAD", 2)
-    monkeypatch.setattr(tensorboard, "CLOSE_S", 0.1)
+    monkeypatch.setattr(tensorboard_events, "EVENTS_AHEAD", 2)
+    monkeypatch.setattr(tensorboard_events, "CLOSE_S", 0.1)
     gate: queue.Queue[None] = queue.Queue()
     watching = Watching(WatchSection(tensorboard=True), tmp_path, stage=1)
     (slow,) = watching._views

@@ -28,8 +28,8 @@ import grpc
 import grpc.aio
 import pytest
 from thinpipe.node import lifecycle
-from thinpipe.node.flow import Worker
 from thinpipe.node.links.transport import CONTROL_METHOD
+from thinpipe.node.queues import Worker
 from thinpipe.protocol.messages import Head
 
 JOB_S = 0.01  # of a thread, on average
@@ -51,7 +51,7 @@ class Process:
     stopped: bool = False
     dead: bool = False
     streams: dict[Stream, None] = field(default_factory=dict)
-    restored: asyncio.Event = field(default_factory=asyncio.Event)  # it took part in a new epoch
+    restored: asyncio.Event = field(default_factory=asyncio.Event)  # it took part in a new generation
     _put_off: deque[asyncio.Handle] = field(default_factory=deque)
 
     def __post_init__(self) -> None:

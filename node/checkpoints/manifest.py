@@ -86,7 +86,7 @@ class Manifest(_Strict):
     stage: Count
     stages: Count
     completed: Count  # steps, and so the position in the data
-    epoch: Annotated[int, Field(ge=0, lt=2**64)]  # of the run, when it was written
+    generation: Annotated[int, Field(ge=0, lt=2**64)]  # of the run, when it was written
     dictionaries: dict[DictionaryName, _Dictionary]
     file_bytes: Count
     file_sha256: Sha256

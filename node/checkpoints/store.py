@@ -100,7 +100,7 @@ class CheckpointStore:
         that is not of this run and stage; the tensors are not read."""
         path = self.path(completed)
         manifest = read_manifest(path)
-        self.check_kinship(manifest, str(path))
+        self.check_same_run(manifest, str(path))
         remedy = "delete it, an older one is used"
         if manifest.completed != completed:
             raise CheckpointError(f"{path} is after {manifest.completed} steps and not {completed}; {remedy}")
@@ -113,7 +113,7 @@ class CheckpointStore:
             raise CheckpointError(f"{path / STATE} is damaged: it has {size} bytes, {wanted}; {remedy}")
         return manifest
 
-    def check_kinship(self, manifest: Manifest, where: str) -> None:
+    def check_same_run(self, manifest: Manifest, where: str) -> None:
         """Raises ForeignCheckpoint unless it is of this run and stage."""
         ours = {"run": self.fingerprint.run, "stages": self.fingerprint.stages, "stage": self.stage}
         if self.fingerprint.configuration is not None:
@@ -180,21 +180,21 @@ class CheckpointStore:
 
     # -- writing ----------------------------------------------------------------------------------------------------
 
-    def write(self, snapshot: StageSnapshot, *, epoch: int, written_s: float) -> int:
+    def write(self, snapshot: StageSnapshot, *, generation: int, written_s: float) -> int:
         """Write a checkpoint, then remove all but the newest `keep` up to it; returns its bytes.
 
         One that is there already (the step was replayed) is replaced; later ones stay. `written_s`: seconds since 1970,
         for people. Raises CheckpointError for a full or unwritable disk and leaves all others as they were, and
         ForeignCheckpoint rather than replace another run's.
         """
-        manifest = self._place(snapshot.completed, lambda to: self._fill(to, snapshot, epoch, written_s))
+        manifest = self._place(snapshot.completed, lambda to: self._fill(to, snapshot, generation, written_s))
         return manifest.file_bytes
 
     def adopt(self, manifest: Manifest, state: Path, *, supersede: bool = False) -> None:
         """Take in a checkpoint that came from elsewhere: `state`, a file on the same disk, is moved here if it is what
         the manifest says. supersede: it is the newest there is, and later ones go. Raises CheckpointError, as `write`
         does."""
-        self.check_kinship(manifest, "the copy")
+        self.check_same_run(manifest, "the copy")
         try:
             with state.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -253,7 +253,7 @@ class CheckpointStore:
         except CheckpointError:
             return  # nothing there, or damaged: to be replaced
 
-    def _fill(self, temporary: Path, snapshot: StageSnapshot, epoch: int, written_s: float) -> Manifest:
+    def _fill(self, temporary: Path, snapshot: StageSnapshot, generation: int, written_s: float) -> Manifest:
         from safetensors.torch import save_file
         from torch import __version__ as torch_version
 
@@ -271,7 +271,7 @@ class CheckpointStore:
                 "stage": self.stage,
                 "stages": self.fingerprint.stages,
                 "completed": snapshot.completed,
-                "epoch": epoch,
+                "generation": generation,
                 "dictionaries": snapshot.dictionaries,
                 "file_bytes": path.stat().st_size,
                 "file_sha256": digest,
@@ -301,7 +301,8 @@ class CheckpointStore:
             remove(old) if final.exists() else os.rename(old, final)
 
     def _prune(self, completed: int) -> None:
-        """Of what a rewind left behind later steps stay: they will be replaced, and must not push out earlier ones."""
+        """Of what a rollback left behind later steps stay: they will be replaced, and must not push out earlier
+        ones."""
         whole = [number for number in self.steps() if number <= completed]
         held = sum(number >= self.floor for number in whole) if self.floor else 0
         kept = whole[-max(self.keep, min(held, HELD_TIMES * self.keep)) :]

@@ -45,7 +45,7 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._work, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def submit(self, snapshot: StageSnapshot, *, epoch: int) -> float:
+    def submit(self, snapshot: StageSnapshot, *, generation: int) -> float:
         """Have `snapshot` written; waits until the one before is. Returns the seconds waited.
 
         The snapshot must not change any more. Raises RuntimeError after `close`.
@@ -55,7 +55,7 @@ class CheckpointWriter:
             self._changed.wait_for(lambda: self._job is None or self._closed)
             if self._closed:
                 raise RuntimeError("the checkpoint writer is closed")
-            self._job = (snapshot, epoch)
+            self._job = (snapshot, generation)
             self._changed.notify_all()
             waited = self._clock() - began
             self.waited_s += waited
@@ -86,10 +86,10 @@ class CheckpointWriter:
                 self._job = None
                 self._changed.notify_all()
 
-    def _write(self, snapshot: StageSnapshot, epoch: int) -> None:
+    def _write(self, snapshot: StageSnapshot, generation: int) -> None:
         began = self._clock()
         try:
-            size = self._store.write(snapshot, epoch=epoch, written_s=self._calendar())
+            size = self._store.write(snapshot, generation=generation, written_s=self._calendar())
             self._on_written(snapshot.completed, size, self._clock() - began)
         except Exception as error:  # training must go on whatever is wrong here
             line = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

@@ -1,4 +1,5 @@
-"""`thinpipe dht`: a member of the DHT that serves no stage and answers at the swarm's door, so that others find in.
+"""`thinpipe dht`: a member of the DHT that serves no stage and answers at the swarm's rendezvous, so that others find
+in.
 
 It keeps nothing that the swarm needs. Its members know each other once they are in, so its end is not noticed by them;
 one that comes later joins by any of them.
@@ -11,17 +12,17 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ...protocol.door import ADDRESSES_MAX, Told
 from ...protocol.records import RunRecord
+from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousResponse
 from ..addresses import check_listen
 from ..config import RunConfig
 from ..links.transport import serving
 from ..security.policy import Security
 from .client import Discovery, DiscoveryError
-from .door import Answered, swarm_door
-from .entrance import Entrance, Place, ask_doors, place
+from .entry_points import EntryPoints, MemberAddresses, ask_all_rendezvous, place
 from .joining import free_port, say
-from .shared_config import short, told
+from .rendezvous import RendezvousAnswer, rendezvous_handler
+from .shared_config import shareable, short
 
 LOOK_EVERY_S = 30.0
 LEASE_S = 3600.0
@@ -36,36 +37,36 @@ def serve(
     security: Security,
 ) -> None:
     """Until SIGINT or SIGTERM. Raises DiscoveryError, ListenError and ConfigError."""
-    entrance = ask_doors(join, say, security) if join else Entrance(doors=(), peers=())
-    run = told(config) if config else None
-    here = place(listen, announce, dht_port, free_port, entrance.source_host())
+    entry = ask_all_rendezvous(join, say, security) if join else EntryPoints(rendezvous=(), peers=())
+    run = shareable(config) if config else None
+    here = place(listen, announce, dht_port, free_port, entry.source_host())
     check_listen(here.listen)
-    discovery = Discovery.begin(entrance.peers, listen=here.dht_listen, announce=here.dht_announce).ready()
+    discovery = Discovery.begin(entry.peers, listen=here.dht_listen, announce=here.dht_announce).ready()
     try:
-        asyncio.run(_serve(here, discovery, run, entrance, security))
+        asyncio.run(_serve(here, discovery, run, entry, security))
     finally:
         discovery.close()
 
 
 async def _serve(
-    here: Place, discovery: Discovery, run: RunRecord | None, entrance: Entrance, security: Security
+    here: MemberAddresses, discovery: Discovery, run: RunRecord | None, entry: EntryPoints, security: Security
 ) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    known = [run] if run else [each for each in map(_run_of, entrance.doors) if each]
+    known = [run] if run else [each for each in map(_run_of, entry.rendezvous) if each]
 
-    def answer() -> Told:
+    def answer() -> RendezvousResponse:
         addresses = discovery.addresses[:ADDRESSES_MAX]
         if not known:
-            return Told(addresses=addresses)
+            return RendezvousResponse(addresses=addresses)
         of = known[0]
-        return Told(addresses=addresses, run=of.run, configuration=of.configuration, toml=of.toml)
+        return RendezvousResponse(addresses=addresses, run=of.run, configuration=of.configuration, toml=of.toml)
 
     def report(_: str, line: str) -> None:
         print(f"thinpipe: {line}", file=sys.stderr, flush=True)
 
-    async with serving(here.listen, {"Swarm": swarm_door(answer, report, security)}, security):
+    async with serving(here.listen, {"Swarm": rendezvous_handler(answer, report, security)}, security):
         of = f"run '{run.run}', fingerprint {short(run.configuration)}" if run else "no run of its own"
         print(f"a bootstrap of the DHT at {here.endpoint} ({of}), until Ctrl-C; to join:", flush=True)
         print(f"  thinpipe node --join {here.endpoint} --stage auto", flush=True)
@@ -80,9 +81,11 @@ async def _serve(
             waiting.cancel()
 
 
-def _run_of(door: Answered) -> RunRecord | None:
-    told = door.told
-    return RunRecord(run=told.run, configuration=told.configuration, toml=told.toml) if told.run else None
+def _run_of(rendezvous: RendezvousAnswer) -> RunRecord | None:
+    response = rendezvous.response
+    return (
+        RunRecord(run=response.run, configuration=response.configuration, toml=response.toml) if response.run else None
+    )
 
 
 async def _keep(discovery: Discovery, run: RunRecord | None, known: list[RunRecord]) -> None:

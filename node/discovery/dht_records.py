@@ -44,7 +44,7 @@ OWNER = re.compile(rb"\[owner:ssh-rsa AAAAB3NzaC1yc2EAAAADAQAB[A-Za-z0-9+/=]{336
 _reading: ContextVar[bool] = ContextVar("reading", default=False)  # a peer's answer, in this task
 
 
-class Held:
+class StoredRecords:
     """How much strangers have had kept here: (key, subkey) -> (expiration, bytes). Who is in may stay; who comes when
     it is full is turned away."""
 
@@ -121,14 +121,14 @@ def acceptable(subkey: bytes, value: bytes, expires_s: float, now_s: float) -> b
     return type(owner) is bytes and OWNER.fullmatch(owner) is not None and type(body) is bytes
 
 
-def validator(held: Held | None = None) -> Any:
+def validator(held: StoredRecords | None = None) -> Any:
     """hivemind's RSASignatureValidator, for records of our form alone, as many as `held` takes."""
     from hivemind.dht.crypto import RSASignatureValidator
 
     class SignedRecords(RSASignatureValidator):
         def __init__(self) -> None:
             super().__init__()
-            self._here = held or Held()
+            self._here = held or StoredRecords()
 
         def validate(self, record: Any) -> bool:
             subkey = record.subkey or b""

@@ -1,8 +1,8 @@
 """`thinpipe node --join`: from an address, and nothing else, to a node that serves a stage.
 
-In this order: ask at the doors; enter the DHT; learn the run's configuration and check it; claim a stage; say whether
-the run has begun. Then `node.host` runs the stage as it always does. The DHT's process is started before torch is
-imported here, since both take seconds.
+In this order: ask at the rendezvous addresses; enter the DHT; learn the run's configuration and check it; claim a
+stage; say whether the run has begun. Then `node.host` runs the stage as it always does. The DHT's process is started
+before torch is imported here, since both take seconds.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...protocol.records import NodeRecord, RunRecord, Seen, State
+from ...protocol.records import NodeRecord, NodeState, RunRecord, Seen
 from ..addresses import ListenError, check_listen
 from ..config import ConfigError, RunConfig, dump_config, load_config
-from ..security.keys import KeysError
+from ..security.key_directory import KeysError
 from ..security.policy import Security, choose
-from .claiming import LOOK_AGAIN_S, World, take_stage
+from .claiming import LOOK_AGAIN_S, Environment, take_stage
 from .client import Discovery, DiscoveryError
-from .entrance import Entrance, ask_doors, choose_for, place
+from .entry_points import EntryPoints, ask_all_rendezvous, choose_for, place
 from .multiaddr import Multiaddr
 from .shared_config import agreed, short
 
@@ -37,7 +37,7 @@ RUN_LOOKS = 4  # for a run in the DHT, before nobody is believed to know of one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class JoinOptions:
     """What the user said. stage: None for the one that needs a node most. run: a name, where several are told of."""
 
     join: tuple[str, ...]
@@ -54,7 +54,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Joined:
+class JoinResult:
     """What `node.host` needs to know. resume: the run has begun."""
 
     config: RunConfig
@@ -70,46 +70,48 @@ def say(line: str) -> None:
     print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
 
 
-def join(wish: Wish) -> Joined:
-    """Raises DiscoveryError, ConfigError, ListenError, KeysError, StageTaken, RunThrough."""
-    security = choose_for(wish.join, wish.keys, insecure=wish.insecure, listen=wish.listen)
+def join(options: JoinOptions) -> JoinResult:
+    """Raises DiscoveryError, ConfigError, ListenError, KeysError, StageTaken, RunFinished."""
+    security = choose_for(options.join, options.keys, insecure=options.insecure, listen=options.listen)
     if security.warning:
         say(f"warning: {security.warning}")
-    entrance = ask_doors(wish.join, say, security)
-    source = entrance.source_host()
+    entry = ask_all_rendezvous(options.join, say, security)
+    source = entry.source_host()
     default = "127.0.0.1:0" if Multiaddr(host=source, port=1).loopback else "0.0.0.0:0"
-    here = place(wish.listen or default, wish.announce, wish.dht_port, free_port, source)
+    here = place(options.listen or default, options.announce, options.dht_port, free_port, source)
     check_listen(here.listen)
-    choose(wish.keys, insecure=wish.insecure, listen=here.listen)
-    discovery = Discovery.begin(entrance.peers, listen=here.dht_listen, announce=here.dht_announce)
-    member = Member(discovery, wish.join, security)
+    choose(options.keys, insecure=options.insecure, listen=here.listen)
+    discovery = Discovery.begin(entry.peers, listen=here.dht_listen, announce=here.dht_announce)
+    member = Member(discovery, options.join, security)
     try:
         # torch and transformers, while the DHT starts
         from ..preparation import check_codec, check_device, check_link
         from .membership import Membership
 
         discovery.ready()
-        config, run = _settle(wish, entrance, discovery)
+        config, run = _settle(options, entry, discovery)
         check_device(config)
         check_codec(config)
         check_link(config)
-        among = _may_serve(wish, config, security)
-        out = _room(wish.out or Path("runs") / config.run.name, config)
-        held, begun = _hold(wish, config, run, here.endpoint, among, member)
-        begun = begun or any(config.checkpoint.path(out).glob(f"stage-{held.stage}/step-*"))
-        how = "which has begun: takes the stage's place there" if begun else "which has not begun"
+        among = _may_serve(options, config, security)
+        out = _room(options.out or Path("runs") / config.run.name, config)
+        held, has_started = _hold(options, config, run, here.endpoint, among, member)
+        has_started = has_started or any(config.checkpoint.path(out).glob(f"stage-{held.stage}/step-*"))
+        how = "which has begun: takes the stage's place there" if has_started else "which has not begun"
         say(
             f"joins run '{run.run}' (fingerprint {short(run.configuration)}) as stage {held.stage} of {held.stages} at "
             f"{held.endpoint}, {how}; records in {out}"
         )
-        doors = tuple(door.address for door in entrance.doors)
-        return Joined(
+        rendezvous = tuple(rendezvous.address for rendezvous in entry.rendezvous)
+        return JoinResult(
             config=config,
             stage=held.stage,
             listen=here.listen,
             out=out,
-            resume=begun,
-            membership=Membership(discovery=member.discovery, record=held, run=run, doors=doors, security=security),
+            resume=has_started,
+            membership=Membership(
+                discovery=member.discovery, record=held, run=run, rendezvous=rendezvous, security=security
+            ),
             security=security,
         )
     except BaseException:
@@ -130,21 +132,21 @@ class Member:
         if not self.discovery.alive:
             peers = list(self.discovery.peers)
             with suppress(DiscoveryError):  # who was there at first may be gone
-                peers += ask_doors(self.join, lambda _: None, self.security).peers
+                peers += ask_all_rendezvous(self.join, lambda _: None, self.security).peers
             self.discovery = self.discovery.again(list(dict.fromkeys(peers)))
             say("this node is in the DHT again")
         return self.discovery.read(run.run, run.configuration, stages)[0]
 
 
-def _may_serve(wish: Wish, config: RunConfig, security: Security) -> list[int]:
+def _may_serve(options: JoinOptions, config: RunConfig, security: Security) -> list[int]:
     """The stages that this node may take, by what it was told and by its certificate. Raises ConfigError, KeysError."""
     stages = config.pipeline.stages
-    if wish.stage is not None and wish.stage >= stages:
-        raise ConfigError(f"--stage {wish.stage}: the run has {stages} stages, so 0 to {stages - 1}")
+    if options.stage is not None and options.stage >= stages:
+        raise ConfigError(f"--stage {options.stage}: the run has {stages} stages, so 0 to {stages - 1}")
     if security.keys is None:
         return list(range(stages))
-    explicit = None if wish.stage is None else [wish.stage]
-    choose(wish.keys, insecure=False, run=config.run.name, stages=explicit)
+    explicit = None if options.stage is None else [options.stage]
+    choose(options.keys, insecure=False, run=config.run.name, stages=explicit)
     among = [stage for stage in range(stages) if stage in security.keys.said.stages]
     if not among:
         raise KeysError(f"{security.keys.directory}: its certificate is for none of the {stages} stages of this run")
@@ -152,51 +154,53 @@ def _may_serve(wish: Wish, config: RunConfig, security: Security) -> list[int]:
 
 
 def _hold(
-    wish: Wish, config: RunConfig, run: RunRecord, endpoint: str, among: list[int], member: Member
+    options: JoinOptions, config: RunConfig, run: RunRecord, endpoint: str, among: list[int], member: Member
 ) -> tuple[NodeRecord, bool]:
-    """The record with which a stage is held, and whether the run has begun. Raises StageTaken, RunThrough."""
+    """The record with which a stage is held, and whether the run has begun. Raises StageTaken, RunFinished."""
     stages = config.pipeline.stages
     mine = NodeRecord(
         run=run.run,
         configuration=run.configuration,
-        stage=wish.stage or 0,
+        stage=options.stage or 0,
         stages=stages,
         endpoint=endpoint,
-        state=State.CLAIMING,
+        state=NodeState.CLAIMING,
         incarnation=secrets.randbits(63),
         claimed_at_s=time.time(),
     )
-    world = World(
+    world = Environment(
         read=lambda: member.read(run, stages),
         publish=lambda record: member.discovery.publish(record, lease_s=LEASE_S),
         say=say,
     )
-    return take_stage(world, mine, wish.stage, steps=config.run.steps, among=among)
+    return take_stage(world, mine, options.stage, steps=config.run.steps, among=among)
 
 
-def _settle(wish: Wish, entrance: Entrance, discovery: Discovery) -> tuple[RunConfig, RunRecord]:
-    """The run's configuration: by the doors, or by the DHT. Raises ConfigError."""
-    told = {
-        (door.told.run, door.told.configuration): door
-        for door in entrance.doors
-        if door.told.run and wish.run in (None, door.told.run)
+def _settle(options: JoinOptions, entry: EntryPoints, discovery: Discovery) -> tuple[RunConfig, RunRecord]:
+    """The run's configuration: by the rendezvous addresses, or by the DHT. Raises ConfigError."""
+    shareable = {
+        (rendezvous.response.run, rendezvous.response.configuration): rendezvous
+        for rendezvous in entry.rendezvous
+        if rendezvous.response.run and options.run in (None, rendezvous.response.run)
     }
-    if len(told) > 1:
-        lines = [f"{door.address}: '{run}' {short(digest)}" for (run, digest), door in told.items()]
-        raise ConfigError(f"the doors tell of different runs ({'; '.join(lines)}); join one, or say which by --run")
-    where = ", ".join(wish.join)
+    if len(shareable) > 1:
+        lines = [f"{rendezvous.address}: '{run}' {short(digest)}" for (run, digest), rendezvous in shareable.items()]
+        raise ConfigError(
+            f"the rendezvous addresses tell of different runs ({'; '.join(lines)}); join one, or say which by --run"
+        )
+    where = ", ".join(options.join)
     record = None
-    for (run, digest), door in told.items():
-        record, where = RunRecord(run=run, configuration=digest, toml=door.told.toml), door.address
+    for (run, digest), rendezvous in shareable.items():
+        record, where = RunRecord(run=run, configuration=digest, toml=rendezvous.response.toml), rendezvous.address
     if record is None:
-        record = _from_dht(wish, discovery)
-    return agreed(record, where, wish.config, wish.overrides)
+        record = _from_dht(options, discovery)
+    return agreed(record, where, options.config, options.overrides)
 
 
-def _from_dht(wish: Wish, discovery: Discovery) -> RunRecord | None:
-    mine = load_config(wish.config) if wish.config else None
-    name = wish.run or (mine.run.name if mine else None)
-    for look in range(1 if wish.config else RUN_LOOKS):
+def _from_dht(options: JoinOptions, discovery: Discovery) -> RunRecord | None:
+    mine = load_config(options.config) if options.config else None
+    name = options.run or (mine.run.name if mine else None)
+    for look in range(1 if options.config else RUN_LOOKS):
         if look:
             time.sleep(LOOK_AGAIN_S)
         runs = [run for run in discovery.runs()[0] if name in (None, run.run)]
@@ -234,10 +238,10 @@ def _room(out: Path, config: RunConfig) -> Path:
     return out
 
 
-def free_port(host: str, wish: int | None) -> int:
+def free_port(host: str, options: int | None) -> int:
     """`wish` if it can be listened on, else any that can. Raises ListenError."""
     reason = ""
-    for port in (wish, 0) if wish else (0,):
+    for port in (options, 0) if options else (0,):
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             with socket.socket(found[0], found[1]) as probe:

@@ -1,5 +1,5 @@
 """A node that serves its stage as a member of the swarm: it keeps its record current, finds the stage below anew at
-each dial, answers at the swarm's door, and finds out whether it can be reached where it says.
+each dial, answers at the swarm's rendezvous, and finds out whether it can be reached where it says.
 
 None of it is needed while neighbours are connected. What fails here is said, once each time that it changes, and
 training goes on.
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ...protocol.claims import of_stage, rival
-from ...protocol.door import ADDRESSES_MAX, Ask, Told
-from ...protocol.records import NodeRecord, RunRecord, Seen, State, renew_every_s, stale_after_s
-from ...protocol.rewind import Phase
-from ..links.transport import Door, Report
+from ...protocol.records import NodeRecord, NodeState, RunRecord, Seen, renew_every_s, stale_after_s
+from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousRequest, RendezvousResponse
+from ...protocol.rollback import RollbackPhase
+from ..links.transport import Report, StreamHandler
 from ..security.policy import PLAIN, Security
-from .claiming import Knock, knock
+from .claiming import ConnectProbe, connect_probe
 from .client import Discovery, DiscoveryError
-from .door import DoorError, ask_door, swarm_door
 from .multiaddr import seen_from
+from .rendezvous import RendezvousError, ask_rendezvous, rendezvous_handler
 
 if TYPE_CHECKING:
     from ..lifecycle import Lifecycle
@@ -45,7 +45,7 @@ class Throughput:
         self._seen: list[tuple[float, int]] = []  # (when, completed), at each change
 
     def note(self, now_s: float, completed: int) -> float:
-        """0 until two changes have been seen, and after a rewind."""
+        """0 until two changes have been seen, and after a rollback."""
         if self._seen and completed < self._seen[-1][1]:
             self._seen = []
         if not self._seen or completed > self._seen[-1][1]:
@@ -58,12 +58,12 @@ class Throughput:
 
 @dataclass(slots=True)
 class Membership:
-    """record: as it was published last. doors: host:port of those that let this node in."""
+    """record: as it was published last. rendezvous addresses: host:port of those that let this node in."""
 
     discovery: Discovery
     record: NodeRecord
     run: RunRecord
-    doors: tuple[str, ...] = ()
+    rendezvous: tuple[str, ...] = ()
     security: Security = PLAIN
     clock: Callable[[], float] = time.monotonic
     _complaint: str = ""
@@ -78,8 +78,8 @@ class Membership:
 
     # -- what others ask ---------------------------------------------------------------------------------------------
 
-    def told(self) -> Told:
-        return Told(
+    def told(self) -> RendezvousResponse:
+        return RendezvousResponse(
             addresses=self.discovery.addresses[:ADDRESSES_MAX],
             run=self.run.run,
             configuration=self.run.configuration,
@@ -87,9 +87,9 @@ class Membership:
             incarnation=self.record.incarnation,
         )
 
-    def methods(self, report: Report) -> dict[str, Door]:
+    def methods(self, report: Report) -> dict[str, StreamHandler]:
         """What a listener serves beside the run's own."""
-        return {"Swarm": swarm_door(self.told, report, self.security)}
+        return {"Swarm": rendezvous_handler(self.told, report, self.security)}
 
     # -- who is where ------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ class Membership:
         def last() -> str | None:
             return max(given, key=lambda endpoint: given[endpoint], default=self._last.get(stage))
 
-        async def ask() -> str | None:
+        async def request() -> str | None:
             try:
                 seen = await self.seen()
             except DiscoveryError as error:
@@ -125,7 +125,7 @@ class Membership:
             candidates = [endpoint for endpoint in told if self.security.may_dial(endpoint)]
             if not candidates:
                 self._bar(report, stage, told)
-                left = {each.record.endpoint for each in seen if each.record.state is State.LEFT}
+                left = {each.record.endpoint for each in seen if each.record.state is NodeState.LEFT}
                 return None if last() in left else last()
             now = self.clock()
             order = sorted(
@@ -133,12 +133,16 @@ class Membership:
             )
             found = order[0]
             if len(order) > 1:
-                knocks = await asyncio.gather(*(asyncio.to_thread(knock, endpoint) for endpoint in order))
-                found = next((e for e, k in zip(order, knocks, strict=True) if k is Knock.ANSWERED), found)
+                connect_probes = await asyncio.gather(
+                    *(asyncio.to_thread(connect_probe, endpoint) for endpoint in order)
+                )
+                found = next(
+                    (e for e, k in zip(order, connect_probes, strict=True) if k is ConnectProbe.ANSWERED), found
+                )
             given[found], self._last[stage] = now, found
             return found
 
-        return ask
+        return request
 
     # -- what this node tells ----------------------------------------------------------------------------------------
 
@@ -153,7 +157,7 @@ class Membership:
                 now = self.clock()
                 before, rate = self.record, throughput.note(now, lifecycle.machine.completed)
                 self.record = _current(before, lifecycle, rate)
-                if now >= due_s or (self.record.state, self.record.epoch) != (before.state, before.epoch):
+                if now >= due_s or (self.record.state, self.record.generation) != (before.state, before.generation):
                     due_s = now + renew_every_s(self.record.stages)
                     await self._publish(report)
                     if not any(met.is_set() for met in lifecycle.control.met.values()):
@@ -182,12 +186,12 @@ class Membership:
             return
         self._returned_at_s = self.clock()
         peers = list(self.discovery.peers)
-        # What was read may be of hours ago, when the neighbours met; so the doors are asked too.
-        known = {*self.doors, *(each.record.endpoint for each in self._seen if each.living)}
+        # What was read may be of hours ago, when the neighbours met; so the rendezvous addresses are asked too.
+        known = {*self.rendezvous, *(each.record.endpoint for each in self._seen if each.living)}
         for endpoint in known - {self.record.endpoint}:
-            with suppress(DoorError):
-                answered = await ask_door(endpoint, self.security, deadline_s=5.0)
-                peers += seen_from(answered.host, answered.told.addresses)
+            with suppress(RendezvousError):
+                answered = await ask_rendezvous(endpoint, self.security, deadline_s=5.0)
+                peers += seen_from(answered.host, answered.response.addresses)
         try:
             self.discovery = await asyncio.to_thread(self.discovery.again, peers)
             print("this node is in the DHT again", file=sys.stderr, flush=True)
@@ -201,7 +205,11 @@ class Membership:
             other = rival(await self.seen(), self.record)
         except DiscoveryError as error:
             return self._complain(report, str(error))
-        if other and other.endpoint != self._rival and await asyncio.to_thread(knock, other.endpoint) is Knock.ANSWERED:
+        if (
+            other
+            and other.endpoint != self._rival
+            and await asyncio.to_thread(connect_probe, other.endpoint) is ConnectProbe.ANSWERED
+        ):
             self._rival = other.endpoint
             report(
                 "stage-taken",
@@ -230,7 +238,7 @@ class Membership:
         now = self._lifecycle
         try:
             last = _current(self.record, now, 0.0) if now else self.record
-            last = replace(last, state=State.LEFT, tokens_per_s=0.0)
+            last = replace(last, state=NodeState.LEFT, tokens_per_s=0.0)
             self.discovery.publish(last, lease_s=0.0)
         except DiscoveryError:
             pass  # they see it by its age
@@ -240,11 +248,12 @@ class Membership:
     # -- can others reach it -----------------------------------------------------------------------------------------
 
     async def find_out_whether_reached(self, report: Report) -> None:
-        """Have the announced endpoint dialled, by the doors that this node came in by and by itself, and say what comes
+        """Have the announced endpoint dialled, by the rendezvous addresses that this node came in by and by itself, and
+        say what comes
         of it."""
-        tries = [self._dialled_back(door) for door in self.doors]
+        tries = [self._dialled_back(rendezvous) for rendezvous in self.rendezvous]
         found = await asyncio.gather(self._dialled_here(), *tries)
-        failed = [f"by {who} ({why})" for who, why in zip(("itself", *self.doors), found, strict=True) if why]
+        failed = [f"by {who} ({why})" for who, why in zip(("itself", *self.rendezvous), found, strict=True) if why]
         if failed:
             report(
                 "unreachable",
@@ -255,19 +264,19 @@ class Membership:
     async def _dialled_here(self) -> str:
         """Why it cannot be reached, or nothing."""
         if not self.security.may_dial(self.record.endpoint):
-            return ""  # behind a port map: the doors tell
+            return ""  # behind a port map: the rendezvous addresses tell
         try:
-            answered = await ask_door(self.record.endpoint, self.security, deadline_s=5.0)
-        except DoorError as error:
+            answered = await ask_rendezvous(self.record.endpoint, self.security, deadline_s=5.0)
+        except RendezvousError as error:
             return str(error)
-        ours = answered.told.incarnation == self.record.incarnation
+        ours = answered.response.incarnation == self.record.incarnation
         return "" if ours else f"another node answers at {self.record.endpoint}"
 
-    async def _dialled_back(self, door: str) -> str:
-        ask = Ask(reach=self.record.endpoint, incarnation=self.record.incarnation)
+    async def _dialled_back(self, rendezvous: str) -> str:
+        request = RendezvousRequest(reach=self.record.endpoint, incarnation=self.record.incarnation)
         try:
-            answer = (await ask_door(door, self.security, ask)).told.dialled_back
-        except DoorError:
+            answer = (await ask_rendezvous(rendezvous, self.security, request)).response.dialled_back
+        except RendezvousError:
             return ""  # it may have gone since
         return "" if answer == "yes" else answer
 
@@ -277,11 +286,11 @@ def _current(record: NodeRecord, lifecycle: Lifecycle, tokens_per_s: float) -> N
     machine = lifecycle.machine
     ends = {"above": machine.identity.first, "below": machine.identity.last}
     there = all(peer is not None for side, peer in machine.peers.items() if not ends[side])
-    training = machine.phase is Phase.RUNNING and there
+    training = machine.phase is RollbackPhase.RUNNING and there
     return replace(
         record,
-        state=State.TRAINING if training else State.WAITING,
-        epoch=machine.epoch,
+        state=NodeState.TRAINING if training else NodeState.WAITING,
+        generation=machine.generation,
         completed_steps=machine.completed,
         committed_steps=lifecycle.committed,
         tokens_per_s=tokens_per_s if training else 0.0,

@@ -58,7 +58,8 @@ def is_wildcard(host: str) -> bool:
 
 
 def seen_from(door_host: str, told: tuple[str, ...]) -> list[str]:
-    """Where to dial a peer whose door was reached at `door_host` and told these multiaddrs: at that host, with the
+    """Where to dial a peer whose rendezvous was reached at `door_host` and told these multiaddrs: at that host, with
+    the
     ports that it told, since it was reached there, and at what else it told that is not its own loopback. Others than
     those of TCP are left out."""
     known = [each for each in map(Multiaddr.parse, told) if each and each.peer]

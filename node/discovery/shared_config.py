@@ -1,10 +1,10 @@
 """A run's configuration on its way between machines: what is told, and what is believed of it.
 
-Told is the whole tree as TOML, less what names places on one machine, and who may look on there. Believed is nothing
-but what has the fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the user gives, if
-any. Settings that are no part of the fingerprint (data source, link, device, checkpoints) are each machine's own and
-may be overridden;
-those that are may not, since the neighbours would refuse a node that computes something else.
+RendezvousResponse is the whole tree as TOML, less what names places on one machine, and who may look on there. Believed
+is nothing but what has the fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the user
+gives, if any. Settings that are no part of the fingerprint (data source, link, device, checkpoints) are each machine's
+own and may be overridden; those that are may not, since the neighbours would refuse a node that computes something
+else.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ OWN_PLACES = {"data.cache", "checkpoint.directory", "watch.prometheus", "watch.t
 LOCAL = "data.source, data.tokenizer, data.cache, model.path, compute.device, link.*, checkpoint.*, watch.*"
 
 
-def told(config: RunConfig) -> RunRecord:
+def shareable(config: RunConfig) -> RunRecord:
     """What others are told of it. Raises ConfigError for what none of them would read."""
     tree = _without_places(tomllib.loads(dump_config(config)))
     record = RunRecord(run=config.run.name, configuration=config.digest(), toml=dump_config(parse_config(tree)))
@@ -35,7 +35,7 @@ def told(config: RunConfig) -> RunRecord:
     return record
 
 
-def believed(record: RunRecord, source: str) -> RunConfig:
+def verified(record: RunRecord, source: str) -> RunConfig:
     """The configuration that `source` told of. Raises ConfigError unless it is what its fingerprint says."""
     try:
         tree = tomllib.loads(record.toml)
@@ -65,7 +65,7 @@ def agreed(
         raise ConfigError(
             f"nobody at {source} knows of a run; give its --config run.toml to this node or to `thinpipe dht` there"
         )
-    theirs = None if record is None else believed(record, source)
+    theirs = None if record is None else verified(record, source)
     if path is None:
         assert theirs
         tree = tomllib.loads(dump_config(theirs))
@@ -77,7 +77,7 @@ def agreed(
                 f"{path} has fingerprint {short(mine.digest())}, the run '{theirs.run.name}' at {source} has "
                 f"{short(theirs.digest())}: {differences(mine, theirs)}; give the run's own file, or none"
             )
-        record = record or told(mine)
+        record = record or shareable(mine)
     assert record
     config = parse_config(merge(tree, dict(overrides)))
     if config.digest() != record.configuration:

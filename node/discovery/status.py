@@ -10,33 +10,37 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from ...protocol.claims import of_stage, rank
-from ...protocol.records import RunRecord, Seen, State
+from ...protocol.claims import of_stage, priority
+from ...protocol.records import NodeState, RunRecord, Seen
 from ..config import ConfigError
 from ..security.policy import Security
-from .entrance import look_around
-from .shared_config import believed, short
+from .entry_points import look_around
+from .shared_config import short, verified
 
 
 def find_status(join: Sequence[str], run: str | None, security: Security) -> dict[str, Any]:
     """What `thinpipe status --json` prints. Raises DiscoveryError, and ConfigError where it is not clear which run."""
     notes: list[str] = []
-    entrance, discovery = look_around(join, notes.append, security)
+    entry, discovery = look_around(join, notes.append, security)
     try:
-        told = [
-            RunRecord(run=door.told.run, configuration=door.told.configuration, toml=door.told.toml)
-            for door in entrance.doors
-            if door.told.run and run in (None, door.told.run)
+        shareable = [
+            RunRecord(
+                run=rendezvous.response.run,
+                configuration=rendezvous.response.configuration,
+                toml=rendezvous.response.toml,
+            )
+            for rendezvous in entry.rendezvous
+            if rendezvous.response.run and run in (None, rendezvous.response.run)
         ]
-        if not told:
-            told = [each for each in discovery.runs()[0] if run in (None, each.run)]
-        names = sorted({f"'{each.run}' {short(each.configuration)}" for each in told})
+        if not shareable:
+            shareable = [each for each in discovery.runs()[0] if run in (None, each.run)]
+        names = sorted({f"'{each.run}' {short(each.configuration)}" for each in shareable})
         if len(names) > 1:
             raise ConfigError(f"several runs are told of here ({', '.join(names)}); say which by --run")
-        if not told:
+        if not shareable:
             raise ConfigError(f"nobody at {', '.join(join)} knows of {f'run {run!r}' if run else 'a run'}")
-        record = told[0]
-        config = believed(record, ", ".join(join))
+        record = shareable[0]
+        config = verified(record, ", ".join(join))
         seen, left_out = discovery.read(record.run, record.configuration, config.pipeline.stages)
     finally:
         discovery.close()
@@ -49,7 +53,7 @@ def as_figures(
     """stages: for each the nodes that serve it, or the last one that did."""
 
     def of(stage: int) -> list[Seen]:
-        last = sorted((s for s in seen if s.record.stage == stage), key=lambda s: (s.age_s, rank(s.record)))
+        last = sorted((s for s in seen if s.record.stage == stage), key=lambda s: (s.age_s, priority(s.record)))
         return of_stage(seen, stage) or last[:1]
 
     return {
@@ -64,11 +68,11 @@ def as_figures(
 
 def _node(seen: Seen) -> dict[str, Any]:
     record = seen.record
-    lost = not seen.living and record.state is not State.LEFT
+    lost = not seen.living and record.state is not NodeState.LEFT
     return {
         "endpoint": record.endpoint,
         "state": "lost" if lost else record.state.value,
-        "epoch": record.epoch,
+        "generation": record.generation,
         "completed_steps": record.completed_steps,
         "committed_steps": record.committed_steps,
         "tokens_per_s": round(record.tokens_per_s, 3),
@@ -96,7 +100,7 @@ def status_table(figures: dict[str, Any]) -> Table:
         ("stage", "right"),
         ("endpoint", "left"),
         ("state", "left"),
-        ("epoch", "right"),
+        ("generation", "right"),
         ("step", "right"),
         ("committed", "right"),
         ("tokens/s", "right"),
@@ -113,7 +117,7 @@ def status_table(figures: dict[str, Any]) -> Table:
                 str(stage["stage"]),
                 Text(node["endpoint"]),
                 f"[{colour}]{node['state']}[/{colour}]",
-                str(node["epoch"]),
+                str(node["generation"]),
                 str(node["completed_steps"]),
                 str(node["committed_steps"]),
                 f"{node['tokens_per_s']:.0f}" if node["tokens_per_s"] else "-",

@@ -15,8 +15,8 @@ import grpc.aio
 
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ..security.policy import PLAIN, Security
-from .control import Control
-from .link import LAST_WORD_S, EpochOver, Link, Read
+from .control_stream import Control
+from .link import LAST_WORD_S, GenerationEnded, Link, Read
 from .outgoing import Write
 from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, both_ways, channel_options, tell
 
@@ -58,7 +58,7 @@ async def dial(
     link: Link,
     *,
     greeting_timeout_s: float,
-    patience_s: Callable[[], float],
+    deadline_s: Callable[[], float],
     report: Report,
     security: Security = PLAIN,
 ) -> None:
@@ -73,7 +73,7 @@ async def dial(
     unlike = ""
     while not link.finished:
         link.opened.clear()
-        connect_timeout_s = patience_s()
+        connect_timeout_s = deadline_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
         address, attempt_s = await _find(where, remaining_s)
         try:
@@ -98,7 +98,7 @@ async def dial(
                 pause_s = RETRY_FIRST_S
             else:
                 report(error.fault, line)
-        except EpochOver:
+        except GenerationEnded:
             return
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             if not link.finished:
@@ -143,7 +143,7 @@ async def _one_connection(
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
             await _end_gently(call, read, greeting_timeout_s)
     finally:
-        link.settle()
+        link.fix_peer()
 
 
 async def dial_control(
@@ -151,7 +151,7 @@ async def dial_control(
     control: Control,
     *,
     greeting_timeout_s: float,
-    patience_s: Callable[[], float],
+    deadline_s: Callable[[], float],
     report: Report,
     security: Security = PLAIN,
 ) -> None:
@@ -167,7 +167,7 @@ async def dial_control(
     while True:
         before = control.meetings["below"]
         # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
-        connect_timeout_s = LAST_WORD_S if control.through else patience_s()
+        connect_timeout_s = LAST_WORD_S if control.finished else deadline_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
         address, attempt_s = await _find(where, remaining_s)
         try:
@@ -176,11 +176,11 @@ async def dial_control(
         except _NoTls as error:
             if isinstance(where, str) and not control.met["below"].is_set():
                 raise NeighbourMismatch(str(error)) from None
-            if unlike != str(error) and not control.through:
+            if unlike != str(error) and not control.finished:
                 unlike = str(error)
                 report("tls", unlike)
         except _NotReached:
-            if control.through:
+            if control.finished:
                 return
             if attempt_s < remaining_s:
                 await asyncio.sleep(RETRY_FIRST_S)
@@ -198,7 +198,7 @@ async def dial_control(
             report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             stranger = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED
-            if not control.through and not stranger:  # of a server that is no node the other stream says enough
+            if not control.finished and not stranger:  # of a server that is no node the other stream says enough
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
         if control.meetings["below"] != before:

@@ -20,11 +20,11 @@ from contextlib import suppress
 from dataclasses import replace
 
 from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
-from ...protocol.framing import framed_bytes
 from ...protocol.messages import Greeting, Kind, Message, decode_frame
 from ...protocol.session import LinkSession, Opened, PeerDone, Received
-from ...sim.link_check import LinkCheck
-from ...sim.shaper import BusyMeter, LinkProfile
+from ...protocol.wire_size import framed_bytes
+from ...sim.links.link_check import LinkCheck
+from ...sim.links.shaper import BusyMeter, LinkProfile
 from ..metrics import Tracer
 from .link_probe import AcknowledgedRate, fill, probe_s
 from .outgoing import Outgoing, Write, chunk_bytes_for
@@ -41,12 +41,12 @@ class LinkLost(RuntimeError):
     """What the peer sent, or was sent, was refused for good: the run has to start again."""
 
 
-class LinkUnlike(LinkLost):
+class LinkOffCap(LinkLost):
     """The link is not what is configured, and the settings say that the node shall not go on then."""
 
 
-class EpochOver(ConnectionError):
-    """The connection ends because its epoch has: nobody is to blame."""
+class GenerationEnded(ConnectionError):
+    """The connection ends because its generation has: nobody is to blame."""
 
 
 class Link:
@@ -71,7 +71,7 @@ class Link:
     ) -> None:
         self.session = session
         self.serving = asyncio.Lock()  # held while a connection from above is attached
-        self.over = False  # its epoch is
+        self.over = False  # its generation is
         self.profile = profile
         self.received_bytes = 0
         self.peer_done = asyncio.Event()
@@ -90,7 +90,7 @@ class Link:
             clock=clock,
             sent=sent,
         )
-        self.generation = 0  # rises when what came so far must not be used
+        self.peer_changes = 0  # rises when what came so far must not be used
         self._rejected = False  # a message on this connection was refused for what it says, here or there
         self._inbox: deque[tuple[Message, int]] = deque()
         self._arrived = asyncio.Event()
@@ -148,11 +148,11 @@ class Link:
         self._outgoing.push_credit()
         return message
 
-    async def lend(self, nbytes: int) -> bool:
+    async def reserve(self, nbytes: int) -> bool:
         """Take the link's time, when it has nothing else to do, for so many bytes that travel beside it. Returns when
-        they have left; False if the epoch is over before."""
+        they have left; False if the generation is over before."""
         while not self.over:
-            if await self._outgoing.lend(nbytes):
+            if await self._outgoing.reserve(nbytes):
                 return True
         return False
 
@@ -230,16 +230,16 @@ class Link:
         if self._close_connection is not None:
             self._close_connection(error)
         else:
-            self.settle()
+            self.fix_peer()
 
     def abandon(self) -> None:
-        """The epoch is over, and this link with it."""
+        """The generation is over, and this link with it."""
         self.over = True
         self._outgoing.moved.set()
         if self._close_connection is not None:
-            self._close_connection(EpochOver(f"{self.name}: the epoch is over"))
+            self._close_connection(GenerationEnded(f"{self.name}: the generation is over"))
 
-    def settle(self) -> None:
+    def fix_peer(self) -> None:
         """The connection is over and both ends know why: is the link lost with it?"""
         if self.session.used and self._rejected:
             self.lost.set()
@@ -253,7 +253,7 @@ class Link:
     def _disown(self) -> None:
         """What came so far and was not used yet must not be."""
         self._inbox.clear()
-        self.generation += 1
+        self.peer_changes += 1
 
     def take_over(self, frame: bytes) -> bool:
         """Whether a new stream's first frame is the greeting of the very process that the open stream belongs to.

@@ -1,4 +1,4 @@
-"""The probe of a link at its start: ballast for a moment, and the rate at which the other side acknowledges it.
+"""The probe of a link at its start: filler for a moment, and the rate at which the other side acknowledges it.
 
 Not the rate at which it leaves: a path that is 12 % slower than the cap takes all that is sent until the window is
 full, which is after eight windows, so a sender that watches its own queue sees its own cap. Acknowledgements come at
@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from ...protocol.messages import Kind, Message
-from ...sim.link_check import SteadyRate
-from ...sim.shaper import LinkProfile
+from ...sim.links.link_check import SteadyRate
+from ...sim.links.shaper import LinkProfile
 
 PROBE_S = 0.25  # several times the longest wake-up delay seen on a busy laptop
 PROBE_BYTES_MAX = 32 * 2**20  # of links beyond 1 Gb/s
@@ -25,7 +25,7 @@ RATE_LEAST_BITS_PER_S = 100_000.0  # below, the time is too short for messages t
 
 
 class AcknowledgedRate:
-    """What was acknowledged of ballast, after the head; framed bytes, as everywhere."""
+    """What was acknowledged of filler, after the head; framed bytes, as everywhere."""
 
     def __init__(self, *, head_bytes: int) -> None:
         self._rate = SteadyRate(skip_bytes=head_bytes)
@@ -47,7 +47,7 @@ class AcknowledgedRate:
         return None if rate is None else rate * self._framed_bytes / self._data_bytes
 
 
-def ballast_bytes(rate_bits_per_s: float, burst_bytes: int) -> tuple[int, int, int]:
+def filler_bytes(rate_bits_per_s: float, burst_bytes: int) -> tuple[int, int, int]:
     """(head, all, one message) of a probe."""
     bytes_per_s = rate_bits_per_s / 8
     message = max(MESSAGE_BYTES_LEAST, int(MESSAGE_S * bytes_per_s))
@@ -60,7 +60,7 @@ def probe_s(profile: LinkProfile) -> float:
     """How long a probe that agrees takes."""
     if profile.rate_bits_per_s is None or profile.rate_bits_per_s < RATE_LEAST_BITS_PER_S:
         return 0.0
-    _, whole, _ = ballast_bytes(profile.rate_bits_per_s, profile.burst_bytes)
+    _, whole, _ = filler_bytes(profile.rate_bits_per_s, profile.burst_bytes)
     return profile.serialisation_s(whole) + 2 * profile.latency_s + PAUSE_S
 
 
@@ -76,13 +76,13 @@ async def fill(
     """One probe of a quiet link: bits/s, None where too little would cross to tell. `start`: count with this."""
     if rate_bits_per_s < RATE_LEAST_BITS_PER_S:
         return None
-    head, left, size = ballast_bytes(rate_bits_per_s, burst_bytes)
+    head, left, size = filler_bytes(rate_bits_per_s, burst_bytes)
     meter = AcknowledgedRate(head_bytes=head)
     await until_acknowledged()
     start(meter)
     while left > 0:
-        ballast = bytes(min(left, size, message_bytes_max))
-        left -= len(ballast)
-        await send(Message(kind=Kind.PROBE, step=0, microbatch=0, body=ballast))
+        filler = bytes(min(left, size, message_bytes_max))
+        left -= len(filler)
+        await send(Message(kind=Kind.PROBE, step=0, microbatch=0, body=filler))
     await until_acknowledged()
     return meter.bits_per_s()

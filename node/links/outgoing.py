@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ...protocol.framing import framed_bytes
 from ...protocol.messages import Head, Kind, Message, split
 from ...protocol.session import LinkSession
-from ...sim.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
+from ...protocol.wire_size import framed_bytes
+from ...sim.links.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
 from ..metrics import Tracer
 from .link_probe import AcknowledgedRate
 
@@ -116,7 +116,7 @@ class Outgoing:
         sent: Counter[str] | None = None,
     ) -> None:
         self.session, self.profile = session, profile
-        # Framed bytes by kind, counted when handed to gRPC; resent frames too, and what earlier epochs sent.
+        # Framed bytes by kind, counted when handed to gRPC; resent frames too, and what earlier generations sent.
         self.sent: Counter[str] = Counter() if sent is None else sent
         self.meter = BusyMeter(least_bytes=int(BUSY_LEAST_S * (profile.rate_bits_per_s or 0) / 8))
         self.shaper = Shaper(profile.applied, random=seed)
@@ -126,7 +126,7 @@ class Outgoing:
         self.goodbye_due = False  # said: nothing may follow it
         self.goodbye_leaving = False  # being handed to gRPC
         self.goodbye_sent = False  # handed to gRPC
-        self.probing: AcknowledgedRate | None = None  # while ballast, and nothing else, is sent
+        self.probing: AcknowledgedRate | None = None  # while filler, and nothing else, is sent
         self.moved = asyncio.Event()  # something left the queue or the line, or was acknowledged
         self._name = name
         self._chunk_bytes = chunk_bytes
@@ -223,7 +223,7 @@ class Outgoing:
     def resume(self) -> None:
         """The greetings agree: what the peer lacks goes first, as it was."""
         now = self._clock()
-        for frame in self.session.kept_frames():
+        for frame in self.session.retransmissions():
             self._enter_line(frame, {"retransmission": framed_bytes(len(frame))}, now, now)
         if self.goodbye_due:  # it is not kept, so what an earlier connection carried of it may be lost
             self.goodbye_sent = self.goodbye_leaving = False
@@ -232,7 +232,7 @@ class Outgoing:
         self._admit.set()
         self._deliver.set()
 
-    async def lend(self, nbytes: int) -> bool:
+    async def reserve(self, nbytes: int) -> bool:
         """If nothing here waits for the wire, take it for so many bytes that travel elsewhere, and return when they
         have left; otherwise wait until something has moved. Whether they have left."""
         if len(self.queue):
@@ -299,7 +299,7 @@ class Outgoing:
         under_way = self.session.unacknowledged_bytes + len(item.data)
         asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * self._chunk_bytes)
         asks = under_way > asks_from or self.probing is not None
-        frame = self.session.stamp(item.head, item.data, acknowledge=asks)
+        frame = self.session.send(item.head, item.data, acknowledge=asks)
         if self.probing:
             self.probing.stamped(len(item.data), framed_bytes(len(frame)))
         return frame, framed_rows(item.rows, framed_bytes(len(frame)))

@@ -1,7 +1,7 @@
 """gRPC: two bidirectional streams a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
 
-Link carries tensors within one epoch, Control outlives epochs; Probe is anybody's who wants to measure the path, and
-Swarm (node/discovery/door.py) anybody's who wants to join.
+Link carries tensors within one generation, Control outlives generations; Probe is anybody's who wants to measure the
+path, and Swarm (node/discovery/rendezvous.py) anybody's who wants to join.
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
@@ -20,25 +20,25 @@ import grpc.aio
 
 from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ...protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
-from ...protocol.probing import NotNow
+from ...protocol.path_probe import ProbeBusy
 from ..addresses import ListenError
 from ..security.policy import PLAIN, Security
-from .link import EpochOver, Link, Read, Write
-from .probe_service import ProbeService
+from .link import GenerationEnded, Link, Read, Write
+from .probe_server import ProbeService
 
 if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe` has no use for
-    from .control import Control
+    from .control_stream import Control
 
 SERVICE = "thinpipe.v1.Stage"
 METHOD, CONTROL_METHOD, PROBE_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control", f"/{SERVICE}/Probe"
 CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
 REFUSAL_TIMEOUT_S = 2.0
-# A new epoch is on its way here or there: dial again at once.
-PASSING = {Fault.EPOCH, Fault.HALTED}
+# A new generation is on its way here or there: dial again at once.
+PASSING = {Fault.GENERATION, Fault.STOPPED}
 
 T = TypeVar("T")
 Report = Callable[[str, str], None]  # (fault code, one line for people)
-Door = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
+StreamHandler = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
 
 
 def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
@@ -74,32 +74,32 @@ async def listening(
     greeting_timeout_s: float,
     report: Report,
     control: Control | None = None,
-    more: dict[str, Door] | None = None,
+    more: dict[str, StreamHandler] | None = None,
     security: Security = PLAIN,
 ) -> AsyncIterator[int]:
     """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
 
-    `link`: the present one, None between two epochs. A second stream on it is admitted only if it is the same process
-    dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream is open.
-    `more`: methods to serve beside the run's own. Raises ListenError for a taken or malformed address.
+    `link`: the present one, None between two generations. A second stream on it is admitted only if it is the same
+    process dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream
+    is open. `more`: methods to serve beside the run's own. Raises ListenError for a taken or malformed address.
     """
-    doors = _Doors(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
-    probes = ProbeService(busy=doors.busy, terms_timeout_s=greeting_timeout_s)
-    handlers = {"Link": doors.link, "Probe": probe_door(probes, report, security), **(more or {})}
+    streams = _Handlers(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
+    probes = ProbeService(busy=streams.busy, terms_timeout_s=greeting_timeout_s)
+    handlers = {"Link": streams.link, "Probe": probe_handler(probes, report, security), **(more or {})}
     if control:
-        handlers["Control"] = doors.control
+        handlers["Control"] = streams.control
     async with serving(address, handlers, security) as port:
         try:
             yield port
         finally:
-            doors.stopping = True
+            streams.stopping = True
 
 
 @asynccontextmanager
-async def serving(address: str, doors: dict[str, Door], security: Security = PLAIN) -> AsyncIterator[int]:
+async def serving(address: str, streams: dict[str, StreamHandler], security: Security = PLAIN) -> AsyncIterator[int]:
     """A server with these methods, while the body runs; yields the port. Raises ListenError."""
     server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
-    handlers = {name: grpc.stream_stream_rpc_method_handler(door) for name, door in doors.items()}
+    handlers = {name: grpc.stream_stream_rpc_method_handler(handler) for name, handler in streams.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
         port = security.add_port(server, address)
@@ -116,7 +116,7 @@ async def serving(address: str, doors: dict[str, Door], security: Security = PLA
         await server.stop(grace=1.0)
 
 
-def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN) -> Door:
+def probe_handler(probes: ProbeService, report: Report, security: Security = PLAIN) -> StreamHandler:
     """What a server does with a stream of the method Probe."""
 
     async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
@@ -125,7 +125,7 @@ def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN)
             security.admit_any(context)
             await probes.serve(read, write, context.peer())
         except RemoteProtocolError as error:
-            if not isinstance(error, NotNow):
+            if not isinstance(error, ProbeBusy):
                 report(error.fault, f"probe: refused the peer at {context.peer()}: {error}")
             await tell(write, error)
             await linger(read)
@@ -133,7 +133,7 @@ def probe_door(probes: ProbeService, report: Report, security: Security = PLAIN)
     return probe
 
 
-class _Doors:
+class _Handlers:
     """What a server does with each stream that a peer opens."""
 
     def __init__(
@@ -169,7 +169,7 @@ class _Doors:
             nonlocal ended, refused
             refused = True
             ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
-            if error.fault is not Fault.HALTED:
+            if error.fault is not Fault.STOPPED:
                 self._report(error.fault, f"{link.name if link else 'link'}: refused the peer at {peer}: {error}")
             await tell(write, error)
 
@@ -188,7 +188,7 @@ class _Doors:
                 await refuse(error)
                 return await linger(read)
             if link is None:
-                await refuse(RemoteProtocolError(Fault.HALTED, "this stage waits for a new epoch; dial again"))
+                await refuse(RemoteProtocolError(Fault.STOPPED, "this stage waits for a new generation; dial again"))
                 return await linger(read)
             if link.serving.locked() and not link.take_over(frame):
                 reason = f"{link.name} has a connection already; close that one first"
@@ -199,7 +199,7 @@ class _Doors:
                 try:
                     await link.attach(read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s)
                     ended = "was ended there"
-                except EpochOver:
+                except GenerationEnded:
                     ended = ""
                 except RemoteProtocolError as error:
                     await refuse(error)
@@ -208,7 +208,7 @@ class _Doors:
                     if error.fault not in PASSING:
                         self._report(error.fault, f"{link.name}: refused by the peer at {peer}: {error}")
                 finally:
-                    link.settle()
+                    link.fix_peer()
             if refused:
                 await linger(read)
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone

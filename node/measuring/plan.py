@@ -1,9 +1,9 @@
 """What a run would do on given machines and links, without running it: `thinpipe plan`.
 
 Everything that can be known is taken from where it is true: message sizes from the byte formats and the framing that
-nodes use, the order of work from the schedule that they execute (`sim.pipeline` charges it to a virtual clock), the
-multiplications from the model's own shapes. What cannot be known is how fast a machine computes; that is given, as a
-rate that it achieves (`--pace 150m@4x66tflops`) or by a run that was measured (`--from RUN`).
+nodes use, the order of work from the schedule that they execute (`sim.links.pipeline` charges it to a virtual clock),
+the multiplications from the model's own shapes. What cannot be known is how fast a machine computes; that is given, as
+a rate that it achieves (`--emulate 150m@4x66tflops`) or by a run that was measured (`--from RUN`).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...compress.boundary import CodecError
-from ...protocol.schedule import HOP_MAX, get_schedule
-from ...sim.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
-from ...sim.report import read_records
-from ...sim.shaper import LinkError, LinkProfile
+from ...protocol.schedule import RTT_RATIO_MAX, get_schedule
+from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
+from ...sim.links.shaper import LinkError, LinkProfile
+from ...sim.reports.summary import read_records
 from ..config import ConfigError, RunConfig
 from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture
 from ..stage import Stage
-from .pace import VOCABULARY, Pace
-from .sizes import Sizes
+from .emulated_machine import VOCABULARY, EmulatedMachine
+from .message_sizes import Sizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-AUTO = ":hop=auto"
-HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, HOP_MAX)
+AUTO = ":rtt_ratio=auto"
+HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, RTT_RATIO_MAX)
 AUTO_WITHIN = 1.003
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
@@ -117,8 +117,8 @@ def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[
     """Seconds of a first stage on this machine, which has nothing else to do, taken for all of them: one microbatch
     forward and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
     these times is more than it needs."""
-    if config.compute.pace:
-        return Pace.parse(config.compute.pace).times(config, architecture)
+    if config.compute.emulate:
+        return EmulatedMachine.parse(config.compute.emulate).times(config, architecture)
     import torch
 
     stage = Stage(config, architecture, 0)
@@ -135,7 +135,8 @@ def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[
 
 
 def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
-    """About what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and without
+    """InfoResponse what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and
+    without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
     less the attention scores)."""
     layers = -(-architecture.num_hidden_layers // config.pipeline.stages)
@@ -145,14 +146,15 @@ def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
 def resolved_schedule(
     spec: str, config: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes], *, rule: Rule = "duplex"
 ) -> str:
-    """`spec`, with `hop=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more costs
+    """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
+    costs
     memory, and where a link is the bottleneck time too. Raises ScheduleError for a schedule without a hop."""
     name, auto, _ = spec.partition(AUTO)
     if not auto:
         return spec
     found: list[tuple[str, float]] = []
-    for hop in HOPS:
-        schedule = f"{name}:hop={hop:g}" if hop else name
+    for rtt_ratio in HOPS:
+        schedule = f"{name}:rtt_ratio={rtt_ratio:g}" if rtt_ratio else name
         figures, _ = plan(_with_schedule(config, schedule), architecture, times, rule=rule)
         found.append((schedule, figures["step_s"]))
     least = min(step_s for _, step_s in found)
@@ -160,7 +162,8 @@ def resolved_schedule(
 
 
 def with_depth(config: RunConfig, spec: str) -> RunConfig:
-    """The run with the depth that `spec`, which says hop=auto, needs on this machine. Raises what PLANNED names."""
+    """The run with the depth that `spec`, which says rtt_ratio=auto, needs on this machine. Raises what PLANNED
+    names."""
     architecture = resolve_architecture(config)
     times = times_calibrated(config, architecture)
     return _with_schedule(config, resolved_schedule(spec, config, architecture, times))
@@ -171,17 +174,17 @@ def _with_schedule(config: RunConfig, schedule: str) -> RunConfig:
 
 
 def planned(
-    config: RunConfig, paced: Pace | None, measured: Path | None, *, schedule: str, rule: Rule
+    config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
-    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `hop=auto`. Raises what
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Raises what
     PLANNED names."""
     given = config.model.vocab_size
     vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
     length = config.data.sequence_length
     architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
     check_codec(config, architecture)
-    if paced:
-        times = paced.times(config, architecture)
+    if emulated:
+        times = emulated.times(config, architecture)
     else:
         assert measured is not None
         times = times_measured(measured, config)
@@ -190,7 +193,7 @@ def planned(
 
 
 def events(simulated: Simulation) -> list[dict[str, Any]]:
-    """The simulated spans in the Chrome trace format, as nodes write theirs (`sim.trace` draws both)."""
+    """The simulated spans in the Chrome trace format, as nodes write theirs (`sim.reports.trace` draws both)."""
     found = []
     for span in simulated.spans:
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(span.action).__name__).lower()  # as nodes name their jobs

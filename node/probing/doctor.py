@@ -1,9 +1,10 @@
 """`thinpipe doctor`: can this machine host a stage, and can its neighbour reach it?
 
 Whether a port can be reached cannot be seen from its own machine: a firewall or a router in between lets out what it
-does not let in. So the neighbour is asked to dial back (`protocol.probing`, Visit), and what comes in has to prove that
-it is that call. The neighbour's door is the listener of any node, or `thinpipe probe --listen` there; where there is
-none, the finding says that it was not asked and how to. The same visit tells the neighbour's clock and versions.
+does not let in. So the neighbour is asked to dial back (`protocol.path_probe`, InfoRequest), and what comes in has to
+prove that it is that call. The neighbour's door is the listener of any node, or `thinpipe probe --listen` there; where
+there is none, the finding says that it was not asked and how to. The same visit tells the neighbour's clock and
+versions.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from rich.text import Text
 
 from ... import __version__
 from ...protocol.messages import PROTOCOL_VERSION
-from ...protocol.probing import TOKEN_BYTES, Outcome, knock
-from ...sim.endpoint import Endpoint, EndpointError
+from ...protocol.path_probe import TOKEN_BYTES, Outcome, dial_back_proof
+from ...sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..addresses import ListenError, check_listen, is_loopback, split_address
 from ..config import RunConfig
 from ..security.certificates import spell_moment
-from ..security.keys import KeysError
+from ..security.key_directory import KeysError
 from ..security.policy import Security, choose
 from . import machine
-from .asker import Visited, visit
 from .machine import Finding, State
+from .probe_client import Visited, visit
 from .reach import ProbeError
 
 DEADLINE_S = 10.0  # for the neighbour, at each of the steps there
@@ -88,7 +89,7 @@ def _network(questions: Questions) -> Iterator[Finding]:
     port = _port(questions.listen)
     yield port
     if questions.config and questions.config.watch.prometheus:
-        yield _figures_port(Endpoint.parse(questions.config.watch.prometheus))
+        yield _figures_port(MetricsAddress.parse(questions.config.watch.prometheus))
     security, keys = _keys(questions)
     yield keys
     why, remedy = None, "start thinpipe probe --listen there, and say --to HOST:PORT here"
@@ -147,10 +148,10 @@ def _keys(questions: Questions) -> tuple[Security | None, Finding]:
     return security, Finding(name="keys", state="ok", found=f"for {said}, until {spell_moment(said.ends)}")
 
 
-def _figures_port(endpoint: Endpoint) -> Finding:
+def _figures_port(endpoint: MetricsAddress) -> Finding:
     try:
         endpoint.check_free()
-    except EndpointError as error:
+    except MetricsAddressError as error:
         found, _, remedy = str(error).partition("; ")
         return Finding(name="figures", state="fault", found=found, remedy=remedy)
     return Finding(name="figures", state="ok", found=f"can serve figures at {endpoint}")
@@ -174,7 +175,7 @@ async def _visit(
     came: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     port = split_address(listen)[1] if listen else 0
     try:
-        async with _door(listen if free else None, knock(token), came) as own_port:
+        async with _door(listen if free else None, dial_back_proof(token), came) as own_port:
             visited = await visit(to, port=own_port or port, token=token, deadline_s=DEADLINE_S, security=security)
             if visited.outcome is Outcome.CONNECTED and own_port:
                 await asyncio.wait([came], timeout=KNOCK_S)

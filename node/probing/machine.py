@@ -23,7 +23,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from ... import __version__
-from ...sim.tc import KernelLinkError, has_netem
+from ...sim.links.tc import KernelLinkError, has_netem
 from ..config import ConfigError, RunConfig
 
 State = Literal["ok", "warning", "fault", "not asked"]
@@ -229,7 +229,7 @@ def cores(stages_here: int) -> Finding:
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     found = f"{here} for {stages_here} stage{'s' if stages_here > 1 else ''} here"
     if here < stages_here:
-        remedy = "stages share cores: throughput is the machine's; bench --pace measures links all the same"
+        remedy = "stages share cores: throughput is the machine's; bench --emulate measures links all the same"
         return Finding(name="cores", state="warning", found=found, remedy=remedy)
     return Finding(name="cores", state="ok", found=found)
 
@@ -268,7 +268,7 @@ def _state_bytes(config: RunConfig | None) -> int:
         return 0
     import torch
 
-    from ..measuring.pace import VOCABULARY
+    from ..measuring.emulated_machine import VOCABULARY
     from ..model import resolve_model
     from ..model.slices import skeleton
 

@@ -18,15 +18,15 @@ from typing import Any
 
 from rich.console import Console
 
-from ...protocol.probing import SECONDS_MAX
-from ...sim.console import probe_table
-from ...sim.link_check import LinkCheck, round_trip_warning
-from ...sim.shaper import LinkError, LinkProfile
+from ...protocol.path_probe import SECONDS_MAX
+from ...sim.links.link_check import LinkCheck, round_trip_warning
+from ...sim.links.shaper import LinkError, LinkProfile
+from ...sim.reports.console import probe_table
 from ..addresses import ListenError, check_listen, split_address
-from ..links.probe_service import ProbeService, profile_of
-from ..links.transport import probe_door, serving
+from ..links.probe_server import ProbeService, profile_of
+from ..links.transport import probe_handler, serving
 from ..security.policy import PLAIN, Security
-from .asker import Findings, ask
+from .probe_client import Findings, ask
 from .reach import ProbeError
 
 SECONDS_LEAST = 0.2
@@ -128,7 +128,7 @@ def listen(address: str, *, once: bool, security: Security = PLAIN) -> None:
 
 async def _listen(address: str, *, once: bool, security: Security) -> None:
     service = ProbeService(busy=lambda: False)
-    door = probe_door(service, lambda _, line: print(f"thinpipe: {line}", file=sys.stderr, flush=True), security)
+    door = probe_handler(service, lambda _, line: print(f"thinpipe: {line}", file=sys.stderr, flush=True), security)
     async with serving(address, {"Probe": door}, security) as port:
         here = f"{address.rpartition(':')[0]}:{port}"
         print(f"answers probes at {here} until Ctrl-C; from elsewhere: thinpipe probe --to {here}", flush=True)

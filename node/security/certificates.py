@@ -162,7 +162,7 @@ class CertificateError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class CertificateIdentity:
     """What a certificate says. names: all its DNS names, which is what counts; run, stages: the same, readable."""
 
     run: str
@@ -185,7 +185,7 @@ def parse(data: bytes) -> x509.Certificate:
         raise CertificateError("it is no certificate") from None
 
 
-def read(certificate: x509.Certificate) -> Said:
+def read(certificate: x509.Certificate) -> CertificateIdentity:
     """Raises CertificateError."""
     try:
         runs = certificate.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
@@ -204,7 +204,9 @@ def read(certificate: x509.Certificate) -> Said:
         raise CertificateError("it is no certificate that can be read") from None
     if not (0 < len(run) <= 64 and run.isprintable()) or not (authority or run_name(run) in names):
         raise CertificateError("it names no run of thinpipe's")
-    return Said(run=run, names=names, stages=tuple(stages), authority=authority, begins=begins, ends=ends)
+    return CertificateIdentity(
+        run=run, names=names, stages=tuple(stages), authority=authority, begins=begins, ends=ends
+    )
 
 
 class Flaw(StrEnum):
@@ -230,7 +232,7 @@ def judge(
     try:
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, *_UNREADABLE):
-        other = f", for run '{said.run}'" if isinstance(said, Said) and said.run != run else ""
+        other = f", for run '{said.run}'" if isinstance(said, CertificateIdentity) and said.run != run else ""
         return Flaw.AUTHORITY, f"is from another authority than this run's{other}"
     if isinstance(said, CertificateError):
         return Flaw.UNREADABLE, f"cannot be used: {said}"

@@ -27,15 +27,15 @@ import grpc.aio
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Greeting, Limits, decode_frame
 from ..addresses import is_loopback
-from .certificates import CertificateError, Said, parse, read, run_name, spell_moment, stage_name
-from .handshake import diagnose
-from .keys import Keys, KeysError, clock, load
+from .certificates import CertificateError, CertificateIdentity, parse, read, run_name, spell_moment, stage_name
+from .handshake_diagnosis import diagnose
+from .key_directory import Keys, KeysError, clock, load
 
 LIMITS = Limits(message_bytes=1)  # of a greeting
 ENDS_SOON = timedelta(days=3)
 
 
-class Called(Protocol):
+class CallContext(Protocol):
     """What is needed of a `grpc.aio.ServicerContext`."""
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]: ...
@@ -89,7 +89,7 @@ class Security:
         credentials = grpc.ssl_server_credentials(pairs, self.keys.authority_pem, require_client_auth=True)
         return server.add_secure_port(address, credentials)
 
-    def admit(self, context: Called, frame: bytes) -> None:
+    def admit(self, context: CallContext, frame: bytes) -> None:
         """Hold a neighbour's first frame to its certificate. Raises RemoteProtocolError."""
         if self.keys is None:
             return
@@ -104,12 +104,12 @@ class Security:
                 f"start that node with keys of its stage: thinpipe keys issue --stages {greeting.stage}",
             )
 
-    def admit_any(self, context: Called) -> None:
+    def admit_any(self, context: CallContext) -> None:
         """Hold a peer that claims no stage to the run. Raises RemoteProtocolError."""
         if self.keys is not None:
             self._peer(context)
 
-    def _peer(self, context: Called) -> Said:
+    def _peer(self, context: CallContext) -> CertificateIdentity:
         assert self.keys
         run = self.keys.said.run
         try:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from ...sim.endpoint import Endpoint, EndpointError
+from ...sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..config import WatchSection
 
 
@@ -24,7 +24,7 @@ class View(Protocol):
 
 
 class Watching:
-    """The views of one stage. replaces: it takes a lost one's place. Raises EndpointError."""
+    """The views of one stage. replaces: it takes a lost one's place. Raises MetricsAddressError."""
 
     def __init__(self, settings: WatchSection, out: Path, *, stage: int, replaces: bool = False) -> None:
         self._stage = stage
@@ -35,11 +35,11 @@ class Watching:
             self._write(out / "tensorboard" / f"stage-{stage}")
 
     def _serve(self, address: str, replaces: bool) -> None:
-        from .prometheus import Exporter
+        from .prometheus_server import Exporter
 
         try:
-            exporter = Exporter(self._stage, Endpoint.parse(address))
-        except EndpointError as error:
+            exporter = Exporter(self._stage, MetricsAddress.parse(address))
+        except MetricsAddressError as error:
             if not replaces:
                 raise
             self._say(f"{error}; goes on without")
@@ -48,7 +48,7 @@ class Watching:
         self._views.append(exporter)
 
     def _write(self, directory: Path) -> None:
-        from .tensorboard import Events
+        from .tensorboard_events import Events
 
         try:
             self._views.append(Events(directory, stage=self._stage))

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from thinpipe.sim import netns
+from thinpipe.sim.links import netns
 
 from .engine import NoEngine, check, docker, engine, mounts, processes
 from .images import context, fetch_wheels, import_base
@@ -68,7 +68,7 @@ def undisturbed(project: Project, checks: Checks) -> None:
     nodes = [line for lines in users.values() for line in lines if "thinpipe" in line]
     checks.say(
         len(nodes) == 9 and all(line.split()[0] == USER for line in nodes),
-        f"{len(nodes)} processes in 5 containers, nodes and keepers, none of them root",
+        f"{len(nodes)} processes in 5 containers, nodes and supervisors, none of them root",
     )
     up.until_step(12)
     health = {service: each["State"]["Health"]["Status"] for service, each in project.containers().items()}
@@ -96,17 +96,17 @@ def killed(project: Project, checks: Checks) -> None:
     up.until_step(6)
     docker(project.host, "kill", project.id("stage-2"))
     up.until(lambda text: "stage 2 was lost; this one takes its place" in text, "the standby in stage 2's place")
-    up.until(lambda text: text.count("epoch 1: goes on") == 4, "the next epoch")
+    up.until(lambda text: text.count("generation 1: goes on") == 4, "the next generation")
     docker(project.host, "start", project.id("stage-2"))
     time.sleep(5)
     up.until_step(15)
     stood_by = "stage 2 is served elsewhere; stands by" in docker(project.host, "logs", project.id("stage-2")).stdout
     docker(project.host, "kill", project.id("standby"))
-    up.until(lambda text: text.count("epoch 2: goes on") == 4, "the epoch after that")
+    up.until(lambda text: text.count("generation 2: goes on") == 4, "the generation after that")
     # The node alone, as memory that runs out would end it.
     script = "import psutil; [p.kill() for p in psutil.Process(1).children()]"
     docker(project.host, "exec", "-u", USER, project.id("stage-1"), "python", "-c", script)
-    up.until(lambda text: text.count("epoch 3: goes on") == 4, "the epoch after the third loss")
+    up.until(lambda text: text.count("generation 3: goes on") == 4, "the generation after the third loss")
     code = up.end()
     checks.say(
         "stage 1: its node was killed by SIGKILL; it is started again" in up.text, "a lost node is started again"
@@ -114,8 +114,10 @@ def killed(project: Project, checks: Checks) -> None:
     checks.say(stood_by, "a stage that was killed, and started again by hand, stands by for its successor")
     checks.say(code == 0 and SUMMARY in up.text, f"two stages killed by `docker kill`, one node: `up` ends with {code}")
     ours, theirs = digests(project, "killed"), digests(project, "undisturbed")
-    rewinds = len(project.summary("killed")["rewinds"])
-    checks.say(ours == theirs and rewinds == 3, f"same bits as undisturbed after {rewinds} rewinds: {ours[0][:12]} ...")
+    rollbacks = len(project.summary("killed")["rollbacks"])
+    checks.say(
+        ours == theirs and rollbacks == 3, f"same bits as undisturbed after {rollbacks} rollbacks: {ours[0][:12]} ..."
+    )
 
 
 def head_killed(project: Project, checks: Checks) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
-from thinpipe.sim import netns, tc
+from thinpipe.sim.links import netns, tc
 
 PACKAGES = ("docker.io", "docker-compose", "debootstrap")
 START_S, STOP_S = 60.0, 30.0
@@ -132,7 +132,7 @@ def mounts(directory: Path) -> list[str]:
 
 
 def _stop(directory: Path) -> None:
-    """Ask the engine to end, as its operator would."""
+    """RendezvousRequest the engine to end, as its operator would."""
     running = processes(directory)
     for process in running:
         with suppress(psutil.Error):

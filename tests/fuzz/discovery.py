@@ -1,4 +1,5 @@
-"""Targets for what comes of strangers in the DHT and at the swarm's door: records, a run's configuration, questions and
+"""Targets for what comes of strangers in the DHT and at the swarm's rendezvous: records, a run's configuration,
+questions and
 answers. The first byte says which of them the rest is."""
 
 from __future__ import annotations
@@ -8,40 +9,49 @@ from random import Random
 
 import msgpack
 from thinpipe.node.config import ConfigError, RunConfig
-from thinpipe.node.discovery.shared_config import believed, told
-from thinpipe.protocol.door import Ask, Told, decode_ask, decode_told, encode_ask, encode_told
+from thinpipe.node.discovery.shared_config import shareable, verified
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.records import (
     CONFIGURATION_BYTES_MAX,
     NodeRecord,
-    State,
+    NodeState,
     decode_record,
     decode_run,
     encode_record,
     encode_run,
     is_endpoint,
 )
+from thinpipe.protocol.rendezvous_messages import (
+    RendezvousRequest,
+    RendezvousResponse,
+    decode_request,
+    decode_response,
+    encode_request,
+    encode_response,
+)
 
 from . import mutators
 from .judge import Ends, Finding, Target, check_refusal
 
-RUN = told(RunConfig())
+RUN = shareable(RunConfig())
 RECORD = NodeRecord(
     run=RUN.run,
     configuration=RUN.configuration,
     stage=1,
     stages=4,
     endpoint="192.0.2.7:7001",
-    state=State.TRAINING,
+    state=NodeState.TRAINING,
     incarnation=0xB,
     claimed_at_s=1.75e9,
-    epoch=3,
+    generation=3,
     completed_steps=12,
     committed_steps=10,
     tokens_per_s=1234.5,
 )
 ADDRESS = "/ip4/192.0.2.7/tcp/7002/p2p/12D3KooWEne5rpnnaQ9ShBh3xgDPS7n64xEjn6Nn7TEMHMmrjvED"
-TOLD = Told(addresses=(ADDRESS,), run=RUN.run, configuration=RUN.configuration, toml=RUN.toml, incarnation=7)
+TOLD = RendezvousResponse(
+    addresses=(ADDRESS,), run=RUN.run, configuration=RUN.configuration, toml=RUN.toml, incarnation=7
+)
 INPUT_BYTES_MAX = CONFIGURATION_BYTES_MAX // 4
 # A byte can be an empty map of 64 bytes; text is held as it came, and as what its checks make of it.
 PEAK_BYTES = 100 * INPUT_BYTES_MAX + 2**20
@@ -55,20 +65,20 @@ def _record(raw: bytes) -> None:
 
 def _run(raw: bytes) -> None:
     record = decode_run(raw)
-    if believed(record, "a:1").digest() != record.configuration:
+    if verified(record, "a:1").digest() != record.configuration:
         raise Finding(f"{record} was believed")
 
 
 def _answer(raw: bytes) -> None:
-    if not all(map(str.isprintable, decode_told(raw).addresses)):
+    if not all(map(str.isprintable, decode_response(raw).addresses)):
         raise Finding("an address that cannot be printed came through")
 
 
 KINDS: list[tuple[Callable[[bytes], object], bytes]] = [
     (_record, encode_record(RECORD)),
     (_run, encode_run(RUN)),
-    (decode_ask, encode_ask(Ask(reach="a.example:1", incarnation=5))),
-    (_answer, encode_told(TOLD)),
+    (decode_request, encode_request(RendezvousRequest(reach="a.example:1", incarnation=5))),
+    (_answer, encode_response(TOLD)),
 ]
 
 

@@ -64,7 +64,7 @@ def sealed(state: bytes) -> Manifest:
             "stage": 1,
             "stages": FINGERPRINT.stages,
             "completed": COMPLETED,
-            "epoch": 3,
+            "generation": 3,
             "dictionaries": {"table_above": table, "table_below": {"version": None, "digest": ""}},
             "file_bytes": len(state),
             "file_sha256": hashlib.sha256(state).hexdigest(),
@@ -131,7 +131,7 @@ def _many_faults() -> bytes:
 
 def _states() -> list[bytes]:
     plain = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.int64), "none": torch.empty(0, 5)}
-    other = {"mirror": torch.ones(3, 2, dtype=torch.float64), "half": torch.ones(3, dtype=torch.bfloat16)}
+    other = {"replica": torch.ones(3, 2, dtype=torch.float64), "half": torch.ones(3, dtype=torch.bfloat16)}
     return [save(plain), save(other, metadata={"format": "pt"}), save({"x": torch.tensor(1, dtype=torch.uint8)})]
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import msgpack
 from google.protobuf.message import DecodeError, Message
-from thinpipe.protocol import control, dictionary, messages
+from thinpipe.protocol import control_messages, dictionary, messages
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, as_version, check_delta
-from thinpipe.protocol.dictionary import Mirror
+from thinpipe.protocol.dictionary import Replica
 from thinpipe.protocol.errors import ProtocolError
 
 Mutator = Callable[[bytes, Random], bytes]
@@ -199,7 +199,7 @@ def frame(data: bytes, draw: Random) -> bytes:
     if parsed.HasField("copy_part") and draw.random() < 0.75:
         part = parsed.copy_part
         numbers = {"stage": part.stage, "completed_steps": part.completed_steps, "offset": part.offset}
-        part.crc32 = control.part_checksum(control.CopyPart(**numbers, data=part.data))
+        part.crc32 = control_messages.part_checksum(control_messages.CopyPart(**numbers, data=part.data))
     return parsed.SerializeToString()
 
 
@@ -276,7 +276,7 @@ def choosing(mutate: Mutator) -> Mutator:
 # -- dictionaries -----------------------------------------------------------------------------------------------------
 
 
-def delta(data: bytes, draw: Random, ends: Callable[[], tuple[DictionarySpec, Mirror]]) -> bytes:
+def delta(data: bytes, draw: Random, ends: Callable[[], tuple[DictionarySpec, Replica]]) -> bytes:
     """A dictionary's change, damaged; mostly with the digest of the table that it would lead to."""
     end = 2 + int.from_bytes(data[:2], "little")
     head, rest = data[2:end], data[end:]
@@ -297,7 +297,7 @@ def delta(data: bytes, draw: Random, ends: Callable[[], tuple[DictionarySpec, Mi
     return (length % 2**16).to_bytes(2, "little") + head + rest
 
 
-def _digest(values: dict[str, Any], rest: bytes, spec: DictionarySpec, mirror: Mirror) -> bytes:
+def _digest(values: dict[str, Any], rest: bytes, spec: DictionarySpec, replica: Replica) -> bytes:
     import numpy as np
 
     count = values["entries"]
@@ -315,7 +315,7 @@ def _digest(values: dict[str, Any], rest: bytes, spec: DictionarySpec, mirror: M
         digest=bytes(DIGEST_BYTES),
     )
     check_delta(made, spec)
-    before = None if mirror.version is None else mirror.table
+    before = None if replica.version is None else replica.table
     return dictionary._digest(spec, version, dictionary._advance(before, made, spec))
 
 

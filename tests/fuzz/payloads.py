@@ -1,7 +1,7 @@
 """Targets for what messages carry: tensors, and changes of dictionaries.
 
 A message is read as a stage reads it, through reassembly and the boundary's ports, of which some hold a table; a
-change by a mirror that is empty or has its snapshot.
+change by a replica that is empty or has its snapshot.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from thinpipe.compress.boundary import LearnedTable
 from thinpipe.compress.registry import parse_format
-from thinpipe.node.boundary.ports import BoundaryShape, DownstreamPort, Encoded, UpstreamPort
-from thinpipe.node.boundary.tables import TableReceiver
-from thinpipe.protocol.assembly import Assembly
+from thinpipe.node.boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, UpstreamEndpoint
+from thinpipe.node.boundary.learned_tables import TableReplica
 from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
-from thinpipe.protocol.dictionary import Mirror, Publisher
+from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX, Chunk, Kind, Message, decode_frame, encode_frame, split
+from thinpipe.protocol.reassembly import Assembly
 
 from . import mutators
 from .judge import Ends, Finding, Target, check_refusal
@@ -37,8 +37,8 @@ class Ports:
     """Both halves of one boundary, as both ends hold them after the first step."""
 
     shape: BoundaryShape
-    down: DownstreamPort
-    up: UpstreamPort
+    down: DownstreamEndpoint
+    up: UpstreamEndpoint
     seeds: list[bytes]
 
     def read(self, message: Message) -> None:
@@ -83,8 +83,8 @@ def _shape(spec: str, table: LearnedTable | None, dtype: torch.dtype) -> Boundar
 
 def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = torch.float32) -> Ports:
     draw = torch.Generator().manual_seed(7)
-    down = DownstreamPort(_shape(spec, table, dtype), dtype=dtype, device=CPU)
-    up = UpstreamPort(_shape(spec, table, dtype), dtype=dtype, device=CPU)
+    down = DownstreamEndpoint(_shape(spec, table, dtype), dtype=dtype, device=CPU)
+    up = UpstreamEndpoint(_shape(spec, table, dtype), dtype=dtype, device=CPU)
     z, ids = torch.randn(down.shape.z_shape, generator=draw, dtype=dtype), np.arange(MICROBATCH * (LENGTH + 1))
     said: list[Message] = []
     for step in range(2):  # with a dictionary: the snapshot, which both ends then hold, and the change that comes next
@@ -99,7 +99,7 @@ def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = to
             up.unpack_activation(activation)
             down.unpack_gradient(gradient)
             for end in (*up.ends.values(), *down.ends.values()):
-                if isinstance(end, TableReceiver):
+                if isinstance(end, TableReplica):
                     end._origin = end._latest[-1]
             said.append(down.pack_activation(replace(out, delta=b""), ids, 0, 1, Kind.EVALUATION))
         else:
@@ -107,7 +107,9 @@ def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = to
     if table is not None and up.table is not None:
         said.append(up.table.pack_gradient(torch.ones(table.entries, table.width, dtype=dtype), 1))
     wholes = [
-        Chunk(sequence=0, epoch=3, head=head, data=data) for message in said for head, data in split(message, 2**16)
+        Chunk(sequence=0, generation=3, head=head, data=data)
+        for message in said
+        for head, data in split(message, 2**16)
     ]
     return Ports(down.shape, down, up, [encode_frame(whole) for whole in wholes])
 
@@ -144,11 +146,11 @@ def tensors(data: bytes) -> Ends:
 
 # -- dictionaries -----------------------------------------------------------------------------------------------------
 
-EPOCH = 3
+GENERATION = 3
 
 
 def _books() -> list[tuple[DictionarySpec, dict[str, Any], list[bytes]]]:
-    """For each spec a mirror's state, empty and after its snapshot, and changes that follow it."""
+    """For each spec a replica's state, empty and after its snapshot, and changes that follow it."""
     books = []
     for encoding, dtype, entries in (
         ("int8", "float32", 300),
@@ -159,50 +161,50 @@ def _books() -> list[tuple[DictionarySpec, dict[str, Any], list[bytes]]]:
     ):
         spec = DictionarySpec("projector", entries, 3, dtype, encoding)  # pyright: ignore
         draw = np.random.default_rng(1)
-        publisher, mirror = Publisher(spec, EPOCH), Mirror(spec, EPOCH)
-        empty = mirror.state()
+        publisher, replica = Publisher(spec, GENERATION), Replica(spec, GENERATION)
+        empty = replica.state()
         tables = [draw.standard_normal((entries, 3)).astype(dtype) for _ in range(3)]
         snapshot = publisher.publish(tables[0], step=0, microbatch=0)
         some = np.arange(0, entries, 2)
         books.append((spec, empty, [encode_delta(snapshot)]))
-        mirror.apply(snapshot)
+        replica.apply(snapshot)
         held = publisher.state()
         whole = encode_delta(publisher.publish(tables[1], step=1, microbatch=0))
         publisher.load_state(held)
         part = encode_delta(publisher.publish(tables[2], step=1, microbatch=2, entries=some))
-        books.append((spec, mirror.state(), [whole, part]))
+        books.append((spec, replica.state(), [whole, part]))
     return books
 
 
 BOOKS = _books()
 
 
-def _book(data: bytes) -> tuple[DictionarySpec, Mirror]:
+def _book(data: bytes) -> tuple[DictionarySpec, Replica]:
     spec, state, _ = BOOKS[data[0] % len(BOOKS) if data else 0]
-    mirror = Mirror(spec, EPOCH)
-    mirror.load_state(state)
-    return spec, mirror
+    replica = Replica(spec, GENERATION)
+    replica.load_state(state)
+    return spec, replica
 
 
 def deltas(data: bytes) -> Ends:
     """A change of a dictionary; the first byte chooses which one, and whether there is a snapshot already."""
-    spec, mirror = _book(data)
-    version, digest, table = mirror.version, mirror.digest, mirror._table
+    spec, replica = _book(data)
+    version, digest, table = replica.version, replica.digest, replica._table
     try:
         delta = decode_delta(data[1:], spec)
-        after = mirror.apply(delta)
+        after = replica.apply(delta)
     except RemoteProtocolError as error:
         check_refusal(error)
-        if mirror.version != version or mirror.digest != digest or mirror._table is not table:
-            raise Finding(f"'{error}' changed the mirror") from error
+        if replica.version != version or replica.digest != digest or replica._table is not table:
+            raise Finding(f"'{error}' changed the replica") from error
         return Ends(0, 1)
-    ends = (EPOCH + 1, STEP_MAX, MICROBATCH_MAX, MICROBATCH_MAX)
+    ends = (GENERATION + 1, STEP_MAX, MICROBATCH_MAX, MICROBATCH_MAX)
     if delta.previous != version or any(number >= end for number, end in zip(delta.version, ends, strict=True)):
         raise Finding(f"a change of {delta.previous} to {delta.version} was applied to {version}")
     if after.shape != (spec.entries, spec.width) or not np.isfinite(after).all() or after.flags.writeable:
         raise Finding(f"a table of {after.shape} came of it")
-    fresh = Mirror(spec, EPOCH)
-    fresh.load_state(mirror.state())  # what a checkpoint would hold of it can be read
+    fresh = Replica(spec, GENERATION)
+    fresh.load_state(replica.state())  # what a checkpoint would hold of it can be read
     return Ends(1, 0)
 
 

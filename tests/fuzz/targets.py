@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .copying import COPYING
+from .checkpoint_copies import COPYING
 from .discovery import DISCOVERY
 from .disk import DISK
 from .judge import Target
+from .path_probe import PROBING
 from .payloads import PAYLOADS
-from .probing import PROBING
 from .wire import WIRE
 
 TARGETS: dict[str, Target] = {

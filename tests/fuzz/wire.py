@@ -1,6 +1,6 @@
 """Targets for what comes from the network: data frames, control frames, greetings.
 
-Each one runs the code that a node runs (sessions, the rewind automaton) from a state that a real peer has brought
+Each one runs the code that a node runs (sessions, the rollback automaton) from a state that a real peer has brought
 about, and checks beside the error's class what the code promises: a refusal changes nothing, what is held stays within
 the credit, what this node answers is what a peer takes.
 """
@@ -12,24 +12,23 @@ import math
 from dataclasses import fields, replace
 from typing import Any
 
-from thinpipe.node.links.control import LIMITS as CONTROL_LIMITS
+from thinpipe.node.links.control_stream import LIMITS as CONTROL_LIMITS
 from thinpipe.protocol import stage_pb2 as pb
-from thinpipe.protocol.assembly import message_cost
-from thinpipe.protocol.control import (
+from thinpipe.protocol.control_messages import (
     LISTED_MAX,
-    Alive,
-    Commit,
+    AllFinished,
     ControlFrame,
-    Dismissed,
+    DoViewChange,
     Drain,
     Finished,
-    Halt,
+    Heartbeat,
     LastStep,
-    Offer,
+    StartView,
+    StartViewChange,
 )
-from thinpipe.protocol.effects import SIDES, Dismiss, Effect, Send, Stop
+from thinpipe.protocol.effects import SIDES, Effect, Leave, Send, Stop
 from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
-from thinpipe.protocol.greeting import Identity
+from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_DEPTH_MAX
 from thinpipe.protocol.messages import (
     MICROBATCH_MAX,
@@ -48,7 +47,8 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
-from thinpipe.protocol.rewind import EPOCHS_AHEAD_MAX, Rewind
+from thinpipe.protocol.reassembly import message_cost
+from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
 from ..session_state import transfer_state
@@ -62,11 +62,11 @@ BUFFER_BYTES = 2 * message_cost(LIMITS.message_bytes)
 READING_BYTES = 512 * 1024 + 3 * max(LIMITS.frame_bytes, CONTROL_LIMITS.frame_bytes)
 INPUT_BYTES_MAX = 8 * 1024
 
-MINE = Identity(run_id="run", configuration="c0ffee table beef", stage=1, stages=4, incarnation=0xB, epoch=3)
+MINE = NodeIdentity(run_id="run", configuration="c0ffee table beef", stage=1, stages=4, incarnation=0xB, generation=3)
 ABOVE, BELOW = replace(MINE, stage=0, incarnation=0xA), replace(MINE, stage=2, incarnation=0xC)
 
 
-def _session(identity: Identity = MINE, peer_stage: int = 0, member: int | None = None) -> LinkSession:
+def _session(identity: NodeIdentity = MINE, peer_stage: int = 0, member: int | None = None) -> LinkSession:
     session = LinkSession(
         identity=identity, peer_stage=peer_stage, limits=LIMITS, receive_buffer_bytes=BUFFER_BYTES, member=member
     )
@@ -74,7 +74,7 @@ def _session(identity: Identity = MINE, peer_stage: int = 0, member: int | None 
     return session
 
 
-def _greeting(identity: Identity, **other: Any) -> Greeting:
+def _greeting(identity: NodeIdentity, **other: Any) -> Greeting:
     return replace(identity.greeting(granted_bytes=BUFFER_BYTES), **other)
 
 
@@ -86,7 +86,7 @@ def _opened(member: int | None = None) -> LinkSession:
     """A session in the middle of its work: greeted, and one chunk sent that is not acknowledged."""
     session = _session(member=member)
     session.receive(GREETING)
-    session.stamp(OURS, bytes(8))
+    session.send(OURS, bytes(8))
     return session
 
 
@@ -181,7 +181,7 @@ def _message(kind: Kind, microbatch: int, body: bytes, **other: Any) -> Message:
 def _frame_seeds() -> list[bytes]:
     mine, peer = _opened(), _session(ABOVE, 1)
     peer.receive(encode_frame(_greeting(MINE, granted_bytes=2**30)))  # seeds may say more than is granted
-    peer.receive(mine.kept_frames()[0])
+    peer.receive(mine.retransmissions()[0])
     sent: list[bytes] = []
     for nth, message in enumerate(
         [
@@ -190,10 +190,10 @@ def _frame_seeds() -> list[bytes]:
             Message(kind=Kind.EVALUATION_LOSS, step=1, microbatch=2, loss_sum=2.5),
         ]
     ):
-        sent += [peer.stamp(head, part, acknowledge=not nth) for head, part in split(message, LIMITS.chunk_bytes)]
+        sent += [peer.send(head, part, acknowledge=not nth) for head, part in split(message, LIMITS.chunk_bytes)]
     credit = encode_frame(Credit(next_sequence=1, granted_bytes=2**20))
     goodbye = encode_frame(Goodbye())
-    refusal = encode_frame(Refusal(code=Fault.EPOCH, reason="the peer belongs to an earlier attempt"))
+    refusal = encode_frame(Refusal(code=Fault.GENERATION, reason="the peer belongs to an earlier attempt"))
     again = encode_frame(_greeting(ABOVE, next_sequence=1))
     stranger = encode_frame(_greeting(ABOVE, incarnation=0xAA))
     return [
@@ -231,7 +231,7 @@ def greetings(data: bytes) -> Ends:
         return Ends(0, 1)
     decode_frame(session.greeting(), LIMITS)
     _check_kin(session.peer)
-    if session.peer and session.peer.epoch != MINE.epoch:
+    if session.peer and session.peer.generation != MINE.generation:
         raise Finding(f"{session.peer} was let in")
     return Ends(1, 0)
 
@@ -244,8 +244,8 @@ def _check_kin(peer: Greeting | None) -> None:
 
 
 def _greet_machine(raw: bytes, *, joining: bool) -> Ends:
-    machine = Rewind(MINE, joining=joining)
-    machine.epoch = 0 if joining else MINE.epoch
+    machine = Rollback(MINE, joining=joining)
+    machine.generation = 0 if joining else MINE.generation
     if joining:
         machine.stopped({4, 2})
     try:
@@ -255,7 +255,7 @@ def _greet_machine(raw: bytes, *, joining: bool) -> Ends:
         effects = machine.meet("above", frame)
     except RemoteProtocolError as error:
         check_refusal(error)
-        if machine.peers["above"] is not None or machine.phase.name != ("HALTED" if joining else "RUNNING"):
+        if machine.peers["above"] is not None or machine.phase.name != ("STOPPED" if joining else "RUNNING"):
             raise Finding(f"'{error}' left {vars(machine)}") from error
         machine.meet("above", _greeting(ABOVE))
         return Ends(0, 1)
@@ -266,7 +266,11 @@ def _greet_machine(raw: bytes, *, joining: bool) -> Ends:
 
 def _greeting_seeds() -> list[bytes]:
     greeted = [_greeting(ABOVE), _greeting(ABOVE, next_sequence=1), _greeting(ABOVE, incarnation=0xAA)]
-    greeted += [_greeting(ABOVE, joining=True), _greeting(ABOVE, epoch=2), _greeting(ABOVE, configuration="c0ffed")]
+    greeted += [
+        _greeting(ABOVE, joining=True),
+        _greeting(ABOVE, generation=2),
+        _greeting(ABOVE, configuration="c0ffed"),
+    ]
     greeted += [_greeting(BELOW), _greeting(ABOVE, protocol_version=2)]
     greeted += [_greeting(ABOVE, incarnation=0xAA, next_sequence=1)]
     return [bytes([who]) + encode_frame(each) for who in range(5) for each in greeted]
@@ -275,7 +279,7 @@ def _greeting_seeds() -> list[bytes]:
 # -- control ----------------------------------------------------------------------------------------------------------
 
 
-def _carry_out(machine: Rewind, effects: list[Effect]) -> None:
+def _carry_out(machine: Rollback, effects: list[Effect]) -> None:
     """What the node does with these: frames have to be such as a neighbour takes."""
     for effect in effects:
         if isinstance(effect, Send):
@@ -305,8 +309,8 @@ def control(data: bytes) -> Ends:
     """
     first = data[0] if data else 0
     mine = replace(MINE, stage=(0, 3, 1)[first // 2 % 3])
-    machine = Rewind(mine, joining=bool(first & 1))
-    machine.epoch = 0 if first & 1 else MINE.epoch
+    machine = Rollback(mine, joining=bool(first & 1))
+    machine.generation = 0 if first & 1 else MINE.generation
     taken, refused = 0, 0
     if first & 1:
         _carry_out(machine, machine.stopped({2, 4}))
@@ -320,7 +324,7 @@ def control(data: bytes) -> Ends:
         if machine.peers[side] is None:
             stage = mine.beside(side)
             incarnation = machine.members[stage] if machine.members else 0xA + stage
-            near = _greeting(replace(mine, stage=stage, incarnation=incarnation), epoch=machine.epoch)
+            near = _greeting(replace(mine, stage=stage, incarnation=incarnation), generation=machine.generation)
             _carry_out(machine, machine.meet(side, near))
         try:
             frame = decode_frame(raw, CONTROL_LIMITS)
@@ -339,27 +343,40 @@ def control(data: bytes) -> Ends:
             continue
         taken += 1
         _carry_out(machine, effects)
-        if machine.epoch > MINE.epoch + mutators.PARTS_MAX * (EPOCHS_AHEAD_MAX + 1):
-            raise Finding(f"{frame} led to epoch {machine.epoch}")
-        decode_frame(encode_frame(machine.alive("above")), CONTROL_LIMITS)
-        if any(isinstance(effect, Dismiss) for effect in effects):
+        if machine.generation > MINE.generation + mutators.PARTS_MAX * (GENERATIONS_AHEAD_MAX + 1):
+            raise Finding(f"{frame} led to generation {machine.generation}")
+        decode_frame(encode_frame(machine.heartbeat("above")), CONTROL_LIMITS)
+        if any(isinstance(effect, Leave) for effect in effects):
             break
     return Ends(taken, refused)
 
 
 def _control_seeds() -> list[bytes]:
-    offer = Offer(epoch=3, incarnations=(0xC, 0xD), steps=(4, 2, 0))
-    commit = Commit(epoch=4, completed_steps=4, incarnations=(0xA, 0xB, 0xC, 0xD))
-    alive, halt, last = Alive(epoch=3, completed_steps=2), Halt(epoch=3), LastStep(completed_steps=5)
-    greeting, joining = _greeting(ABOVE, granted_bytes=0), _greeting(BELOW, joining=True, epoch=0, granted_bytes=0)
+    do_view_change = DoViewChange(generation=3, incarnations=(0xC, 0xD), steps=(4, 2, 0))
+    start_view = StartView(generation=4, completed_steps=4, incarnations=(0xA, 0xB, 0xC, 0xD))
+    heartbeat, start_view_change, last = (
+        Heartbeat(generation=3, completed_steps=2),
+        StartViewChange(generation=3),
+        LastStep(completed_steps=5),
+    )
+    greeting, joining = _greeting(ABOVE, granted_bytes=0), _greeting(BELOW, joining=True, generation=0, granted_bytes=0)
     spoken: list[tuple[int, list[tuple[int, Frame]]]] = [
-        (4, [(0, alive), (0, halt), (1, offer), (0, commit), (0, Alive(epoch=4, completed_steps=4))]),
-        (5, [(1, replace(offer, epoch=0)), (0, replace(commit, epoch=1))]),
-        (0, [(1, replace(offer, incarnations=(0xB, 0xC, 0xD))), (1, Drain()), (1, Finished())]),
-        (2, [(0, halt), (0, replace(commit, completed_steps=2)), (0, last)]),
-        (4, [(1, Finished()), (2, alive), (0, Dismissed())]),
-        (4, [(1, Drain()), (0, last), (0, last), (5, alive)]),
-        (4, [(4, greeting), (5, joining), (1, replace(offer, epoch=2))]),
+        (
+            4,
+            [
+                (0, heartbeat),
+                (0, start_view_change),
+                (1, do_view_change),
+                (0, start_view),
+                (0, Heartbeat(generation=4, completed_steps=4)),
+            ],
+        ),
+        (5, [(1, replace(do_view_change, generation=0)), (0, replace(start_view, generation=1))]),
+        (0, [(1, replace(do_view_change, incarnations=(0xB, 0xC, 0xD))), (1, Drain()), (1, Finished())]),
+        (2, [(0, start_view_change), (0, replace(start_view, completed_steps=2)), (0, last)]),
+        (4, [(1, Finished()), (2, heartbeat), (0, AllFinished())]),
+        (4, [(1, Drain()), (0, last), (0, last), (5, heartbeat)]),
+        (4, [(4, greeting), (5, joining), (1, replace(do_view_change, generation=2))]),
     ]
     return [
         bytes([first]) + mutators.join([(how, encode_frame(frame)) for how, frame in said]) for first, said in spoken

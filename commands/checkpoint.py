@@ -1,0 +1,67 @@
+"""`thinpipe checkpoint ls|verify`: look at the checkpoints of a run, without changing anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import Json, configuration, fail
+
+checkpoint = typer.Typer(
+    help="Look at the checkpoints of a run, without changing anything.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, which holds its run.toml.")]
+
+
+@checkpoint.command("ls")
+def checkpoint_ls(run: Run, as_json: Json = False) -> None:
+    """List the checkpoints: by step, what each stage has of it, and whether the run can go on from there.
+
+    Manifests and lengths are looked at; `verify` reads the tensors too.
+    """
+    _show_checkpoints(run, as_json, thorough=False)
+
+
+@checkpoint.command("verify")
+def checkpoint_verify(run: Run, as_json: Json = False) -> None:
+    """Read every checkpoint and compare its digests.
+
+    Exit code 1 if any is damaged, 2 if RUN is not a run's directory.
+    """
+    if _show_checkpoints(run, as_json, thorough=True):
+        raise typer.Exit(1)
+
+
+def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
+    """Print what is there; returns how many are damaged, each of which has its line on stderr."""
+    if not (run / "run.toml").is_file():
+        fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
+    settings = configuration(run / "run.toml", {}, None)
+    from ..node.checkpoints.listing import checkpoint_table, list_checkpoints
+    from ..node.checkpoints.manifest import CheckpointError
+
+    directory = settings.checkpoint.path(run)
+    try:
+        found = list_checkpoints(directory, run=settings.run.name, stages=settings.pipeline.stages, thorough=thorough)
+    except CheckpointError as error:
+        fail(str(error), 1)
+    if as_json:
+        print(json.dumps({"directory": str(directory), "verified": thorough, "checkpoints": found}, indent=2))
+    elif not found:
+        print(f"no checkpoints in {directory}; set checkpoint.every to have some")
+    else:
+        from rich.console import Console
+
+        Console().print(checkpoint_table(found))
+    damaged = [held["problem"] for row in found for held in row["stages"] if held["state"] == "damaged"]
+    for line in damaged:
+        print(f"thinpipe: {line}", file=sys.stderr)
+    return len(damaged)

@@ -1,0 +1,290 @@
+"""`thinpipe supervise`: what a container or a service runs, one for each stage. See sim/launch/supervisor.py for what
+it does.
+
+Its settings can come from the environment (THINPIPE_STEPS, ...), because that is what docker-compose.yml, `docker run
+-e` and a systemd unit have in common.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread, said
+
+if TYPE_CHECKING:
+    from ..node.config import RunConfig
+    from ..sim.links.shaper import LinkProfile
+
+CAPS = ("user", "kernel", "auto")
+CHECK_S = 600  # of a large model on a slow disk
+
+
+def supervise(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", envvar="THINPIPE_RUN", help="Directory of the run, for all stages of it here."),
+    ],
+    stage: Annotated[
+        int | None, typer.Option(min=0, envvar="THINPIPE_STAGE", help="Which stage is served here, from 0.")
+    ] = None,
+    standby: Annotated[bool, typer.Option("--standby", help="Serve no stage, until one is lost.")] = False,
+    peers: Annotated[
+        str, typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage in order, with commas between them.")
+    ] = "",
+    link: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_LINK", help="Cap and delay of every link, as 300mbit,25ms; or none.")
+    ] = None,
+    cap: Annotated[
+        str,
+        typer.Option(
+            envvar="THINPIPE_CAP",
+            help="Who holds the links to it: user: the node. kernel: tbf on every interface of this machine, for good. "
+            "auto: the kernel where it lets us.",
+        ),
+    ] = "user",
+    user: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_USER", help="Become this user once the interfaces are capped.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(envvar="THINPIPE_MODEL", help="As for up.")] = None,
+    data: Annotated[str | None, typer.Option(envvar="THINPIPE_DATA", help="As for up.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_CODEC", help="CODEC [FORWARD [BACKWARD]], as for bench.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(envvar="THINPIPE_STEPS", help="As for up.")] = None,
+    schedule: Annotated[str | None, typer.Option(envvar="THINPIPE_SCHEDULE", help="As for up.")] = None,
+    seed: Annotated[int | None, typer.Option(envvar="THINPIPE_SEED", help="As for up.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(envvar="THINPIPE_CHECKPOINT_EVERY", help="As for up.")] = None,
+    config: Config = None,
+    overrides: Override = None,
+    settings_text: Annotated[
+        str, typer.Option("--settings", envvar="THINPIPE_SET", help="More of --set, with blanks between them.")
+    ] = "",
+    node_options: Annotated[
+        str, typer.Option("--node", envvar="THINPIPE_NODE", help="Further options for `thinpipe node`, as one text.")
+    ] = "",
+    restarts: Annotated[int, typer.Option(min=0, help="How often a node that failed is started again.")] = 5,
+    health: Annotated[
+        Path | None, typer.Option(envvar="THINPIPE_HEALTH", help="Touch this file while the stage makes progress.")
+    ] = None,
+) -> None:
+    """Keep one stage served: in a container, or as a service. Starts its node, and again when that is lost.
+
+    RUN/run.toml is written by who comes first; what differs from it in what the run computes is refused. With --resume
+    where the stage has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a
+    stage of RUN is lost, and takes its place.
+    """
+    one_arithmetic_thread()
+    names = [name.strip() for name in peers.split(",") if name.strip()]
+    if (stage is None) != standby:
+        fail("say which stage is kept, --stage N, or --standby to keep any that is lost", 2)
+    if not names or (stage or 0) >= len(names):
+        fail(f"--peers has {len(names)} stages; name host:port of every one, in order, stage 0 first", 2)
+    if cap not in CAPS:
+        fail(f"--cap: there is no '{cap}'; choose {', '.join(CAPS)}", 2)
+    if health and not health.parent.is_dir():
+        fail(f"--health {health}: there is no directory {health.parent}; make it, or name another file", 2)
+    words = codec.split() if codec else []
+    if len(words) > 3:
+        fail(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD", 2)
+    given = {
+        "pipeline.stages": len(names),
+        model_setting(model): model,
+        "data.source": data,
+        **dict(zip(("codec.codec", "codec.forward", "codec.backward"), words, strict=False)),
+        "link.link": link,
+        "run.steps": steps,
+        "pipeline.schedule": schedule,
+        "run.seed": seed,
+        "checkpoint.every": checkpoint_every,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    sets = [*settings_text.split(), *(overrides or [])]
+    there = run / "run.toml"
+    settings = configuration(config or (there if there.is_file() else None), given, sets)
+    from ..node.addresses import ListenError, split_address
+    from ..sim.launch.privileges import become, known
+    from ..sim.launch.stage_lock import SupervisorError
+    from ..sim.launch.supervisor import Assignment, Supervisor
+    from ..sim.links.shaper import LinkError, LinkProfile
+
+    try:
+        node_words = shlex.split(node_options)
+    except ValueError as error:
+        fail(f'--node "{node_options}": {error}; write it as in a shell', 2)
+    who = "standby" if standby else f"stage {stage}"
+    try:
+        for name in names:
+            split_address(name)
+        profile = LinkProfile.parse(settings.link.link)
+        given_here = said(config, given, sets)
+        if user:  # from here on, what can be refused is refused before an interface is capped
+            known(user)
+        if there.is_file():
+            _shared(there, settings, given_here)
+        else:
+            _check(settings, stage or 0, node_words, user)
+        if cap != "user":
+            profile = _cap(profile, who, must=cap == "kernel")
+        if user:
+            try:
+                become(user)
+            except SupervisorError:
+                if profile.kernel:
+                    _uncap()
+                raise
+        shared, own = _agree(there, settings, given_here)
+        node = ["--link", str(profile), *own, *node_words]
+        assignment = Assignment(
+            run=run,
+            stage=stage,
+            peers=names,
+            steps=shared.run.steps,
+            node=node,
+            health=health,
+            restarts=restarts,
+        )
+        code = Supervisor(assignment).run()
+    except (LinkError, ListenError, SupervisorError) as error:
+        fail(str(error), 2)
+    if code:
+        raise typer.Exit(code)
+
+
+def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | None) -> None:
+    """Refuse what cannot work before it stands in RUN, where its correction would be another run's settings. In a
+    process that ends: the supervisor itself has no use for torch, and may stay for days. As `user`, who is to read the
+    model and the data. Raises SupervisorError."""
+    from ..node.config import dump_config
+    from ..sim.launch.privileges import known, may_not_become
+    from ..sim.launch.stage_lock import SupervisorError
+    from ..sim.launch.swarm import ERROR_PREFIX, node_environment
+
+    environment, credentials = node_environment(), dict[str, Any]()
+    if user and os.getuid() != (entry := known(user)).pw_uid:
+        credentials = {"user": entry.pw_uid, "group": entry.pw_gid, "extra_groups": os.getgrouplist(user, entry.pw_gid)}
+        environment["HOME"] = entry.pw_dir
+    try:
+        with NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
+            file.write(dump_config(settings))
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", file.name, "--stage", str(stage)]
+            done = subprocess.run(
+                [*command, "--check", *node_words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=CHECK_S,
+                **credentials,
+            )
+    except OSError as error:
+        if user and credentials and isinstance(error, PermissionError):
+            raise may_not_become(user) from None
+        raise SupervisorError(f"cannot check the settings: {error}") from None
+    except subprocess.TimeoutExpired:
+        raise SupervisorError(
+            f"checking the settings (model, data) took more than {CHECK_S} s; look at its disk"
+        ) from None
+    if done.returncode:
+        last = [f"the check of the settings ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
+        fail(last.removeprefix(ERROR_PREFIX), 2 if done.returncode == 2 else 1)
+
+
+def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
+    """Put the cap on every interface here, and say what the kernel does of it; returns the link for the node."""
+    from ..sim.links import tc
+
+    if profile.rate_bits_per_s is None:
+        if freed := _uncap():
+            print(f"{who}: {', '.join(freed)} no longer capped", flush=True)
+        return profile
+    try:
+        names = tc.interfaces()
+        if not names:
+            raise tc.KernelLinkError("no network interface is up here")
+        whole, *others = [tc.cap_most(name, profile) for name in names]
+        if any(other != whole for other in others):
+            raise tc.KernelLinkError("it delays on some of the interfaces alone")
+    except tc.KernelLinkError as error:
+        _uncap()
+        why = f"the kernel does not cap the links here: {error}"
+        if "not permitted" in str(error) or "may not change" in str(error):
+            why += "; in a container: give it the capability NET_ADMIN (cap_add: [NET_ADMIN], --cap-add NET_ADMIN)"
+        if must:
+            fail(why, 2)
+        print(f"{who}: {why}. So the node caps its links itself, in user space", flush=True)
+        return profile
+    delay = (
+        ""
+        if not profile.latency_s
+        else ", delay by netem"
+        if whole
+        else ", delay by the node: this kernel has no netem"
+    )
+    print(f"{who}: {', '.join(names)} capped at {profile}: rate by tbf{delay}", flush=True)
+    return replace(profile, kernel="all" if whole else "rate")
+
+
+def _uncap() -> list[str]:
+    """Take what thinpipe put on the interfaces here off again, now or in an earlier life; the names of those."""
+    from ..sim.links import tc
+
+    freed = []
+    with suppress(tc.KernelLinkError):  # who may not change them has put nothing there
+        for name in tc.interfaces():
+            with suppress(tc.KernelLinkError):
+                freed += [name] if tc.uncap(name) else []
+    return freed
+
+
+def _agree(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """The settings in RUN/run.toml, which who comes first writes; what was given here must agree with them. Where nodes
+    may differ it need not: then the second are options for the node."""
+    from ..node.config import dump_config
+
+    aside = path.with_name(f".run.toml-{os.uname().nodename}-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(dump_config(settings), encoding="utf-8")
+        try:
+            os.link(aside, path)  # fails if it is there: whole, or not at all
+        except FileExistsError:
+            pass
+        finally:
+            aside.unlink()
+    except OSError as error:
+        fail(f"cannot write {path}: {error.strerror}; choose another directory, or another --user", 2)
+    return _shared(path, settings, given)
+
+
+def _shared(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
+    """What stands in RUN/run.toml, and options for the node: what was `given` here and may differ from it. Ends with 2
+    where it may not."""
+    from ..node.config import ConfigError, load_config
+    from ..node.discovery.shared_config import differences
+
+    try:
+        shared = load_config(path)
+    except ConfigError as error:
+        fail(str(error), 2)
+    if settings.digest() != shared.digest():
+        fail(f"{path} is another run's: {differences(settings, shared)}; name another directory, or remove that one", 2)
+    here, there = (each.model_dump(mode="json") for each in (settings, shared))
+    own: list[str] = []
+    for key in given:
+        section, _, name = key.partition(".")
+        if here[section][name] != there[section][name] and key != "link.link":  # which is an option of its own
+            own += ["--set", f"{key}={json.dumps(here[section][name], ensure_ascii=False)}"]
+    return shared, own

@@ -1,0 +1,143 @@
+"""A checkpoint of one stage on its way here from a neighbour, until it is whole and its digest is right.
+
+It outlives connections, so that the next one goes on where the last one broke. What `CopyReceiver` does touches the
+disk and belongs on a thread; a lock keeps apart a job whose connection is gone, which runs on in its thread, from those
+of the next one. Each offer gets a `Receiving` of its own, which is also the title to write: an earlier one is void.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from ...protocol.control_messages import CopyOffer, CopyPart
+from ...protocol.copy_transfer import Receiving
+from .durable import incoming_path, make
+from .manifest import CheckpointError, Manifest, parse_manifest
+from .store import CheckpointStore
+
+
+@dataclass(slots=True)
+class _Arrival:
+    manifest: Manifest
+    path: Path
+    file: IO[bytes]
+    state: Receiving
+    written: int = 0  # bytes
+
+
+class CopyReceiver:
+    """What comes into `store`, one checkpoint at a time.
+
+    check: raises CheckpointError for one that is not to be taken. supersede: a state that has come is the newest there
+    is, so later ones, of training that was undone, go.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, *, check: Callable[[Manifest], None], supersede: bool, directory: Path
+    ) -> None:
+        self._store, self._check, self._supersede = store, check, supersede
+        self._path = incoming_path(directory, store.stage)
+        self._lock = threading.Lock()
+        self._arrival: _Arrival | None = None
+        self._closed = False
+
+    async def begin(self, frame: CopyOffer) -> Incoming:
+        """What comes of an offer, on the connection that it came on; raises what `offer` does."""
+        return Incoming(self, frame.completed_steps, await asyncio.to_thread(self.offer, frame))
+
+    def offer(self, frame: CopyOffer) -> Receiving:
+        """This one is coming; what has come of it is here already. Another one is given up. Raises CheckpointError for
+        one that is not taken, OSError for a disk that does not take it."""
+        manifest = parse_manifest(frame.manifest, where="the manifest of a copy", remedy="it is not taken")
+        self._store.check_same_run(manifest, "a copy that was offered")
+        if manifest.completed != frame.completed_steps:
+            raise CheckpointError(f"its manifest is after {manifest.completed} steps")
+        self._check(manifest)
+        with self._lock:
+            if self._closed:
+                raise CheckpointError("this node is about to end")
+            present = self._arrival
+            if present and present.manifest == manifest:
+                present.state = Receiving(size=manifest.file_bytes, offset=present.written)
+                return present.state
+            self._drop()
+            make(self._path.parent)
+            file, state = self._path.open("wb"), Receiving(size=manifest.file_bytes)
+            self._arrival = _Arrival(manifest, self._path, file, state)
+            return state
+
+    def write(self, state: Receiving, parts: list[bytes]) -> int | None:
+        """More bytes; returns how many are written now, or None if that offer does not hold any more. Raises OSError
+        for a disk that does not take them."""
+        with self._lock:
+            arrival = self._arrival
+            if arrival is None or arrival.state is not state:
+                return None
+            try:
+                for data in parts:
+                    arrival.file.write(data)
+            except OSError:
+                self._drop()
+                raise
+            arrival.written += sum(map(len, parts))
+            return arrival.written
+
+    def complete(self) -> int | None:
+        """Hand it over to the store if it is whole; after how many steps it was, None if it is not whole. Raises
+        CheckpointError for one that is damaged."""
+        with self._lock:
+            arrival = self._arrival
+            if arrival is None or arrival.written != arrival.manifest.file_bytes:
+                return None
+            try:
+                arrival.file.close()  # here a full disk may show
+                self._store.adopt(arrival.manifest, arrival.path, supersede=self._supersede)
+            finally:
+                self._drop()
+            return arrival.manifest.completed
+
+    def drop(self) -> None:
+        """Nothing is expected any more."""
+        with self._lock:
+            self._drop()
+
+    def close(self) -> None:
+        """The same, for good."""
+        with self._lock:
+            self._closed = True
+            self._drop()
+
+    def _drop(self) -> None:
+        arrival, self._arrival = self._arrival, None
+        if arrival:
+            try:
+                arrival.file.close()
+            finally:
+                arrival.path.unlink(missing_ok=True)
+
+
+@dataclass(slots=True, eq=False)
+class Incoming:
+    """What comes over one connection. Parts are written several at a time: a job on a thread costs more than a write.
+    Those that wait when the connection ends are lost with it, and were not acknowledged. On the event loop."""
+
+    receiver: CopyReceiver
+    completed: int
+    state: Receiving
+    parts: list[bytes] = field(default_factory=list)
+
+    async def part(self, frame: CopyPart) -> int | None:
+        """One more; returns how many bytes are written, or None if there is nothing to say yet, or ever: a later offer
+        has taken its place. Raises RemoteProtocolError for one out of its turn, and what `write` does."""
+        self.state.part(frame.offset, len(frame.data))
+        self.parts.append(frame.data)
+        if not self.state.due:
+            return None
+        parts, self.parts = self.parts, []
+        self.state.acknowledged()
+        return await asyncio.to_thread(self.receiver.write, self.state, parts)

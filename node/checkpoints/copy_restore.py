@@ -1,0 +1,88 @@
+"""CopyService asked back: who takes a stage's place on a disk that lacks what the buddy has asks for it first of all.
+
+Before, because from which steps it could go on is said once. It waits as long as anything comes, and for a buddy that
+is not there, without whom nobody could go on anyway; it gives up on one that is there and silent: an older step, or the
+first, is a worse place to go on from, but it is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from ...protocol.control_messages import CopyWanted
+from ...protocol.effects import Side
+from ..queues import Reporter
+from .copy_receiver import CopyReceiver
+from .copy_sender import Say
+from .copy_store import CopySession
+from .manifest import CheckpointError, Manifest
+from .store import CheckpointStore
+
+BROUGHT_BACK = 2  # of the newest copies: the others may not have completed the very newest yet
+
+
+class CopyRestore:
+    """What one node asks its buddy, on `side`, to give back into `store`.
+
+    talks: the connections there are. `heard` has to be set whenever the buddy has come, gone, or said something.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        side: Side,
+        sessions: Mapping[Side, CopySession],
+        *,
+        say: Say,
+        on_fault: Reporter,
+    ) -> None:
+        self.receiver = CopyReceiver(store, check=self._check, supersede=False, directory=store.directory.parent)
+        self.wanted: set[int] = set()
+        self.came: set[int] = set()  # of these
+        self.completing = False  # one of these is being read once more, and may take its time
+        self.heard = asyncio.Event()
+        self._stage, self._sessions = store.stage, sessions
+        self._side: Side = side
+        self._peer = store.stage + (1 if side == "below" else -1)
+        self._say, self._on_fault = say, on_fault
+
+    def _check(self, manifest: Manifest) -> None:
+        if manifest.completed not in self.wanted:
+            raise CheckpointError("it was not asked for")
+
+    async def fetch(self, have: list[int], *, deadline_s: float, replacement_s: float) -> bool:
+        """As `CopyService.fetch`."""
+        try:
+            await self._fetch(have, deadline_s, replacement_s)
+        finally:
+            self.wanted.clear()
+            await asyncio.to_thread(self.receiver.drop)
+        return bool(self.came)
+
+    async def _fetch(self, have: list[int], deadline_s: float, replacement_s: float) -> None:
+        asked: tuple[CopySession, int] | None = None
+        while True:
+            self.heard.clear()
+            session = self._sessions.get(self._side)
+            if session and session.held is not None:
+                newest = sorted(session.held | set(have), reverse=True)[:BROUGHT_BACK]
+                missing = [step for step in newest if step not in have and step not in self.came]
+                left = [step for step in missing if (self._stage, step) not in session.declined]
+                if not left:
+                    return
+                if asked != (session, left[0]):
+                    asked = session, left[0]
+                    self.wanted.add(left[0])
+                    print(f"asks stage {self._peer} for its copy after {left[0]} steps", flush=True)
+                    await self._say(self._side, CopyWanted(stage=self._stage, completed_steps=left[0]))
+            timeout_s = deadline_s if session else replacement_s
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self.heard.wait()
+            except TimeoutError:
+                if self.completing or self.heard.is_set():
+                    continue
+                line = f"waited {timeout_s:g} s in vain for copies of checkpoints at stage {self._peer}"
+                self._on_fault("timeout", f"{line}; goes on with what is on this disk: steps {have or 'none'}")
+                return

@@ -1,0 +1,60 @@
+"""What checkpoints a run has on this machine, over all its stages, as a person or a script wants to know it.
+
+Only what all stages have of one step, written under one configuration, can be resumed. Nothing is changed here, and the
+configuration's digest is compared between the stages only: to compute the run's own takes its model and its data.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from .manifest import CheckpointError, Fingerprint
+from .store import CheckpointStore
+
+
+def list_checkpoints(directory: Path, *, run: str, stages: int, thorough: bool) -> list[dict[str, Any]]:
+    """All checkpoints of a run, for people and scripts: a row for each step, ascending, of {"step", "resumable",
+    "stages": [{"stage", "state": "ok", "missing" or "damaged", "bytes", "generation", "configuration", "problem"}]}.
+
+    `thorough`: compare the digests of the tensors too. Raises CheckpointError for a directory that cannot be listed.
+    """
+    fingerprint = Fingerprint(run=run, stages=stages, configuration=None)
+    stores = [CheckpointStore(directory, stage=stage, fingerprint=fingerprint) for stage in range(stages)]
+    present = [set(store.numbers()) for store in stores]
+    rows = []
+    for step in sorted(set().union(*present)):
+        held = [_look(store, step, thorough, step in own) for store, own in zip(stores, present, strict=True)]
+        configurations = {one["configuration"] for one in held}  # None where it is not ok
+        rows.append(
+            {"step": step, "resumable": len(configurations) == 1 and None not in configurations, "stages": held}
+        )
+    return rows
+
+
+def _look(store: CheckpointStore, completed: int, thorough: bool, present: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": store.stage, "state": "missing", "bytes": None, "generation": None}
+    row |= {"configuration": None, "problem": None}
+    if not present:
+        return row
+    try:
+        manifest = store.verify(completed) if thorough else store.manifest(completed)
+    except CheckpointError as error:
+        return row | {"state": "damaged", "problem": str(error)}
+    fields = {"bytes": manifest.file_bytes, "generation": manifest.generation, "configuration": manifest.configuration}
+    return row | {"state": "ok", **fields}
+
+
+def checkpoint_table(rows: list[dict[str, Any]]) -> Table:
+    """`survey` as a table: a row for each step, a column for each stage."""
+    table = Table(title="checkpoints")
+    table.add_column("step", justify="right")
+    for held in rows[0]["stages"]:
+        table.add_column(f"stage {held['stage']}", justify="right")
+    table.add_column("resumable")
+    for row in rows:
+        cells = [f"{held['bytes'] / 1e6:.1f} MB" if held["state"] == "ok" else held["state"] for held in row["stages"]]
+        table.add_row(str(row["step"]), *cells, "yes" if row["resumable"] else "no")
+    return table

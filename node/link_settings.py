@@ -1,0 +1,83 @@
+"""What follows from the configuration for a link: the link itself, and how long or large things on it may be."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..protocol.control_messages import PART_BYTES_MAX
+from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
+from ..protocol.greeting import NodeIdentity
+from ..protocol.session import LinkSession
+from ..sim.links.shaper import LinkProfile
+from .boundary.endpoints import BoundaryShape
+from .config import RunConfig
+from .links.control_stream import HEARTBEAT_EVERY_S
+from .links.link import Link
+from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
+from .metrics import Tracer
+from .stage import Stage
+
+# What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.
+HOLD_UP_S = 6.0
+
+
+def make_link(
+    config: RunConfig,
+    identity: NodeIdentity,
+    peer: int,
+    shape: BoundaryShape,
+    tracer: Tracer,
+    *,
+    member: int | None = None,
+    sent: Counter[str] | None = None,
+) -> Link:
+    """This node's end of the boundary to stage `peer`, which has that shape, in the generation of `identity`.
+
+    member: the only process that may be at the other end. sent: the account to go on with.
+    """
+    settings, limits = config.link, shape.limits
+    buffer_bytes = max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes))
+    return Link(
+        session=LinkSession(
+            identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member
+        ),
+        profile=LinkProfile.parse(settings.link),
+        chunk_bytes=settings.chunk_bytes,
+        send_buffer_bytes=settings.send_buffer_bytes,
+        uncapped_window_bytes=settings.uncapped_window_bytes,
+        seed=config.run.seed,
+        tracer=tracer,
+        sent=sent,
+    )
+
+
+def part_bytes_for(profile: LinkProfile) -> int:
+    """Of a copy: large ones cost less CPU, but a tensor that comes may have to wait for one, so at most about 5 ms of
+    the link, and not too little."""
+    if profile.rate_bits_per_s is None:
+        return PART_BYTES_MAX
+    return max(16 * 1024, min(PART_BYTES_MAX, int(profile.rate_bits_per_s / 8 * 0.005)))
+
+
+def parts_ahead_for(profile: LinkProfile) -> int:
+    """Of a copy: what fills the link for a round trip."""
+    product = profile.bandwidth_delay_product_bytes() or 0
+    wanted = int(WINDOW_BANDWIDTH_DELAY_PRODUCTS * product) // part_bytes_for(profile) + 1
+    return max(PARTS_AHEAD_LEAST, min(PARTS_AHEAD_MOST, wanted))
+
+
+def transfer_s(config: RunConfig, stage: Stage, profile: LinkProfile) -> float:
+    """What a step's bytes take on the wire, at most, and the way there."""
+    ports = [port for port in (stage.upstream_endpoint, stage.downstream_endpoint) if port]
+    largest = max((port.shape.limits.message_bytes for port in ports), default=0)
+    messages = 2 * config.pipeline.microbatches
+    return messages * (profile.serialisation_s(largest) + profile.latency_s + profile.jitter_s)
+
+
+def heartbeat_timeout_s(profile: LinkProfile) -> float:
+    """Seconds after which a neighbour that says nothing is gone: what the link itself may hold a frame up (a full
+    window before it and the way there), two frames lost, and a busy machine."""
+    rate = profile.rate_bits_per_s
+    window_bytes = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (rate or 0) / 8 * 2 * profile.latency_s + 2**18
+    ahead_s = 0.0 if rate is None else 2 * window_bytes * 8 / rate
+    return ahead_s + 2 * (profile.latency_s + profile.jitter_s) + 2 * HEARTBEAT_EVERY_S + HOLD_UP_S

@@ -1,0 +1,217 @@
+"""The control stream to each neighbour: who is there, and the frames with which a new generation is agreed.
+
+One conversation a side runs while a connection stands; the rules are `protocol.rollback`'s. It outlives generations, so
+it is apart from the tensors' stream, and it is never shaped: a frame of it is some sixty bytes, once a second and at a
+loss.
+
+Silence means something here, because each side says `Heartbeat` every second: who says nothing for `silence_s`
+(computed from the link, `node.link_settings.heartbeat_timeout_s`) is taken for gone, its process being stopped, its
+machine off, or the path broken. That alone changes nothing, it may come back; but from then on another process may take
+its place. Why not gRPC's keep-alive: it is answered by the library's own threads while the node itself may hang, and
+its intervals are seconds at the least.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+
+from ...protocol.control_messages import PART_BYTES_MAX, AllFinished, ControlFrame, CopyFrame
+from ...protocol.effects import ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
+from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
+from ...protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
+from ...protocol.rollback import Rollback, RollbackPhase
+from ...protocol.wire_size import framed_bytes
+from ..checkpoints.copy_service import CopyService
+from .link import Read
+from .outgoing import Write
+
+HEARTBEAT_EVERY_S = 1.0
+Wanted = Stop | Start | Leave | ChooseEnd | EndAfter  # effects that are not this module's
+QUEUED_MAX = 64  # frames for one neighbour
+LIMITS = Limits(message_bytes=1, chunk_bytes=PART_BYTES_MAX)  # no tensor comes this way
+
+
+class Control:
+    """Runs `machine` over whatever connections there are. What it wants done goes to `on_effect`, in order."""
+
+    def __init__(
+        self,
+        machine: Rollback,
+        *,
+        heartbeat_timeout_s: float,
+        on_effect: Callable[[Wanted], None],
+        sent: dict[Side, Counter[str]],
+    ) -> None:
+        self.machine = machine
+        self.copies: CopyService | None = None
+        self._missing_since: float | None = None
+        self._missing_last = float("-inf")
+        self.meetings: Counter[Side] = Counter()  # how often each was met
+        self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
+        self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._on_effect = on_effect
+        self._queues: dict[Side, asyncio.Queue[ControlFrame]] = {}
+        self._present: dict[Side, asyncio.Future[None]] = {}  # ends the conversation of that side
+
+    def act(self, effects: list[Effect]) -> None:
+        """Carry out what an input of the machine asked for."""
+        for effect in effects:
+            if not isinstance(effect, Send):
+                self._on_effect(effect)
+            else:
+                self.tell(effect.side, effect.frame)
+
+    def missing_s(self) -> tuple[float, float]:
+        """For how long some stage has been missing (0: none is), and how long ago the last such time ended."""
+        now = asyncio.get_running_loop().time()
+        if not self.machine.heartbeats.missing:
+            self._missing_since = None
+        else:
+            self._missing_since = self._missing_since or now
+            self._missing_last = now
+        return now - (self._missing_since or now), now - self._missing_last
+
+    def tell(self, side: Side, frame: ControlFrame) -> None:
+        """Say it to who is connected on that side, if anybody is."""
+        if side not in self._queues:
+            return
+        try:
+            self._queues[side].put_nowait(frame)
+        except asyncio.QueueFull:  # it takes nothing: the next connection begins with what matters
+            self._end(side, ConnectionError(f"{QUEUED_MAX} frames wait for the stage {side}"))
+
+    def refuse(self, side: Side, error: RemoteProtocolError) -> None:
+        """What came from that side breaks a rule, as was found only after it had been taken: end the connection."""
+        if side in self._present:
+            self._end(side, error)
+
+    @property
+    def finished(self) -> bool:
+        """Nobody will need this node again."""
+        return self.machine.phase is RollbackPhase.FINISHED
+
+    async def converse(
+        self, side: Side, read: Read, write: Write, *, speaks_first: bool, greeting_timeout_s: float
+    ) -> bool:
+        """Run one connection until it ends: True after the last word, AllFinished, was written.
+
+        Raises RemoteProtocolError (the peer is still to be told), RefusedError (it told us), ConnectionError (it says
+        nothing), or what `read` and `write` raise.
+        """
+        if speaks_first:
+            try:
+                async with asyncio.timeout(greeting_timeout_s):  # a peer may never let a stream begin
+                    await self._write(side, write, self.machine.greeting())
+            except TimeoutError:
+                raise ConnectionError(f"the greeting is not taken for {greeting_timeout_s:.1f} s") from None
+        frame = await self._read(read, greeting_timeout_s, "no greeting")
+        if frame is None:
+            raise ConnectionError(f"the control stream {side} ended before the greeting")
+        if not isinstance(frame, Greeting):
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(frame).__name__.lower()} frame before the greeting")
+        mine = self.machine.greeting()  # as it was when the peer came, whatever the peer changes
+        ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._take_place(side, frame)
+        self.missing_s()  # up to now
+        effects = self.machine.meet(side, frame)
+        self._present[side] = ended
+        self._queues[side] = asyncio.Queue(QUEUED_MAX)
+        self.met[side].set()
+        self.meetings[side] += 1
+        self.act(effects)
+        if self.copies:
+            self.copies.met(side)
+        try:
+            if not speaks_first:
+                await self._write(side, write, mine)
+            return await self._talk(side, read, write, ended)
+        finally:
+            ended.cancel()
+            if self._present.get(side) is ended:
+                self._part(side)
+
+    def _take_place(self, side: Side, peer: Greeting) -> None:
+        """The process that is connected already dials again: its first connection must be half-dead. Or the one that is
+        connected was replaced in a later generation, and it is its successor that comes."""
+        self.machine.check(side, peer)
+        if side in self._present:
+            same = self.machine.peers[side] == peer.incarnation
+            why = "the same process opened another connection" if same else "its successor came"
+            self._end(side, ConnectionError(why))
+
+    def _end(self, side: Side, why: Exception) -> None:
+        present = self._present[side]
+        self._part(side)
+        if not present.done():
+            present.set_exception(why)
+
+    def _part(self, side: Side) -> None:
+        del self._present[side], self._queues[side]
+        self.machine.part(side)
+        self.missing_s()
+        if self.copies:
+            self.copies.parted(side)
+
+    async def _talk(self, side: Side, read: Read, write: Write, ended: asyncio.Future[None]) -> bool:
+        tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read, ended), self._say(side, write))]
+        try:
+            done, _ = await asyncio.wait([ended, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for each in (ended, *tasks):
+                if each in done:
+                    each.result()
+            return tasks[1] in done
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear(self, side: Side, read: Read, ended: asyncio.Future[None]) -> None:
+        while (frame := await self._read(read, self._heartbeat_timeout_s, f"stage {side} was silent")) is not None:
+            if self._present.get(side) is not ended:  # another connection has taken the place of this one
+                return
+            self.missing_s()
+            if not isinstance(frame, CopyFrame):
+                self.act(self.machine.receive(side, frame))
+            elif self.copies:
+                self.copies.receive(side, frame)
+
+    async def _say(self, side: Side, write: Write) -> None:
+        queue, clock = self._queues[side], asyncio.get_running_loop().time
+        due_s = clock() + HEARTBEAT_EVERY_S
+        while True:
+            frame: ControlFrame | None = None
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due_s):
+                    frame = await queue.get()
+            if frame is None or clock() >= due_s:  # it tells more than that we live, so it comes between others too
+                due_s = clock() + HEARTBEAT_EVERY_S
+                await self._write(side, write, self.machine.heartbeat(side))
+            if frame is None:
+                continue
+            await self._write(side, write, frame)
+            if isinstance(frame, AllFinished):
+                return  # the last word: who listens ends when the stream does
+
+    async def _write(self, side: Side, write: Write, frame: Frame) -> None:
+        raw = encode_frame(frame)
+        await write(raw)
+        kind = "checkpoint_copy" if isinstance(frame, CopyFrame) else "control"
+        self._sent[side][kind] += framed_bytes(len(raw))
+
+    @staticmethod
+    async def _read(read: Read, timeout_s: float, otherwise: str) -> Frame | None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                raw = await read()
+        except TimeoutError:
+            raise ConnectionError(f"{otherwise} for {timeout_s:.1f} s") from None
+        if raw is None:
+            return None
+        frame = decode_frame(raw, LIMITS)
+        if isinstance(frame, Refusal):
+            raise RefusedError(frame.code, frame.reason)
+        return frame

@@ -1,0 +1,268 @@
+"""`thinpipe bench`: throughput of real swarms over links of several rates, a cell for each codec, schedule and link.
+
+Two kinds of cells. *Emulated*: stages take the time of another machine (emulated_stage.py), so that a link binds as it
+would there. *Free-running*: stages train as fast as this machine can. Each cell is simulated first (plan.py), which
+says how many steps a window needs, whether the cell can be afforded at all, and stands beside what is measured. Cells
+that are on disk already, made from the same settings, are not run again; one that fails is marked, and the rest goes
+on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ...protocol.schedule import ScheduleError
+from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
+from ...sim.launch.swarm import SwarmError
+from ...sim.links.pipeline import StageTimes
+from ...sim.links.shaper import LinkProfile
+from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
+from ..config import ConfigError, RunConfig, dump_config, merge, parse_config
+from ..local import clear, writable
+from ..preparation import check_codec, prepare_corpus, resolve_architecture
+from .emulated_machine import EmulatedMachine
+from .plan import AUTO, PLANNED, plan, resolved_schedule, times_measured
+
+LIMIT_S = 600.0  # of one cell
+WINDOW_S = 5.0
+UNCAPPED = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What is to be measured. paces: see `EmulatedMachine`. free_running: PRESET@STAGES. codecs: CODEC [FORWARD
+    [BACKWARD]] each.
+    settings: of all cells alike."""
+
+    machines: tuple[str, ...] = ()
+    free_running: tuple[str, ...] = ()
+    codecs: tuple[str, ...]
+    links: tuple[str, ...]
+    schedules: tuple[str, ...]
+    settings: dict[str, Any]
+    window_s: float = WINDOW_S
+    limit_s: float = LIMIT_S
+
+    def cells(self) -> Iterator[Planned]:
+        """The uncapped cell of each codec and schedule before those with links, which are compared with it. Raises
+        ConfigError."""
+        modes = [(machine, True) for machine in self.machines] + [(mode, False) for mode in self.free_running]
+        for mode, emulated in modes:
+            for codec in self.codecs:
+                for schedule in self.schedules:
+                    for link in (UNCAPPED, *(link for link in self.links if link != UNCAPPED)):
+                        yield Planned.of(self, mode, codec, schedule, link, emulated=emulated)
+
+
+def split_codecs(text: str) -> list[str]:
+    """`bf16,mapl:r=32,anchors=full,int4` is three: an option follows its codec after a comma. Formats after a space."""
+    codecs: list[str] = []
+    for part in text.split(","):
+        goes_on = codecs and re.match(r"\s*[a-z_]+=", part)
+        if goes_on:
+            codecs[-1] += "," + part
+        elif part.strip():
+            codecs.append(part.strip())
+    return codecs
+
+
+@dataclass(slots=True, kw_only=True)
+class Planned:
+    """A cell with its settings; `tree` may still lack the schedule's depth (rtt_ratio=auto) and the steps."""
+
+    mode: str
+    emulated: bool
+    codec: str
+    schedule: str
+    link: LinkProfile
+    tree: dict[str, Any]
+    name: str
+
+    @classmethod
+    def of(cls, grid: Grid, mode: str, codec: str, schedule: str, link: str, *, emulated: bool) -> Planned:
+        name, *formats = codec.split()
+        if len(formats) > 2:
+            raise ConfigError(f"--codec: '{codec}' is not CODEC [FORWARD [BACKWARD]]")
+        profile = LinkProfile.parse(link)
+        tree: dict[str, Any] = {"checkpoint.every": 0, "codec.codec": name, "link.link": str(profile)}
+        tree |= dict(zip(("codec.forward", "codec.backward"), formats, strict=False))
+        if emulated:
+            tree |= {**EmulatedMachine.parse(mode).settings(), "compute.emulate": mode}
+        else:
+            preset, _, stages = mode.partition("@")
+            if not stages.isdigit():
+                raise ConfigError(f"--free-running: '{mode}' is not PRESET@STAGES, such as tiny@2")
+            tree |= {"model.preset": preset, "pipeline.stages": int(stages)}
+        tree |= grid.settings
+        label = "-".join((mode, codec, schedule, str(profile)))
+        return cls(
+            mode=mode,
+            emulated=emulated,
+            codec=codec,
+            schedule=schedule,
+            link=profile,
+            tree=tree,
+            name=re.sub(r"[^A-Za-z0-9.=_-]+", "_", label),
+        )
+
+    def config(self, schedule: str, steps: int) -> RunConfig:
+        """Raises ConfigError."""
+        tree = {**self.tree, "pipeline.schedule": schedule, "run.steps": steps}
+        config = parse_config(merge({}, tree))
+        if self.emulated:  # an evaluation is one microbatch: there is nothing to evaluate
+            config = parse_config(merge({}, {**tree, "data.heldout_sequences": config.microbatch_size}))
+        return config
+
+
+class Bench:
+    """Runs the cells of a grid and keeps what they came to in `out`."""
+
+    def __init__(self, grid: Grid, out: Path, *, report: Callable[[str], None]) -> None:
+        self._grid, self._out, self._report = grid, out, report
+        self._times: dict[tuple[str, str], list[StageTimes]] = {}  # of free-running stages, over instant links
+        title = f"thinpipe bench: {', '.join((*grid.machines, *grid.free_running))}"
+        self.found: dict[str, Any] = {"title": title, "cells": []}
+
+    def run(self) -> dict[str, Any]:
+        """All cells. Whatever ends it, `bench.json` and `bench.png` hold what was done. Raises LocalRunError, and
+        ConfigError and what else PLANNED names before anything runs."""
+        cells = list(self._grid.cells())
+        for cell in cells:
+            self._check(cell)
+        writable(self._out)
+        try:
+            for number, cell in enumerate(cells, start=1):
+                self._report(f"cell {number} of {len(cells)}: {cell.codec} over {cell.link}, {cell.mode}")
+                self.found["cells"].append(self._cell(cell))
+                self._save()
+        finally:
+            self._save()
+        return self.found
+
+    def _check(self, cell: Planned) -> None:
+        """What can be seen to be wrong before the first cell runs."""
+        try:
+            config = cell.config(cell.schedule.removesuffix(AUTO), 1)
+            check_codec(config, resolve_architecture(config))
+        except ScheduleError as error:
+            raise ConfigError(str(error)) from None
+
+    def _save(self) -> None:
+        self._compare()
+        (self._out / "bench.json").write_text(json.dumps(self.found, indent=2) + "\n", encoding="utf-8")
+        if any(cell["rate_bits_per_s"] for cell in self.found["cells"]):
+            draw_bench(self._out / "bench.png", self.found)
+
+    def _cell(self, cell: Planned) -> dict[str, Any]:
+        entry: dict[str, Any] = {
+            "mode": "emulated" if cell.emulated else "free-running",
+            "of": cell.mode,
+            "codec": cell.codec,
+            "asked": cell.schedule,
+            "schedule": cell.schedule,
+            "link": str(cell.link),
+            "rate_bits_per_s": cell.link.rate_bits_per_s,
+            "state": "ok",
+            "problems": [],
+        }
+        try:
+            self._fill(cell, entry)
+        except (SwarmError, ValueError, OSError, *PLANNED) as error:
+            entry |= {"state": "failed", "problems": [" ".join(str(error).split())]}
+        if entry["state"] != "ok":
+            self._report(f"  {entry['state']}: {'; '.join(entry['problems'])}")
+        else:
+            self._report(f"  {entry['measured']['tokens_per_s']:,.0f} tokens/s")
+        return entry
+
+    def _fill(self, cell: Planned, entry: dict[str, Any]) -> None:
+        plain = cell.schedule.removesuffix(AUTO)
+        config = cell.config(plain, 1)
+        architecture = resolve_architecture(config)
+        times = (
+            EmulatedMachine.parse(cell.mode).times(config, architecture)
+            if cell.emulated
+            else self._times_of(cell, config)
+        )
+        schedule = resolved_schedule(cell.schedule, config, architecture, times) if times else plain
+        entry["schedule"] = schedule
+        window_steps = 3
+        if times:
+            planned, simulated = plan(cell.config(schedule, 1), architecture, times)
+            wires = simulated.wire_share.values()
+            entry["planned"] = {**planned, "wire_share": max(wires, default=0.0)}
+            window_steps = max(1, math.ceil(self._grid.window_s / planned["step_s"]))
+            expected_s = planned["step_s"] * (WARM_UP_STEPS + WINDOWS * window_steps)
+            if expected_s > self._grid.limit_s:
+                why = f"it would take {expected_s:,.0f} s; --limit is {self._grid.limit_s:,.0f}"
+                entry |= {"state": "planned", "problems": [why]}
+                return
+        work = Cell(name=cell.name, stages=config.pipeline.stages, window_steps=window_steps, emulated=cell.emulated)
+        entry["measured"] = self._measured(work, cell.config(schedule, work.steps))
+        if entry["measured"]["problems"]:
+            entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
+        if not cell.emulated and cell.link.rate_bits_per_s is None:
+            run = self._out / "cells" / cell.name
+            self._times.setdefault((cell.mode, cell.codec), times_measured(run, config))
+
+    def _times_of(self, cell: Planned, config: RunConfig) -> list[StageTimes] | None:
+        """Of a free-running cell; None before its uncapped one has run."""
+        prepare_corpus(config)
+        return self._times.get((cell.mode, cell.codec))
+
+    def _measured(self, work: Cell, config: RunConfig) -> dict[str, Any]:
+        """From the disk, if the same settings were measured before."""
+        directory = self._out / "cells" / work.name
+        directory.mkdir(parents=True, exist_ok=True)
+        told, settings = dump_config(config), directory / "run.toml"
+        if settings.exists() and settings.read_text(encoding="utf-8") == told:
+            with suppress(ValueError):  # of a run that broke off
+                figures = measure(directory, work)
+                self._report("  (measured before)")
+                return figures
+        clear(directory)
+        settings.write_text(told, encoding="utf-8")
+        return run_cell(directory, work)
+
+    def _compare(self) -> None:
+        """Shares of the uncapped cell and of the plan, for every cell that was measured."""
+        uncapped: dict[tuple[str, str, str], tuple[float, str]] = {}
+        for entry in self.found["cells"]:
+            if not entry.get("measured"):
+                continue
+            key = (entry["of"], entry["codec"], entry["asked"])
+            if entry["link"] == UNCAPPED and entry["state"] == "ok":
+                uncapped[key] = (entry["measured"]["tokens_per_s"], "measured")
+            planned = entry.get("planned")
+            base = uncapped.get(key) or (planned and (planned["uncapped_tokens_per_s"], "simulated"))
+            if base:
+                entry["share_of_uncapped"] = entry["measured"]["tokens_per_s"] / base[0]
+                entry["uncapped_from"] = base[1]
+            if planned:
+                entry["against_plan"] = entry["measured"]["tokens_per_s"] / planned["tokens_per_s"] - 1
+            used = entry["measured"]["utilisation"]
+            entry["utilisation_of_schedule"] = used / planned["wire_share"] if used and planned else None
+
+
+def run_bench(grid: Grid, out: Path, *, quiet: bool) -> dict[str, Any]:
+    """The grid's cells, with a line for each and a table at the end, also of what was done before an interruption.
+    Raises what PLANNED names, and LocalRunError."""
+    console = Console(stderr=True) if quiet else Console()
+    bench = Bench(grid, out, report=lambda line: console.print(line, highlight=False))
+    try:
+        return bench.run()
+    finally:
+        if bench.found["cells"] and not quiet:
+            console.print(*bench_tables(bench.found), sep="\n")
+            for line in bench_problems(bench.found):
+                console.print(line, highlight=False, soft_wrap=True)
+            console.print(f"cells, bench.json and bench.png are in {out}")

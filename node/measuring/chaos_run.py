@@ -1,0 +1,82 @@
+"""`thinpipe chaos`: one run undisturbed, the same run with faults, and whether both end in the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ...sim.launch.fault_injection import Kind, disturb, plan, plan_every, report, survived
+from ...sim.launch.swarm import SwarmError
+from ...sim.reports.summary import summarise, write_summary
+from ..config import RunConfig, dump_config
+from ..local import LocalRunError, clear, run_local, writable
+
+
+def run_chaos(
+    config: RunConfig, out: Path, *, count: int, every_s: float | None, kinds: tuple[Kind, ...], seed: int, quiet: bool
+) -> tuple[dict[str, Any], bool]:
+    """The report, also in `out`/chaos.json, and whether nothing was lost. every_s: a fault every so many seconds, as
+    many as it takes, instead of `count` spread over the steps. Raises LocalRunError."""
+    console = Console(stderr=True) if quiet else Console()
+    stages = config.pipeline.stages
+    if stages < 2:
+        raise LocalRunError("chaos needs neighbours to notice it: at least 2 stages", 2)
+    undisturbed, disturbed = out / "undisturbed", out / "disturbed"
+    console.print("first, the run as it should be")
+    told = run_local(config, undisturbed, overwrite=True, quiet=quiet)
+    writable(disturbed)
+    clear(disturbed)
+    (disturbed / "run.toml").write_text(dump_config(config), encoding="utf-8")
+    if every_s:
+        faults = plan_every(every_s, seed, stages=stages, kinds=kinds)
+        console.print(f"now the same with a fault every {every_s:g} s")
+    else:
+        faults = plan(seed, steps=config.run.steps, stages=stages, count=count, kinds=kinds)
+        console.print(f"now the same with {count} faults")
+    width = round(told["dense_bf16_bytes"] / (4 * told["tokens"] * (stages - 1)))
+    try:
+        story = disturb(
+            disturbed,
+            faults,
+            stages=stages,
+            apart="disk" in kinds,
+            on_event=lambda line: console.print(f"  {line}"),
+        )
+        write_summary(disturbed, summarise(disturbed, stages=stages, width=width, mode="swarm"))
+    except (SwarmError, ValueError) as error:
+        raise LocalRunError(f"the run did not survive: {error}", 1) from None
+    found = report(disturbed, undisturbed, story, stages=stages)
+    (out / "chaos.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if not quiet:
+        console.print(_table(found))
+        console.print(f"the two runs are in {undisturbed} and {disturbed}, the figures in {out / 'chaos.json'}")
+    return found, survived(found)
+
+
+def _table(found: dict[str, Any]) -> Table:
+    table = Table(title="chaos", show_header=False)
+    table.add_row("faults", ", ".join(f"{count} x {kind}" for kind, count in found["faults"].items()))
+    table.add_row("generations", str(found["generations"]))
+    table.add_row("processes that woke up replaced and were refused", str(found["fenced"]))
+    table.add_row("steps done again", f"{found['steps_replayed']} of {found['steps']}")
+    table.add_row("seconds", f"{found['seconds']:.1f}, undisturbed {found['seconds_undisturbed']:.1f}")
+    if found["throughput_share"]:
+        table.add_row("throughput, share of the undisturbed", f"{found['throughput_share']:.3f}")
+    for key, name in (
+        ("fault_to_progress_s", "from a loss to the next new step, s"),
+        ("back_to_progress_s", "of that after the replacement is back, s"),
+        ("back_to_progress_steps", "the same in steps"),
+    ):
+        if spread := found[key]:
+            table.add_row(name, f"median {spread['median']:.2f}, worst {spread['worst']:.2f}")
+    same = found["losses_equal"] and found["val_loss_equal"]
+    table.add_row("losses", "equal, every step" if same else "[red]DIFFERENT")
+    states = (
+        "equal, every bit of every stage" if all(found["state_equal"]) else f"[red]DIFFERENT: {found['state_equal']}"
+    )
+    table.add_row("state", states)
+    return table

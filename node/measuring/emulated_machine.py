@@ -1,0 +1,136 @@
+"""How long stages compute: what a stated machine would take for a model, without the machine.
+
+A laptop computes so slowly that a thin link never binds on it. A pace says what the stages of another machine take for
+one microbatch: from a rate that they achieve and the multiplications in the model's own shapes (`150m@4x66tflops`), or
+in seconds (`150m@4x5ms+10ms`: forward, backward). `thinpipe plan` charges it to a virtual clock; a run with
+`compute.emulate` lets it pass on a real one (emulated_stage.py).
+
+A multiply-add is two operations; a weight matrix takes one for each of its numbers and token forward, twice that
+backward, once for the input gradient and once for its own; attention takes 2 T D a token and layer more (its products
+with keys and values, half of them masked), and has no weights; a learned projection takes 2 D r at either end of its
+boundary. The optimizer, norms and byte formats are left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ...compress.registry import parse_codec
+from ...sim.links.pipeline import StageTimes
+from ..config import ConfigError, RunConfig
+from ..model import partition
+from ..model.slices import skeleton
+from ..stage import DTYPES
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+VOCABULARY = 32768  # of an emulated model, unless model.vocab_size says otherwise: no text is read for it
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+_TIME = r"([0-9]+(?:\.[0-9]+)?)(us|ms|s)"
+_MACHINE = re.compile(
+    r"(?P<preset>[a-z0-9]+)@(?P<stages>[1-9][0-9]{0,3})(?:of(?P<whole>[1-9][0-9]{0,3}))?x"
+    rf"(?:(?P<tflops>[0-9]+(?:\.[0-9]+)?)tflops|(?P<forward>{_TIME})\+(?P<backward>{_TIME}))"
+)
+_SPELLING = (
+    "a pace is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, or PRESET@STAGESxFORWARD+BACKWARD such as "
+    "150m@4x5ms+10ms; 8b@8of32x66tflops takes 8 of 32 stages"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedMachine:
+    """`stages` stages of a preset that is cut into `whole`, at `tflops` each, or at the same seconds for each.
+
+    Of a part of a pipeline all stages are inner ones, alike: none has the head.
+    """
+
+    preset: str
+    stages: int
+    whole: int
+    tflops: float | None = None
+    seconds: tuple[float, float] | None = None  # forward, backward, of one microbatch
+
+    @classmethod
+    def parse(cls, text: str) -> EmulatedMachine:
+        """Raises ConfigError."""
+        match = _MACHINE.fullmatch(text)
+        if match is None:
+            raise ConfigError(f"{_SPELLING}; got '{text}'")
+        tflops = float(match["tflops"]) if match["tflops"] else None
+        seconds = None if tflops is not None else (_seconds(match["forward"]), _seconds(match["backward"]))
+        if tflops == 0 or (seconds and min(seconds) <= 0):
+            raise ConfigError(f"a pace has to be above zero; got '{text}'")
+        stages, whole = int(match["stages"]), int(match["whole"] or match["stages"])
+        if whole < stages:
+            raise ConfigError(f"a pace cannot take {stages} of {whole} stages; got '{text}'")
+        return cls(preset=match["preset"], stages=stages, whole=whole, tflops=tflops, seconds=seconds)
+
+    def settings(self) -> dict[str, Any]:
+        """Of a run at this pace: a step of 262,144 tokens, unless the user says otherwise."""
+        return {
+            "model.preset": self.preset,
+            "pipeline.stages": self.stages,
+            "pipeline.batch_size": 256,
+            "pipeline.microbatches": 64,
+            "data.sequence_length": 1024,
+        }
+
+    def times(self, config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
+        """Seconds of each stage for one microbatch. Raises ModelError for a model that cannot be cut so."""
+        if self.seconds:
+            return [StageTimes(forward_s=self.seconds[0], backward_s=self.seconds[1])] * self.stages
+        assert self.tflops is not None
+        if self.whole > self.stages:
+            layers, of_layer = len(partition(architecture.num_hidden_layers, self.whole)[0]), _of_layer(architecture)
+            return [_times(config, architecture, self.tflops, layers, of_layer, ends=2, head=False)] * self.stages
+        return times_at(config, architecture, self.tflops)
+
+
+def _seconds(text: str) -> float:
+    number, unit = re.fullmatch(_TIME, text).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    return float(number) * _SECONDS[unit]
+
+
+def times_at(config: RunConfig, architecture: PretrainedConfig, tflops: float) -> list[StageTimes]:
+    """Seconds of each stage of a whole pipeline at that rate."""
+    cuts = partition(architecture.num_hidden_layers, config.pipeline.stages)
+    last, of_layer = len(cuts) - 1, _of_layer(architecture)
+    ends = [(stage > 0) + (stage < last) for stage in range(len(cuts))]
+    return [
+        _times(config, architecture, tflops, len(layers), of_layer, ends=ends[stage], head=stage == last)
+        for stage, layers in enumerate(cuts)
+    ]
+
+
+def _of_layer(architecture: PretrainedConfig) -> float:
+    """Weights in the matrices of one layer. A skeleton takes a tenth of a second: once, and not for each stage."""
+    causal = skeleton(architecture, DTYPES["float32"])
+    matrices = sum(p.numel() for name, p in causal.named_parameters() if p.ndim == 2 and ".layers." in name)
+    return matrices / architecture.num_hidden_layers
+
+
+def _times(
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    tflops: float,
+    layers: int,
+    of_layer: float,
+    *,
+    ends: int,
+    head: bool,
+) -> StageTimes:
+    """Of a stage with so many layers of that many weights, and ends of boundaries."""
+    width = architecture.hidden_size
+    attention = 2 * config.data.sequence_length * width
+    codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
+    rank = codec.wire_width(width)
+    projection = 2 * width * rank if rank < width else 0
+    weights = layers * 2 * of_layer
+    if head:
+        weights += 2 * architecture.vocab_size * width
+    forward = weights + layers * attention + ends * projection
+    token_s = config.microbatch_size * config.data.sequence_length / (tflops * 1e12)
+    return StageTimes(forward_s=forward * token_s, backward_s=2 * forward * token_s, weight_s=weights * token_s)

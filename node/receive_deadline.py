@@ -1,0 +1,56 @@
+"""How long a node waits for a message before it gives up: computed from bytes, rates and what steps have taken.
+
+That a neighbour is gone shows on the control stream within seconds (`node.link_settings.heartbeat_timeout_s`), and then
+everybody holds and waits for a replacement. What is left for this module is a neighbour that answers and yet sends
+nothing: its compute hangs, or its disk. It may need as long as the longest round of work so far, several times over,
+and the bytes of a step their time on the wire. Before the first round is done nothing is known of it, so there is a
+least.
+
+While any stage of the run is missing, however far away, nobody can be blamed for being late: the wait begins again when
+all are there. Why not one constant: what is generous on a laptop is short for a stage of billions of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# For a round of work of which nothing is known yet (compilation, a first touch of the data), and at least: a neighbour
+# may have to wait for its disk before it can take the next snapshot.
+LEAST_S = 300.0
+TIMES = 10.0  # the longest round so far
+
+
+class ReceiveDeadline:
+    """transfer_s: what a step's bytes take on a link. fixed_s: the user's own deadline instead of a computed one.
+    missing_s: for how long somebody has been missing (0: nobody is), and how long ago the last such time ended."""
+
+    def __init__(
+        self,
+        *,
+        transfer_s: float = 0.0,
+        fixed_s: float | None = None,
+        replacement_s: float = 1800.0,
+        missing_s: Callable[[], tuple[float, float]] = lambda: (0.0, float("inf")),
+    ) -> None:
+        self._transfer_s, self._fixed_s, self._replacement_s = transfer_s, fixed_s, replacement_s
+        self._missing_s = missing_s
+        self._longest_s = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """A round of work (a step, an evaluation) is done. One in which somebody was missing says nothing of work."""
+        since_s, ago_s = self._missing_s()
+        if since_s or ago_s < seconds:
+            return
+        self._longest_s = max(seconds, self._longest_s)
+
+    @property
+    def timeout_s(self) -> float:
+        """For the next message."""
+        if self._fixed_s is not None:
+            return self._fixed_s
+        return max(LEAST_S, TIMES * self._longest_s) + TIMES * self._transfer_s
+
+    def extend(self, waited_s: float) -> bool:
+        """A wait of so long was in vain: whether to wait once more, because somebody is missing, or was meanwhile."""
+        since_s, ago_s = self._missing_s()
+        return since_s < self._replacement_s if since_s else ago_s < waited_s

@@ -1,0 +1,347 @@
+"""One stage of a swarm, wired up: its links, its threads, the loop over the schedule's actions.
+
+A stage encodes, sends, receives and decodes while it computes (`node.queues`), but the order of everything that changes
+state is the schedule's, so timing never reaches the arithmetic. Each stage runs the loop on its own: there is no
+coordinator and no barrier, and a stage starts its next step as soon as its last backward is done. A schedule that
+splits the backward sends the input gradient off before the weight gradient is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import numpy as np
+from torch import Tensor
+
+from ..protocol.errors import Fault, RemoteProtocolError
+from ..protocol.messages import Kind, Message
+from ..protocol.schedule import (
+    Backward,
+    Evaluate,
+    Evaluation,
+    Forward,
+    InputGradient,
+    WeightGradient,
+    get_schedule,
+)
+from ..sim.links.link_check import LinkCheck
+from ..sim.reports.summary import dense_bytes_one_way
+from .boundary.endpoints import DownstreamEndpoint, Encoded, Received, UpstreamEndpoint
+from .config import RunConfig
+from .data import Corpus
+from .links.link import Link, LinkOffCap
+from .links.link_probe import probe_s
+from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
+from .queues import Arrival, ReceiveQueue, Reporter, SendQueue, Worker
+from .receive_deadline import ReceiveDeadline
+from .run_totals import RunTotals
+from .stage import Stage
+
+
+class TrainingLoop:
+    """Stage `stage.index`, its links to the stages `above` and `below`, and its part of the schedule, in one
+    generation.
+
+    `run` goes on after the steps that the stage has completed, and returns when the configured ones are done and both
+    neighbours said goodbye. `on_completed` is awaited after each step, with the thread that may look at the stage and
+    how many are completed. Raises TimeoutError (a wait ran out, and for what), LinkLost, CodecError and optimizer
+    errors by name.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        stage: Stage,
+        *,
+        above: Link | None,
+        below: Link | None,
+        corpus: Corpus | None,
+        metrics: MetricsWriter,
+        tracer: Tracer,
+        on_fault: Reporter,
+        generation: int = 0,
+        on_completed: Callable[[Worker, int], Awaitable[None]] | None = None,
+        totals: RunTotals | None = None,
+        deadline: ReceiveDeadline | None = None,
+        last: int | None = None,
+    ) -> None:
+        self.config, self.stage, self.corpus = config, stage, corpus
+        self._generation, self._on_completed = generation, on_completed
+        self._last = config.run.steps if last is None else min(last, config.run.steps)
+        self.under_way = stage.completed  # steps that are completed once the present one is
+        self.above, self.below = above, below
+        self._metrics = metrics
+        self.totals = totals or RunTotals()
+        self._deadline = deadline or ReceiveDeadline(fixed_s=config.link.progress_timeout_s)
+        self._watch = self.totals.watch
+        self._compute = Worker("compute", self._watch, tracer)
+        self._codec = Worker("codec", self._watch, tracer)
+        self._from_above = above and ReceiveQueue(above, self._unpack_activation, self._codec, on_fault)
+        self._from_below = below and ReceiveQueue(below, self._unpack_from_below, self._codec, on_fault)
+        self._to_above = above and SendQueue(above, self._codec)
+        self._to_below = below and SendQueue(below, self._codec)
+        self._evaluation_sum = 0.0
+        self._measures: dict[str, float] = {}
+        self._follows: dict[object, int] = {}  # for each port, the link's `peer_changes` when its tables come from
+
+    # -- life ---------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        ends = [end for end in (self._from_above, self._from_below, self._to_above, self._to_below) if end]
+        async with asyncio.TaskGroup() as group:
+            pumps = [group.create_task(end.pump()) for end in ends]
+            pumps += [group.create_task(link.until_lost()) for link in self._links]
+            await self._meet_neighbours()
+            await self._train()
+            for outbox in (self._to_above, self._to_below):
+                if outbox:
+                    await outbox.flush()
+            self._write_end()
+            timeout_s = self.config.link.replacement_timeout_s
+            await asyncio.gather(*(link.drain(timeout_s) for link in self._links))
+            for pump in pumps:
+                pump.cancel()
+
+    def close(self) -> None:
+        self._compute.close()
+        self._codec.close()
+
+    def join(self) -> None:
+        """Wait, after `close`, until nothing looks at the stage any more."""
+        self._compute.join()
+        self._codec.join()
+
+    @property
+    def _links(self) -> list[Link]:
+        return [link for link in (self.above, self.below) if link]
+
+    async def _meet_neighbours(self) -> None:
+        timeout_s = self.config.link.connect_timeout_s
+        for link in self._links:
+            # Who dials has the same deadline, and knows better what to say when it passes.
+            grace_s = self.config.link.greeting_timeout_s if link is self.below else 0.0
+            while not link.opened.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s + grace_s):
+                        await link.opened.wait()
+                if not (link.opened.is_set() or (self._generation and self._deadline.extend(timeout_s))):
+                    raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
+        most_s = self.config.link.replacement_timeout_s if self._generation else timeout_s  # who is lost now comes back
+        checks = await self._probe_links(most_s)
+        records = [{**link.way, **check.record()} for link, check in zip(self._links, checks, strict=True)]
+        self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes(), link_check=records)
+        for link, check in zip(self._links, checks, strict=True):
+            print(f"{link.name}: sends at {link.profile}, {check}", flush=True)
+        for line in filter(None, (check.warning for check in checks)):
+            if self.config.link.verify == "fail":
+                raise LinkOffCap(f'{line}; link.verify = "fail" ends the node here')
+            print(f"stage {self.stage.index}: warning: {line}", file=sys.stderr, flush=True)
+
+    async def _probe_links(self, timeout_s: float) -> list[LinkCheck]:
+        """In the order of `_links`. Where the kernel caps an interface, its links share that cap, so one is measured
+        after the other: all of the chain first what goes down, then what goes up. The last stage has nothing that goes
+        down and waits for that long. (Stages that do not begin together may still meet; then they try again.)"""
+        links = self._links
+        if not links or not links[0].profile.kernel:
+            return await asyncio.gather(*(link.probe(timeout_s) for link in links))
+        if self.below is None:
+            await asyncio.sleep(probe_s(links[0].profile))
+        return [await link.probe(timeout_s) for link in reversed(links)][::-1]
+
+    async def _train(self) -> None:
+        pipeline, run = self.config.pipeline, self.config.run
+        schedule = get_schedule(pipeline.schedule)
+        lap = Lap()
+        loss, grad_norm = float("nan"), 0.0
+        while await self._may_begin(step := self.stage.completed):
+            self.under_way = step + 1
+            for action in schedule.actions(
+                stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
+            ):
+                match action:
+                    case Forward():
+                        await self._forward(step, action.microbatch)
+                    case Backward():
+                        await self._backward("backward", self.stage.backward, step, action.microbatch)
+                    case InputGradient():
+                        await self._backward("input gradient", self.stage.input_gradient, step, action.microbatch)
+                    case WeightGradient(microbatch=microbatch):
+                        await self._compute.run(f"weight gradient {microbatch}", self.stage.weight_gradient, microbatch)
+                    case _:
+                        loss, grad_norm = await self._finish(step)
+            self._write_step(step, loss, grad_norm, lap)
+            lap = Lap()
+            due = run.eval_every and (step + 1) % run.eval_every == 0
+            if due or step + 1 == run.steps:
+                await self._evaluate(step)
+                self._deadline.observe(lap.seconds)
+                lap = Lap()
+            if self._on_completed:
+                await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
+
+    def end_after(self, completed: int) -> None:
+        """Begin no step after so many are completed."""
+        self._last = min(self._last, completed)
+        if self._from_above:
+            self._from_above.changed.set()
+
+    async def _may_begin(self, step: int) -> bool:
+        """Whether there is a step to do; below the first stage, once there is something to do it with."""
+        if self._from_above:
+            with self._watch.waiting():
+                await self._from_above.begins(step, lambda: step < self._last, self._deadline)
+        return step < self._last
+
+    # -- actions ------------------------------------------------------------------------------------------------
+
+    async def _forward(self, step: int, microbatch: int) -> None:
+        ids_BS, received = await self._input(Kind.ACTIVATION, step, microbatch)
+        out = await self._compute.run(f"forward {microbatch}", self.stage.forward, step, microbatch, ids_BS, received)
+        if out is not None:
+            await self._send_below(out, ids_BS, step, microbatch, Kind.ACTIVATION)
+
+    async def _backward(self, name: str, work: Callable[..., Tensor | None], step: int, microbatch: int) -> None:
+        dz_out, loss_sum = None, None
+        if self._from_below:
+            arrival = await self._wait(self._from_below, Kind.GRADIENT, step, microbatch)
+            dz_out, loss_sum = arrival.tensor, arrival.message.loss_sum
+        dz_in = await self._compute.run(f"{name} {microbatch}", work, microbatch, dz_out, loss_sum)
+        if self._to_above:
+            port, loss_sum = self.stage.upstream_endpoint, self.stage.losses[microbatch]
+            assert port is not None
+            assert dz_in is not None
+            later = port.pack_queue.submit(lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum))
+            await self._to_above.put(f"pack gradient {microbatch}", later)
+            if (half := self.stage.gradient_to_send(step)) is not None:
+                table = port.table
+                assert table is not None
+                later = port.pack_queue.submit(lambda: table.pack_gradient(half, step))
+                await self._to_above.put("pack projector gradient", later)
+
+    async def _finish(self, step: int) -> tuple[float, float]:
+        """(mean loss, gradient norm) of the step that ends here."""
+        table_gradient = None
+        if self._from_below and self.stage.awaits_gradient(step):
+            table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
+        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, table_gradient)
+        self._measures = await self._compute.run("measures", self.stage.measures)
+        return loss, stats.grad_norm
+
+    async def _evaluate(self, step: int) -> None:
+        count, loss_sum = self.config.evaluation_microbatches, 0.0
+        for action in Evaluation().actions(
+            stage=self.stage.index, stages=self.config.pipeline.stages, microbatches=count
+        ):
+            assert isinstance(action, Evaluate)
+            ids_BS, received = await self._input(Kind.EVALUATION, step, action.microbatch)
+            name = f"evaluate {action.microbatch}"
+            out = await self._compute.run(name, self.stage.evaluate, ids_BS, received)
+            if isinstance(out, Encoded):
+                await self._send_below(out, ids_BS, step, action.microbatch, Kind.EVALUATION)
+            else:
+                loss_sum += out
+        if self._from_below:
+            arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0)
+            loss_sum = arrival.message.loss_sum
+        if self._to_above:
+            message = Message(kind=Kind.EVALUATION_LOSS, step=step, microbatch=0, loss_sum=loss_sum)
+            await self._to_above.put("evaluation loss", lambda: message)
+        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
+        self._metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
+
+    async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, Received | None]:
+        if self._from_above:
+            arrival = await self._wait(self._from_above, kind, step, microbatch)
+            assert arrival.ids_BS is not None
+            return arrival.ids_BS, arrival.received
+        assert self.corpus is not None
+        return draw(self.corpus, self.config, kind, step, microbatch), None
+
+    async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int) -> Arrival:
+        with self._watch.waiting():
+            return await queue.get(kind, step, microbatch, self._deadline)
+
+    async def _send_below(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
+        port = self.stage.downstream_endpoint
+        assert port is not None
+        assert self._to_below
+        later = port.pack_queue.submit(lambda: port.pack_activation(out, ids_BS, step, microbatch, kind))
+        await self._to_below.put(f"pack activation {microbatch}", later)
+
+    def _unpack_activation(self, message: Message, peer_changes: int) -> Arrival:
+        port = self.stage.upstream_endpoint
+        assert port is not None
+        if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
+        self._forget_strangers(port, peer_changes)
+        ids_BS, received = port.unpack_activation(message)
+        return Arrival(message=message, peer_changes=peer_changes, ids_BS=ids_BS, received=received)
+
+    def _unpack_from_below(self, message: Message, peer_changes: int) -> Arrival:
+        port = self.stage.downstream_endpoint
+        assert port is not None
+        if message.kind is Kind.EVALUATION_LOSS:
+            return Arrival(message=message, peer_changes=peer_changes)
+        self._forget_strangers(port, peer_changes)
+        if message.kind is Kind.PROJECTOR_GRADIENT and port.table:
+            tensor = port.table.unpack_gradient(message)
+            return Arrival(message=message, peer_changes=peer_changes, tensor=tensor)
+        if message.kind is not Kind.GRADIENT:
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
+        return Arrival(message=message, peer_changes=peer_changes, tensor=port.unpack_gradient(message))
+
+    def _forget_strangers(self, port: UpstreamEndpoint | DownstreamEndpoint, peer_changes: int) -> None:
+        """Another process may take a neighbour's place until something of it was used."""
+        if self._follows.setdefault(port, peer_changes) != peer_changes:
+            self._follows[port] = peer_changes
+            port.forget()
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def _write_step(self, step: int, loss: float, grad_norm: float, lap: Lap) -> None:
+        spent, seconds, cpu_s = self.totals.step(lap), lap.seconds, lap.cpu_s
+        self._deadline.observe(seconds)
+        tokens = self.config.tokens_per_step
+        self._metrics.write(
+            "step",
+            step=step,
+            generation=self._generation,
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            seconds=round(seconds, 6),
+            cpu_s=round(cpu_s, 6),
+            loop_cpu_s=round(lap.thread_cpu_s, 6),
+            tokens_per_s=round(tokens / seconds, 3),
+            sent_bytes={link.name: dict(link.sent) for link in self._links},
+            dense_bytes=len(self._links) * dense_bytes_one_way(width=self.stage.width, tokens=tokens),
+            links=[self.totals.step_record(link, seconds) for link in self._links],
+            rss_bytes=rss_bytes(),
+            codec=self._measures,
+            dictionaries=self.stage.dictionaries(),
+            **spent,
+        )
+
+    def _write_end(self) -> None:
+        self._metrics.write(
+            "end",
+            stage=self.stage.index,
+            steps=self.stage.completed,
+            train_s=round(self.totals.train_s, 6),
+            cpu_s=round(self.totals.cpu_s, 6),
+            **self._watch.total,
+            peak_rss_bytes=peak_rss_bytes(),
+            state_bytes=self.stage.state_bytes(),
+            state_sha256=self.stage.state_sha256(),
+            links=[self.totals.record(link) for link in self._links],
+        )
+
+
+def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:
+    """The ids (B, T+1) of one microbatch of training or held-out text."""
+    if kind is Kind.EVALUATION:
+        return corpus.heldout_batch(microbatch, config.microbatch_size)
+    return corpus.batch(step, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)

@@ -1,0 +1,69 @@
+"""What all stages need to know of all: which stage nobody serves, and how old the oldest copy of a state is.
+
+Every Heartbeat carries both, over its sender and all on the sender's other side. A stage joins what it last heard from
+one side with what is so here and tells the other side, so that everybody knows after as many Alives as there are
+boundaries. Why not a table of all stages: of either figure only the least is of use, and on a chain nothing comes back
+to who said it, so that one number a side is enough, however long the chain is.
+
+The two differ when a neighbour goes. What it said of who is missing is void, since it is missing itself. What it said
+of copies stays: whoever takes its place may have to begin from one of them.
+"""
+
+from __future__ import annotations
+
+from .control_messages import STEP_MAX, Heartbeat
+from .effects import Side
+from .errors import Fault, RemoteProtocolError
+from .greeting import NodeIdentity
+
+
+class HeartbeatAggregate:
+    """What one stage has heard from each side, and tells the other."""
+
+    def __init__(self, identity: NodeIdentity) -> None:
+        self._stages = identity.stages
+        self.copied = 0  # the newest of this stage's states that a neighbour has a copy of
+        # 1 + the stage next to this one; 0: the chain ends here.
+        self._nearest: dict[Side, int] = {
+            "above": 0 if identity.first else identity.beside("above") + 1,
+            "below": 0 if identity.last else identity.beside("below") + 1,
+        }
+        # On that side: 1 + the nearest that nobody serves, and the least that is copied; who is not there has no copy
+        # that could be older.
+        self._missing = dict(self._nearest)
+        self._copied: dict[Side, int] = {side: 0 if near else STEP_MAX - 1 for side, near in self._nearest.items()}
+
+    @property
+    def missing(self) -> int:
+        """1 + the nearest stage that nobody serves, as far as is known here; 0: all are there."""
+        return self._missing["above"] or self._missing["below"]
+
+    @property
+    def copied_by_all(self) -> int:
+        """The least, over all stages, of the newest state that a neighbour has a copy of; 0: somebody has none, or
+        nobody knows."""
+        return min(self.copied, *self._copied.values())
+
+    def meet(self, side: Side) -> None:
+        """A neighbour is connected, and has said nothing yet."""
+        self._missing[side] = 0
+
+    def part(self, side: Side) -> None:
+        """The neighbour on that side, if the chain has one there, is gone."""
+        self._missing[side] = self._nearest[side]
+
+    def hear(self, side: Side, heartbeat: Heartbeat) -> None:
+        """Take what the neighbour on that side says. Raises RemoteProtocolError for a stage that there is not."""
+        if heartbeat.missing > self._stages:
+            raise RemoteProtocolError(Fault.MALFORMED, f"stage {heartbeat.missing - 1} cannot be missing")
+        self._missing[side], self._copied[side] = heartbeat.missing, heartbeat.copied_steps
+
+    def tell(self, side: Side, *, generation: int, completed: int) -> Heartbeat:
+        """What to say to that side now and then."""
+        other: Side = "below" if side == "above" else "above"
+        return Heartbeat(
+            generation=generation,
+            completed_steps=completed,
+            missing=self._missing[other],
+            copied_steps=min(self.copied, self._copied[other]),
+        )

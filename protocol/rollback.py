@@ -1,0 +1,337 @@
+"""Who is in the run, and from where all go on after a loss: a view change along the chain, sans-IO.
+
+A run is a sequence of *generations*. In one generation the members are fixed, one process a stage, and whatever carries
+another generation's number is refused: a stage that was stopped, replaced and wakes up is fenced off. A generation ends
+when a process appears in the place of another one, and the next begins in two waves, with nobody in charge but the
+order of stages:
+
+    StartViewChange     from whoever notices, to both neighbours: everybody breaks off the step under way
+    DoViewChange    upwards: "these processes, from me down, have stopped and could all go on after any of these steps"
+    StartView   downwards, from stage 0: the new generation, its members, the newest step that all of them offered
+
+Every wait is on the neighbour alone and every frame can be said again: a process that dies in the middle of a wave only
+starts another one. What makes that safe: a StartView is applied by a stage only while the process below it is the one
+that the StartView names, an DoViewChange that comes while training goes on is taken for a StartViewChange, and a
+neighbour that greets with another generation is one too. So whoever was left behind by a lost StartView drags the
+others into the next wave.
+
+At the end two more waves: Finished upwards, AllFinished downwards; until then nobody leaves, because whoever is through
+may be needed again by one who is not. A node that has to leave earlier asks upwards (Drain), and stage 0, which alone
+knows what is under way, says downwards after which step all end (LastStep): the end is then like any other.
+
+Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
+them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
+of Viewstamped Replication (Liskov & Cowling, MIT-CSAIL-TR-2012-021), with a chain for a quorum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from enum import Enum
+
+from .control_messages import (
+    LISTED_MAX,
+    AllFinished,
+    ControlFrame,
+    DoViewChange,
+    Drain,
+    Finished,
+    Heartbeat,
+    LastStep,
+    StartView,
+    StartViewChange,
+)
+from .effects import SIDES, ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
+from .errors import Fault, RemoteProtocolError
+from .greeting import NodeIdentity, check_handshake
+from .heartbeats import HeartbeatAggregate
+from .messages import Frame, Greeting
+
+GENERATIONS_AHEAD_MAX = 2**20  # a stage may have missed some; more is no run's number
+STEPS_LISTED_MAX = 32  # steps that one stage offers; the newest, and 0
+
+
+class RollbackPhase(Enum):
+    """Where this node stands in the present generation."""
+
+    RUNNING = "training"
+    STOPPING = "breaking off"
+    STOPPED = "waiting for the new generation"
+    FINISHED = "through"
+
+
+class Rollback:
+    """This node's part. Inputs are `meet`, `part`, `receive`, `stopped`, `finished`; each returns what is to be done.
+
+    A node that takes a stage's place (`joining`) begins STOPPING, in no generation: say `stopped` at once. A fresh one
+    begins RUNNING in generation 0, whose members are whoever comes first (`protocol.session`). `generation`: the
+    highest that a joining one knows of, from its checkpoints.
+    """
+
+    def __init__(self, identity: NodeIdentity, *, joining: bool, generation: int = 0) -> None:
+        self.identity = identity
+        self.joining = joining
+        self.generation = generation
+        self.completed = 0  # steps of this generation, for `heartbeat`
+        self.members: tuple[int, ...] | None = None
+        self.phase = RollbackPhase.STOPPING if joining else RollbackPhase.RUNNING
+        self.peers: dict[Side, int | None] = dict.fromkeys(SIDES)  # incarnation of who is connected
+        self._member_of: dict[Side, int | None] = dict.fromkeys(SIDES)  # its generation, unless it was to join one
+        self.heartbeats = HeartbeatAggregate(identity)
+        self._steps: tuple[int, ...] = ()
+        self._do_view_change_below: DoViewChange | None = None
+        self._do_view_change_sent: DoViewChange | None = None  # on the present connection upwards
+        self._finished_here = self._finished_below = False
+        # In this generation. Never taken back: a StartViewChange may pass a AllFinished that is on its way.
+        self._said_finished = False
+        self._draining = False
+        self.end: int | None = None  # all end when so many steps are completed
+
+    def greeting(self) -> Greeting:
+        """The first frame on a connection."""
+        now = replace(self.identity, generation=self.generation)
+        return now.greeting(completed_steps=self.completed, joining=self.joining)
+
+    def heartbeat(self, side: Side) -> Heartbeat:
+        """What to say to that side now and then."""
+        return self.heartbeats.tell(side, generation=self.generation, completed=self.completed)
+
+    def meet(self, side: Side, peer: Greeting) -> list[Effect]:
+        """A neighbour is connected. Raises RemoteProtocolError if it is not one, or not one any more."""
+        self.check(side, peer)
+        self._forget(side)
+        self.peers[side] = peer.incarnation
+        self._member_of[side] = None if peer.joining else peer.generation
+        self.heartbeats.meet(side)
+        effects: list[Effect] = []
+        if self.phase is RollbackPhase.RUNNING:
+            if peer.joining or peer.generation != self.generation:
+                effects += self._start_view_change()
+        elif self.phase is not RollbackPhase.FINISHED:
+            effects.append(Send(side=side, frame=StartViewChange(generation=self.generation)))
+        else:
+            effects += [Send(side=side, frame=AllFinished())] if side == "below" else []
+        if side == "below" and self.end is not None:
+            effects.append(Send(side=side, frame=LastStep(completed_steps=self.end)))
+        if side == "above" and (self._draining or self.end is not None):  # who knew of it may have been lost
+            effects.append(Send(side=side, frame=Drain()))
+        return effects + self._advance()
+
+    def check(self, side: Side, peer: Greeting) -> None:
+        """Raises RemoteProtocolError if `peer` is not the neighbour on that side, or not the one any more."""
+        stage = self.identity.beside(side)
+        check_handshake(peer, self.identity, stage)
+        if (
+            not peer.joining
+            and self.members
+            and peer.incarnation != self.members[stage]
+            and peer.generation <= self.generation
+        ):
+            raise RemoteProtocolError(
+                Fault.FENCED,
+                f"process {peer.incarnation:x} of stage {stage} is of generation {peer.generation}; "
+                f"since generation {self.generation} "
+                f"process {self.members[stage]:x} has its place",
+            )
+        present, since = self.peers[side], self._member_of[side]
+        # Two that were members, and this node, which joins, knows of neither: that of the earlier generation was
+        # replaced.
+        later = since is not None and not peer.joining and not self.members and peer.generation > since
+        if present is not None and present != peer.incarnation and not later:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"stage {stage} is served by process {present:x}, which answers, so there is no place for process "
+                f"{peer.incarnation:x}; stop one of the two",
+            )
+
+    def part(self, side: Side) -> None:
+        """The connection to that side is gone. By itself that changes nothing: it may come back."""
+        self.peers[side] = self._member_of[side] = None
+        self.heartbeats.part(side)
+        self._forget(side)
+
+    def _forget(self, side: Side) -> None:
+        """What a connection to that side had established."""
+        if side == "below":
+            self._do_view_change_below, self._finished_below = None, False
+        else:
+            self._do_view_change_sent = None
+
+    def receive(self, side: Side, frame: Frame) -> list[Effect]:
+        """Take one frame. Raises RemoteProtocolError for what may not come from that side."""
+        match frame, side:
+            case Heartbeat(), _:
+                self.heartbeats.hear(side, frame)
+                return []
+            case StartViewChange(), _:
+                # One of an earlier generation was under way when that generation's StartView passed it.
+                return (
+                    self._start_view_change()
+                    if self.phase is RollbackPhase.RUNNING and frame.generation >= self.generation
+                    else []
+                )
+            case DoViewChange(), "below":
+                return self._take_do_view_change(frame)
+            case StartView(), "above":
+                return self._take_start_view(frame)
+            case Finished(), "below":
+                self._finished_below = True
+                return self._advance()
+            case Drain(), "below":
+                return self.drain()
+            case LastStep(), "above":
+                return self.end_after(frame.completed_steps)
+            case AllFinished(), "above":
+                if not self._said_finished:
+                    raise RemoteProtocolError(Fault.UNEXPECTED, "a dismissal before this stage was through")
+                return self._leave()
+            case _:
+                name = type(frame).__name__.lower()
+                raise RemoteProtocolError(
+                    Fault.UNEXPECTED, f"the {name} frame from {side} may not come on the control stream"
+                )
+
+    def start_view_change(self) -> list[Effect]:
+        """This node itself wants the generation to end. No effect unless it is training."""
+        return self._start_view_change() if self.phase is RollbackPhase.RUNNING else []
+
+    def stopped(self, steps: set[int]) -> list[Effect]:
+        """Nothing of the old generation moves here any more; these are the steps (besides 0) after which this node
+        could go
+        on."""
+        self._steps = (*sorted(steps - {0}, reverse=True)[: STEPS_LISTED_MAX - 1], 0)
+        self.phase = RollbackPhase.STOPPED
+        return self._advance()
+
+    def finished(self) -> list[Effect]:
+        """This stage has done all its steps."""
+        self._finished_here = True
+        return self._advance()
+
+    def drain(self) -> list[Effect]:
+        """This node, or one below it, has to leave."""
+        if self._draining or self.end is not None:
+            return []
+        self._draining = True
+        if self.identity.first:
+            return [ChooseEnd()]
+        return self._tell("above", Drain())
+
+    def end_after(self, completed: int) -> list[Effect]:
+        """Stage 0 says when all end."""
+        end = completed if self.end is None else min(self.end, completed)
+        if end == self.end:
+            return []
+        self.end = end
+        return [*self._tell("below", LastStep(completed_steps=end)), EndAfter(completed=end)]
+
+    # -- the waves ----------------------------------------------------------------------------------------------
+
+    def _tell(self, side: Side, frame: ControlFrame) -> list[Effect]:
+        """If anybody is there."""
+        return [] if self.peers[side] is None else [Send(side=side, frame=frame)]
+
+    def _start_view_change(self) -> list[Effect]:
+        self.phase = RollbackPhase.STOPPING
+        self._finished_here = self._finished_below = False
+        self._do_view_change_sent = None
+        start_view_change = StartViewChange(generation=self.generation)
+        return [*self._tell("above", start_view_change), *self._tell("below", start_view_change), Stop()]
+
+    def _take_do_view_change(self, do_view_change: DoViewChange) -> list[Effect]:
+        due = self.identity.stages - 1 - self.identity.stage
+        if len(do_view_change.incarnations) != due or do_view_change.incarnations[0] != self.peers["below"]:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"an offer of {len(do_view_change.incarnations)} processes, where {due} are below this stage",
+            )
+        if do_view_change.generation > self.generation + GENERATIONS_AHEAD_MAX:
+            raise RemoteProtocolError(
+                Fault.GENERATION,
+                f"an offer of generation {do_view_change.generation}, this run is in {self.generation}",
+            )
+        self._do_view_change_below = do_view_change
+        halted = self._start_view_change() if self.phase is RollbackPhase.RUNNING else []
+        return halted + self._advance()
+
+    def _take_start_view(self, start_view: StartView) -> list[Effect]:
+        if len(start_view.incarnations) != self.identity.stages:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"a generation of {len(start_view.incarnations)} stages, this run has {self.identity.stages}",
+            )
+        if (
+            start_view.generation - 1 > self.generation + GENERATIONS_AHEAD_MAX
+        ):  # as in an offer: nobody would take this node's next one
+            raise RemoteProtocolError(
+                Fault.GENERATION, f"a start of generation {start_view.generation}, this run is in {self.generation}"
+            )
+        if self.phase is not RollbackPhase.STOPPED or start_view.generation <= self.generation:
+            return []  # said again, or of a wave that another one has overtaken
+        names_me = start_view.incarnations[self.identity.stage] == self.identity.incarnation
+        below = self.peers["below"]
+        if not names_me or (below is not None and below != start_view.incarnations[self.identity.stage + 1]):
+            return []  # somebody has come since; the wave that this began is on its way
+        if start_view.completed_steps not in self._steps:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"a start after {start_view.completed_steps} steps, which stage {self.identity.stage} never offered",
+            )
+        return self._apply(start_view)
+
+    def _advance(self) -> list[Effect]:
+        """Say upwards, or at stage 0 decide, what can be said or decided now."""
+        if self.phase is RollbackPhase.STOPPED:
+            do_view_change = self._whole_do_view_change()
+            if do_view_change is None:
+                return []
+            if self.identity.first:
+                start_view = StartView(
+                    generation=do_view_change.generation + 1,
+                    completed_steps=do_view_change.steps[0],
+                    incarnations=do_view_change.incarnations,
+                )
+                return self._apply(start_view)
+            if self.peers["above"] is not None and do_view_change != self._do_view_change_sent:
+                self._do_view_change_sent = do_view_change
+                return [Send(side="above", frame=do_view_change)]
+            return []
+        if self.phase is RollbackPhase.RUNNING and self._finished_here and (self.identity.last or self._finished_below):
+            if self.identity.first:
+                return self._leave()
+            if self.peers["above"] is not None:
+                self._said_finished = True
+                return [Send(side="above", frame=Finished())]
+        return []
+
+    def _whole_do_view_change(self) -> DoViewChange | None:
+        """What all from this stage down have in common; None while somebody has not said."""
+        mine = self.identity.incarnation
+        if self.identity.last:
+            return DoViewChange(generation=self.generation, incarnations=(mine,), steps=self._steps)
+        below = self._do_view_change_below
+        if below is None:
+            return None
+        return DoViewChange(
+            generation=max(self.generation, below.generation),
+            incarnations=(mine, *below.incarnations),
+            steps=tuple(step for step in self._steps if step in below.steps),
+        )
+
+    def _apply(self, start_view: StartView) -> list[Effect]:
+        self.generation, self.completed = start_view.generation, start_view.completed_steps
+        self.members, self.joining = start_view.incarnations, False
+        self.phase = RollbackPhase.RUNNING
+        self._said_finished = False
+        self._do_view_change_below = self._do_view_change_sent = None
+        start = Start(generation=self.generation, completed=self.completed, members=start_view.incarnations)
+        return [*self._tell("below", start_view), start]
+
+    def _leave(self) -> list[Effect]:
+        if self.phase is RollbackPhase.FINISHED:
+            return []
+        self.phase = RollbackPhase.FINISHED
+        return [*self._tell("below", AllFinished()), Leave()]
+
+
+assert STEPS_LISTED_MAX <= LISTED_MAX

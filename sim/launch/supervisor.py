@@ -1,0 +1,305 @@
+"""Keep one stage of a run served: start its node, start it again when it is lost, and end when the run has ended.
+
+A node process is one life of a stage; somebody has to give it the next one. On one machine that is `thinpipe up`; where
+each stage is a container or a service of its own, it is a supervisor beside each. It starts `thinpipe node` as a user
+would, with --resume where the run's directory says that the stage has been started before.
+
+Who serves a stage holds a lock on RUN/stage-N.lock, and so does its node. The kernel lets go of it whenever they die,
+of whatever: so whoever gets the lock of a stage that has been started before knows that it was lost, without a clock. A
+*standby* waits for just that, on all stages, and takes the place of the first one that is lost. Why not the container
+engine's restart policy: it does nothing about a container that was ended by `docker kill`, which counts as wanted.
+
+At the end the supervisor of stage 0 prints the run's summary, and the others stay until it has: where an engine ends
+all containers with the first one (`--abort-on-container-exit`), nothing is cut off. Where each machine has a directory
+of its own, there is nothing to wait for, and nothing to sum up.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..reports.record_tail import RecordTail
+from .stage_lock import began, ended_after, gave_up, newest_life, take_lock
+from .swarm import node_environment
+
+POLL_S = 0.5
+STARTING_S = 120.0  # imports, the model and the neighbours: no step is expected earlier
+PROGRESS_S, PROGRESS_STEPS = 60.0, 10  # and then one within so long, or within so many of the longest step so far
+STANDBY_S = 3.0  # that a lost stage stays free for its own supervisor, if that is only being started
+SUMMARY_S = 120.0  # for the other stages to end, and for a summary
+PAUSE_FIRST_S, PAUSE_MOST_S = 1.0, 30.0  # before a node is started again
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a supervisor is for.
+
+    stage: None is a standby, for any. peers: host:port of every stage, in order; a node listens on its own port, and
+    dials its successor. steps: of the whole run. node: further options for the node. health: a file that is touched as
+    long as the stage makes progress. restarts: how often a node that failed is started again.
+    """
+
+    run: Path
+    stage: int | None
+    peers: Sequence[str]
+    steps: int
+    node: Sequence[str] = ()
+    health: Path | None = None
+    restarts: int = 5
+
+    @property
+    def candidates(self) -> list[int]:
+        return list(range(len(self.peers))) if self.stage is None else [self.stage]
+
+
+class Supervisor:
+    """`run` does it all. say: where lines for people go."""
+
+    def __init__(self, assignment: Assignment, say: Say = lambda line: print(line, flush=True)) -> None:
+        self.assignment, self._say = assignment, say
+        self._told: int | None = None  # to stop, by that signal
+        self._passed_on = False
+        self._node: subprocess.Popen[bytes] | None = None
+        self._moved_s = time.monotonic()
+        self._stuck = self._mute = False
+
+    def run(self) -> int:
+        """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one.
+        Raises SupervisorError where a stage's lock cannot be opened."""
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._run()
+        finally:
+            if self._node and self._node.poll() is None:
+                self._node.kill()
+                self._node.wait()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        self._told = number
+        if self._node and self._node.poll() is None:
+            self._passed_on = True
+            self._node.send_signal(number)
+
+    def _run(self) -> int:
+        if self._complete():
+            return self._again()
+        claimed = self._claim()
+        if isinstance(claimed, int):
+            return claimed
+        stage, lock = claimed
+        try:
+            if stage == 0:
+                (self.assignment.run / "summary.json").unlink(missing_ok=True)  # of an earlier life of the run
+            os.ftruncate(lock, 0)
+            code = self._serve(stage, lock)
+            if code and not self._told:
+                with suppress(OSError):  # a full disk may be why
+                    os.write(lock, f"exit code {code}\n".encode())
+            return code if code or self._told else self._conclude(stage)
+        finally:
+            os.close(lock)
+
+    # -- which stage --------------------------------------------------------------------------------------------
+
+    def _complete(self) -> bool:
+        """Whether every stage has done all steps; where other machines have their records, whether this one was let go
+        after them. Its own `end` alone does not say that: a stage that was lost may need it to go back once more."""
+        if self.assignment.stage is not None and self._elsewhere():
+            return newest_life(self.assignment.run, self.assignment.stage) == (self.assignment.steps, True)
+        return all(
+            ended_after(self.assignment.run, stage) == self.assignment.steps
+            for stage in range(len(self.assignment.peers))
+        )
+
+    def _over(self) -> bool:
+        """Whether every stage has ended, be it early."""
+        return all(ended_after(self.assignment.run, stage) is not None for stage in range(len(self.assignment.peers)))
+
+    def _again(self) -> int:
+        self._say(
+            f"the run in {self.assignment.run} is complete: {self.assignment.steps} steps; another one needs "
+            "another directory, or this one to be removed"
+        )
+        return self._summary() if self.assignment.stage == 0 and not self._elsewhere() else 0
+
+    def _elsewhere(self) -> bool:
+        """Whether some of the stages leave no records in this directory."""
+        return not all(began(self.assignment.run, stage) for stage in range(len(self.assignment.peers)))
+
+    def _claim(self) -> tuple[int, int] | int:
+        """(stage, lock) as soon as there is one to serve; the exit code when the run is over, or this process told to
+        stop."""
+        standby = self.assignment.stage is None
+        said = served = False
+        free_s: dict[int, float] = {}
+        earlier = True  # what records say may be of an earlier life of the run, until they say that it goes on
+        began_s, taken_up = time.monotonic(), set[int]()  # and so may a mark, until it was seen to be gone
+        while not self._told:
+            over = self._over()
+            earlier = earlier and over
+            for stage in self.assignment.candidates:
+                if standby and not began(self.assignment.run, stage):
+                    continue
+                lock = take_lock(self.assignment.run, stage)
+                if lock is None:
+                    served = True
+                    free_s.pop(stage, None)
+                    continue
+                if served and over and not earlier:  # a run that was ended early is over too
+                    unsaid = stage == 0 and not (self.assignment.run / "summary.json").exists()
+                    code = self._summary() if unsaid else 0
+                    os.close(lock)
+                    return code
+                since_s = free_s.setdefault(stage, time.monotonic())
+                if not standby or time.monotonic() - since_s >= STANDBY_S:
+                    if standby or served:
+                        self._say(f"stage {stage} was lost; this one takes its place")
+                    return stage, lock
+                os.close(lock)
+            if not said and (standby or served):
+                said = True
+                self._say(
+                    "stands by for any stage"
+                    if standby
+                    else f"stage {self.assignment.stage} is served elsewhere; stands by"
+                )
+            marked = {stage for stage in self.assignment.candidates if gave_up(self.assignment.run, stage)}
+            taken_up |= set(self.assignment.candidates) - marked
+            late = time.monotonic() - began_s >= STARTING_S  # then nobody corrects what they say
+            if standby and len(marked) == len(self.assignment.candidates) and (late or len(taken_up) == len(marked)):
+                self._say("no stage could be served, so there is nothing to stand by for; see what each says")
+                return 1
+            self._healthy("stands by")
+            time.sleep(POLL_S)
+        return 0
+
+    # -- its node -----------------------------------------------------------------------------------------------
+
+    def _serve(self, stage: int, lock: int) -> int:
+        """Start the node, and again, until it ends well, or need not be tried again; returns its exit code."""
+        left, pause_s = self.assignment.restarts, PAUSE_FIRST_S
+        while True:
+            code = self._one_life(stage, lock)
+            if self._told or code in (0, 2):  # 2: bad input stays bad
+                return code if code >= 0 else 128 - code
+            why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            if not left:
+                self._say(
+                    f"stage {stage}: its node was {why}, and has been started {self.assignment.restarts} times again"
+                )
+                return code if code > 0 else 128 - code
+            self._say(f"stage {stage}: its node was {why}; it is started again in {pause_s:g} s")
+            left -= 1
+            time.sleep(pause_s)
+            pause_s = min(PAUSE_MOST_S, 2 * pause_s)
+
+    def _one_life(self, stage: int, lock: int) -> int:
+        assignment, records = self.assignment, self.assignment.run / f"stage-{stage}.jsonl"
+        resume = began(assignment.run, stage)
+        tail, newest = RecordTail(records, offset=records.stat().st_size if resume else 0), None
+        if resume:
+            self._say(f"stage {stage} has been started before; it goes on from its newest checkpoint")
+        self._moved_s, longest_s, shown = time.monotonic() + STARTING_S - PROGRESS_S, 0.0, None
+        if self._told:
+            return 0
+        self._node = subprocess.Popen(
+            self._command(stage, resume=resume),
+            stdin=subprocess.DEVNULL,
+            env=node_environment(),
+            start_new_session=True,  # a Ctrl-C in a terminal reaches the supervisor, which passes it on
+            pass_fds=[lock],
+        )
+        if self._told and not self._passed_on:  # just before it was there
+            self._node.send_signal(self._told)
+        while True:
+            try:
+                return self._node.wait(POLL_S)
+            except subprocess.TimeoutExpired:
+                for record in tail.read():
+                    newest = record if record["event"] == "step" else newest
+            if newest and newest is not shown:
+                self._moved_s = time.monotonic()
+                longest_s = max(longest_s, newest["seconds"])
+                if stage == 0:
+                    self._show(newest, shown)
+                shown = newest
+            quiet_s = time.monotonic() - self._moved_s
+            if quiet_s <= max(PROGRESS_S, PROGRESS_STEPS * longest_s):
+                self._healthy(f"stage {stage}: step {shown['step'] + 1}" if shown else f"stage {stage} starts")
+            elif not self._stuck:
+                self._stuck = True
+                self._say(f"stage {stage}: no step for {quiet_s:.0f} s")
+
+    def _command(self, stage: int, *, resume: bool) -> list[str]:
+        assignment, above, below = self.assignment, stage > 0, stage + 1 < len(self.assignment.peers)
+        command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(assignment.run / "run.toml")]
+        command += ["--stage", str(stage), "--out", str(assignment.run), "--parent", str(os.getpid()), *assignment.node]
+        command += ["--listen", f"0.0.0.0:{assignment.peers[stage].rpartition(':')[2]}"] if above else []
+        command += ["--next", assignment.peers[stage + 1]] if below else []
+        return [*command, "--resume"] if resume else command
+
+    def _show(self, step: dict[str, float], shown: dict[str, float] | None) -> None:
+        """A line at each tenth of the run."""
+        tenth, done = max(1, self.assignment.steps // 10), int(step["step"]) + 1
+        before = 0 if shown is None else int(shown["step"]) + 1
+        if shown is None or done // tenth > before // tenth or done == self.assignment.steps:
+            self._say(
+                f"step {done}/{self.assignment.steps}  loss {step['loss']:.3f}  {step['tokens_per_s']:.0f} tokens/s"
+            )
+
+    def _healthy(self, what: str) -> None:
+        self._stuck = False
+        if self.assignment.health is None:
+            return
+        try:
+            self.assignment.health.write_text(what + "\n", encoding="utf-8")
+        except OSError as error:  # the node is well, whoever cannot read of it
+            if not self._mute:
+                self._say(f"cannot write {self.assignment.health}: {error.strerror}; what reads it sees no progress")
+            self._mute = True
+        else:
+            self._mute = False
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _conclude(self, stage: int) -> int:
+        """The node has ended the run; wait for the others of this directory. Returns the exit code."""
+        if self._elsewhere():
+            self._say(
+                f"stage {stage} has ended; the records of other stages are not in {self.assignment.run}: copy them "
+                f"here, and `thinpipe summary {self.assignment.run}` sums up"
+            )
+            return 0
+        if stage:
+            done = self._until((self.assignment.run / "summary.json").exists, "the summary, by stage 0")
+            return 0 if done or self._told else 1
+        return self._summary() if self._until(self._over, "all stages to end") else 1
+
+    def _until(self, there: Callable[[], bool], what: str) -> bool:
+        deadline_s = time.monotonic() + SUMMARY_S
+        while not there():
+            if self._told:
+                return False
+            if time.monotonic() > deadline_s:
+                self._say(f"waited {SUMMARY_S:g} s for {what}; it did not come")
+                return False
+            self._healthy("the run has ended")
+            time.sleep(POLL_S)
+        return True
+
+    def _summary(self) -> int:
+        """In a session of its own: who is told to stop now still ends with what it is for."""
+        command = [sys.executable, "-m", "thinpipe.cli", "summary", str(self.assignment.run), "--write"]
+        return subprocess.run(command, env=node_environment(), start_new_session=True, check=False).returncode

@@ -1,0 +1,274 @@
+"""A swarm on this machine: the same node processes that a user starts by hand, watched and cleaned up.
+
+Nodes are started through the command line (`python -m thinpipe.cli node …`), each in its own session, so a Ctrl-C in
+the terminal reaches the launcher alone, which then stops them in order. Each node also watches the launcher: if that
+is killed, they end by themselves. Why subprocess and not multiprocessing: spawned workers re-import the parent's main
+module and share its file descriptors; a node must be exactly what runs on a separate machine.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..reports.figures import StageFigures
+from ..reports.metrics_address import MetricsAddress
+from ..reports.record_tail import RecordTail
+from .isolation import PORT, Isolation
+
+STOP_GRACE_S = 5.0
+POLL_S = 0.1
+ERROR_PREFIX = "thinpipe: error: "  # how a node begins the line with which it ends (cli.fail)
+
+
+class SwarmError(RuntimeError):
+    """A node ended the run; the message says which and why. `exit_code` is what the command should end with."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(slots=True)
+class NodeProcess:
+    """A process that serves a stage. log_from: what the log held before it."""
+
+    stage: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    log_from: int = 0
+
+
+def node_environment() -> dict[str, str]:
+    """One arithmetic thread a process, and no spinning: stages share cores, and spinning halves the throughput."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_ports(count: int) -> list[int]:
+    """Loopback ports that were free a moment ago; all are held open until all are known, so they differ."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def run_swarm(
+    run: Path,
+    *,
+    stages: int,
+    trace: bool = False,
+    resume: bool = False,
+    restarts: int = 0,
+    disks: Path | None = None,
+    isolation: Isolation | None = None,
+    keys: Path | None = None,
+    watch: Watch | None = None,
+    on_progress: Callable[[list[StageFigures]], None] | None = None,
+) -> None:
+    """Start `stages` nodes on `run`/run.toml and wait until all have ended.
+
+    `on_progress` gets, about ten times a second, what the records of every stage say so far. `resume`: go on from the
+    newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started again; the
+    others wait for it. `disks`, `isolation`, `keys`, `watch`: see `Swarm`. Raises SwarmError when a node ends early
+    otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run
+    after the step under way.
+    """
+    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch)
+    before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
+    try:
+        for stage in range(stages):
+            swarm.start(stage, resume=resume)
+        _watch(swarm, restarts, on_progress)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        swarm.stop()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """Who may look at the nodes. prometheus: where stage 0 serves its figures, each further stage one port further."""
+
+    prometheus: MetricsAddress | None = None
+    tensorboard: bool = False
+
+    def options(self, stage: int) -> list[str]:
+        """Of the command line of `stage`, whatever run.toml says."""
+        where = str(self.prometheus.of_stage(stage)) if self.prometheus else "none"
+        return ["--prometheus", where, *(["--tensorboard"] if self.tensorboard else [])]
+
+
+class Swarm:
+    """The node processes of a run on this machine. A stage keeps its port, whichever process serves it.
+
+    ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
+    disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
+    own; None: one for all. isolation: the namespaces that the nodes run in, which have one each. keys: directory of a
+    certificate that names all stages, for TLS between them. watch: who may look at the nodes (nobody).
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        stages: int,
+        trace: bool = False,
+        ports: list[int] | None = None,
+        next_ports: list[int] | None = None,
+        disks: Path | None = None,
+        isolation: Isolation | None = None,
+        keys: Path | None = None,
+        watch: Watch | None = None,
+    ) -> None:
+        self.run, self._disks, self._isolation, self._keys = run, disks, isolation, keys
+        self._watch = watch or Watch()
+        self.nodes: list[NodeProcess | None] = [None] * stages
+        self.ports = ports or ([PORT] * stages if isolation else free_ports(stages))
+        self._next_ports = next_ports or self.ports
+        self.draining = False  # nobody is started again
+        self._trace = trace
+        self._gone: list[NodeProcess] = []  # replaced, but perhaps still there
+
+    def start(self, stage: int, *, resume: bool) -> None:
+        """Start stage `stage`, in the place of the process that had it, if there was one."""
+        if before := self.nodes[stage]:
+            self._gone.append(before)
+        options = ["--listen", f"{self._host(stage)}:{self.ports[stage]}"] if stage else []
+        if stage + 1 < len(self.nodes):
+            options += ["--next", f"{self._host(stage + 1)}:{self._next_ports[stage + 1]}"]
+        if disk := self.disk(stage):
+            options += ["--set", f"checkpoint.directory={disk}"]
+        if self._trace:
+            options.append("--trace")
+        options += self._watch.options(stage)
+        prefix: list[str] = []
+        if self._isolation:
+            prefix = self._isolation.network.prefix(stage)
+            options += ["--link", str(self._isolation.link)]
+        if self._keys:
+            options += ["--keys", str(self._keys)]
+        elif self._isolation:  # addresses that leave a namespace, but not this machine
+            options.append("--insecure")
+        self.nodes[stage] = _start(self.run, stage, prefix, options, resume=resume)
+
+    def _host(self, stage: int) -> str:
+        return self._isolation.network.addresses[stage] if self._isolation else "127.0.0.1"
+
+    def disk(self, stage: int) -> Path | None:
+        """Where that stage keeps its checkpoints, and copies for its neighbours, if not with all others."""
+        return self._disks / f"stage-{stage}" if self._disks else None
+
+    def process(self, stage: int) -> subprocess.Popen[bytes]:
+        """The one that serves `stage` now."""
+        node = self.nodes[stage]
+        assert node
+        return node.process
+
+    def drain(self) -> None:
+        """Ask all to end after the step under way."""
+        self.draining = True
+        for node in self.nodes:
+            if node and node.process.poll() is None:
+                node.process.terminate()
+
+    def stop(self) -> None:
+        """Leave none behind."""
+        _stop([node for node in (*self.nodes, *self._gone) if node])
+
+
+def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool) -> NodeProcess:
+    """`prefix`: a command that becomes the node, in the same process."""
+    command = [*prefix, sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml")]
+    command += ["--stage", str(stage), "--out", str(run), "--parent", str(os.getpid()), *options]
+    if resume:
+        command.append("--resume")
+    log = run / f"stage-{stage}.log"
+    with log.open("ab" if resume else "wb") as output:
+        log_from = output.tell()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=node_environment(),
+            start_new_session=True,
+        )
+    return NodeProcess(stage, process, log, log_from)
+
+
+class Progress:
+    """What the records of a run's stages, in one directory, say as they grow."""
+
+    def __init__(self, run: Path, *, stages: int) -> None:
+        self._figures = [StageFigures(stage) for stage in range(stages)]
+        self._tails = [RecordTail(run / f"stage-{stage}.jsonl") for stage in range(stages)]
+
+    def look(self) -> list[StageFigures]:
+        for figures, tail in zip(self._figures, self._tails, strict=True):
+            for record in tail.read():
+                with suppress(KeyError, TypeError, ValueError, AttributeError):  # left by another version: not shown
+                    figures.take(record)
+        return self._figures
+
+
+def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures]], None] | None) -> None:
+    progress = Progress(swarm.run, stages=len(swarm.nodes))
+    while True:
+        nodes = [node for node in swarm.nodes if node]
+        codes = [node.process.poll() for node in nodes]
+        if on_progress:
+            on_progress(progress.look())
+        over = 0 in codes  # nobody leaves before all are through: who is lost now has nothing left to do
+        for node, code in zip(nodes, codes, strict=True):
+            if code and code != 2 and restarts and not over and not swarm.draining:
+                restarts -= 1
+                swarm.start(node.stage, resume=True)
+            elif code and not over:
+                raise SwarmError(exit_reason(node, code), 2 if code == 2 else 1)
+        if all(code is not None for code in codes) and over:
+            return
+        time.sleep(POLL_S)
+
+
+def exit_reason(node: NodeProcess, code: int) -> str:
+    """Which node ended and why: the signal that killed it, or its own last words."""
+    if code < 0:
+        name = signal.Signals(-code).name
+        why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
+        return f"stage {node.stage} was killed by {name}{why}; see {node.log}"
+    text = node.log.read_bytes()[node.log_from :].decode(errors="replace")
+    words = [line for line in text.splitlines() if line.strip()]
+    last = next((line for line in reversed(words) if line.startswith(ERROR_PREFIX)), None)
+    if last:
+        return f"stage {node.stage} ended: {last.removeprefix(ERROR_PREFIX)}"
+    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no word'}; see {node.log}"
+
+
+def _stop(nodes: list[NodeProcess]) -> None:
+    """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
+    alive = [node for node in nodes if node.process.poll() is None]
+    for node in alive:
+        node.process.send_signal(signal.SIGINT)  # stop now, and not after the step under way
+        node.process.terminate()  # one that only starts may have been born with SIGINT ignored
+    deadline = time.monotonic() + STOP_GRACE_S
+    for node in alive:
+        try:
+            node.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            node.process.kill()
+            node.process.wait()

@@ -1,0 +1,248 @@
+"""What a person sees of a run: a live bar while it trains, a table when it is done.
+
+On a terminal the bar is redrawn in place; where the output is a file or a pipe, a plain line is written at each tenth
+of the run, so that a log stays readable. Both show the same figures, from the same records that stay on disk.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .figures import StageFigures
+
+
+class RunDisplay:
+    """Use as a context manager; call `update` with the figures of all stages."""
+
+    def __init__(self, console: Console, *, steps: int) -> None:
+        self._console, self._steps = console, steps
+        self._progress: Progress | None = None
+        self._shown = -1
+        self._next_line = 0
+        self.text = ""
+
+    def __enter__(self) -> RunDisplay:
+        if self._console.is_terminal:
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.start()
+            self._task = self._progress.add_task("starting the stages", total=self._steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def update(self, stages: Sequence[StageFigures]) -> None:
+        """As of one poll; stage 0 leads. Nothing is shown until all have finished a step."""
+        done = stages[0].completed
+        if any(stage.loss is None for stage in stages) or done == self._shown:
+            return
+        self._shown = done
+        self.text = describe(stages)
+        if self._progress:
+            self._progress.update(self._task, completed=done, description=self.text)
+        elif done >= self._next_line or done == self._steps:
+            self._console.print(f"step {done}/{self._steps}  {self.text}", highlight=False, soft_wrap=True)
+            self._next_line = done + max(1, self._steps // 10)
+
+
+def describe(stages: Sequence[StageFigures]) -> str:
+    """`loss 5.123  1520 tokens/s  1051 bytes/token  ratio 0.97x`, of all processes that a stage has had."""
+    head = stages[0]
+    text = f"loss {head.loss:.3f}  {head.tokens_per_s or 0:.0f} tokens/s"
+    moved = sum(stage.moved_bytes for stage in stages)
+    if moved and head.dense_tokens:
+        ratio = sum(stage.dense_bytes for stage in stages) / moved
+        text += f"  {moved / head.dense_tokens:.0f} bytes/token  ratio {ratio:.2f}x"
+    return text
+
+
+def throttled(show: Callable[[list[dict[str, Any]]], None], every_s: float = 0.1) -> Callable[..., None]:
+    """For callers that report each step: at most one update in `every_s`, the first and every later due one."""
+    last = 0.0
+
+    def call(records: list[dict[str, Any]], *, final: bool = False) -> None:
+        nonlocal last
+        if final or time.monotonic() - last >= every_s:
+            last = time.monotonic()
+            show(records)
+
+    return call
+
+
+def _bits_per_s(value: float | None) -> str:
+    return "-" if value is None else f"{value / 1e6:.1f} Mb/s"
+
+
+def summary_tables(summary: dict[str, Any]) -> list[Table]:
+    """Three tables: the run, its stages, its links."""
+    run = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']} tokens ({summary['mode']})")
+    for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
+        run.add_column(column, justify="right")
+    ratio, val_loss, per_token = summary["ratio"], summary["val_loss"], summary["bytes_per_token"]
+    run.add_row(
+        f"{summary['first_loss']:.3f} -> {summary['train_loss']:.3f}",
+        "-" if val_loss is None else f"{val_loss:.4f}",
+        f"{summary['tokens_per_s']:.0f}",
+        "unknown" if per_token is None else f"{per_token:.1f}",
+        "unknown" if per_token is None else "-" if ratio is None else f"{ratio:.3f}x",
+    )
+    stages = Table(title="stages")
+    for column in ("stage", "compute", "codec", "waiting", "peak memory", "state"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(summary["stages"]):
+        seconds = [f"{stage[name]:.1f} s" for name in ("compute_s", "codec_s", "wait_s")]
+        memory = f"{stage['peak_rss_bytes'] / 2**20:.0f} MiB"
+        stages.add_row(str(index), *seconds, memory, stage["state_sha256"][:12])
+    tables = [run, stages]
+    if summary["boundaries"]:
+        tables.append(_links_table(summary))
+    if any("orthonormality_error_master" in entry["codec"] for entry in summary["boundaries"]):
+        tables.append(_projectors_table(summary))
+    if any(
+        way in entry["codec"] for entry in summary["boundaries"] for way in ("activation_usage_1", "gradient_usage_1")
+    ):
+        tables.append(_codebooks_table(summary))
+    return tables
+
+
+def _projectors_table(summary: dict[str, Any]) -> Table:
+    projectors = Table(title="learned projections", caption="at the last step; distance from the manifold in ‖AᵀA - I‖")
+    for column in ("boundary", "distance, as learned", "as shipped", "moved", "lost by projecting", "anchors"):
+        projectors.add_column(column, justify="right")
+    for entry in summary["boundaries"]:
+        figures = entry["codec"]
+        if "orthonormality_error_master" not in figures:  # no step of that stage is on record
+            continue
+        projectors.add_row(
+            f"{entry['boundary']}-{entry['boundary'] + 1}",
+            f"{figures['orthonormality_error_master']:.1e}",
+            f"{figures['orthonormality_error_shipped']:.1e}",
+            f"{math.degrees(figures['angle_moved_rad']):.3f}°",
+            f"{figures['reconstruction_error']:.1%}",
+            f"{figures['anchor_norm']:.3f}" if "anchor_norm" in figures else "-",
+        )
+    return projectors
+
+
+def _codebooks_table(summary: dict[str, Any]) -> Table:
+    codebooks = Table(
+        title="codebooks",
+        caption="in the last step, for each level; lost by coding; stale: master less shipped, relative to the master",
+    )
+    for column in ("boundary", "of", "used", "perplexity", "revived", "lost", "stale"):
+        codebooks.add_column(column, justify="right")
+    for entry in summary["boundaries"]:
+        for way in ("activation", "gradient"):
+            prefix = f"{way}_"
+            figures = {name.removeprefix(prefix): x for name, x in entry["codec"].items() if name.startswith(prefix)}
+            levels = [name.removeprefix("usage_") for name in figures if name.startswith("usage_")]
+            if levels:
+                codebooks.add_row(
+                    f"{entry['boundary']}-{entry['boundary'] + 1}",
+                    f"{way}s",
+                    ", ".join(f"{figures[f'usage_{level}']:.0%}" for level in levels),
+                    ", ".join(f"{figures[f'perplexity_{level}']:.0f}" for level in levels),
+                    f"{figures['revived']:.0f}",
+                    f"{figures['reconstruction_error']:.1%}",
+                    f"{figures['staleness']:.1%}",
+                )
+    return codebooks
+
+
+def _links_table(summary: dict[str, Any]) -> Table:
+    links = Table(
+        title="links",
+        caption="at start: filler alone; measured: while the queue was not empty (50 ms of traffic and more)",
+    )
+    for column in ("boundary", "configured", "at start", "measured", "used", "bytes"):
+        links.add_column(column, justify="right")
+    at_start = {(check["boundary"], check["direction"]): check for check in summary["link_check"]}
+    for entry in summary["boundaries"]:
+        for direction in ("forward", "backward"):
+            way, check = entry[direction], at_start.get((entry["boundary"], direction))
+            used = way["utilisation"]
+            links.add_row(
+                f"{entry['boundary']}-{entry['boundary'] + 1} {direction}",
+                _bits_per_s(way["configured_bits_per_s"]),
+                _bits_per_s(check and check["measured_bits_per_s"]) + (" (!)" if check and check["warning"] else ""),
+                _bits_per_s(way["measured_bits_per_s"]),
+                "-" if used is None else f"{used:.1%}",
+                f"{sum(way['sent_bytes'].values()) / 1e6:.2f} MB",
+            )
+    return links
+
+
+def probe_table(figures: dict[str, Any]) -> Table:
+    """What `thinpipe probe` found, for people."""
+    trip = figures["round_trip"]
+    table = Table(
+        title=f"the path to {figures['address']}, link {figures['link']}",
+        caption=f"rates of the steady part of {figures['seconds']:g} s; {trip['count']} round trips",
+    )
+    for column in ("", "configured", "measured", "off"):
+        table.add_column(column, justify="right")
+
+    def off(configured: float | None, measured: float | None) -> str:
+        return f"{measured / configured - 1:+.1%}" if configured and measured is not None else "-"
+
+    for name, said in (("up", "up, from here"), ("down", "down, to here")):
+        rates = [figures[name][f"{which}_bits_per_s"] for which in ("configured", "measured")]
+        table.add_row(said, *map(_bits_per_s, rates), off(*rates))
+    for name, said in (("median_s", "round trip, median"), ("least_s", "least")):
+        configured = trip["configured_s"]
+        cells = ["-" if value is None else f"{value * 1000:.2f} ms" for value in (configured, trip[name])]
+        table.add_row(said, *cells, off(configured, trip[name]))
+    return table
+
+
+def plan_tables(figures: dict[str, Any]) -> list[Table]:
+    """What `thinpipe plan` found, for people."""
+    whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")
+    for column in ("seconds a step", "tokens/s", "of uncapped", "busiest", "ratio to dense bf16"):
+        whole.add_column(column, justify="right")
+    whole.add_row(
+        f"{figures['step_s']:.3g}",
+        f"{figures['tokens_per_s']:.4g}",
+        f"{figures['tokens_per_s'] / figures['uncapped_tokens_per_s']:.1%}",
+        figures["bottleneck"],
+        f"{figures['ratio']:.1f}x",
+    )
+    stages = Table(title="stages, for one microbatch")
+    for column in ("stage", "forward", "backward", "computes", "in flight at most"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(figures["stages"]):
+        milliseconds = [f"{stage[way] * 1000:.3g} ms" for way in ("forward_s", "backward_s")]
+        stages.add_row(str(index), *milliseconds, f"{stage['compute_share']:.1%}", str(stage["microbatches_in_flight"]))
+    if not figures["boundaries"]:
+        return [whole, stages]
+    sizes = figures["bytes_per_microbatch"]
+    links = Table(
+        title="boundaries",
+        caption=f"a microbatch is {sizes['forward']:,} bytes down and {sizes['backward']:,} up, framed",
+    )
+    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of"):
+        links.add_column(column, justify="right")
+    for index, boundary in enumerate(figures["boundaries"]):
+        bound = boundary["compute_bound_at_ratio"]
+        links.add_row(
+            f"{index}-{index + 1}",
+            f"{boundary['forward_share']:.1%}",
+            f"{boundary['backward_share']:.1%}",
+            "any" if bound is None or bound <= 1 else f"{bound:.1f}x",
+        )
+    return [whole, stages, links]

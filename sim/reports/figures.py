@@ -1,0 +1,292 @@
+"""What a stage is doing, folded from its records one after the other.
+
+Every view is made of this: the Prometheus endpoint of a node folds the records as they are written, `thinpipe top` and
+the bar of `thinpipe up` fold the same lines from the disk, and TensorBoard gets what is in it. So they cannot disagree,
+and none of them comes near the compute thread. Memory is constant: of steps the last few are kept, of faults the last
+hundred.
+
+A process counts from zero, so of one that was replaced its last counts are kept and added to. Steps that were gone back
+behind are done again: `tokens` counts them twice, as work was done; the ratio counts them once, as the summary does.
+
+Records, and figures over HTTP, may be a stranger's, and every view makes rows and bars of them: so whoever reads them
+holds stages, times and quantities to what can be (quantities.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .quantities import any_number, moment, quantity, stage_count, stage_number, whole
+from .summary import OUTSIDE_RATIO
+
+RECENT_STEPS = 10  # over which rates and shares are taken
+FAULTS_KEPT = 100
+CODES_MAX = 64  # of faults that are told apart; a peer has a say in them
+STATES = ("starting", "training", "halted", "ended", "stopped", "failed")
+STALENESS = {"projector": "staleness", "activations": "activation_staleness", "gradients": "gradient_staleness"}
+
+Way = tuple[int, str]  # boundary, direction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkFigures:
+    """One direction of a boundary, of which this stage is the sender. None: not capped here, or not measured.
+
+    at_start: filler alone. measured: while the queue was not empty. used: by training, over the last steps. received:
+    what came the other way.
+    """
+
+    configured_bits_per_s: float | None = None
+    at_start_bits_per_s: float | None = None
+    measured_bits_per_s: float | None = None
+    used_bits_per_s: float | None = None
+    round_trip_s: float | None = None
+    sent_bytes: dict[str, int] = field(default_factory=dict)
+    received_bytes: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """Used over configured, or over what was measured where there is no cap."""
+        most = self.configured_bits_per_s or self.measured_bits_per_s or self.at_start_bits_per_s
+        return self.used_bits_per_s / most if most and self.used_bits_per_s is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DictionaryFigures:
+    """One end of a learned table. version: (generation, step, microbatch, number). staleness: master less shipped,
+    relative
+    to the master; the owner alone knows it."""
+
+    boundary: int
+    dictionary: str
+    end: str
+    version: tuple[int, int, int, int] | None = None
+    staleness: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FaultFigures:
+    time_s: float
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    seconds: float
+    tokens: int
+    spent: dict[str, float]
+    used_bits: dict[Way, float]
+
+
+@dataclass(slots=True)
+class StageFigures:
+    """None: not known (yet). *_s: seconds since the process began. *_share: of the time of the last steps."""
+
+    stage: int
+    run: str = ""
+    stages: int | None = None
+    steps: int | None = None
+    host: str = ""
+    process: int | None = None
+    state: str = "starting"
+    completed: int = 0
+    loss: float | None = None
+    val_loss: float | None = None
+    grad_norm: float | None = None
+    generation: int = 0
+    committed: int | None = None
+    tokens: int = 0
+    tokens_per_s: float | None = None
+    train_s: float = 0.0
+    compute_s: float = 0.0
+    encode_s: float = 0.0
+    wait_s: float = 0.0
+    compute_share: float | None = None
+    encode_share: float | None = None
+    wait_share: float | None = None
+    rss_bytes: int | None = None
+    dense_bytes: int = 0
+    dense_tokens: int = 0  # of the steps that are in dense_bytes
+    last_record_s: float | None = None
+    links: dict[Way, LinkFigures] = field(default_factory=dict)
+    dictionaries: list[DictionaryFigures] = field(default_factory=list)
+    faults: deque[FaultFigures] = field(default_factory=lambda: deque(maxlen=FAULTS_KEPT))
+    faults_by_code: Counter[str] = field(default_factory=Counter)
+    _recent: deque[_Step] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    _first_step: int | None = None  # the earliest whose bytes are in the counts
+    _earlier: dict[Way, LinkFigures] = field(default_factory=dict)  # counted by processes before this one
+
+    @property
+    def moved_bytes(self) -> int:
+        """Sent in training, as the ratio has it."""
+        return sum(
+            count
+            for link in self.links.values()
+            for kind, count in link.sent_bytes.items()
+            if kind not in OUTSIDE_RATIO
+        )
+
+    @property
+    def ratio(self) -> float | None:
+        """Of what this stage sends: dense bf16 bytes / all framed bytes."""
+        return self.dense_bytes / self.moved_bytes if self.dense_bytes and self.moved_bytes else None
+
+    def take(self, record: dict[str, Any]) -> None:
+        """The next record. Raises TypeError, KeyError or ValueError for one that is not as a node writes it; of what it
+        says nothing is then taken."""
+        time_s = moment(record["time_s"])
+        match record["event"]:
+            case "start":
+                self._start(record)
+            case "ready":
+                self._ready(record)
+            case "step":
+                self._step(record)
+            case "evaluation":
+                self.val_loss = any_number(record["val_loss"])
+            case "checkpoint":
+                self.committed = whole(record["completed"])
+            case "view_change":
+                self.state = "halted"
+            case "rollback":
+                self._rollback(record)
+            case "fault":
+                self._fault(time_s, str(record["code"]), str(record["reason"]))
+            case "end":
+                self.completed, self.state = whole(record["steps"]), "ended"
+            case "exit":
+                code = whole(record["exit_code"])
+                self.state = {0: "ended", 130: "stopped"}.get(code, "failed")
+            case _:
+                pass
+        self.last_record_s = time_s
+
+    def _start(self, record: dict[str, Any]) -> None:
+        known = {
+            "run": str(record.get("run", "")),
+            "host": str(record.get("host", "")),
+            "stages": _maybe(stage_count, record.get("stages")),
+            "steps": _maybe(whole, record.get("steps")),
+            "process": _maybe(whole, record.get("process")),
+        }
+        for name, value in known.items():
+            setattr(self, name, value)
+        self.state = "starting"
+        self._earlier = dict(self.links)
+        self._recent.clear()
+
+    def _ready(self, record: dict[str, Any]) -> None:
+        found: dict[Way, LinkFigures] = {}
+        for check in record["link_check"]:
+            way = _way(check)
+            found[way] = replace(
+                self.links.get(way, LinkFigures()),
+                configured_bits_per_s=_maybe(quantity, check["configured_bits_per_s"]),
+                at_start_bits_per_s=_maybe(quantity, check["measured_bits_per_s"]),
+                round_trip_s=_maybe(quantity, check["round_trip_s"]),
+            )
+        self.links.update(found)
+        self.state = "training"
+
+    def _step(self, record: dict[str, Any]) -> None:
+        step, tokens, seconds = whole(record["step"]), whole(record["tokens"]), quantity(record["seconds"])
+        spent = {name: quantity(record[f"{name}_s"]) for name in ("compute", "codec", "wait")}
+        links = self._links(record)
+        says = {_way(link): link for link in record.get("links", [])}
+        used = {way: quantity(link["used_bits_per_s"]) * seconds for way, link in says.items()}
+        dictionaries = [_dictionary(said, record.get("codec", {})) for said in record.get("dictionaries", [])]
+        figures = {
+            "loss": any_number(record["loss"]),
+            "grad_norm": _maybe(any_number, record.get("grad_norm")),
+            "rss_bytes": _maybe(whole, record.get("rss_bytes")),
+            "generation": whole(record.get("generation", self.generation)),
+        }
+        dense_bytes = whole(record.get("dense_bytes", 0))
+        # From here on nothing is refused.
+        for name, value in figures.items():
+            setattr(self, name, value)
+        self.state, self.completed, self.dictionaries = "training", step + 1, dictionaries
+        self.tokens += tokens
+        self.train_s += seconds
+        self.compute_s += spent["compute"]
+        self.encode_s += spent["codec"]
+        self.wait_s += spent["wait"]
+        self._first_step = step if self._first_step is None else min(step, self._first_step)
+        counted = self.completed - self._first_step
+        self.dense_bytes, self.dense_tokens = dense_bytes * counted, tokens * counted
+        self._recent.append(_Step(seconds, tokens, spent, used))
+        whole_s = sum(each.seconds for each in self._recent)
+        if whole_s > 0:
+            self.tokens_per_s = sum(each.tokens for each in self._recent) / whole_s
+            self.compute_share, self.encode_share, self.wait_share = (
+                sum(each.spent[name] for each in self._recent) / whole_s for name in ("compute", "codec", "wait")
+            )
+        for way, link in links.items():
+            bits = sum(each.used_bits.get(way, 0.0) for each in self._recent)
+            links[way] = replace(link, used_bits_per_s=bits / whole_s if way in says and whole_s > 0 else None)
+        self.links.update(links)
+
+    def _links(self, record: dict[str, Any]) -> dict[Way, LinkFigures]:
+        """What this record says of each, on top of what is known."""
+        found: dict[Way, LinkFigures] = {}
+        for name, rows in record["sent_bytes"].items():
+            boundary = stage_number(int(name.removeprefix("boundary ").partition("-")[0]))
+            way = (boundary, "forward" if boundary == self.stage else "backward")
+            sent = Counter(self._earlier.get(way, LinkFigures()).sent_bytes)
+            sent.update({str(kind): whole(count) for kind, count in rows.items()})
+            found[way] = replace(self.links.get(way, LinkFigures()), sent_bytes=dict(sent))
+        for link in record.get("links", []):
+            way = _way(link)
+            found[way] = replace(
+                found.get(way, self.links.get(way, LinkFigures())),
+                configured_bits_per_s=_maybe(quantity, link["configured_bits_per_s"]),
+                measured_bits_per_s=_maybe(quantity, link["measured_bits_per_s"]),
+                received_bytes=self._earlier.get(way, LinkFigures()).received_bytes + whole(link["received_bytes"]),
+            )
+        return found
+
+    def _rollback(self, record: dict[str, Any]) -> None:
+        generation, completed = whole(record["generation"]), whole(record["completed"])
+        self.generation, self.completed, self.state = generation, completed, "starting"
+        if record["source"] == "disk":
+            self.committed = completed
+        elif self.committed is not None:
+            self.committed = min(self.committed, completed)  # what was written of later steps is not gone on from
+        if self._first_step is not None:
+            self._first_step = min(self._first_step, completed)
+        self._recent.clear()
+
+    def _fault(self, time_s: float, code: str, reason: str) -> None:
+        counted = code if code in self.faults_by_code or len(self.faults_by_code) < CODES_MAX else "other"
+        self.faults_by_code[counted] += 1
+        self.faults.append(FaultFigures(time_s=time_s, code=code, reason=reason))
+
+
+def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigures:
+    name, end = str(said["dictionary"]), str(said["end"])
+    version = None
+    if (found := said["version"]) is not None:
+        generation, step, microbatch, number = map(whole, found)
+        version = (generation, step, microbatch, number)
+    staleness = codec.get(STALENESS.get(name, "")) if end == "owner" else None
+    return DictionaryFigures(
+        boundary=stage_number(said["boundary"]),
+        dictionary=name,
+        end=end,
+        version=version,
+        staleness=_maybe(any_number, staleness),
+    )
+
+
+def _way(link: dict[str, Any]) -> Way:
+    direction = str(link["direction"])
+    if direction not in ("forward", "backward"):
+        raise ValueError(direction)
+    return stage_number(link["boundary"]), direction
+
+
+def _maybe(kind: Any, value: Any) -> Any:
+    return None if value is None else kind(value)

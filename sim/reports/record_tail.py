@@ -1,0 +1,52 @@
+"""Records as they are written: a JSON-lines file that grows, read from where the last look ended.
+
+A line that is still being written is left for the next look. A file that became shorter, or is another one, belongs to
+another run that took its place, and is read from its beginning. What is no record is counted and passed over: who
+watches must not fall over what a full disk left behind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HEAD_BYTES = 256
+
+
+class RecordTail:
+    """replacements: rises when the file was replaced. unreadable: lines that were no record."""
+
+    def __init__(self, path: Path, *, offset: int = 0) -> None:
+        """offset: what is before it is not read."""
+        self.path = path
+        self.replacements = 0
+        self.unreadable = 0
+        self._offset = offset
+        self._head = b""  # its beginning, which no other run's file shares: there is a time in it
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """The records that came since the last call; none where there is no file."""
+        try:
+            file = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with file:
+            head = file.read(HEAD_BYTES)
+            if head[: len(self._head)] != self._head:
+                self.replacements, self._offset, self.unreadable = self.replacements + 1, 0, 0
+            self._head = head[: self._offset or None]
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                try:
+                    record = json.loads(line)
+                except ValueError:
+                    record = None
+                if isinstance(record, dict) and isinstance(record.get("event"), str):
+                    yield record
+                else:
+                    self.unreadable += 1

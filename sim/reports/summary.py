@@ -1,0 +1,217 @@
+"""From the nodes' records to one summary. Reads JSON lines, writes `summary.json`, invents nothing.
+
+The ratio is always `dense bf16 bytes, both ways / all framed bytes, both ways`: the numerator is what an uncompressed
+pipeline would have to move (2 bytes x width x tokens x 2 directions x boundaries), the denominator everything that the
+nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames. Evaluation and
+the probe at the start have rows of their own outside the ratio. Bytes are counted once, where they are sent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """All whole records of one stage's file; a last line that is still being written is left out."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def dense_bytes(*, width: int, tokens: int, stages: int) -> int:
+    """What an uncompressed bf16 pipeline moves, both ways, over all boundaries."""
+    return dense_bytes_one_way(width=width, tokens=tokens) * 2 * (stages - 1)
+
+
+def dense_bytes_one_way(*, width: int, tokens: int) -> int:
+    """The same over one boundary in one direction: bf16 is two bytes."""
+    return 2 * width * tokens
+
+
+def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:
+    """Sum of the newest `sent_bytes` of several stages' records; they are running totals."""
+    total: Counter[str] = Counter()
+    for record in records:
+        for rows in record["sent_bytes"].values():
+            total.update(rows)
+    return total
+
+
+def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The step records that count, in order: each step's newest, and none past the end. (A step that was gone back
+    behind may be done again and recorded, or be taken up from an older generation's checkpoint, which has the same
+    bits.)"""
+    done: dict[int, dict[str, Any]] = {}
+    end: int | None = None
+    for record in records:
+        if record["event"] == "start":
+            end = None  # of an earlier life
+        elif record["event"] == "step":
+            done[record["step"]] = record
+        elif record["event"] == "end":
+            end = record["steps"]
+    return [done[step] for step in sorted(done) if end is None or step < end]
+
+
+def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
+    """Bytes by kind that all the processes sent that wrote `records`, one after the other: each counts from zero, and
+    of one that was lost the newest count stands."""
+    total: Counter[str] = Counter()
+    newest: Counter[str] = Counter()
+    for record in records:
+        if record["event"] == "start":
+            total.update(newest)
+            newest = Counter()
+        elif record["event"] == "step":
+            newest = total_by_kind([record])
+        elif record["event"] == "end":
+            newest = Counter()
+            for link in record["links"]:
+                newest.update(link["sent_bytes"])
+    total.update(newest)
+    return total
+
+
+def end_of(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """How the newest of the processes that wrote `records` ended the run; None while it has not."""
+    end: dict[str, Any] | None = None
+    for record in records:
+        if record["event"] in ("start", "end"):
+            end = record if record["event"] == "end" else None
+    return end
+
+
+def lacking(steps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The stages whose records have fewer steps than were done: those of a process before them stayed on a machine
+    that was lost, and with them what it sent."""
+    done = {record["step"] for of_stage in steps for record in of_stage}
+    return [
+        {
+            "stage": stage,
+            "first_step": of_stage[0]["step"] if of_stage else None,
+            "steps": len(of_stage),
+            "of_steps": len(done),
+        }
+        for stage, of_stage in enumerate(steps)
+        if len(of_stage) < len(done)
+    ]
+
+
+def lacking_lines(summary: dict[str, Any]) -> list[str]:
+    """For people, who count steps from 1; one a stage."""
+    return [
+        f"stage {found['stage']}: its records have {found['steps']} of {found['of_steps']} steps"
+        + ("" if found["first_step"] is None else f", the first is step {found['first_step'] + 1}")
+        + "; what it sent in the others was not kept, so bytes/token and ratio are unknown"
+        for found in summary["lacking"]
+    ]
+
+
+def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
+    """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end,
+    or nothing was done. Where the records of a stage lack steps, bytes/token and ratio are None: tokens would be
+    counted whose bytes are not."""
+    by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
+    ends: list[dict[str, Any]] = []
+    steps: list[list[dict[str, Any]]] = []
+    for stage, records in enumerate(by_stage):
+        end = end_of(records)
+        if end is None:
+            raise ValueError(f"stage {stage} wrote no end record in {run}: the run did not finish")
+        ends.append(end)
+        steps.append(steps_of(records))
+    head = steps[0]
+    if not any(steps):
+        raise ValueError(f"the run in {run} ended before its first step; go on with --resume")
+    if not head:
+        raise ValueError(f"the records of stage 0 in {run} have no step: those of the process before it are missing")
+    tokens = sum(record["tokens"] for record in head)
+    train_s = sum(record["seconds"] for record in by_stage[0] if record["event"] == "step")  # what was done twice too
+    sent: Counter[str] = Counter()
+    for records in by_stage:
+        sent.update(sent_by(records))
+    lacks = lacking(steps)
+    in_ratio = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
+    dense = dense_bytes(width=width, tokens=tokens, stages=stages)
+    evaluations = [record for record in by_stage[0] if record["event"] == "evaluation"]
+    last = head[-max(1, len(head) // 10) :]
+    return {
+        "mode": mode,
+        "steps": len(head),
+        "tokens": tokens,
+        "tokens_per_step": head[-1]["tokens"],
+        "first_loss": head[0]["loss"],
+        "train_loss": sum(record["loss"] for record in last) / len(last),
+        "val_loss": evaluations[-1]["val_loss"] if evaluations else None,
+        "train_s": train_s,
+        "tokens_per_s": tokens / train_s,
+        "bytes": {**dict(sorted(sent.items())), "total": in_ratio},
+        "bytes_per_token": None if lacks else in_ratio / tokens,
+        "dense_bf16_bytes": dense,
+        "ratio": dense / in_ratio if in_ratio and not lacks else None,
+        "lacking": lacks,
+        "boundaries": _boundaries(ends, [of_stage[-1].get("codec", {}) if of_stage else {} for of_stage in steps]),
+        "link_check": [
+            {"stage": stage, **check}
+            for stage, records in enumerate(by_stage)
+            for check in next((r.get("link_check", []) for r in reversed(records) if r["event"] == "ready"), [])
+        ],
+        "stages": [
+            {
+                "cpu_s": end["cpu_s"],
+                "compute_s": end["compute_s"],
+                "codec_s": end["codec_s"],
+                "wait_s": end["wait_s"],
+                "peak_rss_bytes": end["peak_rss_bytes"],
+                "state_bytes": end["state_bytes"],
+                "state_sha256": end["state_sha256"],
+            }
+            for end in ends
+        ],
+        "rollbacks": [record for record in by_stage[0] if record["event"] == "rollback"],
+        "faults": [
+            {"stage": stage, "code": record["code"], "reason": record["reason"]}
+            for stage, records in enumerate(by_stage)
+            for record in records
+            if record["event"] == "fault"
+        ],
+    }
+
+
+def _boundaries(ends: list[dict[str, Any]], codecs: list[dict[str, float]]) -> list[dict[str, Any]]:
+    """One entry a boundary; its headline figures are those of the direction that used the link more. `codec`: what was
+    learned there at the last step, as the stage above said, and of gradients the stage below."""
+    boundaries = []
+    for boundary, (above, below) in enumerate(itertools.pairwise(codecs)):
+        codec = {name: value for name, value in above.items() if not name.startswith("gradient_")}
+        codec |= {name: value for name, value in below.items() if name.startswith("gradient_")}
+        ways = {
+            link["direction"]: {key: value for key, value in link.items() if key not in ("boundary", "direction")}
+            for end in ends
+            for link in end["links"]
+            if link["boundary"] == boundary
+        }
+        busier = max(ways.values(), key=lambda way: sum(way["sent_bytes"].values()))
+        boundaries.append(
+            {
+                "boundary": boundary,
+                "configured_bits_per_s": busier["configured_bits_per_s"],
+                "measured_bits_per_s": busier["measured_bits_per_s"],
+                "utilisation": busier["utilisation"],
+                "codec": codec,
+                **ways,
+            }
+        )
+    return boundaries
+
+
+def write_summary(run: Path, summary: dict[str, Any]) -> None:
+    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

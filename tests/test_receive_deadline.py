@@ -1,0 +1,206 @@
+"""How long is waited for a message, and for whom: deadlines that follow from the link, the work and who is missing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from thinpipe.node.links.control_stream import LIMITS, Control
+from thinpipe.node.links.outgoing import Write
+from thinpipe.node.receive_deadline import LEAST_S, TIMES, ReceiveDeadline
+from thinpipe.protocol.control_messages import CopyPart, Heartbeat
+from thinpipe.protocol.effects import Side
+from thinpipe.protocol.errors import RemoteProtocolError
+from thinpipe.protocol.greeting import NodeIdentity
+from thinpipe.protocol.messages import Frame, decode_frame, encode_frame
+from thinpipe.protocol.rollback import Rollback
+
+NEVER = float("inf")
+
+
+def test_the_deadline_follows_the_work_and_the_bytes() -> None:
+    deadline = ReceiveDeadline(transfer_s=7.0)
+    assert deadline.timeout_s == LEAST_S + TIMES * 7
+    deadline.observe(0.5)
+    assert deadline.timeout_s == LEAST_S + TIMES * 7
+    deadline.observe(200.0)
+    deadline.observe(3.0)  # the longest counts
+    assert deadline.timeout_s == TIMES * 207
+
+
+def test_the_users_own_deadline_wins() -> None:
+    deadline = ReceiveDeadline(transfer_s=7.0, fixed_s=5.0)
+    deadline.observe(200.0)
+    assert deadline.timeout_s == 5.0
+
+
+@pytest.mark.parametrize(("missing", "counts"), [((0.0, NEVER), True), ((5.0, 0.0), False), ((0.0, 100.0), False)])
+def test_an_outage_says_nothing_of_work(missing: tuple[float, float], counts: bool) -> None:
+    deadline = ReceiveDeadline(missing_s=lambda: missing)
+    deadline.observe(1200.0)
+    assert deadline.timeout_s == (TIMES * 1200 if counts else LEAST_S)
+
+
+@pytest.mark.parametrize(
+    ("missing", "once_more"),
+    [
+        ((0.0, NEVER), False),  # all are there, and always were
+        ((1.0, 0.0), True),  # somebody is missing
+        ((99.0, 0.0), True),
+        ((101.0, 0.0), False),  # for longer than anybody waits
+        ((0.0, 59.0), True),  # somebody was missing while this wait went on
+        ((0.0, 61.0), False),
+    ],
+)
+def test_nobody_is_late_while_somebody_is_missing(missing: tuple[float, float], once_more: bool) -> None:
+    deadline = ReceiveDeadline(fixed_s=60.0, replacement_s=100.0, missing_s=lambda: missing)
+    assert deadline.extend(60.0) is once_more
+
+
+def chain(stages: int) -> list[Rollback]:
+    identities = [
+        NodeIdentity(run_id="r", configuration="c", stage=stage, stages=stages, incarnation=stage + 1)
+        for stage in range(stages)
+    ]
+    machines = [Rollback(identity, joining=False) for identity in identities]
+    for stage in range(stages - 1):
+        machines[stage].meet("below", machines[stage + 1].greeting())
+        machines[stage + 1].meet("above", machines[stage].greeting())
+    return machines
+
+
+def beat(machines: list[Rollback]) -> None:
+    """Everybody says Heartbeat to everybody who is there, once."""
+    sides: tuple[tuple[Side, int, Side], ...] = (("above", -1, "below"), ("below", 1, "above"))
+    for side, step, back in sides:
+        for stage, machine in enumerate(machines):
+            if machine.peers[side] is not None:
+                machines[stage + step].receive(back, machine.heartbeat(side))
+
+
+@pytest.mark.parametrize("lost", range(5))
+def test_all_learn_who_is_missing_and_that_it_is_back(lost: int) -> None:
+    machines = chain(5)
+    beat(machines)
+    assert [machine.heartbeats.missing for machine in machines] == [0] * 5
+    for neighbour, side in ((lost - 1, "below"), (lost + 1, "above")):
+        if 0 <= neighbour < 5:
+            machines[neighbour].part(side)  # pyright: ignore[reportArgumentType]
+    for side in ("above", "below"):
+        machines[lost].part(side)
+    for _ in range(5):
+        beat(machines)
+    assert [machine.heartbeats.missing for stage, machine in enumerate(machines) if stage != lost] == [lost + 1] * 4
+    for neighbour, side, back in ((lost - 1, "below", "above"), (lost + 1, "above", "below")):
+        if 0 <= neighbour < 5:
+            machines[neighbour].meet(side, machines[lost].greeting())  # pyright: ignore[reportArgumentType]
+            machines[lost].meet(back, machines[neighbour].greeting())  # pyright: ignore[reportArgumentType]
+    for _ in range(5):
+        beat(machines)
+    assert [machine.heartbeats.missing for machine in machines] == [0] * 5
+
+
+def test_all_learn_how_old_the_oldest_copy_is() -> None:
+    """And keep their own checkpoints from there on, since a lost disk takes all back to its copy."""
+    machines = chain(4)
+    for _ in range(4):
+        beat(machines)
+    assert [machine.heartbeats.copied_by_all for machine in machines] == [0] * 4
+    for machine, copied in zip(machines, (30, 20, 50, 40), strict=True):
+        machine.heartbeats.copied = copied
+    for _ in range(4):
+        beat(machines)
+    assert [machine.heartbeats.copied_by_all for machine in machines] == [20] * 4
+    machines[1].heartbeats.copied = 60
+    for _ in range(4):
+        beat(machines)
+    assert [machine.heartbeats.copied_by_all for machine in machines] == [30] * 4
+    machines[3].heartbeats.copied = 0  # its neighbour was lost, and the copies with it
+    for _ in range(4):
+        beat(machines)
+    assert [machine.heartbeats.copied_by_all for machine in machines] == [0] * 4
+    assert Rollback(machines[0].identity, joining=True).heartbeats.copied_by_all == 0
+
+
+def test_a_stage_that_there_is_not_cannot_be_missing() -> None:
+    machines = chain(2)
+    with pytest.raises(RemoteProtocolError, match="stage 2 cannot be missing"):
+        machines[0].receive("below", Heartbeat(generation=0, completed_steps=0, missing=3))
+
+
+class Clock:
+    """The running loop's time, which goes on only by hand."""
+
+    def __init__(self, now_s: float) -> None:
+        self.now_s = now_s
+        asyncio.get_running_loop().time = lambda: self.now_s
+
+
+def parted() -> tuple[Control, Rollback]:
+    """Of two stages that have lost each other: what runs the upper one, and the lower one."""
+    upper, lower = chain(2)
+    lower.part("above")
+    upper.part("below")
+    sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
+    return Control(upper, heartbeat_timeout_s=1e6, on_effect=lambda _: None, sent=sent), lower
+
+
+@asynccontextmanager
+async def conversation(control: Control, lower: Rollback, write: Write) -> AsyncIterator[None]:
+    """While this lasts the lower stage is connected; it greets, and says nothing more."""
+    frames = asyncio.Queue[bytes]()
+    frames.put_nowait(encode_frame(lower.greeting()))
+    session = control.converse("below", frames.get, write, speaks_first=True, greeting_timeout_s=1e6)
+    talking = asyncio.create_task(session)
+    try:
+        await control.met["below"].wait()
+        yield
+    finally:
+        talking.cancel()
+        await asyncio.gather(talking, return_exceptions=True)
+
+
+def test_who_has_just_come_back_is_not_late_yet() -> None:
+    """Nobody looked while it was away: that it was missing until now has to be noted when it comes."""
+
+    async def write(_: bytes) -> None:
+        pass
+
+    async def story() -> None:
+        clock = Clock(1000.0)
+        control, lower = parted()
+        control.missing_s()
+        clock.now_s = 1119.5
+        async with conversation(control, lower, write):
+            clock.now_s = 1120.0
+            assert control.missing_s() == (0.0, 0.5)
+
+    asyncio.run(story())
+
+
+def test_alive_comes_between_other_frames_too() -> None:
+    """While a copy is on its way there is always something else to say."""
+    part = CopyPart(stage=0, completed_steps=1, offset=0, data=b"x")
+    said: list[Frame] = []
+
+    async def story() -> None:
+        clock = Clock(0.0)
+        control, lower = parted()
+
+        async def write(raw: bytes) -> None:
+            clock.now_s += 0.1
+            said.append(decode_frame(raw, LIMITS))
+            if len(said) < 100:
+                control.tell("below", part)
+
+        async with conversation(control, lower, write):
+            control.tell("below", part)
+            for _ in range(2000):
+                await asyncio.sleep(0)
+
+    asyncio.run(story())
+    assert sum(isinstance(frame, CopyPart) for frame in said) > 50
+    assert sum(isinstance(frame, Heartbeat) for frame in said) in range(6, 13)  # ten seconds

@@ -888,7 +888,7 @@ def test_no_more_is_consumed_than_was_received() -> None:
 
 
 @pytest.mark.parametrize(
-    ("begun", "head", "data", "fault"),
+    ("has_started", "head", "data", "fault"),
     [
         (False, None, b"x", Fault.OUT_OF_ORDER),
         (True, head_of(3), b"x", Fault.OUT_OF_ORDER),

@@ -1,1 +1,1 @@
-"""Thin links without thin links: what shapes a link, checks it, caps it in the kernel, and simulates a pipeline over it."""
+"""Thin links without thin links: shape a link, check it, cap it in the kernel, simulate a pipeline over it."""

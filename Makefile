@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/efficiency.py
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/startup.py
 
 # Hostile input, guided by coverage: FUZZ_RUNS inputs for each target, half an hour. FUZZ_TARGETS=frames: only that one.
 FUZZ_RUNS ?= 1000000

@@ -10,7 +10,7 @@ import typer
 
 from .commands.chaos import chaos
 from .commands.checkpoint import checkpoint
-from .commands.common import OneLine
+from .commands.common import OneLine, own_process
 from .commands.discovery import dht, status
 from .commands.hosting import node
 from .commands.keys import keys
@@ -36,6 +36,7 @@ app.add_typer(keys, name="keys")
 
 def main() -> None:
     """Entry point of the console script."""
+    own_process()
     app()
 
 

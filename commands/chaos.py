@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Link, Override, configuration, fail, one_arithmetic_thread, run_errors
+from .common import Link, Override, configuration, fail, is_own_process, one_arithmetic_thread, run_errors
 
 
 def chaos(
@@ -58,7 +58,16 @@ def chaos(
     from ..node.measuring.chaos_run import run_chaos
 
     with run_errors(out):
-        found, survived = run_chaos(settings, out, count=kills, every_s=every, kinds=chosen, seed=seed, quiet=as_json)
+        found, survived = run_chaos(
+            settings,
+            out,
+            count=kills,
+            every_s=every,
+            kinds=chosen,
+            seed=seed,
+            quiet=as_json,
+            forks=is_own_process(),
+        )
     if as_json:
         print(json.dumps(found, indent=2))
     if not survived:

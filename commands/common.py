@@ -98,6 +98,21 @@ def one_arithmetic_thread() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
+_own_process = False
+
+
+def own_process() -> None:
+    """CertificateIdentity by the program itself: what a command does may be done to the whole process, such as making
+    copies of it. It
+    is not where a command is called by another program, which may have begun anything."""
+    global _own_process
+    _own_process = True
+
+
+def is_own_process() -> bool:
+    return _own_process
+
+
 def configuration(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> RunConfig:
     from ..node.config import ConfigError, merge, parse_config, parse_override, read_toml
 

@@ -16,6 +16,7 @@ from .common import (
     TensorBoard,
     configuration,
     fail,
+    is_own_process,
     model_setting,
     one_arithmetic_thread,
     run_errors,
@@ -142,6 +143,7 @@ def up(
             schedule=auto,
             isolate=isolate is not None,
             keys=keys,
+            forks=is_own_process(),
         )
     if as_json:
         print(json.dumps(summary, indent=2))

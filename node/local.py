@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..sim.launch.fork_server import ForkServer
 from ..sim.launch.isolation import isolated
 from ..sim.launch.swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
@@ -28,6 +29,7 @@ from .config import ConfigError, RunConfig, dump_config, load_config
 from .host import FAILED
 from .measuring.plan import with_depth
 from .one_process import OneProcess
+from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, prepare_corpus
 from .security.key_directory import clock, load
 
@@ -68,13 +70,15 @@ def run_local(
     schedule: str | None = None,
     isolate: bool = False,
     keys: Path | None = None,
+    forks: ForkServer | bool = False,
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
     resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. restarts: how many lost
     stages are replaced. schedule: one with rtt_ratio=auto, whose depth is found before the first step, for the whole
     run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys:
-    of all stages at once, for TLS between them.
+    of all stages at once, for TLS between them. forks: what nodes are forked from; True: this process, which must not
+    have begun anything, or interpreters where that cannot be; False: interpreters.
     """
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -92,6 +96,13 @@ def run_local(
                 raise ConfigError("--keys: one process has no links to secure; leave one of the two away")
             load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
         _check_room(out, overwrite or resume)
+        if forks is True and not (one_process or isolate):
+            found = fork_server(config)
+            if isinstance(found, ForkServer):
+                forks = found
+                namespaces.callback(found.close)
+            else:
+                print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
         with console.status(f"preparing {config.data.source}"):
             prepare_corpus(config)
         if schedule:
@@ -120,6 +131,7 @@ def run_local(
                     isolation=isolation,
                     keys=keys,
                     watch=watch,
+                    forks=forks if isinstance(forks, ForkServer) else None,
                     on_progress=display.update,
                 )
                 isolated_by = isolation.record() if isolation else None

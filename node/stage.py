@@ -28,6 +28,7 @@ from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, Rece
 from .boundary.learned_tables import gradient_due, moves_after
 from .config import RunConfig
 from .model import WeightGradients, build_stage
+from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
 from .state import StageSnapshot, StageState, StateError, sha256_of
 
@@ -223,7 +224,7 @@ class Stage:
         saved = self._saved.pop(microbatch)
         if loss_sum is not None:
             self.losses[microbatch] = loss_sum
-        torch.autograd.backward(saved.out, dz_out)
+        pull(saved.out, dz_out)
         self._backwards += 1
         return None if saved.z_in is None else saved.z_in.grad
 

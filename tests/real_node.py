@@ -7,8 +7,6 @@ two nodes and breaks their TCP connections when told to.
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,19 +36,21 @@ from thinpipe.protocol.messages import (
     encode_frame,
     split,
 )
-from thinpipe.sim.launch.swarm import free_ports, node_environment
+from thinpipe.sim.launch.fork_server import Process
+from thinpipe.sim.launch.swarm import free_ports
 from thinpipe.sim.links.proxy import Proxy
+
+from .preloaded import start
 
 DEADLINE_S = 120.0  # of a slow and busy machine; a quiet one needs a sixth
 LIMITS = Limits(message_bytes=2**26)
 
 
 @contextmanager
-def node(run: Path, stage: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+def node(run: Path, stage: int, *options: str) -> Iterator[Process]:
     """Stage `stage` of `run`/run.toml as a process; its words are in `run`/stage-N.log."""
-    command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml"), "--stage", str(stage)]
     log = (run / f"stage-{stage}.log").open("w")
-    process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=node_environment(), text=True)
+    process = start(["node", "--config", str(run / "run.toml"), "--stage", str(stage), *options], log)
     try:
         yield process
     finally:

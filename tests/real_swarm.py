@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 from thinpipe.cli import app
-from thinpipe.sim.launch.swarm import node_environment
 from typer.testing import CliRunner
 
+from .preloaded import start
 from .real_faults import records
 from .real_node import until
 
@@ -25,9 +25,7 @@ class Process:
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
         with log.open("w") as out:
-            self.popen = subprocess.Popen(
-                [sys.executable, "-m", "thinpipe.cli", *arguments], stdout=out, stderr=out, env=node_environment()
-            )
+            self.popen = start(arguments, out)
         self._descendants: list[psutil.Process] = []
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,58 @@ from rich.console import Console
 from rich.table import Table
 
 from ...sim.launch.fault_injection import Kind, disturb, plan, plan_every, report, survived
+from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.swarm import SwarmError
 from ...sim.reports.summary import summarise, write_summary
 from ..config import RunConfig, dump_config
 from ..local import LocalRunError, clear, run_local, writable
+from ..preload import fork_server
+from ..preparation import BAD_INPUT, check_settings
 
 
 def run_chaos(
-    config: RunConfig, out: Path, *, count: int, every_s: float | None, kinds: tuple[Kind, ...], seed: int, quiet: bool
+    config: RunConfig,
+    out: Path,
+    *,
+    count: int,
+    every_s: float | None,
+    kinds: tuple[Kind, ...],
+    seed: int,
+    quiet: bool,
+    forks: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """The report, also in `out`/chaos.json, and whether nothing was lost. every_s: a fault every so many seconds, as
-    many as it takes, instead of `count` spread over the steps. Raises LocalRunError."""
+    many as it takes, instead of `count` spread over the steps. forks: nodes are copies of this process, which must not
+    have begun anything. Raises LocalRunError."""
+    with ExitStack() as held:
+        server = None
+        if forks:
+            try:
+                check_settings(config)
+            except BAD_INPUT as error:
+                raise LocalRunError(str(error), 2) from None
+            found = fork_server(config)
+            server = held.enter_context(closing(found)) if isinstance(found, ForkServer) else None
+        return _run_chaos(config, out, count, every_s, kinds, seed, quiet, server)
+
+
+def _run_chaos(
+    config: RunConfig,
+    out: Path,
+    count: int,
+    every_s: float | None,
+    kinds: tuple[Kind, ...],
+    seed: int,
+    quiet: bool,
+    forks: ForkServer | None,
+) -> tuple[dict[str, Any], bool]:
     console = Console(stderr=True) if quiet else Console()
     stages = config.pipeline.stages
     if stages < 2:
         raise LocalRunError("chaos needs neighbours to notice it: at least 2 stages", 2)
     undisturbed, disturbed = out / "undisturbed", out / "disturbed"
     console.print("first, the run as it should be")
-    told = run_local(config, undisturbed, overwrite=True, quiet=quiet)
+    told = run_local(config, undisturbed, overwrite=True, quiet=quiet, forks=forks or False)
     writable(disturbed)
     clear(disturbed)
     (disturbed / "run.toml").write_text(dump_config(config), encoding="utf-8")
@@ -45,6 +80,7 @@ def run_chaos(
             stages=stages,
             apart="disk" in kinds,
             on_event=lambda line: console.print(f"  {line}"),
+            forks=forks,
         )
         write_summary(disturbed, summarise(disturbed, stages=stages, width=width, mode="swarm"))
     except (SwarmError, ValueError) as error:

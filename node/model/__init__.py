@@ -18,7 +18,7 @@ from .architecture import PRESETS, ModelError, architecture_digest, resolve_mode
 from .deferred import Deferral, WeightGradients, defer_linears
 from .exactness import check_sliceable
 from .initialise import initialise_random, load_checkpoint, set_constants
-from .slices import StageModel, cut, partition, skeleton
+from .slices import StageModel, allocate, cut, partition, skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +63,7 @@ def build_stage(
     layers = partition(config.num_hidden_layers, stages)[stage]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     model = cut(skeleton(config, wide), layers, first=stage == 0, last=stage == stages - 1)
-    model.to_empty(device="cpu")
+    allocate(model)
     if checkpoint is None:
         initialise_random(model.causal, model.full_names(), seed=seed, layers=config.num_hidden_layers)
     else:

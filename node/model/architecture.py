@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import ModelSection
+from .lean import import_common
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,6 +88,7 @@ def quiet_transformers() -> Any:
     """The transformers package, imported on first use (about 1.5 s) and without its progress bars and advice."""
     import transformers
 
+    import_common()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers

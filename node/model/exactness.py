@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .architecture import ModelError, first_line, per_layer_keys, refuse_unsupported, with_layers
 from .initialise import draw, set_constants
-from .slices import cut, describe, partition, skeleton
+from .pull import pull
+from .slices import allocate, cut, describe, partition, skeleton
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -87,13 +88,13 @@ def _difference(config: PretrainedConfig) -> str | None:
     _assign(dict(whole.named_parameters()), weights)
     logits_BTV = whole(input_ids=ids_BT, use_cache=False).logits
     pull_BTV = draw("pull", logits_BTV.shape, seed=0, std=1.0)
-    logits_BTV.backward(pull_BTV)
+    pull(logits_BTV, pull_BTV)
 
     found: dict[str, nn.Parameter] = {}
     halves = []
     for stage, layers in enumerate(partition(config.num_hidden_layers, 2)):
         model = cut(skeleton(config, torch.float32), layers, first=stage == 0, last=stage == 1)
-        model.to_empty(device="cpu")
+        allocate(model)
         set_constants(model.causal, keep=list(model.parameters()))
         _assign(dict(model.full_names()), weights)
         found |= dict(model.full_names())
@@ -101,8 +102,8 @@ def _difference(config: PretrainedConfig) -> str | None:
     left_BTd = halves[0](ids_BT)
     entered_BTd = left_BTd.detach().requires_grad_()  # a wire lies between the halves: two graphs, not one
     ours_BTV = halves[1](entered_BTd)
-    ours_BTV.backward(pull_BTV)
-    left_BTd.backward(entered_BTd.grad)
+    pull(ours_BTV, pull_BTV)
+    pull(left_BTd, entered_BTd.grad)
 
     if not torch.equal(ours_BTV, logits_BTV):
         return f"logits differ by up to {(ours_BTV - logits_BTV).abs().max():.1e}"

@@ -18,11 +18,13 @@ What can go wrong without any error, and what is done about it:
 from __future__ import annotations
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .architecture import ModelError, first_line, quiet_transformers, untied, with_layers
 from .deferred import Deferral
@@ -30,6 +32,8 @@ from .deferred import Deferral
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+DRAWS = {Tensor.normal_, Tensor.uniform_}
+DRAWS |= {getattr(nn.init, name) for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_")}
 EXPECTED_PARTS = ("embed_tokens", "layers", "norm")
 
 
@@ -103,17 +107,30 @@ def describe(config: PretrainedConfig) -> str:
     return f"architecture '{config.model_type}'"
 
 
+class _Undrawn(TorchFunctionMode):
+    """On `meta`: leaves out random first weights, and counts positions on the CPU. There, torch does both in Python,
+    with its compiler and its symbolic shapes, whose imports cost a process more than all that it builds."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        named = kwargs or {}
+        if func in DRAWS:
+            return args[0] if args else named["tensor"]
+        if func is torch.arange and not named.get("device"):
+            named = {**named, "device": "cpu"}
+        return func(*args, **named)
+
+
 def skeleton(config: PretrainedConfig, dtype: torch.dtype, device: str = "meta") -> Any:
     """The whole causal model; no memory on `meta`. Raises ModelError, by name, for parts that no stage would own."""
-    transformers = quiet_transformers()
     config = untied(config)
     config.use_cache = False
     attention = config._attn_implementation
     try:
-        with torch.device(device), torch.random.fork_rng(devices=[]):
-            causal = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
-            )
+        try:
+            causal = _build(config, dtype, device, _Undrawn() if device == "meta" else nullcontext())
+        except Exception:  # of a decoder that mixes what is counted here with what is on `meta`
+            causal = _build(config, dtype, device, nullcontext())
     except Exception as error:
         helps = attention != "eager" and "eager" in str(error)  # the advice that transformers gives for Gemma 2
         remedy = "set model.attention = 'eager'" if helps else "choose a decoder such as llama or qwen3"
@@ -142,6 +159,19 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, device: str = "meta")
                 "choose a dense decoder such as llama or qwen3"
             )
     return causal
+
+
+def _build(config: PretrainedConfig, dtype: torch.dtype, device: str, mode: AbstractContextManager[object]) -> Any:
+    with torch.device(device), torch.random.fork_rng(devices=[]), mode:
+        return quiet_transformers().AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=config._attn_implementation, trust_remote_code=False
+        )
+
+
+def allocate(model: nn.Module) -> None:
+    """Memory on the CPU, not yet filled, for what is on `meta`. Not `to_empty`, which asks a tensor on `meta` for its
+    order in memory, and so imports what `_Undrawn` avoids."""
+    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 def cut(causal: Any, layers: range, *, first: bool, last: bool) -> StageModel:

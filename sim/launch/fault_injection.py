@@ -21,7 +21,6 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +31,7 @@ from typing import Any, Literal, get_args
 
 from ..links.proxy import Proxy
 from ..reports.summary import read_records, steps_of
+from .fork_server import ForkServer, Process
 from .swarm import Swarm, SwarmError, exit_reason, free_ports
 
 Kind = Literal["kill", "twice", "pause", "sleeper", "disk", "cut", "half"]
@@ -99,10 +99,16 @@ def _draw(chance: random.Random, stages: int, kinds: tuple[Kind, ...]) -> Iterat
 
 
 def disturb(
-    run: Path, faults: Iterable[Planned], *, stages: int, apart: bool, on_event: Callable[[str], None]
+    run: Path,
+    faults: Iterable[Planned],
+    *,
+    stages: int,
+    apart: bool,
+    on_event: Callable[[str], None],
+    forks: ForkServer | None = None,
 ) -> Story:
     """Run the swarm of `run`/run.toml while `faults` happen to it, until it ends; apart: each stage has a disk of its
-    own. Raises SwarmError when it does not come through."""
+    own; forks: see `Swarm`. Raises SwarmError when it does not come through."""
     with ExitStack() as held:
         ports, relays = free_ports(stages), free_ports(stages)
         proxies = {
@@ -110,7 +116,7 @@ def disturb(
             for stage in range(stages - 1)
         }
         disks = run / "disks" if apart else None
-        swarm = Swarm(run, stages=stages, ports=ports, next_ports=relays, disks=disks)
+        swarm = Swarm(run, stages=stages, ports=ports, next_ports=relays, disks=disks, forks=forks)
         held.callback(swarm.stop)
         for stage in range(stages):
             swarm.start(stage, resume=False)
@@ -217,7 +223,7 @@ class _Chaos:
         self.story.injected.append(injected)
         self._mind_the_dead()
 
-    def _replace(self, stage: int, sleeper: subprocess.Popen[bytes]) -> None:
+    def _replace(self, stage: int, sleeper: Process) -> None:
         """Start another process for `stage`, at another address, because the one that sleeps holds its own."""
         self._sleepers.append(_Sleeper(process=sleeper, stage=stage, since_s=time.time()))
         (self._swarm.ports[stage],) = free_ports(1)
@@ -231,7 +237,7 @@ class _Chaos:
         return any(record["event"] == "rollback" and record["time_s"] > since_s for record in records)
 
     @staticmethod
-    def _kill(process: subprocess.Popen[bytes]) -> None:
+    def _kill(process: Process) -> None:
         process.kill()
         process.wait()
 
@@ -251,7 +257,7 @@ class _Chaos:
 class _Sleeper:
     """A process that was stopped and replaced."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     stage: int
     since_s: float
     awake: bool = False

@@ -22,6 +22,7 @@ from pathlib import Path
 from ..reports.figures import StageFigures
 from ..reports.metrics_address import MetricsAddress
 from ..reports.record_tail import RecordTail
+from .fork_server import CannotFork, ForkServer, Process
 from .isolation import PORT, Isolation
 
 STOP_GRACE_S = 5.0
@@ -42,7 +43,7 @@ class NodeProcess:
     """A process that serves a stage. log_from: what the log held before it."""
 
     stage: int
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     log_from: int = 0
 
@@ -79,17 +80,20 @@ def run_swarm(
     isolation: Isolation | None = None,
     keys: Path | None = None,
     watch: Watch | None = None,
+    forks: ForkServer | None = None,
     on_progress: Callable[[list[StageFigures]], None] | None = None,
 ) -> None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, what the records of every stage say so far. `resume`: go on from the
     newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started again; the
-    others wait for it. `disks`, `isolation`, `keys`, `watch`: see `Swarm`. Raises SwarmError when a node ends early
-    otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run
-    after the step under way.
+    others wait for it. `disks`, `isolation`, `keys`, `watch`, `forks`: see `Swarm`. Raises SwarmError when a node ends
+    early otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the
+    run after the step under way.
     """
-    swarm = Swarm(run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch)
+    swarm = Swarm(
+        run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch, forks=forks
+    )
     before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
     try:
         for stage in range(stages):
@@ -119,7 +123,8 @@ class Swarm:
     ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
     own; None: one for all. isolation: the namespaces that the nodes run in, which have one each. keys: directory of a
-    certificate that names all stages, for TLS between them. watch: who may look at the nodes (nobody).
+    certificate that names all stages, for TLS between them. watch: who may look at the nodes (nobody). forks: what
+    they are forked from, where that can be; None: each is an interpreter of its own.
     """
 
     def __init__(
@@ -134,9 +139,10 @@ class Swarm:
         isolation: Isolation | None = None,
         keys: Path | None = None,
         watch: Watch | None = None,
+        forks: ForkServer | None = None,
     ) -> None:
         self.run, self._disks, self._isolation, self._keys = run, disks, isolation, keys
-        self._watch = watch or Watch()
+        self._watch, self._forks = watch or Watch(), forks
         self.nodes: list[NodeProcess | None] = [None] * stages
         self.ports = ports or ([PORT] * stages if isolation else free_ports(stages))
         self._next_ports = next_ports or self.ports
@@ -164,7 +170,7 @@ class Swarm:
             options += ["--keys", str(self._keys)]
         elif self._isolation:  # addresses that leave a namespace, but not this machine
             options.append("--insecure")
-        self.nodes[stage] = _start(self.run, stage, prefix, options, resume=resume)
+        self.nodes[stage] = _start(self.run, stage, prefix, options, resume=resume, forks=self._forks)
 
     def _host(self, stage: int) -> str:
         return self._isolation.network.addresses[stage] if self._isolation else "127.0.0.1"
@@ -173,7 +179,7 @@ class Swarm:
         """Where that stage keeps its checkpoints, and copies for its neighbours, if not with all others."""
         return self._disks / f"stage-{stage}" if self._disks else None
 
-    def process(self, stage: int) -> subprocess.Popen[bytes]:
+    def process(self, stage: int) -> Process:
         """The one that serves `stage` now."""
         node = self.nodes[stage]
         assert node
@@ -191,21 +197,35 @@ class Swarm:
         _stop([node for node in (*self.nodes, *self._gone) if node])
 
 
-def _start(run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool) -> NodeProcess:
-    """`prefix`: a command that becomes the node, in the same process."""
-    command = [*prefix, sys.executable, "-m", "thinpipe.cli", "node", "--config", str(run / "run.toml")]
-    command += ["--stage", str(stage), "--out", str(run), "--parent", str(os.getpid()), *options]
+def _start(
+    run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool, forks: ForkServer | None
+) -> NodeProcess:
+    """`prefix`: a command that becomes the node, in the same process; so that one has to be started."""
+    arguments = ["node", "--config", str(run / "run.toml"), "--stage", str(stage), "--out", str(run), *options]
     if resume:
-        command.append("--resume")
-    log = run / f"stage-{stage}.log"
+        arguments.append("--resume")
+    log, environment = run / f"stage-{stage}.log", node_environment()
     with log.open("ab" if resume else "wb") as output:
         log_from = output.tell()
+        if forks and not prefix:
+            try:
+                process = forks.start(
+                    [*arguments, "--parent", str(forks.pid)],
+                    stdout=output.fileno(),
+                    stderr=output.fileno(),
+                    environment=environment,
+                )
+                return NodeProcess(stage, process, log, log_from)
+            except (CannotFork, TimeoutError) as error:
+                output.write(f"started as an interpreter of its own: {error}\n".encode())
+                output.flush()
+        command = [*prefix, sys.executable, "-m", "thinpipe.cli", *arguments, "--parent", str(os.getpid())]
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=node_environment(),
+            env=environment,
             start_new_session=True,
         )
     return NodeProcess(stage, process, log, log_from)

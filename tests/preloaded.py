@@ -1,0 +1,40 @@
+"""`thinpipe` commands for tests, forked from one process that has imported everything, once for each pytest process.
+
+What runs is what a user starts, but for the imports, which would be most of the time of these tests. A test of how the
+command line itself starts calls `python -m thinpipe.cli`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import IO
+
+from thinpipe.sim.launch.fork_server import CannotFork, ForkServer, Process
+from thinpipe.sim.launch.swarm import node_environment
+
+_server: ForkServer | None = None
+
+
+def start(arguments: Sequence[str], out: IO[str]) -> Process:
+    """`thinpipe` with these arguments, writing all its words to `out`. It does not outlive this process."""
+    global _server
+    environment = node_environment()
+    if _server is None:
+        _server = ForkServer.apart(["tests.preloaded_modules"], environment)
+        atexit.register(_server.close)
+    try:
+        return _server.start(
+            arguments,
+            stdout=out.fileno(),
+            stderr=out.fileno(),
+            environment=environment,
+            session=False,
+            dies_with=True,
+        )
+    except CannotFork as error:
+        print(f"an interpreter of its own: {error}")
+        command = [sys.executable, "-m", "thinpipe.cli", *arguments]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)

@@ -17,7 +17,15 @@ from collections import defaultdict
 from pathlib import Path
 
 from efficiency import steady
-from thinpipe.node.config import CheckpointSection, CodecSection, LinkSection, RunConfig, RunSection, dump_config
+from thinpipe.node.config import (
+    CheckpointSection,
+    CodecSection,
+    LinkSection,
+    OptimSection,
+    RunConfig,
+    RunSection,
+    dump_config,
+)
 from thinpipe.sim.launch.swarm import run_swarm
 from thinpipe.sim.reports.summary import read_records
 
@@ -44,6 +52,7 @@ def main() -> None:
                 config = RunConfig(
                     run=RunSection(steps=given.steps, eval_every=0),
                     codec=CodecSection(codec="mapl", forward="int4", backward="int3"),
+                    optim=OptimSection(muon_lr=0.02, adamw_lr=0.005),
                     link=LinkSection(link=given.link),
                     checkpoint=CheckpointSection(every=0 if variant == "none" else given.every),
                 )

@@ -54,7 +54,7 @@ def main() -> None:
     cores = min(len(os.sched_getaffinity(0)), given.stages)
     shape = ["--stages", str(given.stages), "--steps", str(given.steps), "--microbatches", str(given.microbatches)]
     shape += ["--set", f"model.width={given.width}", "--schedule", given.schedule]
-    shape += ["--batch-size", str(given.sequences * given.microbatches), "--link", "none"]
+    shape += ["--codec", "bf16", "--batch-size", str(given.sequences * given.microbatches), "--link", "none"]
     rows = []
     with tempfile.TemporaryDirectory() as directory:
         for repeat in range(given.repeats):

@@ -82,7 +82,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=2)
     given = parser.parse_args()
-    config = parse_config(merge({}, {"pipeline.stages": given.stages, "run.steps": 100_000, "checkpoint.every": 10}))
+    settings = {"pipeline.stages": given.stages, "run.steps": 100_000, "checkpoint.every": 10, "codec.codec": "bf16"}
+    config = parse_config(merge({}, settings))
     prepare_corpus(config)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

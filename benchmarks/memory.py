@@ -27,6 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "run"
         command = [sys.executable, "-m", "thinpipe.cli", "up", "--out", str(out), "--stages", str(given.stages)]
+        command += ["--codec", "bf16"]  # unless `more` names another
         command += ["--steps", str(given.steps), "--batch-size", "8", "--sequence-length", "64", "--eval-every", "100"]
         command += more
         subprocess.run(command, check=True)

@@ -24,7 +24,7 @@ def main() -> None:
     given = parser.parse_args()
     command = [sys.executable, "-m", "thinpipe.cli", "up", "--trace", "--overwrite", "--json", "--out", str(given.out)]
     command += ["--stages", str(given.stages), "--steps", str(given.steps), "--link", given.link]
-    command += ["--microbatches", "16", "--batch-size", "32"]
+    command += ["--microbatches", "16", "--batch-size", "32", "--codec", "bf16"]
     summary = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     events = json.loads((given.out / "trace.json").read_text())["traceEvents"]
     for stage in range(given.stages):

@@ -5,11 +5,12 @@
         --recipe "r32=mapl:r=32 int4 int4" --recipe "faster=mapl:r=32 int4 int4 optim.muon_lr=0.04"
 
 A recipe is NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]. Settings of its own come after those of `--set`,
-which are for all recipes, and win. The first recipe is what the others are compared with, seed by seed: the same data
-and the same first weights, unless a recipe's own settings change them. One process computes bit for bit what the swarm
-does (tests/test_parity.py), and counts the same bytes but acknowledgements. Runs that `--out` holds already, made by
-the same command, are not run again; `--jobs` run side by side. With several seeds the table gives the mean and a 95 %
-interval (Student's t) of the paired differences, and below it stands each seed's loss.
+which are for all recipes, and win; learning rates that neither states are those of dense training. The first recipe is
+what the others are compared with, seed by seed: the same data and the same first weights, unless a recipe's own
+settings change them. One process computes bit for bit what the swarm does (tests/test_parity.py), and counts the same
+bytes but acknowledgements. Runs that `--out` holds already, made by the same command, are not run again; `--jobs` run
+side by side. With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired differences,
+and below it stands each seed's loss.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Of recipes that state no others: the same for every codec, whatever it recommends.
+RATES = ("--set", "optim.muon_lr=0.02", "--set", "optim.adamw_lr=0.005")
 METAVAR = "NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]"
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -70,7 +73,8 @@ def train(out: Path, recipe: Recipe, seed: int, shared: list[str]) -> dict[str, 
     if summary.exists() and record.exists() and record.read_text() == told:
         return json.loads(summary.read_text())
     started = time.monotonic()
-    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite", *arguments]
+    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
+    command += [*RATES, *arguments]  # the later one wins
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -44,6 +44,7 @@ def chaos(
         fail(f"--kinds: no fault is called '{unknown[0]}'; choose from {', '.join(KINDS)}", 2)
     # Small, because what is tested is the machinery: a step has to be short beside the start of a process.
     small = {"model.preset": "tiny", "pipeline.batch_size": 8, "pipeline.microbatches": 4, "data.sequence_length": 32}
+    small |= {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}  # stated: a codec's own would make it another run
     options = {
         "pipeline.stages": stages,
         "run.steps": steps,

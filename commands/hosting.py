@@ -106,6 +106,10 @@ def node(
         )
     if check:
         return _check(settings, stage)
+    from ..node.config import recommended_line
+
+    if line := recommended_line(settings):
+        print(line)
     from ..node.addresses import ListenError
     from ..node.host import Addresses, HostError, HostOptions, check_input, host
     from ..node.local import LocalRunError, writable

@@ -30,7 +30,7 @@ def plan(
     measured: Annotated[
         Path | None, typer.Option("--from", help="Instead, a run on record: its model, stages and times.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="What crosses a boundary, as for up. (bf16)")] = None,
+    codec: Annotated[str | None, typer.Option(help="What crosses a boundary, as for up. (mapl; of the run)")] = None,
     forward: Annotated[str | None, typer.Option(help="Byte format of activations. (the codec's)")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
     link: Link = None,

@@ -27,6 +27,7 @@ def summary(
     """
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)
+    from ..node.measuring.comparison import add_comparison
     from ..node.preparation import BAD_INPUT, resolve_architecture
     from ..sim.reports.summary import lacking_lines, summarise, write_summary
 
@@ -37,6 +38,7 @@ def summary(
         fail(str(error), 2)
     except ValueError as error:
         fail(str(error), 1)
+    add_comparison(found, run, settings)
     for line in lacking_lines(found):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
     if write:
@@ -49,9 +51,12 @@ def summary(
         return
     from rich.console import Console
 
-    from ..sim.reports.console import summary_tables
+    from ..sim.reports.console import closing_lines, summary_tables
 
-    Console().print(*summary_tables(found), sep="\n")
+    console = Console()
+    console.print(*summary_tables(found), sep="\n")
+    for line in closing_lines(found):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def mode_of(run: Path) -> str:

@@ -252,7 +252,7 @@ def _uncap() -> list[str]:
 def _agree(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """The settings in RUN/run.toml, which who comes first writes; what was given here must agree with them. Where nodes
     may differ it need not: then the second are options for the node."""
-    from ..node.config import dump_config
+    from ..node.config import dump_config, recommended_line
 
     aside = path.with_name(f".run.toml-{os.uname().nodename}-{os.getpid()}")
     try:
@@ -260,6 +260,8 @@ def _agree(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunC
         aside.write_text(dump_config(settings), encoding="utf-8")
         try:
             os.link(aside, path)  # fails if it is there: whole, or not at all
+            if line := recommended_line(settings):
+                print(line, flush=True)
         except FileExistsError:
             pass
         finally:

@@ -34,7 +34,9 @@ def up(
     data: Annotated[str | None, typer.Option(help="'stdlib', a file or directory, or hf:NAME. (stdlib)")] = None,
     codec: Annotated[
         str | None,
-        typer.Option(help="What crosses a boundary: fp32, bf16, int8, int4, int3, or mapl, mapl:r=64,... (bf16)"),
+        typer.Option(
+            help="What crosses a boundary: mapl, mapl:r=64,..., or dense fp32, bf16, int8, int4, int3. (mapl)"
+        ),
     ] = None,
     forward: Annotated[
         str | None,

@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .recommended import Recommended, recommended_for
+
 
 class CodecError(ValueError):
     """A payload that cannot be what was agreed, a tensor that must not be sent, or a spec that names no codec."""
@@ -306,6 +308,11 @@ class Codec(ABC):
     default_forward: str  # spec of the byte format of activations
     default_backward: str  # and of gradients
     table_scale: float = 0.0  # of the frozen token table that is a part of stage 0's embedding; 0: there is none
+
+    @property
+    def recommended(self) -> Recommended:
+        """Optimizer settings that suit this codec, by name, for whoever has not set them."""
+        return recommended_for(self.name)
 
     def check(self, width: int) -> None:
         """Raises CodecError for options that do not fit hidden states of `width`, before anything is built."""

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .boundary import BoundaryCodec, ByteFormat, Codec, CodecError
+from .recommended import codec_name
 
 _CODECS: dict[str, type[Codec]] = {}
 _FORMATS: dict[str, type[ByteFormat]] = {}
@@ -55,7 +56,7 @@ def parse_codec(spec: str, forward: str | None = None, backward: str | None = No
     Raises CodecError for an unknown name, option or value, naming the nearest known one.
     """
     _load_built_in()
-    name = spec.partition(":")[0].strip()
+    name = codec_name(spec)
     if name in _FORMATS:  # "int8" is the identity codec with int8 both ways
         codec, own_forward, own_backward = _build(_CODECS["identity"], "codec", "identity"), spec, spec
     elif name in _CODECS:
@@ -73,7 +74,7 @@ def parse_codec(spec: str, forward: str | None = None, backward: str | None = No
 def parse_format(spec: str) -> ByteFormat:
     """A fresh byte format from its spec string. Raises CodecError as `parse_codec` does."""
     _load_built_in()
-    name = spec.partition(":")[0].strip()
+    name = codec_name(spec)
     if name not in _FORMATS:
         raise CodecError(f"unknown byte format '{name}'{_nearest(name, list(_FORMATS))}")
     return _build(_FORMATS[name], "byte format", spec)

@@ -18,6 +18,7 @@ from typing import Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ..compress.recommended import recommended_for
 from ..protocol.schedule import ScheduleError, get_schedule
 from ..sim.reports.metrics_address import MetricsAddress
 
@@ -72,7 +73,10 @@ class DataSection(Section):
 
 
 class OptimSection(Section):
-    """Muon for hidden matrices, AdamW for the rest; warm-up, then linear decay."""
+    """Muon for hidden matrices, AdamW for the rest; warm-up, then linear decay.
+
+    What is not set takes the value that the run's codec recommends (`recommended`), and only then the default here.
+    """
 
     muon_lr: float = Field(default=0.02, gt=0)
     adamw_lr: float = Field(default=0.005, gt=0)
@@ -92,7 +96,7 @@ class OptimSection(Section):
 class CodecSection(Section):
     """What crosses a boundary, and in how many bits."""
 
-    codec: str = "bf16"
+    codec: str = Field(default="mapl", description="mapl, or a byte format for dense training: bf16, int8, ...")
     forward: str | None = Field(default=None, description="byte format of activations; default: the codec's own")
     backward: str | None = Field(default=None, description="byte format of gradients; default: the codec's own")
 
@@ -213,6 +217,16 @@ class RunConfig(Section):
     watch: WatchSection = WatchSection()
 
     @model_validator(mode="after")
+    def _codec_recommends(self) -> Self:
+        """Settings of the optimizer that nobody set, as the codec would have them. They count as not set still, so that
+        `recommended` can tell; in a run.toml they stand like all others."""
+        if found := recommended(self):
+            optim = {**self.optim.__dict__, **found}
+            optim = OptimSection.model_construct(_fields_set=self.optim.model_fields_set, **optim)
+            object.__setattr__(self, "optim", optim)  # frozen for everybody else
+        return self
+
+    @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         batch, parts = self.pipeline.batch_size, self.pipeline.microbatches
         if batch % parts:
@@ -267,6 +281,19 @@ class RunConfig(Section):
         The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
         """
         return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
+
+
+def recommended(config: RunConfig) -> dict[str, float]:
+    """The settings of the optimizer, by name, that are what the codec recommends because nobody set them. None in a run
+    that was read from its run.toml, where all of them stand."""
+    said = config.optim.model_fields_set
+    return {name: value for name, value in recommended_for(config.codec.codec).items() if name not in said}
+
+
+def recommended_line(config: RunConfig) -> str | None:
+    """What of `recommended` there is, for people; None for nothing."""
+    told = ", ".join(f"optim.{name}={value:g}" for name, value in recommended(config).items())
+    return f"{told}: recommended for codec {config.codec.codec}; set them to override" if told else None
 
 
 def known_keys() -> list[str]:

@@ -209,7 +209,7 @@ async def _host(
         return max(link.connect_timeout_s, link.replacement_timeout_s) if was_there else link.connect_timeout_s
 
     security = options.security
-    waits = {"greeting_timeout_s": link.greeting_timeout_s, "patience_s": deadline_s, "report": on_fault}
+    waits = {"greeting_timeout_s": link.greeting_timeout_s, "deadline_s": deadline_s, "report": on_fault}
     waits["security"] = security
     membership, below = options.membership, index + 1
 

@@ -21,12 +21,13 @@ from ..sim.launch.isolation import isolated
 from ..sim.launch.swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
-from ..sim.reports.console import RunDisplay, summary_tables
+from ..sim.reports.console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..sim.reports.summary import lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
-from .config import ConfigError, RunConfig, dump_config, load_config
+from .config import ConfigError, RunConfig, dump_config, load_config, recommended_line
 from .host import FAILED
+from .measuring.comparison import add_comparison
 from .measuring.plan import with_depth
 from .one_process import OneProcess
 from .preload import fork_server
@@ -116,6 +117,8 @@ def run_local(
         started = True
         if not resume:
             clear(out)
+        if line := recommended_line(config):
+            console.print(line, highlight=False, soft_wrap=True)
         _write_settings(config, out / "run.toml")
         display = RunDisplay(console, steps=config.run.steps)
         with display:
@@ -156,6 +159,7 @@ def run_local(
         raise LocalRunError(str(error), 1) from None
     if isolated_by:
         summary["isolation"] = isolated_by
+    add_comparison(summary, out, config)
     write_summary(out, summary)
     for line in filter(None, (*(check["warning"] for check in summary["link_check"]), *lacking_lines(summary))):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
@@ -163,6 +167,8 @@ def run_local(
         for table in summary_tables(summary):
             console.print(table)
         console.print(f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl a stage")
+        for line in closing_lines(summary):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     return summary
 
 

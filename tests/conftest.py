@@ -42,6 +42,10 @@ TINY: dict[str, Any] = {
     "data.heldout_sequences": 8,
     "pipeline.batch_size": 8,
     "pipeline.microbatches": 4,
+    # Stated, so that neither another default nor what a codec recommends makes these other runs.
+    "codec.codec": "bf16",
+    "optim.muon_lr": 0.02,
+    "optim.adamw_lr": 0.005,
 }
 
 TinyConfig = Callable[..., "RunConfig"]

@@ -316,7 +316,7 @@ def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: P
 
 HELP = {
     (): ["up", "node", "Train one language model", "Host one stage"],
-    ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(bf16)", "(4)", "(1f1b)"],
+    ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(mapl)", "(4)", "(1f1b)"],
     ("probe",): ["--to", "--listen", "--link", "--seconds", "--once", "--json", "host:port", "(2)", "300mbit,25ms"],
     ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml;"],
 }

@@ -376,7 +376,7 @@ def test_who_lets_no_stream_begin_is_given_up() -> None:
 
         async with await asyncio.start_server(settle, "127.0.0.1", 0) as server:
             address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-            waits = {"greeting_timeout_s": 0.5, "patience_s": lambda: 3.0, "report": lambda *_: None}
+            waits = {"greeting_timeout_s": 0.5, "deadline_s": lambda: 3.0, "report": lambda *_: None}
             with pytest.raises(TimeoutError):
                 await dial_control(where, make_control(0), **waits)
             assert asked > 1

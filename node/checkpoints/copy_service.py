@@ -137,7 +137,7 @@ class CopyService:
         """Bring back what the buddy has and this disk lacks of the newest checkpoints; whether anything came.
 
         `have`: completed steps of what is intact here. Waits `replacement_s` for a buddy that is not there, without
-        whom nobody could go on anyway; gives up, loudly, when one that is there sends nothing for `patience_s`.
+        whom nobody could go on anyway; gives up, loudly, when one that is there sends nothing for `deadline_s`.
         """
         if self._restore is None or not self._enabled:
             return False

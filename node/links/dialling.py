@@ -65,7 +65,7 @@ async def dial(
     """Keep a stream to the neighbour below open until both sides said goodbye.
 
     Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
-    never agree (another run, configuration, stage), and TimeoutError after `patience_s()` without a connection.
+    never agree (another run, configuration, stage), and TimeoutError after `deadline_s()` without a connection.
     """
     loop = asyncio.get_running_loop()
     last_open_s = loop.time()
@@ -158,7 +158,7 @@ async def dial_control(
     """Keep the control stream to the neighbour below open until all stages are through.
 
     Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `patience_s()` without a connection. Who cannot agree on TLS at the first meeting never will; later it may be a
+    `deadline_s()` without a connection. Who cannot agree on TLS at the first meeting never will; later it may be a
     replacement with the wrong keys, which somebody can still put right, so it is said, and waited for.
     """
     loop = asyncio.get_running_loop()

@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .figures import StageFigures
+from .loss_chart import POINTS_MIN, LossChart
 
 
 class RunDisplay:
@@ -88,8 +89,8 @@ def _bits_per_s(value: float | None) -> str:
     return "-" if value is None else f"{value / 1e6:.1f} Mb/s"
 
 
-def summary_tables(summary: dict[str, Any]) -> list[Table]:
-    """Three tables: the run, its stages, its links."""
+def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
+    """Tables of the run, its stages, its links and what was learned there; the loss as a picture; beside dense bf16."""
     run = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']} tokens ({summary['mode']})")
     for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
         run.add_column(column, justify="right")
@@ -108,7 +109,7 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
         seconds = [f"{stage[name]:.1f} s" for name in ("compute_s", "codec_s", "wait_s")]
         memory = f"{stage['peak_rss_bytes'] / 2**20:.0f} MiB"
         stages.add_row(str(index), *seconds, memory, stage["state_sha256"][:12])
-    tables = [run, stages]
+    tables: list[RenderableType] = [run, stages]
     if summary["boundaries"]:
         tables.append(_links_table(summary))
     if any("orthonormality_error_master" in entry["codec"] for entry in summary["boundaries"]):
@@ -117,7 +118,50 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
         way in entry["codec"] for entry in summary["boundaries"] for way in ("activation_usage_1", "gradient_usage_1")
     ):
         tables.append(_codebooks_table(summary))
+    if len(summary["loss_curve"]) >= POINTS_MIN:
+        tables.append(LossChart(summary["loss_curve"], summary["evaluations"]))
+    if summary["dense_simulation"]:
+        tables.append(_comparison_table(summary))
     return tables
+
+
+def closing_lines(summary: dict[str, Any]) -> list[str]:
+    """What comes after the tables: dense training over the same link in a line, and what to try next."""
+    lines, dense = [], summary["dense_simulation"]
+    if dense:
+        own = " (all stages in one process)" if summary["mode"] == "one-process" else ""
+        lines.append(
+            f"dense bf16 over {_link(dense['link'])}: {dense['tokens_per_s']:,.0f} tokens/s (simulated), "
+            f"this run: {summary['tokens_per_s']:,.0f}{own}"
+        )
+    else:
+        lines.append(f"not compared with dense bf16: {summary['simulation_left_out']}")
+    return [*lines, f"try: {summary['try_next']['command']}  ({summary['try_next']['why']})"]
+
+
+def _link(link: str) -> str:
+    return "instant links" if link == "none" else link
+
+
+def _comparison_table(summary: dict[str, Any]) -> Table:
+    run, dense, learned = (summary[f"{whose}_simulation"] for whose in ("run", "dense", "learned"))
+    rows = [(run, "this run"), *([(learned, "")] if learned else []), *([(dense, "")] if dense != run else [])]
+    table = Table(
+        title="tokens/s by codec and link (simulated, not measured)",
+        caption="of stages that take this run's times; a link that is slower than the last rate is the bottleneck",
+    )
+    links = [_link(link) for link in (run["link"], run["thinner_link"]) if link]
+    table.add_column("codec")
+    for column in ("bytes/token", *links, "binds below"):
+        table.add_column(column, justify="right")
+    for found, note in rows:
+        table.add_row(
+            f"{found['codec']} ({note})" if note else found["codec"],
+            f"{found['bytes_per_token']:,.1f}",
+            *(f"{found[key]:,.0f}" for key in ("tokens_per_s", "thinner_tokens_per_s") if found[key] is not None),
+            _bits_per_s(found["bound_below_bits_per_s"]),
+        )
+    return table
 
 
 def _projectors_table(summary: dict[str, Any]) -> Table:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+CURVE_POINTS = 200
 OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy")
 
 
@@ -89,6 +90,14 @@ def end_of(records: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     return end
 
 
+def loss_curve(steps: list[dict[str, Any]]) -> list[list[float]]:
+    """[steps done, loss] of the records, in order; of a long run the means of CURVE_POINTS stretches, at their ends."""
+    count = min(len(steps), CURVE_POINTS)
+    edges = [index * len(steps) // count for index in range(count + 1)] if count else []
+    stretches = [steps[start:end] for start, end in itertools.pairwise(edges)]
+    return [[part[-1]["step"] + 1, sum(record["loss"] for record in part) / len(part)] for part in stretches]
+
+
 def lacking(steps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The stages whose records have fewer steps than were done: those of a process before them stayed on a machine
     that was lost, and with them what it sent."""
@@ -151,6 +160,8 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         "first_loss": head[0]["loss"],
         "train_loss": sum(record["loss"] for record in last) / len(last),
         "val_loss": evaluations[-1]["val_loss"] if evaluations else None,
+        "loss_curve": loss_curve(head),
+        "evaluations": [[record["step"] + 1, record["val_loss"]] for record in evaluations],
         "train_s": train_s,
         "tokens_per_s": tokens / train_s,
         "bytes": {**dict(sorted(sent.items())), "total": in_ratio},

@@ -102,7 +102,7 @@ _own_process = False
 
 
 def own_process() -> None:
-    """CertificateIdentity by the program itself: what a command does may be done to the whole process, such as making
+    """Called by the program itself: what a command does may be done to the whole process, such as making
     copies of it. It
     is not where a command is called by another program, which may have begun anything."""
     global _own_process

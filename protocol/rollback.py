@@ -11,7 +11,7 @@ order of stages:
 
 Every wait is on the neighbour alone and every frame can be said again: a process that dies in the middle of a wave only
 starts another one. What makes that safe: a StartView is applied by a stage only while the process below it is the one
-that the StartView names, an DoViewChange that comes while training goes on is taken for a StartViewChange, and a
+that the StartView names, a DoViewChange that comes while training goes on is taken for a StartViewChange, and a
 neighbour that greets with another generation is one too. So whoever was left behind by a lost StartView drags the
 others into the next wave.
 
@@ -82,7 +82,7 @@ class Rollback:
         self._do_view_change_below: DoViewChange | None = None
         self._do_view_change_sent: DoViewChange | None = None  # on the present connection upwards
         self._finished_here = self._finished_below = False
-        # In this generation. Never taken back: a StartViewChange may pass a AllFinished that is on its way.
+        # In this generation. Never taken back: a StartViewChange may pass an AllFinished that is on its way.
         self._said_finished = False
         self._draining = False
         self.end: int | None = None  # all end when so many steps are completed

@@ -53,7 +53,7 @@ TinyConfig = Callable[..., "RunConfig"]
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """InfoResponse 300 KB of text, the same in every session."""
+    """About 300 KB of text, the same in every session."""
     draw = random.Random(7)
     lines = []
     for _ in range(6000):

@@ -307,7 +307,7 @@ def limits() -> list[Row]:
         ("manifest of a copy, bytes", str(BYTES_MAX["manifest"])),
         ("part of a copy, bytes", str(PART_BYTES_MAX)),
         ("steps that a stage offers, 0 among them", str(STEPS_LISTED_MAX)),
-        ("generations that an DoViewChange or StartView may be ahead", bits(GENERATIONS_AHEAD_MAX)),
+        ("generations that a DoViewChange or StartView may be ahead", bits(GENERATIONS_AHEAD_MAX)),
         ("parts of a copy that are acknowledged at once, at most", str(PARTS_TOGETHER)),
         ("parts of a copy that are not acknowledged: from, to", f"{PARTS_AHEAD_LEAST}, {PARTS_AHEAD_MOST}"),
         ("copies that are declined on one connection", str(DECLINED_MAX)),

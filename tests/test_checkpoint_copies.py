@@ -1,4 +1,4 @@
-"""CopyService of checkpoints on a neighbour: what arrives is what was sent, whatever breaks on the way, or nothing
+"""Copies of checkpoints on a neighbour: what arrives is what was sent, whatever breaks on the way, or nothing
 is."""
 
 from __future__ import annotations

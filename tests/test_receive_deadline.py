@@ -73,7 +73,7 @@ def chain(stages: int) -> list[Rollback]:
 
 
 def beat(machines: list[Rollback]) -> None:
-    """Everybody says Heartbeat to everybody who is there, once."""
+    """Every stage sends a heartbeat to each neighbour that is there, once."""
     sides: tuple[tuple[Side, int, Side], ...] = (("above", -1, "below"), ("below", 1, "above"))
     for side, step, back in sides:
         for stage, machine in enumerate(machines):

@@ -1,4 +1,4 @@
-"""CopyService asked back: who takes a stage's place on a disk that lacks what the buddy has asks for it first of all.
+"""Copies asked back: who takes a stage's place on a disk that lacks what the buddy has asks for it first of all.
 
 Before, because from which steps it could go on is said once. It waits as long as anything comes, and for a buddy that
 is not there, without whom nobody could go on anyway; it gives up on one that is there and silent: an older step, or the

@@ -1,4 +1,4 @@
-"""CopyService of checkpoints on a neighbour, so that a disk that is lost with its machine is not the loss of the stage.
+"""Copies of checkpoints on a neighbour, so that a disk that is lost with its machine is not the loss of the stage.
 
 Each stage has a *buddy*, the stage below it (the last one: the stage above), and trickles its newest checkpoint there
 while the link between them has nothing else to do: a part leaves only when no tensor waits, and takes its time from the
@@ -6,7 +6,7 @@ same token bucket. Who takes a stage's place on a machine that has less than the
 says from which steps it could go on. Where both machines see one directory nothing is sent: the buddy looks there.
 
 The frames travel on the control stream (`protocol.copy_transfer` says why, and who may send what), with a row of their
-own in the account. CopyService lie in <checkpoint.directory>/copies/stage-<i>/, as checkpoints do. Here is who says
+own in the totals. Copies lie in <checkpoint.directory>/copies/stage-<i>/, as checkpoints do. Here is who says
 what when; how one goes is in copy_sender.py, how one comes in copy_receiver.py, and what is asked back in
 copy_restore.py.
 

@@ -53,7 +53,7 @@ class EntryPoints:
 
 
 def ask_all_rendezvous(join: Sequence[str], say: Say, security: Security = PLAIN) -> EntryPoints:
-    """RendezvousRequest at all of these addresses at once. Raises DiscoveryError if nothing comes of any."""
+    """Ask at all of these addresses at once. Raises DiscoveryError if nothing comes of any."""
     peers: list[str] = []
     rendezvous: list[str] = []
     for address in join:

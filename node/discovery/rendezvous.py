@@ -112,7 +112,7 @@ async def _dial_back(request: RendezvousRequest, peer: str, security: Security) 
 async def ask_rendezvous(
     address: str, security: Security = PLAIN, request: RendezvousRequest | None = None, *, deadline_s: float = WAIT_S
 ) -> RendezvousAnswer:
-    """RendezvousRequest at the rendezvous at `address` (host:port). Raises RendezvousError."""
+    """Ask the rendezvous at `address` (host:port). Raises RendezvousError."""
     if not security.may_dial(address):
         raise RendezvousError(f"{address} leaves this machine, and this node has neither --keys nor --insecure", 2)
     try:

@@ -1,6 +1,6 @@
 """A run's configuration on its way between machines: what is told, and what is believed of it.
 
-RendezvousResponse is the whole tree as TOML, less what names places on one machine, and who may look on there. Believed
+Shared is the whole tree as TOML, less what names places on one machine, and who may look on there. Believed
 is nothing but what has the fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the user
 gives, if any. Settings that are no part of the fingerprint (data source, link, device, checkpoints) are each machine's
 own and may be overridden; those that are may not, since the neighbours would refuse a node that computes something

@@ -135,7 +135,7 @@ def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[
 
 
 def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
-    """InfoResponse what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and
+    """About what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and
     without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
     less the attention scores)."""

@@ -132,7 +132,7 @@ def mounts(directory: Path) -> list[str]:
 
 
 def _stop(directory: Path) -> None:
-    """RendezvousRequest the engine to end, as its operator would."""
+    """Ask the engine to end, as its operator would."""
     running = processes(directory)
     for process in running:
         with suppress(psutil.Error):

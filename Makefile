@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-long test-schedules lint proto bench clean
+.PHONY: setup train test test-slow test-long test-schedules lint proto bench clean
 
 setup: $(STAMP)
 
@@ -22,10 +22,16 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# A file of tests for each core at a time, then by themselves those that hold real time to figures.
+# Every kind of thing at least once: five minutes on two cores. First what runs on all cores, a file at a time, then by
+# themselves those that hold real time to figures.
 test: lint
-	$(BIN)/python -m pytest -m "not long and not alone" -n auto --dist loadfile --durations 25
-	$(BIN)/python -m pytest -m "alone and not long" --durations 25
+	$(BIN)/python -m pytest -m "not slow and not long and not alone" -n auto --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m "alone and not slow and not long" --durations 10
+
+# All the rest: every combination, and the stories that real processes take a while to tell.
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not long and not alone" -n auto --dist loadfile --durations 25
+	$(BIN)/python -m pytest -m "slow and alone and not long" --durations 25
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long

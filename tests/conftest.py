@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .tiers import split_tiers
+
 if TYPE_CHECKING:
     from thinpipe.node.config import RunConfig
 
@@ -49,6 +51,11 @@ TINY: dict[str, Any] = {
 }
 
 TinyConfig = Callable[..., "RunConfig"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    split_tiers(items)
 
 
 @pytest.fixture(scope="session")

@@ -198,6 +198,7 @@ def test_a_run_that_splits_its_backward_is_rewound_from_anywhere(tiny: TinyConfi
     assert [(run.act(step), run.digests()) for step in range(2)] == expected
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path) -> None:
     config = configure(tiny, "mapl:r=8,every=3,anchors=factorized,table=1")
     run = Run(config)

@@ -107,6 +107,7 @@ def endless(run_toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
             run.process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_node_ends_the_run_by_name(endless: dict[str, Up]) -> None:
     run = endless["a node is killed"]
     (victim, _) = run.nodes()
@@ -145,6 +146,7 @@ def test_nodes_end_by_themselves_when_the_launcher_is_killed(endless: dict[str, 
         assert last["reason"] == f"the launcher (process {run.process.pid}) is gone"
 
 
+@pytest.mark.slow
 def test_a_run_prints_json_alone_and_its_summary_is_complete(run_toml: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "run"
     run = start(run_toml, out, "--json", "--link", "50mbit,2ms")

@@ -468,6 +468,7 @@ print(corpus.digest, hashlib.sha256(batch.tobytes()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", texts(3000))
     builders = [

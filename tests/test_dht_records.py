@@ -192,6 +192,7 @@ def of(script: str, address: str) -> str:
     return done.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_reader_hears_what_is_signed_beside_forgeries_and_with_a_full_shelf(liar: str) -> None:
     assert of(OWNER_OF_ONE, liar) == "True"
     found = json.loads(of(READER, liar))

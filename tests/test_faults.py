@@ -136,6 +136,7 @@ def assert_consequence(fault: Fault, ended: Ended, otherwise: Ended) -> None:
             pass
 
 
+@pytest.mark.pairwise(14)
 @pytest.mark.parametrize("fault", IN_TRAINING, ids=str)
 def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault) -> None:
     ended = run_cluster(tiny(SETTINGS), tmp_path, [fault])
@@ -143,6 +144,7 @@ def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_pa
     assert_consequence(fault, ended, calm)
 
 
+@pytest.mark.pairwise(8)
 @pytest.mark.parametrize("fault", IN_A_ROLLBACK, ids=str)
 def test_in_a_rollback(
     tiny: TinyConfig, undisturbed: Outcome, rolled_back: Ended, tmp_path: Path, fault: Fault
@@ -158,6 +160,7 @@ ENDS += [kill(1, STEP, Phase.CHECKPOINT, point=point) for point in (2, 3, 4)]
 ENDS += [kill(stage, STEP, Phase.MID_BACKWARD, point=2) for stage in (1, 2)]  # the stage above has half its gradients
 
 
+@pytest.mark.pairwise(3)
 @pytest.mark.parametrize("fault", ENDS, ids=str)
 def test_head_and_tail_are_killed(
     tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault
@@ -178,6 +181,7 @@ def undisturbed_whole(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig
 
 
 # The middle stage does I0 I1 W0 I2 W1 I3 W2 W3, the last one I0 I1 I2 W0 I3 W1 W2 W3.
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize(("stage", "point"), [(0, 2), (1, 3), (1, 8), (2, 3), (2, 4)])
 def test_a_loss_between_input_and_weight_gradients(
     tiny: TinyConfig, undisturbed_whole: Outcome, tmp_path: Path, stage: int, point: int
@@ -197,6 +201,7 @@ TWICE = [
 ]
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize(("first", "second", "phase"), TWICE)
 def test_a_second_kill_during_the_rollback(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, first: int, second: int, phase: Phase
@@ -221,6 +226,7 @@ def test_a_replaced_head_or_tail_wakes_up(tiny: TinyConfig, undisturbed: Outcome
     assert ("replaced" if stage == 0 else "TimeoutError") in words
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_sleeper_finds_a_neighbour_that_has_just_joined(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int
@@ -236,6 +242,7 @@ def test_a_sleeper_finds_a_neighbour_that_has_just_joined(
     assert "replaced" in words
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("how", ["bit", "short", "manifest"])
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_torn_checkpoint_is_left_out(
@@ -247,6 +254,7 @@ def test_a_torn_checkpoint_is_left_out(
     assert_consequence(fault, ended, calm)
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_loss_while_the_disk_is_full_goes_back_further(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, stage: int
@@ -262,6 +270,7 @@ def test_a_loss_while_the_disk_is_full_goes_back_further(
     assert 6 in ended.checkpoints[stage]  # there is room again
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("frame", range(1, 6))
 @pytest.mark.parametrize("boundary", range(STAGES - 1))
 def test_each_word_of_a_rollback_is_cut_short(

@@ -138,6 +138,7 @@ def relative(got: Any, wanted: Any) -> float:
     return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
     ("architecture", "polynomials", "schedule"),
     [("llama", "polar_express", "1f1b"), ("starcoder2", "quintic", "1f1b"), ("starcoder2", "polar_express", "zb")],

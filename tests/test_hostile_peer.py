@@ -106,6 +106,7 @@ def scene(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     return config, run
 
 
+@pytest.mark.slow
 def test_a_node_survives_every_hostile_peer_and_then_trains(scene: Scene, tmp_path: Path) -> None:
     config, run = scene
     prepare_corpus(config)
@@ -133,6 +134,7 @@ def test_a_node_survives_every_hostile_peer_and_then_trains(scene: Scene, tmp_pa
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_dialler_refuses_a_node_of_another_run_and_says_both_values(scene: Scene, tmp_path: Path) -> None:
     config, run = scene
     other = tmp_path / "other"
@@ -149,6 +151,7 @@ def test_a_dialler_refuses_a_node_of_another_run_and_says_both_values(scene: Sce
         assert listener.poll() is None
 
 
+@pytest.mark.slow
 def test_a_node_that_nobody_meets_ends_and_says_what_it_waited_for(scene: Scene, tmp_path: Path) -> None:
     config, _ = scene
     (tmp_path / "run.toml").write_text(dump_config(config))

@@ -52,6 +52,7 @@ def faults(run: Path, stage: int) -> list[str]:
     return [record["code"] for record in read_records(run / f"stage-{stage}.jsonl") if record["event"] == "fault"]
 
 
+@pytest.mark.slow
 def test_broken_connections_and_strangers_leave_no_trace_in_the_result(
     config: RunConfig, expected: list[str], tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ async def invents_codes(context: grpc.aio.ServicerContext) -> None:
 STRANGE = [says_nothing, hangs_up, talks_nonsense, talks_too_much, is_busy, invents_codes]
 
 
+@pytest.mark.slow
 def test_a_node_outlasts_every_strange_server_until_its_neighbour_is_there(
     config: RunConfig, expected: list[str], tmp_path: Path
 ) -> None:
@@ -307,6 +309,7 @@ def test_who_may_take_whose_place() -> None:
 # -- the neighbour itself -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_neighbour_that_turns_bad_ends_the_run_by_name_and_a_stranger_before_it_does_not(
     config: RunConfig, tmp_path: Path
 ) -> None:

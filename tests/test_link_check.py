@@ -191,6 +191,7 @@ def two_stages(tiny: TinyConfig, verify: str) -> RunConfig:
     return tiny({"pipeline.stages": 2, "run.steps": 1, **link})
 
 
+@pytest.mark.slow
 def test_a_node_warns_once_a_link_and_goes_on(
     tiny: TinyConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_node_warns_once_a_link_and_goes_on(
     assert "boundary 0-1: sends at 50gbit, measured " in said.out
 
 
+@pytest.mark.slow
 def test_a_node_that_shall_fail_ends_with_that_line(tiny: TinyConfig, tmp_path: Path) -> None:
     with pytest.raises(ExceptionGroup) as raised:
         run_in_memory(two_stages(tiny, "fail"), tmp_path)

@@ -73,6 +73,7 @@ class Machines:
         return [record for record in read_records(path) if record["event"] == event] if path.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.long), 2])  # whose buddy is below, and above
 def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp_path: Path) -> None:
     undisturbed = run_reference(config, tmp_path / "reference")

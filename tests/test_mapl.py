@@ -66,6 +66,7 @@ def both(config: RunConfig, directory: Path) -> tuple[Outcome, Outcome]:
     return run_reference(config, directory / "reference"), run_in_memory(config, directory / "swarm")
 
 
+@pytest.mark.pairwise(4)
 @pytest.mark.parametrize(("codec", "more"), VARIANTS.values(), ids=VARIANTS)
 def test_a_swarm_is_one_process(codec: str, more: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     reference, swarm = both(configure(tiny, codec, more), tmp_path)
@@ -89,6 +90,7 @@ def test_broken_connections_change_no_bit(at: Any, tiny: TinyConfig, tmp_path: P
     assert disturbed == run_reference(config, tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
     """With a codebook that streams in each direction, too."""
     formats = {"codec.forward": "rvq:groups=2,codes=16,delta=drift/4", "codec.backward": "rvq:groups=2,codes=16"}
@@ -104,6 +106,7 @@ def measures(directory: Path, stage: int) -> list[dict[str, float]]:
     return [record["codec"] for record in read_records(directory / f"stage-{stage}.jsonl") if record["event"] == "step"]
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("delta", ["int8", "bf16"])
 def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path: Path) -> None:
     steps = {"run.steps": 60, "pipeline.microbatches": 1, "run.eval_every": 0, "optim.muon_lr": 0.02}

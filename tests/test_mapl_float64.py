@@ -252,6 +252,7 @@ def farthest(got: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
     return max((error / length if length else error for error, length in lengths), default=0.0)
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
     ("architecture", "stages", "options", "polynomials"),
     [
@@ -279,12 +280,14 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("options", [*VARIANTS, "table=0,ar=16", "ar=16,pairs=300"])
 def test_so_does_every_variant(options: str, compare: Compare) -> None:
     errors = compare(f"{WITHOUT_ROUNDING},{options}", polynomials="polar_express")
     assert max(errors.values()) < TOLERANCE, errors
 
 
+@pytest.mark.slow
 def test_the_senders_half_alone_is_a_graph_that_is_cut_at_the_receiver(compare: Compare) -> None:
     errors = compare("delta=fp64,gradient=none", polynomials="polar_express")
     assert max(errors.values()) < TOLERANCE, errors
@@ -421,6 +424,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_small_bug_is_seen(
     bug: Callable[[pytest.MonkeyPatch], None], compare: Compare, monkeypatch: pytest.MonkeyPatch

@@ -28,6 +28,7 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_wheel_holds_every_module_and_no_test(wheel_names: set[str]) -> None:
     rooms = ("commands", "node", "protocol", "compress", "sim")
     modules = {path.relative_to(ROOT) for room in rooms for path in (ROOT / room).rglob("*.py")}

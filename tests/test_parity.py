@@ -75,6 +75,7 @@ def test_the_matrix_has_every_pair_of_settings() -> None:
         assert not missing
 
 
+@pytest.mark.pairwise(8)
 @pytest.mark.parametrize("row", MATRIX, ids=lambda row: "-".join(map(str, row)))
 def test_a_swarm_is_one_process(row: tuple[Any, ...], tiny: TinyConfig, tmp_path: Path) -> None:
     reference, swarm = both(tiny(in_matrix(row)), tmp_path)
@@ -100,6 +101,7 @@ FURTHER = {
 }
 
 
+@pytest.mark.pairwise(3)
 @pytest.mark.parametrize("settings", FURTHER.values(), ids=FURTHER)
 def test_a_swarm_is_one_process_also_with(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     reference, swarm = both(tiny(settings), tmp_path)
@@ -128,6 +130,7 @@ ZERO_BUBBLE = {
 }
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize(("stages", "schedule", "settings"), ZERO_BUBBLE.values(), ids=ZERO_BUBBLE)
 def test_a_split_backward_changes_no_bit(
     stages: int, schedule: str, settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path
@@ -148,6 +151,7 @@ def test_a_compiled_swarm_that_splits_is_one_process(tiny: TinyConfig, tmp_path:
     assert swarm == reference
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("codec", ["bf16", "int4"])
 def test_gpipe_and_1f1b_are_equal(codec: str, tiny: TinyConfig, tmp_path: Path) -> None:
     settings = {"pipeline.stages": 4, "codec.codec": codec}
@@ -158,6 +162,7 @@ def test_gpipe_and_1f1b_are_equal(codec: str, tiny: TinyConfig, tmp_path: Path) 
     assert gpipe == one_f_one_b == deeper == deepest
 
 
+@pytest.mark.slow
 def test_a_capped_link_changes_no_bit(tiny: TinyConfig, tmp_path: Path) -> None:
     settings = {"pipeline.stages": 4, "codec.codec": "int8"}
     free, capped = (
@@ -264,6 +269,7 @@ PROCESSES = {
 }
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("settings", PROCESSES.values(), ids=PROCESSES)
 def test_a_swarm_of_processes_is_one_process(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny(settings)
@@ -272,6 +278,7 @@ def test_a_swarm_of_processes_is_one_process(settings: dict[str, Any], tiny: Tin
     assert swarm == run_reference(config, tmp_path / "reference")
 
 
+@pytest.mark.slow
 def test_the_command_line_says_the_same_of_both(tiny: TinyConfig, tmp_path: Path) -> None:
     """Two stages, gpipe, bf16 autocast, bf16 on a capped link, started as a user would."""
     (tmp_path / "run.toml").write_text(dump_config(tiny({"compute.dtype": "bfloat16", "run.eval_every": 1})))

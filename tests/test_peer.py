@@ -15,6 +15,7 @@ from .conftest import TinyConfig
 PEER = Path(__file__).resolve().parent.parent / "benchmarks" / "peer_torch.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_the_peer_has_the_losses_of_one_process(tiny: TinyConfig, tmp_path: Path, wire: str) -> None:
     config = tiny({"pipeline.stages": 2, "codec.codec": wire, "run.steps": 4, "optim.warmup_steps": 1})

@@ -31,6 +31,7 @@ CODECS: dict[str, dict[str, str]] = {
 }
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_messages_have_the_bytes_that_a_run_sends(codec: dict[str, str], tiny: TinyConfig, tmp_path: Path) -> None:
     """The first step apart, which brings snapshots."""
@@ -121,6 +122,7 @@ def test_zero_bubble_hides_some_of_the_latency() -> None:
     assert last["weight_gradient_s"] / last["forward_s"] > first["weight_gradient_s"] / first["forward_s"]  # the head
 
 
+@pytest.mark.slow
 def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     arguments = [

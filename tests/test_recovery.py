@@ -84,6 +84,7 @@ FROM_OUTSIDE: list[Fault] = [
 ]
 
 
+@pytest.mark.slow
 def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
     """SIGKILL to the middle, to the head while that is being mended, and to the tail, whose newest checkpoint is
     damaged, each started again by the launcher; SIGSTOP for a moment; a disk that is full for a while."""
@@ -103,6 +104,7 @@ def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tm
     assert any(record["time_s"] > full[-1]["time_s"] for record in records(run, 1, "checkpoint"))  # there is room again
 
 
+@pytest.mark.slow
 def test_without_restarts_a_loss_ends_the_run(up: Up, config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(dump_config(config))
     run = tmp_path / "run"
@@ -114,6 +116,7 @@ def test_without_restarts_a_loss_ends_the_run(up: Up, config: RunConfig, tmp_pat
     assert "stage 1 was killed by SIGKILL" in stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_terminated_runs_go_on_with_resume(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(dump_config(config))
     run = tmp_path / "run"

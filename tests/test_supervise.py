@@ -400,6 +400,7 @@ def test_where_records_were_lost_bytes_are_unknown_and_not_too_few(tmp_path: Pat
     assert "the records of stage 0" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> None:
     """Root in a network of its own, but without NET_ADMIN, as in a container that was not given it."""
     prefix = ["unshare", "--net", "setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
@@ -574,6 +575,7 @@ def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatc
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -363,6 +363,7 @@ async def settle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
                 writer.write(struct.pack(">I", len(said))[1:] + bytes([kind, 1]) + bytes(4) + said)
 
 
+@pytest.mark.slow
 def test_who_lets_no_stream_begin_is_given_up() -> None:
     """A listener that is no node can hold nobody up: each attempt ends, and the address is asked for again."""
 
@@ -445,6 +446,7 @@ def keys_for(stages: list[int], root: Path, run: str = "run") -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_swarm_over_tls_ends_in_the_same_bits(tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny({"pipeline.stages": 2, "codec.codec": "int8"})
     run_local(config, tmp_path / "swarm", quiet=True, keys=keys_for([0, 1], tmp_path))
@@ -463,6 +465,7 @@ def test_keys_for_some_of_the_stages_are_refused_before_anything_starts(tiny: Ti
     assert not (tmp_path / "swarm").exists()
 
 
+@pytest.mark.slow
 def test_two_nodes_with_keys_of_two_authorities_say_so_and_end(tiny: TinyConfig, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": 2})))
     other = tmp_path / "other"

@@ -344,6 +344,7 @@ def live(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_live_swarm_by_its_directory_and_over_http(live: tuple[Path, int, Any]) -> None:
     run, port, process = live
     for arguments in ([str(run)], ["--prometheus", f"{port},127.0.0.1:{port + 1}"]):

@@ -1,0 +1,71 @@
+"""The quick tier's choice of cases: as many pairs as there is room for, always the same; all others run elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+
+from .tiers import spread
+
+pytest_plugins = ["pytester"]
+ROOT = Path(__file__).resolve().parents[1]
+CUBE = [tuple(enumerate(row)) for row in itertools.product(range(3), range(3), range(3))]
+
+
+def pairs(rows: list[tuple[tuple[int, int], ...]]) -> set[object]:
+    return {pair for row in rows for pair in itertools.combinations(row, 2)}
+
+
+def test_eleven_of_twenty_seven_hold_every_pair() -> None:
+    chosen = spread(CUBE, 11)
+    assert len(chosen) == 11
+    assert pairs([CUBE[index] for index in chosen]) == pairs(CUBE)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, {0}), (3, {0, 3, 6}), (10, set(range(10))), (99, set(range(10)))])
+def test_one_parameter_is_spread_evenly(count: int, chosen: set[int]) -> None:
+    assert spread([(("seed", seed),) for seed in range(10)], count) == chosen
+
+
+def test_quick_and_slow_are_all(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(tiers=(ROOT / "tests/tiers.py").read_text(encoding="utf-8"), test_law=LAW)
+    names = {}
+    for tier in ("slow", "not slow"):
+        lines = pytester.runpytest_inprocess("--collect-only", "-q", "-m", tier).outlines
+        names[tier] = set(re.findall(r"test_law\.py::\S+", "\n".join(lines)))
+    assert len(names["not slow"]) == 9 + 1
+    assert len(names["slow"]) == 18 + 1
+    assert not names["slow"] & names["not slow"]
+
+
+CONFTEST = """
+import tiers
+
+def pytest_configure(config):
+    for name in ("slow", "pairwise"):
+        config.addinivalue_line("markers", name)
+
+def pytest_collection_modifyitems(items):
+    tiers.split_tiers(items)
+"""
+LAW = """
+import pytest
+
+@pytest.mark.pairwise(9)
+@pytest.mark.parametrize("a", range(3))
+@pytest.mark.parametrize("b", range(3))
+@pytest.mark.parametrize("c", range(3))
+def test_law(a, b, c):
+    pass
+
+@pytest.mark.slow
+def test_long():
+    pass
+
+def test_short():
+    pass
+"""

@@ -1,0 +1,50 @@
+"""Which tests are quick: `make test` runs those, `make test-slow` the rest, and both together are all of them.
+
+A test that takes seconds is marked `slow` by hand. A law that is tested for every combination is marked
+`pairwise(n)`: its quick cases are n that hold as many pairs of values as n can (Kuhn et al., NIST SP 800-142: most
+faults need no more than two), or, where it has one parameter, n that are spread evenly; all its other cases are slow.
+The choice depends on the order of the cases alone, so every worker and every run makes the same one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Sequence
+
+import pytest
+
+
+def split_tiers(items: Sequence[pytest.Item]) -> None:
+    """Mark as slow what a `pairwise` test does not need in the quick tier."""
+    laws: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
+            laws.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in laws.values():
+        marker = cases[0].get_closest_marker("pairwise")
+        assert marker
+        (count,) = marker.args
+        rows = [tuple(case.callspec.indices.items()) for case in cases]
+        chosen = spread(rows, count)
+        for index, case in enumerate(cases):
+            if index not in chosen:
+                case.add_marker(pytest.mark.slow)
+
+
+def spread(rows: Sequence[Sequence[Hashable]], count: int) -> set[int]:
+    """Indices of `count` rows: each next one adds the most pairs of values that no earlier one has, the first of
+    equals; where no pair is left, or rows have one value, they are spread evenly."""
+    if count >= len(rows):
+        return set(range(len(rows)))
+    pairs = [set(itertools.combinations(row, 2)) for row in rows]
+    chosen: list[int] = []
+    seen: set[object] = set()
+    while len(chosen) < count:
+        best = max((index for index in range(len(rows)) if index not in chosen), key=lambda i: len(pairs[i] - seen))
+        if not pairs[best] - seen:
+            break
+        chosen.append(best)
+        seen |= pairs[best]
+    left = [index for index in range(len(rows)) if index not in chosen]
+    more = count - len(chosen)
+    return {*chosen, *(left[len(left) * place // more] for place in range(more))}

@@ -130,6 +130,7 @@ def bench(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
+@pytest.mark.slow
 def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path) -> None:
     """A real swarm of two processes, at a pace that this machine surely keeps."""
     arguments = ("--emulate", "tiny@2x10ms+20ms", "--codec", "bf16", "--link", "20mbit,5ms", "--link", "1kbit")
@@ -153,6 +154,7 @@ def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path
     assert re.search(r"1kbit +1f1b\S* +\([0-9.,]+\) +- +- +- +- +planned", shown), shown
 
 
+@pytest.mark.slow
 def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> None:
     """One stage is told to keep less than a message in memory, which no node accepts."""
     arguments = ("--emulate", "tiny@2x1ms+1ms", "--codec", "bf16", "--link", "20mbit", "--set", "compute.device=cuda")

@@ -113,6 +113,7 @@ def states(directories: dict[int, Path]) -> list[str]:
     return [end_of(directories[stage], stage) for stage in sorted(directories)]
 
 
+@pytest.mark.slow
 def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, config: RunConfig, tmp_path: Path) -> None:
     """With TLS, and strangers in the DHT: two stages, a third node for one of them, and then losses: of the bootstrap,
     of a node's own part of the DHT, of a node."""
@@ -196,6 +197,7 @@ def test_by_multiaddr_the_configuration_comes_from_the_dht(scene: Scene, config:
     assert states({0: tmp_path / "a", 1: tmp_path / "b"}) == whole.state_sha256
 
 
+@pytest.mark.slow
 def test_a_node_that_cannot_be_reached_is_told(scene: Scene, tmp_path: Path) -> None:
     bootstrap = scene.dht("bootstrap", "--config", str(tmp_path / "run.toml"))
     rendezvous, nobody = bootstrap.until_says(DOOR)[1], free_address()

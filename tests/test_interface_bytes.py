@@ -52,6 +52,7 @@ def own_namespace() -> list[str]:
     return ["unshare", "--net"] if allowed else []
 
 
+@pytest.mark.slow
 def test_reported_bytes_are_on_the_interface(tiny: TinyConfig, tmp_path: Path) -> None:
     prefix = own_namespace()
     run = tmp_path / "run"

@@ -63,6 +63,7 @@ def digests(summary: dict[str, Any]) -> list[str]:
     return [stage["state_sha256"] for stage in summary["stages"]]
 
 
+@pytest.mark.slow
 @on_kernel_links
 def test_the_kernel_caps_what_trains_the_same_bits(settings: Path, tmp_path: Path) -> None:
     summary = up(settings, tmp_path / "run", "--steps", "6", "--link", "80mbit,5ms", "--isolate", "netns")
@@ -80,6 +81,7 @@ def test_the_kernel_caps_what_trains_the_same_bits(settings: Path, tmp_path: Pat
     assert reported == pytest.approx(carried, rel=0.02)
 
 
+@pytest.mark.slow
 @on_kernel_links
 def test_a_cap_that_is_not_there_is_seen(settings: Path, tmp_path: Path) -> None:
     """Nodes that are told that the kernel caps them, where it does not."""
@@ -94,6 +96,7 @@ def test_a_cap_that_is_not_there_is_seen(settings: Path, tmp_path: Path) -> None
     assert "the cap does not hold" in done.stderr
 
 
+@pytest.mark.slow
 @on_kernel_links
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGKILL])
 def test_no_namespace_stays(settings: Path, tmp_path: Path, how: signal.Signals) -> None:

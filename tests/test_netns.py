@@ -88,6 +88,7 @@ def test_the_cap_holds_both_ways_and_comes_off(two: Network) -> None:
     assert transfer(two, 0, 1) > 5 * 80e6
 
 
+@pytest.mark.slow
 @on_kernel_links
 def test_a_node_is_capped_as_receiver_too(two: Network) -> None:
     tc.uncap("eth0", namespace=two.nodes[0])  # node 0 sends freely; the port of node 1 does not pass it on
@@ -143,6 +144,7 @@ def test_a_failure_half_way_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     assert own() == before
 
 
+@pytest.mark.slow
 @on_kernel_links
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_what_ends_a_process_leaves_nothing_and_sigkill_is_swept(how: signal.Signals) -> None:

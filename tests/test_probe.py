@@ -425,6 +425,7 @@ def test_another_grpc_server_is_said_to_be_one() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.slow
 def test_two_processes_a_table_and_json() -> None:
     """As on two machines: one answers, two measure, Ctrl-C ends it."""
     command = [sys.executable, "-m", "thinpipe.cli", "probe"]
@@ -452,6 +453,7 @@ def test_two_processes_a_table_and_json() -> None:
         assert (answering.returncode, errors) == (0, "")
 
 
+@pytest.mark.slow
 def test_once_is_once() -> None:
     with subprocess.Popen(
         [sys.executable, "-m", "thinpipe.cli", "probe", "--listen", "127.0.0.1:0", "--once"],

@@ -84,6 +84,20 @@ FROM_OUTSIDE: list[Fault] = [
 ]
 
 
+def test_a_killed_stage_comes_back(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """The quick one of these stories: the tail of two stages is killed, started again, and all go on from a common
+    checkpoint."""
+    short = tiny({**SETTINGS, "pipeline.stages": 2, "run.steps": 40})
+    (tmp_path / "run.toml").write_text(dump_config(short))
+    run = tmp_path / "run"
+    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "1")
+    carry_out(run, [Kill(at=Done(stage=0, steps=4), stage=1)])
+    summary = ended(process)
+    assert states(summary) == run_reference(short, tmp_path / "reference").state_sha256
+    assert [len(records(run, stage, "start")) for stage in range(2)] == [1, 2]
+    assert len(summary["rollbacks"]) == 1
+
+
 @pytest.mark.slow
 def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
     """SIGKILL to the middle, to the head while that is being mended, and to the tail, whose newest checkpoint is

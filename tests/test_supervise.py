@@ -116,6 +116,7 @@ def swarm(tmp_path: Path, settings: Path) -> Iterator[Swarm]:
 
 
 @alone
+@pytest.mark.slow
 def test_a_standby_takes_the_place_of_whoever_is_killed(tmp_path: Path, settings: Path, reference: list[str]) -> None:
     with swarm(tmp_path, settings) as made:
         made.start("standby", "--standby", "--health", str(tmp_path / "healthy"))
@@ -163,6 +164,7 @@ def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
 
 
 @alone
+@pytest.mark.slow
 def test_a_node_that_cannot_start_ends_its_keeper_and_the_standby(tmp_path: Path, settings: Path) -> None:
     with swarm(tmp_path, settings) as made:
         made.start("standby", "--standby")

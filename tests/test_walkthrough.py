@@ -129,6 +129,7 @@ def blocks() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_walkthrough_does_what_it_says(lan: Lan) -> None:
     (where, settings), *rest = blocks()
     machine, _, name = where.partition(":")

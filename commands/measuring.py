@@ -140,7 +140,7 @@ def bench(
     """
     one_arithmetic_thread()
     from ..node.config import ConfigError, parse_override
-    from ..node.measuring.bench_grid import Grid, run_bench, split_codecs
+    from ..node.measuring.bench_grid import BenchGrid, run_bench, split_codecs
     from ..node.measuring.plan import PLANNED
 
     links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
@@ -156,7 +156,7 @@ def bench(
     try:
         settings = {key: value for key, value in options.items() if value is not None}
         settings |= dict(map(parse_override, overrides or []))
-        grid = Grid(
+        grid = BenchGrid(
             machines=tuple(emulate or ()),
             free_running=tuple(free_running or ()),
             codecs=tuple(split_codecs(codec)),

@@ -21,7 +21,7 @@ _SCORES = {"cpu": 2**18, "cuda": 2**26}  # values of one block of scores: 1 MiB,
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class CodebookShape:
     """levels L, groups G, codes K: the shape of the table, but for its width."""
 
     levels: int
@@ -45,7 +45,7 @@ class Coded:
 class Codebooks:
     """One table in use. It is never changed in place."""
 
-    def __init__(self, table: Tensor, grid: Grid) -> None:
+    def __init__(self, table: Tensor, grid: CodebookShape) -> None:
         self.table, self.grid, self.width = table, grid, table.shape[-1]
         self._rows = table.view(grid.levels, grid.groups * grid.codes, self.width)
         self._offsets_G = torch.arange(grid.groups, device=table.device) * grid.codes

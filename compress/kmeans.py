@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .boundary import CodecError, Key
-from .codebook import Coded, Grid, Search
+from .codebook import CodebookShape, Coded, Search
 
 LLOYD = 8  # iterations of the start
 SAMPLE = (4096, 8)  # tokens that the start looks at: so many, or so many for each code if that is more
@@ -42,7 +42,7 @@ class Learner:
     """counts (L, G, K) and sums (L, G, K, D), fp32 on the CPU; the master is their quotient. updates (1,): how many
     microbatches came after the start."""
 
-    def __init__(self, grid: Grid, decay: float) -> None:
+    def __init__(self, grid: CodebookShape, decay: float) -> None:
         self.grid, self.decay = grid, decay
         self.reset()
 

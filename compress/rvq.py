@@ -42,7 +42,7 @@ from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
 from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy
-from .codebook import Codebooks, Coded, Grid
+from .codebook import Codebooks, CodebookShape, Coded
 from .formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value, is_finite, refusal
 from .kmeans import Learner
 from .registry import register_format
@@ -93,7 +93,7 @@ class Rvq(ByteFormat):
         self.policy: Policy
         self.policy, self.divisor = _parse_delta(delta)
         self.encoding = encoding
-        self.grid = Grid(levels=levels, groups=groups, codes=codes)
+        self.grid = CodebookShape(levels=levels, groups=groups, codes=codes)
         self._bits = bit_width(codes)
         self._learner = Learner(self.grid, decay)
         self._books: Codebooks | None = None

@@ -35,10 +35,10 @@ from .links.transport import serving as serving_only
 from .metrics import MetricsWriter, Tracer
 from .optim import OptimizerError
 from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
-from .queues import Reporter
 from .security.policy import PLAIN, Security
 from .state import StateError
 from .watching.views import Watching
+from .worker import Reporter
 
 if TYPE_CHECKING:
     from .discovery.membership import Membership

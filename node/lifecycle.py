@@ -37,12 +37,12 @@ from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts
 from .links.control_stream import Control, Wanted
 from .links.link import Link
 from .metrics import MetricsWriter, Tracer
-from .queues import Reporter, Worker
 from .receive_deadline import ReceiveDeadline
 from .run_totals import RunTotals
 from .stage import Stage
 from .state import StageSnapshot
 from .training_loop import TrainingLoop
+from .worker import Reporter, Worker
 
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 

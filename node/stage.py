@@ -24,7 +24,7 @@ from ..compress.anchors import token_table
 from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
-from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, Received, UpstreamEndpoint
+from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .config import RunConfig
 from .model import WeightGradients, build_stage
@@ -180,7 +180,9 @@ class Stage:
         logits_NV = out.flatten(0, 1).to(self.dtype)
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
 
-    def forward(self, step: int, microbatch: int, ids_BS: np.ndarray, received: Received | None) -> Encoded | None:
+    def forward(
+        self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
+    ) -> Encoded | None:
         """What to send on, or None from the last stage, which knows the loss now."""
         delta = self._publish(step) if not self._begun else b""
         self._begun = True
@@ -204,7 +206,7 @@ class Stage:
         self.sender.use_table(shipped)
         return delta
 
-    def _accept(self, received: Received | None) -> Tensor | None:
+    def _accept(self, received: ReceivedTensor | None) -> Tensor | None:
         if received is None:
             return None
         if received.table is not None:
@@ -273,7 +275,7 @@ class Stage:
         return loss, stats
 
     @torch.no_grad()
-    def evaluate(self, ids_BS: np.ndarray, received: Received | None) -> Encoded | float:
+    def evaluate(self, ids_BS: np.ndarray, received: ReceivedTensor | None) -> Encoded | float:
         """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)

@@ -29,16 +29,17 @@ from ..protocol.schedule import (
 )
 from ..sim.links.link_check import LinkCheck
 from ..sim.reports.summary import dense_bytes_one_way
-from .boundary.endpoints import DownstreamEndpoint, Encoded, Received, UpstreamEndpoint
+from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .config import RunConfig
 from .data import Corpus
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
-from .queues import Arrival, ReceiveQueue, Reporter, SendQueue, Worker
+from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
 from .run_totals import RunTotals
 from .stage import Stage
+from .worker import Reporter, Worker
 
 
 class TrainingLoop:
@@ -252,7 +253,7 @@ class TrainingLoop:
         tokens = count * self.config.microbatch_size * self.config.data.sequence_length
         self._metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
 
-    async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, Received | None]:
+    async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, ReceivedTensor | None]:
         if self._from_above:
             arrival = await self._wait(self._from_above, kind, step, microbatch)
             assert arrival.ids_BS is not None

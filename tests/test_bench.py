@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node.measuring.bench_grid import Grid, split_codecs
+from thinpipe.node.measuring.bench_grid import BenchGrid, split_codecs
 from thinpipe.sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.reports.bench_report import bench_tables
 from typer.testing import CliRunner
@@ -111,7 +111,7 @@ def test_codecs_are_told_apart_at_commas() -> None:
 
 
 def test_every_codec_has_its_uncapped_cell_first() -> None:
-    grid = Grid(
+    grid = BenchGrid(
         machines=("tiny@2x1ms+1ms",), codecs=("bf16", "int8"), links=("1mbit", "none"), schedules=("1f1b",), settings={}
     )
     assert [(cell.codec, str(cell.link)) for cell in grid.cells()] == [

@@ -29,6 +29,12 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},
 }
+# And rooms of sim, in which nothing lies outside of a room.
+MAY_IMPORT_IN_SIM: dict[str, set[str]] = {
+    "links": set(),
+    "reports": set(),
+    "launch": {"links", "reports"},
+}
 SANS_IO = {"torch", "asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "subprocess"}
 FOREIGN = {
     "protocol": SANS_IO,
@@ -75,22 +81,23 @@ def test_imports_point_one_way(path: Path) -> None:
             assert name not in FOREIGN.get(room, set()), f"{path.relative_to(ROOT)} imports {name}"
 
 
-def imported_in_node(path: Path, source: str | None = None) -> Iterator[str]:
-    """Rooms and modules of node that a module in one of its rooms imports from beside its own room."""
+def imported_in_room(path: Path, source: str | None = None) -> Iterator[str]:
+    """Rooms and modules of node, or of sim, that a module in one of its rooms imports from beside its own room."""
     for statement in ast.walk(ast.parse(source or path.read_text())):
         if isinstance(statement, ast.ImportFrom) and statement.level == 2:
             yield from [statement.module.split(".")[0]] if statement.module else [each.name for each in statement.names]
 
 
-def test_rooms_of_node_are_entered_in_one_direction() -> None:
-    rooms = {path.parent.name for path in (ROOT / "node").glob("*/__init__.py")}
-    assert set(MAY_IMPORT_IN_NODE) == rooms
-    for room, may in MAY_IMPORT_IN_NODE.items():
-        for path in (ROOT / "node" / room).glob("*.py"):
-            found = set(imported_in_node(path)) & rooms
+@pytest.mark.parametrize(("package", "rules"), [("node", MAY_IMPORT_IN_NODE), ("sim", MAY_IMPORT_IN_SIM)])
+def test_rooms_are_entered_in_one_direction(package: str, rules: dict[str, set[str]]) -> None:
+    rooms = {path.parent.name for path in (ROOT / package).glob("*/__init__.py")}
+    assert set(rules) == rooms
+    for room, may in rules.items():
+        for path in (ROOT / package / room).glob("*.py"):
+            found = set(imported_in_room(path)) & rooms
             assert found <= may, f"{path.relative_to(ROOT)} imports {found - may}"
     order: list[str] = []
-    while left := {room: may for room, may in MAY_IMPORT_IN_NODE.items() if room not in order}:
+    while left := {room: may for room, may in rules.items() if room not in order}:
         free = [room for room, may in left.items() if may <= set(order)]
         assert free, f"{sorted(left)} import each other"
         order += free
@@ -101,7 +108,7 @@ def test_the_check_sees_forbidden_imports() -> None:
     assert ("inside", "node") in set(imported(inside, "from ..node.links.link import Link"))
     assert ("inside", "sim") in set(imported(inside, "from .. import sim"))
     assert ("inside", "node") in set(imported(inside, "import thinpipe.node.links.link"))
-    assert set(imported_in_node(inside, "from ..links.link import Link\nfrom .. import flow")) == {"links", "flow"}
+    assert set(imported_in_room(inside, "from ..links.link import Link\nfrom .. import flow")) == {"links", "flow"}
     assert ("outside", "torch") in set(imported(inside, "def f():\n    import torch.nn"))
 
 

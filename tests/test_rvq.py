@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from thinpipe.compress import rvq
 from thinpipe.compress.bits import bit_width
 from thinpipe.compress.boundary import CodecError, Direction, Key, Payload
-from thinpipe.compress.codebook import Codebooks, Grid
+from thinpipe.compress.codebook import Codebooks, CodebookShape
 from thinpipe.compress.kmeans import DEAD
 from thinpipe.compress.registry import parse_codec, parse_format
 from thinpipe.compress.rvq import Rvq
@@ -135,7 +135,7 @@ class TestWire:
         assert torch.equal(coded.left_NGD, left)
 
     def test_blocks_of_tokens_do_not_change_the_search(self):
-        grid = Grid(levels=1, groups=64, codes=256)  # 16 tokens a block
+        grid = CodebookShape(levels=1, groups=64, codes=256)  # 16 tokens a block
         books, x = Codebooks(gaussian((grid.entries, 2)), grid), gaussian((100, 64, 2), seed=1)
         whole = books.encode(x).codes_LNG
         parts = [books.encode(x[start : start + 7]).codes_LNG for start in range(0, 100, 7)]

@@ -30,7 +30,7 @@ from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError
 from thinpipe.sim.reports.quantities import TIME_MAX_S
 from thinpipe.sim.reports.record_tail import RecordTail
 from thinpipe.sim.reports.summary import read_records
-from thinpipe.sim.reports.top import Source, StageView, SwarmView, TopError, look, sources
+from thinpipe.sim.reports.top import MetricsSource, StageView, SwarmView, TopError, look, sources
 from thinpipe.sim.reports.top_console import show
 from thinpipe.sim.reports.top_view import Bar, frame
 from typer.testing import CliRunner
@@ -386,7 +386,7 @@ def test_the_screen_is_redrawn_until_the_run_is_over() -> None:
         return SwarmView("tale", {0: StageView(figures=figures, state=state)})
 
     story = _Story(at("starting"), at("training"), at("training"), at("ended"))
-    told: list[Source] = [story]
+    told: list[MetricsSource] = [story]
     console = Console(file=io.StringIO(), width=80, height=40, force_terminal=True, color_system=None)
     assert show(told, once=False, every_s=0.0, console=console)
     assert story.looks == 4

@@ -29,7 +29,7 @@ import grpc.aio
 import pytest
 from thinpipe.node import lifecycle
 from thinpipe.node.links.transport import CONTROL_METHOD
-from thinpipe.node.queues import Worker
+from thinpipe.node.worker import Worker
 from thinpipe.protocol.messages import Head
 
 JOB_S = 0.01  # of a thread, on average

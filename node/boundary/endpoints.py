@@ -145,7 +145,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
+class ReceivedTensor:
     """What a stage has from the one above: z, and the learned table if it changed with this message."""
 
     z_BTW: Tensor
@@ -274,7 +274,7 @@ class UpstreamEndpoint(_Endpoint):
             gradient_codebook_above=self._gradients,
         )
 
-    def unpack_activation(self, message: Message) -> tuple[np.ndarray, Received]:
+    def unpack_activation(self, message: Message) -> tuple[np.ndarray, ReceivedTensor]:
         """Token ids (B, T+1), and z (B, T, W) with the table that it needs. Raises RemoteProtocolError.
 
         Messages have to come in order: each may bring a change of a table.
@@ -286,7 +286,7 @@ class UpstreamEndpoint(_Endpoint):
             raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: token ids: {error}") from None
         table, _ = self._followed(message, self.table, self._activations)
         z_BTW = self._unpacked(shape.forward, message)
-        return ids.reshape(shape.microbatch_size, shape.sequence_length + 1), Received(z_BTW=z_BTW, table=table)
+        return ids.reshape(shape.microbatch_size, shape.sequence_length + 1), ReceivedTensor(z_BTW=z_BTW, table=table)
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         """A GRADIENT message, with the microbatch's loss beside it. Raises CodecError."""

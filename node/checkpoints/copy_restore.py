@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from ...protocol.control_messages import CopyWanted
 from ...protocol.effects import Side
-from ..queues import Reporter
+from ..worker import Reporter
 from .copy_receiver import CopyReceiver
 from .copy_sender import Say
 from .copy_store import CopySession

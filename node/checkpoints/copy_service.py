@@ -33,7 +33,7 @@ from ...protocol.control_messages import (
 from ...protocol.effects import Side
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.header import printable
-from ..queues import Reporter
+from ..worker import Reporter
 from .copy_restore import CopyRestore
 from .copy_sender import CopySender, Say
 from .copy_store import QUEUED_MAX, CopySession, CopyStore

@@ -38,7 +38,7 @@ UNCAPPED = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
+class BenchGrid:
     """What is to be measured. paces: see `EmulatedMachine`. free_running: PRESET@STAGES. codecs: CODEC [FORWARD
     [BACKWARD]] each.
     settings: of all cells alike."""
@@ -52,7 +52,7 @@ class Grid:
     window_s: float = WINDOW_S
     limit_s: float = LIMIT_S
 
-    def cells(self) -> Iterator[Planned]:
+    def cells(self) -> Iterator[PlannedCell]:
         """The uncapped cell of each codec and schedule before those with links, which are compared with it. Raises
         ConfigError."""
         modes = [(machine, True) for machine in self.machines] + [(mode, False) for mode in self.free_running]
@@ -60,7 +60,7 @@ class Grid:
             for codec in self.codecs:
                 for schedule in self.schedules:
                     for link in (UNCAPPED, *(link for link in self.links if link != UNCAPPED)):
-                        yield Planned.of(self, mode, codec, schedule, link, emulated=emulated)
+                        yield PlannedCell.of(self, mode, codec, schedule, link, emulated=emulated)
 
 
 def split_codecs(text: str) -> list[str]:
@@ -76,7 +76,7 @@ def split_codecs(text: str) -> list[str]:
 
 
 @dataclass(slots=True, kw_only=True)
-class Planned:
+class PlannedCell:
     """A cell with its settings; `tree` may still lack the schedule's depth (rtt_ratio=auto) and the steps."""
 
     mode: str
@@ -88,7 +88,7 @@ class Planned:
     name: str
 
     @classmethod
-    def of(cls, grid: Grid, mode: str, codec: str, schedule: str, link: str, *, emulated: bool) -> Planned:
+    def of(cls, grid: BenchGrid, mode: str, codec: str, schedule: str, link: str, *, emulated: bool) -> PlannedCell:
         name, *formats = codec.split()
         if len(formats) > 2:
             raise ConfigError(f"--codec: '{codec}' is not CODEC [FORWARD [BACKWARD]]")
@@ -126,7 +126,7 @@ class Planned:
 class Bench:
     """Runs the cells of a grid and keeps what they came to in `out`."""
 
-    def __init__(self, grid: Grid, out: Path, *, report: Callable[[str], None]) -> None:
+    def __init__(self, grid: BenchGrid, out: Path, *, report: Callable[[str], None]) -> None:
         self._grid, self._out, self._report = grid, out, report
         self._times: dict[tuple[str, str], list[StageTimes]] = {}  # of free-running stages, over instant links
         title = f"thinpipe bench: {', '.join((*grid.machines, *grid.free_running))}"
@@ -148,7 +148,7 @@ class Bench:
             self._save()
         return self.found
 
-    def _check(self, cell: Planned) -> None:
+    def _check(self, cell: PlannedCell) -> None:
         """What can be seen to be wrong before the first cell runs."""
         try:
             config = cell.config(cell.schedule.removesuffix(AUTO), 1)
@@ -162,7 +162,7 @@ class Bench:
         if any(cell["rate_bits_per_s"] for cell in self.found["cells"]):
             draw_bench(self._out / "bench.png", self.found)
 
-    def _cell(self, cell: Planned) -> dict[str, Any]:
+    def _cell(self, cell: PlannedCell) -> dict[str, Any]:
         entry: dict[str, Any] = {
             "mode": "emulated" if cell.emulated else "free-running",
             "of": cell.mode,
@@ -184,7 +184,7 @@ class Bench:
             self._report(f"  {entry['measured']['tokens_per_s']:,.0f} tokens/s")
         return entry
 
-    def _fill(self, cell: Planned, entry: dict[str, Any]) -> None:
+    def _fill(self, cell: PlannedCell, entry: dict[str, Any]) -> None:
         plain = cell.schedule.removesuffix(AUTO)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
@@ -214,7 +214,7 @@ class Bench:
             run = self._out / "cells" / cell.name
             self._times.setdefault((cell.mode, cell.codec), times_measured(run, config))
 
-    def _times_of(self, cell: Planned, config: RunConfig) -> list[StageTimes] | None:
+    def _times_of(self, cell: PlannedCell, config: RunConfig) -> list[StageTimes] | None:
         """Of a free-running cell; None before its uncapped one has run."""
         prepare_corpus(config)
         return self._times.get((cell.mode, cell.codec))
@@ -253,7 +253,7 @@ class Bench:
             entry["utilisation_of_schedule"] = used / planned["wire_share"] if used and planned else None
 
 
-def run_bench(grid: Grid, out: Path, *, quiet: bool) -> dict[str, Any]:
+def run_bench(grid: BenchGrid, out: Path, *, quiet: bool) -> dict[str, Any]:
     """The grid's cells, with a line for each and a table at the end, also of what was done before an interruption.
     Raises what PLANNED names, and LocalRunError."""
     console = Console(stderr=True) if quiet else Console()

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Message
-from ..boundary.endpoints import DownstreamEndpoint, Encoded, Received, UpstreamEndpoint
+from ..boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from ..config import RunConfig
 from ..data import Corpus
 from ..optim import OptimStats
@@ -95,11 +95,11 @@ class SizedUpstreamEndpoint(UpstreamEndpoint):
         if self.table:
             self.table = _SizedTable(sizes)  # pyright: ignore[reportAttributeAccessIssue] (what a node asks of it)
 
-    def unpack_activation(self, message: Message) -> tuple[np.ndarray, Received]:
+    def unpack_activation(self, message: Message) -> tuple[np.ndarray, ReceivedTensor]:
         _check_size(message, self.sizes.activation(message.step, message.microbatch, message.kind))
         shape = self.sizes.shape
         ids_BS = np.zeros((shape.microbatch_size, shape.sequence_length + 1), np.int32)
-        return ids_BS, Received(z_BTW=_NOTHING)
+        return ids_BS, ReceivedTensor(z_BTW=_NOTHING)
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         del dz_BTW
@@ -137,7 +137,9 @@ class EmulatedStage(Stage):
     def _sent(self) -> Encoded | None:
         return None if self.last else Encoded(z_BTW=_NOTHING)
 
-    def forward(self, step: int, microbatch: int, ids_BS: np.ndarray, received: Received | None) -> Encoded | None:
+    def forward(
+        self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
+    ) -> Encoded | None:
         del step, ids_BS, received
         self._last(self.times.forward_s)
         self.losses[microbatch] = 0.0
@@ -185,7 +187,7 @@ class EmulatedStage(Stage):
         self.completed = step + 1
         return 0.0, OptimStats(grad_norm=0.0, clip_coefficient=1.0, muon_lr=0.0, adamw_lr=0.0)
 
-    def evaluate(self, ids_BS: np.ndarray, received: Received | None) -> Encoded | float:
+    def evaluate(self, ids_BS: np.ndarray, received: ReceivedTensor | None) -> Encoded | float:
         del ids_BS, received
         return self._sent() or 0.0
 

@@ -43,7 +43,7 @@ STEP_TIMEOUT_S = 300.0  # without a step from anybody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Planned:
+class PlannedFault:
     """One fault: of stage `stage` (for cuts: of the boundary below it) once the head has done `step` steps, `part` of a
     step later; or, where `after_s` is given, so many seconds after the first step."""
 
@@ -59,7 +59,7 @@ class Planned:
 class Injected:
     """A fault that was injected, and what came of it."""
 
-    fault: Planned
+    fault: PlannedFault
     at_s: float
     step: int  # the newest that the head had done
     back_s: float | None = None  # when the last of those who were lost had found its place again
@@ -74,7 +74,7 @@ class Story:
     fenced: int = 0  # sleepers that woke up and were refused
 
 
-def plan(seed: int, *, steps: int, stages: int, count: int, kinds: tuple[Kind, ...] = KINDS) -> list[Planned]:
+def plan(seed: int, *, steps: int, stages: int, count: int, kinds: tuple[Kind, ...] = KINDS) -> list[PlannedFault]:
     """`count` faults, spread over the run so that the last ones still have steps before them. Kinds take turns."""
     chance = random.Random(seed)
     last = max(1, steps - 2)
@@ -83,24 +83,24 @@ def plan(seed: int, *, steps: int, stages: int, count: int, kinds: tuple[Kind, .
     return [replace(fault, step=int(moment), part=moment % 1) for moment, fault in zip(moments, drawn, strict=False)]
 
 
-def plan_every(every_s: float, seed: int, *, stages: int, kinds: tuple[Kind, ...] = KINDS) -> Iterator[Planned]:
+def plan_every(every_s: float, seed: int, *, stages: int, kinds: tuple[Kind, ...] = KINDS) -> Iterator[PlannedFault]:
     """A fault every so many seconds, without end. Kinds take turns."""
     for number, fault in enumerate(_draw(random.Random(seed), stages, kinds), start=1):
         yield replace(fault, after_s=number * every_s)
 
 
-def _draw(chance: random.Random, stages: int, kinds: tuple[Kind, ...]) -> Iterator[Planned]:
+def _draw(chance: random.Random, stages: int, kinds: tuple[Kind, ...]) -> Iterator[PlannedFault]:
     for kind in itertools.cycle(kinds):
         # A boundary has a stage above it; the last stage dials nobody, so nobody tells it that it was replaced.
         within = stages - 1 if kind in ("cut", "half", "sleeper") else stages
         stage = chance.randrange(within)
         second = (stage + chance.randrange(1, stages)) % stages
-        yield Planned(kind=kind, step=0, part=0.0, stage=stage, second=second)
+        yield PlannedFault(kind=kind, step=0, part=0.0, stage=stage, second=second)
 
 
 def disturb(
     run: Path,
-    faults: Iterable[Planned],
+    faults: Iterable[PlannedFault],
     *,
     stages: int,
     apart: bool,
@@ -180,7 +180,7 @@ class _Chaos:
         """Whether anybody has left, which nobody does before all are through."""
         return any(node and node.process.poll() == 0 for node in self._swarm.nodes)
 
-    def _due(self, fault: Planned) -> bool:
+    def _due(self, fault: PlannedFault) -> bool:
         done = self._head_steps()
         if fault.after_s is None:
             return done >= fault.step
@@ -189,7 +189,7 @@ class _Chaos:
     def _ended(self) -> bool:
         return self.over and all(node and node.process.poll() is not None for node in self._swarm.nodes)
 
-    def inject(self, fault: Planned) -> None:
+    def inject(self, fault: PlannedFault) -> None:
         """Wait for the fault's moment, and let it happen. Faults that come too late for the run are left out."""
         self._wait(lambda: self._ended() or self._due(fault))
         time.sleep(fault.part * self._step_s())

@@ -70,7 +70,7 @@ class SwarmView:
         return len(self.stages) == self.size > 0 and all(seen.state in OVER for seen in self.stages.values())
 
 
-class Source(Protocol):
+class MetricsSource(Protocol):
     """Something to look at."""
 
     def look(self, now_s: float) -> SwarmView:
@@ -238,13 +238,13 @@ def _hang_up(wire: socket.socket) -> None:
         wire.shutdown(socket.SHUT_RDWR)
 
 
-def sources(runs: Iterable[Path], addresses: Iterable[str]) -> list[Source]:
+def sources(runs: Iterable[Path], addresses: Iterable[str]) -> list[MetricsSource]:
     """Raises TopError for a directory or an address that cannot be one."""
     try:
         endpoints = [MetricsAddress.parse(address) for address in addresses]
     except MetricsAddressError as error:
         raise TopError(f"--prometheus: {error}") from None
-    directories: list[Source] = [Directory(run) for run in runs]
+    directories: list[MetricsSource] = [Directory(run) for run in runs]
     nodes = [ScrapedNode(endpoint) for endpoint in endpoints]
     deadline = time.monotonic() + ANSWER_S
     for node in nodes:
@@ -252,7 +252,7 @@ def sources(runs: Iterable[Path], addresses: Iterable[str]) -> list[Source]:
     return [*directories, *nodes]
 
 
-def look(watched: Iterable[Source], now_s: float) -> list[SwarmView]:
+def look(watched: Iterable[MetricsSource], now_s: float) -> list[SwarmView]:
     """The swarms that these make up, in their order."""
     swarms: list[SwarmView] = []
     for source in watched:

@@ -12,11 +12,11 @@ from contextlib import suppress
 from rich.console import Console
 from rich.live import Live
 
-from .top import Source, look
+from .top import MetricsSource, look
 from .top_view import frame
 
 
-def show(watched: Sequence[Source], *, once: bool, every_s: float, console: Console | None = None) -> bool:
+def show(watched: Sequence[MetricsSource], *, once: bool, every_s: float, console: Console | None = None) -> bool:
     """Draw until all swarms are over, or Ctrl-C; `once`, or without a terminal: one frame. False if there was nothing
     to draw, because nobody has answered."""
     console = console or Console()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from thinpipe.node.links.link import Link
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.messages import Limits
-from thinpipe.protocol.session import LinkSession, NodeIdentity
+from thinpipe.protocol.session import LinkSession
 from thinpipe.sim.links.shaper import LinkProfile
+
+from .builders import identity
 
 
 def make_link(
@@ -18,11 +20,13 @@ def make_link(
     receive_buffer_bytes: int = 8 * 2**20,
 ) -> Link:
     """Of stage 0 or 1; the other one is its peer."""
-    identity = NodeIdentity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
     limits = Limits(message_bytes=message_bytes)
     return Link(
         session=LinkSession(
-            identity=identity, peer_stage=1 - stage, limits=limits, receive_buffer_bytes=receive_buffer_bytes
+            identity=identity(stage, run_id=run),
+            peer_stage=1 - stage,
+            limits=limits,
+            receive_buffer_bytes=receive_buffer_bytes,
         ),
         profile=LinkProfile.parse(profile),
         chunk_bytes=128 * 1024,

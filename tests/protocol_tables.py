@@ -33,9 +33,8 @@ from thinpipe.protocol.control_messages import (
 from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST, PARTS_TOGETHER
 from thinpipe.protocol.delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
-from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Greeting, Kind, Limits
+from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Kind, Limits
 from thinpipe.protocol.path_probe import (
     BALLAST_BYTES_MAX,
     BURST_BYTES_MAX,
@@ -62,6 +61,8 @@ from thinpipe.protocol.rollback import (
 )
 from thinpipe.protocol.rows import Encoding, rows_bytes
 from thinpipe.protocol.session import TRANSITIONS, SessionState
+
+from .builders import identity
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 Row = tuple[str, ...]
@@ -371,20 +372,9 @@ _FRAMES: list[ControlFrame] = [
 def in_phase(phase: RollbackPhase) -> Rollback:
     """The middle one of three stages, both neighbours being there."""
 
-    def greeting(stage: int) -> Greeting:
-        return Greeting(
-            run_id="run",
-            configuration="c",
-            stage=stage,
-            stages=3,
-            incarnation=100 + stage,
-            next_sequence=0,
-            granted_bytes=0,
-        )
-
-    machine = Rollback(NodeIdentity(run_id="run", configuration="c", stage=1, stages=3, incarnation=101), joining=False)
-    machine.meet("above", greeting(0))
-    machine.meet("below", greeting(2))
+    machine = Rollback(identity(1, 3), joining=False)
+    machine.meet("above", identity(0, 3).greeting())
+    machine.meet("below", identity(2, 3).greeting())
     if phase in (RollbackPhase.STOPPING, RollbackPhase.STOPPED):
         machine.start_view_change()
     if phase is RollbackPhase.STOPPED:

@@ -17,8 +17,9 @@ from thinpipe.node.links.transport import SERVICE, listening
 from thinpipe.protocol.control_messages import CopyProgress
 from thinpipe.protocol.effects import Leave, Side
 from thinpipe.protocol.rollback import Rollback
-from thinpipe.protocol.session import Event, NodeIdentity, PeerDone, SessionState
+from thinpipe.protocol.session import Event, PeerDone, SessionState
 
+from .builders import identity
 from .in_memory import Cut, join
 from .links import make_link
 
@@ -150,12 +151,7 @@ def test_who_is_dismissed_leaves_at_once_whatever_is_still_coming(under_way: int
     """gRPC tells how a stream ended only when all that came on it has been read."""
 
     async def story() -> float:
-        machines = [
-            Rollback(
-                NodeIdentity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=stage + 1), joining=False
-            )
-            for stage in (0, 1)
-        ]
+        machines = [Rollback(identity(stage), joining=False) for stage in (0, 1)]
         through = [asyncio.Event(), asyncio.Event()]
         controls: list[Control] = []
 

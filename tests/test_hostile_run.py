@@ -21,10 +21,11 @@ from thinpipe.node.links.transport import METHOD, SERVICE, listening
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.messages import Greeting, Limits, Refusal, decode_frame, encode_frame
-from thinpipe.protocol.session import LinkSession, NodeIdentity
+from thinpipe.protocol.session import LinkSession
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records
 
+from .builders import identity
 from .conftest import TinyConfig
 from .in_memory import run_reference
 from .real_node import LIMITS, activation, attempt, free_address, hello_of, node, parts, proxy, until
@@ -177,10 +178,12 @@ def test_a_node_outlasts_every_strange_server_until_its_neighbour_is_there(
 
 
 def make_link(stage: int = 0) -> Link:
-    identity = NodeIdentity(run_id="r", configuration="c" * 64, stage=stage, stages=2, incarnation=1)
     return Link(
         session=LinkSession(
-            identity=identity, peer_stage=1 - stage, limits=Limits(message_bytes=1024), receive_buffer_bytes=2**20
+            identity=identity(stage),
+            peer_stage=1 - stage,
+            limits=Limits(message_bytes=1024),
+            receive_buffer_bytes=2**20,
         ),
         profile=LinkProfile.parse("none"),
         chunk_bytes=128 * 1024,

@@ -13,11 +13,12 @@ from thinpipe.node.host import FAILED
 from thinpipe.node.links.link import PROBE_TRIES, Link, LinkOffCap
 from thinpipe.node.metrics import Tracer
 from thinpipe.protocol.messages import Kind, Limits, Message
-from thinpipe.protocol.session import LinkSession, NodeIdentity
+from thinpipe.protocol.session import LinkSession
 from thinpipe.protocol.wire_size import framed_bytes
 from thinpipe.sim.links.link_check import LinkCheck, SteadyRate, round_trip_warning
 from thinpipe.sim.links.shaper import LinkProfile, Shaper
 
+from .builders import identity
 from .conftest import TinyConfig
 from .in_memory import run_in_memory
 from .virtual import JumpingClock
@@ -26,9 +27,8 @@ CAP = 80e6
 
 
 def make_link(stage: int, profile: str, clock: Callable[[], float]) -> Link:
-    identity = NodeIdentity(run_id="r", configuration="c", stage=stage, stages=2, incarnation=100 + stage)
     session = LinkSession(
-        identity=identity, peer_stage=1 - stage, limits=Limits(message_bytes=2**19), receive_buffer_bytes=2**23
+        identity=identity(stage), peer_stage=1 - stage, limits=Limits(message_bytes=2**19), receive_buffer_bytes=2**23
     )
     return Link(
         session=session,

@@ -14,9 +14,10 @@ from thinpipe.node.receive_deadline import LEAST_S, TIMES, ReceiveDeadline
 from thinpipe.protocol.control_messages import CopyPart, Heartbeat
 from thinpipe.protocol.effects import Side
 from thinpipe.protocol.errors import RemoteProtocolError
-from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.messages import Frame, decode_frame, encode_frame
 from thinpipe.protocol.rollback import Rollback
+
+from .builders import identity
 
 NEVER = float("inf")
 
@@ -61,11 +62,7 @@ def test_nobody_is_late_while_somebody_is_missing(missing: tuple[float, float], 
 
 
 def chain(stages: int) -> list[Rollback]:
-    identities = [
-        NodeIdentity(run_id="r", configuration="c", stage=stage, stages=stages, incarnation=stage + 1)
-        for stage in range(stages)
-    ]
-    machines = [Rollback(identity, joining=False) for identity in identities]
+    machines = [Rollback(identity(stage, stages), joining=False) for stage in range(stages)]
     for stage in range(stages - 1):
         machines[stage].meet("below", machines[stage + 1].greeting())
         machines[stage + 1].meet("above", machines[stage].greeting())

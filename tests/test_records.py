@@ -40,25 +40,14 @@ from thinpipe.protocol.rendezvous_messages import (
     encode_response,
 )
 
+from .builders import node_record
+
 DIGEST = "0123456789abcdef" * 4
 OF = {"run": "demo", "configuration": DIGEST, "stages": 4}
 
 steps = st.integers(0, 2**48 - 1)
 states = st.sampled_from(NodeState)
-RECORD = NodeRecord(
-    run="demo",
-    configuration=DIGEST,
-    stage=1,
-    stages=4,
-    endpoint="192.0.2.7:7001",
-    state=NodeState.TRAINING,
-    incarnation=7,
-    claimed_at_s=1.7e9,
-    generation=2,
-    completed_steps=40,
-    committed_steps=30,
-    tokens_per_s=1234.5,
-)
+RECORD = node_record(configuration=DIGEST)
 records = st.builds(
     replace,
     st.just(RECORD),

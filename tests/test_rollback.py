@@ -23,22 +23,21 @@ from thinpipe.protocol.control_messages import (
 )
 from thinpipe.protocol.effects import Leave, Send, Start, Stop
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
-from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.messages import Greeting, Limits, decode_frame
 from thinpipe.protocol.messages import encode_frame as encode
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback, RollbackPhase
 
+from .builders import identity
+
 LIMITS = Limits(message_bytes=1)
-
-
-def identity(stage, stages, incarnation):
-    return NodeIdentity(run_id="r", configuration="c", stage=stage, stages=stages, incarnation=incarnation)
 
 
 class Process:
     def __init__(self, world, stage, *, joining, disk):
         world.born += 1
-        self.machine = Rollback(identity(stage, len(world.processes) or world.stages, world.born), joining=joining)
+        self.machine = Rollback(
+            identity(stage, len(world.processes) or world.stages, incarnation=world.born), joining=joining
+        )
         self.disk = disk  # completed counts that survive this process
         self.completed = 0
         self.stopping = joining
@@ -283,7 +282,7 @@ def test_a_stage_that_wakes_up_after_it_was_replaced_is_fenced_off():
 def test_two_processes_that_claim_one_stage():
     world = Environment(3)
     world.settle()
-    claimant = Rollback(identity(1, 3, 99), joining=True)
+    claimant = Rollback(identity(1, 3, incarnation=99), joining=True)
     with pytest.raises(RemoteProtocolError, match="is served by process 2, which answers"):
         world.processes[0].machine.meet("below", claimant.greeting())
     assert world.processes[0].machine.phase is RollbackPhase.RUNNING
@@ -330,7 +329,7 @@ def test_nobody_leaves_before_all_are_through():
 
 
 def test_one_stage_alone_needs_nobody():
-    machine = Rollback(identity(0, 1, 7), joining=True)
+    machine = Rollback(identity(0, 1, incarnation=7), joining=True)
     (start,) = machine.stopped({4, 2})
     assert start == Start(generation=1, completed=4, members=(7,))
     assert machine.finished() == [Leave()]
@@ -366,8 +365,8 @@ def test_what_may_not_come_is_refused(side, frame, reason):
 
 
 def test_a_start_that_was_never_offered_is_refused():
-    machine = Rollback(identity(1, 2, 2), joining=True)
-    machine.meet("above", Rollback(identity(0, 2, 1), joining=False).greeting())
+    machine = Rollback(identity(1, 2, incarnation=2), joining=True)
+    machine.meet("above", Rollback(identity(0, 2, incarnation=1), joining=False).greeting())
     machine.stopped({5})
     with pytest.raises(RemoteProtocolError, match="a start after 4 steps, which stage 1 never offered"):
         machine.receive("above", StartView(generation=1, completed_steps=4, incarnations=(1, 2)))
@@ -376,8 +375,8 @@ def test_a_start_that_was_never_offered_is_refused():
 @pytest.mark.parametrize("generation", [GENERATIONS_AHEAD_MAX + 2, 2**48 - 1])
 def test_a_start_of_an_generation_out_of_reach_is_refused(generation):
     """It would be taken, and no offer that this stage makes afterwards."""
-    machine = Rollback(identity(1, 2, 2), joining=True)
-    machine.meet("above", Rollback(identity(0, 2, 1), joining=False).greeting())
+    machine = Rollback(identity(1, 2, incarnation=2), joining=True)
+    machine.meet("above", Rollback(identity(0, 2, incarnation=1), joining=False).greeting())
     machine.stopped({5})
     with pytest.raises(RemoteProtocolError, match=f"a start of generation {generation}, this run is in 0"):
         machine.receive("above", StartView(generation=generation, completed_steps=5, incarnations=(1, 2)))
@@ -412,7 +411,7 @@ def test_a_dismissal_that_a_halt_has_passed_still_counts():
         world.settle()
     machine = world.processes[1].machine
     machine.part("below")
-    joiner = Rollback(identity(2, 3, 99), joining=True)
+    joiner = Rollback(identity(2, 3, incarnation=99), joining=True)
     assert Stop() in machine.meet("below", joiner.greeting())
     assert Leave() in machine.receive("above", AllFinished())
 

@@ -33,6 +33,7 @@ from thinpipe.protocol.messages import (
 from thinpipe.protocol.reassembly import MESSAGE_COST_BYTES, message_cost
 from thinpipe.protocol.session import TRANSITIONS, Acknowledged, LinkSession, Opened, PeerDone, Received, SessionState
 
+from . import builders
 from .session_state import transfer_state
 
 LIMITS = Limits(message_bytes=300, chunk_bytes=64)
@@ -41,17 +42,8 @@ FRAME_TYPES: list[type[Frame]] = [Greeting, Refusal, Chunk, Credit, Goodbye]
 
 
 def identity(stage: int, **other: Any) -> NodeIdentity:
-    return NodeIdentity(
-        **{
-            "run_id": "run",
-            "configuration": "c0ffee" * 10,
-            "stage": stage,
-            "stages": 4,
-            "incarnation": 1000 + stage,
-            "generation": 3,
-            **other,
-        }
-    )
+    known = {"stages": 4, "configuration": "c0ffee" * 10, "generation": 3}
+    return builders.identity(stage, **{**known, **other})
 
 
 def session(stage: int, peer_stage: int, buffer_bytes: int = BUFFER_BYTES, **other: Any) -> LinkSession:

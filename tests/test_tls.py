@@ -29,10 +29,10 @@ from thinpipe.protocol.effects import Side
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.path_probe import TOKEN_BYTES
 from thinpipe.protocol.rollback import Rollback
-from thinpipe.protocol.session import NodeIdentity
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records
 
+from .builders import identity
 from .conftest import TinyConfig
 from .in_memory import read_outcome, run_reference
 from .links import make_link
@@ -86,9 +86,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Security]:
 
 
 def make_control(stage: int, run: str = "r") -> Control:
-    identity = NodeIdentity(run_id=run, configuration="c", stage=stage, stages=2, incarnation=100 + stage)
     sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
-    return Control(Rollback(identity, joining=False), heartbeat_timeout_s=60, on_effect=lambda _: None, sent=sent)
+    return Control(
+        Rollback(identity(stage, run_id=run), joining=False),
+        heartbeat_timeout_s=60,
+        on_effect=lambda _: None,
+        sent=sent,
+    )
 
 
 @dataclass

@@ -13,8 +13,6 @@ from thinpipe.node.discovery.shared_config import shareable, verified
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.records import (
     CONFIGURATION_BYTES_MAX,
-    NodeRecord,
-    NodeState,
     decode_record,
     decode_run,
     encode_record,
@@ -30,24 +28,12 @@ from thinpipe.protocol.rendezvous_messages import (
     encode_response,
 )
 
+from ..builders import node_record
 from . import mutators
 from .judge import Ends, Finding, Target, check_refusal
 
 RUN = shareable(RunConfig())
-RECORD = NodeRecord(
-    run=RUN.run,
-    configuration=RUN.configuration,
-    stage=1,
-    stages=4,
-    endpoint="192.0.2.7:7001",
-    state=NodeState.TRAINING,
-    incarnation=0xB,
-    claimed_at_s=1.75e9,
-    generation=3,
-    completed_steps=12,
-    committed_steps=10,
-    tokens_per_s=1234.5,
-)
+RECORD = node_record(run=RUN.run, configuration=RUN.configuration)
 ADDRESS = "/ip4/192.0.2.7/tcp/7002/p2p/12D3KooWEne5rpnnaQ9ShBh3xgDPS7n64xEjn6Nn7TEMHMmrjvED"
 TOLD = RendezvousResponse(
     addresses=(ADDRESS,), run=RUN.run, configuration=RUN.configuration, toml=RUN.toml, incarnation=7

@@ -51,6 +51,7 @@ from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
+from ..builders import identity
 from ..session_state import transfer_state
 from . import mutators
 from .judge import Ends, Finding, Target, check_refusal
@@ -62,7 +63,7 @@ BUFFER_BYTES = 2 * message_cost(LIMITS.message_bytes)
 READING_BYTES = 512 * 1024 + 3 * max(LIMITS.frame_bytes, CONTROL_LIMITS.frame_bytes)
 INPUT_BYTES_MAX = 8 * 1024
 
-MINE = NodeIdentity(run_id="run", configuration="c0ffee table beef", stage=1, stages=4, incarnation=0xB, generation=3)
+MINE = identity(1, 4, configuration="c0ffee table beef", incarnation=0xB, generation=3)
 ABOVE, BELOW = replace(MINE, stage=0, incarnation=0xA), replace(MINE, stage=2, incarnation=0xC)
 
 

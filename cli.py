@@ -1,6 +1,8 @@
-"""The command line: parse, build the configuration, call. The commands are in commands/, a module for each kind.
+"""The command line: it parses options, builds the configuration and calls the node. Each module of commands/ holds the
+commands of one kind.
 
-Exit codes: 0 done; 1 the run failed (a node died, a wait ran out); 2 the input cannot be used; 130 interrupted.
+Exit codes: 0 done; 1 the run failed (a node died, or a wait passed its deadline); 2 the input
+cannot be used; 130 interrupted.
 Every failure is one line on stderr that names the fault, the offender and the remedy.
 """
 
@@ -23,7 +25,7 @@ from .commands.watching import doctor, top
 app = typer.Typer(
     name="thinpipe",
     cls=OneLine,
-    help="Train one language model over machines that are joined by thin links.",
+    help="Train one language model over many machines that are joined by thin links.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

@@ -1,4 +1,4 @@
-"""`thinpipe chaos`: break a swarm at random, and compare its end with that of an undisturbed one."""
+"""`thinpipe chaos`: inject random faults into a run, and compare its result with that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,28 +12,32 @@ from .common import Link, Override, configuration, fail, is_own_process, one_ari
 
 
 def chaos(
-    stages: Annotated[int, typer.Option(help="Pipeline stages, one process each.")] = 4,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 200,
-    kills: Annotated[int, typer.Option(min=1, help="Faults, spread over the run.")] = 50,
+    stages: Annotated[int, typer.Option(help="Number of pipeline stages, one process each.")] = 4,
+    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 200,
+    kills: Annotated[int, typer.Option(min=1, help="Number of faults, spread over the run.")] = 50,
     kinds: Annotated[
-        str, typer.Option(help="Which, in turn: kill, twice, pause, sleeper, disk, cut, half (docs/failures.md).")
+        str, typer.Option(help="Kinds of fault, injected in turn, such as kill,cut. docs/failures.md explains each.")
     ] = "kill,twice,pause,sleeper,disk,cut,half",
     every: Annotated[
-        float | None, typer.Option(min=0.1, help="Seconds between two faults, instead of --kills over the steps.")
+        float | None,
+        typer.Option(min=0.1, help="Inject a fault every so many seconds, instead of --kills over the run. (off)"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the training and of the faults.")] = 1,
-    codec: Annotated[str, typer.Option(help="What crosses a boundary.")] = "mapl:r=16,anchors=full",
-    forward: Annotated[str | None, typer.Option(help="Byte format of activations.")] = "int4",
-    backward: Annotated[str | None, typer.Option(help="Byte format of gradients.")] = "int4",
-    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: none.")] = 2,
+    seed: Annotated[int, typer.Option(help="Random seed, for the training and for the faults.")] = 1,
+    codec: Annotated[
+        str, typer.Option(help="Codec: how tensors are compressed between stages, as for up.")
+    ] = "mapl:r=16,anchors=full",
+    forward: Annotated[str | None, typer.Option(help="Byte format of activations, such as int8.")] = "int4",
+    backward: Annotated[str | None, typer.Option(help="Byte format of gradients, such as int8.")] = "int4",
+    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 writes none.")] = 2,
     link: Link = None,
-    out: Annotated[Path, typer.Option(help="Directory for the two runs and chaos.json.")] = Path("runs/chaos"),
+    out: Annotated[Path, typer.Option(help="Directory for both runs and chaos.json.")] = Path("runs/chaos"),
     overrides: Override = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print chaos.json on stdout, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only chaos.json on stdout.")] = False,
 ) -> None:
-    """Break a swarm on this machine at random, and see whether it ends in the bits of an undisturbed one.
+    """Train on this machine while random faults are injected, and check that the result is unchanged.
 
-    Exit code 0 if it does, 1 if not.
+    The same run is also made without faults. Losses and stage states must be equal bit for bit. Exit code 0 if they
+    are, 1 if not.
     """
     one_arithmetic_thread()
     from ..sim.launch.fault_injection import KINDS, Kind
@@ -42,7 +46,7 @@ def chaos(
     chosen: tuple[Kind, ...] = tuple(kind for kind in KINDS if named.count(kind))
     if unknown := [kind for kind in named if kind not in KINDS]:
         fail(f"--kinds: no fault is called '{unknown[0]}'; choose from {', '.join(KINDS)}", 2)
-    # Small, because what is tested is the machinery: a step has to be short beside the start of a process.
+    # A small model: recovery is what is tested, and a step has to be short compared with the start of a process.
     small = {"model.preset": "tiny", "pipeline.batch_size": 8, "pipeline.microbatches": 4, "data.sequence_length": 32}
     small |= {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}  # stated: a codec's own would make it another run
     options = {

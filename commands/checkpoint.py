@@ -1,4 +1,4 @@
-"""`thinpipe checkpoint ls|verify`: look at the checkpoints of a run, without changing anything."""
+"""`thinpipe checkpoint ls|verify`: list and verify the checkpoints of a run, without changing anything."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ import typer
 from .common import Json, configuration, fail
 
 checkpoint = typer.Typer(
-    help="Look at the checkpoints of a run, without changing anything.",
+    help="List or verify the checkpoints of a run, without changing anything.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory, which holds its run.toml.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run: its --out, which holds run.toml.")]
 
 
 @checkpoint.command("ls")
 def checkpoint_ls(run: Run, as_json: Json = False) -> None:
-    """List the checkpoints: by step, what each stage has of it, and whether the run can go on from there.
+    """List the checkpoints by step: which stages have one, and whether the run can resume from it.
 
-    Manifests and lengths are looked at; `verify` reads the tensors too.
+    Only manifests and file lengths are checked. `verify` also reads the tensors.
     """
     _show_checkpoints(run, as_json, thorough=False)
 
 
 @checkpoint.command("verify")
 def checkpoint_verify(run: Run, as_json: Json = False) -> None:
-    """Read every checkpoint and compare its digests.
+    """Read every checkpoint and compare its digests with its manifest.
 
-    Exit code 1 if any is damaged, 2 if RUN is not a run's directory.
+    Exit code 1 if any is damaged, 2 if RUN is not the directory of a run.
     """
     if _show_checkpoints(run, as_json, thorough=True):
         raise typer.Exit(1)
 
 
 def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
-    """Print what is there; returns how many are damaged, each of which has its line on stderr."""
+    """Print what is there. Returns how many are damaged; each has its line on stderr."""
     if not (run / "run.toml").is_file():
         fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
     settings = configuration(run / "run.toml", {}, None)

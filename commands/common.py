@@ -49,30 +49,47 @@ def one_line() -> Iterator[None]:
         fail(f"{error.format_message().rstrip('.')}; see {command} --help", 2)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-Config = Annotated[Path | None, typer.Option("--config", help="Start from this run.toml; options override it.")]
+Config = Annotated[
+    Path | None, typer.Option("--config", help="Read settings from this run.toml. Options and --set override it.")
+]
 Override = Annotated[
-    list[str] | None, typer.Option("--set", help="Any setting as section.key=value, such as optim.clip=0.5.")
+    list[str] | None,
+    typer.Option(
+        "--set", help="Set any setting of run.toml: section.key=value, such as optim.clip=0.5. Repeat it for more."
+    ),
 ]
 Link = Annotated[
     str | None,
-    typer.Option("--link", help="Cap and delay of every link, each way: rate,latency such as 300mbit,25ms; or none."),
+    typer.Option(
+        "--link",
+        help="Rate limit and delay of every link, in each direction: rate,latency such as 300mbit,25ms. (none)",
+    ),
 ]
 KeysDirectory = Annotated[
-    Path | None, typer.Option("--keys", help="Directory of thinpipe keys issue: mutual TLS, both ways.")
+    Path | None,
+    typer.Option(
+        "--keys",
+        help="This node's keys, a directory that `thinpipe keys issue` wrote. Connections then use mutual TLS.",
+    ),
 ]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="No keys and no encryption, on addresses that others reach too.")
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Allow other machines without keys and encryption. Anyone who reaches this one can change the run.",
+    ),
 ]
 Prometheus = Annotated[
     str | None,
     typer.Option(
-        "--prometheus", help="Serve figures over HTTP at this port of this machine, or at host:port (none: nowhere)."
+        "--prometheus",
+        help="Serve metrics for Prometheus at this PORT of the loopback address, or at host:port. (none)",
     ),
 ]
 TensorBoard = Annotated[
-    bool | None, typer.Option("--tensorboard", help="Also events for TensorBoard, in tensorboard/ of --out.")
+    bool | None, typer.Option("--tensorboard", help="Also write TensorBoard events, to tensorboard/ in --out. (off)")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
+Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
 def fail(line: str, exit_code: int) -> NoReturn:

@@ -1,4 +1,5 @@
-"""`thinpipe dht`: a bootstrap of its own. `thinpipe status`: who serves which stage, as the nodes themselves tell."""
+"""`thinpipe dht` and `thinpipe status`: a bootstrap node of the distributed hash table (DHT), and what nodes announced
+there."""
 
 from __future__ import annotations
 
@@ -12,28 +13,41 @@ from .common import Insecure, Json, KeysDirectory, configuration, fail, one_arit
 
 Joins = Annotated[
     list[str] | None,
-    typer.Option("--join", help="host:port of any node or bootstrap of a swarm, or a multiaddr; several are tried."),
+    typer.Option(
+        "--join",
+        help="Join the swarm by this host:port, of any of its nodes or bootstraps, or by a multiaddr. "
+        "Repeat it for more; each is tried.",
+    ),
 ]
 Announce = Annotated[
     str | None,
-    typer.Option(help="host:port under which others reach this machine, behind a NAT or a port map."),
+    typer.Option(
+        help="host:port at which others reach this machine, if it is behind NAT or a port mapping. (its own address)"
+    ),
 ]
 DhtPort = Annotated[
     int | None,
-    typer.Option(min=1, max=65535, help="Port of the DHT's own. (the one after --listen, if that is free, or any)"),
+    typer.Option(
+        min=1, max=65535, help="Port of the DHT itself. (the one after --listen if it is free, else any free one)"
+    ),
 ]
 
 
 def dht(
-    listen: Annotated[str, typer.Option(help="host:port where others join.")] = "0.0.0.0:7000",
+    listen: Annotated[str, typer.Option(help="host:port at which other nodes join.")] = "0.0.0.0:7000",
     join: Joins = None,
     announce: Announce = None,
     dht_port: DhtPort = None,
-    config: Annotated[Path | None, typer.Option("--config", help="Tell of this run to who joins.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="The run.toml of a run, to offer to nodes that join. (none)")
+    ] = None,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
 ) -> None:
-    """Run a bootstrap: a member of the DHT that serves no stage, until Ctrl-C. The swarm outlives it."""
+    """Run a bootstrap node: a member of the DHT that serves no stage. It gives new nodes an address to join.
+
+    It runs until Ctrl-C. The swarm goes on without it.
+    """
     one_arithmetic_thread()
     run = configuration(config, {}, None) if config else None
     from ..node.addresses import ListenError
@@ -54,12 +68,12 @@ def dht(
 
 def status(
     join: Joins = None,
-    run: Annotated[str | None, typer.Option(help="Which run, where several are told of.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run, if the DHT has several.")] = None,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
     as_json: Json = False,
 ) -> None:
-    """Print the swarm: each stage's node, what it does, how far and how fast it is."""
+    """Print the state of a swarm: for each stage its node, what the node does, its step and its speed."""
     one_arithmetic_thread()
     if not join:
         fail("say whom to ask: --join host:port of any node or bootstrap", 2)

@@ -1,4 +1,4 @@
-"""`thinpipe node`: one stage, of a swarm on this machine or on many."""
+"""`thinpipe node`: the process that serves one pipeline stage, of a swarm on this machine or on many."""
 
 from __future__ import annotations
 
@@ -38,29 +38,39 @@ def _stage(text: str) -> int:
 
 def node(
     stage: Annotated[
-        int, typer.Option(help="Which stage this node hosts, from 0; auto: the one that needs a node.", parser=_stage)
+        int,
+        typer.Option(
+            help="Stage to serve, counted from 0, such as 2; auto (with --join): the stage that needs a node most.",
+            parser=_stage,
+        ),
     ],
     config: Annotated[
-        Path | None, typer.Option("--config", help="The run.toml that all nodes of the run share.")
+        Path | None, typer.Option("--config", help="The run.toml of the run. All its nodes need the same.")
     ] = None,
-    listen: Annotated[str | None, typer.Option(help="host:port where the stage above reaches this node.")] = None,
-    next_: Annotated[str | None, typer.Option("--next", help="host:port of the stage below.")] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="host:port at which the previous stage connects, such as 0.0.0.0:7001.")
+    ] = None,
+    next_: Annotated[
+        str | None, typer.Option("--next", help="host:port of the next stage, such as stage2.example:7002.")
+    ] = None,
     join: Joins = None,
     announce: Announce = None,
     dht_port: DhtPort = None,
-    run: Annotated[str | None, typer.Option(help="With --join: which run, where several are told of.")] = None,
+    run: Annotated[str | None, typer.Option(help="With --join: name of the run, if the DHT has several.")] = None,
     link: Link = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device to compute on: cpu, cuda or cuda:N. (cpu)")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for this node's records. (beside run.toml; with --join runs/RUN)")
+        Path | None, typer.Option(help="Directory for this node's records. (beside run.toml; with --join: runs/RUN)")
     ] = None,
     overrides: Override = None,
-    trace: Annotated[bool, typer.Option("--trace", help="Write what ran when, for ui.perfetto.dev.")] = False,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Write a timeline of what ran when, for ui.perfetto.dev. (off)")
+    ] = False,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Take the stage's place in a run that has begun, from its newest checkpoint. (--join knows by itself)",
+            help="Resume the stage from its newest checkpoint, in a run that has begun. (off; --join finds out)",
         ),
     ] = False,
     keys: KeysDirectory = None,
@@ -70,10 +80,9 @@ def node(
     parent: Annotated[int | None, typer.Option(hidden=True, help="End when this process is gone.")] = None,
     check: Annotated[bool, typer.Option("--check", hidden=True, help="Only say what cannot work.")] = False,
 ) -> None:
-    """Host one stage. Neighbours may start in any order and wait for each other.
+    """Host one stage of a run. Nodes may start in any order; neighbours wait for each other.
 
-    Either all addresses are given (--config, --listen, --next), or the node joins a swarm (--join) and needs nothing
-    else.
+    Either give all addresses (--config, --listen, --next), or join a swarm with --join, which finds everything else.
     """
     one_arithmetic_thread()
     options = {
@@ -134,7 +143,7 @@ def node(
 
 
 def _check(settings: RunConfig, stage: int) -> None:
-    """What `up` checks before it starts a process. The data is stage 0's alone."""
+    """What `up` checks before it starts a process. Only stage 0 reads the data."""
     from ..node.data import check_source
     from ..node.preparation import BAD_INPUT, check_settings
 

@@ -1,4 +1,4 @@
-"""`thinpipe keys init|issue|show`: a run's own authority, and the certificates with which its nodes know each other."""
+"""`thinpipe keys init|issue|show`: the certificate authority of a run, and the certificates of its nodes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from .common import Json, configuration, fail
 
 keys = typer.Typer(
-    help="Make and look at the keys with which the nodes of a run know each other (mutual TLS).",
+    help="Make and show the keys with which the nodes of a run identify each other (mutual TLS).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -21,12 +21,18 @@ keys = typer.Typer(
 
 @keys.command("init")
 def keys_init(
-    run: Annotated[str | None, typer.Option("--run", help="The run's name, run.name of its run.toml.")] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="Or the run.toml that has it.")] = None,
-    out: Annotated[Path, typer.Option(help="Directory for the authority's key and certificate.")] = Path("keys"),
-    days: Annotated[int, typer.Option(help="How long it is valid; no certificate outlives it.")] = 365,
+    run: Annotated[str | None, typer.Option("--run", help="Name of the run: run.name in its run.toml.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Instead of --run: the run.toml that holds the name.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the key and the certificate of the authority.")] = Path(
+        "keys"
+    ),
+    days: Annotated[
+        int, typer.Option(help="Days until the authority expires. Its certificates expire no later.")
+    ] = 365,
 ) -> None:
-    """Make the authority of a run. Its key stays on this machine: no node needs it."""
+    """Make the certificate authority of a run. Its key stays on this machine; no node needs it."""
     if (run is None) == (config is None):
         fail("say whose authority: --run NAME or --config run.toml", 2)
     name = configuration(config, {"run.name": run}, None).run.name
@@ -43,10 +49,10 @@ def keys_init(
 
 @keys.command("issue")
 def keys_issue(
-    stages: Annotated[str, typer.Option(help="Which stages its holder may serve: 3, 0-3, 0,2,4-6.")],
-    out: Annotated[Path, typer.Option(help="Directory for the node's key and certificate; carry it to the machine.")],
-    authority: Annotated[Path, typer.Option(help="Directory of keys init.")] = Path("keys"),
-    days: Annotated[int, typer.Option(help="How long it is valid.")] = 30,
+    stages: Annotated[str, typer.Option(help="Stages that the node may serve, such as 3, 0-3 or 0,2,4-6.")],
+    out: Annotated[Path, typer.Option(help="Directory for the node's key and certificate. Copy it to that machine.")],
+    authority: Annotated[Path, typer.Option(help="Directory that `thinpipe keys init` wrote.")] = Path("keys"),
+    days: Annotated[int, typer.Option(help="Days until the certificate expires.")] = 30,
 ) -> None:
     """Issue a node's key and certificate, with a copy of the authority's certificate."""
     from ..node.security.certificates import spell_moment
@@ -61,10 +67,10 @@ def keys_issue(
 
 @keys.command("show")
 def keys_show(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Of keys init or keys issue.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that keys init or keys issue wrote.")],
     as_json: Json = False,
 ) -> None:
-    """Say what the keys in DIR are for and how long. Exit code 1 if no node would take them."""
+    """Show what the keys in DIR are for and when they expire. Exit code 1 if nodes would refuse them."""
     from ..node.security.key_directory import KeysError, clock, describe
 
     try:

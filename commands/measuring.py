@@ -1,4 +1,4 @@
-"""`thinpipe plan|bench|probe`: what throughput would be, what it is, and what a path between two machines carries."""
+"""`thinpipe plan|bench|probe`: simulate throughput, measure it, and measure the path between two machines."""
 
 from __future__ import annotations
 
@@ -25,35 +25,49 @@ from .common import (
 def plan(
     emulate: Annotated[
         str | None,
-        typer.Option(help="Model, stages and what each stage computes: PRESET@STAGESxRATEtflops, as 150m@4x66tflops."),
+        typer.Option(help="Model, stages and speed of each stage: PRESET@STAGESxRATEtflops such as 150m@4x66tflops."),
     ] = None,
     measured: Annotated[
-        Path | None, typer.Option("--from", help="Instead, a run on record: its model, stages and times.")
+        Path | None,
+        typer.Option("--from", help="Instead of --emulate: a finished run, for its model, stages and times."),
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="What crosses a boundary, as for up. (mapl; of the run)")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="Codec: how tensors are compressed between stages, as for up. (mapl; the run's)")
+    ] = None,
     forward: Annotated[str | None, typer.Option(help="Byte format of activations. (the codec's)")] = None,
     backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
     link: Link = None,
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="gpipe, 1f1b, zb; 1f1b:rtt_ratio=1.8, zb:rtt_ratio=1.8; rtt_ratio=auto finds the depth. (1f1b)"
+            help="Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. "
+            "rtt_ratio=auto chooses the depth by simulation. (1f1b)"
         ),
     ] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; of the run)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; of the run)")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; of the run)")] = None,
-    timeline: Annotated[Path | None, typer.Option(help="Draw what runs when, as PNG.")] = None,
+    microbatches: Annotated[
+        int | None, typer.Option(help="Microbatches per step. (64; with --from: the run's)")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. (256; with --from: the run's)")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. (1024; with --from: the run's)")
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(help="Write a picture of what runs when, such as timeline.png. (none)")
+    ] = None,
     rule: Annotated[
-        str, typer.Option(help="duplex: each direction a wire. shared: all into a stage is one, latency occupies it.")
+        str,
+        typer.Option(
+            help="How a link is simulated. duplex: one wire per direction. "
+            "shared: all that comes into a stage shares one wire, and latency occupies it."
+        ),
     ] = "duplex",
     config: Config = None,
     overrides: Override = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the figures, as JSON.")] = False,
 ) -> None:
-    """Say what a run would do, without running it: tokens/s, bottleneck, what the links must carry.
+    """Predict a run without running it: tokens/s, the bottleneck, and what the links must carry.
 
-    A simulation on a virtual clock, with the schedule that nodes execute and the bytes that they would send.
+    This simulates the schedule that nodes execute and the bytes that they would send, on a virtual clock.
     """
     one_arithmetic_thread()
     options = {
@@ -107,36 +121,47 @@ def bench(
     emulate: Annotated[
         list[str] | None,
         typer.Option(
-            help="Stages that take the time of another machine: 150m@4x66tflops, 1b@4x66tflops, 150m@4x5ms+10ms."
+            help="Stages that compute nothing and take the time of another machine: 150m@4x66tflops, 1b@4x66tflops, "
+            "or 150m@4x5ms+10ms (forward+backward of a microbatch). Repeat it for more."
         ),
     ] = None,
     free_running: Annotated[
-        list[str] | None, typer.Option(help="Stages that really train, as fast as they can: PRESET@STAGES, as tiny@2.")
+        list[str] | None,
+        typer.Option(help="Stages that really train, as fast as they can: PRESET@STAGES such as tiny@2."),
     ] = None,
     codec: Annotated[
-        str, typer.Option(help="Codecs, each CODEC [FORWARD [BACKWARD]], with commas between them.")
+        str, typer.Option(help="Codecs to compare, separated by commas. Each is CODEC [FORWARD [BACKWARD]].")
     ] = "bf16,int8,int4,mapl",
     link: Annotated[
-        list[str] | None, typer.Option("--link", help="Rate and latency, as 300mbit,25ms. Give it once for each link.")
+        list[str] | None,
+        typer.Option("--link", help="Link to measure over: rate,latency such as 300mbit,25ms. Repeat it for more."),
     ] = None,
-    sweep: Annotated[bool, typer.Option("--sweep", help="Links of 10, 80, 300 and 1000 Mb/s, 25 ms each.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Measure over links of 10, 80, 300 and 1000 Mb/s, 25 ms each. (off)")
+    ] = False,
     schedule: Annotated[
-        str, typer.Option(help="Schedules, with commas between them; rtt_ratio=auto finds the depth for each link.")
+        str,
+        typer.Option(help="Schedules to compare, separated by commas. rtt_ratio=auto chooses the depth for each link."),
     ] = "1f1b:rtt_ratio=auto",
-    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (64; free-running 8)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (256; free-running 16)")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (1024; free-running 128)")] = None,
-    window: Annotated[float, typer.Option(min=0.5, help="Seconds of each of a cell's three windows, at least.")] = 5.0,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches per step. (64; free-running: 8)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. (256; free-running: 16)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. (1024; free-running: 128)")] = None,
+    window: Annotated[
+        float, typer.Option(min=0.5, help="Minimum seconds of each of the three measured windows of a cell.")
+    ] = 5.0,
     limit: Annotated[
-        float, typer.Option(min=1, help="Seconds of a cell; one that needs more is only planned.")
+        float, typer.Option(min=1, help="Maximum seconds for a cell. A cell that needs more is only simulated.")
     ] = 600.0,
-    out: Annotated[Path, typer.Option(help="Directory for the cells, bench.json and bench.png.")] = Path("runs/bench"),
+    out: Annotated[Path, typer.Option(help="Directory for the records of all cells, bench.json and bench.png.")] = Path(
+        "runs/bench"
+    ),
     overrides: Override = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print bench.json on stdout, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only bench.json on stdout.")] = False,
 ) -> None:
-    """Measure throughput over capped links: a swarm for each codec and link, beside the same without a cap.
+    """Measure throughput over rate-limited links, for each codec, link and schedule, and once without a limit.
 
-    Cells that --out holds already are not run again. Exit code 1 if a cell failed or does not count.
+    One such measurement is a cell. Cells that are already in --out are not run again. Exit code 1 if a cell failed or
+    does not count.
     """
     one_arithmetic_thread()
     from ..node.config import ConfigError, parse_override
@@ -178,26 +203,32 @@ def bench(
 
 def probe(
     to: Annotated[
-        str | None, typer.Option("--to", help="host:port of a node's listener, or of a probe --listen.")
+        str | None,
+        typer.Option("--to", help="host:port to measure to: a `thinpipe probe --listen`, or a node's --listen."),
     ] = None,
     listen: Annotated[
         str | None, typer.Option("--listen", help="Answer probes at this host:port until Ctrl-C.")
     ] = None,
     link: Annotated[
-        str | None, typer.Option("--link", help="Shape both ways: rate,latency such as 300mbit,25ms. (none)")
+        str | None,
+        typer.Option(
+            "--link", help="Limit both directions to rate,latency such as 300mbit,25ms, and check them. (none)"
+        ),
     ] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", help="For each direction, 0.2 to 10. (2)")] = None,
-    once: Annotated[bool, typer.Option("--once", help="With --listen: end after one probe.")] = False,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Seconds to measure each direction, 0.2 to 10. (2)")
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="With --listen: stop after one probe. (off)")] = False,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the figures, as JSON.")] = False,
 ) -> None:
     """Measure rate and round trip between two machines, both ways, before a run.
 
     Start `thinpipe probe --listen 0.0.0.0:7001` on one machine and `thinpipe probe --to HOST:7001` on the other. A node
-    that waits for its neighbours answers too; one in a run answers round trips only. With --link both sides shape what
-    they send, and what is more than 10 % off is said. The --keys may be those of any stage of the run. Exit code 1: no
-    answer in time; 2: nobody to ask there.
+    that waits for its neighbours answers too. A node in a run answers round trips only. With --link both sides limit
+    what they send, and a result that is more than 10 % off is reported. The keys of any stage of the run will do for
+    --keys. Exit code 1: no answer in time; 2: nothing listens there.
     """
     one_arithmetic_thread()
     if (to is None) == (listen is None):

@@ -1,4 +1,4 @@
-"""`thinpipe summary`: what a run's records say, at any time after it has ended."""
+"""`thinpipe summary`: summarise a run from its records, at any time after it has ended."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import typer
 
 from .common import Json, configuration, fail, one_arithmetic_thread, run_toml
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's directory: its run.toml and all stages' records.")]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Directory of the run, with its run.toml and the records of all stages.")
+]
 
 
 def summary(
     run: Run,
-    write: Annotated[bool, typer.Option("--write", help="Also write RUN/summary.json, as `up` does.")] = False,
+    write: Annotated[bool, typer.Option("--write", help="Also write RUN/summary.json, as `up` does. (off)")] = False,
     as_json: Json = False,
 ) -> None:
     """Print the summary of a run from its records: losses, tokens/s, bytes, links, a digest of each stage's state.
 
-    For nodes that were not started by `up`; where each machine has its own directory, copy the stage-N.jsonl of all
-    into one. Exit code 1 if a stage has not ended, 2 if RUN is not a run's directory. Where the records of a lost
-    machine are missing, a line says so, and bytes/token and ratio are unknown.
+    Use it for nodes that `up` did not start. If each machine has its own directory, copy every stage-N.jsonl into one.
+    If records of a lost machine are missing, a line says so, and bytes/token and ratio are unknown. Exit code 1 if a
+    stage has not ended, 2 if RUN is not the directory of a run.
     """
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)

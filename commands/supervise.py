@@ -1,8 +1,7 @@
-"""`thinpipe supervise`: what a container or a service runs, one for each stage. See sim/launch/supervisor.py for what
-it does.
+"""`thinpipe supervise`: start one stage's node, and start it again when it fails. A container or a service runs it.
 
-Its settings can come from the environment (THINPIPE_STEPS, ...), because that is what docker-compose.yml, `docker run
--e` and a systemd unit have in common.
+See sim/launch/supervisor.py for what it does. Options can come from the environment (THINPIPE_STEPS, ...), because
+docker-compose.yml, `docker run -e` and a systemd unit can all set that.
 """
 
 from __future__ import annotations
@@ -27,62 +26,89 @@ if TYPE_CHECKING:
     from ..sim.links.shaper import LinkProfile
 
 CAPS = ("user", "kernel", "auto")
-CHECK_S = 600  # of a large model on a slow disk
+CHECK_S = 600  # enough for a large model on a slow disk
 
 
 def supervise(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", envvar="THINPIPE_RUN", help="Directory of the run, for all stages of it here."),
+        typer.Argument(
+            metavar="RUN", envvar="THINPIPE_RUN", help="Directory of the run, shared by all its stages on this machine."
+        ),
     ],
     stage: Annotated[
-        int | None, typer.Option(min=0, envvar="THINPIPE_STAGE", help="Which stage is served here, from 0.")
+        int | None, typer.Option(min=0, envvar="THINPIPE_STAGE", help="Stage to serve, counted from 0, such as 2.")
     ] = None,
-    standby: Annotated[bool, typer.Option("--standby", help="Serve no stage, until one is lost.")] = False,
+    standby: Annotated[
+        bool, typer.Option("--standby", help="Serve no stage until one is lost, then serve that one. (off)")
+    ] = False,
     peers: Annotated[
-        str, typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage in order, with commas between them.")
+        str, typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage, in order, separated by commas.")
     ] = "",
     link: Annotated[
-        str | None, typer.Option(envvar="THINPIPE_LINK", help="Cap and delay of every link, as 300mbit,25ms; or none.")
+        str | None,
+        typer.Option(envvar="THINPIPE_LINK", help="Rate limit and delay of every link, such as 300mbit,25ms. (none)"),
     ] = None,
     cap: Annotated[
         str,
         typer.Option(
             envvar="THINPIPE_CAP",
-            help="Who holds the links to it: user: the node. kernel: tbf on every interface of this machine, for good. "
-            "auto: the kernel where it lets us.",
+            help="What enforces the link. user: the node. kernel: a tbf queue on every interface of this machine, "
+            "which stays after the run. auto: the kernel if it is permitted, else the node.",
         ),
     ] = "user",
     user: Annotated[
-        str | None, typer.Option(envvar="THINPIPE_USER", help="Become this user once the interfaces are capped.")
+        str | None,
+        typer.Option(envvar="THINPIPE_USER", help="Switch to this user once the interfaces are capped. (stay)"),
     ] = None,
-    model: Annotated[str | None, typer.Option(envvar="THINPIPE_MODEL", help="As for up.")] = None,
-    data: Annotated[str | None, typer.Option(envvar="THINPIPE_DATA", help="As for up.")] = None,
+    model: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_MODEL", help="Model: preset or directory, as for up. (tiny)")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_DATA", help="Text to train on, as for up. (stdlib)")
+    ] = None,
     codec: Annotated[
-        str | None, typer.Option(envvar="THINPIPE_CODEC", help="CODEC [FORWARD [BACKWARD]], as for bench.")
+        str | None,
+        typer.Option(
+            envvar="THINPIPE_CODEC",
+            help="Codec and byte formats: CODEC [FORWARD [BACKWARD]], such as 'mapl int8'. (bf16)",
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(envvar="THINPIPE_STEPS", help="As for up.")] = None,
-    schedule: Annotated[str | None, typer.Option(envvar="THINPIPE_SCHEDULE", help="As for up.")] = None,
-    seed: Annotated[int | None, typer.Option(envvar="THINPIPE_SEED", help="As for up.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(envvar="THINPIPE_CHECKPOINT_EVERY", help="As for up.")] = None,
+    steps: Annotated[int | None, typer.Option(envvar="THINPIPE_STEPS", help="Number of training steps. (200)")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(envvar="THINPIPE_SCHEDULE", help="Schedule, as for up. (1f1b)")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(envvar="THINPIPE_SEED", help="Random seed, as for up. (1)")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(envvar="THINPIPE_CHECKPOINT_EVERY", help="Steps between checkpoints. (100)")
+    ] = None,
     config: Config = None,
     overrides: Override = None,
     settings_text: Annotated[
-        str, typer.Option("--settings", envvar="THINPIPE_SET", help="More of --set, with blanks between them.")
+        str,
+        typer.Option(
+            "--settings", envvar="THINPIPE_SET", help="Further settings, as for --set, separated by blanks. (none)"
+        ),
     ] = "",
     node_options: Annotated[
-        str, typer.Option("--node", envvar="THINPIPE_NODE", help="Further options for `thinpipe node`, as one text.")
+        str,
+        typer.Option(
+            "--node", envvar="THINPIPE_NODE", help="Further options for `thinpipe node`, as one string. (none)"
+        ),
     ] = "",
-    restarts: Annotated[int, typer.Option(min=0, help="How often a node that failed is started again.")] = 5,
+    restarts: Annotated[int, typer.Option(min=0, help="How many times a node that failed is started again.")] = 5,
     health: Annotated[
-        Path | None, typer.Option(envvar="THINPIPE_HEALTH", help="Touch this file while the stage makes progress.")
+        Path | None,
+        typer.Option(
+            envvar="THINPIPE_HEALTH", help="Touch this file while the stage makes progress, for health checks. (none)"
+        ),
     ] = None,
 ) -> None:
-    """Keep one stage served: in a container, or as a service. Starts its node, and again when that is lost.
+    """Keep one stage of a run served, in a container or as a service. Start its node, and start it again when it fails.
 
-    RUN/run.toml is written by who comes first; what differs from it in what the run computes is refused. With --resume
-    where the stage has been started before. Ends with the run; stage 0 then prints the summary. --standby waits until a
-    stage of RUN is lost, and takes its place.
+    The first supervisor writes RUN/run.toml. The others are refused if their settings would change what the run
+    computes. A stage that was started before is resumed. It ends with the run; stage 0 then prints the summary.
+    --standby waits until a stage of RUN is lost, and then serves that stage.
     """
     one_arithmetic_thread()
     names = [name.strip() for name in peers.split(",") if name.strip()]

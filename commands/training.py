@@ -1,4 +1,4 @@
-"""`thinpipe up`: a swarm on this machine, from options or from a run that has begun."""
+"""`thinpipe up`: train on this machine, a new run or one that is resumed."""
 
 from __future__ import annotations
 
@@ -29,69 +29,91 @@ if TYPE_CHECKING:
 
 
 def up(
-    stages: Annotated[int | None, typer.Option(help="Pipeline stages, one process each. (4)")] = None,
-    model: Annotated[str | None, typer.Option(help="Preset tiny, 150m, 500m, 1b, or a directory. (tiny)")] = None,
-    data: Annotated[str | None, typer.Option(help="'stdlib', a file or directory, or hf:NAME. (stdlib)")] = None,
+    stages: Annotated[int | None, typer.Option(help="Number of pipeline stages, one process each. (4)")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model: preset tiny, 150m, 500m or 1b, or the directory of a Hugging Face decoder. (tiny)"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to train on: stdlib, a file or directory, or hf:NAME. (stdlib)")
+    ] = None,
     codec: Annotated[
         str | None,
         typer.Option(
-            help="What crosses a boundary: mapl, mapl:r=64,..., or dense fp32, bf16, int8, int4, int3. (mapl)"
+            help="Codec, which compresses tensors between stages: mapl, mapl:r=64,..., or dense fp32, bf16, int8, int4. (mapl)"
         ),
     ] = None,
     forward: Annotated[
         str | None,
-        typer.Option(help="Byte format of activations: one of those, or rvq:groups=8,codes=256,... (the codec's)"),
+        typer.Option(help="Byte format of activations: fp32 to int3, or rvq:groups=8,codes=256,... (the codec's)"),
     ] = None,
-    backward: Annotated[str | None, typer.Option(help="Byte format of gradients, the same. (the codec's)")] = None,
+    backward: Annotated[
+        str | None, typer.Option(help="Byte format of gradients: the same choices. (the codec's)")
+    ] = None,
     link: Link = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps. (200)")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of training steps. (200)")] = None,
     schedule: Annotated[
         str | None,
-        typer.Option(help="gpipe, 1f1b, zb; for slow links 1f1b:rtt_ratio=1.8, zb:rtt_ratio=auto (found out). (1f1b)"),
+        typer.Option(
+            help="Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. "
+            "rtt_ratio=auto chooses the depth by simulation. (1f1b)"
+        ),
     ] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Parts of a step's batch. (8)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step. (16)")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence. (128)")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: at the end. (0)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Weights, data order and rounding follow from it. (1)")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="Microbatches per step: parts of its batch. (8)")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. (16)")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. (128)")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: only at the end. (0)")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed, for weights, data order and rounding. (1)")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for run.toml, records and summary.json. (runs/latest)")
     ] = None,
     config: Config = None,
     overrides: Override = None,
     one_process: Annotated[
-        bool, typer.Option("--one-process", help="The same modules in one process, without links.")
+        bool,
+        typer.Option(
+            "--one-process",
+            help="Run the same modules in one process, without links. The result has the same bits. (off)",
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in --out already.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is already in --out. (off)")
+    ] = False,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Also trace.json (see ui.perfetto.dev) and trace.png: what ran when.")
+        bool,
+        typer.Option("--trace", help="Also write a timeline: trace.json (for ui.perfetto.dev) and trace.png. (off)"),
     ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
             "--resume",
-            help="Go on with the run in this directory, from its newest common checkpoint. What it computes stays.",
+            help="Resume the run in this directory from the newest checkpoint that all its stages have. "
+            "Settings that change what it computes are refused.",
         ),
     ] = None,
     restarts: Annotated[
-        int, typer.Option(min=0, help="How often a stage that was lost is started again; the others wait for it.")
+        int, typer.Option(min=0, help="How many times a lost stage is started again. The others wait for it.")
     ] = 0,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none. (100)")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0 writes none. (100)")
+    ] = None,
     isolate: Annotated[
         str | None,
         typer.Option(
-            help="netns: each node in a network namespace, its one interface capped by the kernel (tbf); needs root."
+            help="netns: each node in a network namespace whose interface the kernel caps (tbf). Needs root. (off)"
         ),
     ] = None,
     keys: KeysDirectory = None,
     prometheus: Annotated[
         str | None,
-        typer.Option(help="Serve figures over HTTP: stage N at this port, or host:port, plus N (none: nowhere)."),
+        typer.Option(
+            help="Serve metrics for Prometheus at this PORT or host:port; stage N uses the port plus N. (none)"
+        ),
     ] = None,
     tensorboard: TensorBoard = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json on stdout, and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only summary.json on stdout.")] = False,
 ) -> None:
-    """Train on this machine: a swarm of stage processes joined by capped links, watched until it ends."""
+    """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
     one_arithmetic_thread()
     if isolate not in (None, "netns"):
         fail(f"--isolate: there is no '{isolate}'; it is netns, or left away", 2)

@@ -1,4 +1,4 @@
-"""`thinpipe top`: a swarm while it trains, and after. `thinpipe doctor`: a machine, before it hosts a stage."""
+"""`thinpipe top` and `thinpipe doctor`: watch a swarm while it trains, and check a machine before it serves a stage."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from .common import Config, Insecure, KeysDirectory, configuration, fail, one_ar
 
 
 def top(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="RUN...", help="Directories of runs (--out).")] = None,
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="RUN...", help="Directories of runs: their --out, such as runs/latest."),
+    ] = None,
     prometheus: Annotated[
         str | None,
-        typer.Option(help="Nodes elsewhere, by their --prometheus: host:port, with commas between them."),
+        typer.Option(help="Nodes on other machines: host:port of their --prometheus, separated by commas."),
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
-    every: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between two frames.")] = 0.5,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and stop. (off)")] = False,
+    every: Annotated[float, typer.Option(min=0.1, max=60, help="Seconds between frames.")] = 0.5,
 ) -> None:
     """Watch a swarm: stages, loss, tokens/s, links, ratio, learned tables, faults. Ctrl-C ends it.
 
-    RUN is read from its records, whether it trains or has ended; stages that write elsewhere are added as further
-    directories, or over HTTP with --prometheus. Where the output is no terminal, one frame is printed.
+    It reads the records in RUN, of a run that trains or has ended. For stages that write elsewhere, add their
+    directories, or ask the nodes over HTTP with --prometheus. If the output is not a terminal, one frame is printed.
     """
     from ..sim.reports.top import TopError, sources
     from ..sim.reports.top_console import show
@@ -39,20 +42,25 @@ def top(
 
 
 def doctor(
-    listen: Annotated[str | None, typer.Option(help="host:port where this node is to listen.")] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="host:port at which the node is to listen, such as 0.0.0.0:7001.")
+    ] = None,
     to: Annotated[
-        str | None, typer.Option(help="host:port of a neighbour: a probe --listen there, or a node's listener.")
+        str | None,
+        typer.Option(help="host:port of a neighbour: its node's --listen, or a `thinpipe probe --listen` there."),
     ] = None,
     config: Config = None,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
-    out: Annotated[Path | None, typer.Option(help="Where the node is to write. (beside run.toml, else here)")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory in which the node is to write. (beside run.toml, else here)")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")] = False,
 ) -> None:
-    """Examine this machine: ports, reachability, clock, versions, cores, memory, disk, GPU, root, tc.
+    """Check this machine: ports, reachability, clock, versions, cores, memory, disk, GPU, root, tc.
 
-    With --to the neighbour there is asked to dial this machine's --listen back: whether a port can be reached is seen
-    from the other side alone. Each finding has its remedy. Exit code 1: there is a fault.
+    With --to, the neighbour is asked to connect back to this machine's --listen: only the other side can tell whether a
+    port is reachable. Each finding names its remedy. Exit code 1 if there is a fault.
     """
     one_arithmetic_thread()
     settings = configuration(config, {}, None) if config else None

@@ -40,7 +40,7 @@ def up(
     codec: Annotated[
         str | None,
         typer.Option(
-            help="Codec, which compresses tensors between stages: mapl, mapl:r=64,..., or dense fp32, bf16, int8, int4. (mapl)"
+            help="Codec, which compresses tensors between stages: mapl, mapl:r=64,... or dense bf16, int8. (mapl)"
         ),
     ] = None,
     forward: Annotated[

@@ -277,7 +277,7 @@ class ProbePhase(Enum):
     TERMS = "awaiting terms"
     ECHOES = "echoing"
     TAKING = "taking filler"
-    OVER = "through"
+    OVER = "finished"
 
 
 class ProbeResponder:

@@ -1,23 +1,22 @@
-"""Who is in the run, and from where all go on after a loss: a view change along the chain, sans-IO.
+"""Which processes are in the run, and from which step all go on after a loss: a view change along the chain, sans-IO.
 
-A run is a sequence of *generations*. In one generation the members are fixed, one process a stage, and whatever carries
-another generation's number is refused: a stage that was stopped, replaced and wakes up is fenced off. A generation ends
-when a process appears in the place of another one, and the next begins in two waves, with nobody in charge but the
-order of stages:
+A run is a sequence of *generations*. In one generation the members are fixed: one process for each stage. Whatever
+carries another generation's number is refused, so a stage that was stopped, replaced and wakes up can do no harm. A
+generation ends when a process appears in the place of another one. The next one begins by three kinds of frame. No
+coordinator is needed, only the order of stages:
 
-    StartViewChange     from whoever notices, to both neighbours: everybody breaks off the step under way
-    DoViewChange    upwards: "these processes, from me down, have stopped and could all go on after any of these steps"
-    StartView   downwards, from stage 0: the new generation, its members, the newest step that all of them offered
+    StartViewChange  from the stage that notices, to both neighbours and on: all break off the step under way
+    DoViewChange     upwards: "these processes, from me down, have stopped and could go on after any of these steps"
+    StartView        downwards, from stage 0: the new generation, its members, the newest step that all of them offered
 
-Every wait is on the neighbour alone and every frame can be said again: a process that dies in the middle of a wave only
-starts another one. What makes that safe: a StartView is applied by a stage only while the process below it is the one
-that the StartView names, a DoViewChange that comes while training goes on is taken for a StartViewChange, and a
-neighbour that greets with another generation is one too. So whoever was left behind by a lost StartView drags the
-others into the next wave.
+A stage waits only for its neighbours, and every frame can be sent again. So a process that dies in the middle of a wave
+only starts another wave. This is safe for three reasons. A stage applies a StartView only while the process below it is
+the one that the StartView names. A DoViewChange that arrives during training counts as a StartViewChange. So does a
+greeting with another generation. A stage that missed a StartView therefore brings the others into the next wave.
 
-At the end two more waves: Finished upwards, AllFinished downwards; until then nobody leaves, because whoever is through
-may be needed again by one who is not. A node that has to leave earlier asks upwards (Drain), and stage 0, which alone
-knows what is under way, says downwards after which step all end (LastStep): the end is then like any other.
+At the end there are two more waves: Finished upwards, AllFinished downwards. No stage leaves before them, because a
+stage that has finished may be needed again by one that has not. A node that has to leave earlier asks upwards (Drain).
+Stage 0 alone knows which step is under way; it answers downwards after which step all end (LastStep).
 
 Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
 them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
@@ -57,7 +56,7 @@ class RollbackPhase(Enum):
     RUNNING = "training"
     STOPPING = "breaking off"
     STOPPED = "waiting for the new generation"
-    FINISHED = "through"
+    FINISHED = "finished"
 
 
 class Rollback:
@@ -82,7 +81,7 @@ class Rollback:
         self._do_view_change_below: DoViewChange | None = None
         self._do_view_change_sent: DoViewChange | None = None  # on the present connection upwards
         self._finished_here = self._finished_below = False
-        # In this generation. Never taken back: a StartViewChange may pass an AllFinished that is on its way.
+        # In this generation. Never taken back: a StartViewChange may pass a AllFinished that is on its way.
         self._said_finished = False
         self._draining = False
         self.end: int | None = None  # all end when so many steps are completed
@@ -183,12 +182,12 @@ class Rollback:
                 return self.end_after(frame.completed_steps)
             case AllFinished(), "above":
                 if not self._said_finished:
-                    raise RemoteProtocolError(Fault.UNEXPECTED, "a dismissal before this stage was through")
+                    raise RemoteProtocolError(Fault.UNEXPECTED, "AllFinished before this stage has sent Finished")
                 return self._leave()
             case _:
-                name = type(frame).__name__.lower()
+                name = type(frame).__name__
                 raise RemoteProtocolError(
-                    Fault.UNEXPECTED, f"the {name} frame from {side} may not come on the control stream"
+                    Fault.UNEXPECTED, f"a {name} frame from {side} is not allowed on the control stream"
                 )
 
     def start_view_change(self) -> list[Effect]:
@@ -243,12 +242,12 @@ class Rollback:
         if len(do_view_change.incarnations) != due or do_view_change.incarnations[0] != self.peers["below"]:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
-                f"an offer of {len(do_view_change.incarnations)} processes, where {due} are below this stage",
+                f"a DoViewChange of {len(do_view_change.incarnations)} processes, where {due} are below this stage",
             )
         if do_view_change.generation > self.generation + GENERATIONS_AHEAD_MAX:
             raise RemoteProtocolError(
                 Fault.GENERATION,
-                f"an offer of generation {do_view_change.generation}, this run is in {self.generation}",
+                f"a DoViewChange of generation {do_view_change.generation}, this run is in {self.generation}",
             )
         self._do_view_change_below = do_view_change
         halted = self._start_view_change() if self.phase is RollbackPhase.RUNNING else []
@@ -260,11 +259,10 @@ class Rollback:
                 Fault.UNEXPECTED,
                 f"a generation of {len(start_view.incarnations)} stages, this run has {self.identity.stages}",
             )
-        if (
-            start_view.generation - 1 > self.generation + GENERATIONS_AHEAD_MAX
-        ):  # as in an offer: nobody would take this node's next one
+        # As for a DoViewChange: after it nobody would accept this node's next DoViewChange.
+        if start_view.generation - 1 > self.generation + GENERATIONS_AHEAD_MAX:
             raise RemoteProtocolError(
-                Fault.GENERATION, f"a start of generation {start_view.generation}, this run is in {self.generation}"
+                Fault.GENERATION, f"a StartView of generation {start_view.generation}, this run is in {self.generation}"
             )
         if self.phase is not RollbackPhase.STOPPED or start_view.generation <= self.generation:
             return []  # said again, or of a wave that another one has overtaken
@@ -275,7 +273,7 @@ class Rollback:
         if start_view.completed_steps not in self._steps:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
-                f"a start after {start_view.completed_steps} steps, which stage {self.identity.stage} never offered",
+                f"a StartView after {start_view.completed_steps} steps, never offered by stage {self.identity.stage}",
             )
         return self._apply(start_view)
 

@@ -1,7 +1,7 @@
 """The tables in docs/protocol.md, from the code's own: `python -m tests.protocol_tables` writes them into the document.
 
-What a field or a fault means is said here, and a field or a fault of which nothing is said, or that is gone, is an
-error: so the document cannot fall behind. Rows on what follows from a frame are found out by trying it.
+The meaning of each field and fault is written here. A field or fault without a text, or a text without its field or
+fault, is an error, so the document cannot fall behind. Rows on the effect of a frame are found by trying it.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "protocol.md"
 Row = tuple[str, ...]
 
 _COPY = "whose state it is"
-_COMPLETED = "after how many completed steps"
+_COMPLETED = "the number of completed steps of that state"
 FIELDS: dict[str, dict[str, str]] = {
     "Frame": {
         "greeting": "first frame of either stream, both ways",
-        "refusal": "either stream, last",
+        "refusal": "either stream, last frame",
         "chunk": "Link",
         "credit": "Link",
-        "goodbye": "Link, last of its sender's chunks",
+        "goodbye": "Link, after the last chunk of its sender",
         **dict.fromkeys(
             [
                 "heartbeat",
@@ -97,17 +97,18 @@ FIELDS: dict[str, dict[str, str]] = {
     "Greeting": {
         "protocol_version": f"{PROTOCOL_VERSION}",
         "run_id": "text",
-        "generation": "Link: the generation of this link. Control: the one that the sender is, or was last, in",
-        "configuration": "text; hash of all that must agree; perhaps ` table ` and the digest of a generated table",
+        "generation": "Link: the generation of this link. Control: the one that the sender is in, or was in last",
+        "configuration": "text; hash of all settings that must agree; then, if a table is generated, ` table ` and its "
+        "digest",
         "stage": "of the sender, from 0",
         "stages": "of the pipeline",
         "incarnation": "random number of the sender's process, drawn once at its start",
-        "next_sequence": "Link: of the first chunk that the sender lacks. Control: 0",
+        "next_sequence": "Link: number of the first chunk that the sender lacks. Control: 0",
         "granted_bytes": "Link: as in Credit. Control: 0",
-        "completed_steps": "Control: of this generation, for people. Link: 0",
+        "completed_steps": "Control: steps completed, for people to read. Link: 0",
         "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
     },
-    "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people, with both values"},
+    "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},
     "Chunk": {
         "sequence": "from 0 in each direction and generation, without a gap",
         "generation": "the link's",
@@ -135,102 +136,103 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "Goodbye": {},
     "Heartbeat": {
-        "generation": "the sender's",
-        "completed_steps": "of this generation",
-        "missing": "1 + the nearest stage beyond the sender that nobody serves; 0: none; at most the number of stages",
-        "copied_steps": "least, over the sender and all beyond it, of the newest state that a neighbour has a copy of",
+        "generation": "the sender's generation",
+        "completed_steps": "steps that the sender has completed",
+        "missing": "1 + the nearest stage beyond the sender that no process serves; 0: none; at most the "
+        "number of stages",
+        "copied_steps": "steps of the newest copy on a neighbour; the lowest over the sender and all stages beyond it",
     },
-    "StartViewChange": {"generation": "the one that is over"},
+    "StartViewChange": {"generation": "the generation that is over"},
     "DoViewChange": {
-        "generation": "highest that the sender, or any stage below it, was in",
-        "incarnations": "from the sender's down to the last stage's",
-        "steps": f"falling, last one 0; after which all of these could go on; at most {STEPS_LISTED_MAX} are offered",
+        "generation": "highest generation that the sender, or any stage below it, was in",
+        "incarnations": "of the processes from the sender down to the last stage",
+        "steps": f"steps after which all of these could go on; falling, the last one 0; at most {STEPS_LISTED_MAX}",
     },
     "StartView": {
-        "generation": "the new one",
-        "completed_steps": "go on after these",
-        "incarnations": "of all stages, from stage 0 on",
+        "generation": "the new generation",
+        "completed_steps": "all go on after so many completed steps",
+        "incarnations": "of the processes of all stages, from stage 0 on",
     },
     "Finished": {},
     "AllFinished": {},
     "Drain": {},
-    "LastStep": {"completed_steps": "end when so many are completed"},
-    "CopiesHeld": {"stage": _COPY, "steps": "falling; all that the sender has of it"},
+    "LastStep": {"completed_steps": "end when so many steps are completed"},
+    "CopiesHeld": {"stage": _COPY, "steps": "completed steps of all copies that the sender has, falling"},
     "CopyOffer": {"stage": _COPY, "completed_steps": _COMPLETED, "manifest": "describes the file: length, SHA-256"},
-    "CopyProgress": {"stage": _COPY, "completed_steps": _COMPLETED, "offset": "bytes that the sender has got"},
+    "CopyProgress": {"stage": _COPY, "completed_steps": _COMPLETED, "offset": "bytes that the sender has received"},
     "CopyPart": {
         "stage": _COPY,
         "completed_steps": _COMPLETED,
-        "offset": "of the first byte",
+        "offset": "position of the first byte",
         "data": "1 byte or more",
         "crc32": "see below",
     },
     "CopyWanted": {"stage": _COPY, "completed_steps": _COMPLETED},
     "CopyDeclined": {"stage": _COPY, "completed_steps": _COMPLETED, "reason": "text"},
     "ProbeFrame": {
-        "terms": "first, both ways",
-        "refusal": "last; the number that it has in Frame",
+        "terms": "first frame, both ways",
+        "refusal": "last frame; it has the same field number in Frame",
         "echo": "both ways",
-        "turn": "from who asks",
+        "turn": "from the asking side",
         "filler": "both ways",
         "done": "both ways, after the last filler",
-        "measured": "from who answers, last",
-        "info_request": "first, instead of terms",
-        "info_response": "the answer to a visit",
-        "dial_back_result": "after it, if the visit named a port",
+        "measured": "from the answering side, last frame",
+        "info_request": "first frame, instead of terms",
+        "info_response": "the answer to info_request",
+        "dial_back_result": "after info_response, if the request named a port",
     },
     "ProbeTerms": {
         "protocol_version": f"{PROTOCOL_VERSION}",
-        "milliseconds": "that each direction is filled, at most",
-        "bytes": "of filler data in each direction, at most",
-        "rate_bits_per_s": "by which both sides shape what they send; 0: they do not",
+        "milliseconds": "longest time for which each direction is filled",
+        "bytes": "most filler data in each direction",
+        "rate_bits_per_s": "rate limit for what each side sends; 0: none",
         "latency_us": "added by each sender",
-        "jitter_us": "of it, either way; at most the latency",
-        "burst_bytes": "that an idle sender passes at once; 0 without a rate",
-        "round_trips_only": "1: no filler, as who answers is in a run; 0 or 1",
+        "jitter_us": "variation of the latency, up or down; at most the latency",
+        "burst_bytes": "bytes that an idle sender may send at once; 0 without a rate",
+        "round_trips_only": "1: no filler, because the answering node is in a run; 0 or 1",
     },
-    "ProbeEcho": {"number": "comes back as it is"},
+    "ProbeEcho": {"number": "is returned unchanged"},
     "ProbeTurn": {},
     "ProbeFiller": {"data": "dropped"},
     "ProbeDone": {},
     "ProbeMeasured": {
-        "bytes": "framed, of the steady part of the filler that came",
-        "microseconds": "that they took; 0: too little came to tell",
+        "bytes": "framed bytes of the steady part of the received filler",
+        "microseconds": "time that they took; 0: too few bytes to measure",
     },
     "ProbeInfoRequest": {
-        "protocol_version": "who visits speaks; another one is answered too",
-        "version": "text; of its program",
-        "port": "of its address, to be dialled back; 0: none",
+        "protocol_version": "version of the asking side; any version is answered",
+        "version": "text; version of its program",
+        "port": "port at the asker's address, to be dialled back; 0: none",
         "token": f"{TOKEN_BYTES} random bytes",
     },
     "ProbeInfoResponse": {
         "protocol_version": f"{PROTOCOL_VERSION}",
-        "version": "text; of the program that answers",
+        "version": "text; version of the answering program",
         "unix_us": "its clock: microseconds since 1970",
-        "seen_as": "text; the address that the visit came from",
-        "in_a_run": "1: it has met a neighbour; 0 or 1",
+        "seen_as": "text; the address that the request came from",
+        "in_a_run": "1: the node has met a neighbour; 0 or 1",
     },
     "ProbeDialBackResult": {"outcome": ", ".join(f"{int(each)}: {each.name.lower()}" for each in Outcome)},
 }
 FAULTS: dict[Fault, str] = {
-    Fault.MALFORMED: "bytes that are no frame, header, delta or section; a number out of range",
+    Fault.MALFORMED: "bytes that are not a valid frame, header, delta or section; a number out of range",
     Fault.OVERSIZED: "more bytes, values or characters than the receiver's limit",
     Fault.OUT_OF_ORDER: "a chunk, an acknowledgement, a delta or a version that is not the next one",
-    Fault.UNEXPECTED: "a frame, message or dictionary that may not come here or now",
+    Fault.UNEXPECTED: "a frame, message or dictionary that is not allowed here or now",
     Fault.CORRUPT: "a chunk, or a part of a copy, that does not match its checksum",
     Fault.OVERDRAWN: "a chunk beyond the credit",
-    Fault.PROTOCOL_VERSION: "another version of this protocol",
-    Fault.RUN_ID: "another run",
-    Fault.CONFIGURATION: "another configuration, or a delta in another encoding than configured",
+    Fault.PROTOCOL_VERSION: "the peer has another version of this protocol",
+    Fault.RUN_ID: "the peer is in another run",
+    Fault.CONFIGURATION: "the peer has another configuration, or sends a delta in another encoding than configured",
     Fault.STAGE: "not the stage that should be here",
     Fault.CERTIFICATE: "over TLS, a run or stage that the sender's certificate does not name",
     Fault.GENERATION: "a frame, a greeting or a delta of another generation",
-    Fault.FENCED: "a process whose place another one has taken",
+    Fault.FENCED: "another process has taken the place of this one",
     Fault.STOPPED: "the stage is between two generations",
-    Fault.INCARNATION: "another process in the middle of a link",
-    Fault.RESUME: "chunks are asked for that are not kept",
+    Fault.INCARNATION: "another process appears in the middle of a link",
+    Fault.RESUME: "the peer asks for chunks that are not kept any more",
     Fault.TIMEOUT: "no greeting in time",
-    Fault.PAYLOAD: "a value that cannot be: not finite, no code, another digest",
+    Fault.PAYLOAD: "an impossible value: not finite, not a valid code, or another digest",
 }
 KINDS: dict[Kind, Row] = {
     Kind.ACTIVATION: ("down", "token ids, deltas, the tensor", "0"),
@@ -296,7 +298,7 @@ def limits() -> list[Row]:
     return [
         ("limit", "value"),
         ("data of a chunk, bytes, unless configured lower", str(largest.chunk_bytes)),
-        ("frame, bytes beside that", str(ENVELOPE_BYTES_MAX)),
+        ("frame, bytes beside its data", str(ENVELOPE_BYTES_MAX)),
         ("codec header, bytes", str(HEADER_BYTES_MAX)),
         ("codec header, keys and values and containers, all levels together", str(HEADER_VALUES_MAX)),
         ("codec header, levels below the map", str(HEADER_DEPTH_MAX)),
@@ -311,16 +313,16 @@ def limits() -> list[Row]:
         ("generations that a DoViewChange or StartView may be ahead", bits(GENERATIONS_AHEAD_MAX)),
         ("parts of a copy that are acknowledged at once, at most", str(PARTS_TOGETHER)),
         ("parts of a copy that are not acknowledged: from, to", f"{PARTS_AHEAD_LEAST}, {PARTS_AHEAD_MOST}"),
-        ("copies that are declined on one connection", str(DECLINED_MAX)),
+        ("copies that may be declined on one connection", str(DECLINED_MAX)),
         ("control frames that wait for one neighbour", str(QUEUED_MAX)),
-        ("seconds between two Heartbeat", f"{HEARTBEAT_EVERY_S:g}"),
+        ("seconds between two Heartbeats", f"{HEARTBEAT_EVERY_S:g}"),
         ("seconds between two attempts to dial: first, most", f"{RETRY_FIRST_S:g}, {RETRY_MOST_S:g}"),
-        ("seconds in which a refusal is told", f"{REFUSAL_TIMEOUT_S:g}"),
+        ("seconds to deliver a refusal", f"{REFUSAL_TIMEOUT_S:g}"),
         ("streams that a node serves at once", str(CONNECTIONS_MAX)),
         ("digest of a dictionary, bytes", str(DIGEST_BYTES)),
         ("probe: seconds and bytes in each direction", f"{SECONDS_MAX:g}, {bits(PROBE_BYTES_MAX)}"),
         ("probe: echoes; filler in a frame, bytes", f"{ECHOES_MAX}, {BALLAST_BYTES_MAX}"),
-        ("probe: rate to shape by, bits/s, from, to", "{}, {}".format(*RATE_BITS_PER_S)),
+        ("probe: rate limit, bits/s, from, to", "{}, {}".format(*RATE_BITS_PER_S)),
         ("probe: latency, seconds; burst, bytes", f"{LATENCY_S_MAX:g}, {BURST_BYTES_MAX}"),
     ]
 
@@ -388,7 +390,7 @@ def in_phase(phase: RollbackPhase) -> Rollback:
 
 
 def brought_about(phase: RollbackPhase, side: Side, frame: ControlFrame) -> str | None:
-    """In words; None: it may not come from there."""
+    """The effect in words; None if the frame may not come from that side."""
     machine = in_phase(phase)
     if isinstance(frame, Finished):
         machine.finished()
@@ -445,7 +447,7 @@ PROBES += ["ProbeInfoRequest", "ProbeInfoResponse", "ProbeDialBackResult"]
 
 
 def tables() -> dict[str, list[Row]]:
-    """By the name that the document calls them by; the first row is the heading."""
+    """All tables by the names that the document gives them. The first row is the heading."""
     assert {*LINK, *CONTROL, *COPIES, *PROBES} == set(pb.DESCRIPTOR.message_types_by_name) == set(FIELDS)
     return {
         "link fields": fields_of(LINK),
@@ -469,7 +471,7 @@ def rendered(rows: list[Row]) -> str:
 
 
 def filled(document: str) -> str:
-    """The document with the tables of now. Raises ValueError for a table that it lacks, or that is none."""
+    """The document with its tables filled in. Raises ValueError if it lacks a table, or names one that is not known."""
     left = tables()
 
     def fill(found: re.Match[str]) -> str:

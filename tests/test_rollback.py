@@ -338,21 +338,21 @@ def test_one_stage_alone_needs_nobody():
 @pytest.mark.parametrize(
     ("side", "frame", "reason"),
     [
-        ("above", DoViewChange(generation=0, incarnations=(3,), steps=(0,)), "the offer frame from above"),
+        ("above", DoViewChange(generation=0, incarnations=(3,), steps=(0,)), "a DoViewChange frame from above"),
         (
             "below",
             DoViewChange(generation=0, incarnations=(3, 4), steps=(0,)),
-            "an offer of 2 processes, where 1 are below",
+            "a DoViewChange of 2 processes, where 1 are below",
         ),
-        ("below", DoViewChange(generation=0, incarnations=(4,), steps=(0,)), "an offer of 1 processes"),
-        ("below", StartView(generation=1, completed_steps=0, incarnations=(1, 2, 3)), "the commit frame from below"),
+        ("below", DoViewChange(generation=0, incarnations=(4,), steps=(0,)), "a DoViewChange of 1 processes"),
+        ("below", StartView(generation=1, completed_steps=0, incarnations=(1, 2, 3)), "a StartView frame from below"),
         (
             "above",
             StartView(generation=1, completed_steps=0, incarnations=(1, 2)),
             "a generation of 2 stages, this run has 3",
         ),
-        ("above", Finished(), "the finished frame from above"),
-        ("above", AllFinished(), "a dismissal before"),
+        ("above", Finished(), "a Finished frame from above"),
+        ("above", AllFinished(), "AllFinished before"),
     ],
 )
 def test_what_may_not_come_is_refused(side, frame, reason):
@@ -368,17 +368,17 @@ def test_a_start_that_was_never_offered_is_refused():
     machine = Rollback(identity(1, 2, incarnation=2), joining=True)
     machine.meet("above", Rollback(identity(0, 2, incarnation=1), joining=False).greeting())
     machine.stopped({5})
-    with pytest.raises(RemoteProtocolError, match="a start after 4 steps, which stage 1 never offered"):
+    with pytest.raises(RemoteProtocolError, match="a StartView after 4 steps, never offered by stage 1"):
         machine.receive("above", StartView(generation=1, completed_steps=4, incarnations=(1, 2)))
 
 
 @pytest.mark.parametrize("generation", [GENERATIONS_AHEAD_MAX + 2, 2**48 - 1])
-def test_a_start_of_an_generation_out_of_reach_is_refused(generation):
+def test_a_start_of_a_generation_out_of_reach_is_refused(generation):
     """It would be taken, and no offer that this stage makes afterwards."""
     machine = Rollback(identity(1, 2, incarnation=2), joining=True)
     machine.meet("above", Rollback(identity(0, 2, incarnation=1), joining=False).greeting())
     machine.stopped({5})
-    with pytest.raises(RemoteProtocolError, match=f"a start of generation {generation}, this run is in 0"):
+    with pytest.raises(RemoteProtocolError, match=f"a StartView of generation {generation}, this run is in 0"):
         machine.receive("above", StartView(generation=generation, completed_steps=5, incarnations=(1, 2)))
     assert machine.generation == 0
     machine.receive("above", StartView(generation=GENERATIONS_AHEAD_MAX + 1, completed_steps=5, incarnations=(1, 2)))
@@ -419,5 +419,5 @@ def test_a_dismissal_that_a_halt_has_passed_still_counts():
 def test_a_wild_generation_is_refused():
     world = Environment(3)
     world.settle()
-    with pytest.raises(RemoteProtocolError, match="an offer of generation"):
+    with pytest.raises(RemoteProtocolError, match="a DoViewChange of generation"):
         world.processes[1].machine.receive("below", DoViewChange(generation=2**47, incarnations=(3,), steps=(0,)))

@@ -8,8 +8,11 @@ Every failure is one line on stderr that names the fault, the offender and the r
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from . import __version__
 from .commands.chaos import chaos
 from .commands.checkpoint import checkpoint
 from .commands.common import OneLine, own_process
@@ -30,6 +33,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"thinpipe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version, and end.")
+    ] = False,
+) -> None:
+    """What the program takes before the name of a command."""
+    del version  # the callback has printed it
+
+
 for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")

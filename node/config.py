@@ -34,8 +34,10 @@ class Section(BaseModel):
 class RunSection(Section):
     """What the run is: its length, seed and pauses for evaluation."""
 
-    seed: int = Field(default=1, ge=0, lt=2**63)
-    steps: int = Field(default=200, ge=1)
+    seed: int = Field(
+        default=1, ge=0, lt=2**63, description="first weights, order of the data and random rounding follow from it"
+    )
+    steps: int = Field(default=200, ge=1, description="training steps: batches, and updates of the weights")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="the run id that neighbours compare"
@@ -45,15 +47,23 @@ class RunSection(Section):
 class ModelSection(Section):
     """Which decoder is trained."""
 
-    preset: str = Field(default="tiny", description="tiny, 150m, 500m or 1b; ignored when `path` is given")
+    preset: str = Field(default="tiny", description="tiny, 150m, 500m, 1b or 8b; ignored when `path` is given")
     path: Path | None = Field(default=None, description="directory with a Hugging Face config.json (and safetensors)")
     pretrained: bool = Field(
         default=False, description="start from the safetensors in `path` instead of random weights"
     )
-    vocab_size: int | None = Field(default=None, ge=2, le=2**20)
-    layers: int | None = Field(default=None, ge=1, le=1024)
-    width: int | None = Field(default=None, ge=8, le=65536)
-    attention: Literal["eager", "sdpa"] = "sdpa"
+    vocab_size: int | None = Field(
+        default=None, ge=2, le=2**20, description="token ids; default: those of the tokenizer"
+    )
+    layers: int | None = Field(
+        default=None, ge=1, le=1024, description="layers of the whole model; default: the preset's"
+    )
+    width: int | None = Field(
+        default=None, ge=8, le=65536, description="numbers in a hidden state; default: the preset's"
+    )
+    attention: Literal["eager", "sdpa"] = Field(
+        default="sdpa", description="how attention is computed: sdpa is PyTorch's fused one, eager the plain one"
+    )
 
 
 class DataSection(Section):
@@ -62,14 +72,18 @@ class DataSection(Section):
     source: str = Field(
         default="stdlib", description="'stdlib' (embedded default), a local file or directory, or hf:NAME"
     )
-    format: Literal["auto", "text", "jsonl", "parquet"] = "auto"
-    text_field: str = "text"
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field(
+        default="auto", description="how the files are read; auto: by their names' endings"
+    )
+    text_field: str = Field(default="text", description="where the text is in a row of jsonl, parquet or a dataset")
     tokenizer: Path | None = Field(
         default=None, description="a tokenizer.json; by default a byte-level BPE is trained once"
     )
-    sequence_length: int = Field(default=128, ge=2, le=2**20)
-    heldout_sequences: int = Field(default=64, ge=1, description="length of the fixed held-out set")
-    cache: Path | None = Field(default=None, description="default: $THINPIPE_CACHE or ~/.cache/thinpipe")
+    sequence_length: int = Field(default=128, ge=2, le=2**20, description="tokens in a sequence")
+    heldout_sequences: int = Field(default=64, ge=1, description="length of the fixed held-out set, in sequences")
+    cache: Path | None = Field(
+        default=None, description="where tokens are kept; default: $THINPIPE_CACHE or ~/.cache/thinpipe"
+    )
 
 
 class OptimSection(Section):
@@ -78,19 +92,25 @@ class OptimSection(Section):
     What is not set takes the value that the run's codec recommends (`recommended`), and only then the default here.
     """
 
-    muon_lr: float = Field(default=0.02, gt=0)
-    adamw_lr: float = Field(default=0.005, gt=0)
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    adamw_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adamw_beta2: float = Field(default=0.95, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=10, ge=0)
+    muon_lr: float = Field(default=0.02, gt=0, description="learning rate of Muon, for hidden matrices")
+    adamw_lr: float = Field(default=0.005, gt=0, description="learning rate of AdamW, for everything else")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="of Muon (Nesterov)")
+    adamw_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the mean gradient")
+    adamw_beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's decay of the mean squared gradient")
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="each step takes this share, times the learning rate, off every weight"
+    )
+    warmup_steps: int = Field(default=10, ge=0, description="steps over which the rates rise from 0")
     decay_fraction: float = Field(
         default=0.4, ge=0, le=1, description="share of the run, at its end, with a falling rate"
     )
     clip: float = Field(default=1.0, ge=0, description="gradient norm of one stage; 0: no clipping")
-    msign_dtype: Literal["float64", "float32", "bfloat16"] = "float32"
-    msign_coefficients: Literal["polar_express", "quintic"] = "polar_express"  # quintic, bfloat16: torch.optim.Muon
+    msign_dtype: Literal["float64", "float32", "bfloat16"] = Field(
+        default="float32", description="in which Muon computes the sign of a matrix"
+    )
+    msign_coefficients: Literal["polar_express", "quintic"] = Field(
+        default="polar_express", description="of Muon's iteration; quintic in bfloat16 is what torch.optim.Muon does"
+    )
 
 
 class CodecSection(Section):
@@ -104,7 +124,7 @@ class CodecSection(Section):
 class PipelineSection(Section):
     """How the model is cut and in which order a stage works."""
 
-    stages: int = Field(default=4, ge=1, le=1024)
+    stages: int = Field(default=4, ge=1, le=1024, description="parts of the model, one process each")
     schedule: str = Field(
         default="1f1b", description="gpipe, 1f1b, zb; 1f1b:rtt_ratio=1.8, zb:rtt_ratio=1.8 for slow links"
     )
@@ -133,12 +153,18 @@ class LinkSection(Section):
     chunk_bytes: int | None = Field(
         default=None, ge=64 * 1024, le=256 * 1024, description="parts of a tensor; default: 5 ms of the link's rate"
     )
-    send_buffer_bytes: int = Field(default=16 * 2**20, ge=2**20)
-    receive_buffer_bytes: int = Field(default=16 * 2**20, ge=2**20)
+    send_buffer_bytes: int = Field(
+        default=16 * 2**20, ge=2**20, description="queued bytes from which a stage waits for its link"
+    )
+    receive_buffer_bytes: int = Field(
+        default=16 * 2**20, ge=2**20, description="the credit of a neighbour: bytes that it may send ahead of need"
+    )
     uncapped_window_bytes: int = Field(
         default=4 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"
     )
-    greeting_timeout_s: float = Field(default=10.0, gt=0)
+    greeting_timeout_s: float = Field(
+        default=10.0, gt=0, description="how long a new connection may take to say who it is"
+    )
     connect_timeout_s: float = Field(
         default=120.0, gt=0, description="how long a node waits for a neighbour to be there"
     )
@@ -175,12 +201,14 @@ class CheckpointSection(Section):
 class ComputeSection(Section):
     """How a stage computes."""
 
-    device: str = "cpu"
+    device: str = Field(default="cpu", description="where this node computes: cpu, cuda, cuda:1")
     dtype: Literal["float64", "float32", "bfloat16"] = Field(
         default="float32", description="bfloat16: autocast, weights fp32"
     )
-    activation_checkpointing: bool = False
-    compile: bool = False
+    activation_checkpointing: bool = Field(
+        default=False, description="compute a layer's inside again in the backward instead of keeping it"
+    )
+    compile: bool = Field(default=False, description="torch.compile the layers")
     emulate: str | None = Field(
         default=None,
         description="compute nothing and take the time of another machine, such as 150m@4x66tflops; needs "

@@ -1,4 +1,4 @@
-"""The wheel holds the package and nothing else; the console script answers; README's commands exist."""
+"""The wheel holds the package and nothing else; the console script answers."""
 
 import re
 import shutil
@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from thinpipe import __version__
 from thinpipe.cli import app
 from typer.testing import CliRunner
 
@@ -15,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     source = tmp_path_factory.mktemp("source") / "thinpipe"
     ignore = shutil.ignore_patterns(
         ".git", ".venv", "runs", "build", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis"
@@ -24,8 +25,19 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     out = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
     subprocess.run([*command, str(source)], check=True, capture_output=True)
-    (wheel,) = out.glob("*.whl")
-    return set(zipfile.ZipFile(wheel).namelist())
+    (made,) = out.glob("*.whl")
+    return zipfile.ZipFile(made)
+
+
+@pytest.fixture(scope="module")
+def wheel_names(wheel: zipfile.ZipFile) -> set[str]:
+    return set(wheel.namelist())
+
+
+@pytest.fixture(scope="module")
+def wheel_metadata(wheel: zipfile.ZipFile) -> str:
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return wheel.read(name).decode()
 
 
 @pytest.mark.slow
@@ -50,21 +62,12 @@ def test_help_names_every_command() -> None:
         assert command in shown.output
 
 
-def test_readme_uses_only_options_that_exist() -> None:
-    helps = {
-        command: CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
-        for command in ("up", "node")
-    }
-    lines = re.findall(r"thinpipe (up|node)((?:[^\n`]|\\\n)*)", (ROOT / "README.md").read_text())
-    assert lines
-    for command, rest in lines:
-        for option in re.findall(r"(?<!\S)--[a-z-]+", rest):
-            assert option in helps[command], f"README: thinpipe {command} has no {option}"
+def test_the_console_script_tells_its_version() -> None:
+    shown = CliRunner().invoke(app, ["--version"])
+    assert (shown.exit_code, shown.output) == (0, f"thinpipe {__version__}\n")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
-def test_readme_names_every_module() -> None:
-    tree = (ROOT / "README.md").read_text()
-    for room in ("commands", "node", "protocol", "compress", "sim", "benchmarks"):
-        for path in (ROOT / room).rglob("*.py"):
-            if path.stem not in ("__init__", "stage_pb2"):
-                assert path.name in tree, f"README's tree lacks {path.relative_to(ROOT)}"
+def test_the_readme_is_the_packages_description(wheel_metadata: str) -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").strip() in wheel_metadata
+    assert f"\nVersion: {__version__}\n" in wheel_metadata

@@ -89,13 +89,19 @@ def draw(events: list[dict[str, Any]], stages: int, path: Path, *, window_s: flo
     figure, axes = plt.subplots(figsize=(14, 1 + 1.1 * stages), layout="constrained")
     for stage in range(stages):
         row = stages - 1 - stage
+        # One call a colour: matplotlib takes minutes over some ten thousand bars of their own.
+        bars: dict[tuple[str, float, float], list[tuple[float, float]]] = {}
         for event in spans(events, stage=stage, lane="compute"):
             colour = next((COLOURS[kind] for kind in COLOURS if event["name"].startswith(kind)), "#999999")
-            axes.broken_barh([_bar(event, middle)], (row + 0.45, 0.4), facecolors=colour, edgecolors="white", lw=0.2)
+            bars.setdefault((colour, row + 0.45, 0.4), []).append(_bar(event, middle))
         for event in spans(events, stage=stage, lane="boundary"):
             down = event["tid"] == f"boundary {stage}-{stage + 1}"
-            place = (row + 0.22, 0.2) if down else (row, 0.2)
-            axes.broken_barh([_bar(event, middle)], place, facecolors="#66ccee" if down else "#ccbb44", alpha=0.7)
+            colour, low = ("#66ccee", row + 0.22) if down else ("#ccbb44", row)
+            bars.setdefault((colour, low, 0.2), []).append(_bar(event, middle))
+        for (colour, low, height), found in bars.items():
+            shown = [(start, length) for start, length in found if start < window_s and start + length > 0]
+            looks = {"edgecolors": "white", "lw": 0.2} if height > 0.2 else {"alpha": 0.7}
+            axes.broken_barh(shown, (low, height), facecolors=colour, **looks)
     axes.set_xlim(0, window_s)
     axes.set_yticks([stages - 1 - stage + 0.5 for stage in range(stages)], [f"stage {s}" for s in range(stages)])
     axes.set_xlabel("seconds")

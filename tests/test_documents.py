@@ -1,0 +1,165 @@
+"""What README and docs say exists: every command and option, every link, every path, every module."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from click import Group
+from thinpipe.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+README_LINES_MAX = 150
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+ROOMS = ("commands", "node", "protocol", "compress", "sim", "benchmarks")
+_FENCE = re.compile(r"^```[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_ASIDE = re.compile(r"(\s#\s|\s*[;&|]|\s>).*$")  # comments, pipes and what else is the shell's
+_BEFORE = re.compile(r"^(\$ |sudo |\S*/bin/(?=thinpipe)|[A-Z_]+=\S+ )*")  # prompt, sudo, path, environment
+_ROOTS = ("benchmarks", "commands", "compress", "docker", "docs", "node", "packaging", "protocol", "sim", "tests")
+_PATH = re.compile(rf"`((?:{'|'.join(_ROOTS)})/[\w./@-]+\.(?:py|md|png|json|proto|service))\b")
+
+
+def written(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def blocks(text: str) -> str:
+    """All code between fences, without the breaks of continued lines."""
+    return "\n".join(_FENCE.findall(text)).replace("\\\n", " ")
+
+
+def commands(text: str) -> Iterator[str]:
+    """Every line between fences that begins with `thinpipe`, as the program gets it."""
+    for line in blocks(text).splitlines():
+        line = _BEFORE.sub("", line)
+        if line.startswith("thinpipe "):
+            yield _ASIDE.sub("", line)
+
+
+def mentions(text: str) -> Iterator[str]:
+    """Every `thinpipe ...` in running text."""
+    for span in re.findall(r"`(thinpipe [^`]+)`", _FENCE.sub("", text)):
+        yield " ".join(span.split())
+
+
+def parse(line: str) -> None:
+    """Resolve the command and read its options, without running it. Raises SystemExit or typer.Exit if it is wrong."""
+    command = typer.main.get_command(app)
+    words = shlex.split(line)
+    context = None
+    while True:
+        made = command.make_context(words[0], words[1:], parent=context)
+        if not isinstance(command, Group) or made.resilient_parsing:
+            return
+        context = made
+        name, found, rest = command.resolve_command(made, [*made._protected_args, *made.args])
+        assert found is not None
+        command, words = found, [name or "", *rest]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_line_is_one_that_the_program_takes(path: Path) -> None:
+    for line in commands(written(path)):
+        try:
+            parse(line)
+        except (SystemExit, typer.Exit) as error:
+            if "--version" in line or "--help" in line:
+                continue
+            pytest.fail(f"{path.name}: {line}: {error!r}")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_that_the_text_mentions_is_there(path: Path) -> None:
+    for span in mentions(written(path)):
+        words = re.split(r"[ ,]+", span)[1:]
+        command = typer.main.get_command(app)
+        while isinstance(command, Group) and words and not words[0].startswith("-"):
+            names = words.pop(0).split("|")
+            assert set(names) <= set(command.commands), f"{path.name}: `{span}`: no command {names}"
+            command = command.commands[names[0]]
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        for word in words:
+            option = word.partition("=")[0].rstrip(".:;)")
+            assert not option.startswith("--") or option in known, f"{path.name}: `{span}`: no option {option}"
+
+
+@pytest.mark.parametrize("line", ["thinpipe up --stepps 3", "thinpipe upp", "thinpipe up --steps many", "thinpipe keys"])
+def test_a_line_that_the_program_does_not_take_is_noticed(line: str) -> None:
+    assert list(commands(f"```sh\n$ sudo {line}  # so\n```\n")) == [line]
+    with pytest.raises((SystemExit, typer.Exit)):
+        parse(line)
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    heads = re.findall(r"^#+ (.*)$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", re.sub(r"`|\*", "", head)).lower().replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", written(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        assert there.exists(), f"{path.name} links to {target}"
+        assert there.is_relative_to(ROOT), f"{path.name} links out of the repository: {target}"
+        assert not anchor or anchor in anchors(written(there)), f"{path.name}: {name or path.name} has no #{anchor}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_that_is_named_is_there(path: Path) -> None:
+    for name in _PATH.findall(written(path)):
+        assert (ROOT / name).exists(), f"{path.name} names {name}"
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(written(ROOT / "README.md").splitlines()) <= README_LINES_MAX
+
+
+def test_the_index_names_every_document_once() -> None:
+    named = re.findall(r"^(?:\||-).*?\]\((\w+\.md)\)", written(ROOT / "docs" / "README.md"), re.MULTILINE)
+    assert Counter(named) == Counter(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
+
+
+def named_modules(text: str) -> list[str]:
+    """`node/host.py` for each item `host.py` of the list under the heading that ends in `node/`."""
+    found, room = [], None
+    for line in text.splitlines():
+        if line.startswith("#"):
+            match = re.match(r"#+ .*?`([\w/]+)/`", line)
+            room = match and match[1]
+        elif room and (match := re.match(r"- ((?:`\w+\.py`,? ?)+)", line)):
+            found += [f"{room}/{name}" for name in re.findall(r"`(\w+\.py)`", match[1])]
+    return found
+
+
+def test_the_architecture_names_every_module_once() -> None:
+    modules = [path for room in ROOMS for path in (ROOT / room).rglob("*.py") if path.name != "__init__.py"]
+    wanted = {str(path.relative_to(ROOT)) for path in modules if path.name != "stage_pb2.py"}
+    found = Counter(named_modules(written(ARCHITECTURE)))
+    assert sorted(wanted - set(found)) == [], "not in docs/architecture.md"
+    assert sorted(set(found) - wanted) == [], "in docs/architecture.md, and gone"
+    assert [name for name, count in found.items() if count > 1] == []
+
+
+def test_a_module_that_is_missing_or_there_twice_is_noticed() -> None:
+    text = "## Node: `node/`\n- `host.py`, `local.py` — both\n- `host.py` — again, not `other.py`\n## Other\n- `x.py`\n"
+    assert named_modules(text) == ["node/host.py", "node/local.py", "node/host.py"]
+
+
+def test_the_architecture_names_functions_that_are_there() -> None:
+    """Of an activation's way: `node/stage.py` `Stage.forward`."""
+    named = re.findall(r"`((?:node|compress|protocol|sim)/[\w/]+\.py)` `([\w.]+)`", written(ARCHITECTURE))
+    assert len(named) >= 20
+    for path, function in named:
+        source = written(ROOT / path)
+        for part in function.split("."):
+            assert re.search(rf"^\s*(async )?(def|class) {part}\b", source, re.MULTILINE), f"no {function} in {path}"

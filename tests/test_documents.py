@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from click import Group
 from thinpipe.cli import app
+from typer.core import TyperGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 README_LINES_MAX = 150
@@ -55,7 +55,7 @@ def parse(line: str) -> None:
     context = None
     while True:
         made = command.make_context(words[0], words[1:], parent=context)
-        if not isinstance(command, Group) or made.resilient_parsing:
+        if not isinstance(command, TyperGroup) or made.resilient_parsing:
             return
         context = made
         name, found, rest = command.resolve_command(made, [*made._protected_args, *made.args])
@@ -79,7 +79,7 @@ def test_every_command_that_the_text_mentions_is_there(path: Path) -> None:
     for span in mentions(written(path)):
         words = re.split(r"[ ,]+", span)[1:]
         command = typer.main.get_command(app)
-        while isinstance(command, Group) and words and not words[0].startswith("-"):
+        while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
             names = words.pop(0).split("|")
             assert set(names) <= set(command.commands), f"{path.name}: `{span}`: no command {names}"
             command = command.commands[names[0]]
@@ -89,7 +89,9 @@ def test_every_command_that_the_text_mentions_is_there(path: Path) -> None:
             assert not option.startswith("--") or option in known, f"{path.name}: `{span}`: no option {option}"
 
 
-@pytest.mark.parametrize("line", ["thinpipe up --stepps 3", "thinpipe upp", "thinpipe up --steps many", "thinpipe keys"])
+@pytest.mark.parametrize(
+    "line", ["thinpipe up --stepps 3", "thinpipe upp", "thinpipe up --steps many", "thinpipe keys"]
+)
 def test_a_line_that_the_program_does_not_take_is_noticed(line: str) -> None:
     assert list(commands(f"```sh\n$ sudo {line}  # so\n```\n")) == [line]
     with pytest.raises((SystemExit, typer.Exit)):

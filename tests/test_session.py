@@ -42,7 +42,7 @@ FRAME_TYPES: list[type[Frame]] = [Greeting, Refusal, Chunk, Credit, Goodbye]
 
 
 def identity(stage: int, **other: Any) -> NodeIdentity:
-    known = {"stages": 4, "configuration": "c0ffee" * 10, "generation": 3}
+    known = {"run_id": "run", "stages": 4, "configuration": "c0ffee" * 10, "incarnation": 1000 + stage, "generation": 3}
     return builders.identity(stage, **{**known, **other})
 
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...compress.identity import Identity
+from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
@@ -118,7 +118,7 @@ def _bound_below_bits_per_s(forward_bytes: int, backward_bytes: int, times: Sequ
 
 def is_dense(config: RunConfig) -> bool:
     """Whether hidden states cross the boundaries as they are, in whatever byte format."""
-    return isinstance(parse_codec(config.codec.codec).codec, Identity)
+    return isinstance(parse_codec(config.codec.codec).codec, IdentityCodec)
 
 
 def _thinner(link: LinkProfile, bound_below_bits_per_s: float) -> str | None:

@@ -180,7 +180,7 @@ def test_a_node_outlasts_every_strange_server_until_its_neighbour_is_there(
 def make_link(stage: int = 0) -> Link:
     return Link(
         session=LinkSession(
-            identity=identity(stage),
+            identity=identity(stage, configuration="c" * 64),
             peer_stage=1 - stage,
             limits=Limits(message_bytes=1024),
             receive_buffer_bytes=2**20,

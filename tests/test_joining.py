@@ -274,7 +274,7 @@ def test_two_lost_nodes_may_come_back_in_each_others_places() -> None:
 
 
 def test_silent_strangers_do_not_hold_up_a_claim(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claiming, "KNOCKING_S", 0.05)
+    monkeypatch.setattr(claiming, "CONNECT_PROBES_S", 0.05)
     table, gate, asked = Table(), threading.Event(), list[str]()
     table.write(other(1))
     for number in range(100, 400):
@@ -764,7 +764,7 @@ def test_a_door_answers_and_refuses_by_name() -> None:
                 answered = await ask_rendezvous(address, PLAIN, RendezvousRequest(reach=reach, incarnation=incarnation))
                 assert answered.response.dialled_back.startswith(said)
             elsewhere = await ask_rendezvous(address, PLAIN, RendezvousRequest(reach="192.0.2.1:9", incarnation=7))
-            assert elsewhere.told.dialled_back == ""  # not for a stranger to have dialled
+            assert elsewhere.response.dialled_back == ""  # not for a stranger to have dialled
 
     asyncio.run(story())
     assert faults == ["malformed-frame", "malformed-frame", "oversized", "protocol-version"]

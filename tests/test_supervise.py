@@ -67,7 +67,7 @@ class Swarm:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, *options: str) -> None:
-        command = [sys.executable, "-m", "thinpipe.cli", "keep", str(self.run), "--peers", self._peers]
+        command = [sys.executable, "-m", "thinpipe.cli", "supervise", str(self.run), "--peers", self._peers]
         command += ["--config", str(self._settings), "--node", "--insecure", *options]
         with (self.run.parent / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -244,7 +244,7 @@ PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, options: tuple[str, ...], line: str) -> None:
-    done = CliRunner().invoke(app, ["keep", str(tmp_path / "run"), *options])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path / "run"), *options])
     assert done.exit_code == 2
     assert line in done.stderr
     assert done.stderr.count("\n") == 1
@@ -284,10 +284,10 @@ def test_the_end_of_an_earlier_life_is_not_the_end(tmp_path: Path, monkeypatch: 
 
 def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
-    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
     assert done.exit_code == 2
     assert "is another run's: run.steps is 20 here and 40 there; name another directory" in done.stderr
-    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
     assert "pipeline.stages is 3 here and 2 there" in done.stderr
 
 
@@ -311,21 +311,21 @@ def test_what_is_each_nodes_own_reaches_the_node_of_a_run_that_has_begun(
         "THINPIPE_SET": "link.verify=fail checkpoint.keep=7",
         "THINPIPE_NODE": "--device cuda",
     }
-    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS], env=given)
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS], env=given)
     assert done.exit_code == 0, done.output
     (assignment,) = posts
     own = ["--set", 'data.source="/mi ne"', "--set", "checkpoint.every=5", "--set", 'link.verify="fail"']
     assert list(assignment.node) == ["--link", "80mbit,5ms", *own, "--device", "cuda"]
     (tmp_path / "my.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n[checkpoint]\nkeep = 8\n")
     done = CliRunner().invoke(
-        app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--config", str(tmp_path / "my.toml")]
+        app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--config", str(tmp_path / "my.toml")]
     )
     assert done.exit_code == 0, done.output
     assert list(posts[1].node) == ["--link", "none", "--set", "checkpoint.keep=8"]
 
 
 def test_bad_input_leaves_nothing(tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS, "--node", "--keys '/k"])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--node", "--keys '/k"])
     assert done.exit_code == 2
     assert "No closing quotation; write it as in a shell" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -415,7 +415,7 @@ def test_without_the_capability_the_line_says_what_to_give(tmp_path: Path) -> No
         pytest.skip(f"this kernel does not let root do it: {here.stderr.strip()}")
     script = 'ip link add one type veth peer name two && ip link set one up && exec "$@"'
     inside = ["unshare", "--net", "sh", "-c", script, "sh", *prefix[2:]]
-    command = [sys.executable, "-m", "thinpipe.cli", "keep", str(tmp_path / "run"), "--stage", "0", *PEERS]
+    command = [sys.executable, "-m", "thinpipe.cli", "supervise", str(tmp_path / "run"), "--stage", "0", *PEERS]
     done = subprocess.run(
         [*inside, *command, "--link", "80mbit", "--cap", "kernel"], capture_output=True, text=True, timeout=120
     )
@@ -490,7 +490,7 @@ def test_no_link_takes_off_our_cap_and_nobody_elses(
 def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(monkeypatch, "eth0")
     (tmp_path / "run.toml").write_text('[run]\nsteps = 40\n[pipeline]\nstages = 2\n[link]\nlink = "80mbit"\n')
-    options = ["keep", str(tmp_path), "--stage", "0", *PEERS, "--link", "80mbit", "--cap", "kernel"]
+    options = ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--link", "80mbit", "--cap", "kernel"]
 
     def refused(user: str) -> None:
         assert kernel.capped
@@ -551,7 +551,7 @@ def test_a_health_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> No
 def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n")
     (tmp_path / "stage-0.lock").mkdir()  # root may open any file
-    done = CliRunner().invoke(app, ["keep", str(tmp_path), "--stage", "0", *PEERS])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS])
     assert done.exit_code == 2
     assert f"cannot open {tmp_path}/stage-0.lock: Is a directory" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -591,7 +591,7 @@ def test_settings_that_cannot_work_are_not_written(
 ) -> None:
     """Nor is an interface capped for them."""
     monkeypatch.setattr(supervise, "_cap", lambda *_, **__: pytest.fail("capped"))
-    done = CliRunner().invoke(app, ["keep", str(tmp_path / "run"), "--stage", "0", *PEERS, *options])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path / "run"), "--stage", "0", *PEERS, *options])
     assert done.exit_code == 2, done.stderr
     assert line in done.stderr
     assert done.stderr.count("\n") == 1

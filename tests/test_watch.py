@@ -375,7 +375,7 @@ def test_what_is_served_over_http_is_what_the_records_say(recorded: Path) -> Non
     seconds = sum(record["compute_s"] for record in records if record["event"] == "step")
     assert found["thinpipe_compute_seconds_total",] == pytest.approx(seconds)
     assert found["thinpipe_dictionary_step", "1-2", "owner", "projector"] == 3
-    assert found["thinpipe_dictionary_step", "0-1", "replica", "projector"] == 3
+    assert found["thinpipe_dictionary_step", "0-1", "projector", "replica"] == 3
     assert found["thinpipe_dictionary_staleness_ratio", "1-2", "activations", "owner"] == pytest.approx(
         last["codec"]["activation_staleness"]
     )

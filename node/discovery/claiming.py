@@ -94,10 +94,10 @@ class Environment:
         ]
 
     def _refused(self, endpoints: Collection[str]) -> set[str]:
-        """Which of them refuse, knocked at side by side: what is not known after KNOCKING_S is silent."""
+        """Which of them refuse, probed side by side: what is not known after CONNECT_PROBES_S is silent."""
         if not endpoints:
             return set()
-        pool = ThreadPoolExecutor(min(len(endpoints), CONNECT_PROBES_AT_ONCE), "knock")
+        pool = ThreadPoolExecutor(min(len(endpoints), CONNECT_PROBES_AT_ONCE), "connect-probe")
         asked = {pool.submit(self.connect_probe, endpoint): endpoint for endpoint in endpoints}
         known, _ = wait(asked, CONNECT_PROBES_S)
         pool.shutdown(wait=False, cancel_futures=True)

@@ -39,7 +39,7 @@ from .probe_client import Visited, visit
 from .reach import ProbeError
 
 DEADLINE_S = 10.0  # for the neighbour, at each of the steps there
-KNOCK_S = 2.0  # for whoever dials in to say who it is
+DIAL_BACK_S = 2.0  # for whoever dials in to say who it is
 CLOCK_FAULT_S = 3.0  # hivemind takes no record from a clock that is further off (MAX_DHT_TIME_DISCREPANCY_SECONDS)
 CLOCK_WARNING_S = 1.0
 COLOURS: dict[State, str] = {"ok": "green", "warning": "yellow", "fault": "bold red", "not asked": "bright_black"}
@@ -178,7 +178,7 @@ async def _visit(
         async with _door(listen if free else None, dial_back_proof(token), came) as own_port:
             visited = await visit(to, port=own_port or port, token=token, deadline_s=DEADLINE_S, security=security)
             if visited.outcome is Outcome.CONNECTED and own_port:
-                await asyncio.wait([came], timeout=KNOCK_S)
+                await asyncio.wait([came], timeout=DIAL_BACK_S)
     except ProbeError as error:
         return error, None
     return visited, came.result() if came.done() else None
@@ -196,7 +196,7 @@ async def _door(listen: str | None, words: bytes, came: asyncio.Future[str]) -> 
         try:
             if callers.locked():
                 return
-            async with callers, asyncio.timeout(KNOCK_S):
+            async with callers, asyncio.timeout(DIAL_BACK_S):
                 said = await reader.readexactly(len(words))
             if secrets.compare_digest(said, words) and not came.done():
                 came.set_result(str(writer.get_extra_info("peername")[0]))

@@ -97,7 +97,7 @@ async def visit(
 ) -> Visited:
     """Ask the node at `address` who it is, how late it is there, and to dial `port` of this machine (0: not).
 
-    token: `TOKEN_BYTES`; the other side proves with it that it dialled (`knock`). Raises ProbeError.
+    token: `TOKEN_BYTES`; the other side proves with it that it dialled (`dial_back_proof`). Raises ProbeError.
     """
     with _named(address):
         target = await reachable(address, deadline_s)

@@ -2,8 +2,10 @@
 
     .venv/bin/python benchmarks/memory.py [--steps 500] [options of `thinpipe up`, such as --codec mapl]
 
-Prints per stage: weights + optimizer state, in-flight activations (bound from the schedule), link buffers (bound from
-the configuration), resident memory early and late in the run, and the growth between them per 100 steps.
+Prints per stage: weights + optimizer state, link buffers (bound from the configuration), resident memory early and late
+in the run, and the growth between them. Early: the median of steps 200 to 400, once tables, snapshots and the copies of
+a neighbour's have come in; of a run of fewer than 800 steps, of its second tenth. Late: of the last 200, or the last
+tenth. Flat is less than 1 % from one to the other.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from thinpipe.node.config import load_config
 from thinpipe.sim.reports.summary import read_records
 
 MIB = 2**20
+FLAT = 0.01
 
 
 def main() -> None:
@@ -38,13 +41,20 @@ def main() -> None:
             records = read_records(out / f"stage-{stage}.jsonl")
             rss = [record["rss_bytes"] / MIB for record in records if record["event"] == "step"]
             state = next(record for record in records if record["event"] == "end")["state_bytes"] / MIB
-            tenth = max(1, len(rss) // 10)
-            early, late = statistics.median(rss[tenth : 2 * tenth]), statistics.median(rss[-tenth:])
-            growth = (late - early) / (len(rss) - 2.5 * tenth) * 100
+            early, late, apart = early_and_late(rss)
+            growth = late / early - 1
             print(
                 f"stage {stage}: state {state:6.1f} MiB   resident {early:6.1f} MiB early, {late:6.1f} MiB late"
-                f"   growth {growth:+.2f} MiB per 100 steps   late/early {late / early:.4f}"
+                f"   growth {growth:+.2%}, {(late - early) / apart * 100:+.2f} MiB per 100 steps"
+                f"   {'flat' if abs(growth) < FLAT else 'NOT FLAT'}"
             )
+
+
+def early_and_late(rss: list[float]) -> tuple[float, float, float]:
+    """Medians of an early and a late stretch, and how many steps are from the middle of one to that of the other."""
+    first, length = (200, 200) if len(rss) >= 800 else (len(rss) // 10, max(1, len(rss) // 10))
+    early, late = rss[first : first + length], rss[-length:]
+    return statistics.median(early), statistics.median(late), max(1.0, len(rss) - first - length)
 
 
 if __name__ == "__main__":

@@ -4,17 +4,46 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import Link, Override, configuration, fail, is_own_process, one_arithmetic_thread, run_errors
+from .common import Config, Json, Override, configuration, fail, is_own_process, one_arithmetic_thread, run_errors
+from .options import settings_of, shared, without_auto
+
+# Small, because what is tested is the machinery: a step has to be short beside the start of a process.
+SMALL = {
+    "pipeline.batch_size": 8,
+    "pipeline.microbatches": 4,
+    "data.sequence_length": 32,
+    "codec.codec": "mapl:r=16,anchors=full",
+    "codec.forward": "int4",
+    "codec.backward": "int4",
+    "checkpoint.every": 2,
+    "optim.muon_lr": 0.02,  # stated: what a codec recommends would make it another run
+    "optim.adamw_lr": 0.005,
+}
 
 
 def chaos(
-    stages: Annotated[int, typer.Option(help="Number of pipeline stages, one process each.")] = 4,
-    steps: Annotated[int, typer.Option(help="Number of training steps.")] = 200,
-    kills: Annotated[int, typer.Option(min=1, help="Number of faults, spread over the run.")] = 50,
+    stages: Annotated[int | None, shared("--stages", "4")] = None,
+    model: Annotated[str | None, shared("--model", "tiny")] = None,
+    data: Annotated[str | None, shared("--data", "stdlib")] = None,
+    codec: Annotated[str | None, shared("--codec", "mapl:r=16,anchors=full int4 int4")] = None,
+    forward: Annotated[str | None, shared("--forward", "int4; the codec's, if one is given")] = None,
+    backward: Annotated[str | None, shared("--backward", "int4; the codec's, if one is given")] = None,
+    link: Annotated[str | None, shared("--link", "none")] = None,
+    steps: Annotated[int | None, shared("--steps", "200")] = None,
+    schedule: Annotated[str | None, shared("--schedule", "1f1b")] = None,
+    microbatches: Annotated[int | None, shared("--microbatches", "4")] = None,
+    batch_size: Annotated[int | None, shared("--batch-size", "8")] = None,
+    sequence_length: Annotated[int | None, shared("--sequence-length", "32")] = None,
+    eval_every: Annotated[int | None, shared("--eval-every", "0")] = None,
+    seed: Annotated[int | None, shared("--seed", "1", more="So do the faults.")] = None,
+    checkpoint_every: Annotated[int | None, shared("--checkpoint-every", "2")] = None,
+    config: Config = None,
+    overrides: Override = None,
+    kills: Annotated[int, typer.Option(min=1, help="Faults, spread over the run.")] = 50,
     kinds: Annotated[
         str, typer.Option(help="Kinds of fault, injected in turn, such as kill,cut. docs/failures.md explains each.")
     ] = "kill,twice,pause,sleeper,disk,cut,half",
@@ -22,22 +51,14 @@ def chaos(
         float | None,
         typer.Option(min=0.1, help="Inject a fault every so many seconds, instead of --kills over the run. (off)"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed, for the training and for the faults.")] = 1,
-    codec: Annotated[
-        str, typer.Option(help="Codec: how tensors are compressed between stages, as for up.")
-    ] = "mapl:r=16,anchors=full",
-    forward: Annotated[str | None, typer.Option(help="Byte format of activations, such as int8.")] = "int4",
-    backward: Annotated[str | None, typer.Option(help="Byte format of gradients, such as int8.")] = "int4",
-    checkpoint_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0 writes none.")] = 2,
-    link: Link = None,
-    out: Annotated[Path, typer.Option(help="Directory for both runs and chaos.json.")] = Path("runs/chaos"),
-    overrides: Override = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only chaos.json on stdout.")] = False,
+    out: Annotated[Path, typer.Option(help="Directory for the two runs and chaos.json.")] = Path("runs/chaos"),
+    as_json: Json = False,
 ) -> None:
     """Train on this machine while random faults are injected, and check that the result is unchanged.
 
-    The same run is also made without faults. Losses and stage states must be equal bit for bit. Exit code 0 if they
-    are, 1 if not.
+    The same run is also made without faults. Losses and stage states must be equal bit for bit. The options are those
+    of up; the defaults make a small run, whose steps are short beside the start of a process. Exit code 0 if all is
+    equal, 1 if not.
     """
     one_arithmetic_thread()
     from ..sim.launch.fault_injection import KINDS, Kind
@@ -46,20 +67,25 @@ def chaos(
     chosen: tuple[Kind, ...] = tuple(kind for kind in KINDS if named.count(kind))
     if unknown := [kind for kind in named if kind not in KINDS]:
         fail(f"--kinds: no fault is called '{unknown[0]}'; choose from {', '.join(KINDS)}", 2)
-    # A small model: recovery is what is tested, and a step has to be short compared with the start of a process.
-    small = {"model.preset": "tiny", "pipeline.batch_size": 8, "pipeline.microbatches": 4, "data.sequence_length": 32}
-    small |= {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}  # stated: a codec's own would make it another run
-    options = {
-        "pipeline.stages": stages,
-        "run.steps": steps,
-        "run.seed": seed,
-        "codec.codec": codec,
-        "codec.forward": forward,
-        "codec.backward": backward,
-        "checkpoint.every": checkpoint_every,
-        "link.link": link,
-    }
-    settings = configuration(None, {**small, **options}, overrides)
+    plain, auto = without_auto(schedule)
+    given = settings_of(
+        stages=stages,
+        model=model,
+        data=data,
+        codec=codec,
+        forward=forward,
+        backward=backward,
+        link=link,
+        steps=steps,
+        schedule=plain,
+        microbatches=microbatches,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        eval_every=eval_every,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
+    settings = configuration(config, {**_defaults(config, given), **given}, overrides)
     from ..node.measuring.chaos_run import run_chaos
 
     with run_errors(out):
@@ -69,11 +95,20 @@ def chaos(
             count=kills,
             every_s=every,
             kinds=chosen,
-            seed=seed,
+            seed=settings.run.seed,
             quiet=as_json,
+            schedule=auto,
             forks=is_own_process(),
         )
     if as_json:
         print(json.dumps(found, indent=2))
     if not survived:
         raise typer.Exit(1)
+
+
+def _defaults(config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """What holds where nothing is said. A codec that is given brings its own byte formats."""
+    if config is not None:
+        return {}
+    formats = ("codec.forward", "codec.backward") if "codec.codec" in given else ()
+    return {name: value for name, value in SMALL.items() if name not in formats}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +26,8 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run: 
 def checkpoint_ls(run: Run, as_json: Json = False) -> None:
     """List the checkpoints by step: which stages have one, and whether the run can resume from it.
 
-    Only manifests and file lengths are checked. `verify` also reads the tensors.
+    Only manifests and file lengths are checked; `verify` also reads the tensors. A line says whether the run is under
+    way, has ended or was broken off: while it is under way, new checkpoints come and old ones go.
     """
     _show_checkpoints(run, as_json, thorough=False)
 
@@ -53,14 +55,21 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
         found = list_checkpoints(directory, run=settings.run.name, stages=settings.pipeline.stages, thorough=thorough)
     except CheckpointError as error:
         fail(str(error), 1)
+    from ..sim.reports.liveness import liveness
+
+    alive = liveness(run, time.time())
     if as_json:
-        print(json.dumps({"directory": str(directory), "verified": thorough, "checkpoints": found}, indent=2))
+        tree = {"directory": str(directory), "verified": thorough, "run": alive.record(), "checkpoints": found}
+        print(json.dumps(tree, indent=2))
     elif not found:
         print(f"no checkpoints in {directory}; set checkpoint.every to have some")
     else:
         from rich.console import Console
 
         Console().print(checkpoint_table(found))
+    if not as_json:
+        more = "; checkpoints come and go" if alive.state == "under way" else ""
+        print(f"the run {alive.line()}{more}")
     damaged = [held["problem"] for row in found for held in row["stages"] if held["state"] == "damaged"]
     for line in damaged:
         print(f"thinpipe: {line}", file=sys.stderr)

@@ -58,13 +58,6 @@ Override = Annotated[
         "--set", help="Set any setting of run.toml: section.key=value, such as optim.clip=0.5. Repeat it for more."
     ),
 ]
-Link = Annotated[
-    str | None,
-    typer.Option(
-        "--link",
-        help="Rate limit and delay of every link, in each direction: rate,latency such as 300mbit,25ms. (none)",
-    ),
-]
 KeysDirectory = Annotated[
     Path | None,
     typer.Option(
@@ -96,11 +89,6 @@ def fail(line: str, exit_code: int) -> NoReturn:
     """One line on stderr, whatever line breaks the cause had."""
     print(f"thinpipe: error: {' '.join(line.split())}", file=sys.stderr)
     raise typer.Exit(exit_code)
-
-
-def model_setting(model: str | None) -> str:
-    """Which setting --model means: a directory, or a preset."""
-    return "model.path" if model and (os.sep in model or Path(model).is_dir()) else "model.preset"
 
 
 def one_arithmetic_thread() -> None:

@@ -11,7 +11,6 @@ import typer
 from .common import (
     Insecure,
     KeysDirectory,
-    Link,
     Override,
     Prometheus,
     TensorBoard,
@@ -20,6 +19,7 @@ from .common import (
     one_arithmetic_thread,
 )
 from .discovery import Announce, DhtPort, Joins
+from .options import shared
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
@@ -57,7 +57,7 @@ def node(
     announce: Announce = None,
     dht_port: DhtPort = None,
     run: Annotated[str | None, typer.Option(help="With --join: name of the run, if the DHT has several.")] = None,
-    link: Link = None,
+    link: Annotated[str | None, shared("--link", "of the run")] = None,
     device: Annotated[str | None, typer.Option(help="Device to compute on: cpu, cuda or cuda:N. (cpu)")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for this node's records. (beside run.toml; with --join: runs/RUN)")

@@ -11,8 +11,8 @@ import typer
 from .common import (
     Config,
     Insecure,
+    Json,
     KeysDirectory,
-    Link,
     Override,
     configuration,
     fail,
@@ -20,6 +20,7 @@ from .common import (
     run_errors,
     run_toml,
 )
+from .options import settings_of, shared, without_auto
 
 
 def plan(
@@ -31,26 +32,14 @@ def plan(
         Path | None,
         typer.Option("--from", help="Instead of --emulate: a finished run, for its model, stages and times."),
     ] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="Codec: how tensors are compressed between stages, as for up. (mapl; the run's)")
-    ] = None,
-    forward: Annotated[str | None, typer.Option(help="Byte format of activations. (the codec's)")] = None,
-    backward: Annotated[str | None, typer.Option(help="Byte format of gradients. (the codec's)")] = None,
-    link: Link = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. "
-            "rtt_ratio=auto chooses the depth by simulation. (1f1b)"
-        ),
-    ] = None,
-    microbatches: Annotated[
-        int | None, typer.Option(help="Microbatches per step. (64; with --from: the run's)")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. (256; with --from: the run's)")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per sequence. (1024; with --from: the run's)")
-    ] = None,
+    codec: Annotated[str | None, shared("--codec", "mapl; of the run")] = None,
+    forward: Annotated[str | None, shared("--forward", "the codec's")] = None,
+    backward: Annotated[str | None, shared("--backward", "the codec's")] = None,
+    link: Annotated[str | None, shared("--link", "none; of the run")] = None,
+    schedule: Annotated[str | None, shared("--schedule", "1f1b; of the run")] = None,
+    microbatches: Annotated[int | None, shared("--microbatches", "64; of the run")] = None,
+    batch_size: Annotated[int | None, shared("--batch-size", "256; of the run")] = None,
+    sequence_length: Annotated[int | None, shared("--sequence-length", "1024; of the run")] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write a picture of what runs when, such as timeline.png. (none)")
     ] = None,
@@ -63,22 +52,24 @@ def plan(
     ] = "duplex",
     config: Config = None,
     overrides: Override = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only the figures, as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Predict a run without running it: tokens/s, the bottleneck, and what the links must carry.
 
     This simulates the schedule that nodes execute and the bytes that they would send, on a virtual clock.
     """
     one_arithmetic_thread()
-    options = {
-        "codec.codec": codec,
-        "codec.forward": forward,
-        "codec.backward": backward,
-        "link.link": link,
-        "pipeline.microbatches": microbatches,
-        "pipeline.batch_size": batch_size,
-        "data.sequence_length": sequence_length,
-    }
+    plain, auto = without_auto(schedule)
+    given = settings_of(
+        codec=codec,
+        forward=forward,
+        backward=backward,
+        link=link,
+        schedule=None if auto else plain,
+        microbatches=microbatches,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+    )
     from ..node.config import ConfigError
     from ..node.measuring.emulated_machine import EmulatedMachine
     from ..node.measuring.plan import PLANNED, planned
@@ -93,9 +84,6 @@ def plan(
         fail(f"--rule: there is no '{rule}'; choose duplex or shared", 2)
     if measured is not None:
         config = run_toml(measured, "--from")
-    given = {key: value for key, value in options.items() if value is not None}
-    if schedule and not schedule.endswith(":rtt_ratio=auto"):
-        given["pipeline.schedule"] = schedule
     settings = configuration(config, {**(emulated.settings() if emulated else {}), **given}, overrides)
     try:
         spec = schedule or settings.pipeline.schedule
@@ -132,10 +120,7 @@ def bench(
     codec: Annotated[
         str, typer.Option(help="Codecs to compare, separated by commas. Each is CODEC [FORWARD [BACKWARD]].")
     ] = "bf16,int8,int4,mapl",
-    link: Annotated[
-        list[str] | None,
-        typer.Option("--link", help="Link to measure over: rate,latency such as 300mbit,25ms. Repeat it for more."),
-    ] = None,
+    link: Annotated[list[str] | None, shared("--link", more="Repeat it for more.")] = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Measure over links of 10, 80, 300 and 1000 Mb/s, 25 ms each. (off)")
     ] = False,
@@ -143,11 +128,11 @@ def bench(
         str,
         typer.Option(help="Schedules to compare, separated by commas. rtt_ratio=auto chooses the depth for each link."),
     ] = "1f1b:rtt_ratio=auto",
-    microbatches: Annotated[int | None, typer.Option(help="Microbatches per step. (64; free-running: 8)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. (256; free-running: 16)")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. (1024; free-running: 128)")] = None,
+    microbatches: Annotated[int | None, shared("--microbatches", "64; free-running 8")] = None,
+    batch_size: Annotated[int | None, shared("--batch-size", "256; free-running 16")] = None,
+    sequence_length: Annotated[int | None, shared("--sequence-length", "1024; free-running 128")] = None,
     window: Annotated[
-        float, typer.Option(min=0.5, help="Minimum seconds of each of the three measured windows of a cell.")
+        float, typer.Option(min=0.5, help="Minimum seconds of each of the three measured windows.")
     ] = 5.0,
     limit: Annotated[
         float, typer.Option(min=1, help="Maximum seconds for a cell. A cell that needs more is only simulated.")
@@ -156,7 +141,7 @@ def bench(
         "runs/bench"
     ),
     overrides: Override = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only bench.json on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure throughput over rate-limited links, for each codec, link and schedule, and once without a limit.
 
@@ -164,8 +149,9 @@ def bench(
     does not count.
     """
     one_arithmetic_thread()
+    from ..node.codec_words import split_codecs
     from ..node.config import ConfigError, parse_override
-    from ..node.measuring.bench_grid import BenchGrid, run_bench, split_codecs
+    from ..node.measuring.bench_grid import BenchGrid, run_bench
     from ..node.measuring.plan import PLANNED
 
     links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
@@ -173,13 +159,8 @@ def bench(
         fail("say how stages compute: --emulate 150m@4x66tflops or --free-running tiny@2", 2)
     if not links:
         fail("say over which links: --link 300mbit,25ms or --sweep", 2)
-    options = {
-        "pipeline.microbatches": microbatches,
-        "pipeline.batch_size": batch_size,
-        "data.sequence_length": sequence_length,
-    }
+    settings = settings_of(microbatches=microbatches, batch_size=batch_size, sequence_length=sequence_length)
     try:
-        settings = {key: value for key, value in options.items() if value is not None}
         settings |= dict(map(parse_override, overrides or []))
         grid = BenchGrid(
             machines=tuple(emulate or ()),
@@ -221,7 +202,7 @@ def probe(
     once: Annotated[bool, typer.Option("--once", help="With --listen: stop after one probe. (off)")] = False,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only the figures, as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Measure rate and round trip between two machines, both ways, before a run.
 

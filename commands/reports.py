@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -24,20 +25,23 @@ def summary(
     """Print the summary of a run from its records: losses, tokens/s, bytes, links, a digest of each stage's state.
 
     Use it for nodes that `up` did not start. If each machine has its own directory, copy every stage-N.jsonl into one.
-    If records of a lost machine are missing, a line says so, and bytes/token and ratio are unknown. Exit code 1 if a
-    stage has not ended, 2 if RUN is not the directory of a run.
+    A run that is under way, or was broken off, has no summary yet: exit code 1, with what each stage does (--json:
+    "state"). If records of a lost machine are missing, a line says so, and bytes/token and ratio are unknown. Exit code
+    2 if RUN is not the directory of a run.
     """
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)
     from ..node.measuring.comparison import add_comparison
     from ..node.preparation import BAD_INPUT, resolve_architecture
-    from ..sim.reports.summary import lacking_lines, summarise, write_summary
+    from ..sim.reports.summary import NotEnded, lacking_lines, summarise, write_summary
 
     try:
         width = resolve_architecture(settings).hidden_size
         found = summarise(run, stages=settings.pipeline.stages, width=width, mode=mode_of(run))
     except BAD_INPUT as error:
         fail(str(error), 2)
+    except NotEnded as error:
+        _not_ended(run, str(error), as_json=as_json)
     except ValueError as error:
         fail(str(error), 1)
     add_comparison(found, run, settings)
@@ -59,6 +63,21 @@ def summary(
     console.print(*summary_tables(found), sep="\n")
     for line in closing_lines(found):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _not_ended(run: Path, why: str, *, as_json: bool) -> NoReturn:
+    """Say how far a run is that has no summary, and end with 1."""
+    from ..sim.reports.liveness import liveness
+
+    found = liveness(run, time.time())
+    remedy = {
+        "under way": f"thinpipe top {run} watches it",
+        "not ended": f"thinpipe up --resume {run} goes on with a run of `up`; else start its nodes again with --resume",
+    }
+    if as_json:
+        print(json.dumps({**found.record(), "problem": why}, indent=2))
+    line = f"{run} {found.line()}; no summary yet"
+    fail("; ".join(part for part in (line, remedy.get(found.state)) if part), 1)
 
 
 def mode_of(run: Path) -> str:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Override, configuration, fail, model_setting, one_arithmetic_thread, said
+from .common import Config, Override, configuration, fail, one_arithmetic_thread, said
+from .options import settings_of, shared
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
@@ -45,10 +46,7 @@ def supervise(
     peers: Annotated[
         str, typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage, in order, separated by commas.")
     ] = "",
-    link: Annotated[
-        str | None,
-        typer.Option(envvar="THINPIPE_LINK", help="Rate limit and delay of every link, such as 300mbit,25ms. (none)"),
-    ] = None,
+    link: Annotated[str | None, shared("--link", envvar="THINPIPE_LINK")] = None,
     cap: Annotated[
         str,
         typer.Option(
@@ -61,27 +59,13 @@ def supervise(
         str | None,
         typer.Option(envvar="THINPIPE_USER", help="Switch to this user once the interfaces are capped. (stay)"),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(envvar="THINPIPE_MODEL", help="Model: preset or directory, as for up. (tiny)")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(envvar="THINPIPE_DATA", help="Text to train on, as for up. (stdlib)")
-    ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            envvar="THINPIPE_CODEC",
-            help="Codec and byte formats: CODEC [FORWARD [BACKWARD]], such as 'mapl int8'. (bf16)",
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(envvar="THINPIPE_STEPS", help="Number of training steps. (200)")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(envvar="THINPIPE_SCHEDULE", help="Schedule, as for up. (1f1b)")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(envvar="THINPIPE_SEED", help="Random seed, as for up. (1)")] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(envvar="THINPIPE_CHECKPOINT_EVERY", help="Steps between checkpoints. (100)")
-    ] = None,
+    model: Annotated[str | None, shared("--model", envvar="THINPIPE_MODEL")] = None,
+    data: Annotated[str | None, shared("--data", envvar="THINPIPE_DATA")] = None,
+    codec: Annotated[str | None, shared("--codec", envvar="THINPIPE_CODEC")] = None,
+    steps: Annotated[int | None, shared("--steps", envvar="THINPIPE_STEPS")] = None,
+    schedule: Annotated[str | None, shared("--schedule", envvar="THINPIPE_SCHEDULE")] = None,
+    seed: Annotated[int | None, shared("--seed", envvar="THINPIPE_SEED")] = None,
+    checkpoint_every: Annotated[int | None, shared("--checkpoint-every", envvar="THINPIPE_CHECKPOINT_EVERY")] = None,
     config: Config = None,
     overrides: Override = None,
     settings_text: Annotated[
@@ -120,21 +104,17 @@ def supervise(
         fail(f"--cap: there is no '{cap}'; choose {', '.join(CAPS)}", 2)
     if health and not health.parent.is_dir():
         fail(f"--health {health}: there is no directory {health.parent}; make it, or name another file", 2)
-    words = codec.split() if codec else []
-    if len(words) > 3:
-        fail(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD", 2)
-    given = {
-        "pipeline.stages": len(names),
-        model_setting(model): model,
-        "data.source": data,
-        **dict(zip(("codec.codec", "codec.forward", "codec.backward"), words, strict=False)),
-        "link.link": link,
-        "run.steps": steps,
-        "pipeline.schedule": schedule,
-        "run.seed": seed,
-        "checkpoint.every": checkpoint_every,
-    }
-    given = {key: value for key, value in given.items() if value is not None}
+    given = settings_of(
+        stages=len(names),
+        model=model,
+        data=data,
+        codec=codec or None,
+        link=link,
+        steps=steps,
+        schedule=schedule,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
     sets = [*settings_text.split(), *(overrides or [])]
     there = run / "run.toml"
     settings = configuration(config or (there if there.is_file() else None), given, sets)

@@ -10,60 +10,39 @@ import typer
 
 from .common import (
     Config,
+    Json,
     KeysDirectory,
-    Link,
     Override,
     TensorBoard,
     configuration,
     fail,
     is_own_process,
-    model_setting,
     one_arithmetic_thread,
     run_errors,
     run_toml,
     said,
 )
+from .options import settings_of, shared, without_auto
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
 
 
 def up(
-    stages: Annotated[int | None, typer.Option(help="Number of pipeline stages, one process each. (4)")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Model: preset tiny, 150m, 500m or 1b, or the directory of a Hugging Face decoder. (tiny)"),
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text to train on: stdlib, a file or directory, or hf:NAME. (stdlib)")
-    ] = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            help="Codec, which compresses tensors between stages: mapl, mapl:r=64,... or dense bf16, int8. (mapl)"
-        ),
-    ] = None,
-    forward: Annotated[
-        str | None,
-        typer.Option(help="Byte format of activations: fp32 to int3, or rvq:groups=8,codes=256,... (the codec's)"),
-    ] = None,
-    backward: Annotated[
-        str | None, typer.Option(help="Byte format of gradients: the same choices. (the codec's)")
-    ] = None,
-    link: Link = None,
-    steps: Annotated[int | None, typer.Option(help="Number of training steps. (200)")] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. "
-            "rtt_ratio=auto chooses the depth by simulation. (1f1b)"
-        ),
-    ] = None,
-    microbatches: Annotated[int | None, typer.Option(help="Microbatches per step: parts of its batch. (8)")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step. (16)")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. (128)")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations; 0: only at the end. (0)")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed, for weights, data order and rounding. (1)")] = None,
+    stages: Annotated[int | None, shared("--stages", "4")] = None,
+    model: Annotated[str | None, shared("--model", "tiny")] = None,
+    data: Annotated[str | None, shared("--data", "stdlib")] = None,
+    codec: Annotated[str | None, shared("--codec", "mapl")] = None,
+    forward: Annotated[str | None, shared("--forward", "the codec's")] = None,
+    backward: Annotated[str | None, shared("--backward", "the codec's")] = None,
+    link: Annotated[str | None, shared("--link", "none")] = None,
+    steps: Annotated[int | None, shared("--steps", "200")] = None,
+    schedule: Annotated[str | None, shared("--schedule", "1f1b")] = None,
+    microbatches: Annotated[int | None, shared("--microbatches", "8")] = None,
+    batch_size: Annotated[int | None, shared("--batch-size", "16")] = None,
+    sequence_length: Annotated[int | None, shared("--sequence-length", "128")] = None,
+    eval_every: Annotated[int | None, shared("--eval-every", "0")] = None,
+    seed: Annotated[int | None, shared("--seed", "1")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for run.toml, records and summary.json. (runs/latest)")
     ] = None,
@@ -94,9 +73,7 @@ def up(
     restarts: Annotated[
         int, typer.Option(min=0, help="How many times a lost stage is started again. The others wait for it.")
     ] = 0,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints; 0 writes none. (100)")
-    ] = None,
+    checkpoint_every: Annotated[int | None, shared("--checkpoint-every", "100")] = None,
     isolate: Annotated[
         str | None,
         typer.Option(
@@ -111,33 +88,31 @@ def up(
         ),
     ] = None,
     tensorboard: TensorBoard = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only summary.json on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
     one_arithmetic_thread()
     if isolate not in (None, "netns"):
         fail(f"--isolate: there is no '{isolate}'; it is netns, or left away", 2)
-    options = {
-        "pipeline.stages": stages,
-        model_setting(model): model,
-        "data.source": data,
-        "codec.codec": codec,
-        "codec.forward": forward,
-        "codec.backward": backward,
-        "link.link": link,
-        "run.steps": steps,
-        "pipeline.schedule": schedule,
-        "pipeline.microbatches": microbatches,
-        "pipeline.batch_size": batch_size,
-        "data.sequence_length": sequence_length,
-        "run.eval_every": eval_every,
-        "run.seed": seed,
-        "checkpoint.every": checkpoint_every,
-    }
+    plain, auto = without_auto(schedule)
+    options = settings_of(
+        stages=stages,
+        model=model,
+        data=data,
+        codec=codec,
+        forward=forward,
+        backward=backward,
+        link=link,
+        steps=steps,
+        schedule=plain,
+        microbatches=microbatches,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        eval_every=eval_every,
+        seed=seed,
+        checkpoint_every=checkpoint_every,
+    )
     options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
-    auto = schedule if schedule and schedule.endswith(":rtt_ratio=auto") else None
-    if auto:
-        options["pipeline.schedule"] = auto.removesuffix(":rtt_ratio=auto")
     if resume is None:
         settings = configuration(config, options, overrides)
     elif one_process:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Config, Insecure, KeysDirectory, configuration, fail, one_arithmetic_thread
+from .common import Config, Insecure, Json, KeysDirectory, configuration, fail, one_arithmetic_thread
 
 
 def top(
@@ -55,7 +55,7 @@ def doctor(
     out: Annotated[
         Path | None, typer.Option(help="Directory in which the node is to write. (beside run.toml, else here)")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Check this machine: ports, reachability, clock, versions, cores, memory, disk, GPU, root, tc.
 

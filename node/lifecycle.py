@@ -27,6 +27,7 @@ from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
+from .allocator import give_back_free_memory
 from .boundary.endpoints import BoundaryShape
 from .checkpoints.copy_service import CopyService
 from .checkpoints.store import HELD_TIMES, CheckpointStore
@@ -44,6 +45,7 @@ from .state import StageSnapshot
 from .training_loop import TrainingLoop
 from .worker import Reporter, Worker
 
+TIDY_EVERY = 100  # steps, where there are no checkpoints
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
 Dial = Callable[[Link], Coroutine[Any, Any, None]]
@@ -291,6 +293,8 @@ class Lifecycle:
         every = self.config.checkpoint.every
         if every and completed % every == 0:
             await self._keep(await compute.run("snapshot", self.stage.snapshot))
+        if completed % (every or TIDY_EVERY) == 0:  # an old snapshot is free now, in pieces
+            await asyncio.to_thread(give_back_free_memory)
 
     async def _keep(self, snapshot: StageSnapshot) -> None:
         """In memory now, on disk soon."""

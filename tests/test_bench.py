@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node.measuring.bench_grid import BenchGrid, split_codecs
+from thinpipe.node.codec_words import split_codecs
+from thinpipe.node.measuring.bench_grid import BenchGrid
 from thinpipe.sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.reports.bench_report import bench_tables
 from typer.testing import CliRunner
@@ -172,7 +173,10 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--emulate", "tiny@2x1tflops", "--link", "0mbit"], "link rate 0"),
     (["--emulate", "tiny@2x1tflops", "--link", "80mbps"], "unknown unit 'mbps'"),
     (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--codec", "int9"], "int9"),
-    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--codec", "bf16 int8 int8 int8"], "is not CODEC"),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--codec", "bf16 int8 int8 int8"],
+        "has 4 parts; write CODEC",
+    ),
     (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--schedule", "2f2b"], "unknown schedule '2f2b'"),
     (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--microbatches", "7"], "does not divide"),
     (

@@ -431,6 +431,88 @@ def test_meter_over_the_shaper_reads_the_cap_though_the_link_idles(rate, seed):
     assert meter.rate_bits_per_s() <= rate + excess_bits / meter.busy_s * (1 + 1e-9)
 
 
+def send_messages(profile, messages, *, late_s=0.0):
+    """A meter after `messages`, (pause before it, bytes), in chunks of 64 KiB; each frame leaves `late_s` late."""
+    shaper, meter = Shaper(profile), BusyMeter(least_bytes=profile.burst_bytes + 25_000)
+    at = 100.0
+    for pause_s, nbytes in messages:
+        at += pause_s
+        queued_s = at
+        while nbytes:
+            part = min(nbytes, 64 * KIB)
+            passage = shaper.admit(part, queued_s)
+            left_s = passage.depart_s + late_s
+            meter.passed(part, enqueued_s=queued_s, paid_from_s=passage.paid_from_s, left_s=left_s, tensor=True)
+            nbytes -= part
+        at = max(at, left_s)
+    return meter
+
+
+@given(
+    messages=st.lists(st.tuples(st.floats(0, 2), st.integers(1, 200 * KIB)), min_size=1, max_size=30),
+    burst=st.sampled_from([1, 16 * KIB, 64 * KIB]),
+)
+@settings(deadline=None)
+def test_short_messages_never_measure_faster_than_the_cap(messages, burst):
+    """Also where messages that are too short to tell, and are left out, come between."""
+    profile = LinkProfile(rate_bits_per_s=4e6, burst_bytes=burst)
+    meter = send_messages(profile, messages)
+    if rate := meter.rate_bits_per_s():
+        assert rate <= 4e6 * (1 + 1e-6)  # of rounding
+
+
+@pytest.mark.parametrize("nbytes", [50 * KIB, 70 * KIB, 133 * KIB])
+@pytest.mark.parametrize("pause_s", [0.001, 0.01, 0.0327, 0.5])
+def test_short_messages_over_an_idle_link_measure_the_cap(nbytes, pause_s):
+    """4 Mb/s, where the bucket's 16 KiB are an eighth of a message of `tiny` (133 KB) and a third of the shortest."""
+    meter = send_messages(LinkProfile.parse("4mbit"), [(pause_s, nbytes)] * 50)
+    assert meter.rate_bits_per_s() == pytest.approx(4e6, rel=1e-9)
+    assert meter.busy_bytes == 50 * nbytes
+    late = send_messages(LinkProfile.parse("4mbit"), [(pause_s, nbytes)] * 50, late_s=0.001)
+    assert 0.985 * 4e6 < late.rate_bits_per_s() < 4e6
+
+
+def test_long_transfers_measure_as_before():
+    """One stretch of 8 MB at 300 Mb/s: its credit is 0.2 % of it."""
+    meter = send_messages(LinkProfile.parse("300mbit"), [(1.0, 8_000_000)])
+    assert meter.rate_bits_per_s() == pytest.approx(300e6, rel=1e-9)
+    assert meter.intervals == 1
+
+
+def test_what_the_credit_alone_carries_is_no_measurement():
+    meter = send_messages(LinkProfile.parse("4mbit"), [(1.0, 4 * KIB)] * 20)
+    meter.end(1000.0)
+    assert meter.rate_bits_per_s() is None
+
+
+def test_a_path_slower_than_the_cap_measures_what_it_carried():
+    """The cap is 4 Mb/s; frames leave at 1: the credit hides little of that."""
+    shaper, meter = Shaper(LinkProfile.parse("4mbit")), BusyMeter()
+    for number in range(20):
+        queued_s = 100.0 + 10 * number
+        passage = shaper.admit(64 * KIB, queued_s)
+        meter.passed(
+            64 * KIB,
+            enqueued_s=queued_s,
+            paid_from_s=passage.paid_from_s,
+            left_s=queued_s + 64 * KIB * 8 / 1e6,
+            tensor=True,
+        )
+    assert meter.rate_bits_per_s() == pytest.approx(1e6, rel=0.07)
+
+
+def test_a_cap_that_does_not_hold_measures_faster():
+    """Frames that leave 10 % early show it."""
+    shaper, meter = Shaper(LinkProfile.parse("4mbit")), BusyMeter()
+    for number in range(20):
+        queued_s = 100.0 + 10 * number
+        for _ in range(4):
+            passage = shaper.admit(64 * KIB, queued_s)
+            left_s = queued_s + (passage.depart_s - queued_s) * 0.9
+            meter.passed(64 * KIB, enqueued_s=queued_s, paid_from_s=passage.paid_from_s, left_s=left_s, tensor=True)
+    assert meter.rate_bits_per_s() > 1.08 * 4e6
+
+
 # --- framing ----------------------------------------------------------------------------------------------------------
 
 

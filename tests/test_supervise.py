@@ -338,7 +338,7 @@ def test_summary_wants_a_run_that_has_ended(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
     early = runner.invoke(app, ["summary", str(tmp_path)])
     assert early.exit_code == 1
-    assert "stage 0 wrote no end record" in early.stderr
+    assert "has not begun: no stage has records here; no summary yet" in early.stderr
 
 
 def told(stage: int, *lives: tuple[range, int | None]) -> str:
@@ -371,7 +371,7 @@ def test_a_run_that_goes_on_after_its_end_has_not_ended(tmp_path: Path) -> None:
     earlier, goes_on = (range(4), 4), (range(4, 7), None)
     done = summed_up(tmp_path, told(0, earlier, goes_on), told(1, earlier, goes_on))
     assert done.exit_code == 1
-    assert "stage 0 wrote no end record" in done.stderr
+    assert "has not ended, and nobody works on it" in done.stderr
     later = (range(4, 10), 10)
     done = summed_up(tmp_path, told(0, earlier, later), told(1, earlier, later), options=("--json",))
     found = json.loads(done.stdout)

@@ -54,7 +54,7 @@ def write(path: Path, *records: dict[str, Any]) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Three stages; stage 1 has written, stage 2 has broken off in a line, stage 0 nothing."""
     out = tmp_path / "run"
     out.mkdir()
@@ -63,6 +63,9 @@ def run(tmp_path: Path) -> Path:
         {"event": "fault", "time_s": 100.0 + n, "code": f"code-{n}", "reason": f"why {n} [bold]\x1b[2J\n!"}
         for n in range(7)
     ]
+    monkeypatch.setattr(
+        "thinpipe.sim.reports.top.CLOCKS_S", math.inf
+    )  # this process is younger than the records' times
     here = start(host=socket.gethostname(), process=os.getpid())
     write(out / "stage-1.jsonl", here, ready((0, "backward"), (1, "forward")), step(0, sent=1000), *faults)
     write(out / "stage-1.jsonl", step(1, sent=2000))

@@ -93,6 +93,7 @@ class _InFlight:
     frame: bytes
     rows: dict[str, int]
     enqueued_s: float
+    paid_from_s: float
     depart_s: float
     arrive_s: float
     tensor: bool
@@ -118,7 +119,9 @@ class Outgoing:
         self.session, self.profile = session, profile
         # Framed bytes by kind, counted when handed to gRPC; resent frames too, and what earlier generations sent.
         self.sent: Counter[str] = Counter() if sent is None else sent
-        self.meter = BusyMeter(least_bytes=int(BUSY_LEAST_S * (profile.rate_bits_per_s or 0) / 8))
+        # What the bucket's credit alone can carry waited for nothing, and says nothing of the rate.
+        credit_bytes = profile.burst_bytes if profile.rate_bits_per_s else 0
+        self.meter = BusyMeter(least_bytes=credit_bytes + int(BUSY_LEAST_S * (profile.rate_bits_per_s or 0) / 8))
         self.shaper = Shaper(profile.applied, random=seed)
         self.queue: WireQueue[_Item] = WireQueue()
         self.line: deque[_InFlight] = deque()
@@ -139,7 +142,6 @@ class Outgoing:
         self._credit_timer: asyncio.TimerHandle | None = None
         self._goodbye_queued = False
         self._window_open_since = 0.0
-        self._last_left_s = 0.0
 
     @property
     def window_bytes(self) -> int:
@@ -247,7 +249,14 @@ class Outgoing:
         passage = self.shaper.admit(nbytes, now)
         # Later, in the order in which the line's own frames are measured, which is when they have arrived.
         loop, arrives_s = asyncio.get_running_loop(), passage.depart_s + self.shaper.profile.latency_s
-        measure = partial(self._measure, now, nbytes, passage.depart_s, tensor=True)
+        measure = partial(
+            self.meter.passed,
+            nbytes,
+            enqueued_s=now,
+            paid_from_s=passage.paid_from_s,
+            left_s=passage.depart_s,
+            tensor=True,
+        )
         loop.call_later(max(0.0, arrives_s - now), measure)
         await self._sleep_until(passage.depart_s)
         return True
@@ -312,6 +321,7 @@ class Outgoing:
             frame=frame,
             rows=rows,
             enqueued_s=enqueued_s,
+            paid_from_s=passage.paid_from_s,
             depart_s=passage.depart_s,
             arrive_s=passage.arrive_s,
             tensor=item is None or isinstance(item, _Part),
@@ -337,26 +347,18 @@ class Outgoing:
                 on_goodbye()
             self.sent.update(flight.rows)
             nbytes = framed_bytes(len(flight.frame))
-            self._measure(flight.enqueued_s, nbytes, now - self.shaper.profile.latency_s, tensor=flight.tensor)
+            # At the time it really left, not at the ideal one: a cap that is missed must show.
+            self.meter.passed(
+                nbytes,
+                enqueued_s=flight.enqueued_s,
+                paid_from_s=flight.paid_from_s,
+                left_s=now - self.shaper.profile.latency_s,
+                tensor=flight.tensor,
+            )
             if flight.tensor:
                 started_s = flight.depart_s - self.shaper.profile.serialisation_s(framed_bytes(len(flight.frame)))
                 self._tracer.span("send", self._name, started_s, now)
             self.moved.set()
-
-    def _measure(self, enqueued_s: float, nbytes: int, left_s: float, *, tensor: bool) -> None:
-        """Count a frame at the time it really left, not at the ideal one: a cap that is missed must show.
-
-        The queue was not empty since the last frame left if this one waited by then; otherwise a new stretch began when
-        it was queued. A control frame alone is no stretch: nobody waited for bandwidth.
-        """
-        waited = enqueued_s <= self._last_left_s
-        if tensor and not (self.meter.busy and waited):
-            if self.meter.busy:
-                self.meter.end(self._last_left_s)
-            self.meter.begin(max(enqueued_s, self._last_left_s))
-        if self.meter.busy and (tensor or waited):
-            self.meter.delivered(nbytes, left_s)
-            self._last_left_s = left_s
 
     async def _sleep_until(self, moment_s: float) -> None:
         delay = moment_s - self._clock()

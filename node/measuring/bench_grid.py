@@ -26,6 +26,7 @@ from ...sim.launch.swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
+from ..codec_words import codec_settings
 from ..config import ConfigError, RunConfig, dump_config, merge, parse_config
 from ..local import clear, writable
 from ..preparation import check_codec, prepare_corpus, resolve_architecture
@@ -63,18 +64,6 @@ class BenchGrid:
                         yield PlannedCell.of(self, mode, codec, schedule, link, emulated=emulated)
 
 
-def split_codecs(text: str) -> list[str]:
-    """`bf16,mapl:r=32,anchors=full,int4` is three: an option follows its codec after a comma. Formats after a space."""
-    codecs: list[str] = []
-    for part in text.split(","):
-        goes_on = codecs and re.match(r"\s*[a-z_]+=", part)
-        if goes_on:
-            codecs[-1] += "," + part
-        elif part.strip():
-            codecs.append(part.strip())
-    return codecs
-
-
 @dataclass(slots=True, kw_only=True)
 class PlannedCell:
     """A cell with its settings; `tree` may still lack the schedule's depth (rtt_ratio=auto) and the steps."""
@@ -89,12 +78,8 @@ class PlannedCell:
 
     @classmethod
     def of(cls, grid: BenchGrid, mode: str, codec: str, schedule: str, link: str, *, emulated: bool) -> PlannedCell:
-        name, *formats = codec.split()
-        if len(formats) > 2:
-            raise ConfigError(f"--codec: '{codec}' is not CODEC [FORWARD [BACKWARD]]")
         profile = LinkProfile.parse(link)
-        tree: dict[str, Any] = {"checkpoint.every": 0, "codec.codec": name, "link.link": str(profile)}
-        tree |= dict(zip(("codec.forward", "codec.backward"), formats, strict=False))
+        tree: dict[str, Any] = {"checkpoint.every": 0, "link.link": str(profile), **codec_settings(codec)}
         if emulated:
             tree |= {**EmulatedMachine.parse(mode).settings(), "compute.emulate": mode}
         else:

@@ -14,7 +14,7 @@ from ...sim.launch.fault_injection import Kind, disturb, plan, plan_every, repor
 from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.swarm import SwarmError
 from ...sim.reports.summary import summarise, write_summary
-from ..config import RunConfig, dump_config
+from ..config import RunConfig, dump_config, load_config
 from ..local import LocalRunError, clear, run_local, writable
 from ..preload import fork_server
 from ..preparation import BAD_INPUT, check_settings
@@ -29,11 +29,13 @@ def run_chaos(
     kinds: tuple[Kind, ...],
     seed: int,
     quiet: bool,
+    schedule: str | None = None,
     forks: bool = False,
 ) -> tuple[dict[str, Any], bool]:
     """The report, also in `out`/chaos.json, and whether nothing was lost. every_s: a fault every so many seconds, as
-    many as it takes, instead of `count` spread over the steps. forks: nodes are copies of this process, which must not
-    have begun anything. Raises LocalRunError."""
+    many as it takes, instead of `count` spread over the steps. schedule: one with rtt_ratio=auto, whose depth is found
+    once, for both runs. forks: nodes are copies of this process, which must not have begun anything. Raises
+    LocalRunError."""
     with ExitStack() as held:
         server = None
         if forks:
@@ -43,7 +45,7 @@ def run_chaos(
                 raise LocalRunError(str(error), 2) from None
             found = fork_server(config)
             server = held.enter_context(closing(found)) if isinstance(found, ForkServer) else None
-        return _run_chaos(config, out, count, every_s, kinds, seed, quiet, server)
+        return _run_chaos(config, out, count, every_s, kinds, seed, quiet, schedule, server)
 
 
 def _run_chaos(
@@ -54,6 +56,7 @@ def _run_chaos(
     kinds: tuple[Kind, ...],
     seed: int,
     quiet: bool,
+    schedule: str | None,
     forks: ForkServer | None,
 ) -> tuple[dict[str, Any], bool]:
     console = Console(stderr=True) if quiet else Console()
@@ -62,7 +65,8 @@ def _run_chaos(
         raise LocalRunError("chaos needs neighbours to notice it: at least 2 stages", 2)
     undisturbed, disturbed = out / "undisturbed", out / "disturbed"
     console.print("first, the run as it should be")
-    told = run_local(config, undisturbed, overwrite=True, quiet=quiet, forks=forks or False)
+    told = run_local(config, undisturbed, overwrite=True, quiet=quiet, schedule=schedule, forks=forks or False)
+    config = load_config(undisturbed / "run.toml")
     writable(disturbed)
     clear(disturbed)
     (disturbed / "run.toml").write_text(dump_config(config), encoding="utf-8")

@@ -184,10 +184,14 @@ def _spell_size(nbytes: int) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Passage:
-    """When a frame's last bit leaves the bucket and when it reaches the peer, on the caller's clock."""
+    """When a frame's last bit leaves the bucket and when it reaches the peer, on the caller's clock.
+
+    paid_from_s: since when the rate earned what the frame took. Before it was there, if the bucket held credit.
+    """
 
     depart_s: float
     arrive_s: float
+    paid_from_s: float
 
 
 class Shaper:
@@ -215,14 +219,15 @@ class Shaper:
             raise ValueError(f"a frame of {nbytes} bytes cannot pass a link; the size must be 0 or more")
         start_s = self.wire_free_at(eligible_at_s)
         fill_s = self.profile.serialisation_s(self.profile.burst_bytes)
-        self._empty_s = max(self._empty_s, start_s - fill_s) + self.profile.serialisation_s(nbytes)
+        paid_from_s = max(self._empty_s, start_s - fill_s)
+        self._empty_s = paid_from_s + self.profile.serialisation_s(nbytes)
         self._depart_s = max(start_s, self._empty_s)
         delay_s = self.profile.latency_s
         if self.profile.jitter_s:
             delay_s += self.profile.jitter_s * (2 * self._random() - 1)
         self._arrive_s = max(self._arrive_s, self._depart_s + delay_s)
         self.passed_bytes += nbytes
-        return Passage(depart_s=self._depart_s, arrive_s=self._arrive_s)
+        return Passage(depart_s=self._depart_s, arrive_s=self._arrive_s, paid_from_s=paid_from_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -288,19 +293,39 @@ class BusyMeter:
 
     Bytes over the whole run would measure the schedule, not the link. Times may be ideal (`Passage.depart_s`, which may
     lie ahead of the clock; overlap counts once) or, to verify a cap, when frames really left. A lone short message then
-    measures how late its sender woke up, so intervals with fewer than `least_bytes` are dropped when they end. An idle
-    link passes its burst at once, so the rate reads high by up to `intervals * burst_bytes * 8 / busy_s`; a probe
-    therefore sends many bursts in one interval.
+    measures how late its sender woke up, so intervals with fewer than `least_bytes` are dropped when they end.
+
+    An idle link passes its burst at once. The rate earned that credit while the link idled, so the time in which it did
+    belongs to the interval: `passed` begins one at `Passage.paid_from_s`. Begun at the first frame instead, an interval
+    would read high by its credit: 16 KiB are a tenth of a message of `tiny`. Credit subtracted from the bytes instead
+    would come to the same where the cap binds, and read too low where the path is slower than the cap.
     """
 
     def __init__(self, *, least_bytes: int = 0) -> None:
         self._least_bytes = least_bytes
-        self._before = (0.0, 0)  # busy_s and busy_bytes when the interval began
+        self._before = (0.0, 0, -math.inf)  # busy_s, busy_bytes and _counted_s when the interval began
         self.busy_s = 0.0
         self.busy_bytes = 0
         self.intervals = 0
         self.busy = False
         self._counted_s = -math.inf  # busy_s covers everything up to here
+        self._last_left_s = 0.0  # of the last frame in `passed`
+
+    def passed(self, nbytes: int, *, enqueued_s: float, paid_from_s: float, left_s: float, tensor: bool) -> None:
+        """A frame has left at `left_s`, which was queued at `enqueued_s`. Begins and ends intervals by itself.
+
+        The queue was not empty since the last frame left if this one waited by then; otherwise a new interval began
+        when it was queued, or when its credit was earned. A control frame alone is no interval: nobody waited for
+        bandwidth.
+        """
+        waited = enqueued_s <= self._last_left_s
+        if tensor and not (self.busy and waited):
+            if self.busy:
+                self.end(self._last_left_s)
+            self.begin(min(max(enqueued_s, self._last_left_s), paid_from_s))
+        if self.busy and (tensor or waited):
+            self.delivered(nbytes, left_s)
+            self._last_left_s = left_s
 
     def begin(self, now_s: float) -> None:
         """The queue is no longer empty. Raises ValueError when it was not."""
@@ -308,7 +333,7 @@ class BusyMeter:
             raise ValueError(f"begin at {now_s} s while busy; call begin only when the queue was empty")
         self.busy = True
         self.intervals += 1
-        self._before = (self.busy_s, self.busy_bytes)
+        self._before = (self.busy_s, self.busy_bytes, self._counted_s)
         self._counted_s = max(self._counted_s, now_s)
 
     def delivered(self, nbytes: int, now_s: float) -> None:
@@ -321,7 +346,7 @@ class BusyMeter:
         self._count_to(now_s, "end")
         self.busy = False
         if self.busy_bytes - self._before[1] < self._least_bytes:
-            self.busy_s, self.busy_bytes = self._before
+            self.busy_s, self.busy_bytes, self._counted_s = self._before
             self.intervals -= 1
 
     def rate_bits_per_s(self) -> float | None:

@@ -124,17 +124,21 @@ def lacking_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+class NotEnded(ValueError):
+    """A stage wrote no end: the run is under way, or was broken off."""
+
+
 def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
-    """The content of summary.json. `mode` is "swarm" or "one-process". Raises ValueError if a stage did not end,
-    or nothing was done. Where the records of a stage lack steps, bytes/token and ratio are None: tokens would be
-    counted whose bytes are not."""
+    """The content of summary.json. `mode` is "swarm" or "one-process". Raises NotEnded if a stage did not end, and
+    ValueError if nothing was done. Where the records of a stage lack steps, bytes/token and ratio are None: tokens
+    would be counted whose bytes are not."""
     by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
     ends: list[dict[str, Any]] = []
     steps: list[list[dict[str, Any]]] = []
     for stage, records in enumerate(by_stage):
         end = end_of(records)
         if end is None:
-            raise ValueError(f"stage {stage} wrote no end record in {run}: the run did not finish")
+            raise NotEnded(f"stage {stage} wrote no end record in {run}: the run did not finish")
         ends.append(end)
         steps.append(steps_of(records))
     head = steps[0]
@@ -153,6 +157,7 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
     evaluations = [record for record in by_stage[0] if record["event"] == "evaluation"]
     last = head[-max(1, len(head) // 10) :]
     return {
+        "state": "ended",
         "mode": mode,
         "steps": len(head),
         "tokens": tokens,

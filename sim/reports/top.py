@@ -11,7 +11,6 @@ What a node answers is a stranger's word: it is read up to a limit, under a dead
 from __future__ import annotations
 
 import http.client
-import os
 import socket
 import threading
 import time
@@ -21,6 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+import psutil
 
 from .figures import StageFigures
 from .metrics_address import MetricsAddress, MetricsAddressError
@@ -33,6 +34,7 @@ ANSWER_S = 3.0  # for a node's whole answer
 ASK_EVERY_S = 1.0
 SILENT_STEPS = 5  # as long as so many steps took, and SILENT_S at least
 SILENT_S = 15.0
+CLOCKS_S = 60.0  # a clock that was set meanwhile is off by less
 OVER = ("ended", "stopped", "failed", "gone")
 
 
@@ -43,11 +45,12 @@ class TopError(ValueError):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageView:
     """A stage, and whether its node is there. state: as its records say, or gone. note: why it may not be as it says
-    ("" if nothing is wrong)."""
+    ("" if nothing is wrong). here: its process was looked for on this machine, and found."""
 
     figures: StageFigures
     state: str
     note: str = ""
+    here: bool = False
 
 
 @dataclass(slots=True)
@@ -140,9 +143,9 @@ def _settings(run: Path) -> tuple[int | None, int | None]:
 def _seen(figures: StageFigures, now_s: float) -> StageView:
     """A process that was killed writes nothing of it; if it was on this machine, whether it is there can be seen."""
     here = figures.process is not None and figures.host == socket.gethostname()
-    if here and figures.state not in OVER and not _alive(figures.process):
+    if here and figures.state not in OVER and not _alive(figures.process, figures.last_record_s):
         return StageView(figures=figures, state="gone", note="its process is gone, without a word")
-    return StageView(figures=figures, state=figures.state, note=_silence(figures, now_s))
+    return StageView(figures=figures, state=figures.state, note=_silence(figures, now_s), here=here)
 
 
 def _silence(figures: StageFigures, now_s: float) -> str:
@@ -153,16 +156,20 @@ def _silence(figures: StageFigures, now_s: float) -> str:
     return f"silent for {silent_s:.0f} s" if silent_s > max(SILENT_S, SILENT_STEPS * step_s) else ""
 
 
-def _alive(process: int | None) -> bool:
+def _alive(process: int | None, wrote_s: float | None) -> bool:
+    """Whether that process is there, and not another one with its number: one that began after the last record was
+    written did not write it."""
     if process is None or process <= 0:
         return False
     try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):  # OverflowError: no process has such a number
+        there = psutil.Process(process)
+        if there.status() == psutil.STATUS_ZOMBIE:
+            return False
+        return wrote_s is None or there.create_time() <= wrote_s + CLOCKS_S
+    except (psutil.NoSuchProcess, OverflowError):  # OverflowError: no process has such a number
         return False
-    except PermissionError:
-        pass
-    return True
+    except psutil.AccessDenied:
+        return True
 
 
 class ScrapedNode:

@@ -1,0 +1,84 @@
+"""Whether a run goes on, has ended, or was broken off: what its records and this machine's processes say of it.
+
+A run has ended when the newest process of every stage wrote its end. It is under way while anybody can still write: the
+process that a stage's records name is there, or, where that is on another machine, its records are recent. Everything
+else has not ended, and only `--resume` brings it further. Why not a lock file: who is killed leaves it behind, and on a
+shared disk nobody can tell whose it is; records name machine and process anyway. `thinpipe top` judges each stage by
+the same rules (`sim.reports.top`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .top import OVER, Directory, StageView, TopError
+
+State = Literal["not begun", "under way", "ended", "not ended"]
+STARTING_S = 1800.0  # without a record: a node elsewhere that is only starting says nothing for long
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Liveness:
+    """completed: steps that every stage has done, of `steps` (None: not known). stages: {"stage", "state", "completed",
+    "note"} each, where there is anything to say; state is as in `thinpipe top`, or "no records"."""
+
+    state: State
+    completed: int
+    steps: int | None
+    stages: list[dict[str, Any]]
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"state": self.state, "completed": self.completed, "steps": self.steps, "stages": self.stages}
+
+    def line(self) -> str:
+        """For people: `is under way, after 120 of 2000 steps (stage 0 training, stage 1 training)`."""
+        if self.state == "not begun":
+            return "has not begun: no stage has records here"
+        words = {
+            "under way": "is under way",
+            "ended": "has ended",
+            "not ended": "has not ended, and nobody works on it",
+        }
+        of = "" if self.steps is None else f" of {self.steps}"
+        told = ", ".join(
+            f"stage {stage['stage']} {stage['state']}" + (f": {stage['note']}" if stage["note"] else "")
+            for stage in self.stages
+        )
+        return f"{words[self.state]}, after {self.completed}{of} steps ({told})"
+
+
+def liveness(run: Path, now_s: float) -> Liveness:
+    """Of the run whose run.toml and records are in `run`; now_s: seconds since 1970. Changes nothing."""
+    try:
+        swarm = Directory(run).look(now_s)
+    except TopError:
+        return Liveness(state="not begun", completed=0, steps=None, stages=[])
+    rows = [_row(stage, swarm.stages.get(stage)) for stage in range(swarm.size)]
+    seen = swarm.stages.values()
+    if not seen:
+        state: State = "not begun"
+    elif all(row["state"] == "ended" for row in rows):
+        state = "ended"
+    else:
+        state = "under way" if any(_works(each, now_s) for each in seen) else "not ended"
+    steps = max((each.figures.steps or 0 for each in seen), default=0) or None
+    return Liveness(state=state, completed=min((row["completed"] for row in rows), default=0), steps=steps, stages=rows)
+
+
+def _row(stage: int, seen: StageView | None) -> dict[str, Any]:
+    if seen is None:
+        return {"stage": stage, "state": "no records", "completed": 0, "note": ""}
+    return {"stage": stage, "state": seen.state, "completed": seen.figures.completed, "note": seen.note}
+
+
+def _works(seen: StageView, now_s: float) -> bool:
+    """Whether somebody may write more. A process here that is silent may be paused: it is there."""
+    if seen.state in OVER or seen.figures.last_record_s is None:
+        return False
+    if seen.here:
+        return True
+    silent_s = now_s - seen.figures.last_record_s
+    return not seen.note and not (seen.state == "starting" and silent_s > STARTING_S)

@@ -17,7 +17,7 @@ COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttribu
 TAKE = {
     "up": {*HELP},
     "chaos": {*HELP},
-    "keep": {"--model", "--data", "--codec", "--link", "--steps", "--schedule", "--seed", "--checkpoint-every"},
+    "supervise": {"--model", "--data", "--codec", "--link", "--steps", "--schedule", "--seed", "--checkpoint-every"},
     "plan": {"--codec", "--forward", "--backward", "--link", "--schedule", "--microbatches", "--batch-size"}
     | {"--sequence-length"},
     "bench": {"--link", "--microbatches", "--batch-size", "--sequence-length"},
@@ -38,7 +38,7 @@ def test_a_shared_option_has_one_text(command: str) -> None:
 
 def test_json_and_config_are_the_same_everywhere() -> None:
     texts = {name: options_of(name).get("--json") for name in COMMANDS}
-    assert {text for text in texts.values() if text} == {"Print JSON on stdout, and nothing else."}
+    assert {text for text in texts.values() if text} == {"Print only JSON on stdout."}
     assert options_of("chaos")["--config"] == options_of("plan")["--config"] == options_of("up")["--config"]
 
 

@@ -5,7 +5,7 @@
 Prints, for each repeat and as a median, tokens/s as a share of those without checkpoints: with one every `--every`
 steps on a disk that all share, and with a disk for each stage, so that each is copied to a neighbour too; then the size
 of a checkpoint, how long its writing took (in the background), and how many were copied. A snapshot of the state is
-taken on the compute thread, so part of the cost is there whatever the disk does. Beside it, CPU seconds a step beyond
+taken on the compute thread, so part of the cost does not depend on the disk. Beside it, CPU seconds a step beyond
 those of the arithmetic and the codec, as a share of all CPU seconds of a step: what other work on the machine changes
 less.
 """

@@ -1,1 +1,1 @@
-"""The commands of the command line, a room for each kind; cli.py puts them together."""
+"""The commands of the command line, one module for each kind; cli.py puts them together."""

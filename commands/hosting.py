@@ -93,7 +93,7 @@ def node(
     }
     if join and not check:
         if next_:
-            fail("--next and --join contradict each other: the DHT says where the stage below is; leave one away", 2)
+            fail("--next and --join contradict each other: the DHT says where the stage below is; omit one", 2)
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
         wish |= {"keys": keys, "insecure": insecure}

@@ -216,7 +216,7 @@ def probe(
         fail("say --to host:port, to measure, or --listen host:port, to be measured", 2)
     for option, given, other in (("--once", once, to), ("--link", link, listen), ("--seconds", seconds, listen)):
         if given and other:
-            fail(f"{option} does not go with --{'to' if other is to else 'listen'}; leave it away", 2)
+            fail(f"{option} does not go with --{'to' if other is to else 'listen'}; omit it", 2)
     from ..node.addresses import ListenError
     from ..node.probing.probe import listen as answer
     from ..node.probing.probe import print_probe

@@ -51,7 +51,7 @@ def summary(
         try:
             write_summary(run, found)
         except OSError as error:
-            fail(f"cannot write {run}/summary.json: {error.strerror}; leave --write away to see it alone", 2)
+            fail(f"cannot write {run}/summary.json: {error.strerror}; omit --write to see it alone", 2)
     if as_json:
         print(json.dumps(found, indent=2))
         return

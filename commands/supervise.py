@@ -97,7 +97,7 @@ def supervise(
     one_arithmetic_thread()
     names = [name.strip() for name in peers.split(",") if name.strip()]
     if (stage is None) != standby:
-        fail("say which stage is kept, --stage N, or --standby to keep any that is lost", 2)
+        fail("say which stage to serve: --stage N, or --standby for any that is lost", 2)
     if not names or (stage or 0) >= len(names):
         fail(f"--peers has {len(names)} stages; name host:port of every one, in order, stage 0 first", 2)
     if cap not in CAPS:
@@ -222,7 +222,7 @@ def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:
             raise tc.KernelLinkError("no network interface is up here")
         whole, *others = [tc.cap_most(name, profile) for name in names]
         if any(other != whole for other in others):
-            raise tc.KernelLinkError("it delays on some of the interfaces alone")
+            raise tc.KernelLinkError("it can delay on only some of the interfaces")
     except tc.KernelLinkError as error:
         _uncap()
         why = f"the kernel does not cap the links here: {error}"

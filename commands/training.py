@@ -93,7 +93,7 @@ def up(
     """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
     one_arithmetic_thread()
     if isolate not in (None, "netns"):
-        fail(f"--isolate: there is no '{isolate}'; it is netns, or left away", 2)
+        fail(f"--isolate: there is no '{isolate}'; say netns, or omit it", 2)
     plain, auto = without_auto(schedule)
     options = settings_of(
         stages=stages,
@@ -116,12 +116,13 @@ def up(
     if resume is None:
         settings = configuration(config, options, overrides)
     elif one_process:
-        fail("--resume: only a swarm writes checkpoints; leave --one-process away", 2)
+        fail("--resume: only a swarm writes checkpoints; omit --one-process", 2)
     elif overwrite:
-        fail("--resume goes on with a run, --overwrite replaces one; leave one away", 2)
+        fail("--resume goes on with a run, --overwrite replaces one; omit one", 2)
     elif out is not None and out.resolve() != resume.resolve():
         fail(
-            f"--resume {resume}: goes on where it is and not in {out}; leave --out away, or begin another run there", 2
+            f"--resume {resume}: a resumed run stays in its directory, not {out}; omit --out, or begin a new run there",
+            2,
         )
     else:
         settings, out = _resumed(resume, said(config, options, overrides), auto), resume
@@ -160,8 +161,8 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
 
     if settings.digest() != own.digest():
         fail(
-            f"--resume {run}: {differences(settings, own)}; a run that goes on keeps what it computes: leave that "
-            f"away, or begin another run with --out (only {LOCAL} may change)",
+            f"--resume {run}: {differences(settings, own)}; a resumed run must compute the same: omit that, "
+            f"or begin another run with --out (only {LOCAL} may change)",
             2,
         )
     return settings

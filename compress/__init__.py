@@ -1,1 +1,3 @@
-"""Tensor <-> bytes: what crosses a pipeline boundary and in how many bits. Knows nothing of protocol or node."""
+"""Codecs: tensors to bytes and back. They decide what crosses a pipeline boundary, and in how many bits. They know
+nothing of protocol or node.
+"""

@@ -1,1 +1,1 @@
-"""The only place with sockets, threads, devices and disk: a process that hosts one pipeline stage."""
+"""The process that hosts one pipeline stage. Only here are sockets, threads, devices and disk."""

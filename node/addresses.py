@@ -1,4 +1,4 @@
-"""host:port, as people write it: taken apart, tried, and whether others can reach it."""
+"""Addresses as people write them, host:port: parsing them, testing them, and whether other machines can reach them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Every setting of a run, in one place, read from TOML by pydantic.
 
 One `run.toml` describes the whole swarm and every node reads the same file; what differs between nodes (stage index,
-addresses) is said on the command line. Neighbours compare `RunConfig.digest()` in their greeting, so two nodes that
+addresses) is given on the command line. Neighbours compare `RunConfig.digest()` in their greeting, so two nodes that
 would compute different things refuse each other before a tensor moves. Why pydantic and not argparse defaults: a typed
 tree gives one spelling to the TOML key, the command-line override and the error message.
 """

@@ -1,7 +1,7 @@
-"""Bring up one node process: configuration -> stage -> links -> loop, and end with one clear line whatever happens.
+"""Run one node process: configuration -> stage -> links -> loop, and end with one clear line whatever happens.
 
-Expected failures are `HostError` with an exit code: 2 for what the user can put right (a busy port, another run's
-neighbour, a missing file), 1 for what happened to the run (a wait that ran out, a neighbour that is gone), 130 for a
+Expected failures are `HostError` with an exit code: 2 for what the user can correct (a busy port, another run's
+neighbour, a missing file), 1 for what happened to the run (a deadline that passed, a neighbour that is gone), 130 for a
 node that was told to stop.
 """
 

@@ -1,12 +1,13 @@
-"""One stage through all generations of a run: train, break off, restore, train again, until all stages are through.
+"""One stage over all generations of a run: train, break off, restore, train again, until all stages have finished.
 
 Within a generation nothing is shared with the next one: links, sessions, queues and threads are made anew, and all that
 crosses over is the stage's state, restored from a snapshot. So whatever a loss left half done (a message under way, a
 partial gradient, an unpacked tensor) is gone with its generation and needs no rule of its own. Why not repair the links
 in place: each of those leftovers would be a case, and the order of two cases another one.
 
-Snapshots: after every `checkpoint.every` steps the state is copied; the newest copies stay in memory, because who
-survives a loss restores from there, and each goes to disk in the background, because who was lost restores from that.
+Snapshots: after every `checkpoint.every` steps the state is copied; the newest copies stay in memory, because a
+process that survives a loss restores from there. Each also goes to disk in the background, because a process that
+replaces a lost one restores from that.
 The step after 0 needs neither: a stage can be built anew from the run's settings.
 """
 
@@ -158,7 +159,7 @@ class Lifecycle:
             wanted.cancel()
             if self.machine.phase is not RollbackPhase.RUNNING:
                 raise TimeoutError(self._late(timeout_s))
-            line = f"this stage is through; waited {timeout_s:g} s in vain to hear that the others are, and leaves"
+            line = f"this stage has finished; it waited {timeout_s:g} s to hear that the others have, and leaves"
             self._on_fault("timeout", line)
             return True
         if wanted not in done:
@@ -184,7 +185,7 @@ class Lifecycle:
                     self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
                 self.control.act(self.machine.end_after(under_way))
             case EndAfter() as end:
-                print(f"the run ends, for now, after {end.completed} steps", flush=True)
+                print(f"the run stops after {end.completed} steps and can be resumed", flush=True)
                 if self._node:
                     self._node.end_after(end.completed)
             case Leave():

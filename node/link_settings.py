@@ -1,4 +1,4 @@
-"""What follows from the configuration for a link: the link itself, and how long or large things on it may be."""
+"""A link made from the configuration, with the timeouts and sizes that follow from it."""
 
 from __future__ import annotations
 

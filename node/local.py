@@ -89,12 +89,12 @@ def run_local(
         width = check_settings(config)
         watch = _watch(config, isolate=isolate)
         if isolate and one_process:
-            raise ConfigError("--isolate: one process has no links to cap; leave --one-process away")
+            raise ConfigError("--isolate: one process has no links to cap; omit --one-process")
         if one_process and config.compute.emulate:
-            raise ConfigError("compute.emulate: one process has no links to wait for; leave --one-process away")
+            raise ConfigError("compute.emulate: one process has no links to wait for; omit --one-process")
         if keys is not None:
             if one_process:
-                raise ConfigError("--keys: one process has no links to secure; leave one of the two away")
+                raise ConfigError("--keys: one process has no links to secure; omit one of the two")
             load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
         _check_room(out, overwrite or resume)
         if forks is True and not (one_process or isolate):
@@ -166,7 +166,7 @@ def run_local(
     if not quiet:
         for table in summary_tables(summary):
             console.print(table)
-        console.print(f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl a stage")
+        console.print(f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl per stage")
         for line in closing_lines(summary):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return summary
@@ -177,7 +177,7 @@ def _watch(config: RunConfig, *, isolate: bool) -> Watch:
     first = MetricsAddress.parse(config.watch.prometheus) if config.watch.prometheus else None
     if first and isolate:
         raise ConfigError(
-            "--prometheus: nobody outside of its namespace reaches a node of --isolate; leave one of the two away, and "
+            "--prometheus: a node of --isolate cannot be reached from outside its namespace; omit one of the two, and "
             "watch the records with thinpipe top"
         )
     if first:

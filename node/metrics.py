@@ -1,11 +1,11 @@
-"""What a node says of itself: JSON lines on disk, and on request a trace of who did what when.
+"""The records of a node: JSON lines on disk, and on request a trace of which thread did what when.
 
-The JSON lines are the truth; progress bar, summary and report all read the same records. A record is one line, written
+Progress bar, summary and report all read these records. A record is one line, written
 and flushed at once, so a run that is killed leaves everything up to its last step. Why not a metrics library: a reader
 needs nothing but `json`, and the records outlive the processes.
 
 Record kinds (`event`): start, ready, step, evaluation, checkpoint, copy, halt, rollback, fault, end, exit. Units are in
-the names. Whoever looks at a run while it goes on (`node.watching.views`) is given the same records.
+the names. Views of a running node (`node.watching.views`) get the same records.
 """
 
 from __future__ import annotations

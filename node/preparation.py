@@ -1,7 +1,7 @@
-"""From settings to a stage and its data, or one line that says what cannot work.
+"""From settings to a stage and its data, or to one line that says what cannot work.
 
 Nodes, runs on this machine, benchmarks and plans begin here, so that all refuse the same settings in the same words;
-what BAD_INPUT names is for the user to put right. The order is by cost: spellings first, then the model's shape, and
+what BAD_INPUT names is for the user to correct. The order is by cost: spellings first, then the model's shape, and
 only then the weights and the text, which take minutes.
 """
 

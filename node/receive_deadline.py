@@ -1,13 +1,13 @@
-"""How long a node waits for a message before it gives up: computed from bytes, rates and what steps have taken.
+"""How long a node waits for a message before it gives up: computed from bytes, rates and the times of earlier steps.
 
-That a neighbour is gone shows on the control stream within seconds (`node.link_settings.heartbeat_timeout_s`), and then
-everybody holds and waits for a replacement. What is left for this module is a neighbour that answers and yet sends
-nothing: its compute hangs, or its disk. It may need as long as the longest round of work so far, several times over,
-and the bytes of a step their time on the wire. Before the first round is done nothing is known of it, so there is a
-least.
+The control stream shows within seconds that a neighbour is gone (`node.link_settings.heartbeat_timeout_s`), and then
+all stages wait for a replacement. This module is for a neighbour that answers but sends no tensors: its compute hangs,
+or its disk. The deadline allows several times the longest round of work so far, and the time of a step's bytes on the
+link. Before the first round is done no such time is known, so there is a minimum.
 
-While any stage of the run is missing, however far away, nobody can be blamed for being late: the wait begins again when
-all are there. Why not one constant: what is generous on a laptop is short for a stage of billions of parameters.
+While any stage of the run is missing, however far away, no neighbour can be blamed for being late: the wait begins
+again when all are there. Why not one constant: what is generous on a laptop is short for a stage of billions of
+parameters.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What one process has spent, sent and received over all generations, so that its last record speaks of all of it.
+"""The totals of one process over all generations: what it spent, sent and received, for its last record.
 
 Links and their meters are made anew with each generation; what they counted is added here when the generation is over.
 """

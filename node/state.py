@@ -1,4 +1,5 @@
-"""A stage's state: what training has changed, gathered by name from the parts that hold it, copied, and put back.
+"""A stage's state: everything that training changes, collected by name from the parts that hold it, copied, and
+restored.
 
 A state is two things. Tensors by name: weights, the optimizer's buffers, the codec's halves, their tables; their digest
 is a function of training alone. And what a rollback changes: the versions of the dictionaries, kept beside the tensors

@@ -1,4 +1,4 @@
-"""One stage of a swarm, wired up: its links, its threads, the loop over the schedule's actions.
+"""The training loop of one stage: its links, its threads, and the loop over the schedule's actions.
 
 A stage encodes, sends, receives and decodes while it computes (`node.queues`), but the order of everything that changes
 state is the schedule's, so timing never reaches the arithmetic. Each stage runs the loop on its own: there is no

@@ -1,1 +1,3 @@
-"""The rules of the conversation between stages, sans-IO: no torch, asyncio, grpc, sockets, clocks or randomness."""
+"""The rules of the conversation between stages, sans-IO (pure state machines): no torch, asyncio, grpc, sockets, clocks
+or randomness.
+"""

@@ -1,13 +1,13 @@
-"""Who serves which stage, agreed by all without anybody in charge: rules over the records that everybody can read.
+"""Which node serves which stage, agreed without a coordinator: rules over the records that every node can read.
 
-A node that comes writes a claim, waits until the others' claims can have reached it, reads again, and keeps the stage
-if no record for it is better than its own. `better` is one fixed order over what is written, so two that see the same
-two records agree on who yields. Each writes before it reads: of two claims at least one is seen by the other node, and
-the later one's node sees the earlier one settled, if settling takes less than the wait. So the clocks of the two, which
-nobody compares, decide at most between two that came at once.
+A new node writes a claim, waits until the others' claims can have reached it, reads again, and keeps the stage if no
+record for it is better than its own. `better` is one fixed order over what is written, so two nodes that see the same
+two records agree on which of them yields. Each writes before it reads: of two claims at least one is seen by the other
+node, and the later node sees the earlier one settled, if settling takes less than the wait. So the clocks of the two,
+which nobody compares, decide at most between two nodes that came at once.
 
-Why not a lock or an election: both need somebody who holds it, and its loss would be one loss more. What is left after
-all, two nodes of one stage, is refused by the neighbour (`protocol.rollback`), as it is without discovery.
+Why not a lock or an election: both need a holder, and its loss would be one loss more. If two nodes of one stage remain
+after all, the neighbour refuses one of them (`protocol.rollback`), as it does without discovery.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What is said on the control stream beside greetings, as frozen dataclasses, and how it lies in a frame.
+"""The messages of the control stream, except greetings, as frozen dataclasses, and their encoding in a frame.
 
-`protocol.rollback` gives the first of these sentences their meaning, `protocol.heartbeats` what Heartbeat says of
-others, `protocol.copy_transfer` those on copies of checkpoints; `protocol.messages` wraps them into frames, with the
-same bounds for what may come: no frame names more than `LISTED_MAX` stages or steps or holds more than `PART_BYTES_MAX`
+`protocol.rollback` defines what the first of them mean, `protocol.heartbeats` what Heartbeat says of other stages, and
+`protocol.copy_transfer` those on copies of checkpoints. `protocol.messages` wraps them into frames, with the same
+bounds for what is accepted: no frame names more than `LISTED_MAX` stages or steps or holds more than `PART_BYTES_MAX`
 of a file; no step, generation or offset is past `STEP_MAX`.
 """
 

@@ -1,13 +1,13 @@
-"""A file goes to a neighbour in parts, in whatever time the link has to spare, sans-IO: who may send what, and when.
+"""Sending a file to a neighbour in parts, in the time that the link has to spare, sans-IO: who may send what, and when.
 
-The receiver says how far it is (`CopyProgress`), the sender goes on from there, a few parts ahead of what was said. So
-a connection may break at any moment: at the next one the receiver names its offset again and what was said to be there
-is not sent twice. The stream beneath keeps the order, so a part that does not begin where the last one ended is a
-broken rule and no loss; what the bytes are worth is settled once, by the digest in the manifest.
+The receiver reports how many bytes it has (`CopyProgress`), and the sender continues there, a few parts ahead of the
+last report. So a connection may break at any moment: at the next one the receiver names its offset again, and what it
+has is not sent twice. The stream beneath keeps the order, so a part that does not begin where the last one ended is a
+broken rule and not a loss. Whether the bytes are right is decided once, by the digest in the manifest.
 
-Parts cost little to read and to write, and much to be passed between threads and to be acknowledged, so the receiver
-takes `PARTS_TOGETHER` at a time and speaks once of them. Every sender may be twice as many ahead: nobody ever waits for
-who waits for him.
+Parts are cheap to read and to write, but expensive to pass between threads and to acknowledge. So the receiver takes
+`PARTS_TOGETHER` at a time and acknowledges them once. The sender may be twice as many parts ahead, so the two never
+wait for each other.
 
 Why not as messages of the tensors' stream: those must arrive before training goes on, are kept until acknowledged, and
 end with their generation. A copy may take many generations, matters to nobody until a disk is lost, and can be read

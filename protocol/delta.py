@@ -1,10 +1,10 @@
-"""A change of a dictionary as bytes: what it leads from and to, which entries it covers, their values, a digest.
+"""A change of a dictionary as bytes: its version before and after, the entries that it covers, their values, a digest.
 
 On the wire a delta is the length of its header (2 bytes), the header (msgpack, bounded by header.py), the indices, the
 payload. Lengths follow from the local spec. Why not all in msgpack: its one-byte empty lists take 60 times that in
-memory. A message may change several dictionaries: `join_deltas` puts each one behind its length (4 bytes).
+memory. A message may change several dictionaries: `join_deltas` puts each one after its length (4 bytes).
 
-How the values of an entry become bytes stands in `rows`; what deltas do to a table, in `dictionary`.
+`rows` encodes the values of an entry; `dictionary` applies deltas to a table.
 """
 
 from __future__ import annotations

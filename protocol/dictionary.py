@@ -11,12 +11,12 @@ Why not the whole table each time: at full precision it is 4 to 8 times the byte
 one rounding (a bf16 cast of a projector leaves it 2.4e-3 off orthogonal). Why not the difference of successive masters:
 each one adds a rounding error that nothing takes away again, and the ends drift apart like a random walk.
 
-How a delta becomes bytes stands in `delta`. With each one the
+`delta` encodes a delta as bytes. With each one the
 distance to a constant master shrinks to 2^-24 (fp32), 2^-8 (bf16), 1/254 or 1/14 of it, down to its last bit.
 
 The digest covers the version and the *whole resulting table*, not the deltas that led there: those would not show an
 end that adds differently or restored another table, and a table alone (a checkpoint, a snapshot) could not be verified.
-It costs a pass of 0.7 ms a MB. Damage to a delta that leads to the very same table is no damage.
+It costs a pass of 0.7 ms a MB. Damage to a delta that still leads to the same table does no harm.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What an input of the automaton `protocol.rollback` asks the node for, as frozen dataclasses.
+"""What the state machine `protocol.rollback` asks the node to do after an input, as frozen dataclasses.
 
-The automaton neither sends nor stops anything itself: it returns a list of these, and the node carries them out in
-order. Why not callbacks: a list can be compared, and nobody calls into the automaton while it is in the middle of a
-change.
+It neither sends nor stops anything itself: it returns a list of these, and the node carries them out in
+order. Why not callbacks: a list can be compared in a test, and nothing calls into the state machine while it is in
+the middle of a change.
 """
 
 from __future__ import annotations

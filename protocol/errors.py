@@ -1,4 +1,5 @@
-"""Who is to blame, in the type: the peer (RemoteProtocolError) or this node's own code (LocalProtocolError).
+"""The errors of the protocol: their type says who is at fault, the peer (RemoteProtocolError) or this node's own code
+(LocalProtocolError).
 
 A remote fault closes that one connection, with a code that both ends print; it never ends the process. The codes are
 a closed vocabulary so that tests, metrics and people can tell faults apart without reading prose.

@@ -1,8 +1,8 @@
-"""Who may talk on a link: what a node says of itself, and what it holds its neighbour to.
+"""Which peer may talk on a link: what a node says of itself in its greeting, and what it checks in its neighbour's.
 
 Two nodes that would compute different things must find out before a tensor moves, and whoever reads the log of either
 must see both values and what to do. So every rule is one row (fault, name, their value, ours), checked in order from
-"do we speak one language" to "are we in one attempt of one run".
+"do we speak the same protocol" to "are we in the same generation of the same run".
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A codec's header: a small map that travels as msgpack inside a message's head, and the checks that keep it small.
 
-What a codec has to say beside its bytes (shape, versions, scales) changes with the codec, so the envelope does not
-spell it out. It is the one place where a peer chooses a *structure*, and msgpack amplifies: one byte on the wire can be
+What a codec sends beside its bytes (shape, versions, scales) depends on the codec, so the envelope has no fields for
+it. It is the one place where a peer chooses a *structure*, and msgpack amplifies: one byte on the wire can be
 an empty map of 64 bytes in memory, and a claim of a long array makes the parser set that much aside. So the number of
 values, their depth and their kinds are bounded as well as the bytes. Why not JSON: no bytes, no exact floats. Why not
-pickle: it runs what it is told.
+pickle: it runs code from its input.
 
-Both directions obey one law: `encode_header` refuses whatever `decode_header` would. A header that only the peer
+Both directions follow one rule: `encode_header` refuses whatever `decode_header` would. A header that only the peer
 refuses would be kept, sent again after the reconnect, and refused for ever.
 """
 

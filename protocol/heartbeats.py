@@ -1,12 +1,12 @@
-"""What all stages need to know of all: which stage nobody serves, and how old the oldest copy of a state is.
+"""Two figures that every stage needs to know of all stages: which stage is missing, and how old the oldest copy is.
 
-Every Heartbeat carries both, over its sender and all on the sender's other side. A stage joins what it last heard from
-one side with what is so here and tells the other side, so that everybody knows after as many Alives as there are
-boundaries. Why not a table of all stages: of either figure only the least is of use, and on a chain nothing comes back
-to who said it, so that one number a side is enough, however long the chain is.
+Every Heartbeat carries both, for its sender and all stages on the sender's other side. A stage combines what it last
+heard from one side with its own state, and tells the other side. So all know after as many Heartbeats as there are
+boundaries. Why not a table of all stages: of either figure only the least is of use, and on a chain a figure never
+comes back to its sender, so one number for each side is enough, however long the chain is.
 
-The two differ when a neighbour goes. What it said of who is missing is void, since it is missing itself. What it said
-of copies stays: whoever takes its place may have to begin from one of them.
+The two differ when a neighbour is lost. What it said of missing stages is void, since it is missing itself. What it
+said of copies stays: the process that takes its place may have to begin from one of them.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
 A *message* is what one stage tells its neighbour: an activation, a gradient, a loss. It is cut into *frames* of at
 most `Limits.chunk_bytes` so that a small control frame can pass between two parts of a large tensor. Protobuf is the
-envelope (its parser is fuzzed and bounded); codec headers are msgpack, because what a codec has to say changes with
+envelope (its parser is fuzzed and bounded); codec headers are msgpack, because their content depends on
 the codec. Why not one protobuf message with the tensor inside: serialising it would copy the tensor twice more, and a
 receiver would allocate what the sender claims. Here the receiver knows the most a message may hold from its own
 configuration (`Limits.message_bytes`) and refuses more before it allocates.
 
 `decode_frame` never raises anything but RemoteProtocolError, whatever the bytes. What it refuses in a message's head,
 `split` and `encode_frame` refuse as this node's own fault: a frame that only the peer refuses would be kept, sent again
-after the reconnect, and refused for ever. Protobuf alone is too lenient: it passes over what it does not know and takes
-the last of several bodies, so one flipped bit can make a goodbye of a chunk. Hence a frame has to be exactly what its
-fields say. Only a greeting of another version may hold more, or it could not be refused for its version.
+after the reconnect, and refused for ever. Protobuf alone is too lenient: it ignores what it does not know and takes
+the last of several bodies, so one flipped bit can turn a chunk into a goodbye. So a frame must have exactly the bytes
+of its fields. Only a greeting of another version may hold more, or it could not be refused for its version.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""A measurement of the path between two machines: its frames, its bounds, and what the side that answers goes by.
+"""A measurement of the path between two machines: its frames, its bounds, and the rules of the side that answers.
 
-Who asks opens a stream of the method Probe and says its terms; the other side answers with the terms that it will keep
-to, which are the wish cut down to its own limits. Then, in this order: echoes, one at a time; a turn, after which the
-answering side sends filler until it is done; filler of the asking side until that is done; what arrived of it. The
-receiver of filler measures, because a sender sees only how fast its own buffers take what it writes.
+The asking side opens a stream of the method Probe and sends its terms. The other side answers with the terms that it
+accepts: the same numbers, reduced to its own limits. Then follow, in this order: echoes, one at a time; a turn, after
+which the answering side sends filler until it is done; filler of the asking side until that is done; and how much of
+that arrived. The receiver of filler measures, because a sender sees only how fast its own buffers take what it writes.
 
-Or it pays a visit: who are you, how late is it there, can you dial me back? Whether a machine can be reached cannot be
-seen from that machine. The other side dials the address that the visit comes from and no other, says a knock there that
-whoever asked can tell from a stranger's, and hangs up; so it is of no use to reach anybody else.
+Or it sends an info request: who are you, what is your time, can you connect back to me? A machine cannot see by itself
+whether others can reach it. The other side connects to the address from which the request came and to no other, sends a
+proof there that the asker can tell from a stranger's, and closes. So nobody can use it to reach another machine.
 
-Why not in the streams of a run: a path is measured before there is a run, by whoever can reach the port, so nothing of
-a run may depend on it. Hence limits of this side alone: a wish of any size is cut down and allocates nothing, and what
+Why not in the streams of a run: a path is measured before there is a run, by anyone who can reach the port, so nothing
+of a run may depend on it. So only the limits of this side count: large terms are reduced and allocate nothing, and what
 goes beyond the terms is refused. `decode_probe` raises RemoteProtocolError and nothing else, whatever the bytes.
 """
 

@@ -1,9 +1,10 @@
-"""Putting a message together from its parts, in memory that this node chose.
+"""Putting a message together from its chunks, in memory whose size this node chose.
 
-The buffer is as long as the head announces, which `decode_frame` has held against `Limits.message_bytes`; one message
-is under way at a time. What a received message costs of the credit is counted here: its data, and `MESSAGE_COST_BYTES`
-for the head and the objects around it. Counting by message and not by chunk makes the price independent of how the peer
-cuts, so a buffer that can hold one message can always be filled with one, whatever chunk size the other end is set to.
+The buffer is as long as the head announces, which `decode_frame` has checked against `Limits.message_bytes`; one
+message is under way at a time. What a received message costs of the credit is counted here: its data, and
+`MESSAGE_COST_BYTES` for the head and the objects around it. Counting by message and not by chunk makes the price
+independent of how the peer cuts, so a buffer that can hold one message can always be filled with one, whatever chunk
+size the other end is set to.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""What a node tells all others of itself, and a run of its configuration: records in a distributed hash table.
+"""Records in a distributed hash table (DHT): what a node announces of itself, and the configuration of a run.
 
-A node's record says which stage it serves, where it listens, how far it is. It is written under the run's key, in a
-place of the node's own that nobody else can sign for, and renewed well before it goes stale, so its age says whether
-its node lives. Stale ones stay for a while: who comes later sees from them that the run has begun, and which stage lost
-its node first.
+A node's record says which stage it serves, where it listens, and how many steps it has done. It is written under the
+run's key, in a place of the node's own that nobody else can sign for. It is renewed well before it goes stale, so its
+age shows whether its node is alive. Stale records stay for a while: they show a new node that the run has begun, and
+which stage lost its node first.
 
-Anybody may write into the table, so what is read is a stranger's. A record that is malformed or of another run,
+Anybody may write into the table, so nothing that is read is trusted. A record that is malformed or of another run,
 configuration or version is left out and counted by its fault, never an error: one stranger must not keep a swarm from
 finding itself. Why not JSON: no difference between 1 and 1.0, and no bound on depth before it is parsed.
 """

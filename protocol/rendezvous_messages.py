@@ -1,12 +1,12 @@
-"""What is asked at the rendezvous of a swarm, and answered there: where the DHT is, which run, and "can you reach me?".
+"""Question and answer at the rendezvous of a swarm: where the DHT is, which run it has, and "can you reach me?".
 
-A DHT is entered by an address that names the peer's key, which nobody types. So each node, and each lone bootstrap,
-tells it on its own gRPC port (method Swarm) to whoever knows host:port; and the run's configuration with it, so that a
-new machine needs nothing else. One question, one answer, both small maps with strict bounds
-(`protocol.strict_msgpack`).
+To enter a DHT one needs an address that contains the peer's key, which nobody wants to type. So each node, and each
+bootstrap, answers on its own gRPC port (method Swarm) to whoever knows its host:port. The answer also holds the run's
+configuration, so a new machine needs nothing else. There is one question and one answer, both small maps with strict
+bounds (`protocol.strict_msgpack`).
 
-`Reach` asks the other side to dial back: only that shows whether an announced address is one. It is answered for the
-asker's own machine alone, or a rendezvous would scan its network for strangers.
+`Reach` asks the other side to connect back: only that shows whether an announced address works. It is answered only for
+the asker's own machine, or a rendezvous would scan its network for strangers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Schedules: in which order one pipeline stage works through the microbatches of a training step.
 
-A schedule is a pure stream of actions. It says nothing of time, threads or links: the runtime executes the stream, the
+A schedule is a pure stream of actions. It contains no time, threads or links: the runtime executes the stream, the
 simulator charges it to a virtual clock, and the one-process reference walks the merged streams of all stages, so all
 three do the same arithmetic in the same order. Transfers are implied: `Forward(m)` at stage s waits for the activation
 of m from s-1, `Backward(m)` or `InputGradient(m)` for its gradient from s+1 (see `prerequisites`), and each result
@@ -26,9 +26,9 @@ A flushing schedule is one number per stage, the depth: run `depth` forwards, th
 
 Bounded links stay free of deadlock while depths never rise downstream and fall between neighbours by at most the
 messages that both directions of their boundary can hold together: the downstream stage then works off enough forwards,
-and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none, and a
-hop by as much more; nodes hold two messages at each of four places of a boundary, so RTT_RATIO_MAX is what they can
-take.
+and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none, and
+`rtt_ratio` by as much more; nodes hold two messages at each of four places of a boundary, so RTT_RATIO_MAX is what they
+can take.
 
 Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
 """

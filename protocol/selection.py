@@ -1,4 +1,4 @@
-"""Which entries of a dictionary the next change covers: a fixed budget, and four ways to spend it.
+"""Which entries of a dictionary the next change covers: a fixed number, and four ways to choose them.
 
 full     all of them, whatever the divisor.
 random   a subset drawn anew for each message, as in MAPL's streaming codebook synchronisation (arXiv 2606.05484).

@@ -1,10 +1,9 @@
-"""Small maps as msgpack, of a schema that both sides know: what records in the DHT and the rendezvous of a swarm
-consist of.
+"""Small msgpack maps with a schema that both sides know, for the records in the DHT and the messages of the rendezvous.
 
-Every key has to be there and no other may be, every value has exactly the type that the schema says (a bool is no
+Every key must be there and no other, and every value has exactly the type that the schema says (a bool is no
 number, an integer no float) and lies within its bounds. So what has been read needs no second look, and what a stranger
 can make this node hold is bounded by the bytes that it may send. Why not pydantic: its coercions are meant for people
-who write files; here "1" for 1 is a fault. Both directions obey one law: `pack` refuses whatever `unpack` would.
+who write files; here "1" for 1 is a fault. Both directions follow one rule: `pack` refuses whatever `unpack` would.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a message weighs on the wire: gRPC's and HTTP/2's own headers, counted by rule.
+"""The size of a message on the wire, with the headers of gRPC and HTTP/2, computed by rule.
 
 Reports state *framed* bytes, because a codec that sends many small messages pays for headers that a count of payloads
 hides. A gRPC message travels as a length-prefixed byte string (one flag byte, a 4-byte length: gRPC over HTTP/2,
@@ -8,7 +8,7 @@ frame holds at most SETTINGS_MAX_FRAME_SIZE bytes, initially 16384 (section 6.5.
 Why a rule and not a reading of the socket: gRPC hides its sockets, and the rule gives every process the same number
 for the same message, so that both ends of a link agree to the byte. Left out, since they belong to no single message:
 the connection preface, HEADERS, SETTINGS, WINDOW_UPDATE and PING frames, TLS records, TCP and IP. A peer may also
-advertise larger frames than 16384, which makes the true figure smaller by at most 9 bytes in 16384 (0.06 %).
+advertise larger frames than 16384, which makes the real figure smaller by at most 9 bytes in 16384 (0.06 %).
 """
 
 from __future__ import annotations

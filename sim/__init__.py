@@ -1,1 +1,1 @@
-"""Thin links without thin links: the link model, a local swarm of processes, and what is measured on it."""
+"""Thin links simulated on one machine: the link model, a local swarm of processes, and what is measured on it."""

@@ -713,7 +713,7 @@ def test_a_copy_takes_the_place_of_nothing_that_is_not_its_own(tmp_path: Path) -
     other.write(snapshot(6), generation=0, written_s=0)
     file = tmp_path / "file"
     file.write_bytes(b"something else")
-    with pytest.raises(CheckpointError, match="its digest is another one"):
+    with pytest.raises(CheckpointError, match="its digest differs"):
         store.adopt(other.manifest(6), file)
     assert file.exists()
     assert store.steps() == [5]

@@ -290,9 +290,9 @@ def test_what_a_run_computes_does_not_change_when_it_goes_on(
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--overwrite"], "--resume goes on with a run, --overwrite replaces one; leave one away"),
-        (["--out", "elsewhere"], "goes on where it is and not in elsewhere; leave --out away"),
-        (["--one-process"], "only a swarm writes checkpoints; leave --one-process away"),
+        (["--overwrite"], "--resume goes on with a run, --overwrite replaces one; omit one"),
+        (["--out", "elsewhere"], "stays in its directory, not elsewhere; omit --out"),
+        (["--one-process"], "only a swarm writes checkpoints; omit --one-process"),
     ],
 )
 def test_what_contradicts_going_on(has_started: Begun, options: list[str], named: str) -> None:

@@ -149,7 +149,7 @@ def test_one_visitor_is_dialled_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
         async with neighbour() as address:
             first = asyncio.create_task(visit(address, port=1, token=TOKEN))
             await dialling.wait()
-            with pytest.raises(ProbeError, match="dials another visitor back"):
+            with pytest.raises(ProbeError, match="is connecting back to another machine"):
                 await visit(address, port=1, token=TOKEN)
             assert (await visit(address, port=0, token=TOKEN)).outcome is None  # who asks for nothing is answered
             hangs.set()
@@ -240,8 +240,8 @@ def test_over_tls_and_without_the_keys_for_it(tmp_path: Path) -> None:
     assert plain.state == "fault"
     assert "TLS" in plain.found
     for questions, expected in (
-        (Questions(listen="0.0.0.0:0"), r"--listen 0\.0\.0\.0:0 leaves this machine, so it needs --keys DIR"),
-        (Questions(to="192.0.2.7:1"), r"--to 192\.0\.2\.7:1 leaves this machine"),
+        (Questions(listen="0.0.0.0:0"), r"--listen 0\.0\.0\.0:0 connects to other machines, so it needs --keys DIR"),
+        (Questions(to="192.0.2.7:1"), r"--to 192\.0\.2\.7:1 connects to other machines"),
         (Questions(to="192.0.2.7:1", keys=tmp_path / "none"), "none"),
     ):
         found = found_with(questions)

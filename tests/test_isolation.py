@@ -154,7 +154,7 @@ def test_without_tc_nothing_is_touched(settings: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (("--isolate", "docker"), "--isolate: there is no 'docker'; it is netns, or left away"),
+        (("--isolate", "docker"), "--isolate: there is no 'docker'; say netns, or omit it"),
         (("--isolate", "netns", "--one-process"), "one process has no links to cap"),
     ],
 )

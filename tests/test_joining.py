@@ -209,7 +209,7 @@ def test_the_loser_of_a_race_takes_another_stage() -> None:
     table.later.append((1001, claim_the_same))
     held, _ = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
     assert {held.stage, table.written[5][0].stage} == {0, 1}
-    assert "whose claim is better; looks for another one" in table.said[0]
+    assert "whose claim takes precedence; looks for another one" in table.said[0]
 
 
 def test_an_explicit_stage_that_is_served_is_refused() -> None:
@@ -228,7 +228,7 @@ def test_an_explicit_stage_whose_machine_is_off_is_waited_for() -> None:
     table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE
     held, has_started = take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
     assert (held.stage, has_started) == (1, True)
-    assert "waits for its record to go stale" in table.said[0]
+    assert "waiting until its record goes stale" in table.said[0]
     table = Table()
     table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE
     table.write(other(1))
@@ -363,7 +363,7 @@ def test_a_configuration_arrives_as_it_left_less_its_places() -> None:
     assert verified(loud, "a:1").watch.prometheus == ""
     assert arrived.checkpoint.directory is None
     evil = replace(record, toml=record.toml + "\n[checkpoint2]\nx=1\n")
-    with pytest.raises(ConfigError, match="told by a:1: unknown section"):
+    with pytest.raises(ConfigError, match="from a:1: unknown section"):
         verified(evil, "a:1")
     placed = dump_config(mine)
     assert "/there" in placed
@@ -403,7 +403,7 @@ def test_only_what_is_local_may_be_overridden() -> None:
     assert (mine.link.link, mine.data.source, mine.checkpoint.every) == ("80mbit,5ms", "text.txt", 7)
     with pytest.raises(ConfigError, match=r"run\.steps changes what the run computes: its fingerprint would be"):
         agreed(record, "a:1", None, {"run.steps": 7, "link.link": "80mbit,5ms"})
-    with pytest.raises(ConfigError, match="nobody at a:1 knows of a run; give its --config"):
+    with pytest.raises(ConfigError, match="no node at a:1 knows of a run; give its --config"):
         agreed(None, "a:1", None, {})
 
 
@@ -475,7 +475,7 @@ def test_one_run_with_two_machines_settings_is_one_run(monkeypatch: pytest.Monke
     discovery = Discovery.__new__(Discovery)  # without its process
     assert discovery.runs() == ([one, another], Counter())
     wish = joining.JoinOptions(join=(), stage=0)
-    with pytest.raises(ConfigError, match="several runs are told of"):
+    with pytest.raises(ConfigError, match="this DHT has several runs"):
         joining._from_dht(wish, discovery)
     path = tmp_path / "run.toml"
     path.write_text(dump_config(config(run__name="demo", optim__clip=0.5)))
@@ -519,7 +519,7 @@ def test_ports_are_settled_before_they_are_told() -> None:
     here = place("127.0.0.1:0", "a.example:99", 5, free, "192.0.2.7")
     assert (here.listen, here.endpoint) == ("127.0.0.1:40000", "a.example:99")
     assert str(here.dht_announce) == "/dns/a.example/tcp/5"
-    with pytest.raises(ListenError, match="not host:port as others could dial it"):
+    with pytest.raises(ListenError, match="not a host:port that others could connect to"):
         place("127.0.0.1:0", "a.example:0", None, free, "192.0.2.7")
 
 
@@ -669,11 +669,11 @@ def test_plain_text_does_not_leave_the_machine_because_a_record_says_so() -> Non
     found, said = asyncio.run(story(Security()))
     assert found == [None, None, "127.0.0.1:9"]
     assert len(said) == 1
-    assert "stage 2 is told to be at 192.0.2.7:9, which leaves this machine and is not dialled" in said[0]
+    assert "stage 2 is announced at 192.0.2.7:9, on another machine" in said[0]
     found, said = asyncio.run(story(Security(insecure=True)))
     assert found[:2] == ["192.0.2.7:9"] * 2
     assert not said
-    with pytest.raises(RendezvousError, match=r"192\.0\.2\.7:9 leaves this machine"):
+    with pytest.raises(RendezvousError, match=r"192\.0\.2\.7:9 connects to other machines"):
         asyncio.run(ask_rendezvous("192.0.2.7:9"))
 
 
@@ -789,7 +789,9 @@ def test_who_is_no_door_is_named() -> None:
             await context.write(b"\x93\x01\x02\x03")
 
         async with serving("127.0.0.1:0", {"Swarm": liar}) as port:
-            with pytest.raises(RendezvousError, match="answers, but not as a swarm's rendezvous does: malformed-frame"):
+            with pytest.raises(
+                RendezvousError, match="answers, but not like the rendezvous of a swarm: malformed-frame"
+            ):
                 await ask_rendezvous(f"127.0.0.1:{port}")
 
     asyncio.run(story())

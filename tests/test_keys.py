@@ -237,7 +237,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
         lambda d: foreign(d, "authority.crt"),
         r"the certificate is from another authority than this run's; node\.crt and authority\.crt have to come",
     ),
-    "a certificate of no run": (unnamed, r"the certificate cannot be used: it names no run of thinpipe's; issue one"),
+    "a certificate of no run": (
+        unnamed,
+        r"the certificate cannot be used: it does not name a run of thinpipe; issue one",
+    ),
     "a node's certificate for the authority's": (swap, r"authority\.crt is not an authority's certificate"),
 }
 
@@ -357,7 +360,7 @@ WRONG = [
     (["node", "--config", "{dir}/run.toml", "--stage", "1", "--listen", "0.0.0.0:0"], r"needs --keys DIR"),
     (
         ["node", "--config", "{dir}/run.toml", "--stage", "0", "--next", "10.9.8.7:1"],
-        r"--next 10\.9\.8\.7:1 leaves this",
+        r"--next 10\.9\.8\.7:1 connects to other machines",
     ),
     (
         ["node", "--config", "{dir}/run.toml", "--stage", "0", "--next", "[::1]:1", "--keys", "{dir}/none"],
@@ -365,10 +368,10 @@ WRONG = [
     ),
     (
         ["node", "--config", "{dir}/run.toml", "--stage", "0", "--next", "[::1]:1", "--keys", "{dir}", "--insecure"],
-        r"--keys and --insecure contradict each other; leave one away",
+        r"--keys and --insecure contradict each other; omit one",
     ),
-    (["probe", "--listen", "0.0.0.0:0"], r"--listen 0\.0\.0\.0:0 leaves this machine, so it needs --keys DIR"),
-    (["probe", "--to", "10.9.8.7:1"], r"--to 10\.9\.8\.7:1 leaves this machine, so it needs --keys DIR"),
+    (["probe", "--listen", "0.0.0.0:0"], r"--listen 0\.0\.0\.0:0 connects to other machines, so it needs --keys DIR"),
+    (["probe", "--to", "10.9.8.7:1"], r"--to 10\.9\.8\.7:1 connects to other machines, so it needs --keys DIR"),
     (["probe", "--to", "127.0.0.1:1", "--keys", "{dir}/none"], r"none is no directory of keys"),
     (["up", "--one-process", "--keys", "{dir}", "--out", "{dir}/run"], r"--keys: one process has no links to secure"),
     (["up", "--keys", "{dir}/none", "--out", "{dir}/run"], r"none is no directory of keys"),
@@ -389,7 +392,7 @@ def test_what_stays_on_this_machine_needs_no_keys(node: Path) -> None:
         assert choose(None, insecure=False, listen=address, dial=address) == PLAIN
     for address in ("0.0.0.0:7001", "[::]:7001", "10.77.0.1:7001", "localhost.example:7001", "[::ffff:127.0.0.1]:7001"):
         for where in ({"listen": address}, {"dial": address}):
-            with pytest.raises(KeysError, match="leaves this machine"):
+            with pytest.raises(KeysError, match="connects to other machines"):
                 choose(None, insecure=False, **where)
             assert choose(None, insecure=True, **where) == Security(insecure=True)
             assert choose(node, insecure=False, run="my-run", stages=[1], now=NOW, **where).keys

@@ -146,11 +146,14 @@ def test_people_see_it_and_may_have_a_picture(tmp_path: Path) -> None:
 REFUSED: list[tuple[list[str], str]] = [
     ([], "say how fast stages compute: --emulate 150m@4x66tflops, or --from a run"),
     (["--emulate", "tiny@4x1tflops", "--from", "runs"], "say how fast stages compute"),
-    (["--emulate", "tiny@4"], r"a pace is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, .*; got 'tiny@4'"),
-    (["--emulate", "tiny@4x0tflops"], r"a pace has to be above zero"),
-    (["--emulate", "tiny@4x5ms+0ms"], r"a pace has to be above zero"),
-    (["--emulate", "tiny@4x5min+1ms"], r"a pace is"),
-    (["--emulate", "8b@8of4x66tflops"], r"a pace cannot take 8 of 4 stages"),
+    (
+        ["--emulate", "tiny@4"],
+        r"an emulated machine is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, .*; got 'tiny@4'",
+    ),
+    (["--emulate", "tiny@4x0tflops"], r"the emulated speed or times have to be above zero"),
+    (["--emulate", "tiny@4x5ms+0ms"], r"the emulated speed or times have to be above zero"),
+    (["--emulate", "tiny@4x5min+1ms"], r"an emulated machine is"),
+    (["--emulate", "8b@8of4x66tflops"], r"an emulated machine cannot have 8 of 4 stages"),
     (["--emulate", "huge@4x1tflops"], r"unknown model.preset 'huge'"),
     (["--emulate", "tiny@64x1tflops"], r"64 stages, but the model has 4 layers"),
     (["--emulate", "tiny@4x1tflops", "--link", "300"], r"link '300'"),
@@ -176,7 +179,7 @@ def test_a_pace_is_spelled_one_way() -> None:
         preset="1b", stages=4, whole=4, seconds=(0.005, 0.01)
     )
     for text in ("", "150m", "150m@4x66", "150m@0x66tflops", "150M@4x66tflops", "150m@4x-1tflops", "150m@4x5ms"):
-        with pytest.raises(ConfigError, match="a pace is"):
+        with pytest.raises(ConfigError, match="an emulated machine is"):
             EmulatedMachine.parse(text)
 
 

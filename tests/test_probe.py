@@ -218,7 +218,7 @@ def test_a_node_in_a_run_answers_round_trips_only() -> None:
     assert found["in_a_run"]
     assert found["round_trip"]["median_s"] > 0
     assert (found["up"]["measured_bits_per_s"], found["down"]["measured_bits_per_s"]) == (None, None)
-    assert found["warnings"] == ["there:1 is in a run, so rates are not measured: its wire is not to be filled"]
+    assert found["warnings"] == ["there:1 is in a run, so rates are not measured: a probe must not fill its link"]
 
 
 def test_a_listener_is_in_a_run_from_its_neighbours_first_word_on() -> None:
@@ -387,7 +387,7 @@ def test_a_link_to_nowhere_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with _other_program(b"HTTP/1.0 400 Bad Request\r\n\r\n") as address:
         assert f"something listens at {address}, but it is not thinpipe" in said_of(["--to", address], 2)
     with _other_program(None) as address:
-        assert f"{address} takes connections and says nothing within 0.5 s" in said_of(["--to", address], 1)
+        assert f"{address} accepts connections but does not answer within 0.5 s" in said_of(["--to", address], 1)
 
 
 @contextmanager

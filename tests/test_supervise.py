@@ -542,7 +542,7 @@ def test_a_health_file_that_cannot_be_written_is_said_once(tmp_path: Path) -> No
     kept = Supervisor(Assignment(run=tmp_path, stage=0, peers=["a:1"], steps=1, health=healthy), said.append)
     kept._healthy("step 1")
     kept._healthy("step 2")
-    assert said == [f"cannot write {healthy}: Is a directory; what reads it sees no progress"]
+    assert said == [f"cannot write {healthy}: Is a directory; a health check of it sees no progress"]
     healthy.rmdir()
     kept._healthy("step 3")
     assert healthy.read_text() == "step 3\n"

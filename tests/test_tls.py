@@ -237,7 +237,7 @@ def test_a_certificate_that_ends_during_the_run(made: dict[str, Security], tmp_p
         issue([stage], tmp_path / "authority", tmp_path / str(stage), days=1, now=began - timedelta(days=1) + left)
     upper, lower = (Security(load(tmp_path / str(stage), now=began)) for stage in (0, 1))
     assert upper.warning
-    assert "connections that stand then stay" in upper.warning
+    assert "open connections stay" in upper.warning
     assert made["0"].warning is None
 
     async def story() -> None:

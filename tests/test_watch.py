@@ -476,7 +476,7 @@ def test_a_port_that_is_taken_is_one_line_and_leaves_nothing(command: str, tiny:
     (line,) = result.stderr.strip().splitlines()
     assert line == (
         f"thinpipe: error: cannot serve figures at 127.0.0.1:{port}: the port is in use; choose another --prometheus, "
-        "or leave it away"
+        "or omit it"
     )
     assert not list(out.glob("*"))
 

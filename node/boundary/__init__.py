@@ -1,1 +1,1 @@
-"""A node's own half of a boundary's codec: from tensors to messages and back, and what it learns on the way."""
+"""A node's own half of a boundary's codec: from tensors to messages and back, with the tables that it learns."""

@@ -1,4 +1,5 @@
-"""Between a stage's tensors and its links' messages: each node's own half of the codec at each of its boundaries.
+"""The step between a stage's tensors and its links' messages: each node's own half of the codec at each of its
+boundaries.
 
 `DownstreamEndpoint` is the sender's half of the boundary below this stage (it encodes activations and decodes
 gradients), `UpstreamEndpoint` the receiver's half of the boundary above (the reverse). They are separate classes

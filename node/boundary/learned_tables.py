@@ -1,6 +1,6 @@
 """Both ends of a learned table: codec tensors on one side, the dictionary protocol on the other.
 
-`TableOwner` turns the owner's master into versioned changes and says what the other end holds once they have arrived;
+`TableOwner` turns the owner's master into versioned changes, and gives the table that the other end holds after them;
 `TableReplica` follows them. `compress` knows nothing of versions and `protocol` nothing of tensors; this is where they
 meet. Tables are numpy arrays on the CPU, and each version that reaches a device is a fresh copy: the backward pass may
 still need the one before.

@@ -1,10 +1,10 @@
-"""Messages that are packed behind the compute, in order, by whoever needs one first.
+"""A queue of messages that are packed in order, beside the compute, by whichever thread needs one first.
 
 A stage computes on one thread and packs on another, and packing has state: what rounding left of a projector's
 gradient, a codebook that learns from what it codes. A checkpoint is taken between two steps, when the last tensors of
-the step may still wait for the packing thread, and it must not depend on how far that is. So each tensor is handed to
-`submit` in the order of the schedule; the packing thread asks for its message when the link has room, and `flush` packs
-all that waits. Either way the order is the same, and so are the bytes.
+the step may still wait for the packing thread, and it must not depend on how far that thread is. So each tensor is
+handed to `submit` in the order of the schedule; the packing thread asks for its message when the link has room, and
+`flush` packs all that waits. Either way the order is the same, and so are the bytes.
 
 Why not wait for the packing thread: it waits in turn for a link that may be slow, or cut.
 """

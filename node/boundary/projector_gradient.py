@@ -1,8 +1,9 @@
 """The receiver's half of a learned table's gradient, once a step: a message of its own, with error feedback.
 
-A fresh, noisy quantity each step: the difference to the last one is larger than itself, and a subset of its rows points
-elsewhere, so it is coded directly. Rounding to nearest, because what rounding takes is not lost but comes with the next
-step's (error feedback: Seide et al., Interspeech 2014; Karimireddy et al., arXiv 1901.09847).
+It is a fresh, noisy quantity in each step: its difference to the last one is larger than itself, and a subset of its
+rows points in another direction, so it is coded directly. It is rounded to nearest, because what rounding leaves out is
+not lost but comes with the next step's (error feedback: Seide et al., Interspeech 2014; Karimireddy et al., arXiv
+1901.09847).
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A table as both ends of a boundary know it, as what a checkpoint holds of it, and under a new generation's name.
+"""A learned table in a checkpoint, and giving it a version of the new generation after a rollback.
 
-A run that was rolled back counts a new generation, and both ends then name the tables that they hold with it, by the
-same arithmetic (`reissued`). Why not leave the old names: a replayed step may be written to disk in two generations,
-and ends that restored one of each would hold the same table under two names.
+After a rollback the run is in a new generation, and both ends give the tables that they hold new versions with its
+number, by the same arithmetic (`reissued`). Why not keep the old versions: a replayed step may be written to disk in
+two generations, and two ends that restored one of each would hold the same table under two versions.
 
-What a digest of the training's state sees is the table and the place in the training where it was made; the generation
-and the table's own digest, which hold it, are kept beside that.
+The digest of the training's state covers the table and the step in which it was made. The generation, and the table's
+own digest, which covers the generation, are kept beside it.
 """
 
 from __future__ import annotations

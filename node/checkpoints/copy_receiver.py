@@ -1,8 +1,9 @@
-"""A checkpoint of one stage on its way here from a neighbour, until it is whole and its digest is right.
+"""Receiving a copy of a neighbour's checkpoint, until it is complete and its digest is right.
 
-It outlives connections, so that the next one goes on where the last one broke. What `CopyReceiver` does touches the
-disk and belongs on a thread; a lock keeps apart a job whose connection is gone, which runs on in its thread, from those
-of the next one. Each offer gets a `Receiving` of its own, which is also the title to write: an earlier one is void.
+It outlives connections, so the next one continues where the last one broke. `CopyReceiver` writes to the disk, so its
+methods belong on a thread. A job whose connection is gone may still run in its thread; a lock keeps it apart from those
+of the next connection. Each offer gets a `Receiving` of its own, which gives the right to write: an earlier one is
+void.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Copies asked back: who takes a stage's place on a disk that lacks what the buddy has asks for it first of all.
+"""Getting copies back from the buddy: a process that takes a stage's place first fetches checkpoints that its disk
+lacks.
 
-Before, because from which steps it could go on is said once. It waits as long as anything comes, and for a buddy that
-is not there, without whom nobody could go on anyway; it gives up on one that is there and silent: an older step, or the
-first, is a worse place to go on from, but it is one.
+This comes first, because the process says only once from which steps it could go on. It waits as long as data arrives.
+It also waits for a buddy that is not there, because without it no stage could go on anyway. It gives up on a buddy that
+is there but silent: the run can still go on from an older step, or from the first.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A checkpoint of one stage on its way from here to a neighbour, part by part, for as long as both want it.
+"""Sending a copy of this stage's checkpoint to a neighbour, part by part, for as long as both want it.
 
 The parts that may leave together are read from the disk in one job on a thread, since passing a job there and back
-costs more than reading; each then leaves when the link has nothing else to do. Nothing is kept of what was sent: what a
-connection loses is read again.
+costs more than reading; each then leaves when the link has nothing else to do. Sent parts are not kept: what is
+lost with a connection is read again.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""Copies of checkpoints on a neighbour, so that a disk that is lost with its machine is not the loss of the stage.
+"""Copies of checkpoints on a neighbour, so that a stage is not lost when a disk is lost with its machine.
 
-Each stage has a *buddy*, the stage below it (the last one: the stage above), and trickles its newest checkpoint there
-while the link between them has nothing else to do: a part leaves only when no tensor waits, and takes its time from the
-same token bucket. Who takes a stage's place on a machine that has less than the buddy asks for what it lacks, before it
-says from which steps it could go on. Where both machines see one directory nothing is sent: the buddy looks there.
+Each stage has a *buddy*, the stage below it (the last one: the stage above). It sends its newest checkpoint there while
+the link between them has nothing else to do: a part leaves only when no tensor waits, and takes its time from the same
+token bucket. A process that takes a stage's place asks the buddy for what its own disk lacks, before it says from which
+steps it could go on. If both machines see one directory, nothing is sent: the buddy looks there.
 
 The frames travel on the control stream (`protocol.copy_transfer` says why, and who may send what), with a row of their
-own in the totals. Copies lie in <checkpoint.directory>/copies/stage-<i>/, as checkpoints do. Here is who says
-what when; how one goes is in copy_sender.py, how one comes in copy_receiver.py, and what is asked back in
-copy_restore.py.
+own in the account. Copies are in <checkpoint.directory>/copies/stage-<i>/, laid out as checkpoints are. This module
+decides which side sends what when. copy_sender.py sends a copy, copy_receiver.py receives one, and copy_restore.py gets
+them back.
 
 Why not erasure codes over all stages, or a store that everybody writes to: with a chain of thin links a copy over one
-hop is the least traffic that survives the loss of any one machine. Two neighbours lost at once may be one too many.
+hop is the least traffic that survives the loss of any one machine. The loss of two neighbours at once may lose a stage.
 """
 
 from __future__ import annotations

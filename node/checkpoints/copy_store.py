@@ -1,4 +1,4 @@
-"""What copy_service.py knows of a neighbour whose copies it keeps, and of one connection."""
+"""The state of copy_service.py: for a neighbour whose copies are kept here, and for one connection."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Names on a disk that a crash cannot tear: what `node.checkpoints.store` asks of a file system.
+"""Crash-safe writing: a directory on disk gets its final name only when its content is complete.
 
-Who writes puts everything into a directory with a temporary name (`temporary_name`, which ends in the process's
-number), flushes it, and renames it. So what bears a final name is whole, and what a dead process left can be told from
-what a living one is at.
+A writer puts everything into a directory with a temporary name (`temporary_name`, which ends in the process's number),
+flushes it, and renames it. So everything with a final name is complete, and what a dead process left can be told from
+what a living one is writing.
 """
 
 from __future__ import annotations

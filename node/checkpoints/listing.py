@@ -1,4 +1,4 @@
-"""What checkpoints a run has on this machine, over all its stages, as a person or a script wants to know it.
+"""A list of the checkpoints that a run has on this machine, over all its stages, for people and scripts.
 
 Only what all stages have of one step, written under one configuration, can be resumed. Nothing is changed here, and the
 configuration's digest is compared between the stages only: to compute the run's own takes its model and its data.

@@ -1,8 +1,8 @@
 """A checkpoint's manifest: whose state it is, after which step, and what its file of tensors must be.
 
-A small JSON file beside the tensors, so that a listing reads kilobytes and not gigabytes. It may be torn, damaged or
-from another machine, so it is read as a message from a stranger is: never more than a limit, by a strict schema
-(pydantic), in the one spelling in which it is written, and only if the digest that it carries of itself is right. Sizes
+A small JSON file beside the tensors, so that a listing reads kilobytes and not gigabytes. It may be incomplete, damaged
+or from another machine, so it is read like a message from a stranger: up to a limit, by a strict schema (pydantic), in
+the one spelling in which it is written, and only if the digest that it carries of itself is right. Sizes
 that it states are compared with what is there, and never used to allocate. Why not as metadata in the tensors' file:
 whether that file is whole could not be seen without hashing all of it.
 """

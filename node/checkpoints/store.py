@@ -1,4 +1,4 @@
-"""A stage's state on disk: a crash at any moment leaves whole checkpoints only, and they are read with suspicion.
+"""A stage's checkpoints on disk: a crash at any moment leaves only complete ones, and each is verified when it is read.
 
     <directory>/stage-<i>/step-<completed, 8 digits>/state.safetensors    all tensors of `Stage.snapshot`
                                                      manifest.json        whose it is, after which step, digests
@@ -202,7 +202,7 @@ class CheckpointStore:
         except OSError as error:
             raise CheckpointError(f"cannot read {state}: {error.strerror}") from None
         if found != manifest.file_sha256:
-            raise CheckpointError(f"the copy after {manifest.completed} steps is damaged: its digest is another one")
+            raise CheckpointError(f"the copy after {manifest.completed} steps is damaged: its digest differs")
 
         def fill(to: Path) -> Manifest:
             os.rename(state, to / STATE)

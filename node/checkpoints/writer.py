@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training: one thread, one snapshot at a time, and a failure is a line and no more.
+"""Writing checkpoints beside training: one thread, one snapshot at a time. A failure is only reported.
 
 Why a thread and not a process: the tensors are in this memory already, and hashing, writing and fsync let go of the
 interpreter. Why no queue: see `CheckpointWriter`.

@@ -1,2 +1,3 @@
-"""Who is in the swarm, and how one gets in: hivemind's DHT in a process of its own, rendezvous addresses, records,
-claims."""
+"""Discovery: which nodes are in the swarm, and how a node joins. hivemind's DHT in a process of its own, the
+rendezvous, records, and claims.
+"""

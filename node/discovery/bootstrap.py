@@ -1,8 +1,8 @@
-"""`thinpipe dht`: a member of the DHT that serves no stage and answers at the swarm's rendezvous, so that others find
-in.
+"""`thinpipe dht`: a member of the DHT that serves no stage and answers at the swarm's rendezvous, so that others can
+join.
 
-It keeps nothing that the swarm needs. Its members know each other once they are in, so its end is not noticed by them;
-one that comes later joins by any of them.
+It keeps nothing that the swarm needs. Members know each other once they have joined, so they do not notice its end. A
+node that comes later joins by any of them.
 """
 
 from __future__ import annotations

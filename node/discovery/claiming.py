@@ -1,8 +1,9 @@
-"""A node that comes takes a stage: the rules of `protocol.claims`, carried out over the DHT.
+"""How a new node takes a stage: the rules of `protocol.claims`, carried out over the DHT.
 
-Reads, claims, waits, reads again. A record whose endpoint refuses connections is dead at once, and need not go stale
-first: so a stage that crashed is taken over in seconds. Where every stage is served, the node waits as a spare: it
-costs nothing, and the next loss is mended without anybody being woken; it ends when the run is through.
+It reads, claims, waits, and reads again. A record whose endpoint refuses connections counts as dead at once, and need
+not go stale first. So a stage that crashed is taken over in seconds. If every stage is served, the node waits as a
+spare. That costs nothing, and the next lost node is replaced without human help. The spare ends when the run is
+complete.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ def _claim(environment: Environment, mine: NodeRecord) -> tuple[NodeRecord, bool
     if other := rival(seen, mine):
         environment.publish(replace(mine, state=NodeState.LEFT))
         raise StageTaken(
-            f"stage {mine.stage} goes to the node at {other.endpoint} ({other.state}), whose claim is better"
+            f"stage {mine.stage} goes to the node at {other.endpoint} ({other.state}), whose claim takes precedence"
         )
     mine = replace(mine, state=NodeState.STARTING)
     environment.publish(mine)
@@ -153,7 +154,7 @@ def _claim(environment: Environment, mine: NodeRecord) -> tuple[NodeRecord, bool
 
 def _still_on(seen: Sequence[Seen], mine: NodeRecord, steps: int) -> None:
     if is_finished(seen, steps):
-        raise RunFinished(f"run '{mine.run}' is through: all {steps} steps are done, so no stage needs a node")
+        raise RunFinished(f"run '{mine.run}' is complete: all {steps} steps are done, so no stage needs a node")
 
 
 def _wanted(
@@ -222,7 +223,8 @@ def _until_free(environment: Environment, mine: NodeRecord, stage: int, steps: i
             raise _served(holder)
         if len(first) == 1 and first[record.incarnation] == renewed_s:
             environment.say(
-                f"stage {stage} was served at {record.endpoint}, which is silent; waits for its record to go stale"
+                f"stage {stage} was served at {record.endpoint}, which does not answer; "
+                "waiting until its record goes stale"
             )
         environment.sleep(LOOK_AGAIN_S)
 

@@ -1,7 +1,8 @@
-"""A node's end of discovery: starts the process that holds hivemind.DHT (node/discovery/dht.py), and speaks in records.
+"""A node's end of discovery: starts the process that holds hivemind.DHT (node/discovery/dht.py), and reads and
+writes records.
 
-Everything here blocks, each wait with a deadline; whoever has an event loop calls it in a thread. If the DHT's process
-ends, what is asked of it raises DiscoveryError: the caller can live without, since neighbours that have met need no
+Everything here blocks, each wait with a deadline; a caller with an event loop calls it in a thread. If the DHT's
+process ends, every call raises DiscoveryError. Training can go on without it: neighbours that have met need no
 discovery until one is lost.
 """
 

@@ -4,13 +4,13 @@ hivemind brings a forked process, a daemon of another language (p2pd), an event 
 into whoever imports it, and it has to fork before gRPC and torch have threads. Here it has a process of its own, so
 that none of that is near training, memory that strangers fill is not the node's, and the node that needs no discovery
 never imports it. The node says what to publish and asks what others did; renewing is done here, for as long as the node
-vouches for its words, so a record stays fresh while a node builds its stage, and goes stale when the node hangs.
+confirms them, so a record stays fresh while a node builds its stage, and goes stale when the node hangs.
 
-Nobody is left behind: when the node's end of the pipe closes, however it died, all of this shuts down; and each child
+No process is left behind: when the node's end of the pipe closes, however it died, all of this shuts down. Each child
 (hivemind's process, p2pd) asks the kernel to be killed with its parent, for the case that this process is killed.
 
-What goes through the pipes is msgpack behind a length of four bytes, one answer for each question. What comes over the
-network has to pass the rules of `node.discovery.dht_records` before hivemind keeps it or hands it on.
+The pipes carry msgpack, each message after its length in four bytes, with one answer for each question. What comes over
+the network has to pass the rules of `node.discovery.dht_records` before hivemind keeps it or hands it on.
 """
 
 from __future__ import annotations

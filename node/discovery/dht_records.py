@@ -1,17 +1,17 @@
 """Which records of the DHT a node keeps and hands on: those that their owners signed, of bounded size and number.
 
-hivemind's own rule is one signature check. On top of it, here:
+hivemind's own rule is one signature check. This module adds:
 
 - A record has the form of ours (`acceptable`), before hivemind parses it.
-- What strangers have had kept here is counted, and has a bound (`Held`). What is only read is not counted: who asks
-  where its neighbours are must not be told nothing because other records fill its own shelf.
-- One bad record of a peer's answer is left out. hivemind drops the whole answer, so that one peer that answers with
-  ours and a forged one would hide ours.
+- Records that strangers store here are counted and bounded (`Held`). Records that are only read are not counted: a
+  node that asks where its neighbours are must get an answer even if other records fill its own store.
+- One bad record of a peer's answer is left out. hivemind drops the whole answer, so a peer could hide our record by
+  sending a forged one with it.
 - An answer is as fresh as its freshest record. hivemind believes the number beside it, and ends its search at one that
-  lies far enough ahead, so that one peer with an empty answer "until the year 9999" would be the only one heard.
+  lies far enough ahead, so that one peer with an empty answer "until the year 9999" would be the only one that counts.
 - A search gathers records in a dictionary of its own. hivemind merges a peer's answer into what is stored here, and
   takes over what the peer says of it besides, down to things that break the search.
-- A peer that names itself, or a friend, under ever nearer names is asked a few times and not until the search times out
+- A peer that appears again and again, under ever nearer names, is asked a few times and not until the search times out
   (`Asked`).
 """
 

@@ -1,7 +1,7 @@
-"""How a machine finds the swarm that it was told of: from addresses on a command line to a member of the DHT.
+"""How a machine enters the swarm: from the addresses of --join to a member of the DHT.
 
-An address is a rendezvous's `host:port`, which is asked for the rest, or a multiaddr. One that answers is enough; the
-others are said and left out, so that a list of bootstraps is worth more than its first entry.
+An address is the `host:port` of a rendezvous, which is asked for the rest, or a multiaddr. One that answers is enough.
+Those that do not are reported and left out, so a list of bootstraps is more reliable than one.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def ask_all_rendezvous(join: Sequence[str], say: Say, security: Security = PLAIN
     for answer in found:
         peers += seen_from(answer.host, answer.response.addresses)
     if not peers:
-        raise DiscoveryError(f"{found[0].address} tells no address of its DHT that can be dialled from here", 1)
+        raise DiscoveryError(f"{found[0].address} gives no address of its DHT that this machine can connect to", 1)
     return EntryPoints(rendezvous=tuple(found), peers=tuple(dict.fromkeys(peers))[:PEERS_MAX])
 
 
@@ -135,7 +135,9 @@ def place(
     endpoint = announce or host_port(inside, chosen)
     outside_host, _ = split_address(endpoint)
     if not is_endpoint(endpoint):
-        raise ListenError(f"--announce {endpoint}: not host:port as others could dial it, such as 192.0.2.7:7001")
+        raise ListenError(
+            f"--announce {endpoint}: not a host:port that others could connect to, such as 192.0.2.7:7001"
+        )
     announced = Multiaddr(host=outside_host, port=dht_port) if announce else None
     return MemberAddresses(
         listen=host_port(host, chosen),

@@ -1,8 +1,8 @@
-"""`thinpipe node --join`: from an address, and nothing else, to a node that serves a stage.
+"""`thinpipe node --join`: from nothing but an address to a node that serves a stage.
 
 In this order: ask at the rendezvous addresses; enter the DHT; learn the run's configuration and check it; claim a
-stage; say whether the run has begun. Then `node.host` runs the stage as it always does. The DHT's process is started
-before torch is imported here, since both take seconds.
+stage; find out whether the run has begun. Then `node.host` runs the stage as it always does. The DHT's process is
+started before torch is imported here, since both take seconds.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def _settle(options: JoinOptions, entry: EntryPoints, discovery: Discovery) -> t
     if len(shareable) > 1:
         lines = [f"{rendezvous.address}: '{run}' {short(digest)}" for (run, digest), rendezvous in shareable.items()]
         raise ConfigError(
-            f"the rendezvous addresses tell of different runs ({'; '.join(lines)}); join one, or say which by --run"
+            f"the --join addresses announce different runs ({'; '.join(lines)}); join one of them, "
+            "or choose a run with --run"
         )
     where = ", ".join(options.join)
     record = None
@@ -210,7 +211,7 @@ def _from_dht(options: JoinOptions, discovery: Discovery) -> RunRecord | None:
             return runs[0]
         if runs:
             lines = ", ".join(f"'{run.run}' {short(run.configuration)}" for run in runs[:8])
-            raise ConfigError(f"several runs are told of in this DHT ({lines}); say which by --run or --config")
+            raise ConfigError(f"this DHT has several runs ({lines}); choose one with --run or --config")
     return None
 
 

@@ -1,7 +1,7 @@
-"""A node that serves its stage as a member of the swarm: it keeps its record current, finds the stage below anew at
-each dial, answers at the swarm's rendezvous, and finds out whether it can be reached where it says.
+"""A node that serves its stage as a member of the swarm: it keeps its record current, looks up the stage below before
+each connection, answers at the swarm's rendezvous, and checks that it can be reached at its announced address.
 
-None of it is needed while neighbours are connected. What fails here is said, once each time that it changes, and
+None of it is needed while neighbours are connected. What fails here is reported, once each time that it changes, and
 training goes on.
 """
 
@@ -199,8 +199,8 @@ class Membership:
             self._complain(report, str(error))
 
     async def _look_for_rivals(self, report: Report) -> None:
-        """Another node of this stage, whose claim is better, is said: which of the two it is, the neighbours decide. (A
-        stranger's record looks the same.)"""
+        """Another node of this stage, whose claim takes precedence, is reported. Which of the two is in the
+        run, the neighbours decide. (A stranger's record looks the same.)"""
         try:
             other = rival(await self.seen(), self.record)
         except DiscoveryError as error:
@@ -214,7 +214,8 @@ class Membership:
             report(
                 "stage-taken",
                 f"stage {self.record.stage} is served by process {other.incarnation:x} at {other.endpoint} too, whose "
-                "claim is better; if neighbours go there, stop this one, or start it again with --stage auto",
+                "claim takes precedence; if neighbours connect there, stop this one, or start it again with "
+                "--stage auto",
             )
         return None
 
@@ -223,14 +224,14 @@ class Membership:
             self._barred[stage] = endpoints[0]
             report(
                 "discovery",
-                f"stage {stage} is told to be at {endpoints[0]}, which leaves this machine and is not dialled: start "
-                "this node with --keys DIR (thinpipe keys issue makes one), or with --insecure, if whoever can reach "
-                "it may read and change the run",
+                f"stage {stage} is announced at {endpoints[0]}, on another machine; to connect there, start this "
+                "node with --keys DIR (thinpipe keys issue makes one), or with --insecure, which lets anyone who can "
+                "reach it read and change the run",
             )
 
     def _complain(self, report: Report, line: str) -> None:
         if line and line != self._complaint:
-            report("discovery", f"{line}; training goes on, but who comes may not find this node")
+            report("discovery", f"{line}; training goes on, but new nodes may not find this one")
         self._complaint = line
 
     def leave(self) -> None:
@@ -258,7 +259,7 @@ class Membership:
             report(
                 "unreachable",
                 f"this node is announced at {self.record.endpoint} and cannot be reached there {', nor '.join(failed)}"
-                "; open or map that port, or say with --announce host:port where the stage above reaches it",
+                "; open or map that port, or give the host:port at which the stage above reaches it with --announce",
             )
 
     async def _dialled_here(self) -> str:

@@ -1,4 +1,4 @@
-"""Addresses of the DHT: multiaddrs (https://multiformats.io/multiaddr), as far as a swarm over TCP needs them.
+"""Addresses in the DHT: the part of multiaddrs (https://multiformats.io/multiaddr) that a swarm over TCP needs.
 
 `/ip4/192.0.2.7/tcp/7002/p2p/Qm…`: host, port, and the digest of the peer's key, so that nobody else can answer there.
 """

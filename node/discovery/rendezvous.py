@@ -1,8 +1,8 @@
-"""The rendezvous of a swarm over gRPC: who answers at it, and who asks (protocol/rendezvous_messages.py says what).
+"""The rendezvous of a swarm over gRPC: the answering and the asking side of protocol/rendezvous_messages.py.
 
-It is a method beside those of the run, on the same port, so that any node's address will do to join by. A stranger gets
-one answer of bounded size within a deadline, and an address is dialled for it only if it is the stranger's own. With
-keys, it has to have a certificate of the run to get that far.
+It is a method beside those of the run, on the same port, so a new node can join by the address of any node. A stranger
+gets one answer of bounded size within a deadline, and an address is dialled for it only if it is the stranger's own.
+With keys, it needs a certificate of the run to get that far.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ async def ask_rendezvous(
 ) -> RendezvousAnswer:
     """Ask the rendezvous at `address` (host:port). Raises RendezvousError."""
     if not security.may_dial(address):
-        raise RendezvousError(f"{address} leaves this machine, and this node has neither --keys nor --insecure", 2)
+        raise RendezvousError(
+            f"{address} connects to other machines, and this node has neither --keys nor --insecure", 2
+        )
     try:
         target = await reachable(address, deadline_s, REMEDY)
         async with stream(address, target, SWARM_METHOD, deadline_s, security, REMEDY) as (read, write):
@@ -128,7 +130,7 @@ async def ask_rendezvous(
     except RefusedError as error:
         raise RendezvousError(f"{address} refuses: {error}", 2) from None
     except ProtocolError as error:
-        raise RendezvousError(f"{address} answers, but not as a swarm's rendezvous does: {error}", 2) from None
+        raise RendezvousError(f"{address} answers, but not like the rendezvous of a swarm: {error}", 2) from None
     except grpc.aio.AioRpcError as error:
         raise _broken(address, error) from None
     except asyncio.InvalidStateError:
@@ -151,7 +153,9 @@ def _told(raw: bytes) -> RendezvousResponse:
 
 def _broken(address: str, error: grpc.aio.AioRpcError) -> RendezvousError:
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return RendezvousError(f"{address} is in no DHT (a node that was started with --next?): {REMEDY}", 2)
+        return RendezvousError(f"{address} is not in a DHT (was that node started with --next?): {REMEDY}", 2)
     if error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
-        return RendezvousError(f"what answers at {address} speaks gRPC but is no swarm's rendezvous: {REMEDY}", 2)
+        return RendezvousError(
+            f"what answers at {address} speaks gRPC but is not the rendezvous of a swarm: {REMEDY}", 2
+        )
     return RendezvousError(f"the connection to {address} broke ({error.details()}); try again", 1)

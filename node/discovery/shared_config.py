@@ -1,10 +1,10 @@
-"""A run's configuration on its way between machines: what is told, and what is believed of it.
+"""Sending a run's configuration to other machines: what is sent, and what the receiver accepts.
 
-Shared is the whole tree as TOML, less what names places on one machine, and who may look on there. Believed
-is nothing but what has the fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the user
-gives, if any. Settings that are no part of the fingerprint (data source, link, device, checkpoints) are each machine's
-own and may be overridden; those that are may not, since the neighbours would refuse a node that computes something
-else.
+The whole tree is sent as TOML, without paths on one machine and without settings of who may watch it. A configuration
+is accepted only if it has the fingerprint (`RunConfig.digest`) that came with it, and agrees with the file that the
+user gives, if any. Settings that are no part of the fingerprint (data source, link, device, checkpoints) are each
+machine's own and may be overridden; those that are may not, since the neighbours would refuse a node that computes
+something else.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def shareable(config: RunConfig) -> RunRecord:
     try:
         encode_run(record)
     except LocalProtocolError as error:
-        raise ConfigError(f"others cannot be told of this configuration: {error.reason}") from None
+        raise ConfigError(f"this configuration cannot be sent to other nodes: {error.reason}") from None
     return record
 
 
@@ -40,19 +40,21 @@ def verified(record: RunRecord, source: str) -> RunConfig:
     try:
         tree = tomllib.loads(record.toml)
     except (ValueError, RecursionError):  # among others for a number of thousands of digits
-        raise ConfigError(f"the configuration told by {source} is not TOML; update thinpipe there or here") from None
+        raise ConfigError(f"the configuration from {source} is not TOML; update thinpipe there or here") from None
     try:
         config = parse_config(_without_places(tree))
     except ConfigError as error:
-        raise ConfigError(f"the configuration told by {source}: {printable(str(error))}") from None
+        raise ConfigError(f"the configuration from {source}: {printable(str(error))}") from None
     if config.digest() != record.configuration or config.run.name != record.run:
         raise ConfigError(
-            f"{source} tells of run '{record.run}' with fingerprint {short(record.configuration)}, but the "
+            f"{source} announces run '{record.run}' with fingerprint {short(record.configuration)}, but the "
             f"configuration that came with it is of run '{config.run.name}' and has {short(config.digest())}: another "
             "version of thinpipe, or not to be trusted"
         )
     if set(config.run.name) == {"."}:
-        raise ConfigError(f"{source} tells of a run named '{config.run.name}', which is no name for a directory")
+        raise ConfigError(
+            f"{source} announces a run named '{config.run.name}', which cannot be the name of a directory"
+        )
     return config
 
 
@@ -63,7 +65,7 @@ def agreed(
     from its own file, or from both if they agree. Raises ConfigError."""
     if path is None and record is None:
         raise ConfigError(
-            f"nobody at {source} knows of a run; give its --config run.toml to this node or to `thinpipe dht` there"
+            f"no node at {source} knows of a run; give its --config run.toml to this node or to `thinpipe dht` there"
         )
     theirs = None if record is None else verified(record, source)
     if path is None:
@@ -75,7 +77,7 @@ def agreed(
         if theirs and mine.digest() != theirs.digest():
             raise ConfigError(
                 f"{path} has fingerprint {short(mine.digest())}, the run '{theirs.run.name}' at {source} has "
-                f"{short(theirs.digest())}: {differences(mine, theirs)}; give the run's own file, or none"
+                f"{short(theirs.digest())}: {differences(mine, theirs)}; give the run's own file, or omit --config"
             )
         record = record or shareable(mine)
     assert record
@@ -84,7 +86,7 @@ def agreed(
         names = ", ".join(name for name in overrides if _changes(tree, {name: overrides[name]}, record)) or "an option"
         raise ConfigError(
             f"{names} changes what the run computes: its fingerprint would be {short(config.digest())}, that of "
-            f"the run is {short(record.configuration)}; only what is each machine's own may differ ({LOCAL})"
+            f"the run is {short(record.configuration)}; only the settings of each machine may differ ({LOCAL})"
         )
     return config, record
 

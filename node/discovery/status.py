@@ -1,4 +1,4 @@
-"""`thinpipe status`: the swarm as its nodes tell of it in the DHT, read once, by a member that only asks."""
+"""`thinpipe status`: the state of the swarm, from the records of its nodes in the DHT, read once."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def find_status(join: Sequence[str], run: str | None, security: Security) -> dic
             shareable = [each for each in discovery.runs()[0] if run in (None, each.run)]
         names = sorted({f"'{each.run}' {short(each.configuration)}" for each in shareable})
         if len(names) > 1:
-            raise ConfigError(f"several runs are told of here ({', '.join(names)}); say which by --run")
+            raise ConfigError(f"this DHT has several runs ({', '.join(names)}); choose one with --run")
         if not shareable:
-            raise ConfigError(f"nobody at {', '.join(join)} knows of {f'run {run!r}' if run else 'a run'}")
+            raise ConfigError(f"no node at {', '.join(join)} knows of {f'run {run!r}' if run else 'a run'}")
         record = shareable[0]
         config = verified(record, ", ".join(join))
         seen, left_out = discovery.read(record.run, record.configuration, config.pipeline.stages)

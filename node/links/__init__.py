@@ -1,1 +1,1 @@
-"""A connection to a neighbour: who listens and dials, the tensors' stream and its link model, the control stream."""
+"""Connections to neighbours: listening and dialling, the tensors' stream with its link model, the control stream."""

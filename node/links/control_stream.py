@@ -1,14 +1,14 @@
-"""The control stream to each neighbour: who is there, and the frames with which a new generation is agreed.
+"""The control stream to each neighbour: which neighbours are alive, and the frames by which a new generation is agreed.
 
-One conversation a side runs while a connection stands; the rules are `protocol.rollback`'s. It outlives generations, so
-it is apart from the tensors' stream, and it is never shaped: a frame of it is some sixty bytes, once a second and at a
-loss.
+One conversation for each side runs while there is a connection; the rules are `protocol.rollback`'s. It outlives
+generations, so it is apart from the tensors' stream, and it is never shaped: a frame of it is some sixty bytes, once a
+second and at a loss.
 
-Silence means something here, because each side says `Heartbeat` every second: who says nothing for `silence_s`
-(computed from the link, `node.link_settings.heartbeat_timeout_s`) is taken for gone, its process being stopped, its
-machine off, or the path broken. That alone changes nothing, it may come back; but from then on another process may take
-its place. Why not gRPC's keep-alive: it is answered by the library's own threads while the node itself may hang, and
-its intervals are seconds at the least.
+Silence means something here, because each side sends `Heartbeat` every second. A peer that sends nothing for
+`silence_s` (computed from the link, `node.link_settings.heartbeat_timeout_s`) counts as gone: its process is stopped,
+its machine is off, or the path is broken. That alone changes nothing, and it may come back. But from then on another
+process may take its place. Why not gRPC's keep-alive: it is answered by the library's own threads while the node itself
+may hang, and its intervals are seconds at the least.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class Control:
                 async with asyncio.timeout(greeting_timeout_s):  # a peer may never let a stream begin
                     await self._write(side, write, self.machine.greeting())
             except TimeoutError:
-                raise ConnectionError(f"the greeting is not taken for {greeting_timeout_s:.1f} s") from None
+                raise ConnectionError(
+                    f"the neighbour did not accept the greeting within {greeting_timeout_s:.1f} s"
+                ) from None
         frame = await self._read(read, greeting_timeout_s, "no greeting")
         if frame is None:
             raise ConnectionError(f"the control stream {side} ended before the greeting")

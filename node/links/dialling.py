@@ -1,7 +1,7 @@
-"""The upstream end of a boundary's two streams: dial, retry while there is hope, and say why when there is none.
+"""The upstream end of a boundary's two streams: dial, retry while that can help, and say why when it cannot.
 
-Where the stage below is may change: a replacement has another address. So who dials may ask for it anew at each dial
-(`Where`), and an address that was given so is given up after a few seconds without a connection.
+Where the stage below is may change: a replacement has another address. So the address may be looked up before each
+attempt (`Where`), and an address found in this way is dropped after a few seconds without a connection.
 """
 
 from __future__ import annotations

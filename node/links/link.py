@@ -1,4 +1,4 @@
-"""One neighbour link: what a stage sends and receives at one boundary, over as many connections as it takes.
+"""A link to one neighbour: what a stage sends and receives at one boundary, over as many connections as needed.
 
 A `Link` joins the pure rules (`protocol.session`), the outgoing half with its link model (outgoing.py) and whatever
 moves bytes. It outlives connections: `attach` runs one connection until it ends, and the next one goes on where that
@@ -6,8 +6,8 @@ stopped. Reading and writing are two coroutines given by the transport, so the s
 
 Whoever knows the run's configuration can greet, so a greeting alone binds nobody: until the stage has used something of
 the process at the other end, or has told it something (`LinkSession.used`), another one may take its place. From then
-on only that process will do, and what it says must be right: a message that is refused after it was acknowledged would
-be the same if it came again, so the link is lost, and the run with it.
+on only that process is accepted, and its messages must be valid: sending a message again that was refused after it was
+acknowledged would not help, so the link is lost, and the run with it.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class Link:
     async def until_lost(self) -> None:
         """Raises LinkLost."""
         await self.lost.wait()
-        raise LinkLost(f"{self.name}: {self.fault}; sent again it would be the same, so start the whole swarm again")
+        raise LinkLost(f"{self.name}: {self.fault}; sending it again would not help, so start the whole swarm again")
 
     def _disown(self) -> None:
         """What came so far and was not used yet must not be."""

@@ -1,4 +1,4 @@
-"""The probe of a link at its start: filler for a moment, and the rate at which the other side acknowledges it.
+"""The probe of a link at its start: it sends filler for a moment and measures the rate of the acknowledgements.
 
 Not the rate at which it leaves: a path that is 12 % slower than the cap takes all that is sent until the window is
 full, which is after eight windows, so a sender that watches its own queue sees its own cap. Acknowledgements come at

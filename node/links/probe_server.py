@@ -1,12 +1,12 @@
-"""The side of a probe that answers: one at a time, within its own limits, and never beside training.
+"""The answering side of a probe: one probe at a time, within its own limits, and no filler during training.
 
-A node that has met a neighbour answers round trips only: filler would take the wire from tensors, and what it measured
-would be what they left. Before that, and in `thinpipe probe --listen`, both directions are filled. A probe under way
-when the neighbour comes is broken off with the next frame. Every wait has a deadline, what comes is dropped, and what
-is sent is one block of bytes made at the start, so a peer decides nothing but when it goes away.
+A node that has met a neighbour answers round trips only: filler would delay tensors, and would measure only what they
+leave. Before that, and in `thinpipe probe --listen`, both directions are filled. A probe under way when the neighbour
+comes is broken off with the next frame. Every wait has a deadline, what comes is dropped, and what is sent is one block
+of bytes made at the start, so a peer only decides when it leaves.
 
-`Pacer` is both sides' way of sending: the link model of `sim.links.shaper`, with all filler there from the beginning. A
-frame's ideal times follow from the one before it, so a late wake-up costs nothing, and a loop that sleeps until each
+`Pacer` is both sides' way of sending: the link model of `sim.links.shaper`, with all filler queued from the beginning.
+A frame's ideal times follow from the one before it, so a late wake-up costs nothing, and a loop that sleeps until each
 frame's arrival needs no delay line beside it.
 """
 
@@ -128,7 +128,7 @@ async def dial_back(host: str, port: int, words: bytes) -> Outcome:
 
 
 class ProbeService:
-    """Answers probes, for one listener. busy: whether this node is in a run, so that its wire is not to be filled."""
+    """Answers probes, for one listener. busy: whether this node is in a run, so that a probe must not fill its link."""
 
     def __init__(self, *, busy: Callable[[], bool], terms_timeout_s: float = WAIT_S, wait_s: float = WAIT_S) -> None:
         self.answered = asyncio.Event()  # a probe has come to its end, however
@@ -155,7 +155,7 @@ class ProbeService:
                 assert isinstance(terms, Terms)
                 await self._answer(rules, terms, read, write)
         except TimeoutError:
-            raise RemoteProtocolError(Fault.TIMEOUT, f"the probe is not through within {WHOLE_S:g} s") from None
+            raise RemoteProtocolError(Fault.TIMEOUT, f"the probe is not complete within {WHOLE_S:g} s") from None
         finally:
             self._taken = False
             self.answered.set()
@@ -168,7 +168,7 @@ class ProbeService:
         if not info_request.port:
             return
         if self._dialling:
-            raise ProbeBusy("this node dials another visitor back; try again in a moment")
+            raise ProbeBusy("this node is connecting back to another machine; try again in a moment")
         self._dialling = True
         try:
             outcome = await dial_back(host, info_request.port, dial_back_proof(info_request.token))
@@ -189,7 +189,7 @@ class ProbeService:
 
         def go_on() -> None:
             if self._busy() and not terms.round_trips_only:
-                raise ProbeBusy("this node has met its neighbour and begins to train; its wire is not to be filled")
+                raise ProbeBusy("this node has met its neighbour and begins to train; a probe must not fill its link")
 
         await pacer.say(encode_probe(terms))
         while rules.phase is not ProbePhase.OVER:

@@ -1,7 +1,8 @@
-"""gRPC: two bidirectional streams a boundary, opened by the upstream node. Moves frames as bytes and knows no rules.
+"""gRPC: two bidirectional streams for each boundary, opened by the upstream node. It moves frames as bytes and knows no
+rules.
 
-Link carries tensors within one generation, Control outlives generations; Probe is anybody's who wants to measure the
-path, and Swarm (node/discovery/rendezvous.py) anybody's who wants to join.
+Link carries tensors within one generation, Control outlives generations; Probe measures the path, for anybody who
+asks, and Swarm (node/discovery/rendezvous.py) answers nodes that want to join.
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set

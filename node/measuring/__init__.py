@@ -1,1 +1,1 @@
-"""What a run would do and does: plans, stated machines, benchmarks, faults."""
+"""Measuring runs: plans (simulations), emulated machines, benchmarks, and injected faults."""

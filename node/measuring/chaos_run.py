@@ -1,4 +1,4 @@
-"""`thinpipe chaos`: one run undisturbed, the same run with faults, and whether both end in the same bits."""
+"""`thinpipe chaos`: makes a run without faults and the same run with faults, and compares their results bit for bit."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _run_chaos(
     console = Console(stderr=True) if quiet else Console()
     stages = config.pipeline.stages
     if stages < 2:
-        raise LocalRunError("chaos needs neighbours to notice it: at least 2 stages", 2)
+        raise LocalRunError("chaos needs at least 2 stages, because neighbours notice a fault", 2)
     undisturbed, disturbed = out / "undisturbed", out / "disturbed"
-    console.print("first, the run as it should be")
+    console.print("first, the run without faults")
     told = run_local(config, undisturbed, overwrite=True, quiet=quiet, schedule=schedule, forks=forks or False)
     config = load_config(undisturbed / "run.toml")
     writable(disturbed)
@@ -116,7 +116,7 @@ def _table(found: dict[str, Any]) -> Table:
     same = found["losses_equal"] and found["val_loss_equal"]
     table.add_row("losses", "equal, every step" if same else "[red]DIFFERENT")
     states = (
-        "equal, every bit of every stage" if all(found["state_equal"]) else f"[red]DIFFERENT: {found['state_equal']}"
+        "equal bit for bit, in every stage" if all(found["state_equal"]) else f"[red]DIFFERENT: {found['state_equal']}"
     )
     table.add_row("state", states)
     return table

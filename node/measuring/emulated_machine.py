@@ -1,9 +1,9 @@
-"""How long stages compute: what a stated machine would take for a model, without the machine.
+"""The compute times of an emulated machine: what a given machine would need for a model, computed without it.
 
-A laptop computes so slowly that a thin link never binds on it. A pace says what the stages of another machine take for
-one microbatch: from a rate that they achieve and the multiplications in the model's own shapes (`150m@4x66tflops`), or
-in seconds (`150m@4x5ms+10ms`: forward, backward). `thinpipe plan` charges it to a virtual clock; a run with
-`compute.emulate` lets it pass on a real one (emulated_stage.py).
+A laptop computes so slowly that a thin link is never the bottleneck. An emulated machine gives the time that its stages
+take for one microbatch: from a rate that they achieve and the multiplications in the model's own shapes
+(`150m@4x66tflops`), or in seconds (`150m@4x5ms+10ms`: forward, backward). `thinpipe plan` charges it to a virtual
+clock; a run with `compute.emulate` lets it pass on a real one (emulated_stage.py).
 
 A multiply-add is two operations; a weight matrix takes one for each of its numbers and token forward, twice that
 backward, once for the input gradient and once for its own; attention takes 2 T D a token and layer more (its products
@@ -35,8 +35,8 @@ _MACHINE = re.compile(
     rf"(?:(?P<tflops>[0-9]+(?:\.[0-9]+)?)tflops|(?P<forward>{_TIME})\+(?P<backward>{_TIME}))"
 )
 _SPELLING = (
-    "a pace is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, or PRESET@STAGESxFORWARD+BACKWARD such as "
-    "150m@4x5ms+10ms; 8b@8of32x66tflops takes 8 of 32 stages"
+    "an emulated machine is PRESET@STAGESxRATEtflops such as 150m@4x66tflops, or PRESET@STAGESxFORWARD+BACKWARD such "
+    "as 150m@4x5ms+10ms; 8b@8of32x66tflops takes 8 of 32 stages"
 )
 
 
@@ -62,10 +62,10 @@ class EmulatedMachine:
         tflops = float(match["tflops"]) if match["tflops"] else None
         seconds = None if tflops is not None else (_seconds(match["forward"]), _seconds(match["backward"]))
         if tflops == 0 or (seconds and min(seconds) <= 0):
-            raise ConfigError(f"a pace has to be above zero; got '{text}'")
+            raise ConfigError(f"the emulated speed or times have to be above zero; got '{text}'")
         stages, whole = int(match["stages"]), int(match["whole"] or match["stages"])
         if whole < stages:
-            raise ConfigError(f"a pace cannot take {stages} of {whole} stages; got '{text}'")
+            raise ConfigError(f"an emulated machine cannot have {stages} of {whole} stages; got '{text}'")
         return cls(preset=match["preset"], stages=stages, whole=whole, tflops=tflops, seconds=seconds)
 
     def settings(self) -> dict[str, Any]:

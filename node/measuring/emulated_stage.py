@@ -1,10 +1,10 @@
 """A stage that computes nothing and takes the time of one that does: real processes, schedules, links and bytes, at the
 pace of a machine that is not here.
 
-With `compute.emulate` each forward and backward lasts as long as the pace says, on the node's compute thread, which
+With `compute.emulate` each forward and backward lasts as long as on the emulated machine; the node's compute thread
 sleeps meanwhile; messages have the exact size that the codec gives them (message_sizes.py) and zeros inside. All the
 rest is as in training: threads, queues, sessions, chunks, acknowledgements, the link model, gRPC. So throughput over a
-true 300 Mb/s can be measured on a laptop, for a model and a device that it does not have. Nothing is learned and no
+real 300 Mb/s can be measured on a laptop, for a model and a device that it does not have. Nothing is learned and no
 loss means anything.
 
 A thread that sleeps wakes up late, and the more so the busier the machine. How much later than asked for is in each

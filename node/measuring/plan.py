@@ -1,6 +1,6 @@
-"""What a run would do on given machines and links, without running it: `thinpipe plan`.
+"""`thinpipe plan`: predicts what a run would do on given machines and links, without running it.
 
-Everything that can be known is taken from where it is true: message sizes from the byte formats and the framing that
+Everything that is known is taken from its source: message sizes from the byte formats and the framing that
 nodes use, the order of work from the schedule that they execute (`sim.links.pipeline` charges it to a virtual clock),
 the multiplications from the model's own shapes. What cannot be known is how fast a machine computes; that is given, as
 a rate that it achieves (`--emulate 150m@4x66tflops`) or by a run that was measured (`--from RUN`).
@@ -47,7 +47,9 @@ def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
         records = read_records(path) if path.exists() else []
         steps = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
         if not steps:
-            raise ConfigError(f"{run} has no second step of stage {stage} on record; name the --out of a finished run")
+            raise ConfigError(
+                f"{run} has no record of a second step of stage {stage}; name the --out of a finished run"
+            )
         compute_s = float(np.median([step["compute_s"] + step["codec_s"] for step in steps]))
         each = compute_s / config.pipeline.microbatches
         times.append(StageTimes(forward_s=each / 3, backward_s=each * 2 / 3))

@@ -1,6 +1,6 @@
 """The model of a node: its stage of a Hugging Face decoder, built, filled with weights and ready to compute.
 
-This is the front door to five small rooms: `architecture` (settings to configuration, presets, refusals), `slices`
+It has five parts: `architecture` (settings to configuration, presets, refusals), `slices`
 (what a stage is), `exactness` (the start-up proof that the cut is exact), `initialise` (first weights) and `deferred`
 (weight gradients that wait).
 """

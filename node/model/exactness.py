@@ -1,4 +1,4 @@
-"""Can this architecture be cut? Asked of the architecture itself, at start, on a copy that is small enough to ask.
+"""Can this architecture be cut into stages exactly? Tested at each start, on a small copy of the model.
 
 A list of supported names would be wrong twice: a release of transformers may move an embedding scale into the base
 model's forward, and an unknown decoder may well be exact. So a narrow random copy is run whole and in two stages, and

@@ -1,1 +1,1 @@
-"""What a machine and a path have to offer, before a run: `thinpipe probe`, `thinpipe doctor`."""
+"""Checking a machine and measuring a path, before a run: `thinpipe doctor` and `thinpipe probe`."""

@@ -1,10 +1,9 @@
 """`thinpipe doctor`: can this machine host a stage, and can its neighbour reach it?
 
-Whether a port can be reached cannot be seen from its own machine: a firewall or a router in between lets out what it
-does not let in. So the neighbour is asked to dial back (`protocol.path_probe`, InfoRequest), and what comes in has to
-prove that it is that call. The neighbour's door is the listener of any node, or `thinpipe probe --listen` there; where
-there is none, the finding says that it was not asked and how to. The same visit tells the neighbour's clock and
-versions.
+A machine cannot see by itself whether its port can be reached, because a firewall or a router may let connections out
+but not in. So the neighbour is asked to connect back (`protocol.path_probe`, InfoRequest), and the incoming connection
+has to prove that it is that one. The listener of any node answers, or `thinpipe probe --listen`. If there is none, the
+finding says that the test was not made, and how to make it. The same answer gives the neighbour's clock and versions.
 """
 
 from __future__ import annotations
@@ -229,7 +228,7 @@ def _neighbour(to: str, visited: Visited) -> Finding:
 def _reachable(questions: Questions, visited: Visited, came: str | None) -> Finding:
     listen, seen_as = questions.listen, visited.about.seen_as
     if listen is None:
-        remedy = "say --listen HOST:PORT: the neighbour is then asked to dial it"
+        remedy = "say --listen HOST:PORT: the neighbour is then asked to connect to it"
         found = f"the neighbour sees this machine as {seen_as}"
         return Finding(name="reachable", state="not asked", found=found, remedy=remedy)
     _, port = split_address(listen)

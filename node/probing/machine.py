@@ -1,6 +1,6 @@
-"""What a machine has to offer a stage: packages, clock, disk, memory, cores, GPU, the kernel's network tools.
+"""Checks of this machine for hosting a stage: packages, clock, disk, memory, cores, GPU, the kernel's network tools.
 
-Each look gives a `Finding` with its remedy, and changes nothing that it does not put back. Limits are for a node of a
+Each check gives a `Finding` with its remedy, and changes nothing that it does not put back. Limits are for a node of a
 thin-link swarm: a disk that takes a checkpoint in seconds, a timer that wakes a sender within a few milliseconds.
 """
 
@@ -105,7 +105,7 @@ def timer() -> Finding:
         before = now
     apart = abs((time.time() - wall) - (time.monotonic() - began))
     middle = statistics.median(late)
-    found = f"sleepers wake up {middle * 1000:.2f} ms late (median of {NAPS})"
+    found = f"timers fire {middle * 1000:.2f} ms late (median of {NAPS})"
     if apart > 0.05:
         remedy = "something sets the wall clock; let it be slewed, as chrony does"
         return Finding(

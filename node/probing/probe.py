@@ -1,4 +1,4 @@
-"""`thinpipe probe`: rate and round trip of the path between two machines, both ways, before a run depends on it.
+"""`thinpipe probe`: measures rate and round trip of the path between two machines, both ways, before a run.
 
 The other end is `thinpipe probe --listen` or the listener of any node. What crosses is what a run's tensors would meet:
 gRPC on a real socket, shaped in user space if a link is given. The side that receives measures, over the steady part of
@@ -41,7 +41,9 @@ def probe(address: str, link: str, seconds: float, security: Security = PLAIN) -
     try:
         profile = LinkProfile.parse(link)
         if profile.kernel:
-            raise LinkError(f"--link {link}: a probe measures what the kernel caps, it does not cap; say --link none")
+            raise LinkError(
+                f"--link {link}: a probe measures a cap of the kernel but does not set one; say --link none"
+            )
         split_address(address)
     except (LinkError, ListenError) as error:
         raise ProbeError(str(error), 2) from None
@@ -70,14 +72,14 @@ def figures(address: str, found: Findings) -> dict[str, Any]:
     if configured_s:
         lines.append(round_trip_warning("round trip", configured_s, median_s))
     if terms.round_trips_only:
-        lines.append(f"{address} is in a run, so rates are not measured: its wire is not to be filled")
+        lines.append(f"{address} is in a run, so rates are not measured: a probe must not fill its link")
     elif None in (measured_up, checks["down"].measured_bits_per_s):
-        lines.append(f"too little crossed in {terms.seconds:g} s to tell a rate; give more --seconds")
+        lines.append(f"too few bytes crossed in {terms.seconds:g} s to measure a rate; raise --seconds")
     unlike = [
         name for name in ("rate_bits_per_s", "latency_us", "jitter_us") if getattr(wish, name) != getattr(terms, name)
     ]
     if unlike:
-        lines.append(f"{address} shapes what it sends by {theirs}, its own limit, and not by {profile}")
+        lines.append(f"{address} limits what it sends to {theirs}, its own setting, and not to {profile}")
     sizes = {"up": (up.bytes, up.microseconds / 1e6) if up else (0, 0.0)}
     sizes["down"] = (down.steady_bytes, round(down.steady_s, 6)) if down else (0, 0.0)
     return {

@@ -1,8 +1,8 @@
-"""The side of a probe that asks: one stream, from the terms to what the other side measured.
+"""The asking side of a probe: one stream, from the terms to what the other side measured.
 
-What comes is bounded here as it is there: the answer to a wish is cut down to the wish, filler beyond it ends the
-probe, and every wait has a deadline. Why the other side is believed about what it received: nobody else can see it, and
-whoever would lie about it spoils nothing but a figure.
+Input is bounded here as on the other side: the accepted terms cannot exceed the requested ones, filler beyond them ends
+the probe, and every wait has a deadline. Why the other side is believed about what it received: nobody else can see it,
+and a lie spoils nothing but a figure.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ async def visit(
                 if isinstance(said, Refusal):
                     raise RefusedError(said.code, said.reason)
                 if not isinstance(said, kind):
-                    raise ConnectionError("another frame than was due")
+                    raise ConnectionError("an unexpected frame")
                 return said
 
             asked_s, began = time.time(), time.monotonic()
@@ -136,20 +136,20 @@ def _named(address: str) -> Iterator[None]:
     except RefusedError as error:
         raise ProbeError(f"{address} refuses the probe: {error}", 1) from None
     except ProtocolError as error:
-        raise ProbeError(f"{address} answers, but not as a probe does: {error}", 2) from None
+        raise ProbeError(f"{address} answers, but not like a probe: {error}", 2) from None
     except grpc.aio.AioRpcError as error:
         raise _broken(address, error) from None
     except TimeoutError:
-        raise ProbeError(f"{address} took the probe and then said nothing in time; try again", 1) from None
+        raise ProbeError(f"{address} accepted the probe and then did not answer in time; try again", 1) from None
     except (ConnectionError, asyncio.InvalidStateError):
-        raise ProbeError(f"{address} ended the probe before it was through; try again", 1) from None
+        raise ProbeError(f"{address} ended the probe before it was complete; try again", 1) from None
 
 
 def _broken(address: str, error: grpc.aio.AioRpcError) -> ProbeError:
     if error.code() in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL):
         return ProbeError(f"what answers at {address} speaks gRPC but answers no probe: {REMEDY}", 2)
     if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        return ProbeError(f"{address} serves as many streams as it takes; try again in a moment", 1)
+        return ProbeError(f"{address} serves as many streams as it accepts; try again in a moment", 1)
     return ProbeError(f"the connection to {address} broke ({error.details()}); try again", 1)
 
 
@@ -193,7 +193,7 @@ class _Conversation:
         """The next frame, which has to be of that kind. Raises RefusedError, RemoteProtocolError, ConnectionError."""
         said, _ = await self._next()
         if not isinstance(said, kind):
-            raise ConnectionError("another frame than was due")
+            raise ConnectionError("an unexpected frame")
         return said
 
     async def _next(self, timeout_s: float = 2 * WAIT_S) -> tuple[ProbeMessage, int]:
@@ -215,7 +215,7 @@ class _Conversation:
             sent = time.monotonic()
             await self._pacer.say(encode_probe(Echo(number)))
             if (await self._hear(Echo)).number != number:
-                raise ConnectionError("another echo than was due")
+                raise ConnectionError("an unexpected echo")
             trips.append(time.monotonic() - sent)
         return trips[1:]
 
@@ -228,7 +228,7 @@ class _Conversation:
                 if isinstance(said, Done):
                     return meter
                 if not isinstance(said, Filler) or meter.total_bytes > 2 * terms.bytes + 2**20:
-                    raise ConnectionError("another frame than was due")
+                    raise ConnectionError("an unexpected frame")
                 meter.add(nbytes, time.monotonic())
 
     async def _up(self, terms: Terms) -> Measured:
@@ -238,7 +238,7 @@ class _Conversation:
         def go_on() -> None:
             if refused.done():
                 refused.result()  # raises what it was; anything else comes too early
-                raise ConnectionError("another frame than was due")
+                raise ConnectionError("an unexpected frame")
 
         try:
             sending = Pacer(self._profile, self._pacer.write)
@@ -247,5 +247,5 @@ class _Conversation:
         finally:
             refused.cancel()
         if not isinstance(said, Measured):
-            raise ConnectionError("another frame than was due")
+            raise ConnectionError("an unexpected frame")
         return said

@@ -1,8 +1,8 @@
-"""Who is at an address, found out before gRPC is asked: it says that a connection failed, and not why.
+"""What listens at an address, found out before gRPC is used, because gRPC does not say why a connection failed.
 
-A name that nobody knows, a port that nobody listens at, another program's port, and silence are four faults with four
-remedies. Failures are `ProbeError` with an exit code: 2 for what the user can put right, 1 for what happened (no answer
-in time, a refusal, a connection that broke).
+A name that cannot be resolved, a port where nothing listens, another program's port, and silence are four faults with
+four remedies. Failures are `ProbeError` with an exit code: 2 for what the user can correct, 1 for what happened (no
+answer in time, a refusal, a connection that broke).
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ async def stream(
     options = [option for option in channel_options(FRAME_BYTES_MAX) if "backoff" not in option[0]]
     async with security.channel(target, None, options) as channel:
         ready = until_ready(address, channel, security, remedy)
-        await within(deadline_s, ready, f"{address} takes connections and says nothing")
+        await within(deadline_s, ready, f"{address} accepts connections but does not answer")
         call = channel.stream_stream(method)()
         receive, send = both_ways(call)
 

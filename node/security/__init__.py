@@ -1,1 +1,1 @@
-"""Who may talk to whom: keys and certificates of a run's own authority, and why a handshake failed."""
+"""Which nodes may talk to each other: keys and certificates of a run's own authority, and why a handshake failed."""

@@ -1,4 +1,4 @@
-"""What certificates say here, how they are made, and how one is judged: all of X.509 that a run needs.
+"""Certificates of a run: their content, how they are made, and how one is checked. All of X.509 that a run needs.
 
     authority     O = the run's name, CN = "authority"
     node          O = the run's name, CN = "stages 0-3"      (to be read by people)
@@ -203,7 +203,7 @@ def read(certificate: x509.Certificate) -> CertificateIdentity:
     except _UNREADABLE:
         raise CertificateError("it is no certificate that can be read") from None
     if not (0 < len(run) <= 64 and run.isprintable()) or not (authority or run_name(run) in names):
-        raise CertificateError("it names no run of thinpipe's")
+        raise CertificateError("it does not name a run of thinpipe")
     return CertificateIdentity(
         run=run, names=names, stages=tuple(stages), authority=authority, begins=begins, ends=ends
     )

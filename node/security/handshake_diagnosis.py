@@ -1,11 +1,11 @@
-"""Why a TLS handshake came to nothing: looked into with Python's ssl, because gRPC tells neither side.
+"""Why a TLS handshake failed: found out with Python's ssl, because gRPC tells neither side.
 
-A gRPC channel to a peer whose certificate has expired, to one that speaks no TLS and to one that takes no connection
+A gRPC channel to a peer whose certificate has expired, to one that speaks no TLS and to one that accepts no connection
 all look the same: not ready. So when an attempt has failed, this connects once more, by itself, without judging what
 the peer shows until it has been read, and judges it then by the run's own rules (`certificates.judge`). What it finds
-is told and nothing else: no frame ever passes over this connection.
+is reported and nothing else: no frame ever passes over this connection.
 
-A gRPC server that does not take a client's certificate closes the connection and sends no alert. In TLS 1.3 the
+A gRPC server that refuses a client's certificate closes the connection and sends no alert. In TLS 1.3 the
 client's handshake is over by then, so the sign is an end where the server's first HTTP/2 frame should be. A server
 that is going down looks the same; hence that verdict, like any that is no more than a closed connection, has to be
 reached twice.

@@ -4,12 +4,12 @@
     node-a/  node.key  node.crt  authority.crt             goes to the machine, by whatever way files go there
 
 A private key is created with mode 0600 (its directory with 0700) and never passes through a wider one; one that others
-can read is refused when a node starts, as ssh does. Nothing is overwritten: the key of a run that goes on would be
-gone. All that can be wrong with a node's directory is found by `load`, before minutes go into building a stage.
+can read is refused when a node starts, as ssh does. Nothing is overwritten, or the key of a running run could
+be lost. `load` finds every fault of a node's directory, before minutes go into building a stage.
 
-Why the key is made here and carried, instead of a request that the node makes and the authority signs: it is one file
-more to guard on the way, and three commands less on each machine. Who wants the other way has openssl; the files are
-plain PEM.
+Why the key is made here and copied, instead of a request that the node makes and the authority signs: it is one more
+file to protect on the way, but three commands fewer on each machine. For the other way use openssl; the files are plain
+PEM.
 """
 
 from __future__ import annotations

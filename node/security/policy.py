@@ -1,15 +1,15 @@
-"""Who may talk to this node, and whom it talks to: mutual TLS by the run's own authority, or plain text.
+"""Which peers may talk to this node: mutual TLS with the run's own authority, or unencrypted connections.
 
-One object carries it to everything that listens or dials. Both ends show a certificate of the run's authority:
+One object carries this policy to everything that listens or dials. Both ends show a certificate of the run's authority:
 
-- Whoever dials stage 3 has TLS look for the name of that stage in the server's certificate, so a server of another
+- A node that dials stage 3 has TLS look for the name of that stage in the server's certificate, so a server of another
   stage, run or authority fails in the handshake, before a byte of the run.
-- Whoever listens has TLS ask for a certificate of the authority, and then holds the greeting to it: run and stage of
-  the greeting have to be among the certificate's names, or the peer is refused by name (`wrong-certificate`).
+- A node that listens has TLS ask for a certificate of the authority, and then compares the greeting: its run and stage
+  must be among the certificate's names, or the peer is refused by name (`wrong-certificate`).
 
-Plain text is for loopback. What leaves the machine needs keys, unless somebody says `--insecure`; a default that is
-secure only where one remembers it would be none. That holds for addresses that are typed (`choose`) and for those that
-are learnt from the DHT (`may_dial`). Why TLS and not a VPN's business: a VPN keeps strangers out, and lets
+Unencrypted connections are for loopback. Connections to other machines need keys, unless somebody says `--insecure`: a
+default that is secure only if one remembers it would not be secure. That holds for addresses that are typed (`choose`)
+and for those that are learnt from the DHT (`may_dial`). Why not leave it to a VPN: a VPN keeps strangers out, but lets
 any machine in it take any stage.
 """
 
@@ -55,9 +55,7 @@ class Security:
         if self.keys is None or self.keys.said.ends - self.clock() > ENDS_SOON:
             return None
         ends = spell_moment(self.keys.said.ends)
-        return (
-            f"the certificate in {self.keys.directory} ends on {ends}; connections that stand then stay, new ones fail"
-        )
+        return f"the certificate in {self.keys.directory} ends on {ends}; open connections stay, new ones will fail"
 
     # -- who dials ---------------------------------------------------------------------------------------------------
 
@@ -142,12 +140,12 @@ def choose(
     for an address that others reach where neither was said; ListenError for what is no address."""
     if keys is not None:
         if insecure:
-            raise KeysError("--keys and --insecure contradict each other; leave one away")
+            raise KeysError("--keys and --insecure contradict each other; omit one")
         return Security(load(keys, now=now or clock(), run=run, stages=stages))
     for option, address in (("--listen", listen), (dial_option, dial)):
         if address and not insecure and not is_loopback(address):
             raise KeysError(
-                f"{option} {address} leaves this machine, so it needs --keys DIR (thinpipe keys issue makes one); "
-                "or say --insecure, if whoever can reach it may read and change the run"
+                f"{option} {address} connects to other machines, so it needs --keys DIR (thinpipe keys issue makes "
+                "one); or say --insecure, which lets anyone who can reach it read and change the run"
             )
     return Security(insecure=insecure)

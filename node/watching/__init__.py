@@ -1,1 +1,1 @@
-"""Who looks at a node's records while it writes them."""
+"""Views of a node's records while it writes them: Prometheus and TensorBoard."""

@@ -1,11 +1,11 @@
 """A node's figures over HTTP, for Prometheus and `thinpipe top --prometheus`.
 
-The records that the node writes are folded as they are written (`sim.reports.figures`); a scrape copies nothing and
-computes nothing but text, on a thread of its own. Beside them stand the process's own figures (CPU seconds, memory,
+The figures are updated with each record that the node writes (`sim.reports.figures`); a scrape copies nothing and
+computes only text, on a thread of its own. Beside them stand the process's own figures (CPU seconds, memory,
 files), as Prometheus' clients have them.
 
-Why not prometheus_client's own server: it takes as many connections as come, and keeps each as long as the peer likes.
-Here are eight at once, each is over in ten seconds, and whoever is one too many is hung up on.
+Why not prometheus_client's own server: it accepts any number of connections, and keeps each as long as the peer likes.
+This one serves at most eight at once, for ten seconds each, and closes further ones.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The file format is tensorboardX's (protobuf in checksummed records, synced to the disk), written by a thread of its own.
 Why not its SummaryWriter: that hands each scalar to a queue of ten, which holds up the training when the disk is slow;
 here all scalars of a step are one event, and a disk that falls behind by a thousand of them ends the events and not the
-run. A step that is done again after a rollback takes the place of the one before: TensorBoard is told from which step
-on what it has is void.
+run. A step that is done again after a rollback replaces the one before: an event tells TensorBoard from which step
+on its data is void.
 """
 
 from __future__ import annotations

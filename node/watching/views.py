@@ -1,8 +1,8 @@
-"""Who looks at a node's records while it writes them, by its settings: Prometheus, TensorBoard.
+"""The views of a node's records that its settings ask for: Prometheus and TensorBoard.
 
-A view must not cost a run: one that fails (a full disk) is left out from then on, and that is said once. Only what can
-be put right at once, before anything was built, ends the node: an address for the figures that is taken. A node that
-takes the place of a lost one goes on without them then, since the lost one may be asleep with its port.
+A view must not end a run: one that fails (a full disk) is left out from then on, and that is reported once. Only a
+fault that can be corrected before anything was built ends the node: an address for the figures that is in use. A node
+that takes the place of a lost one goes on without them then, since the lost one may be asleep with its port.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Processes on this machine: a local swarm, one supervised stage, namespaces for them, faults on purpose."""
+"""Processes on this machine: a local swarm, one supervised stage, network namespaces for them, and injected faults."""

@@ -1,8 +1,8 @@
-"""Cells of a throughput benchmark: a swarm of real node processes over a link that is verified, and what it came to.
+"""A cell of a throughput benchmark: a swarm of real node processes over a link that is verified, and its figures.
 
 A cell is one run at one codec, schedule and link. The first step warms up; then come three windows of whole steps, and
 tokens/s has to agree between them, or it is no steady state. A cell counts only if each link was probed and delivered
-what it was set to, and, where compute is emulated, if the machine kept the pace: a thread that sleeps wakes up late on
+what it was set to, and, where compute is emulated, if the machine kept up: a thread that sleeps wakes up late on
 a machine that is too busy, and then the benchmark would measure the machine. Everything is read from the records that
 the nodes write.
 """

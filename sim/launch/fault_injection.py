@@ -1,16 +1,16 @@
-"""Break a swarm on purpose, at random and repeatably, and see whether it ends where an undisturbed one does.
+"""Inject faults into a swarm, at random and repeatably, and check that its result is that of an undisturbed one.
 
     kill      SIGKILL to a stage; it is started again and has to find its way back
-    twice     a second SIGKILL, to another stage, while the first loss is being mended
+    twice     a second SIGKILL, to another stage, while the run recovers from the first loss
     pause     SIGSTOP for a moment: a machine that hangs, and comes back before it is missed
-    sleeper   SIGSTOP, a replacement in its place, SIGCONT: the one that wakes up must be fenced off
+    sleeper   SIGSTOP, a replacement in its place, SIGCONT: the one that wakes up must be kept out
     disk      SIGKILL to a stage, and its checkpoints are lost; it comes back from the copy that its neighbour kept
     cut       every connection of one boundary is reset
     half      the same, but only the upper end notices
 
-What is compared is everything: each step's loss and every bit of every stage's state. When a fault falls is drawn from
-the seed, as a step and a part of one; what the machine is doing in that instant is its own affair, and so is the order
-in which it notices. That is the point: the end must not depend on it.
+Each step's loss and every bit of every stage's state are compared. The moment of a fault, a step and a part of it, is
+drawn from the seed. What the machine does in that instant, and in which order it notices, differs from run to run. The
+result must not depend on it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A local swarm in network namespaces, a node in each, its link capped by the kernel instead of the transport.
+"""A local swarm in network namespaces, one node in each, whose links the kernel caps instead of the transport.
 
 The transport's own shaper caps what thinpipe sends; here tbf caps whatever passes the node's interface, headers, TCP's
 acknowledgements and other programs included, both ways (see netns.py). A node between two neighbours has one interface

@@ -1,4 +1,4 @@
-"""Giving up root for the user that a service is to run as."""
+"""Giving up root: switching to the user that a service is to run as."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def known(user: str) -> pwd.struct_passwd:
     try:
         return pwd.getpwnam(user)
     except KeyError:
-        raise SupervisorError(f"there is no user '{user}' here; make one, or leave --user away") from None
+        raise SupervisorError(f"there is no user '{user}' here; make one, or omit --user") from None
 
 
 def may_not_become(user: str) -> SupervisorError:
     return SupervisorError(
         f"user {os.getuid()} may not become '{user}': start it as root (in a container with the capabilities SETUID "
-        "and SETGID), or leave --user away"
+        "and SETGID), or omit --user"
     )
 
 

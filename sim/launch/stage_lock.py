@@ -1,7 +1,7 @@
-"""What a run's directory says of its stages: who serves one now, and how far its processes came.
+"""What a run's directory shows of its stages: which process serves one now, and how many steps it has done.
 
-Locks are the kernel's (`flock`), so one is free when its holder is gone, of whatever; what a lock's file holds is the
-last word of a supervisor that gave up. How far a stage came stands at the end of its records.
+Locks are the kernel's (`flock`), so a lock is free once its holder is gone, whatever the cause. The file of a lock
+holds the last message of a supervisor that gave up. The steps of a stage are at the end of its records.
 """
 
 from __future__ import annotations

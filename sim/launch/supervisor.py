@@ -1,17 +1,18 @@
 """Keep one stage of a run served: start its node, start it again when it is lost, and end when the run has ended.
 
-A node process is one life of a stage; somebody has to give it the next one. On one machine that is `thinpipe up`; where
-each stage is a container or a service of its own, it is a supervisor beside each. It starts `thinpipe node` as a user
-would, with --resume where the run's directory says that the stage has been started before.
+When a node process dies, something has to start the next one. On one machine that is `thinpipe up`. If each stage is a
+container or a service of its own, each has a supervisor. It starts `thinpipe node` as a user
+would, with --resume if the run's directory shows that the stage has been started before.
 
-Who serves a stage holds a lock on RUN/stage-N.lock, and so does its node. The kernel lets go of it whenever they die,
-of whatever: so whoever gets the lock of a stage that has been started before knows that it was lost, without a clock. A
-*standby* waits for just that, on all stages, and takes the place of the first one that is lost. Why not the container
-engine's restart policy: it does nothing about a container that was ended by `docker kill`, which counts as wanted.
+The supervisor of a stage holds a lock on RUN/stage-N.lock, and so does its node. The kernel releases it when they die,
+whatever the cause. So a process that gets the lock of a stage which has been started before knows that it was lost,
+without a clock. A *standby* waits for just that, on all stages, and serves the first one that is lost. Why not the
+container engine's restart policy: it does nothing about a container that was ended by `docker kill`, which counts as
+wanted.
 
-At the end the supervisor of stage 0 prints the run's summary, and the others stay until it has: where an engine ends
-all containers with the first one (`--abort-on-container-exit`), nothing is cut off. Where each machine has a directory
-of its own, there is nothing to wait for, and nothing to sum up.
+At the end the supervisor of stage 0 prints the run's summary, and the others stay until it has. So nothing is cut off
+if an engine ends all containers with the first one (`--abort-on-container-exit`). If each machine has a directory of
+its own, there is nothing to wait for, and nothing to summarise.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ class Supervisor:
                 self._say(
                     "stands by for any stage"
                     if standby
-                    else f"stage {self.assignment.stage} is served elsewhere; stands by"
+                    else f"stage {self.assignment.stage} is served elsewhere; this one stands by"
                 )
             marked = {stage for stage in self.assignment.candidates if gave_up(self.assignment.run, stage)}
             taken_up |= set(self.assignment.candidates) - marked
@@ -197,7 +198,7 @@ class Supervisor:
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             if not left:
                 self._say(
-                    f"stage {stage}: its node was {why}, and has been started {self.assignment.restarts} times again"
+                    f"stage {stage}: its node was {why}, and was restarted {self.assignment.restarts} times already"
                 )
                 return code if code > 0 else 128 - code
             self._say(f"stage {stage}: its node was {why}; it is started again in {pause_s:g} s")
@@ -267,7 +268,9 @@ class Supervisor:
             self.assignment.health.write_text(what + "\n", encoding="utf-8")
         except OSError as error:  # the node is well, whoever cannot read of it
             if not self._mute:
-                self._say(f"cannot write {self.assignment.health}: {error.strerror}; what reads it sees no progress")
+                self._say(
+                    f"cannot write {self.assignment.health}: {error.strerror}; a health check of it sees no progress"
+                )
             self._mute = True
         else:
             self._mute = False

@@ -276,7 +276,7 @@ def exit_reason(node: NodeProcess, code: int) -> str:
     last = next((line for line in reversed(words) if line.startswith(ERROR_PREFIX)), None)
     if last:
         return f"stage {node.stage} ended: {last.removeprefix(ERROR_PREFIX)}"
-    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no word'}; see {node.log}"
+    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no output'}; see {node.log}"
 
 
 def _stop(nodes: list[NodeProcess]) -> None:

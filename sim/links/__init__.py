@@ -1,1 +1,1 @@
-"""Thin links without thin links: shape a link, check it, cap it in the kernel, simulate a pipeline over it."""
+"""Simulated thin links: shape a link, check it, cap it in the kernel, and simulate a pipeline over it."""

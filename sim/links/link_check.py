@@ -1,9 +1,9 @@
-"""Is the link what it is configured to be? The steady part of a transfer, and a verdict of it against the profile.
+"""Does the link have its configured rate and delay? The steady part of a transfer is compared with the link's profile.
 
-A transfer begins unlike it goes on: a bucket passes its burst at once, TCP looks for its rate, and the first window of
-bytes leaves without anybody having taken it. So the head of a transfer is left out, and the rate is that of what
-follows. Configured and measured stand side by side everywhere, because a cap that binds less than it says makes every
-figure of a run wrong.
+The beginning of a transfer is not steady: a bucket passes its burst at once, TCP looks for its rate, and the first
+window of bytes leaves before any of it has been received. So the beginning is left out, and the rate is that of the
+rest. Configured and measured values are shown side by side everywhere, because a cap that limits less than it says
+makes every figure of a run wrong.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class LinkCheck:
         )
         return (
             f"{self.name}: configured {self.configured_bits_per_s / 1e6:.4g} Mb/s, measured "
-            f"{self.measured_bits_per_s / 1e6:.4g} Mb/s ({self.deviation:+.1%}, {TOLERANCE:.0%} is let pass); {remedy}"
+            f"{self.measured_bits_per_s / 1e6:.4g} Mb/s ({self.deviation:+.1%}, {TOLERANCE:.0%} is tolerated); {remedy}"
         )
 
     def __str__(self) -> str:
@@ -121,6 +121,6 @@ def round_trip_warning(name: str, configured_s: float, measured_s: float) -> str
         return None
     return (
         f"{name}: the configured latency makes a round trip of {configured_s * 1000:.4g} ms, measured "
-        f"{measured_s * 1000:.4g} ms ({measured_s / configured_s - 1:+.1%}, {TOLERANCE:.0%} is let pass); "
+        f"{measured_s * 1000:.4g} ms ({measured_s / configured_s - 1:+.1%}, {TOLERANCE:.0%} is tolerated); "
         "the path's own latency comes on top: configure the difference"
     )

@@ -1,4 +1,4 @@
-"""A few machines on one: network namespaces, joined by a switch, each behind a thin link that the kernel caps.
+"""Several network namespaces on one machine, joined by a switch, each behind a thin link that the kernel caps.
 
         node 0 namespace        switch namespace        node 1 namespace
         eth0 [tbf]  <-- veth -->  [tbf] port0

@@ -1,8 +1,8 @@
 """A TCP relay that can be told to break what passes through it: how a swarm on one machine meets a bad network.
 
-Bytes pass as they come; `cut` resets every connection that stands, `cut(half=True)` only towards who dialled, so that
-the other end is left to believe in it. Why not a firewall rule: that needs root, and takes effect on packets, while
-what a node has to survive is the end of a connection at any byte.
+Bytes pass as they come; `cut` resets every connection that stands, `cut(half=True)` only towards the side that dialled,
+so that the other end does not notice. Why not a firewall rule: that needs root, and takes effect on packets, while what
+a node has to survive is the end of a connection at any byte.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The link model in user space: a token bucket, then a delay line, on somebody else's clock.
+"""The link model in user space: a token bucket, then a delay line, on the caller's clock.
 
 A thin link is two things: a rate (a frame's bits take time to leave) and a latency (each bit takes time to travel). The
 bucket holds at most `burst_bytes` of credit, filled at the rate; a frame departs when the credit covers it, and a frame

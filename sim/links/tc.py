@@ -1,8 +1,8 @@
-"""A link's cap in the kernel: tbf on a network interface, put on and taken off again.
+"""A link's cap in the kernel: configuring tbf, a token bucket, on a network interface, and removing it.
 
 The user-space shaper (`sim.links.shaper`) caps what thinpipe sends, and nothing else. Where another program is to be
-measured over the same thin link, the cap has to sit below both: in the queueing discipline of an interface, where tbf,
-a token bucket, passes `rate` bits a second of whole frames, Ethernet, IP and TCP headers included; of a TCP stream 95.6
+measured over the same thin link, the cap has to sit below both: in the queueing discipline of an interface, where tbf
+passes `rate` bits a second of whole frames, Ethernet, IP and TCP headers included; of a TCP stream 95.6
 % are payload then (1,448 of 1,514 bytes). Latency is netem's part (tc-netem(8)), which many kernels of small virtual
 machines do not have; whether this one does is tried, not guessed, and a profile that asks for it is refused where it is
 missing.

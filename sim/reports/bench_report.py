@@ -1,4 +1,4 @@
-"""What a benchmark's cells look like: a table for a terminal, a picture of throughput against the links' rate."""
+"""How a benchmark's cells are shown: a table for a terminal, a picture of throughput against the links' rate."""
 
 from __future__ import annotations
 

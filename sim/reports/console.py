@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar while it trains, a table when it is done.
+"""What a run prints on the console: a live progress bar while it trains, and a table at its end.
 
 On a terminal the bar is redrawn in place; where the output is a file or a pipe, a plain line is written at each tenth
 of the run, so that a log stays readable. Both show the same figures, from the same records that stay on disk.
@@ -186,7 +186,7 @@ def _projectors_table(summary: dict[str, Any]) -> Table:
 def _codebooks_table(summary: dict[str, Any]) -> Table:
     codebooks = Table(
         title="codebooks",
-        caption="in the last step, for each level; lost by coding; stale: master less shipped, relative to the master",
+        caption="in the last step, for each level; lost by coding; stale: learned but not yet sent, as a share",
     )
     for column in ("boundary", "of", "used", "perplexity", "revived", "lost", "stale"):
         codebooks.add_column(column, justify="right")
@@ -211,7 +211,7 @@ def _codebooks_table(summary: dict[str, Any]) -> Table:
 def _links_table(summary: dict[str, Any]) -> Table:
     links = Table(
         title="links",
-        caption="at start: filler alone; measured: while the queue was not empty (50 ms of traffic and more)",
+        caption="at start: filler messages only; measured: while the queue was not empty (50 ms of traffic and more)",
     )
     for column in ("boundary", "configured", "at start", "measured", "used", "bytes"):
         links.add_column(column, justify="right")

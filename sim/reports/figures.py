@@ -1,15 +1,16 @@
-"""What a stage is doing, folded from its records one after the other.
+"""The current figures of a stage, computed from its records one after the other.
 
-Every view is made of this: the Prometheus endpoint of a node folds the records as they are written, `thinpipe top` and
+Every view uses them: the Prometheus endpoint of a node folds the records as they are written, `thinpipe top` and
 the bar of `thinpipe up` fold the same lines from the disk, and TensorBoard gets what is in it. So they cannot disagree,
 and none of them comes near the compute thread. Memory is constant: of steps the last few are kept, of faults the last
 hundred.
 
-A process counts from zero, so of one that was replaced its last counts are kept and added to. Steps that were gone back
-behind are done again: `tokens` counts them twice, as work was done; the ratio counts them once, as the summary does.
+Each process counts from zero, so the last counts of one that was replaced are kept and added. After a rollback some
+steps are done again: `tokens` counts them twice, because the work was done twice; the ratio counts them once, as the
+summary does.
 
-Records, and figures over HTTP, may be a stranger's, and every view makes rows and bars of them: so whoever reads them
-holds stages, times and quantities to what can be (quantities.py).
+Records, and figures over HTTP, may come from a stranger, and every view makes rows and bars of them. So every reader
+checks stages, times and quantities for plausible values (quantities.py).
 """
 
 from __future__ import annotations

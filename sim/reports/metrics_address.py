@@ -1,7 +1,7 @@
-"""Where a node serves its figures over HTTP: one spelling for settings, options and whoever looks.
+"""The address at which a node serves its figures over HTTP, spelled alike in settings, options and readers.
 
-`9100` is a port of this machine alone: whoever may see a run's losses should be said, not assumed. `0.0.0.0:9100`
-serves them to all. Of a swarm on one machine, stage N has the port N further.
+`9100` is a port that only this machine can reach, because others should see a run's losses only if somebody says so.
+`0.0.0.0:9100` serves them to all. In a swarm on one machine, stage N uses the port plus N.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ class MetricsAddress:
         why = "the port is in use" if error.errno == errno.EADDRINUSE else os.strerror(error.errno or 0)
         if isinstance(error, socket.gaierror):
             why = f"no machine is known as '{self.host}'"
-        return MetricsAddressError(
-            f"cannot serve figures at {self}: {why}; choose another --prometheus, or leave it away"
-        )
+        return MetricsAddressError(f"cannot serve figures at {self}: {why}; choose another --prometheus, or omit it")
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"

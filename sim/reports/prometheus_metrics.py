@@ -1,11 +1,12 @@
-"""A stage's figures as Prometheus has them, and back: what a node serves, and what `thinpipe top --prometheus` reads.
+"""A stage's figures in Prometheus' text format, written and read: a node serves it, `thinpipe top --prometheus` reads
+it.
 
 Names follow Prometheus' own rules: `thinpipe_` first, the base unit last (bytes and seconds, so a link's rate is in
 bytes a second), `_total` for what only grows in a process. Labels: `stage` everywhere; `boundary` as `0-1`, `direction`
 `forward` or `backward`, `kind` of bytes as in the summary, `dictionary`, `end` (owner or replica), `code` of faults.
 
-Both directions stand beside each other, because a name that only one of them knew would be a figure that is lost. What
-comes over HTTP is a stranger's: `read_figures` refuses by name what it cannot use, and its answer is no larger than
+Writing and reading are in one module, because a name that only one of them knew would be a lost figure. What comes over
+HTTP is not trusted: `read_figures` refuses by name what it cannot use, and its answer is no larger than
 what it was given.
 """
 

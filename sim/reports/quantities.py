@@ -1,4 +1,4 @@
-"""Numbers that come from records or over HTTP, and so perhaps from a stranger: each is held to what can be."""
+"""Checks for numbers that come from records or over HTTP, perhaps from a stranger: each must be a plausible value."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def any_number(value: Any) -> float:
 def quantity(value: Any, most: float = QUANTITY_MAX) -> float:
     """A number that can be added up and drawn. Raises TypeError for what is none, ValueError for what cannot be."""
     if not -most <= any_number(value) <= most:  # NaN is not, either
-        raise ValueError(f"{value!r} is beyond what there can be")
+        raise ValueError(f"{value!r} is larger than it can be")
     return float(value)
 
 

@@ -1,8 +1,8 @@
-"""Records as they are written: a JSON-lines file that grows, read from where the last look ended.
+"""Following a file of records while it is written: JSON lines, read from where the last read ended.
 
 A line that is still being written is left for the next look. A file that became shorter, or is another one, belongs to
-another run that took its place, and is read from its beginning. What is no record is counted and passed over: who
-watches must not fall over what a full disk left behind.
+another run that took its place, and is read from its beginning. A line that is not a record is counted and skipped, so
+that what a full disk left behind does not stop a watcher.
 """
 
 from __future__ import annotations

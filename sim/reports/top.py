@@ -1,11 +1,11 @@
-"""What `thinpipe top` looks at: the records of runs on this machine's disks, and nodes elsewhere over HTTP.
+"""The data of `thinpipe top`: the records of runs on this machine's disks, and nodes elsewhere over HTTP.
 
 A directory is read as it grows (`sim.reports.record_tail`); a node is asked for its figures, each by a thread of its
-own, so that one that does not answer holds up nobody. Both end in the same `StageFigures`. A swarm whose stages are
+own, so that one that does not answer delays no other. Both end in the same `StageFigures`. A swarm whose stages are
 spread over several directories or nodes is put together again: what has the same run's name and the same number of
 stages, and no stage twice, is one swarm.
 
-What a node answers is a stranger's word: it is read up to a limit, under a deadline, and drawn as plain text.
+The answer of a node is not trusted: it is read up to a limit, under a deadline, and drawn as plain text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The screen of `thinpipe top`: one frame after the other until the run is over or somebody has seen enough.
+"""The screen of `thinpipe top`: one frame after the other until the run is over or the user stops it.
 
 The frames are drawn on the terminal's other screen, as `top` does, and the last one is left behind on the first.
 """

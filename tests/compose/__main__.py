@@ -100,7 +100,9 @@ def killed(project: Project, checks: Checks) -> None:
     docker(project.host, "start", project.id("stage-2"))
     time.sleep(5)
     up.until_step(15)
-    stood_by = "stage 2 is served elsewhere; stands by" in docker(project.host, "logs", project.id("stage-2")).stdout
+    stood_by = (
+        "stage 2 is served elsewhere; this one stands by" in docker(project.host, "logs", project.id("stage-2")).stdout
+    )
     docker(project.host, "kill", project.id("standby"))
     up.until(lambda text: text.count("generation 2: goes on") == 4, "the generation after that")
     # The node alone, as memory that runs out would end it.

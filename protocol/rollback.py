@@ -81,7 +81,7 @@ class Rollback:
         self._do_view_change_below: DoViewChange | None = None
         self._do_view_change_sent: DoViewChange | None = None  # on the present connection upwards
         self._finished_here = self._finished_below = False
-        # In this generation. Never taken back: a StartViewChange may pass a AllFinished that is on its way.
+        # In this generation. Never taken back: a StartViewChange may pass an AllFinished that is on its way.
         self._said_finished = False
         self._draining = False
         self.end: int | None = None  # all end when so many steps are completed

@@ -142,8 +142,8 @@ class GPipe(FlushingSchedule):
 
 
 class OneFOneB(FlushingSchedule):
-    """As few microbatches in flight as keep a pipeline busy whose links take `hop`, there and back, in units of one
-    microbatch's forward and backward; with instant links P - s. Raises ScheduleError for a hop out of range."""
+    """The fewest microbatches in flight that keep a pipeline busy. `rtt_ratio` is the time of a link, there and back, in
+    units of one microbatch's forward and backward; with instant links P - s. Raises ScheduleError for an rtt_ratio out of range."""
 
     name = "1f1b"
 
@@ -161,7 +161,7 @@ class OneFOneB(FlushingSchedule):
 
 class ZeroBubble(OneFOneB):
     """ZB-H1: as deep as 1F1B, each weight gradient as many microbatches behind its input gradient as the stage is less
-    deep than stage 0. Raises ScheduleError for a hop out of range."""
+    deep than stage 0. Raises ScheduleError for an rtt_ratio out of range."""
 
     name = "zb"
 

@@ -168,7 +168,7 @@ def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> Non
 REFUSED: list[tuple[list[str], str]] = [
     (["--link", "80mbit"], "say how stages compute"),
     (["--emulate", "tiny@2x1tflops"], "say over which links: --link 300mbit,25ms or --sweep"),
-    (["--emulate", "tiny@2", "--link", "80mbit"], "a pace is PRESET@STAGES"),
+    (["--emulate", "tiny@2", "--link", "80mbit"], "an emulated machine is PRESET@STAGES"),
     (["--free-running", "tiny", "--link", "80mbit"], r"--free-running: 'tiny' is not PRESET@STAGES"),
     (["--emulate", "tiny@2x1tflops", "--link", "0mbit"], "link rate 0"),
     (["--emulate", "tiny@2x1tflops", "--link", "80mbps"], "unknown unit 'mbps'"),

@@ -839,18 +839,18 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 @dataclass(slots=True)
-class RendezvousResponse:
+class Reported:
     written: list[tuple[int, int, float]]
     errors: list[str]
 
 
 @pytest.fixture
-def told() -> RendezvousResponse:
-    return RendezvousResponse([], [])
+def told() -> Reported:
+    return Reported([], [])
 
 
 @pytest.fixture
-def writer(told: RendezvousResponse, tmp_path: Path) -> Iterator[CheckpointWriter]:
+def writer(told: Reported, tmp_path: Path) -> Iterator[CheckpointWriter]:
     writer = CheckpointWriter(
         store_of(tmp_path),
         on_written=lambda *what: told.written.append(what),
@@ -861,9 +861,7 @@ def writer(told: RendezvousResponse, tmp_path: Path) -> Iterator[CheckpointWrite
     writer.close()
 
 
-def test_it_writes_what_it_is_given_in_order(
-    writer: CheckpointWriter, told: RendezvousResponse, tmp_path: Path
-) -> None:
+def test_it_writes_what_it_is_given_in_order(writer: CheckpointWriter, told: Reported, tmp_path: Path) -> None:
     for completed in (1, 2, 3):
         writer.submit(small(completed), generation=0)
     assert writer.flush(30)
@@ -878,7 +876,7 @@ def test_it_writes_what_it_is_given_in_order(
         writer.submit(small(5), generation=0)
 
 
-def test_a_newer_one_waits(writer: CheckpointWriter, told: RendezvousResponse, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_one_waits(writer: CheckpointWriter, told: Reported, monkeypatch: pytest.MonkeyPatch) -> None:
     may_write, writing = threading.Event(), threading.Event()
     real = CheckpointStore.write
 
@@ -904,7 +902,7 @@ def test_a_newer_one_waits(writer: CheckpointWriter, told: RendezvousResponse, m
 
 
 def test_a_failed_write_is_told_of_and_the_next_one_is_written(
-    writer: CheckpointWriter, told: RendezvousResponse, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    writer: CheckpointWriter, told: Reported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     def bug(*_: Any, **__: Any) -> None:
         raise KeyError("a bug\nof two lines")

@@ -374,7 +374,7 @@ def test_a_start_that_was_never_offered_is_refused():
 
 @pytest.mark.parametrize("generation", [GENERATIONS_AHEAD_MAX + 2, 2**48 - 1])
 def test_a_start_of_a_generation_out_of_reach_is_refused(generation):
-    """It would be taken, and no offer that this stage makes afterwards."""
+    """It would be accepted, but no DoViewChange that this stage sends afterwards."""
     machine = Rollback(identity(1, 2, incarnation=2), joining=True)
     machine.meet("above", Rollback(identity(0, 2, incarnation=1), joining=False).greeting())
     machine.stopped({5})

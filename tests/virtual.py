@@ -436,7 +436,7 @@ class _Channel:
 
 class Network:
     """All addresses and streams; stands for `grpc.aio`. Who listens last at an address has it, as behind a relay that
-    was pointed to a replacement. `called` is told of each new stream."""
+    was pointed to a replacement. `called` is called with each new stream."""
 
     def __init__(self, carry: Carry, called: Callable[[Stream], None]) -> None:
         self.carry, self.called = carry, called

@@ -17,8 +17,8 @@ from .store import CheckpointStore
 
 
 class CheckpointWriter:
-    """Writes checkpoints on a thread of its own, one at a time, while training goes on. A write that fails is told of
-    and nothing more.
+    """Writes checkpoints on a thread of its own, one at a time, while training goes on. A write that
+    fails is only reported.
 
     on_written(completed, bytes, seconds) and on_error(line) are called on that thread. `waited_s` is how long `submit`
     has waited in all, for the records. Two snapshots are in memory at most, and their makers': a queue of several would

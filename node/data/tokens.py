@@ -196,7 +196,7 @@ def _train(source: Source, vocab_size: int) -> Tokenizer:
 
 
 def _sample(source: Source) -> Iterator[str]:
-    """InfoResponse _SAMPLE_BYTES of text, spread evenly over the source.
+    """About _SAMPLE_BYTES of text, spread evenly over the source.
 
     Held-out documents too: which merges exist says next to nothing about a text, and in a source of few documents the
     one that hashes below the share may be most of it.

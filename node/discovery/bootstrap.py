@@ -89,7 +89,7 @@ def _run_of(rendezvous: RendezvousAnswer) -> RunRecord | None:
 
 
 async def _keep(discovery: Discovery, run: RunRecord | None, known: list[RunRecord]) -> None:
-    """Tell of the run, or learn of the one that is told of here. Raises DiscoveryError if there is no DHT any more."""
+    """Announce the run, or find the one that is announced here. Raises DiscoveryError if there is no DHT any more."""
     try:
         if run:
             await asyncio.to_thread(discovery.publish_run, run, lease_s=LEASE_S)

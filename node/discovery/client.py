@@ -159,7 +159,7 @@ class Discovery:
         return read_records(self._read(run_key(run)), run=run, configuration=configuration, stages=stages)
 
     def runs(self) -> tuple[list[RunRecord], Counter[str]]:
-        """The runs that are told of here, each once, and how many records were left out, by fault. Two records of one
+        """The runs that are announced here, each once, and how many records were left out, by fault. Two records of one
         fingerprint are of one run: they may differ in what is each machine's own."""
         found: dict[tuple[str, str], RunRecord] = {}
         left_out: Counter[str] = Counter()

@@ -74,7 +74,7 @@ def ask_all_rendezvous(join: Sequence[str], say: Say, security: Security = PLAIN
 
 
 def _is_multiaddr(address: str) -> bool:
-    """Or else a rendezvous's host:port. Raises DiscoveryError for what is neither."""
+    """Otherwise the host:port of a rendezvous. Raises DiscoveryError for what is neither."""
     if address.startswith("/"):
         parsed = Multiaddr.parse(address)
         if parsed is None or not parsed.peer:

@@ -38,7 +38,7 @@ RUN_LOOKS = 4  # for a run in the DHT, before nobody is believed to know of one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
-    """What the user said. stage: None for the one that needs a node most. run: a name, where several are told of."""
+    """What the user said. stage: None for the one that needs a node most. run: a name, if the DHT has several."""
 
     join: tuple[str, ...]
     stage: int | None

@@ -25,7 +25,7 @@ LOCAL = "data.source, data.tokenizer, data.cache, model.path, compute.device, li
 
 
 def shareable(config: RunConfig) -> RunRecord:
-    """What others are told of it. Raises ConfigError for what none of them would read."""
+    """The part of it that is sent to others. Raises ConfigError for what none of them would accept."""
     tree = _without_places(tomllib.loads(dump_config(config)))
     record = RunRecord(run=config.run.name, configuration=config.digest(), toml=dump_config(parse_config(tree)))
     try:
@@ -36,7 +36,7 @@ def shareable(config: RunConfig) -> RunRecord:
 
 
 def verified(record: RunRecord, source: str) -> RunConfig:
-    """The configuration that `source` told of. Raises ConfigError unless it is what its fingerprint says."""
+    """The configuration that `source` sent. Raises ConfigError unless it is what its fingerprint says."""
     try:
         tree = tomllib.loads(record.toml)
     except (ValueError, RecursionError):  # among others for a number of thousands of digits

@@ -69,7 +69,7 @@ class EmulatedMachine:
         return cls(preset=match["preset"], stages=stages, whole=whole, tflops=tflops, seconds=seconds)
 
     def settings(self) -> dict[str, Any]:
-        """Of a run at this pace: a step of 262,144 tokens, unless the user says otherwise."""
+        """Settings of a run on this machine: a step of 262,144 tokens, unless the user says otherwise."""
         return {
             "model.preset": self.preset,
             "pipeline.stages": self.stages,

@@ -1,5 +1,5 @@
 """A stage that computes nothing and takes the time of one that does: real processes, schedules, links and bytes, at the
-pace of a machine that is not here.
+speed of a machine that is not here.
 
 With `compute.emulate` each forward and backward lasts as long as on the emulated machine; the node's compute thread
 sleeps meanwhile; messages have the exact size that the codec gives them (message_sizes.py) and zeros inside. All the

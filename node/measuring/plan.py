@@ -150,7 +150,8 @@ def resolved_schedule(
 ) -> str:
     """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
     costs
-    memory, and where a link is the bottleneck time too. Raises ScheduleError for a schedule without a hop."""
+    memory, and where a link is the bottleneck time too. Raises ScheduleError for a schedule without an
+    rtt_ratio."""
     name, auto, _ = spec.partition(AUTO)
     if not auto:
         return spec

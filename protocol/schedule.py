@@ -142,8 +142,9 @@ class GPipe(FlushingSchedule):
 
 
 class OneFOneB(FlushingSchedule):
-    """The fewest microbatches in flight that keep a pipeline busy. `rtt_ratio` is the time of a link, there and back, in
-    units of one microbatch's forward and backward; with instant links P - s. Raises ScheduleError for an rtt_ratio out of range."""
+    """The fewest microbatches in flight that keep a pipeline busy. `rtt_ratio` is the time that a link takes, there and
+    back, in units of one microbatch's forward and backward; with instant links the depth is P - s. Raises
+    ScheduleError for an rtt_ratio out of range."""
 
     name = "1f1b"
 

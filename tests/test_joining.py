@@ -380,7 +380,7 @@ def test_a_configuration_that_is_not_what_its_fingerprint_says_is_refused() -> N
     for odd in ("[[[[", "x = " + "[" * 20000):
         with pytest.raises(ConfigError, match="is not TOML"):
             verified(replace(record, toml=odd), "a:1")
-    with pytest.raises(ConfigError, match="no name for a directory"):
+    with pytest.raises(ConfigError, match="cannot be the name of a directory"):
         verified(shareable(config(run__name="..")), "a:1")
 
 
@@ -744,7 +744,7 @@ async def say_at_door(address: str, raw: bytes) -> str:
         return frame.code
 
 
-def test_a_door_answers_and_refuses_by_name() -> None:
+def test_a_rendezvous_answers_and_refuses_by_name() -> None:
     faults: list[str] = []
 
     async def story() -> None:
@@ -770,7 +770,7 @@ def test_a_door_answers_and_refuses_by_name() -> None:
     assert faults == ["malformed-frame", "malformed-frame", "oversized", "protocol-version"]
 
 
-def test_who_is_no_door_is_named() -> None:
+def test_who_is_no_rendezvous_is_named() -> None:
     async def story() -> None:
         async def probe(_: object, context: grpc.aio.ServicerContext) -> None:
             del context
@@ -778,7 +778,7 @@ def test_who_is_no_door_is_named() -> None:
         with pytest.raises(RendezvousError, match=r"nobody listens at .*: start `thinpipe dht"):
             await ask_rendezvous(free_address())
         async with serving("127.0.0.1:0", {"Probe": probe}) as port:
-            with pytest.raises(RendezvousError, match="is in no DHT"):
+            with pytest.raises(RendezvousError, match="is not in a DHT"):
                 await ask_rendezvous(f"127.0.0.1:{port}")
         async with serving("127.0.0.1:0", {"Swarm": probe}) as port:
             with pytest.raises(RendezvousError, match="without an answer"):

@@ -95,7 +95,8 @@ class Environment:
         ]
 
     def _refused(self, endpoints: Collection[str]) -> set[str]:
-        """Which of them refuse, probed side by side: what is not known after CONNECT_PROBES_S is silent."""
+        """Which of them refuse a connection, all tried at the same time. One that has not answered after CONNECT_PROBES_S
+        counts as silent."""
         if not endpoints:
             return set()
         pool = ThreadPoolExecutor(min(len(endpoints), CONNECT_PROBES_AT_ONCE), "connect-probe")

@@ -45,7 +45,7 @@ class RendezvousError(ProbeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RendezvousAnswer:
-    """What was told at `address`, which was reached at the IP address `host`."""
+    """The answer from `address`, which was reached at the IP address `host`."""
 
     address: str
     host: str

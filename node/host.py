@@ -246,7 +246,7 @@ async def _host(
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
-        elif methods and addresses.listen:  # nobody is above, but who comes may join here
+        elif methods and addresses.listen:  # no stage is above, but new nodes may join here
             await open_ends.enter_async_context(serving_only(addresses.listen, methods, security))
         endless: list[Awaitable[None]] = [_until_signal(lifecycle.drain)]
         if membership:

@@ -127,7 +127,7 @@ class Lifecycle:
         )
 
     async def run(self) -> None:
-        """Returns when every stage is through."""
+        """Returns when every stage has finished."""
         self._loop = asyncio.get_running_loop()
         try:
             if self._joining:
@@ -210,8 +210,8 @@ class Lifecycle:
             await self._keep(await asyncio.to_thread(self.stage.snapshot))
         ends = {"above": self.stage.first, "below": self.stage.last}
         if not all(met.is_set() for side, met in self.control.met.items() if not ends[side]):
-            return True  # nobody there who could need this stage again
-        await self._written_out()  # who says that it is through has nothing left to lose
+            return True  # no neighbour is there that could need this stage again
+        await self._written_out()  # a stage says that it has finished only when nothing is left to write
         self.control.act(self.machine.finished())
         return False
 
@@ -330,7 +330,7 @@ class Lifecycle:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def _on_disk(self) -> list[int]:
-        """What can be restored from disk, newest first; what is damaged is said, and left out."""
+        """What can be restored from disk, newest first; what is damaged is reported and left out."""
         return self._store.newest_intact(HELD_TIMES * self._store.keep, report=self._unwritten)
 
     def _written(self, completed: int, size: int, seconds: float) -> None:

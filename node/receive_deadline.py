@@ -51,6 +51,6 @@ class ReceiveDeadline:
         return max(LEAST_S, TIMES * self._longest_s) + TIMES * self._transfer_s
 
     def extend(self, waited_s: float) -> bool:
-        """A wait of so long was in vain: whether to wait once more, because somebody is missing, or was meanwhile."""
+        """After a wait of `waited_s` without a message: whether to wait again, because a stage is or was missing."""
         since_s, ago_s = self._missing_s()
         return since_s < self._replacement_s if since_s else ago_s < waited_s

@@ -93,5 +93,5 @@ class Receiving:
         self._parts += 1
 
     def acknowledged(self) -> None:
-        """What came is written, and that is said."""
+        """All received parts are written, and this was acknowledged."""
         self._parts = 0

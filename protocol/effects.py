@@ -40,7 +40,7 @@ class Start:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Leave:
-    """All stages are through: the process may end."""
+    """All stages have finished: the process may end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -140,8 +140,8 @@ ProbeMessage = Terms | Echo | Turn | Filler | Done | Measured | InfoRequest | In
 
 
 def dial_back_proof(token: bytes) -> bytes:
-    """What is said to who is dialled back: it proves that this is the other side of the visit, and whoever asked does
-    not choose what is sent to a port of its address."""
+    """The bytes sent on a connection back. They prove that the answering side made it, and the asking side cannot
+    choose what is sent to a port of its address."""
     return b"thinpipe " + hashlib.sha256(b"thinpipe knock " + token).hexdigest().encode() + b"\n"
 
 
@@ -294,9 +294,9 @@ class ProbeResponder:
         self._echoes = 0
 
     def receive(self, said: ProbeMessage) -> Terms | Echo | Turn | Filler | Done | InfoRequest:
-        """Terms, Echo: say it. Turn: send filler and Done. Filler: count it. Done: say what was measured. InfoRequest:
-        say InfoResponse, and if there is a port, dial it and say what came of it; of whatever version, as that is the
-        question."""
+        """What the caller does with each result. Terms, Echo: send it. Turn: send filler and Done. Filler: count it.
+        Done: send what was measured. InfoRequest, of any version: send InfoResponse; if there is a port, connect to
+        it and send the result."""
         match self.phase, said:
             case ProbePhase.TERMS, Terms():
                 if said.protocol_version != PROTOCOL_VERSION:

@@ -43,7 +43,7 @@ class NodeState(StrEnum):
     STARTING = "starting"  # has the stage, and builds it
     WAITING = "waiting"  # for a neighbour, or for a new generation
     TRAINING = "training"
-    LEFT = "left"  # has ended in order: the run is through, or was told to end
+    LEFT = "left"  # has ended in order: the run is complete, or was stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,7 +95,7 @@ class Environment:
         ]
 
     def _refused(self, endpoints: Collection[str]) -> set[str]:
-        """Which of them refuse a connection, all tried at the same time. One that has not answered after CONNECT_PROBES_S
+        """Which of them refuse a connection, all tried at the same time. One without an answer after CONNECT_PROBES_S
         counts as silent."""
         if not endpoints:
             return set()

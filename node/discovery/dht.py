@@ -36,7 +36,7 @@ from .dht_records import read_by_record, validator
 
 PIPE_BYTES_MAX = 16 * 2**20
 START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine
-PEER_S = 2.0  # for one answer of one peer; of one that has just died nobody else knows yet, so who comes waits for it
+PEER_S = 2.0  # for one answer of one peer; a peer that has just died is still listed, so a new node waits for it
 PR_SET_PDEATHSIG = 1
 
 

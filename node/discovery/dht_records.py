@@ -45,8 +45,8 @@ _reading: ContextVar[bool] = ContextVar("reading", default=False)  # a peer's an
 
 
 class StoredRecords:
-    """How much strangers have had kept here: (key, subkey) -> (expiration, bytes). Who is in may stay; who comes when
-    it is full is turned away."""
+    """The records stored here for strangers: (key, subkey) -> (expiration, bytes). Stored records stay; when the store
+    is full, new ones are refused."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ def read_by_record() -> None:
         return ValueWithExpiration(made, order[0][1].expiration_time) if order else None
 
     def neighbours(peer: Any, nearest: dict[Any, Any]) -> dict[Any, Any]:
-        """Others than who answers, each under one name, and not more than a bucket of them."""
+        """Peers other than the one that answers, each under one name, and at most a bucket of them."""
         names = {other: name for name, other in list(nearest.items())[:NEIGHBOURS_MAX] if other != peer}
         return {name: other for other, name in names.items()}
 

@@ -158,8 +158,8 @@ async def dial_control(
     """Keep the control stream to the neighbour below open until all stages are through.
 
     Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `deadline_s()` without a connection. Who cannot agree on TLS at the first meeting never will; later it may be a
-    replacement with the wrong keys, which somebody can still put right, so it is said, and waited for.
+    `patience_s()` without a connection. A TLS fault before the two have ever met is final. Later it may be a
+    replacement with the wrong keys, which somebody can still correct, so it is reported and the wait goes on.
     """
     loop = asyncio.get_running_loop()
     last_open_s, pause_s = loop.time(), RETRY_FIRST_S
@@ -249,7 +249,7 @@ async def _stream(
 
 
 async def _until_ready(channel: grpc.aio.Channel, address: str, security: Security, stage: int) -> None:
-    """gRPC tries again and again, and never says why in vain; what has to do with TLS is looked into."""
+    """gRPC retries, and never says why an attempt failed. If TLS may be the cause, the handshake is diagnosed."""
     while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and (why := await security.fault(address, stage)):
             raise _NoTls(why)

@@ -55,7 +55,7 @@ def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
         ("grpc.min_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 1_000),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        # gRPC's own is 30 s: who comes back under its name, at another address, would be looked for at the old one.
+        # gRPC's own is 30 s: a node that comes back under its name at another address would be dialled at the old one.
         ("grpc.dns_min_time_between_resolutions_ms", 1_000),
         # Or a new channel would take over the connection of the one before it, which may be why that one was given up.
         ("grpc.use_local_subchannel_pool", 1),

@@ -116,8 +116,8 @@ def plan(
 
 
 def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
-    """Seconds of a first stage on this machine, which has nothing else to do, taken for all of them: one microbatch
-    forward and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
+    """Seconds of a first stage on this machine while it is otherwise idle, used for all stages: one microbatch forward
+    and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
     these times is more than it needs."""
     if config.compute.emulate:
         return EmulatedMachine.parse(config.compute.emulate).times(config, architecture)

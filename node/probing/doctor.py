@@ -46,8 +46,8 @@ COLOURS: dict[State, str] = {"ok": "green", "warning": "yellow", "fault": "bold 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """listen: where this node is to listen; to: a door of its neighbour; keys: directory of its keys; out: where it
-    would write. None: not said."""
+    """listen: where this node is to listen; to: address of a neighbour's listener; keys: directory of its keys; out:
+    where it would write. None: not given."""
 
     listen: str | None = None
     to: str | None = None

@@ -119,7 +119,7 @@ def print_probe(address: str, link: str, seconds: float, *, as_json: bool, secur
 
 
 def listen(address: str, *, once: bool, security: Security = PLAIN) -> None:
-    """Answer probes on `address` until Ctrl-C; `once`: until one is through. Raises ProbeError."""
+    """Answer probes on `address` until Ctrl-C; `once`: until one is complete. Raises ProbeError."""
     try:
         check_listen(address)
         with suppress(KeyboardInterrupt):  # how it is ended

@@ -119,7 +119,7 @@ async def visit(
             await within(deadline_s, visiting, f"{address} takes no visit")
             about = await hear(InfoResponse, "does not say who it is")
             trip_s = time.monotonic() - began
-            dialled = await hear(DialBackResult, "does not say what came of dialling back") if port else None
+            dialled = await hear(DialBackResult, "does not send the result of connecting back") if port else None
             return Visited(
                 about=about,
                 round_trip_s=trip_s,
@@ -154,7 +154,7 @@ def _broken(address: str, error: grpc.aio.AioRpcError) -> ProbeError:
 
 
 class _Conversation:
-    """The side that asks: terms, echoes, the other side's filler, its own, what came of it."""
+    """The side that asks: terms, echoes, the other side's filler, its own, and the result."""
 
     def __init__(
         self, address: str, profile: LinkProfile, wish: Terms, read: Read, write: Write, deadline_s: float

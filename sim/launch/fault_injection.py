@@ -57,7 +57,7 @@ class PlannedFault:
 
 @dataclass(slots=True, kw_only=True)
 class Injected:
-    """A fault that was injected, and what came of it."""
+    """A fault that was injected, and its effect."""
 
     fault: PlannedFault
     at_s: float

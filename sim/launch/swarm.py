@@ -253,7 +253,7 @@ def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures
         codes = [node.process.poll() for node in nodes]
         if on_progress:
             on_progress(progress.look())
-        over = 0 in codes  # nobody leaves before all are through: who is lost now has nothing left to do
+        over = 0 in codes  # no stage leaves before all have finished: one that is lost now has nothing left to do
         for node, code in zip(nodes, codes, strict=True):
             if code and code != 2 and restarts and not over and not swarm.draining:
                 restarts -= 1

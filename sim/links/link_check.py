@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-TOLERANCE = 0.10  # of the configured rate or round trip: more is said
+TOLERANCE = 0.10  # of the configured rate or round trip; a larger difference is reported
 ROUND_TRIP_SLACK_S = 0.002  # that late wake-ups add, whatever the latency
 
 

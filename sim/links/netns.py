@@ -104,7 +104,7 @@ def network(nodes: int, profile: LinkProfile) -> Iterator[Network]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Signals that end a process wait until the body is through: whoever presses Ctrl-C twice leaves nothing either."""
+    """Signals that end a process wait until the body is done, so that even two Ctrl-C leave nothing behind."""
     if threading.current_thread() is not threading.main_thread():  # where signals are handled
         yield
         return
@@ -141,8 +141,8 @@ def existing() -> set[str]:
 
 
 def _remove(names: list[str]) -> None:
-    """End what runs in them and take them away. One that is gone already is no error, as another process may sweep at
-    the same moment; one that cannot be taken away does not keep the others, and is left for the next start."""
+    """End what runs in them and remove them. One that is gone already is no error, because another process may clean up
+    at the same time. One that cannot be removed does not stop the rest; the next start tries it again."""
     for name in sorted(existing() & set(names)):
         with suppress(KernelLinkError):
             for pid in run(["ip", "netns", "pids", name]).split():

@@ -224,7 +224,7 @@ def fetch(endpoint: MetricsAddress) -> str:
         if answer.status != http.client.OK:
             raise MetricsFormatError(f"HTTP status {answer.status}; is that a node's --prometheus?")
         text = answer.read(ANSWER_BYTES_MAX + 1)
-    except (http.client.HTTPException, OSError):  # what a drip meets that was hung up on: an end, or a reset
+    except (http.client.HTTPException, OSError):  # a peer that sends too slowly was cut off: an end, or a reset
         if time.monotonic() < deadline:
             raise
         text = b""

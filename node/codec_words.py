@@ -33,7 +33,7 @@ def codec_settings(codec: str | None, forward: str | None = None, backward: str 
     words = [] if codec is None else codec.split()
     if codec is not None and not 1 <= len(words) <= len(SETTINGS):
         raise ConfigError(f"--codec '{codec}' has {len(words)} parts; write CODEC, or CODEC FORWARD BACKWARD")
-    found = dict(zip(SETTINGS, words, strict=False))
+    found: dict[str, str] = dict(zip(SETTINGS, words, strict=False))
     for name, said in (("forward", forward), ("backward", backward)):
         if said is None:
             continue

@@ -206,7 +206,7 @@ def test_a_node_that_cannot_be_reached_is_told(scene: Scene, tmp_path: Path) -> 
     line = next(line for line in node.words.splitlines() if "this node is announced at" in line)
     assert f"at {nobody} and cannot be reached there by itself (nobody listens at {nobody}" in line
     assert f", nor by {rendezvous} (nobody listens at {nobody}" in line
-    assert "say with --announce host:port where the stage above reaches it" in line
+    assert "give the host:port at which the stage above reaches it with --announce" in line
     node.popen.terminate()
     assert "stopped by SIGTERM" in node.ends(130)
 

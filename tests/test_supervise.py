@@ -232,8 +232,8 @@ PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
     ("options", "line"),
     [
         (("--stage", "0"), "--peers has 0 stages"),
-        ((*PEERS,), "say which stage is kept"),
-        (("--stage", "0", "--standby", *PEERS), "say which stage is kept"),
+        ((*PEERS,), "say which stage to serve"),
+        (("--stage", "0", "--standby", *PEERS), "say which stage to serve"),
         (("--stage", "2", *PEERS), "--peers has 2 stages"),
         (("--stage", "0", *PEERS, "--cap", "tight"), "there is no 'tight'; choose user, kernel, auto"),
         (("--stage", "0", *PEERS, "--codec", "bf16 int8 int8 int8"), "has 4 parts"),

@@ -101,7 +101,8 @@ def draw(events: list[dict[str, Any]], stages: int, path: Path, *, window_s: flo
         for (colour, low, height), found in bars.items():
             shown = [(start, length) for start, length in found if start < window_s and start + length > 0]
             looks: dict[str, Any] = {"edgecolors": "white", "lw": 0.2} if height > 0.2 else {"alpha": 0.7}
-            axes.broken_barh(shown, (low, height), facecolors=colour, **looks)
+            if shown:
+                axes.broken_barh(shown, (low, height), facecolors=colour, **looks)
     axes.set_xlim(0, window_s)
     axes.set_yticks([stages - 1 - stage + 0.5 for stage in range(stages)], [f"stage {s}" for s in range(stages)])
     axes.set_xlabel("seconds")

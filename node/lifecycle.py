@@ -294,7 +294,7 @@ class Lifecycle:
         every = self.config.checkpoint.every
         if every and completed % every == 0:
             await self._keep(await compute.run("snapshot", self.stage.snapshot))
-        if completed % (every or TIDY_EVERY) == 0:  # an old snapshot is free now, in pieces
+        if not every and completed % TIDY_EVERY == 0:
             await asyncio.to_thread(give_back_free_memory)
 
     async def _keep(self, snapshot: StageSnapshot) -> None:

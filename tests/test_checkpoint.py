@@ -1019,7 +1019,10 @@ def test_what_is_no_run_is_said_in_one_line(verb: str, tiny: TinyConfig, tmp_pat
     (tmp_path / "run.toml").write_text(dump_config(configure(tiny)))
     code, shown, errors = command(verb, tmp_path)
     assert (code, errors) == (0, "")
-    assert shown == f"no checkpoints in {tmp_path / 'checkpoints'}; set checkpoint.every to have some\n"
+    assert shown.splitlines() == [
+        f"no checkpoints in {tmp_path / 'checkpoints'}; set checkpoint.every to have some",
+        "the run has not begun: no stage has records here",
+    ]
     assert json.loads(command(verb, tmp_path, "--json")[1])["checkpoints"] == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from thinpipe.node import lifecycle
 from thinpipe.node.allocator import give_back_free_memory
+from thinpipe.node.checkpoints import writer
 from thinpipe.node.metrics import MetricsWriter
 
 from .cluster import run_cluster
@@ -48,17 +50,34 @@ def test_no_object_of_a_step_stays(tiny: TinyConfig, tmp_path: Path, monkeypatch
     assert not kept
 
 
-def test_free_memory_is_given_back_with_each_checkpoint(
+def test_free_memory_is_given_back_after_each_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even after one that could not be written, on the thread that writes."""
+    threads: list[str] = []
+    monkeypatch.setattr(writer, "give_back_free_memory", lambda: threads.append(threading.current_thread().name))
+
+    class Store:
+        def write(self, snapshot: int, **_: Any) -> int:
+            if snapshot == 2:
+                raise OSError("No space left on device")
+            return 1
+
+    failed: list[str] = []
+    made = writer.CheckpointWriter(Store(), on_written=lambda *_: None, on_error=failed.append)  # pyright: ignore[reportArgumentType]
+    for snapshot in (1, 2):
+        made.submit(snapshot, generation=0)  # pyright: ignore[reportArgumentType]
+    made.close()
+    assert len(failed) == 2  # the first has no `completed` to report, the second no space
+    assert threads == ["checkpoint"] * 2
+
+
+def test_without_checkpoints_it_is_given_back_now_and_then(
     tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
     monkeypatch.setattr(lifecycle, "give_back_free_memory", lambda: asked.append(True))
     monkeypatch.setattr(lifecycle, "TIDY_EVERY", 4)
-    for every, times in ((2, 3), (0, 1)):
-        asked.clear()
-        overrides = {"pipeline.stages": 2, "run.steps": 6, "checkpoint.every": every}
-        run_cluster(tiny(overrides), tmp_path / str(every), [])
-        assert len(asked) == 2 * times  # of two stages
+    run_cluster(tiny({"pipeline.stages": 2, "run.steps": 6, "checkpoint.every": 0}), tmp_path, [])
+    assert len(asked) == 2  # of two stages
 
 
 def test_giving_back_needs_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:

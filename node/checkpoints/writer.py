@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+from ..allocator import give_back_free_memory
 from ..state import StageSnapshot
 from .manifest import CheckpointError
 from .store import CheckpointStore
@@ -81,7 +82,8 @@ class CheckpointWriter:
             if job is None:
                 return
             self._write(*job)
-            del job  # and with it the tensors
+            del job  # and with it the tensors, which are free now, in pieces
+            give_back_free_memory()
             with self._changed:
                 self._job = None
                 self._changed.notify_all()

@@ -198,7 +198,7 @@ class Swarm:
 
 
 def _start(
-    run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool, forks: ForkServer | None
+    run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool, forks: ForkServer | None = None
 ) -> NodeProcess:
     """`prefix`: a command that becomes the node, in the same process; so that one has to be started."""
     arguments = ["node", "--config", str(run / "run.toml"), "--stage", str(stage), "--out", str(run), *options]

@@ -145,6 +145,7 @@ def same(a: StageSnapshot, b: StageSnapshot) -> bool:
     )
 
 
+@pytest.mark.pairwise(12)
 @pytest.mark.parametrize("completed", [0, 1, 3, 4])
 def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunConfig, Undisturbed]) -> None:
     config, undisturbed = variant
@@ -160,6 +161,7 @@ def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunC
     assert run.digests() == undisturbed.digests[STEPS]
 
 
+@pytest.mark.pairwise(4)
 def test_a_run_is_rewound_from_anywhere(variant: tuple[RunConfig, Undisturbed]) -> None:
     """It breaks off after each number of actions of a step, is rolled back under a new generation, and ends the
     same."""
@@ -684,6 +686,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_whatever_stands_in_a_manifest_is_refused_by_name(

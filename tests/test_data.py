@@ -145,6 +145,7 @@ def test_another_text_field_and_null_rows(tmp_path):
 # --- the embedded default ---
 
 
+@pytest.mark.slow
 def test_stdlib_needs_nothing_and_is_prepared_once(tmp_path, monkeypatch):
     monkeypatch.setenv("THINPIPE_CACHE", str(tmp_path / "from_environment"))
     section = DataSection(sequence_length=128)

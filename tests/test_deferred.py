@@ -117,6 +117,7 @@ def built(name: str, *, deferred: bool, dtype: str = "float32", **options: bool)
     return build_stage(EXACT[name](), stage=0, stages=1, seed=1, dtype=wide, device="cpu", deferred=deferred, **options)
 
 
+@pytest.mark.pairwise(8)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "granite"])  # qwen2 has biases

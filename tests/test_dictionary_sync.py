@@ -430,3 +430,4 @@ def test_much_is_on_its_way_when_the_connection_breaks(arrived: tuple[int, int])
 
 Boundary.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 TestBoundary = Boundary.TestCase
+TestBoundary.pytestmark = [pytest.mark.slow]  # pyright: ignore[reportAttributeAccessIssue]

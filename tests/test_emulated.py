@@ -22,7 +22,7 @@ EMULATED = {"compute.emulate": "tiny@2x1ms+2ms", "checkpoint.every": 0, "pipelin
 CONTENT = ("activation", "gradient", "token_ids", "dictionary", "projector_gradient")
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_the_bytes_are_those_of_training(codec: dict[str, str], tiny: TinyConfig, tmp_path: Path) -> None:
     """To the byte, but for the first step, which brings whole dictionaries."""

@@ -136,7 +136,7 @@ def assert_consequence(fault: Fault, ended: Ended, otherwise: Ended) -> None:
             pass
 
 
-@pytest.mark.pairwise(14)
+@pytest.mark.pairwise(8)
 @pytest.mark.parametrize("fault", IN_TRAINING, ids=str)
 def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault) -> None:
     ended = run_cluster(tiny(SETTINGS), tmp_path, [fault])

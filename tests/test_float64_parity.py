@@ -138,7 +138,7 @@ def relative(got: Any, wanted: Any) -> float:
     return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "polynomials", "schedule"),
     [("llama", "polar_express", "1f1b"), ("starcoder2", "quintic", "1f1b"), ("starcoder2", "polar_express", "zb")],
@@ -197,6 +197,7 @@ def error_of(configure: Configure, tmp_path: Path) -> dict[str, float]:
     return compare(model, config, run_reference(config, tmp_path / "run"))
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_small_bug_is_seen(
     bug: Callable[[pytest.MonkeyPatch], None], configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

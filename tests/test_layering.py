@@ -1,6 +1,7 @@
 """Imports point one way: cli -> commands -> node -> {sim, compress, protocol}, sim -> protocol; protocol is sans-IO."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,6 +44,12 @@ FOREIGN = {
 }
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    """Many tests look at one file."""
+    return ast.parse(source)
+
+
 def modules() -> list[Path]:
     found = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
     return [path for path in found if not path.name.endswith("_pb2.py")] + [ROOT / "cli.py", ROOT / "__init__.py"]
@@ -56,7 +63,7 @@ def room_of(path: Path) -> str:
 def imported(path: Path, source: str | None = None) -> Iterator[tuple[str, str]]:
     """("inside", room) for imports within thinpipe, ("outside", top-level name) for others."""
     package = ("thinpipe", *path.relative_to(ROOT).parts[:-1])
-    for statement in ast.walk(ast.parse(source or path.read_text())):
+    for statement in ast.walk(parsed(source or path.read_text())):
         if isinstance(statement, ast.Import):
             names = [alias.name for alias in statement.names]
         elif isinstance(statement, ast.ImportFrom) and statement.level:
@@ -83,7 +90,7 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def imported_in_room(path: Path, source: str | None = None) -> Iterator[str]:
     """Rooms and modules of node, or of sim, that a module in one of its rooms imports from beside its own room."""
-    for statement in ast.walk(ast.parse(source or path.read_text())):
+    for statement in ast.walk(parsed(source or path.read_text())):
         if isinstance(statement, ast.ImportFrom) and statement.level == 2:
             yield from [statement.module.split(".")[0]] if statement.module else [each.name for each in statement.names]
 
@@ -140,7 +147,7 @@ MAY_PICKLE = {"numpy.load", "numpy.save", "numpy.savez", "numpy.lib.format.read_
 
 def dangers(source: str) -> Iterator[str]:
     """What in a module could run code that comes with its data: imports and uses, whatever they are called there."""
-    tree = ast.parse(source)
+    tree = parsed(source)
     known: dict[str, str] = {}  # name here -> full name
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

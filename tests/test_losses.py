@@ -30,6 +30,7 @@ def test_undisturbed(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path) -> 
     assert FRAMES <= ended.frames <= FRAMES + 100
 
 
+@pytest.mark.slow
 def test_the_same_seed_tells_the_same_story(tiny: TinyConfig, tmp_path: Path) -> None:
     """And another one another: the order of events is the seed's and not the machine's."""
     faults = draw(5, stages=STAGES, steps=STEPS, frames=FRAMES, count=3)

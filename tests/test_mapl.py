@@ -66,7 +66,7 @@ def both(config: RunConfig, directory: Path) -> tuple[Outcome, Outcome]:
     return run_reference(config, directory / "reference"), run_in_memory(config, directory / "swarm")
 
 
-@pytest.mark.pairwise(4)
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize(("codec", "more"), VARIANTS.values(), ids=VARIANTS)
 def test_a_swarm_is_one_process(codec: str, more: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     reference, swarm = both(configure(tiny, codec, more), tmp_path)

@@ -280,7 +280,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [*VARIANTS, "table=0,ar=16", "ar=16,pairs=300"])
 def test_so_does_every_variant(options: str, compare: Compare) -> None:
     errors = compare(f"{WITHOUT_ROUNDING},{options}", polynomials="polar_express")
@@ -424,7 +424,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_small_bug_is_seen(
     bug: Callable[[pytest.MonkeyPatch], None], compare: Compare, monkeypatch: pytest.MonkeyPatch

@@ -114,6 +114,7 @@ def token_ids(seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (2, TOKENS), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.pairwise(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", EXACT)
 def test_stages_are_the_whole_model_bit_for_bit(name: str, dtype: torch.dtype) -> None:

@@ -75,7 +75,7 @@ def test_the_matrix_has_every_pair_of_settings() -> None:
         assert not missing
 
 
-@pytest.mark.pairwise(8)
+@pytest.mark.pairwise(5)
 @pytest.mark.parametrize("row", MATRIX, ids=lambda row: "-".join(map(str, row)))
 def test_a_swarm_is_one_process(row: tuple[Any, ...], tiny: TinyConfig, tmp_path: Path) -> None:
     reference, swarm = both(tiny(in_matrix(row)), tmp_path)
@@ -130,7 +130,7 @@ ZERO_BUBBLE = {
 }
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(("stages", "schedule", "settings"), ZERO_BUBBLE.values(), ids=ZERO_BUBBLE)
 def test_a_split_backward_changes_no_bit(
     stages: int, schedule: str, settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path
@@ -235,6 +235,7 @@ CUT_FRAMES = {
 }
 
 
+@pytest.mark.pairwise(3)
 @pytest.mark.parametrize("at", ["read", "write"])
 @pytest.mark.parametrize("frames", CUT_FRAMES.values(), ids=CUT_FRAMES)
 def test_broken_connections_change_no_bit(frames: list[int], at: Any, tiny: TinyConfig, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ CODECS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_messages_have_the_bytes_that_a_run_sends(codec: dict[str, str], tiny: TinyConfig, tmp_path: Path) -> None:
     """The first step apart, which brings snapshots."""
@@ -183,6 +183,7 @@ def test_a_pace_is_spelled_one_way() -> None:
             EmulatedMachine.parse(text)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_pipeline_has_inner_stages_only() -> None:
     whole = planned("--emulate", "8b@32x66tflops")["stages"]
     part = planned("--emulate", "8b@8of32x66tflops")["stages"]
@@ -190,6 +191,7 @@ def test_a_part_of_a_pipeline_has_inner_stages_only() -> None:
     assert planned("--emulate", "8b@8of32x5ms+10ms")["stages"][3]["backward_s"] == 0.01
 
 
+@pytest.mark.slow
 def test_the_depth_is_found_by_simulation() -> None:
     """Deep where links take long, plain where they do not; never deeper than helps."""
     machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--batch-size", "512", "--sequence-length", "2048")

@@ -250,6 +250,7 @@ def test_all_at_once():
     assert world.generations[1][1] == 1
 
 
+@pytest.mark.pairwise(40)
 @pytest.mark.parametrize("deliveries", range(0, 40))
 @pytest.mark.parametrize("second", [0, 1, 3])
 def test_a_second_loss_at_any_point_of_the_rollback(deliveries, second):

@@ -387,6 +387,7 @@ def walk(a, gradient, steps, *, lr=lambda _: 0.05, **settings):
     return parameter.detach()
 
 
+@pytest.mark.pairwise(3)
 @pytest.mark.parametrize(
     ("shape", "constraint"),
     [
@@ -407,6 +408,7 @@ def test_a_thousand_steps_stay_on_the_manifold(shape, constraint):
         assert torch.dist(end, a) > 0.1 or shape == (1, 1)  # it has moved
 
 
+@pytest.mark.pairwise(5)
 @pytest.mark.parametrize("constraint", ["stiefel", "grassmann"])
 @pytest.mark.parametrize(("noise", "steps"), [(0.0, 300), (0.05, 1_000)])
 @pytest.mark.parametrize("dtype", WIDE_DTYPES, ids=str)

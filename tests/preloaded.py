@@ -21,7 +21,7 @@ _server: ForkServer | None = None
 def start(arguments: Sequence[str], out: IO[str]) -> Process:
     """`thinpipe` with these arguments, writing all its words to `out`. It does not outlive this process."""
     global _server
-    environment = node_environment()
+    environment = {**node_environment(), "GRPC_VERBOSITY": "NONE"}  # it counts when gRPC is imported
     if _server is None:
         _server = ForkServer.apart(["tests.preloaded_modules"], environment)
         atexit.register(_server.close)

@@ -147,8 +147,8 @@ dht.shutdown()
 READER = """
 import json, sys, time
 from thinpipe.node.discovery import dht as process
-from thinpipe.node.discovery.dht_records import Held, validator
-process.validator = lambda: validator(Held(records_max=0))  # it has no room left for anything
+from thinpipe.node.discovery.dht_records import StoredRecords, validator
+process.validator = lambda: validator(StoredRecords(records_max=0))  # it has no room left for anything
 dht, place = process.start_dht(sys.argv[1:], ["/ip4/127.0.0.1/tcp/0"], None, False)
 dht.store("key", b"unsigned", time.time() + 50, subkey=b"x")  # not even here
 began = time.monotonic()

@@ -3,8 +3,8 @@
 hivemind's own rule is one signature check. This module adds:
 
 - A record has the form of ours (`acceptable`), before hivemind parses it.
-- Records that strangers store here are counted and bounded (`Held`). Records that are only read are not counted: a
-  node that asks where its neighbours are must get an answer even if other records fill its own store.
+- Records that strangers store here are counted and bounded (`StoredRecords`). Records that are only read are not
+  counted: a node that asks where its neighbours are must get an answer even if other records fill its own store.
 - One bad record of a peer's answer is left out. hivemind drops the whole answer, so a peer could hide our record by
   sending a forged one with it.
 - An answer is as fresh as its freshest record. hivemind believes the number beside it, and ends its search at one that

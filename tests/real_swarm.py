@@ -49,9 +49,12 @@ class Process:
         return self.words
 
     def family(self) -> list[psutil.Process]:
-        """It and all that it has started."""
-        own = psutil.Process(self.popen.pid)
-        return [own, *own.children(recursive=True)]
+        """It and all that it has started; nobody, when it has ended by itself."""
+        try:
+            own = psutil.Process(self.popen.pid)
+            return [own, *own.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def dht(self) -> psutil.Process:
         """The process that holds its part of the DHT."""

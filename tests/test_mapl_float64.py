@@ -326,7 +326,7 @@ class Known(nn.Module):
 
 def anchors_of_the_sender(patch: pytest.MonkeyPatch) -> None:
     """The receiver adds what the sender subtracted: its own anchors learn, but are not used."""
-    tokens, receiver = MaplCodec.tokens, MaplCodec.decoder
+    tokens, decoder = MaplCodec.tokens, MaplCodec.decoder
     of_stage: dict[int, nn.Module] = {}
 
     def remember(self: MaplCodec, context: Any, table_VD: Tensor | None) -> nn.Module | None:
@@ -338,26 +338,26 @@ def anchors_of_the_sender(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: MaplCodec, context: BoundaryContext) -> Decoder:
         other = of_stage[context.boundary]
         known = Known(context.tokens, lambda own, ids: own + (other(ids) - own).detach())
-        return receiver(self, replace(context, tokens=known))
+        return decoder(self, replace(context, tokens=known))
 
     patch.setattr(MaplCodec, "tokens", remember)
-    patch.setattr(MaplCodec, "receiver", wrong)
+    patch.setattr(MaplCodec, "decoder", wrong)
 
 
 def one_use_forgotten(patch: pytest.MonkeyPatch) -> None:
     """An interior stage's anchors learn from what comes in and not from what goes out."""
-    sender = MaplCodec.encoder
+    encoder = MaplCodec.encoder
 
     def wrong(self: MaplCodec, context: BoundaryContext) -> Encoder:
         known = Known(context.tokens, lambda own, _: own.detach()) if context.boundary else context.tokens
-        return sender(self, replace(context, tokens=known))
+        return encoder(self, replace(context, tokens=known))
 
-    patch.setattr(MaplCodec, "sender", wrong)
+    patch.setattr(MaplCodec, "encoder", wrong)
 
 
 def no_token_table_below(patch: pytest.MonkeyPatch) -> None:
     """The receiver forgets the frozen token table."""
-    receiver = MaplCodec.decoder
+    decoder = MaplCodec.decoder
 
     def wrong(self: MaplCodec, context: BoundaryContext) -> Decoder:
         def without(own: Tensor, ids_BT: Tensor) -> Tensor:
@@ -365,9 +365,9 @@ def no_token_table_below(patch: pytest.MonkeyPatch) -> None:
             assert context.tokens.table is not None
             return own - context.tokens.table[ids_BT]
 
-        return receiver(self, replace(context, tokens=Known(context.tokens, without)))
+        return decoder(self, replace(context, tokens=Known(context.tokens, without)))
 
-    patch.setattr(MaplCodec, "receiver", wrong)
+    patch.setattr(MaplCodec, "decoder", wrong)
 
 
 def one_projector_late(patch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ class LearnedTable:
     gradient: str | None  # byte format of the receiver's half of its gradient; None: it sends none
     every: int  # steps between two changes; 0: it never changes
     streamed: bool = False  # instead, each tensor of training brings a change
-    policy: Policy = "full"  # how a change chooses its entries, as `protocol.selection` calls it
+    policy: Policy = "full"  # how a change chooses its entries, as `protocol.dictionary_selection` calls it
     divisor: int = 1  # a change covers one part in so many
 
 

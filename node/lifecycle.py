@@ -28,13 +28,13 @@ from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
-from .allocator import give_back_free_memory
 from .boundary.endpoints import BoundaryShape
 from .checkpoints.copy_service import CopyService
 from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .checkpoints.writer import CheckpointWriter
 from .config import RunConfig
 from .data import Corpus
+from .free_memory import give_back_free_memory
 from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link

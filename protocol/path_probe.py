@@ -33,9 +33,9 @@ ECHOES_MAX = 64
 LATENCY_S_MAX = 1.0
 RATE_BITS_PER_S = (10_000, 10**12)  # that a side shapes by
 BURST_BYTES_MAX = 2**24
-BALLAST_BYTES_MAX = 64 * 1024  # in a frame
+FILLER_BYTES_MAX = 64 * 1024  # in a frame
 TOKEN_BYTES = 16
-PROBE_FRAME_BYTES_MAX = BALLAST_BYTES_MAX + 2**13  # or a refusal, whose texts are bounded
+PROBE_FRAME_BYTES_MAX = FILLER_BYTES_MAX + 2**13  # or a refusal, whose texts are bounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

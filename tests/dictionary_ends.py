@@ -28,9 +28,9 @@ from thinpipe.protocol.delta import (
     split_deltas,
 )
 from thinpipe.protocol.dictionary import Publisher, Replica
+from thinpipe.protocol.dictionary_selection import Policy, budget, select
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.protocol.selection import Policy, budget, select
 
 ROWS = 5  # of the tensor in a message; each becomes the number of the nearest entry of each dictionary
 # What one change may leave of a row's greatest distance to the master: half a step, where a step is a bf16 number.

@@ -36,9 +36,9 @@ from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
 from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Kind, Limits
 from thinpipe.protocol.path_probe import (
-    BALLAST_BYTES_MAX,
     BURST_BYTES_MAX,
     ECHOES_MAX,
+    FILLER_BYTES_MAX,
     LATENCY_S_MAX,
     RATE_BITS_PER_S,
     SECONDS_MAX,
@@ -321,7 +321,7 @@ def limits() -> list[Row]:
         ("streams that a node serves at once", str(CONNECTIONS_MAX)),
         ("digest of a dictionary, bytes", str(DIGEST_BYTES)),
         ("probe: seconds and bytes in each direction", f"{SECONDS_MAX:g}, {bits(PROBE_BYTES_MAX)}"),
-        ("probe: echoes; filler in a frame, bytes", f"{ECHOES_MAX}, {BALLAST_BYTES_MAX}"),
+        ("probe: echoes; filler in a frame, bytes", f"{ECHOES_MAX}, {FILLER_BYTES_MAX}"),
         ("probe: rate limit, bits/s, from, to", "{}, {}".format(*RATE_BITS_PER_S)),
         ("probe: latency, seconds; burst, bytes", f"{LATENCY_S_MAX:g}, {BURST_BYTES_MAX}"),
     ]

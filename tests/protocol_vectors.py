@@ -36,6 +36,7 @@ from thinpipe.protocol.control_messages import (
 )
 from thinpipe.protocol.delta import Delta, DictionarySpec, Version, encode_delta, join_deltas
 from thinpipe.protocol.dictionary import Publisher
+from thinpipe.protocol.dictionary_selection import Policy, select
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import encode_header
@@ -55,7 +56,6 @@ from thinpipe.protocol.messages import (
 )
 from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rows import decode_rows, encode_rows
-from thinpipe.protocol.selection import Policy, select
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
 from .dictionary_ends import End, Plan, Run

@@ -122,6 +122,7 @@ def test_a_killed_node_ends_the_run_by_name(endless: dict[str, Up]) -> None:
     assert run.nodes() == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_all_stages(endless: dict[str, Up]) -> None:
     run = endless["interrupted"]
     assert len(run.nodes()) == STAGES
@@ -135,6 +136,7 @@ def test_ctrl_c_stops_all_stages(endless: dict[str, Up]) -> None:
         assert run.steps(stage)
 
 
+@pytest.mark.slow
 def test_nodes_end_by_themselves_when_the_launcher_is_killed(endless: dict[str, Up]) -> None:
     run = endless["the launcher is killed"]
     assert len(run.nodes()) == STAGES

@@ -55,7 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_a_swarm_is_one_process(variant: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     config = configure(tiny, **variant)

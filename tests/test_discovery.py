@@ -217,6 +217,7 @@ def seconds_to_first_step(directory: Path, stage: int, process: Process) -> floa
     return records(directory, stage, "step")[0]["time_s"] - psutil.Process(process.popen.pid).create_time()
 
 
+@pytest.mark.slow
 def test_without_join_hivemind_is_not_even_imported(config: RunConfig, tmp_path: Path) -> None:
     poison = tmp_path / "poison"
     poison.mkdir()

@@ -136,7 +136,7 @@ def assert_consequence(fault: Fault, ended: Ended, otherwise: Ended) -> None:
             pass
 
 
-@pytest.mark.pairwise(8)
+@pytest.mark.pairwise(4)
 @pytest.mark.parametrize("fault", IN_TRAINING, ids=str)
 def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault) -> None:
     ended = run_cluster(tiny(SETTINGS), tmp_path, [fault])
@@ -144,7 +144,7 @@ def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_pa
     assert_consequence(fault, ended, calm)
 
 
-@pytest.mark.pairwise(8)
+@pytest.mark.pairwise(4)
 @pytest.mark.parametrize("fault", IN_A_ROLLBACK, ids=str)
 def test_in_a_rollback(
     tiny: TinyConfig, undisturbed: Outcome, rolled_back: Ended, tmp_path: Path, fault: Fault
@@ -160,7 +160,7 @@ ENDS += [kill(1, STEP, Phase.CHECKPOINT, point=point) for point in (2, 3, 4)]
 ENDS += [kill(stage, STEP, Phase.MID_BACKWARD, point=2) for stage in (1, 2)]  # the stage above has half its gradients
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("fault", ENDS, ids=str)
 def test_head_and_tail_are_killed(
     tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault
@@ -181,7 +181,7 @@ def undisturbed_whole(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig
 
 
 # The middle stage does I0 I1 W0 I2 W1 I3 W2 W3, the last one I0 I1 I2 W0 I3 W1 W2 W3.
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(("stage", "point"), [(0, 2), (1, 3), (1, 8), (2, 3), (2, 4)])
 def test_a_loss_between_input_and_weight_gradients(
     tiny: TinyConfig, undisturbed_whole: Outcome, tmp_path: Path, stage: int, point: int

@@ -139,6 +139,19 @@ def test_a_client_that_is_killed_leaves_nobody(tmp_path: Path) -> None:
     until(lambda: not any(map(alive, pids)), "the end of server and child")
 
 
+def test_who_finds_the_server_gone_does_not_begin() -> None:
+    """It was forked, and the server ended before it ran a single line: nobody is left to take it along."""
+    program = """if True:
+        import os
+        from thinpipe.sim.launch.forked import Request, become
+
+        told = {"environment": dict(os.environ), "directory": os.getcwd(), "session": False, "dies_with": True}
+        request = Request(module="tests.forked_command", arguments=["exit", "7"], **told)
+        become(request, os.dup(1), os.dup(2), server=os.getppid() + 1)
+        """
+    assert subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT).returncode == 1
+
+
 def test_closing_ends_the_server_and_not_what_it_started(tmp_path: Path) -> None:
     desk = Desk(tmp_path)
     free = desk.waiting()

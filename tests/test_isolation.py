@@ -134,6 +134,7 @@ def test_without_root_it_says_what_is_missing(settings: Path, tmp_path: Path, mo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_without_tc_nothing_is_touched(settings: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -151,6 +152,7 @@ def test_without_tc_nothing_is_touched(settings: Path, tmp_path: Path) -> None:
     assert (run / "run.toml").read_text() == "# of an earlier run\n"
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
     ("options", "line"),
     [

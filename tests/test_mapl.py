@@ -106,7 +106,7 @@ def measures(directory: Path, stage: int) -> list[dict[str, float]]:
     return [record["codec"] for record in read_records(directory / f"stage-{stage}.jsonl") if record["event"] == "step"]
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("delta", ["int8", "bf16"])
 def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path: Path) -> None:
     steps = {"run.steps": 60, "pipeline.microbatches": 1, "run.eval_every": 0, "optim.muon_lr": 0.02}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from thinpipe.node import lifecycle
-from thinpipe.node.allocator import give_back_free_memory
 from thinpipe.node.checkpoints import writer
+from thinpipe.node.free_memory import give_back_free_memory
 from thinpipe.node.metrics import MetricsWriter
 
 from .cluster import run_cluster
@@ -32,6 +32,7 @@ def objects() -> Counter[str]:
     return Counter(type(each).__name__ for each in gc.get_objects())
 
 
+@pytest.mark.slow
 def test_no_object_of_a_step_stays(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One object kept a step would be eight more of its type from look to look. What is made once, late, is more at one
     look alone; what is under way at the moment differs by a few."""
@@ -82,5 +83,5 @@ def test_without_checkpoints_it_is_given_back_now_and_then(
 
 def test_giving_back_needs_no_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert give_back_free_memory() in (True, False)
-    monkeypatch.setattr("thinpipe.node.allocator._trim", lambda: None)
+    monkeypatch.setattr("thinpipe.node.free_memory._trim", lambda: None)
     assert give_back_free_memory() is False

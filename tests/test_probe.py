@@ -28,9 +28,9 @@ from thinpipe.node.probing.reach import ProbeError
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Refusal, encode_frame
 from thinpipe.protocol.path_probe import (
-    BALLAST_BYTES_MAX,
     BYTES_MAX,
     ECHOES_MAX,
+    FILLER_BYTES_MAX,
     PROBE_FRAME_BYTES_MAX,
     TOKEN_BYTES,
     DialBackResult,
@@ -281,7 +281,7 @@ HOSTILE: dict[str, tuple[list[bytes], str]] = {
     "an echo before the terms": ([encode_probe(Echo(1))], "unexpected-frame"),
     "terms twice": ([TERMS, TERMS], "unexpected-frame"),
     "filler before the turn": ([TERMS, filler_frame(bytes(1000))], "unexpected-frame"),
-    "filler that is too much in a frame": ([TERMS, TURN, filler_frame(bytes(2 * BALLAST_BYTES_MAX))], "oversized"),
+    "filler that is too much in a frame": ([TERMS, TURN, filler_frame(bytes(2 * FILLER_BYTES_MAX))], "oversized"),
     "filler beyond the terms": (
         [encode_probe(replace(WISH, bytes=1000)), TURN, filler_frame(bytes(1001))],
         "oversized",

@@ -19,7 +19,7 @@ from thinpipe.compress.kmeans import DEAD
 from thinpipe.compress.registry import parse_codec, parse_format
 from thinpipe.compress.rvq import Rvq
 from thinpipe.node.boundary.learned_tables import dictionary_of
-from thinpipe.protocol import selection
+from thinpipe.protocol import dictionary_selection
 from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Publisher, Replica
 
@@ -297,7 +297,7 @@ class TestSpec:
         assert (spec.name, spec.entries, spec.width, spec.encoding) == ("codebook", 4096, 8, "int4")
 
     def test_policies_are_those_of_the_protocol(self):
-        assert get_args(rvq.Policy) == get_args(selection.Policy)
+        assert get_args(rvq.Policy) == get_args(dictionary_selection.Policy)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -603,7 +603,7 @@ class TestDictionary:
 
 def chosen(table, publisher: Publisher, owner, k: Key, message: int):
     assert isinstance(publisher.spec, DictionarySpec)
-    return selection.select(
+    return dictionary_selection.select(
         table.policy,
         table.divisor,
         entries=table.entries,

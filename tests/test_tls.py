@@ -201,6 +201,7 @@ REFUSED = {
 
 
 @pytest.mark.alone  # a diagnosis has to be done while patience lasts
+@pytest.mark.pairwise(3)
 @pytest.mark.parametrize("pair", REFUSED, ids="-".join)
 def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, Security]) -> None:
     """On the control stream at once; on the other one, which leaves it to that, when patience is over."""
@@ -227,6 +228,7 @@ def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], made: dict[str, 
     run(story())
 
 
+@pytest.mark.slow
 @pytest.mark.alone  # the first connection has to stand before the certificate ends
 def test_a_certificate_that_ends_during_the_run(made: dict[str, Security], tmp_path: Path) -> None:
     """The connection that stands goes on; the next one fails, and both ends' reasons are named."""

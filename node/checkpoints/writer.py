@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from ..allocator import give_back_free_memory
+from ..free_memory import give_back_free_memory
 from ..state import StageSnapshot
 from .manifest import CheckpointError
 from .store import CheckpointStore

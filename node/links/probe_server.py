@@ -20,7 +20,7 @@ from collections.abc import Callable
 from ... import __version__
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.path_probe import (
-    BALLAST_BYTES_MAX,
+    FILLER_BYTES_MAX,
     LATENCY_S_MAX,
     SECONDS_MAX,
     DialBackResult,
@@ -52,8 +52,8 @@ WAIT_S = 10.0  # for one frame to come or go
 DIAL_S = 5.0  # to be there, when a visitor is dialled back
 WHOLE_S = 2 * (SECONDS_MAX + LATENCY_S_MAX) + 4 * WAIT_S  # for a probe
 HEAD_SHARE = 0.25  # of a direction's time or bytes: not counted
-BALLAST_BYTES_LEAST = 4 * 1024
-BALLAST_BYTES = 32 * 1024  # where no rate is known: small beside a thin link's second, large beside a call's cost
+FILLER_BYTES_LEAST = 4 * 1024
+FILLER_BYTES = 32 * 1024  # where no rate is known: small beside a thin link's second, large beside a call's cost
 
 
 def profile_of(terms: Terms) -> LinkProfile:
@@ -79,10 +79,10 @@ class Pacer:
     ) -> None:
         self._shaper, self.write, self._clock = Shaper(profile, random=seed), write, clock
         rate = profile.rate_bits_per_s
-        size = BALLAST_BYTES if rate is None else int(rate / 8 * 0.005)
-        size = max(BALLAST_BYTES_LEAST, min(BALLAST_BYTES_MAX, size))
-        self._ballast = filler_frame(os.urandom(size))  # what compresses well would measure something else
-        self._ballast_bytes = size
+        size = FILLER_BYTES if rate is None else int(rate / 8 * 0.005)
+        size = max(FILLER_BYTES_LEAST, min(FILLER_BYTES_MAX, size))
+        self._filler = filler_frame(os.urandom(size))  # what compresses well would measure something else
+        self._filler_bytes = size
 
     async def say(self, frame: bytes, eligible_s: float | None = None) -> float:
         """Send one frame when the shaper lets go of it; returns when it ideally left. Raises TimeoutError."""
@@ -96,10 +96,10 @@ class Pacer:
         """Filler, as much as the terms and the shaper let through, then Done. `go_on` raises what breaks it off."""
         began, left = self._clock(), terms.bytes
         capped = self._shaper.profile.rate_bits_per_s is not None
-        while left >= self._ballast_bytes:
+        while left >= self._filler_bytes:
             go_on()
-            departed = await self.say(self._ballast, began if capped else None)
-            left -= self._ballast_bytes
+            departed = await self.say(self._filler, began if capped else None)
+            left -= self._filler_bytes
             behind = self._clock() - began - self._shaper.profile.latency_s
             if max(departed - began, behind) >= terms.seconds:
                 break

@@ -17,8 +17,8 @@ from ...compress.boundary import BoundaryContext, ByteFormat, LearnedTable
 from ...compress.registry import parse_codec
 from ...protocol.delta import DIGEST_BYTES, encode_delta, join_deltas
 from ...protocol.dictionary import Publisher
+from ...protocol.dictionary_selection import budget
 from ...protocol.messages import Chunk, Kind, Message, encode_frame
-from ...protocol.selection import budget
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.pipeline import Boundary
 from ...sim.links.shaper import LinkProfile

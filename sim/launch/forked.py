@@ -85,6 +85,7 @@ def serve(control: socket.socket) -> NoReturn:
     close_all_but(0, 1, 2, control.fileno())
     gc.collect()
     gc.freeze()  # a collection in a child would copy the pages of every object that is shared
+    server = os.getpid()
     children: dict[int, int] = {}  # pidfd -> pid
     poll = select.poll()
     poll.register(control, select.POLLIN)
@@ -101,7 +102,7 @@ def serve(control: socket.socket) -> NoReturn:
                     poll.register(pidfd, select.POLLIN)
                     socket.send_fds(control, [json.dumps({"pid": pid}).encode()], [pidfd])
                 else:
-                    become(Request.decode(data), *descriptors)
+                    become(Request.decode(data), *descriptors, server=server)
                 for descriptor in descriptors:
                     os.close(descriptor)
             else:
@@ -115,11 +116,11 @@ def serve(control: socket.socket) -> NoReturn:
                     os._exit(0)
 
 
-def become(request: Request, stdout: int, stderr: int) -> NoReturn:
-    """What `python -m module arguments` is, in a process that was forked a moment ago."""
+def become(request: Request, stdout: int, stderr: int, *, server: int) -> NoReturn:
+    """What `python -m module arguments` is, in a process that was forked a moment ago. server: who forked it, which may
+    be gone by now."""
     code = 1
     try:
-        server = os.getppid()
         if request.session:
             os.setsid()
         _take_over(stdout, stderr)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.protocol.dictionary_selection import budget, select
 from thinpipe.protocol.errors import Fault, LocalProtocolError
-from thinpipe.protocol.selection import budget, select
 
 laws = settings(deadline=None, max_examples=100)
 PARTIAL = ["random", "robin", "drift"]

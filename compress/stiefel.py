@@ -35,6 +35,7 @@ leaves each off by 6 to 8 % after five steps, 0.1 % after six (measured). Cubic 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -247,7 +248,8 @@ class SPEL(Optimizer):
         super().__init__(params, defaults | {"msign_dtype": msign_dtype, "msign_coefficients": msign_coefficients})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
+        # As torch has it, without its decorator: that is for the compiler, and imports it (2 s in every stage).
+        inspect.unwrap(Optimizer.add_param_group)(self, param_group)
         try:
             self._check_group(len(self.param_groups) - 1)
         except ValueError:

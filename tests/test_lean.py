@@ -1,0 +1,30 @@
+"""A stage that trains imports nothing that it does not use; at each start these seconds would be paid on every core."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from thinpipe.node.config import dump_config
+
+from .conftest import TinyConfig
+
+HEAVY = ("torch._dynamo", "sympy", "torch.distributed.tensor", "scipy.optimize", "hivemind")
+
+
+def test_a_step_with_all_that_is_learned_imports_no_compiler(tiny: TinyConfig, tmp_path: Path) -> None:
+    codec = {"codec": "mapl:r=8,every=1", "forward": "rvq:groups=2,codes=16", "backward": "rvq:groups=2,codes=16"}
+    learned = {"pipeline.stages": 2, "run.steps": 1, **{f"codec.{key}": value for key, value in codec.items()}}
+    (tmp_path / "run.toml").write_text(dump_config(tiny(learned)))
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from thinpipe.node.config import load_config\n"
+        "from thinpipe.node.one_process import OneProcess\n"
+        f"OneProcess(load_config(Path({str(tmp_path / 'run.toml')!r}))).train()\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+    assert done.stdout == "[]\n"

@@ -39,10 +39,12 @@ from .boundary import (
     StageContext,
     check_table_scale,
 )
+from .context import MAX_CONTEXT
 from .registry import register_codec
 from .stiefel import SPEL, Constraint, orthonormality_error, random_orthonormal, subspace_angle
+from .subspace import EnergySurvey, PrincipalSubspace
 
-Projector = Literal["spel", "grassmann", "free", "fixed"]
+Projector = Literal["spel", "grassmann", "free", "pca", "fixed"]
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
 CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "grassmann", "free": "none"}
@@ -60,14 +62,17 @@ class MaplEncoder(Encoder):
             np.random.Philox(key=np.array([context.seed, context.boundary << 32 | _STREAM], dtype=np.uint64))
         )
         first = random_orthonormal(context.width, rank, generator, dtype=context.dtype)
-        self._master = first.to(context.device).requires_grad_(projector != "fixed")
+        self._first = first
+        self._master = first.to(context.device).requires_grad_(projector in CONSTRAINTS)
         self._shipped = self._master.detach().clone()
         self._tokens = context.tokens
         self._boundary = context.boundary
         self._every = every
         self._rate = rate
         self._spel: SPEL | None = None
-        if projector != "fixed":
+        self._subspace = PrincipalSubspace(context.width, beta) if projector == "pca" else None
+        self._survey = EnergySurvey()
+        if projector in CONSTRAINTS:
             kind, dtype = CONSTRAINTS[projector], context.dtype
             self._spel = SPEL([self._master], lr=rate, beta=beta, constraint=kind, msign_dtype=dtype)
         self._moved = 0.0
@@ -92,18 +97,24 @@ class MaplEncoder(Encoder):
         if torch.is_grad_enabled():
             with torch.no_grad():
                 self._energy += torch.stack([x_BTD.square().sum(), z_BTR.square().sum()]).to(torch.float64)
+                self._survey.see(x_BTD)
+                if self._subspace:
+                    self._subspace.see(x_BTD)
         return z_BTR
 
     def learn(self, gradient: Tensor | None, *, rate: float) -> None:
+        before = self._master.detach().clone()
+        if self._subspace:
+            self._master.detach().copy_(self._subspace.follow(before))
+            self._moved += subspace_angle(before, self._master)
         if self._spel is None:
             return
         own = self._shipped.grad
         if own is None:
             raise CodecError("the projector is stepped before anything was encoded with it")
         self._shipped.grad = None
-        before = self._master.detach().clone()
         self._master.grad = own if gradient is None else own + gradient
-        self._spel.param_groups[0]["lr"] = self._rate * rate
+        self._spel.param_groups[0]["lr"] = self._rate * rate * self._every
         try:
             self._spel.step()
         except ValueError as error:
@@ -122,6 +133,8 @@ class MaplEncoder(Encoder):
             "orthonormality_error_master": orthonormality_error(self.master),
             "orthonormality_error_shipped": orthonormality_error(self._shipped),
             "angle_moved_rad": moved,
+            "angle_turned_rad": subspace_angle(self._first.to(self._master.device), self.master),
+            **self._survey.shares(self._shipped),
             "reconstruction_error": math.sqrt(max(0.0, 1 - kept / whole)) if whole else 0.0,
             "staleness": ((self.master - self._shipped.detach()).norm() / self.master.norm()).item(),
         }
@@ -215,12 +228,20 @@ class MaplCodec(Codec):
 
     That is: an eighth of the width, full anchors, no token table (which full anchors make up for), a projector that
     moves every eighth step, int4 forward and int3 backward (docs/results.md; at other widths give r).
-    r: rank, the numbers a token on the wire. anchors, ar: kind and rank of a stage's anchors (ar=0: as r). pairs: rows
-    that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none. table: scale of the frozen
-    token table that every node generates; 0 for none. projector: `spel` on the Stiefel manifold,
-    `grassmann` along it without rotations, `free` without it, `fixed`. every: steps between two changes of the
-    projector, its gradient gathered meanwhile. delta, gradient: byte formats of those changes and of the receiver's
-    half of the gradient (`none`: the sender's half alone). lr: its rate in parts of that of matrices; beta: momentum.
+
+    r: rank, the numbers a token on the wire.
+    anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
+    pairs: rows that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none.
+    context, ce, ch: how many of the last tokens a small network beside the anchors looks at (0: there is none), with ce
+        numbers for each and ch hidden units.
+    table: scale of the frozen token table that every node generates; 0 for none.
+    projector: `spel` on the Stiefel manifold, `grassmann` along it without rotations, `free` without it, `pca` towards
+        the principal subspace of what is to be projected, whatever the loss says, `fixed`.
+    every: steps between two changes of the projector, its gradient gathered meanwhile.
+    lr, beta: how far a direction moves in a step, in parts of the rate of matrices, so `every` times as far in a
+        change; momentum (`pca`: of the covariance).
+    delta, gradient: byte formats of the changes, and of the receiver's half of the gradient (`none`: the sender's half
+        alone).
     """
 
     name = "mapl"
@@ -232,6 +253,9 @@ class MaplCodec(Codec):
         anchors: Kind = "full",
         ar: int = 0,
         pairs: int = 0,
+        context: int = 0,
+        ce: int = 32,
+        ch: int = 128,
         table: float = 0.0,
         projector: Projector = "spel",
         every: int = 8,
@@ -245,6 +269,9 @@ class MaplCodec(Codec):
             (f"ar={ar}", ar < 0, "at least 1, or 0 for the wire's rank"),
             (f"pairs={pairs}", not 0 <= pairs <= MAX_PAIRS, f"from 0 (none) to {MAX_PAIRS}"),
             (f"pairs={pairs}", pairs > 0 and anchors == "none", "0 beside anchors=none, which learn nothing"),
+            (f"context={context}", not 0 <= context <= MAX_CONTEXT, f"from 0 (none) to {MAX_CONTEXT}"),
+            (f"ce={ce}", ce < 1, "at least 1"),
+            (f"ch={ch}", ch < 1, "at least 1"),
             (f"every={every}", every < 1, "at least 1"),
             (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
             (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
@@ -254,7 +281,8 @@ class MaplCodec(Codec):
         check_table_scale(self.name, table)
         self.rank, self.anchor_rank = r, ar or r
         self.anchors: Kind = anchors
-        self.pairs = pairs
+        self.pairs, self.context = pairs, context
+        self.context_embedding, self.context_hidden = ce, ch
         self.projector: Projector = projector
         self.table_scale, self.every = table, every
         self.delta, self.gradient = delta, gradient
@@ -273,18 +301,18 @@ class MaplCodec(Codec):
         return self.rank
 
     def table(self, width: int) -> LearnedTable:
-        fixed = self.projector == "fixed"
+        fixed, by_loss = self.projector == "fixed", self.projector in CONSTRAINTS
         return LearnedTable(
             name="projector",
             entries=width,
             width=self.rank,
             delta=self.delta,
-            gradient=None if fixed or self.gradient == "none" else self.gradient,
+            gradient=self.gradient if by_loss and self.gradient != "none" else None,
             every=0 if fixed else self.every,
         )
 
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
-        if self.anchors == "none" and table_VD is None:
+        if self.anchors == "none" and table_VD is None and not self.context:
             return None
         return make_anchors(
             self.anchors,
@@ -295,6 +323,9 @@ class MaplCodec(Codec):
             stage=context.stage,
             table=table_VD,
             pairs=self.pairs,
+            context=self.context,
+            context_embedding=self.context_embedding,
+            context_hidden=self.context_hidden,
         ).to(device=context.device, dtype=context.dtype)
 
     def encoder(self, context: BoundaryContext) -> Encoder:

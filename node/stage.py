@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compress.anchors import token_table
 from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
+from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
 from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after

@@ -8,16 +8,9 @@ import struct
 import numpy as np
 import pytest
 import torch
-from thinpipe.compress.anchors import (
-    MAX_PAIRS,
-    Anchors,
-    _integers,
-    make_anchors,
-    pair_buckets,
-    table_digest,
-    token_table,
-)
+from thinpipe.compress.anchors import MAX_PAIRS, Anchors, make_anchors, pair_buckets
 from thinpipe.compress.boundary import Direction, Key
+from thinpipe.compress.token_table import integers, table_digest, token_table
 
 KINDS = ["factorized", "full", "none"]
 V, D, R = 37, 24, 10
@@ -56,7 +49,7 @@ def plain_value(seed: int, row: int, column: int, width: int, scale: float) -> f
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 @pytest.mark.parametrize("width", [1, 5, 24, 2048])
 @pytest.mark.parametrize("scale", [1.0, SCALE, 0.02])
-def test_table_equals_a_slow_one_in_plain_integers(seed, width, scale):
+def test_table_equals_a_slow_one_in_plainintegers(seed, width, scale):
     table = token_table(seed, 40, width, scale)
     for row in (0, 1, 17, 39):
         for column in {0, width // 3, width - 1}:
@@ -205,7 +198,7 @@ def plain_bucket(before: int, own: int, buckets: int) -> int:
 
 @pytest.mark.parametrize("buckets", [1, 2, 97, 4096, MAX_PAIRS - 1, MAX_PAIRS])
 @pytest.mark.parametrize("vocab_size", [1, 37, 32_000, 2**20, 2**31])
-def test_buckets_equal_slow_ones_in_plain_integers(vocab_size, buckets):
+def test_buckets_equal_slow_ones_in_plainintegers(vocab_size, buckets):
     ids = torch.randint(vocab_size, (3, 50), generator=torch.Generator().manual_seed(1))
     ids[0, :4] = torch.tensor([0, vocab_size - 1, vocab_size - 1, 0])
     before = ids.clone()
@@ -366,7 +359,7 @@ def test_projection_belongs_to_its_seed_and_stage():
 
 def test_projection_is_the_unique_factor_whose_triangle_has_a_positive_diagonal():
     # Each row spans the next draw: with another sign convention of the library's, some of these would be negative.
-    draws = torch.from_numpy(_integers(1, 1 + 2, 0, R, D) / 65536)
+    draws = torch.from_numpy(integers(1, 1 + 2, 0, R, D) / 65536)
     triangle = draws @ build("factorized").projection.double().T
     assert (triangle.diagonal() > 0).all()
     assert triangle.triu(1).abs().max() < 1e-5

@@ -47,6 +47,7 @@ VARIANTS = {
         "mapl:r=8,anchors=full,pairs=512,table=1,every=1",
         {"pipeline.stages": 4, "codec.forward": "int3", "codec.backward": "int3"},
     ),
+    "a context": (f"{PUBLISHED},r=8,context=3,ce=6,ch=10", {}),
     "neither anchors nor table": ("mapl:r=16,anchors=none,table=0,delta=bf16,every=1", {}),
     "every second step": ("mapl:r=8,every=2,anchors=factorized,table=1", {"pipeline.stages": 4, "run.steps": 5}),
     "fixed": (f"{PUBLISHED},r=8,projector=fixed", {"codec.forward": "int8"}),

@@ -68,6 +68,7 @@ class PlainModel:
         rank = {"none": 0, "factorized": codec.anchor_rank, "full": width}[codec.anchors]
         self.anchors = [torch.zeros(vocab, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
         self.pairs = [torch.zeros(codec.pairs, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
+        self.context = [context_of(stage) for stage in stages]
         self.frozen = [frozen_part(stage, rank, width) for stage in stages]
         self.projectors = [
             textbook.Projector(
@@ -99,7 +100,23 @@ class PlainModel:
         learned = self.anchors[stage][self._ids]
         if len(self.pairs[stage]):
             learned = learned + self.pairs[stage][self._rows_of_pairs(len(self.pairs[stage]))]
-        return self.table[self._ids] + learned @ self.frozen[stage]
+        return self.table[self._ids] + learned @ self.frozen[stage] + self._from_context(stage)
+
+    def _from_context(self, stage: int) -> Tensor | float:
+        """A product for each distance, of the tokens that far back."""
+        if not self.context[stage]:
+            return 0.0
+        embedding, inner, outer = self.context[stage]
+        nothing, width = len(embedding) - 1, embedding.shape[1]
+        tokens = inner.shape[1] // width
+        units: Tensor | float = 0.0
+        for place, part in enumerate(inner.split(width, dim=1)):
+            far = tokens - 1 - place
+            before = torch.full((len(self._ids), far), nothing)
+            ids = torch.cat([before, self._ids], dim=1)[:, : self._ids.shape[1]]
+            units = units + embedding[ids] @ part.T
+        assert isinstance(units, Tensor)
+        return (units * torch.sigmoid(units)) @ outer.T
 
     def _rows_of_pairs(self, count: int) -> Tensor:
         nothing = len(self.table)
@@ -113,6 +130,7 @@ class PlainModel:
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         own = [(f"anchors {stage}", e) for stage, e in enumerate(self.anchors)]
         own += [(f"anchors {stage} of pairs", f) for stage, f in enumerate(self.pairs) if len(f)]
+        own += [(f"anchors {stage} context {i}", p) for stage, of in enumerate(self.context) for i, p in enumerate(of)]
         return [*self.causal.named_parameters(), *own]
 
     def stage_of(self, name: str) -> int:
@@ -130,6 +148,13 @@ def frozen_part(stage: Stage, rank: int, width: int) -> Tensor:
     if isinstance(stage.tokens, Anchors) and stage.tokens.projection is not None:
         return stage.tokens.projection.clone()
     return torch.eye(width, dtype=torch.float64)[:rank]
+
+
+def context_of(stage: Stage) -> list[Tensor]:
+    """Its network's matrices, as leaves of their own."""
+    if not isinstance(stage.tokens, Anchors) or stage.tokens.context is None:
+        return []
+    return [p.detach().clone().requires_grad_(True) for p in stage.tokens.context.parameters()]
 
 
 def masters(stages: Sequence[Stage]) -> list[Tensor]:
@@ -235,6 +260,7 @@ def errors_of(plain: PlainModel, config: RunConfig, got: Outcome, stages: Sequen
         "weight": farthest(got.weights.values(), [weights[name] for name in got.weights]),
         "anchors": farthest(anchors(stages), [e for e in plain.anchors if e.numel()]),
         "pairs": farthest(pairs(stages), [f for f in plain.pairs if f.numel()]),
+        "context": farthest(itertools.chain(*map(context_of, stages)), itertools.chain(*plain.context)),
         "projector": farthest(masters(stages), learned),
         "way of a projector": farthest(*way),
         "projector in use": farthest(
@@ -271,6 +297,7 @@ def test_a_swarm_learns_projectors_as_one_graph_would(
 VARIANTS = [
     "anchors=full",
     "anchors=full,pairs=61",
+    "context=3,ce=5,ch=7",
     "anchors=none",
     "projector=fixed",
     "projector=grassmann",

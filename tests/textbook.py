@@ -62,7 +62,7 @@ class Projector:
     """A matrix (D, R) that is learned at `rate` times Muon's rate, once in `every` steps (0: never).
 
     m <- beta m + (1 - beta) g', where g' = g - A (A'g + g'A) / 2 on the Stiefel manifold or g - A A'g along the
-    Grassmannian; then A <- polar(A - rate sign(m)). Without a manifold, g' = g and A <- A - rate sign(m).
+    Grassmannian; then A <- polar(A - every rate sign(m)). Without a manifold, g' = g and A <- A - every rate sign(m).
     """
 
     matrix: Tensor  # a leaf that wants a gradient, and part of the loss
@@ -88,7 +88,7 @@ class Projector:
         elif self.manifold == "grassmann":
             g = g - a @ a.T @ g
         self._momentum = self.beta * self._momentum + (1 - self.beta) * g
-        moved = a - rate * self.rate * matrix_sign(self._momentum, "polar_express")
+        moved = a - rate * self.rate * self.every * matrix_sign(self._momentum, "polar_express")
         with torch.no_grad():
             self.matrix.copy_(moved if self.manifold is None else polar(moved))
 

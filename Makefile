@@ -54,6 +54,11 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
 
+# What a codec costs in loss where it matters: an hour of one core for each recipe, resumable.
+.PHONY: quality
+quality: $(STAMP)
+	$(BIN)/python benchmarks/quality.py --preset compute-optimal --out runs/quality --plot runs/quality.png
+
 # Hostile input, guided by coverage: FUZZ_RUNS inputs for each target, half an hour. FUZZ_TARGETS=frames: only that one.
 FUZZ_RUNS ?= 1000000
 

@@ -45,6 +45,7 @@ from .stiefel import SPEL, Constraint, orthonormality_error, random_orthonormal,
 from .subspace import EnergySurvey, PrincipalSubspace
 
 Projector = Literal["spel", "grassmann", "free", "pca", "fixed"]
+Start = Literal["own", "shared"]
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
 CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "grassmann", "free": "none"}
@@ -55,11 +56,20 @@ class MaplEncoder(Encoder):
     """Owns the projector: `master` (D, R) is learned, `shipped` is what the receiver holds and what codes."""
 
     def __init__(
-        self, context: BoundaryContext, *, rank: int, projector: Projector, every: int, rate: float, beta: float
+        self,
+        context: BoundaryContext,
+        *,
+        rank: int,
+        projector: Projector,
+        start: Start,
+        every: int,
+        rate: float,
+        beta: float,
     ) -> None:
         super().__init__()
+        place = 0 if start == "shared" else context.boundary
         generator = np.random.Generator(
-            np.random.Philox(key=np.array([context.seed, context.boundary << 32 | _STREAM], dtype=np.uint64))
+            np.random.Philox(key=np.array([context.seed, place << 32 | _STREAM], dtype=np.uint64))
         )
         first = random_orthonormal(context.width, rank, generator, dtype=context.dtype)
         self._first = first
@@ -237,6 +247,8 @@ class MaplCodec(Codec):
     table: scale of the frozen token table that every node generates; 0 for none.
     projector: `spel` on the Stiefel manifold, `grassmann` along it without rotations, `free` without it, `pca` towards
         the principal subspace of what is to be projected, whatever the loss says, `fixed`.
+    start: the first projector is drawn for each boundary (`own`), or is the same at all of them (`shared`), so that
+        what one boundary has carried passes the next one as it is.
     every: steps between two changes of the projector, its gradient gathered meanwhile.
     lr, beta: how far a direction moves in a step, in parts of the rate of matrices, so `every` times as far in a
         change; momentum (`pca`: of the covariance).
@@ -258,6 +270,7 @@ class MaplCodec(Codec):
         ch: int = 128,
         table: float = 0.0,
         projector: Projector = "spel",
+        start: Start = "own",
         every: int = 8,
         delta: DeltaFormat = "int8",
         gradient: Literal["fp64", "fp32", "bf16", "int8", "int4", "none"] = "int8",
@@ -284,6 +297,7 @@ class MaplCodec(Codec):
         self.pairs, self.context = pairs, context
         self.context_embedding, self.context_hidden = ce, ch
         self.projector: Projector = projector
+        self.start: Start = start
         self.table_scale, self.every = table, every
         self.delta, self.gradient = delta, gradient
         self.rate, self.beta = lr, beta
@@ -330,7 +344,13 @@ class MaplCodec(Codec):
 
     def encoder(self, context: BoundaryContext) -> Encoder:
         return MaplEncoder(
-            context, rank=self.rank, projector=self.projector, every=self.every, rate=self.rate, beta=self.beta
+            context,
+            rank=self.rank,
+            projector=self.projector,
+            start=self.start,
+            every=self.every,
+            rate=self.rate,
+            beta=self.beta,
         )
 
     def decoder(self, context: BoundaryContext) -> Decoder:

@@ -6,7 +6,8 @@
 
 With `--preset compute-optimal` (`make quality`) everybody measures the same: a model so small that 20 tokens a
 parameter are an hour of one core, which is where what crosses a boundary begins to matter, and enough held-out text to
-tell 0.2 % apart. `--sweep` finds each recipe's own learning rates first, on the same grid for all, at a quarter of the length.
+tell 0.2 % apart. `--sweep` finds each recipe's own learning rates first, on one grid for all, at a quarter of the
+length.
 
 A recipe is NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]. Settings of its own come after those of `--set`,
 which are for all recipes, and win; learning rates that neither states are those of dense training. The first recipe is
@@ -34,7 +35,7 @@ from typing import Any
 
 # Of recipes that state no others: the same for every codec, whatever it recommends.
 RATES = ("--set", "optim.muon_lr=0.02", "--set", "optim.adamw_lr=0.005")
-# `--preset`: settings for all, steps, and the recipes where none is given. 1.1M parameters, 2,000 steps of 4,096 tokens.
+# `--preset`: settings for all, steps, recipes where none is given. 1.1M parameters, 2,000 steps of 4,096 tokens.
 PRESETS = {
     "compute-optimal": (
         (

@@ -23,6 +23,8 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -89,10 +91,21 @@ class Anchors(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
+        self._once: list[tuple[Tensor, Tensor | None]] | None = None  # what was asked within `once`, and said
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("pairs", None if pairs is None else nn.Parameter(pairs))
         self.register_buffer("projection", projection)
         self.register_buffer("table", None if table is None else table.detach(), persistent=False)
+
+    @contextmanager
+    def once(self) -> Iterator[None]:
+        """Within it, the same ids are answered with the same tensor: a stage adds and subtracts it in one graph, where
+        it is computed once, and so is its gradient."""
+        self._once = []
+        try:
+            yield
+        finally:
+            self._once = None
 
     def forward(self, ids_BT: Tensor) -> Tensor | None:
         """Token ids (B, T) to (B, T, D), what to subtract or add; None where this stage knows nothing of any token.
@@ -101,6 +114,15 @@ class Anchors(nn.Module):
         The factorised part gathers rows of E (and F) and multiplies them by P: B T ra D products, no (V, D) between.
         Raises ValueError for an id outside the vocabulary (on a GPU, its own assertion does, without a name).
         """
+        for asked_BT, said_BTD in self._once or ():
+            if asked_BT is ids_BT:
+                return said_BTD
+        said_BTD = self._known(ids_BT)
+        if self._once is not None:
+            self._once.append((ids_BT, said_BTD))
+        return said_BTD
+
+    def _known(self, ids_BT: Tensor) -> Tensor | None:
         known_BTD = None if self.weight is None else self._rows(self.weight, ids_BT)
         if self.weight is not None and known_BTD is not None and self.pairs is not None:
             known_BTD = known_BTD + F.embedding(pair_buckets(ids_BT, len(self.weight), len(self.pairs)), self.pairs)

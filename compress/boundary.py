@@ -318,6 +318,10 @@ class Codec(ABC):
         """Raises CodecError for options that do not fit hidden states of `width`, before anything is built."""
         del width
 
+    def check_rate(self, muon_lr: float) -> None:
+        """Raises CodecError for options that cannot learn at this rate of matrices, before anything is built."""
+        del muon_lr
+
     @abstractmethod
     def wire_width(self, width: int) -> int:
         """W, the numbers per token that cross the boundary, for hidden states of `width`."""

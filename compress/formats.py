@@ -47,6 +47,7 @@ if sys.byteorder != "little":
 BLOCK = 128
 MIN_SCALE = 2.0**-126
 MIN_SCALE_BITS, MAX_SCALE_BITS = 0x0080, 0x7F7F  # 2^-126 and the largest finite bf16, as int16
+LARGEST_MEAN = torch.finfo(torch.bfloat16).max
 _SCALE_SLACK = 1 + 2**-6  # a rounded-up scale times the peak's code exceeds the block's peak by less than this
 
 
@@ -110,9 +111,20 @@ class Bf16(_Plain):
 
 
 class _Blockwise(ByteFormat):
-    """One bf16 scale for every 128 values and one integer in [-peak_code, peak_code] a value."""
+    """One bf16 scale for every 128 values and one integer in [-peak_code, peak_code] a value.
+
+    centre: the mean of each of the W numbers of a token, over the tensor's tokens, goes ahead in bf16 (2 W bytes a
+    tensor), and what is coded is the distance from it. Half of the energy of projected activations is their mean
+    (docs/results.md); gradients have none.
+    """
 
     peak_code: ClassVar[int]
+
+    def __init__(self, centre: bool = False) -> None:
+        self.centre = centre
+
+    def _mean_bytes(self, shape: tuple[int, ...]) -> int:
+        return 2 * shape[-1] if self.centre and shape and math.prod(shape) else 0
 
     @classmethod
     @abstractmethod
@@ -131,25 +143,31 @@ class _Blockwise(ByteFormat):
 
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         count = math.prod(shape)
-        return 2 * _blocks(count) + self.code_bytes(count)
+        return self._mean_bytes(shape) + 2 * _blocks(count) + self.code_bytes(count)
 
     def pack(self, z: Tensor, key: Key) -> Payload:
         count, blocks = z.numel(), _blocks(z.numel())
-        flat = z.detach().to(torch.float32).reshape(-1)
+        given = flat = z.detach().to(torch.float32).reshape(-1)
+        means = flat.new_empty(0, dtype=torch.bfloat16)
+        if self._mean_bytes(tuple(z.shape)):
+            tokens = flat.view(-1, z.shape[-1])
+            means = tokens.to(torch.float64).mean(dim=0).clamp_(-LARGEST_MEAN, LARGEST_MEAN).to(torch.bfloat16)
+            flat = (tokens - means.to(torch.float32)).view(-1)
         if padding := blocks * BLOCK - count:
             flat = torch.nn.functional.pad(flat, (0, padding))
         rows = flat.view(blocks, BLOCK)
         scratch = rows.abs()
         peaks = scratch.amax(dim=1, keepdim=True)
         if not is_finite(peaks):
-            raise refusal(self, z.detach(), flat, key)
+            raise refusal(self, z.detach(), flat[:count] if is_finite(given) else given, key)
         stochastic = key.direction is Direction.BACKWARD
         scales = self._scales(peaks, round_up=stochastic)
         torch.div(rows, scales.to(torch.float32), out=scratch)
         if stochastic:
             scratch.add_(_noise(key, scratch.numel()).to(scratch.device, torch.float32).view_as(scratch), alpha=2**-16)
         codes = self.join(scratch.round_().view(-1)).cpu().numpy()[: self.code_bytes(count)]
-        body = b"".join((scales.view(torch.int16).cpu().numpy().data, codes.data))
+        words = torch.cat((means, scales.view(-1))).view(torch.int16).cpu().numpy()
+        body = b"".join((words.data, codes.data))
         return Payload(codec=self.id, header={"shape": list(z.shape)}, body=body)
 
     def _scales(self, peaks: Tensor, *, round_up: bool) -> Tensor:
@@ -170,11 +188,12 @@ class _Blockwise(ByteFormat):
         count, blocks = math.prod(shape), _blocks(math.prod(shape))
         if not count:
             return torch.empty(shape, dtype=dtype, device=device)
-        bits = np.frombuffer(payload.body, "<i2", count=blocks)
+        means = self._check_means(payload.body, shape)
+        bits = np.frombuffer(payload.body, "<i2", count=blocks, offset=2 * len(means))
         limit = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
         reach = self._check_scales(bits, dtype, limit)
         codes = np.zeros(blocks * BLOCK, np.int8)
-        found = self.split(np.frombuffer(payload.body, np.uint8, offset=2 * blocks))
+        found = self.split(np.frombuffer(payload.body, np.uint8, offset=2 * (len(means) + blocks)))
         codes[: found.size] = found
         if (lowest := int(codes.min())) < -self.peak_code:  # the pattern that two's complement has to spare
             raise CodecError(
@@ -185,9 +204,20 @@ class _Blockwise(ByteFormat):
             raise CodecError(f"{self.id} payload has code {codes[index]} at element {index} of {count}; 0 fills it up")
         scales = torch.from_numpy(bits.copy()).view(torch.bfloat16).to(device, torch.float32).unsqueeze(1)
         values = torch.from_numpy(codes).to(device).view(blocks, BLOCK).to(torch.float32).mul_(scales)
-        if reach > limit:  # the scale of a peak close to the largest number was rounded beyond it
-            values.clamp_(-limit, limit)
-        return values.view(-1)[:count].view(shape).to(dtype)
+        flat = values.view(-1)[:count]
+        if len(means):
+            flat.view(-1, len(means)).add_(means.to(device, torch.float32))
+        if len(means) or reach > limit:  # the scale of a peak close to the largest number was rounded beyond it
+            flat.clamp_(-limit, limit)
+        return flat.view(shape).to(dtype)
+
+    def _check_means(self, body: bytes, shape: tuple[int, ...]) -> Tensor:
+        bits = np.frombuffer(body, "<i2", count=self._mean_bytes(shape) // 2)
+        means = torch.from_numpy(bits.copy()).view(torch.bfloat16)
+        if not is_finite(means):
+            index = int((~means.isfinite()).int().argmax())
+            raise CodecError(f"{self.id} payload's mean of number {index} is {means[index].item()}")
+        return means
 
     def _check_scales(self, bits: np.ndarray, dtype: torch.dtype, limit: float) -> float:
         """The largest magnitude that these scales can give."""

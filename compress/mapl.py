@@ -41,7 +41,7 @@ from .boundary import (
 )
 from .context import MAX_CONTEXT
 from .registry import register_codec
-from .stiefel import SPEL, Constraint, orthonormality_error, random_orthonormal, subspace_angle
+from .stiefel import SPEL, Constraint, longest_step, orthonormality_error, random_orthonormal, subspace_angle
 from .subspace import EnergySurvey, PrincipalSubspace
 
 Projector = Literal["spel", "grassmann", "free", "pca", "fixed"]
@@ -72,7 +72,7 @@ class MaplEncoder(Encoder):
             np.random.Philox(key=np.array([context.seed, place << 32 | _STREAM], dtype=np.uint64))
         )
         first = random_orthonormal(context.width, rank, generator, dtype=context.dtype)
-        self._first = first
+        self._first = first.clone()
         self._master = first.to(context.device).requires_grad_(projector in CONSTRAINTS)
         self._shipped = self._master.detach().clone()
         self._tokens = context.tokens
@@ -227,6 +227,12 @@ class MaplDecoder(Decoder):
             table.grad = _copy(state["gathered"], table) if "gathered" in state else None
 
 
+def _rounded_down(value: float) -> str:
+    """Three digits, and never above."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return f"{math.floor(value / unit) * unit:.3g}"
+
+
 def _copy(value: Tensor, like: Tensor) -> Tensor:
     """A tensor of its own, laid out as if it had been computed here: a file's are views at any address."""
     return torch.empty_like(like, memory_format=torch.contiguous_format, requires_grad=False).copy_(value)
@@ -309,6 +315,17 @@ class MaplCodec(Codec):
             raise CodecError(f"codec 'mapl': r={self.rank} is the whole width, which no subspace can move in; lower r")
         if self.anchors == "factorized" and self.anchor_rank > width:
             raise CodecError(f"codec 'mapl': ar={self.anchor_rank} is above the model's width {width}; lower ar")
+
+    def check_rate(self, muon_lr: float) -> None:
+        if self.projector not in ("spel", "grassmann"):
+            return
+        moves, most = self.rate * self.every * muon_lr, longest_step(self.rank)
+        if moves > most:
+            raise CodecError(
+                f"codec 'mapl': lr={self.rate:g} moves the projector by {moves:.3g} in a change (every={self.every}, "
+                f"optim.muon_lr={muon_lr:g}), and {most:.3g} is the most that it surely comes back to the manifold "
+                f"from; say lr={_rounded_down(most / self.every / muon_lr)} or less"
+            )
 
     def wire_width(self, width: int) -> int:
         del width

@@ -177,6 +177,15 @@ def retract(x_DR: Tensor, steps: int = 3) -> Tensor:
     return x_DR
 
 
+def longest_step(r: int) -> float:
+    """The largest `lr` of SPEL at which every step of a (d, r) can be retracted, whatever its direction.
+
+    With singular values of msign up to s = 1.13, `E = XᵀX - I` of a point that was moved by lr has a spectral norm of
+    at most 2 s lr + (s lr)², and `‖E²‖_F <= √r ‖E‖²` has to stay below 1 (`retract`). Tangent directions allow more.
+    """
+    return (math.sqrt(1 + r**-0.25) - 1) / 1.13
+
+
 def _measured(a: Tensor) -> Tensor:  # bfloat16 would round by more than there is to be measured
     return a.detach().to(torch.promote_types(a.dtype, torch.float32))
 

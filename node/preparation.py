@@ -56,6 +56,7 @@ def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None)
     try:
         boundary = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
         codec = boundary.codec
+        codec.check_rate(config.optim.muon_lr)
         if architecture is not None:
             codec.check(architecture.hidden_size)
             for fmt in (boundary.forward, boundary.backward):

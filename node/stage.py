@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compress.anchors import Anchors
 from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
 from ..compress.token_table import token_table
@@ -172,11 +173,12 @@ class Stage:
         ids = torch.from_numpy(ids_BS.astype(np.int64)).to(self.device)
         inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
         # The codec stays out of autocast: a projector rounded to bfloat16 is off the manifold.
-        hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
-        with self._precision():
-            out = self.model(hidden)
-        if not self.last:
-            return self.sender.encode(out.to(self.dtype), inputs_BT)
+        with self.tokens.once() if isinstance(self.tokens, Anchors) else nullcontext():
+            hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
+            with self._precision():
+                out = self.model(hidden)
+            if not self.last:
+                return self.sender.encode(out.to(self.dtype), inputs_BT)
         logits_NV = out.flatten(0, 1).to(self.dtype)
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
 

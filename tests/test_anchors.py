@@ -450,6 +450,22 @@ def test_no_parameter_is_named_as_a_hidden_matrix(kind):  # node/optim.py gives 
     assert not any("layers" in name.split(".") for name in names)
 
 
+def test_within_once_the_same_ids_have_the_same_answer():
+    anchors, ids = trained("full"), some_ids()
+    with anchors.once():
+        said = anchors(ids)
+        assert anchors(ids) is said
+        assert anchors(ids.clone()) is not said
+    assert anchors(ids) is not said  # what it knows may have changed since
+    assert torch.equal(anchors(ids), said)
+    said.sum().backward()
+    once = anchors.weight.grad.clone()
+    anchors.weight.grad = None
+    with anchors.once():
+        (anchors(ids) + anchors(ids)).sum().backward()
+    assert torch.equal(anchors.weight.grad, 2 * once)
+
+
 # --- anchors of pairs ----------------------------------------------------------------------------------------------
 
 LEARNING = ["factorized", "full"]

@@ -39,6 +39,10 @@ UP = [
     (["--out", "{dir}/file/below"], r"cannot write in .*below: .*; choose another --out"),
     (["--out", "/proc/thinpipe"], r"cannot write in /proc/thinpipe: .*; choose another --out"),
     (["--out", "{dir}/taken"], r"taken holds a run already; choose another --out, or say --overwrite"),
+    (
+        ["--codec", "mapl:r=16,lr=4", "--set", "optim.muon_lr=0.01"],
+        r"lr=4 moves the projector by 0\.32 in a change .* is the most .*; say lr=2\.[0-9]+ or less",
+    ),
     (["--codec", "mapl:r=10", "--forward", "rvq"], r"'rvq': a width of 10 cannot be cut into groups=8; say groups=10"),
     (["--backward", "rvq:groups=3"], r"'rvq': a width of 64 cannot be cut into groups=3; say groups=2"),
     (["--backward", "rvq:codes=70000"], r"byte format 'rvq': codes=70000 has to be from 2 to 65536"),

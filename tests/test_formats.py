@@ -319,3 +319,58 @@ def test_any_bits_raise_nothing_but_codec_error(data, width, count, limit):
     assert values.shape == (count,)
     assert ((values >= 0) & (values < limit)).all()
     assert pack_bits(values, width) == data  # one encoding for each list
+
+
+# --- about the mean ------------------------------------------------------------------------------------------------
+
+
+def tokens_with_a_mean(width: int = 16) -> torch.Tensor:
+    draws = torch.Generator().manual_seed(3)
+    return torch.randn(4, 32, width, generator=draws) + 3 * torch.randn(width, generator=draws)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in BLOCKWISE])
+class TestCentred:
+    def test_what_is_left_of_the_mean_costs_no_precision(self, name):
+        z = tokens_with_a_mean()
+        plain, centred = (round_trip(spec, z, FORWARD) - z for spec in (name, f"{name}:centre=true"))
+        assert centred.square().mean() < 0.5 * plain.square().mean()
+
+    def test_it_takes_two_bytes_a_number_of_a_token(self, name):
+        plain, centred = parse_format(name), parse_format(f"{name}:centre=true")
+        for shape in ((4, 32, 16), (1, 7), (5,), (130, 3)):
+            payload = centred.pack(torch.ones(shape), FORWARD)
+            assert len(payload.body) == centred.body_bytes(shape) == plain.body_bytes(shape) + 2 * shape[-1]
+        for empty in ((0, 4), (4, 0)):
+            payload = centred.pack(torch.ones(empty), FORWARD)
+            assert centred.unpack(payload, shape=empty, dtype=torch.float32).equal(torch.ones(empty))
+
+    def test_tokens_that_are_all_alike_are_exact(self, name):
+        z = torch.tensor([1.0, -2.5, 0.0, 96.0]).expand(3, 5, 4)
+        assert round_trip(f"{name}:centre=true", z, FORWARD).equal(z)
+
+    def test_the_largest_numbers_stay_finite_or_are_refused(self, name):
+        largest = torch.finfo(torch.float32).max
+        fmt = parse_format(f"{name}:centre=true")
+        same = torch.full((3, 4), largest)
+        assert round_trip(f"{name}:centre=true", same, FORWARD).isfinite().all()
+        apart = torch.tensor([[largest], [largest], [-largest]])
+        with pytest.raises(CodecError, match=r"element 2 of .* overflows"):
+            fmt.pack(apart, FORWARD)
+        with pytest.raises(CodecError, match=r"element 1 of .* is not finite"):
+            fmt.pack(torch.tensor([[1.0], [math.nan], [2.0]]), FORWARD)
+
+    def test_a_mean_that_is_no_number_is_refused(self, name):
+        fmt, z = parse_format(f"{name}:centre=true"), tokens_with_a_mean()
+        body = bytearray(fmt.pack(z, FORWARD).body)
+        body[6:8] = b"\x80\x7f"  # infinity
+        payload = Payload(codec=name, header={"shape": list(z.shape)}, body=bytes(body))
+        with pytest.raises(CodecError, match="mean of number 3 is inf"):
+            fmt.unpack(payload, shape=tuple(z.shape), dtype=z.dtype)
+
+    def test_a_plain_one_is_not_taken_for_it(self, name):
+        z = tokens_with_a_mean()
+        with pytest.raises(CodecError, match="bytes, expected"):
+            parse_format(f"{name}:centre=true").unpack(
+                parse_format(name).pack(z, FORWARD), shape=tuple(z.shape), dtype=z.dtype
+            )

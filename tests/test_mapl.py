@@ -118,6 +118,10 @@ def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path:
     assert max(of["orthonormality_error_shipped"] for of in figures) <= 1e-4
     assert all(of["angle_moved_rad"] > 1e-5 for of in figures)
     assert all(0 < of["reconstruction_error"] < 1 for of in figures)
+    turned = [of["angle_turned_rad"] for of in figures]
+    assert 0 < turned[0] < turned[9] < turned[-1] <= sum(of["angle_moved_rad"] for of in figures)
+    assert all(0 < of["energy_kept"] <= of["energy_best"] <= 1 for of in figures)
+    assert len({of["energy_best"] for of in figures}) == 4  # a look at steps 0, 16, 32 and 48
     norms = [of["anchor_norm"] for of in figures]
     assert norms[0] < norms[9] < norms[-1]
     assert measures(tmp_path, 1) == [{}] * 60  # the last stage owns no projector
@@ -130,7 +134,16 @@ def test_a_free_projector_leaves_the_manifold_and_a_fixed_one_rests(tiny: TinyCo
     free, fixed = (measures(tmp_path / projector, 0)[-1] for projector in ("free", "fixed"))
     assert free["orthonormality_error_master"] > 1e-4
     assert fixed["orthonormality_error_master"] < 1e-5
-    assert fixed["angle_moved_rad"] == 0
+    assert fixed["angle_moved_rad"] == fixed["angle_turned_rad"] == 0
+
+
+@pytest.mark.parametrize("start", ["own", "shared"])
+def test_boundaries_start_with_one_projector_or_their_own(start: str, tiny: TinyConfig) -> None:
+    config = configure(tiny, f"{PUBLISHED},r=8,start={start}", {"pipeline.stages": 4})
+    first, *others = [prepare(config, index)[0].sender.master for index in range(3)]
+    assert [torch.equal(first, other) for other in others] == [start == "shared"] * 2
+    kept = [(first.T @ other).norm().item() ** 2 / 8 for other in others]  # of what one has carried, by the next
+    assert all((share > 0.999) == (start == "shared") for share in kept)
 
 
 def rows(outcome: Outcome) -> dict[str, int]:

@@ -14,6 +14,7 @@ from thinpipe.compress.stiefel import (
     QUINTIC,
     SPEL,
     horizontal,
+    longest_step,
     msign,
     orthonormality_error,
     random_orthonormal,
@@ -548,3 +549,14 @@ def test_nothing_changes_before_all_is_well():
 def test_errors_of_the_walk_name_the_offender(call, word):
     with pytest.raises(ValueError, match=word):
         call()
+
+
+@pytest.mark.parametrize("r", [1, 8, 32, 256])
+def test_the_longest_step_comes_back_from_wherever_it_leads_and_a_longer_one_need_not(r: int) -> None:
+    a_DR = random_orthonormal(300, r, np.random.Philox(7), dtype=torch.float64)
+    lr = longest_step(r)
+    aside_DR = random_orthonormal(300, r, np.random.Philox(8), dtype=torch.float64)
+    for direction_DR in (a_DR, -a_DR, aside_DR):
+        retract(a_DR - 0.999 * lr * 1.13 * direction_DR)
+    with pytest.raises(ValueError, match="too far"):
+        retract(a_DR + 1.001 * lr * 1.13 * a_DR)

@@ -451,7 +451,8 @@ def test_spec_strings(args, forward, backward):
         (("bf16", "int9"), "unknown byte format 'int9'; the nearest known one is 'int8'"),
         (("bf16", None, "identity"), "unknown byte format 'identity'"),
         (("identity:r=3",), "codec 'identity' has no option 'r'; known: table"),
-        (("int8:block=64",), "byte format 'int8' has no option 'block'; it has none"),
+        (("int8:block=64",), "byte format 'int8' has no option 'block'; known: centre"),
+        (("bf16:block=64",), "byte format 'bf16' has no option 'block'; it has none"),
         (("identity:",), "options are key=value"),
     ],
 )

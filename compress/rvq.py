@@ -2,9 +2,9 @@
 
 A tensor (..., W) is N tokens of W numbers. Each token has one scale, the root mean square of its numbers, and is
 divided by it; then its numbers are cut into G groups side by side, and each group is coded in L rounds with one of K
-rows a round (`compress.codebook`, learned in `compress.kmeans`). Body: N scales in bf16, then the codes,
-ceil(log2(K)) bits each, in the order (level, token, group). A token of zeros has the scale 0 and is exact; other scales
-are at least 2^-126, so nothing depends on whether a processor flushes subnormal numbers. Decoding is single IEEE
+rows a round (`compress.codebook`, learned in `compress.kmeans`). Body: N scales (`compress.token_scales`), then the
+codes, ceil(log2(K)) bits each, in the order (level, token, group). A token of zeros has the scale 0 and is exact; other
+scales are at least 2^-126, so nothing depends on whether a processor flushes subnormal numbers. Decoding is single IEEE
 operations on fp32 in a fixed order (rows of the levels added up, then times the scale): every device has the same bits.
 
 Why vectors: at two bits a number a uniform grid wastes most of its points on combinations that never occur, and a
@@ -36,20 +36,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
 from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy
 from .codebook import Codebooks, CodebookShape, Coded
-from .formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value, is_finite, refusal
+from .formats import MIN_SCALE, is_finite, refusal
 from .kmeans import Learner
 from .registry import register_format
+from .token_scales import ScaleKind, token_scales
 
 _POLICIES: dict[str, Policy] = {name: name for name in cast("tuple[Policy, ...]", get_args(Policy))}
 MAX_CODES, MAX_LEVELS, MAX_DIVISOR = 2**16, 16, 2**16
-_MAX_SCALE = torch.finfo(torch.bfloat16).max
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,10 +63,11 @@ class _Search:
 
 @register_format
 class Rvq(ByteFormat):
-    """`rvq:groups=8,codes=256,levels=2,decay=0.99,delta=drift/16,encoding=int4`
+    """`rvq:groups=8,codes=256,levels=2,scale=bf16,decay=0.99,delta=drift/16,encoding=int4`
 
-    groups: parts of a token, each with codebooks of its own. codes: rows of each, 2 to 65536. levels: rounds. decay: of
-    the moving average, a microbatch. delta: which entries each message's change covers: `random/D`, `robin/D` or
+    groups: parts of a token, each with codebooks of its own. codes: rows of each, 2 to 65536. levels: rounds. scale: of
+    a token, `bf16`, or `log8` or `log4` for so many bits below the tensor's largest. decay: of the moving average, a
+    microbatch. delta: which entries each message's change covers: `random/D`, `robin/D` or
     `drift/D` for one part in D, or `full`. encoding: byte format of those changes.
     """
 
@@ -78,6 +78,7 @@ class Rvq(ByteFormat):
         groups: int = 8,
         codes: int = 256,
         levels: int = 2,
+        scale: ScaleKind = "bf16",
         decay: float = 0.99,
         delta: str = "drift/16",
         encoding: Literal["fp32", "bf16", "int8", "int4"] = "int4",
@@ -95,6 +96,7 @@ class Rvq(ByteFormat):
         self.encoding = encoding
         self.grid = CodebookShape(levels=levels, groups=groups, codes=codes)
         self._bits = bit_width(codes)
+        self._scales = token_scales(scale)
         self._learner = Learner(self.grid, decay)
         self._books: Codebooks | None = None
         self._search: _Search | None = None
@@ -143,12 +145,12 @@ class Rvq(ByteFormat):
 
     def body_bytes(self, shape: tuple[int, ...]) -> int:
         tokens, _ = self._tokens(shape)
-        return 2 * tokens + packed_bytes(tokens * self.grid.groups * self.grid.levels, self._bits)
+        return self._scales.byte_count(tokens) + packed_bytes(tokens * self.grid.groups * self.grid.levels, self._bits)
 
     def pack(self, z: Tensor, key: Key) -> Payload:
         self._tokens(tuple(z.shape))
         search = self._search = self._searched(z.detach(), key)
-        scales = search.scales_N.cpu().view(torch.uint8).numpy().tobytes()
+        scales = self._scales.pack(search.scales_N)
         codes = pack_bits(search.coded.codes_LNG.cpu().numpy(), self._bits)
         return Payload(codec=self.id, header={"shape": list(z.shape)}, body=scales + codes)
 
@@ -158,21 +160,20 @@ class Rvq(ByteFormat):
         self.check(payload, shape)
         tokens, width = self._tokens(shape)
         books = self._in_use(width)
-        bits = np.frombuffer(payload.body, "<i2", count=tokens)
-        _check_scales(bits)
+        cut = self._scales.byte_count(tokens)
+        scales_N = self._scales.unpack(payload.body[:cut], tokens)
         count = tokens * self.grid.groups * self.grid.levels
         try:
-            codes = unpack_bits(payload.body[2 * tokens :], self._bits, count, self.grid.codes)
+            codes = unpack_bits(payload.body[cut:], self._bits, count, self.grid.codes)
         except CodecError as error:
             raise CodecError(f"rvq payload's codes: {error}") from None
         where = books.table.device
         codes_LNG = torch.from_numpy(codes).to(where).view(self.grid.levels, tokens, self.grid.groups)
-        scales_N1 = torch.from_numpy(bits.copy()).view(torch.bfloat16).to(where, torch.float32).unsqueeze(1)
-        values_NW = books.decode(codes_LNG).view(tokens, width).mul_(scales_N1)
+        values_NW = books.decode(codes_LNG).view(tokens, width).mul_(scales_N.to(where).unsqueeze(1))
         values = values_NW.view(shape).to(device=device, dtype=dtype)
         if not is_finite(values):
             index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
-            scale = bf16_value(int(bits[index]))
+            scale = scales_N[index].item()
             raise CodecError(f"rvq payload's token {index} is not finite in {dtype}; its scale is {scale}")
         return values
 
@@ -183,7 +184,7 @@ class Rvq(ByteFormat):
         return _Search(z=z, version=_version(z), scales_N=scales_N, coded=coded)
 
     def _scaled(self, z: Tensor, key: Key) -> tuple[Tensor, Tensor]:
-        """The tokens divided by their scales (N, G, D), fp32, and the scales (N,), bf16. Raises CodecError for a value
+        """The tokens divided by their scales (N, G, D) and the scales (N,), fp32. Raises CodecError for a value
         that is not finite."""
         tokens, width = self._tokens(tuple(z.shape))
         flat_NW = z.to(torch.float32).reshape(tokens, width)
@@ -192,11 +193,11 @@ class Rvq(ByteFormat):
             raise refusal(self, z, flat_NW, key)
         x_NW = flat_NW / peaks_N1.clamp(min=MIN_SCALE)  # before squares, which would overflow
         rms_N1 = x_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
-        scales_N1 = rms_N1.clamp_(MIN_SCALE, _MAX_SCALE).to(torch.bfloat16)
-        torch.div(flat_NW, scales_N1.to(torch.float32), out=x_NW)
-        scales_N1.masked_fill_(peaks_N1 == 0, 0.0)
+        rms_N1.clamp_(min=MIN_SCALE).masked_fill_(peaks_N1 == 0, 0.0)  # a product may have been flushed
+        scales_N = self._scales.rounded(rms_N1.squeeze(1))
+        torch.div(flat_NW, scales_N.clamp(min=MIN_SCALE).unsqueeze(1), out=x_NW)
         x_NGD = x_NW.view(tokens, self.grid.groups, width // self.grid.groups)
-        return x_NGD, scales_N1.squeeze(1)
+        return x_NGD, scales_N
 
     def _tokens(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """N and W."""
@@ -279,14 +280,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def _version(z: Tensor) -> int | None:
     """How often `z` was changed in place, where anybody counts."""
     return None if z.is_inference() else z._version
-
-
-def _check_scales(bits: np.ndarray) -> None:
-    bad = (bits != 0) & ((bits < MIN_SCALE_BITS) | (bits > MAX_SCALE_BITS))
-    if bad.any():
-        index = int(np.argmax(bad))
-        bounds = f"neither 0 nor from {MIN_SCALE} to {_MAX_SCALE}"
-        raise CodecError(f"rvq payload's scale of token {index} is {bf16_value(int(bits[index]))}, {bounds}")
 
 
 def _parse_delta(text: str) -> tuple[Policy, int]:

@@ -75,14 +75,16 @@ class TestWire:
         codes=st.sampled_from([2, 3, 5, 16, 200, 256, 257]),
         levels=st.integers(1, 3),
         tokens=st.integers(0, 9),
+        scale=st.sampled_from(["bf16", "log8", "log4"]),
     )
-    def test_length_is_exact(self, groups, codes, levels, tokens):
-        fmt = Rvq(groups=groups, codes=codes, levels=levels)
+    def test_length_is_exact(self, groups, codes, levels, tokens, scale):
+        fmt = Rvq(groups=groups, codes=codes, levels=levels, scale=scale)
         fmt.use_table(gaussian((levels * groups * codes, 4)))
         z = gaussian((tokens, 4 * groups))
         payload = fmt.pack(z, key())
         bits = math.ceil(math.log2(codes))
-        wanted = 2 * tokens + math.ceil(tokens * groups * levels * bits / 8)
+        scales = {"bf16": 2 * tokens, "log8": tokens + 2, "log4": math.ceil(tokens / 2) + 2}[scale] if tokens else 0
+        wanted = scales + math.ceil(tokens * groups * levels * bits / 8)
         assert len(payload.body) == fmt.body_bytes((tokens, 4 * groups)) == wanted
         back = fmt.unpack(payload, shape=(tokens, 4 * groups), dtype=torch.float64)
         assert back.shape == z.shape

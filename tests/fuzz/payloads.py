@@ -123,7 +123,7 @@ PORTS = [
     _ports("fp64", dtype=torch.float64),
     _ports("int8", _table("int8", "bf16")),
     _ports("bf16", _table("int4", "int4"), torch.float64),
-    _ports("rvq:groups=5,codes=5,delta=robin/3"),
+    _ports("rvq:groups=5,codes=5,scale=log4,delta=robin/3"),
     _ports("rvq:groups=2,codes=3,levels=1,delta=full,encoding=int8", _table("int8", "bf16")),
 ]
 TENSOR_BYTES_MAX = max(ports.shape.limits.message_bytes for ports in PORTS)

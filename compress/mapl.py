@@ -42,9 +42,9 @@ from .boundary import (
 from .context import MAX_CONTEXT
 from .registry import register_codec
 from .stiefel import SPEL, Constraint, longest_step, orthonormality_error, random_orthonormal, subspace_angle
-from .subspace import EnergySurvey, PrincipalSubspace
+from .subspace import EnergySurvey
 
-Projector = Literal["spel", "grassmann", "free", "pca", "fixed"]
+Projector = Literal["spel", "grassmann", "free", "fixed"]
 Start = Literal["own", "shared"]
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
@@ -80,7 +80,6 @@ class MaplEncoder(Encoder):
         self._every = every
         self._rate = rate
         self._spel: SPEL | None = None
-        self._subspace = PrincipalSubspace(context.width, beta) if projector == "pca" else None
         self._survey = EnergySurvey()
         if projector in CONSTRAINTS:
             kind, dtype = CONSTRAINTS[projector], context.dtype
@@ -108,17 +107,12 @@ class MaplEncoder(Encoder):
             with torch.no_grad():
                 self._energy += torch.stack([x_BTD.square().sum(), z_BTR.square().sum()]).to(torch.float64)
                 self._survey.see(x_BTD)
-                if self._subspace:
-                    self._subspace.see(x_BTD)
         return z_BTR
 
     def learn(self, gradient: Tensor | None, *, rate: float) -> None:
-        before = self._master.detach().clone()
-        if self._subspace:
-            self._master.detach().copy_(self._subspace.follow(before))
-            self._moved += subspace_angle(before, self._master)
         if self._spel is None:
             return
+        before = self._master.detach().clone()
         own = self._shipped.grad
         if own is None:
             raise CodecError("the projector is stepped before anything was encoded with it")
@@ -251,13 +245,12 @@ class MaplCodec(Codec):
     context, ce, ch: how many of the last tokens a small network beside the anchors looks at (0: there is none), with ce
         numbers for each and ch hidden units.
     table: scale of the frozen token table that every node generates; 0 for none.
-    projector: `spel` on the Stiefel manifold, `grassmann` along it without rotations, `free` without it, `pca` towards
-        the principal subspace of what is to be projected, whatever the loss says, `fixed`.
+    projector: `spel` on the Stiefel manifold, `grassmann` along it without rotations, `free` without it, `fixed`.
     start: the first projector is drawn for each boundary (`own`), or is the same at all of them (`shared`), so that
         what one boundary has carried passes the next one as it is.
     every: steps between two changes of the projector, its gradient gathered meanwhile.
     lr, beta: how far a direction moves in a step, in parts of the rate of matrices, so `every` times as far in a
-        change; momentum (`pca`: of the covariance).
+        change; momentum.
     delta, gradient: byte formats of the changes, and of the receiver's half of the gradient (`none`: the sender's half
         alone).
     """

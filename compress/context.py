@@ -7,7 +7,8 @@ to its last few tokens need not cross either, however it depends on them:
 
 A stage has one network, and adds what it gives to its anchors: the sender takes it off, the receiver puts its own on
 (`compress.anchors`). W2 starts at zero, so at first it knows nothing. Row V of C stands for the places before a
-sequence. Each stage learns its own with its own optimizer, and nothing of it is ever sent; this is ours, not MAPL's.
+sequence. Each stage learns its own with its own optimizer, W1 and W2 with Muon like the matrices of the model, and
+nothing of it is ever sent; this is ours, not MAPL's.
 
 Why not the hashes of pairs (`pairs` of the anchors): a row for each pair learns the text by heart, and what it has
 learned of one pair says nothing of another. A network generalises, and has V e + h (n e + D) numbers where the pairs
@@ -39,8 +40,8 @@ class Context(nn.Module):
         self._tokens = tokens
         streams = (_FIRST_STREAM + 2 * stage, _FIRST_STREAM + 2 * stage + 1)
         self.embedding = nn.Parameter(_normal(seed, streams[0], vocab_size + 1, embedding))
-        self.inner = nn.Parameter(_normal(seed, streams[1], hidden, tokens * embedding) / math.sqrt(tokens * embedding))
-        self.outer = nn.Parameter(torch.zeros(width, hidden))
+        inner = _normal(seed, streams[1], hidden, tokens * embedding) / math.sqrt(tokens * embedding)
+        self.layers = nn.ParameterList([inner, torch.zeros(width, hidden)])  # by this name, Muon takes them
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Each row of ids is a sequence from its first token on. Raises ValueError for an id outside the vocabulary."""
@@ -49,6 +50,14 @@ class Context(nn.Module):
         last_BTN = F.pad(ids_BT, (self._tokens - 1, 0), value=nothing).unfold(1, self._tokens, 1)
         known_BTE = F.embedding(last_BTN, self.embedding).flatten(2)
         return F.silu(known_BTE @ self.inner.mT) @ self.outer.mT
+
+    @property
+    def inner(self) -> Tensor:
+        return self.layers[0]
+
+    @property
+    def outer(self) -> Tensor:
+        return self.layers[1]
 
 
 def _normal(seed: int, stream: int, rows: int, width: int) -> Tensor:

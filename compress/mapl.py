@@ -28,7 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .anchors import MAX_PAIRS, Anchors, Kind, make_anchors
+from .anchor_options import AnchorOptions
+from .anchors import Anchors, Kind
 from .boundary import (
     BoundaryContext,
     Codec,
@@ -39,7 +40,6 @@ from .boundary import (
     StageContext,
     check_table_scale,
 )
-from .context import MAX_CONTEXT
 from .registry import register_codec
 from .stiefel import SPEL, Constraint, longest_step, orthonormality_error, random_orthonormal, subspace_angle
 from .subspace import EnergySurvey
@@ -278,23 +278,18 @@ class MaplCodec(Codec):
     ) -> None:
         for fault, bad, wanted in (
             (f"r={r}", r < 1, "at least 1"),
-            (f"ar={ar}", ar < 0, "at least 1, or 0 for the wire's rank"),
-            (f"pairs={pairs}", not 0 <= pairs <= MAX_PAIRS, f"from 0 (none) to {MAX_PAIRS}"),
-            (f"pairs={pairs}", pairs > 0 and anchors == "none", "0 beside anchors=none, which learn nothing"),
-            (f"context={context}", not 0 <= context <= MAX_CONTEXT, f"from 0 (none) to {MAX_CONTEXT}"),
-            (f"ce={ce}", ce < 1, "at least 1"),
-            (f"ch={ch}", ch < 1, "at least 1"),
             (f"every={every}", every < 1, "at least 1"),
             (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
             (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
         ):
             if bad:
                 raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
+        self.known = AnchorOptions(
+            anchors=anchors, rank=ar or r, pairs=pairs, context=context, context_embedding=ce, context_hidden=ch
+        )
+        self.known.check(self.name)
         check_table_scale(self.name, table)
-        self.rank, self.anchor_rank = r, ar or r
-        self.anchors: Kind = anchors
-        self.pairs, self.context = pairs, context
-        self.context_embedding, self.context_hidden = ce, ch
+        self.rank = r
         self.projector: Projector = projector
         self.start: Start = start
         self.table_scale, self.every = table, every
@@ -306,8 +301,7 @@ class MaplCodec(Codec):
             raise CodecError(f"codec 'mapl': r={self.rank} is above the model's width {width}; lower r")
         if self.projector == "grassmann" and self.rank == width:
             raise CodecError(f"codec 'mapl': r={self.rank} is the whole width, which no subspace can move in; lower r")
-        if self.anchors == "factorized" and self.anchor_rank > width:
-            raise CodecError(f"codec 'mapl': ar={self.anchor_rank} is above the model's width {width}; lower ar")
+        self.known.check_width(self.name, width)
 
     def check_rate(self, muon_lr: float) -> None:
         if self.projector not in ("spel", "grassmann"):
@@ -336,21 +330,7 @@ class MaplCodec(Codec):
         )
 
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
-        if self.anchors == "none" and table_VD is None and not self.context:
-            return None
-        return make_anchors(
-            self.anchors,
-            vocab_size=context.vocab_size,
-            width=context.width,
-            rank=self.anchor_rank,
-            seed=context.seed,
-            stage=context.stage,
-            table=table_VD,
-            pairs=self.pairs,
-            context=self.context,
-            context_embedding=self.context_embedding,
-            context_hidden=self.context_hidden,
-        ).to(device=context.device, dtype=context.dtype)
+        return self.known.build(context, table_VD)
 
     def encoder(self, context: BoundaryContext) -> Encoder:
         return MaplEncoder(

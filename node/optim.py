@@ -53,7 +53,8 @@ class OptimStats:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes it: a matrix inside a decoder layer, that is, with `layers` as a part of its dotted name."""
+    """Whether Muon takes it: a matrix inside a decoder layer, or of a codec's own network, that is, with `layers` as a
+    part of its dotted name."""
     return parameter.ndim == 2 and "layers" in name.split(".")
 
 

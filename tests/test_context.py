@@ -95,7 +95,7 @@ def test_every_sequence_starts_anew_and_a_piece_of_one_is_the_whole() -> None:
 def test_all_that_it_has_learns() -> None:
     context, ids = trained(), some_ids()
     names = [name for name, _ in context.named_parameters()]
-    assert names == ["embedding", "inner", "outer"]
+    assert names == ["embedding", "layers.0", "layers.1"]
 
     def value(*parameters: torch.Tensor) -> torch.Tensor:
         return torch.func.functional_call(context, dict(zip(names, parameters, strict=True)), (ids,)).square().sum()

@@ -65,9 +65,9 @@ class PlainModel:
         vocab, width = self.causal.model.embed_tokens.weight.shape
         table = stages[0].model.token_table_VD
         self.table = torch.zeros(vocab, width, dtype=torch.float64) if table is None else table.clone()
-        rank = {"none": 0, "factorized": codec.anchor_rank, "full": width}[codec.anchors]
+        rank = {"none": 0, "factorized": codec.known.rank, "full": width}[codec.known.anchors]
         self.anchors = [torch.zeros(vocab, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
-        self.pairs = [torch.zeros(codec.pairs, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
+        self.pairs = [torch.zeros(codec.known.pairs, rank, dtype=torch.float64, requires_grad=True) for _ in stages]
         self.context = [context_of(stage) for stage in stages]
         self.frozen = [frozen_part(stage, rank, width) for stage in stages]
         self.projectors = [
@@ -130,7 +130,9 @@ class PlainModel:
     def named_parameters(self) -> list[tuple[str, Tensor]]:
         own = [(f"anchors {stage}", e) for stage, e in enumerate(self.anchors)]
         own += [(f"anchors {stage} of pairs", f) for stage, f in enumerate(self.pairs) if len(f)]
-        own += [(f"anchors {stage} context {i}", p) for stage, of in enumerate(self.context) for i, p in enumerate(of)]
+        for stage, (embedding, *matrices) in enumerate(filter(None, self.context)):
+            own.append((f"anchors {stage} context", embedding))
+            own += [(f"anchors {stage} context.layers.{i}", matrix) for i, matrix in enumerate(matrices)]
         return [*self.causal.named_parameters(), *own]
 
     def stage_of(self, name: str) -> int:

@@ -49,9 +49,9 @@ class Recipe:
 
 
 def matrix_sign(g: Tensor, polynomials: str) -> Tensor:
-    """U p(S) Vᵀ, where p drives the singular values of G / |G| towards 1."""
+    """U p(S) Vᵀ, where p drives the singular values of G / |G| towards 1. |G| is at least 1e-7, as in torch's Muon."""
     u, s, vt = torch.linalg.svd(g, full_matrices=False)
-    s = s / torch.linalg.vector_norm(s)
+    s = s / torch.linalg.vector_norm(s).clamp(min=1e-7)
     for a, b, c in POLYNOMIALS[polynomials]:
         s = a * s + b * s**3 + c * s**5
     return u @ torch.diag(s) @ vt

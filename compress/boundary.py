@@ -214,7 +214,11 @@ class ByteFormat(ABC):
 
 
 class BoundaryModule(nn.Module, ABC):
-    """What both halves of a boundary have: a table that may be there, and a state that may be empty."""
+    """What both halves of a boundary have: a table that may be there, and a state that may be empty.
+
+    Parameters of a half are moved by its stage's own optimizer, matrices under the name `layers` by Muon, and are in
+    the stage's digest and checkpoint; nothing of them crosses the wire.
+    """
 
     def use_table(self, table: Tensor) -> None:
         """From now on work with `table`. Raises CodecError in a half without one."""

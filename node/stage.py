@@ -137,9 +137,16 @@ class Stage:
         return digest, codec.tokens(context, table_VD) if config.pipeline.stages > 1 else None
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        """What the stage's optimizer moves: the model, and what the codec knows of tokens."""
-        learned = [] if self.tokens is None else list(self.tokens.named_parameters(prefix=f"codec.stage_{self.index}"))
-        return [*self.model.full_names(), *learned]
+        """What the stage's optimizer moves: the model, what the codec knows of tokens, and the halves' own networks."""
+        named = self.model.full_names()
+        if self.tokens is not None:
+            named += self.tokens.named_parameters(prefix=f"codec.stage_{self.index}")
+        if not self.first:
+            named += self.receiver.named_parameters(prefix=f"codec.boundary_{self.index - 1}.receiver")
+        if not self.last:
+            named += self.sender.named_parameters(prefix=f"codec.boundary_{self.index}.sender")
+        first_names = {id(parameter): name for name, parameter in reversed(named)}
+        return [each for each in named if first_names[id(each[1])] == each[0]]  # both halves hold the tokens' module
 
     def _boundary(self, boundary: int) -> tuple[BoundaryCodec, BoundaryContext, BoundaryShape]:
         """A boundary as the configuration says it is; each end builds its own and uses one half of it."""

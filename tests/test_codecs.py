@@ -43,6 +43,7 @@ SMALL = {
     "mapl": "mapl:r=6,anchors=factorized,table=1,every=1",
     "resbm": "resbm:b=6,mid=9,anchors=factorized,table=1",
     "rvq": "rvq:groups=1,codes=5,levels=2",
+    "ssn": "ssn:k=6",
 }
 
 laws = settings(deadline=None, max_examples=40)

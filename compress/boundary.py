@@ -124,10 +124,17 @@ class ByteFormat(ABC):
 
     @abstractmethod
     def unpack(
-        self, payload: Payload, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        payload: Payload,
+        *,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        key: Key | None = None,
     ) -> Tensor:
         """The tensor that was packed, up to rounding; its memory is its own. `shape` and `dtype` are what the LOCAL
-        configuration expects: all sizes are checked against them before anything is allocated.
+        configuration expects: all sizes are checked against them before anything is allocated. `key` is the one that
+        it was packed with, which both ends know; formats that draw something for both of them need it.
 
         Raises CodecError for another format's payload, another shape, a wrong length, or a scale or value out of range.
         """
@@ -191,6 +198,12 @@ class ByteFormat(ABC):
         """Restore what `state_tensors` returned. Raises CodecError, and changes nothing, for tensors that this format
         does not have."""
         self.check_state_tensors(state)
+
+    def needed(self, key: Key | None) -> Key:
+        """`key`, in a format that cannot unpack without one. Raises CodecError if it was not given."""
+        if key is None:
+            raise CodecError(f"format '{self.id}' draws from the tensor's key at both ends; unpack it with `key`")
+        return key
 
     def check(self, payload: Payload, shape: tuple[int, ...]) -> None:
         """Refuse, before anything is allocated, a payload that is not this format's or not of this shape."""

@@ -155,8 +155,15 @@ class Rvq(ByteFormat):
         return Payload(codec=self.id, header={"shape": list(z.shape)}, body=scales + codes)
 
     def unpack(
-        self, payload: Payload, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        payload: Payload,
+        *,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        key: Key | None = None,
     ) -> Tensor:
+        del key
         self.check(payload, shape)
         tokens, width = self._tokens(shape)
         books = self._in_use(width)

@@ -132,8 +132,15 @@ class BoundaryShape:
         table = self._book(fmt)
         return table and CodebookReplica(fmt, table, seed=self.seed, boundary=self.boundary, device=device)
 
-    def key(self, direction: Direction, step: int, microbatch: int) -> Key:
-        return Key(seed=self.seed, boundary=self.boundary, direction=direction, step=step, microbatch=microbatch)
+    def key(self, kind: Kind, step: int, microbatch: int) -> Key:
+        """The key of a message's tensor, at both ends."""
+        return Key(
+            seed=self.seed,
+            boundary=self.boundary,
+            direction=Direction.BACKWARD if kind is Kind.GRADIENT else Direction.FORWARD,
+            step=step,
+            microbatch=microbatch + (EVALUATION_MICROBATCH_OFFSET if kind is Kind.EVALUATION else 0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +180,9 @@ class _Endpoint:
     def _unpacked(self, fmt: ByteFormat, message: Message) -> Tensor:
         """Raises RemoteProtocolError for a payload that is not what was agreed."""
         payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
+        key = self.shape.key(message.kind, message.step, message.microbatch)
         try:
-            return fmt.unpack(payload, shape=self.shape.z_shape, dtype=self._dtype, device=self._device)
+            return fmt.unpack(payload, shape=self.shape.z_shape, dtype=self._dtype, device=self._device, key=key)
         except CodecError as error:
             raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: {error}") from None
 
@@ -234,8 +242,7 @@ class DownstreamEndpoint(_Endpoint):
     def pack_activation(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> Message:
         """An ACTIVATION or EVALUATION message. Raises CodecError for a value that must not be sent."""
         training = kind is Kind.ACTIVATION
-        offset = 0 if training else EVALUATION_MICROBATCH_OFFSET
-        key = self.shape.key(Direction.FORWARD, step, microbatch + offset)
+        key = self.shape.key(kind, step, microbatch)
         packed = self._packed(self.shape.forward, self._activations, out.z_BTW, key, training=training)
         return Message(
             kind=kind,
@@ -291,7 +298,7 @@ class UpstreamEndpoint(_Endpoint):
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         """A GRADIENT message, with the microbatch's loss beside it. Raises CodecError."""
-        key = self.shape.key(Direction.BACKWARD, step, microbatch)
+        key = self.shape.key(Kind.GRADIENT, step, microbatch)
         packed = self._packed(self.shape.backward, self._gradients, dz_BTW, key, training=True)
         return Message(
             kind=Kind.GRADIENT,

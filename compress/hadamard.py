@@ -1,0 +1,66 @@
+"""A random rotation that costs additions alone: signs drawn from the key, then a Hadamard transform.
+
+A block of 128 numbers with one scale is coded badly if one of them is large: the grid is made for that one, and the
+others fall on few of its points. Multiplied by an orthogonal matrix whose entries are all equal in size, any vector
+becomes one of numbers that are about alike: an outlier is spread over all of them, and 128 of them look Gaussian
+(QuaRot, arXiv 2404.00456; for what crosses boundaries of a pipeline TAH-Quant, arXiv 2506.01352, whose tiles and
+adaptive numbers of bits are not here). A Hadamard matrix is such a matrix with entries ±1/√B, and takes log2(B)
+additions a number. The random signs before it are for vectors that the plain transform would concentrate, a constant
+one first of all; they are the same for all tokens of a tensor and differ from one message to the next.
+
+B is the largest power of two that divides the width; a wider token is cut into blocks of B side by side.
+
+The same bits everywhere: a product with a sign is exact, the factor 1/√B is one product, made first so that sums grow
+by √B at most, and each butterfly is one addition or subtraction of two float32 numbers, in a fixed order. A matrix
+product would be shorter and leaves the order of its sums to the device. The matrix is symmetric and orthogonal, so the
+way back is the same transform and then the signs; rounding of float32 (about 2^-23 of the largest number) is all that
+a way there and back costs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .boundary import Key
+
+BLOCK_MIN = 8  # of fewer numbers nothing comes near to Gaussian
+_SIGNS = 0x5349474E  # stream of a key's generator
+
+
+def block_of(width: int) -> int:
+    """B: the largest power of two that divides `width`; 0 of 0."""
+    return width & -width
+
+
+def rotate(x_NW: Tensor, key: Key) -> Tensor:
+    """Tokens in float32 to rotated ones, which have other memory. Large numbers may overflow."""
+    width = x_NW.shape[1]
+    return _transform(x_NW * _signs(key, width).to(x_NW.device), block_of(width))
+
+
+def rotate_back(y_NW: Tensor, key: Key) -> Tensor:
+    """Inverse of `rotate` with the same key, up to rounding."""
+    width = y_NW.shape[1]
+    return _transform(y_NW, block_of(width)).mul_(_signs(key, width).to(y_NW.device))
+
+
+def _signs(key: Key, width: int) -> Tensor:
+    """+1 or -1 (W,), float32: the lowest bit of a number each."""
+    bits_W = (key.generator(_SIGNS).random_raw(width) & np.uint64(1)).astype(np.float32)
+    return torch.from_numpy(1 - 2 * bits_W)
+
+
+def _transform(x_NW: Tensor, block: int) -> Tensor:
+    tokens, width = x_NW.shape
+    y = x_NW * (1 / math.sqrt(block))
+    half = 1
+    while half < block:
+        pairs = y.view(tokens, width // (2 * half), 2, half)
+        low, high = pairs[:, :, 0], pairs[:, :, 1]
+        y = torch.stack((low + high, low - high), dim=2).view(tokens, width)
+        half *= 2
+    return y

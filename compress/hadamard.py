@@ -8,6 +8,10 @@ adaptive numbers of bits are not here). A Hadamard matrix is such a matrix with 
 additions a number. The random signs before it are for vectors that the plain transform would concentrate, a constant
 one first of all; they are the same for all tokens of a tensor and differ from one message to the next.
 
+It helps where the grid has points to waste: int8 and int4, and gradients in any number of bits, whose noise is as large
+as the peak says. Rounded to nearest, int3 and int2 keep the outliers and little else, which for a few very large ones
+has a smaller squared error than coding all numbers alike.
+
 B is the largest power of two that divides the width; a wider token is cut into blocks of B side by side.
 
 The same bits everywhere: a product with a sign is exact, the factor 1/√B is one product, made first so that sums grow

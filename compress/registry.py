@@ -22,7 +22,15 @@ from .recommended import codec_name
 
 _CODECS: dict[str, type[Codec]] = {}
 _FORMATS: dict[str, type[ByteFormat]] = {}
-_BUILT_IN = ("columns", "formats", "identity", "mapl", "mask", "rvq", "topk")  # modules of this package that register something
+_BUILT_IN = (
+    "columns",
+    "formats",
+    "identity",
+    "mapl",
+    "mask",
+    "rvq",
+    "topk",
+)  # modules of this package that register something
 
 _C = TypeVar("_C", bound=type[Codec])
 _F = TypeVar("_F", bound=type[ByteFormat])

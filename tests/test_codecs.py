@@ -147,7 +147,9 @@ class TestFormatLaws:
         else:
             assert fmt.pack(z.cuda(), key(direction)) == payload
         there = fmt.unpack(payload, shape=(5, 1001), dtype=torch.float32, device="cuda", key=key(direction))
-        assert torch.equal(there.cpu(), made(name, z).unpack(payload, shape=(5, 1001), dtype=torch.float32, key=key(direction)))
+        assert torch.equal(
+            there.cpu(), made(name, z).unpack(payload, shape=(5, 1001), dtype=torch.float32, key=key(direction))
+        )
 
     def test_threads_do_not_change_bytes(self, name):
         z, threads = tensor((2, 200, 256)), torch.get_num_threads()

@@ -6,8 +6,9 @@ then N k values in bf16, in the order of tokens and, within one, of columns. The
 tokens has an empty body.
 
 This is the column mask of "Beyond Top-K" (structured sparsification for pipelines): where some channels are large in
-all tokens one choice does for all of them, and it costs W bits a tensor where `topk` pays k ceil(log2(W)) bits a token. What it drops is dropped for every token, and mostly in every
-microbatch: this is a bias. `mask` has none, and a far larger variance.
+all tokens one choice does for all of them, and it costs W bits a tensor where `topk` pays k ceil(log2(W)) bits a token.
+What it drops is dropped for every token, and mostly in every microbatch: this is a bias. `mask` has none, and a far
+larger variance.
 
 Norms are of the numbers as they are sent, in bf16, summed in float64, and compared without the last 24 of 53 bits, in
 which devices and numbers of threads may differ. Of equal norms the lower column is kept. So a tensor that crosses twice

@@ -5,11 +5,11 @@ fp64, fp32, bf16: the values, little-endian, in C order, rounded to nearest even
 int8, int4, int3, int2: the flattened tensor is cut into blocks of 128 (the last may be short); each block is coded with
 one bf16 scale s and one small symmetric integer a value, ẑ = s·q, |q| ≤ 127, 7, 3 or 1. Body: all scales, then all
 codes. int4 puts two codes in a byte as q + 8, the earlier one in the low nibble; int3 puts eight codes in three bytes,
-code i of them as q + 4 in bits 3i to 3i + 2 of a little-endian number; int2 puts four codes in a byte, code i of them as
-q + 2 in bits 2i and 2i + 1. Codes that fill up the last byte or three are zeros. int2 of gradients is TernGrad's code
-(Wen et al., arXiv 1705.07878) with a scale for each block. All of them are the blockwise absmax quantisation of Dettmers
-et al. (arXiv 2110.02861) with a uniform grid: no table to look up, and a block's worst error is known. One scale per
-tensor would let a single outlier silence everything else.
+code i as q + 4 in bits 3i to 3i + 2 of a little-endian number; int2 puts four codes in a byte, code i as q + 2 in bits
+2i and 2i + 1. Codes that fill up the last byte or three are zeros. This is the blockwise absmax quantisation of
+Dettmers et al. (arXiv 2110.02861) with a uniform grid: no table to look up, and a block's worst error is known. One
+scale per tensor would let a single outlier silence everything else. int2 of gradients is the code of TernGrad (Wen et
+al., arXiv 1705.07878) in blocks.
 
 Activations (FORWARD) are rounded to nearest even. Gradients (BACKWARD) are rounded stochastically, because rounding
 errors that do not average out act as a bias on every weight (Gupta et al., arXiv 1502.02551): q = rint(z/s + u) with u
@@ -21,8 +21,8 @@ How s is rounded to bf16 differs for the same reason. Stochastic: up, so that |z
 would be a bias. Nearest: to nearest, which is half as coarse; as bf16 is off by at most one part in 256, the peak's
 code is still 127 (126.51 to 127.496 rounds to it), the peak comes back as 127·s, and packing again gives the same
 bytes: a tensor loses nothing by crossing twice. s never falls below the smallest normal number 2^-126, so there is no
-division by zero, a zero block is exact, and no result depends on whether a processor flushes subnormal numbers. Of int2,
-whose scale is the peak itself, s stops at the largest bf16 number, and larger peaks are clipped to it.
+division by zero, a zero block is exact, and no result depends on whether a processor flushes subnormal numbers. In
+int2 the scale is the peak itself: it stops at the largest bf16 number, and larger values are clipped to that.
 
 All arithmetic is single IEEE operations on fp32 (a product or quotient, then rint), so every device has the same bits.
 """
@@ -46,13 +46,13 @@ if sys.byteorder != "little":
     raise ImportError("thinpipe's wire formats are little-endian and are copied as they lie in memory")
 
 # Scales take 1.5 % (int8), 3.0 % (int4), 4.0 % (int3) or 5.9 % (int2) of the bytes. Signal to noise of Gaussian values,
-# to nearest: 43.7, 18.6, 11.2, 2.3 dB. int4's, less 6.02 dB for each bit spent, measured against blocks of 32, 64 and 512: +0.6, 0.0,
-# +0.7 dB (Gaussian); -0.2, -0.4, +1.3 (Laplace); -1.1, -0.9, +2.5 (Student's t4).
+# to nearest: 43.7, 18.6, 11.2, 2.3 dB. int4's, less 6.02 dB for each bit spent, measured against blocks of 32, 64 and
+# 512: +0.6, 0.0, +0.7 dB (Gaussian); -0.2, -0.4, +1.3 (Laplace); -1.1, -0.9, +2.5 (Student's t4).
 BLOCK = 128
 MIN_SCALE = 2.0**-126
 MIN_SCALE_BITS, MAX_SCALE_BITS = 0x0080, 0x7F7F  # 2^-126 and the largest finite bf16, as int16
 F32_MAX = torch.finfo(torch.float32).max
-LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+LARGEST_BF16 = torch.finfo(torch.bfloat16).max  # for means and scales
 _SCALE_SLACK = 1 + 2**-6  # a rounded-up scale times the peak's code exceeds the block's peak by less than this
 
 

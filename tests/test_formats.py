@@ -1,6 +1,7 @@
 """What is particular to a byte format: golden bytes, rounding statistics, extremes; and bit packing."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -499,21 +500,25 @@ class TestRotated:
         z[0, 21:40] = 0.9 * F32_MAX
         if "centre" in spec:
             z = torch.cat((z, torch.zeros(20, 64)))
-        outcomes = set()
-        for microbatch in range(40):  # with some signs the sums stay small
+        name = rf"at element 20 of FORWARD tensor of boundary 2, step 3, microbatch \d+ overflows {fmt.id};"
+        refused = 0
+        for microbatch in range(40):  # with some signs all sums stay small
+            k = key(Direction.FORWARD, microbatch)
             try:
-                back = round_trip(spec, z, key(Direction.FORWARD, microbatch))
+                payload = fmt.pack(z, k)
             except CodecError as error:
-                outcomes.add("refused")
-                assert f"at element 20 of FORWARD tensor of boundary 2, step 3, microbatch {microbatch} over" in str(
-                    error
-                ) or "rotated back" in str(error)
+                refused += bool(re.search(name, str(error)))
+                continue
+            try:
+                back = fmt.unpack(payload, shape=tuple(z.shape), dtype=torch.float32, key=k)
+            except CodecError as error:  # coding may have made them larger
+                assert "rotated back" in str(error)  # noqa: PT017
             else:
-                outcomes.add("sent")
                 assert back.isfinite().all()
+        assert refused
         for bad in (math.nan, math.inf):
             z[0, 30] = bad
-            with pytest.raises(CodecError, match="at element 30 of .* is not finite"):
+            with pytest.raises(CodecError, match=r"at element 30 of .* is not finite"):
                 fmt.pack(z, FORWARD)
 
     @laws

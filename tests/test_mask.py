@@ -42,7 +42,7 @@ def test_the_gradients_channels_are_the_activations(width, data, step, microbatc
     channels = drawn(k, width, many).tolist()
     assert channels == sorted(set(channels))
     assert len(channels) == many
-    assert 0 <= channels[0]
+    assert channels[0] >= 0
     assert channels[-1] < width
     other = drawn(dataclasses.replace(k, direction=Direction.BACKWARD), width, few).tolist()
     assert set(other) <= set(channels)
@@ -83,6 +83,7 @@ def test_the_backward_mask_is_the_derivative_of_the_forward_one():
     mask_W = torch.zeros(8)
     mask_W[drawn(KEY, 8, 4)] = 2.0
     (z * mask_W * dz).sum().backward()
+    assert z.grad is not None
     assert torch.equal(fmt.unpack(fmt.pack(dz, BACK), shape=(2, 8), dtype=torch.float32, key=BACK), z.grad)
 
 

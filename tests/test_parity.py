@@ -101,6 +101,29 @@ FURTHER = {
 }
 
 
+# formats that draw something from the key at both ends, or choose what to send
+DRAWN = {
+    "top-k": {"pipeline.stages": 3, "codec.codec": "topk:k=8"},
+    "masks": {"pipeline.stages": 3, "codec.codec": "mask:k=16", "codec.backward": "mask:k=8"},
+    "columns": {"pipeline.stages": 2, "codec.codec": "columns:k=16", "compute.dtype": "bfloat16"},
+    "rotations": {
+        "pipeline.stages": 3,
+        "codec.codec": "int4:hadamard=true,centre=true",
+        "codec.backward": "int2:hadamard=true",
+        "link.link": CAPPED,
+    },
+}
+
+
+@pytest.mark.pairwise(4)
+@pytest.mark.parametrize("settings", DRAWN.values(), ids=DRAWN)
+def test_a_swarm_is_one_process_where_both_ends_draw(
+    settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path
+) -> None:
+    reference, swarm = both(tiny({**settings, "run.eval_every": 2}), tmp_path)
+    assert swarm == reference
+
+
 @pytest.mark.pairwise(3)
 @pytest.mark.parametrize("settings", FURTHER.values(), ids=FURTHER)
 def test_a_swarm_is_one_process_also_with(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:

@@ -22,19 +22,24 @@ import torch
 from torch import Tensor
 
 from .boundary import CodecError, Key, Payload
+from .feedback import Feedback
 from .formats import Bf16
 from .kept import KeepsSome, largest
 from .registry import register_format
 
 
 @register_format
-class Columns(KeepsSome):
-    """`columns:k=16`: 2 k bytes a token, and W / 8 a tensor. k: columns that cross."""
+class Columns(Feedback, KeepsSome):
+    """`columns:k=16`: 2 k bytes a token, and W / 8 a tensor.
+
+    k: columns that cross. feedback: what was lost of a tensor is added to the next one (`compress.feedback`).
+    """
 
     id = "columns"
 
-    def __init__(self, k: int = 16) -> None:
+    def __init__(self, k: int = 16, feedback: bool = False) -> None:
         super().__init__(k)
+        self.feedback = feedback
         self._values = Bf16()
         self._values.id = self.id
 

@@ -1,4 +1,4 @@
-"""Byte formats without state: fp64, fp32, bf16 as they are, and blockwise int8, int4, int3 and int2.
+"""Byte formats without a table: fp64, fp32, bf16 as they are, and blockwise int8, int4, int3 and int2.
 
 fp64, fp32, bf16: the values, little-endian, in C order, rounded to nearest even.
 
@@ -38,7 +38,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
+from .boundary import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload, is_finite
+from .feedback import Feedback
 from .hadamard import BLOCK_MIN, block_of, rotate, rotate_back
 from .registry import register_format
 
@@ -62,11 +63,6 @@ def refusal(fmt: ByteFormat, z: Tensor, sent: Tensor, key: Key) -> CodecError:
     value = z.reshape(-1)[index].item()
     fault = f"overflows {fmt.id}" if math.isfinite(value) else "is not finite"
     return CodecError(f"value {value} at element {index} of {key} {fault}; lower the learning rate or clip")
-
-
-def is_finite(x: Tensor) -> bool:
-    # two extremes, which propagate nan, in one pass: ten times faster than isfinite().all()
-    return not x.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(x))).all())
 
 
 class _Plain(ByteFormat):
@@ -122,7 +118,7 @@ class Bf16(_Plain):
     dtype = torch.bfloat16
 
 
-class _Blockwise(ByteFormat):
+class _Blockwise(Feedback):
     """One bf16 scale for every 128 values and one integer in [-peak_code, peak_code] a value.
 
     centre: the mean of each of the W numbers of a token, over the tensor's tokens, goes ahead in bf16 (2 W bytes a
@@ -131,12 +127,15 @@ class _Blockwise(ByteFormat):
 
     hadamard: each token, or what is left of it without the mean, is rotated before it is coded (`compress.hadamard`),
     and back behind it; the signs come from the key at both ends. It spreads outliers, and costs no byte.
+
+    feedback: what rounding took from a tensor is added to the next one (`compress.feedback`), and gradients too are
+    rounded to nearest.
     """
 
     peak_code: ClassVar[int]
 
-    def __init__(self, centre: bool = False, hadamard: bool = False) -> None:
-        self.centre, self.hadamard = centre, hadamard
+    def __init__(self, centre: bool = False, hadamard: bool = False, feedback: bool = False) -> None:
+        self.centre, self.hadamard, self.feedback = centre, hadamard, feedback
 
     def table(self, width: int) -> LearnedTable | None:
         if self.hadamard and block_of(width) < BLOCK_MIN:
@@ -193,7 +192,7 @@ class _Blockwise(ByteFormat):
             raise refusal(self, z.detach(), flat[:count] if is_finite(given) else given, key)
         if self.peak_code == 1:  # the one scale that may exceed the largest of bf16
             rows, peaks = rows.clamp(-LARGEST_BF16, LARGEST_BF16), peaks.clamp_(max=LARGEST_BF16)
-        stochastic = key.direction is Direction.BACKWARD
+        stochastic = key.direction is Direction.BACKWARD and not self.feedback
         scales = self._scales(peaks, round_up=stochastic)
         torch.div(rows, scales.to(torch.float32), out=scratch)
         if stochastic:

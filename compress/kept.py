@@ -13,8 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from .boundary import ByteFormat, CodecError, Key, LearnedTable
-from .formats import is_finite, refusal
+from .boundary import ByteFormat, CodecError, Key, LearnedTable, is_finite
+from .formats import refusal
 
 
 class KeepsSome(ByteFormat):

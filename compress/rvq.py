@@ -40,9 +40,9 @@ import torch
 from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy
+from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
 from .codebook import Codebooks, CodebookShape, Coded
-from .formats import MIN_SCALE, is_finite, refusal
+from .formats import MIN_SCALE, refusal
 from .kmeans import Learner
 from .registry import register_format
 from .token_scales import ScaleKind, token_scales
@@ -262,8 +262,8 @@ class Rvq(ByteFormat):
         """What the owner has learned; what is in use is the dictionary's. Nothing at the other end."""
         return self._learner.state() if self.has_started else {}
 
-    def state_layout(self, width: int, completed: int) -> dict[str, Tensor]:
-        return self._learner.layout(self._group_width(width)) if completed else {}
+    def state_layout(self, shape: tuple[int, ...], completed: int) -> dict[str, Tensor]:
+        return self._learner.layout(self._group_width(shape[-1])) if completed else {}
 
     def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         if state:

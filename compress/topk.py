@@ -18,6 +18,7 @@ places ascend, and a payload where they do not is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -25,7 +26,8 @@ import torch
 from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from .boundary import ByteFormat, CodecError, Key, Payload
+from .boundary import ByteFormat, CodecError, Direction, Key, Payload
+from .feedback import Feedback
 from .formats import Bf16, Int4, Int8
 from .kept import KeepsSome, largest
 from .registry import register_format
@@ -34,16 +36,18 @@ _VALUES: dict[str, type[ByteFormat]] = {"bf16": Bf16, "int8": Int8, "int4": Int4
 
 
 @register_format
-class TopK(KeepsSome):
+class TopK(Feedback, KeepsSome):
     """`topk:k=16,values=bf16`: 2 k + k ceil(log2(W)) / 8 bytes a token.
 
-    k: numbers of a token that are kept. values: their byte format, `bf16`, `int8` or `int4`.
+    k: numbers of a token that are kept. values: their byte format, `bf16`, `int8` or `int4`. feedback: what was lost of
+    a tensor is added to the next one (`compress.feedback`), and values are rounded to nearest both ways.
     """
 
     id = "topk"
 
-    def __init__(self, k: int = 16, values: Literal["bf16", "int8", "int4"] = "bf16") -> None:
+    def __init__(self, k: int = 16, values: Literal["bf16", "int8", "int4"] = "bf16", feedback: bool = False) -> None:
         super().__init__(k)
+        self.feedback = feedback
         self._values = _VALUES[values]()
         self._values.id = self.id  # whose payload it is a part of, in errors
         self._compared = torch.bfloat16 if values == "bf16" else torch.float32
@@ -57,7 +61,8 @@ class TopK(KeepsSome):
         # of a number that is at least 0, a larger pattern is a larger number
         patterns_NW = sent_NW.abs().view(torch.int16 if sent_NW.dtype is torch.bfloat16 else torch.int32)
         places_NK = largest(patterns_NW.to(torch.int64), self.k)
-        values = self._values.pack(sent_NW.gather(1, places_NK).view(-1), key).body
+        coded = replace(key, direction=Direction.FORWARD) if self.feedback else key  # to nearest
+        values = self._values.pack(sent_NW.gather(1, places_NK).view(-1), coded).body
         places = pack_bits(places_NK.cpu().numpy(), bit_width(z.shape[-1]))
         return Payload(codec=self.id, header={"shape": list(z.shape)}, body=values + places)
 

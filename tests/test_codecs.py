@@ -280,8 +280,8 @@ class TestFormatLaws:
             copy.use_table(copy.master)  # what was shipped is the dictionary's to keep
         assert copy.pack(z, key(microbatch=2)) == fmt.pack(z, key(microbatch=2))
         found = {n: (t.shape, t.dtype) for n, t in fmt.state_tensors().items()}
-        assert found == {n: (t.shape, t.dtype) for n, t in fmt.state_layout(40, 1).items()}
-        assert parse_format(name).state_tensors() == fmt.state_layout(40, 0) == {}
+        assert found == {n: (t.shape, t.dtype) for n, t in fmt.state_layout((4, 40), 1).items()}
+        assert parse_format(name).state_tensors() == fmt.state_layout((4, 40), 0) == {}
         with pytest.raises(CodecError, match="nonsense"):
             copy.load_state_tensors({**fmt.state_tensors(), "nonsense": torch.zeros(1)})
 
@@ -470,7 +470,7 @@ def test_spec_strings(args, forward, backward):
         (("bf16", "int9"), "unknown byte format 'int9'; the nearest known one is 'int8'"),
         (("bf16", None, "identity"), "unknown byte format 'identity'"),
         (("identity:r=3",), "codec 'identity' has no option 'r'; known: table"),
-        (("int8:block=64",), "byte format 'int8' has no option 'block'; known: centre"),
+        (("int8:size=64",), "byte format 'int8' has no option 'size'; known: centre, feedback, hadamard"),
         (("bf16:block=64",), "byte format 'bf16' has no option 'block'; it has none"),
         (("identity:",), "options are key=value"),
     ],

@@ -101,7 +101,7 @@ FURTHER = {
 }
 
 
-# formats that draw something from the key at both ends, or choose what to send
+# formats that draw something from the key at both ends, choose what to send, or carry what they lost
 DRAWN = {
     "top-k": {"pipeline.stages": 3, "codec.codec": "topk:k=8"},
     "masks": {"pipeline.stages": 3, "codec.codec": "mask:k=16", "codec.backward": "mask:k=8"},
@@ -112,12 +112,18 @@ DRAWN = {
         "codec.backward": "int2:hadamard=true",
         "link.link": CAPPED,
     },
+    "carried errors": {
+        "pipeline.stages": 3,
+        "codec.codec": "identity",
+        "codec.forward": "int4:centre=true,feedback=true",
+        "codec.backward": "topk:k=8,values=int8,feedback=true",
+    },
 }
 
 
-@pytest.mark.pairwise(4)
+@pytest.mark.pairwise(5)
 @pytest.mark.parametrize("settings", DRAWN.values(), ids=DRAWN)
-def test_a_swarm_is_one_process_where_both_ends_draw(
+def test_a_swarm_is_one_process_whatever_is_drawn_or_carried(
     settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path
 ) -> None:
     reference, swarm = both(tiny({**settings, "run.eval_every": 2}), tmp_path)

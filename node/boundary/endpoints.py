@@ -33,6 +33,7 @@ from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Limits, Message
 from .codebook_tables import CodebookOwner, CodebookReplica, Packed
 from .learned_tables import TableOwner, TableReplica, dictionary_of
+from .pack_memory import PackMemory
 from .pack_queue import PackQueue
 from .projector_gradient import gradient_bytes
 from .table_snapshot import DictionaryEnd
@@ -121,7 +122,7 @@ class BoundaryShape:
         return CodebookOwner(
             fmt,
             table,
-            width=self.wire_width,
+            shape=self.z_shape,
             seed=self.seed,
             boundary=self.boundary,
             microbatches=self.microbatches,
@@ -131,6 +132,9 @@ class BoundaryShape:
     def codebook_replica(self, fmt: ByteFormat, device: torch.device) -> CodebookReplica | None:
         table = self._book(fmt)
         return table and CodebookReplica(fmt, table, seed=self.seed, boundary=self.boundary, device=device)
+
+    def memory(self, fmt: ByteFormat) -> PackMemory | None:
+        return PackMemory(fmt, self.z_shape) if fmt.remembers else None
 
     def key(self, kind: Kind, step: int, microbatch: int) -> Key:
         """The key of a message's tensor, at both ends."""
@@ -166,7 +170,8 @@ class _Endpoint:
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self.pack_queue = PackQueue()
-        self.ends: dict[str, DictionaryEnd] = {}  # under the names that a checkpoint has
+        self.ends: dict[str, DictionaryEnd] = {}  # under the names that a checkpoint has, as the next ones
+        self.memories: dict[str, PackMemory] = {}
         self._dtype, self._device = dtype, device
 
     def _own(self, **ends: DictionaryEnd | None) -> None:
@@ -175,7 +180,7 @@ class _Endpoint:
     def _packed(self, fmt: ByteFormat, book: CodebookOwner | None, z: Tensor, key: Key, *, training: bool) -> Packed:
         if book:
             return book.pack(z, key, training=training)
-        return Packed(fmt.pack(z, key), {}, b"")
+        return Packed(fmt.pack_training(z, key) if training else fmt.pack(z, key), {}, b"")
 
     def _unpacked(self, fmt: ByteFormat, message: Message) -> Tensor:
         """Raises RemoteProtocolError for a payload that is not what was agreed."""
@@ -238,6 +243,8 @@ class DownstreamEndpoint(_Endpoint):
             activation_codebook_below=self._activations,
             gradient_codebook_below=self._gradients,
         )
+        if memory := shape.memory(shape.forward):
+            self.memories["activation_memory_below"] = memory
 
     def pack_activation(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> Message:
         """An ACTIVATION or EVALUATION message. Raises CodecError for a value that must not be sent."""
@@ -281,6 +288,8 @@ class UpstreamEndpoint(_Endpoint):
             activation_codebook_above=self._activations,
             gradient_codebook_above=self._gradients,
         )
+        if memory := shape.memory(shape.backward):
+            self.memories["gradient_memory_above"] = memory
 
     def unpack_activation(self, message: Message) -> tuple[np.ndarray, ReceivedTensor]:
         """Token ids (B, T+1), and z (B, T, W) with the table that it needs. Raises RemoteProtocolError.

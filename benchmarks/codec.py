@@ -110,7 +110,7 @@ def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats
             byte_format = bundle.format(direction)
             key = Key(seed=1, boundary=1, direction=direction, step=0, microbatch=0)
             payload = byte_format.pack(z_BTW, key)
-            byte_format.unpack(payload, shape=tuple(z_BTW.shape), dtype=z_BTW.dtype, device=device)
+            byte_format.unpack(payload, shape=tuple(z_BTW.shape), dtype=z_BTW.dtype, device=device, key=key)
 
     def learn() -> None:
         sender.encode(hidden_BTD[:1, :1], ids_BT[:1, :1]).sum().backward()

@@ -22,7 +22,7 @@ HELP = {
     "--data": "Text to train on: stdlib, a file or directory, or hf:NAME.",
     "--codec": "Codec, which compresses tensors between stages: mapl, mapl:r=64,... or dense bf16, int8. Byte formats "
     "may follow: CODEC [FORWARD [BACKWARD]].",
-    "--forward": "Byte format of activations: fp32 to int3, or rvq:groups=8,codes=256,...",
+    "--forward": "Byte format of activations: fp32 to int2, topk:k=16, rvq:groups=8,codes=256,...",
     "--backward": "Byte format of gradients: the same choices.",
     "--link": "Rate limit and delay of every link, in each direction: rate,latency such as 300mbit,25ms; or none.",
     "--steps": "Number of training steps.",

@@ -16,6 +16,12 @@ MAPL (arXiv 2606.05484) doubles its ratio with residual VQ, but says neither its
 becomes of dead codes: all of that is our own choice. Gradients are coded in the same way, to the nearest row, with a
 codebook of their own, which lives where they are packed.
 
+What the nearest row loses is no noise: few rows in many dimensions know the strong directions and never the weak ones.
+A gradient that lacks the same directions at every step, at every boundary again, fails to train what lies above
+(measured: docs/results.md), and Muon, which makes all directions of an update equally long, puts noise into their
+place. `hadamard` rotates each token at random before it is coded (`compress.hadamard`): as much is lost, but of all
+directions alike. It is for gradients; activations lose more of what is strong in them.
+
 How a node uses it. Who packs owns the table, so a boundary may have two: the upstream node that of activations, the
 downstream node that of gradients, each beside a `TableOwner` (dictionary "codebook", always float32), with a
 `TableReplica` at the other end. A training tensor, in the order of the schedule:
@@ -40,9 +46,10 @@ import torch
 from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy
+from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
 from .codebook import Codebooks, CodebookShape, Coded
-from .formats import MIN_SCALE, is_finite, refusal
+from .formats import MIN_SCALE, refusal
+from .hadamard import check_block, rotate, rotate_back
 from .kmeans import Learner
 from .registry import register_format
 from .token_scales import ScaleKind, token_scales
@@ -63,12 +70,12 @@ class _Search:
 
 @register_format
 class Rvq(ByteFormat):
-    """`rvq:groups=8,codes=256,levels=2,scale=bf16,decay=0.99,delta=drift/16,encoding=int4`
+    """`rvq:groups=8,codes=256,levels=2,scale=bf16,hadamard=false,decay=0.99,delta=drift/16,encoding=int4`
 
     groups: parts of a token, each with codebooks of its own. codes: rows of each, 2 to 65536. levels: rounds. scale: of
-    a token, `bf16`, or `log8` or `log4` for so many bits below the tensor's largest. decay: of the moving average, a
-    microbatch. delta: which entries each message's change covers: `random/D`, `robin/D` or
-    `drift/D` for one part in D, or `full`. encoding: byte format of those changes.
+    a token, `bf16`, or `log8` or `log4` for so many bits below the tensor's largest. hadamard: each token is rotated
+    before it is coded, and back. decay: of the moving average, a microbatch. delta: which entries each message's change
+    covers: `random/D`, `robin/D` or `drift/D` for one part in D, or `full`. encoding: byte format of those changes.
     """
 
     id = "rvq"
@@ -79,6 +86,7 @@ class Rvq(ByteFormat):
         codes: int = 256,
         levels: int = 2,
         scale: ScaleKind = "bf16",
+        hadamard: bool = False,
         decay: float = 0.99,
         delta: str = "drift/16",
         encoding: Literal["fp32", "bf16", "int8", "int4"] = "int4",
@@ -97,6 +105,7 @@ class Rvq(ByteFormat):
         self.grid = CodebookShape(levels=levels, groups=groups, codes=codes)
         self._bits = bit_width(codes)
         self._scales = token_scales(scale)
+        self._hadamard = hadamard
         self._learner = Learner(self.grid, decay)
         self._books: Codebooks | None = None
         self._search: _Search | None = None
@@ -104,6 +113,8 @@ class Rvq(ByteFormat):
     # -- the table ------------------------------------------------------------------------------------------------
 
     def table(self, width: int) -> LearnedTable:
+        if self._hadamard:
+            check_block(self.id, width)
         return LearnedTable(
             name="codebook",
             entries=self.grid.entries,
@@ -155,7 +166,13 @@ class Rvq(ByteFormat):
         return Payload(codec=self.id, header={"shape": list(z.shape)}, body=scales + codes)
 
     def unpack(
-        self, payload: Payload, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        payload: Payload,
+        *,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        key: Key | None = None,
     ) -> Tensor:
         self.check(payload, shape)
         tokens, width = self._tokens(shape)
@@ -170,6 +187,8 @@ class Rvq(ByteFormat):
         where = books.table.device
         codes_LNG = torch.from_numpy(codes).to(where).view(self.grid.levels, tokens, self.grid.groups)
         values_NW = books.decode(codes_LNG).view(tokens, width).mul_(scales_N.to(where).unsqueeze(1))
+        if self._hadamard:
+            values_NW = rotate_back(values_NW, self.needed(key))
         values = values_NW.view(shape).to(device=device, dtype=dtype)
         if not is_finite(values):
             index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
@@ -188,6 +207,8 @@ class Rvq(ByteFormat):
         that is not finite."""
         tokens, width = self._tokens(tuple(z.shape))
         flat_NW = z.to(torch.float32).reshape(tokens, width)
+        if self._hadamard and is_finite(flat_NW):
+            flat_NW = rotate(flat_NW, key)
         peaks_N1 = flat_NW.abs().amax(dim=1, keepdim=True)
         if not is_finite(peaks_N1):
             raise refusal(self, z, flat_NW, key)
@@ -255,8 +276,8 @@ class Rvq(ByteFormat):
         """What the owner has learned; what is in use is the dictionary's. Nothing at the other end."""
         return self._learner.state() if self.has_started else {}
 
-    def state_layout(self, width: int, completed: int) -> dict[str, Tensor]:
-        return self._learner.layout(self._group_width(width)) if completed else {}
+    def state_layout(self, shape: tuple[int, ...], completed: int) -> dict[str, Tensor]:
+        return self._learner.layout(self._group_width(shape[-1])) if completed else {}
 
     def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         if state:

@@ -100,6 +100,7 @@ class Stage:
             receiver=None if self.first else self.receiver,
             sender=None if self.last else self.sender,
             ends={name: end for port in self._ports for name, end in port.ends.items()},
+            memories={name: memory for port in self._ports for name, memory in port.memories.items()},
         )
         self._backwards = 0
         self._saved: dict[int, _Saved] = {}

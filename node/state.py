@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..compress.boundary import CodecError, Decoder, Encoder
 from ..protocol.errors import LocalProtocolError
+from .boundary.pack_memory import PackMemory
 from .boundary.table_snapshot import DictionaryEnd, TableSnapshot
 from .optim import StageOptimizer
 
@@ -47,7 +48,7 @@ class StageState:
 
     trained: what the optimizer moves. tokens: what the codec knows of tokens, parts of which may be frozen. The halves
     of the two boundaries. ends: of the dictionaries at both, of which "table_above" and "table_below" are what those
-    halves work with.
+    halves work with. memories: of byte formats, of what they packed.
     """
 
     def __init__(
@@ -60,21 +61,24 @@ class StageState:
         receiver: Decoder | None,
         sender: Encoder | None,
         ends: dict[str, DictionaryEnd],
+        memories: dict[str, PackMemory],
     ) -> None:
         self._stage = stage
         self._trained, self._optimizer, self._tokens = trained, optimizer, tokens
         self._receiver, self._sender = receiver, sender
-        self._ends = ends
+        self._ends, self._memories = ends, memories
 
     def tensors(self, completed: int) -> dict[str, Tensor]:
         """The parts themselves, not copies, by name; meaningful between steps, after `completed` of them."""
         parts = {name: half.state_tensors() for name, half in self._halves.items()}
         parts |= {name: end.state_tensors(completed) for name, end in self._ends.items()}
+        parts |= {name: memory.state_tensors() for name, memory in self._memories.items()}
         return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
 
     def layout(self, completed: int) -> dict[str, Tensor]:
         """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing."""
-        parts = {name: part.state_layout(completed) for name, part in (self._halves | self._ends).items()}
+        all_parts = self._halves | self._ends | self._memories
+        parts = {name: part.state_layout(completed) for name, part in all_parts.items()}
         return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
 
     def snapshot(self, completed: int) -> StageSnapshot:
@@ -100,6 +104,8 @@ class StageState:
                 frozen.copy_(tensors[f"codec/tokens/{name}"])
         self._optimizer.load_state_tensors({name: tensors[name] for name in self._optimizer.state_tensors()})
         tables = {name: end.restore(held[name], _part(tensors, name)) for name, end in self._ends.items()}
+        for name, memory in self._memories.items():
+            memory.restore(_part(tensors, name))
         if self._receiver:
             self._receiver.load_state_tensors(_part(tensors, "receiver"), tables.get("table_above"))
         if self._sender:
@@ -146,6 +152,8 @@ class StageState:
                 f"{sorted(ends)}; restore a checkpoint of the same stage and run.toml"
             )
         try:
+            for name, memory in self._memories.items():
+                memory.check(_part(snapshot.tensors, name))
             return {
                 name: end.read_state(_part(snapshot.tensors, name), snapshot.dictionaries[name])
                 for name, end in ends.items()

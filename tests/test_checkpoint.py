@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ VARIANTS = {
     "neither anchors nor table": "mapl:r=8,anchors=none,table=0,every=1",
     "codebooks both ways": f"{PUBLISHED},r=8 {BOOKS} {BOOKS}",
     "a codebook for gradients": f"identity bf16 {BOOKS}",
+    "carried errors": "identity int4:hadamard=true,feedback=true topk:k=8,feedback=true",
     "identity": "identity",
     "identity with the token table": "identity:table=1",
 }
@@ -425,6 +427,18 @@ def test_a_state_that_does_not_fit_changes_nothing(
     assert "restore a" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert same(stage.snapshot(), before)
+
+
+def test_an_error_that_cannot_have_been_carried_changes_nothing(tiny: TinyConfig) -> None:
+    run = Run(configure(tiny, VARIANTS["carried errors"]))
+    run.train_from(0, 1)
+    stage = run.stages[1]
+    before = stage.snapshot()
+    for name in ("activation_memory_below", "gradient_memory_above"):
+        spoilt = {**before.tensors, f"codec/{name}/error": torch.full_like(before.tensors[f"codec/{name}/error"], nan)}
+        with pytest.raises(StateError, match=r"stage 1: .* not finite; restore an older checkpoint"):
+            stage.restore(replace(before, tensors=spoilt))
+        assert same(stage.snapshot(), before)
 
 
 def test_another_stages_state_is_refused(trained: tuple[Run, list[StageSnapshot]]) -> None:

@@ -47,7 +47,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "robin, all of it": {
         "stages": 3,
         "codec__forward": "rvq:groups=2,codes=5,levels=3,scale=log4,delta=robin/7,encoding=bf16",
-        "codec__backward": "rvq:groups=4,codes=16,scale=log8,delta=full,encoding=fp32",
+        "codec__backward": "rvq:groups=4,codes=16,scale=log8,hadamard=true,delta=full,encoding=fp32",
     },
     "gradients alone": {"stages": 3, "codec__forward": "int4"},
     "activations alone": {"stages": 3, "codec__backward": "int4", "compute__dtype": "bfloat16"},

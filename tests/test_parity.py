@@ -101,6 +101,35 @@ FURTHER = {
 }
 
 
+# formats that draw something from the key at both ends, choose what to send, or carry what they lost
+DRAWN = {
+    "top-k": {"pipeline.stages": 3, "codec.codec": "topk:k=8"},
+    "masks": {"pipeline.stages": 3, "codec.codec": "mask:k=16", "codec.backward": "mask:k=8"},
+    "columns": {"pipeline.stages": 2, "codec.codec": "columns:k=16", "compute.dtype": "bfloat16"},
+    "rotations": {
+        "pipeline.stages": 3,
+        "codec.codec": "int4:hadamard=true,centre=true",
+        "codec.backward": "int2:hadamard=true",
+        "link.link": CAPPED,
+    },
+    "carried errors": {
+        "pipeline.stages": 3,
+        "codec.codec": "identity",
+        "codec.forward": "int4:centre=true,feedback=true",
+        "codec.backward": "topk:k=8,values=int8,feedback=true",
+    },
+}
+
+
+@pytest.mark.pairwise(5)
+@pytest.mark.parametrize("settings", DRAWN.values(), ids=DRAWN)
+def test_a_swarm_is_one_process_whatever_is_drawn_or_carried(
+    settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path
+) -> None:
+    reference, swarm = both(tiny({**settings, "run.eval_every": 2}), tmp_path)
+    assert swarm == reference
+
+
 @pytest.mark.pairwise(3)
 @pytest.mark.parametrize("settings", FURTHER.values(), ids=FURTHER)
 def test_a_swarm_is_one_process_also_with(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:

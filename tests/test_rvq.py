@@ -618,3 +618,38 @@ def chosen(table, publisher: Publisher, owner, k: Key, message: int):
 
 def test_index_widths():
     assert [bit_width(codes) for codes in (2, 3, 200, 256, 257)] == [1, 2, 8, 8, 9]
+
+
+class TestRotated:
+    """`hadamard`: what is lost has no direction."""
+
+    def lost(self, fmt, messages):
+        """Of gradients that are strong in two directions of sixteen: the mean of what arrives, in parts of what was
+        sent, of the strong and of the weak ones."""
+        strength_W = torch.tensor([6.0] * 2 + [1.0] * 14)
+        sent = [gaussian((512, 16), seed=seed) * strength_W for seed in range(messages)]
+        parts = []
+        for number, z in enumerate(sent):
+            k = key(direction=Direction.BACKWARD, microbatch=number)
+            if not fmt.has_started:
+                fmt.learn(z, k)
+            fmt.use_table(fmt.master)
+            payload = fmt.pack(z, k)
+            back = fmt.unpack(payload, shape=(512, 16), dtype=torch.float32, key=k)
+            parts.append((back * z).sum(dim=0) / z.square().sum(dim=0))
+            fmt.learn(z, k)
+        mean_W = torch.stack(parts[messages // 2 :]).mean(dim=0)
+        return mean_W[:2].mean().item(), mean_W[2:].mean().item()
+
+    def test_weak_directions_arrive_like_strong_ones(self):
+        strong, weak = self.lost(Rvq(groups=1, codes=16, levels=2), 12)
+        assert strong > 0.8
+        assert weak < 0.35  # never said
+        strong, weak = self.lost(Rvq(groups=1, codes=16, levels=2, hadamard=True), 12)
+        assert abs(strong / weak - 1) < 0.25
+
+    def test_it_takes_no_byte_and_a_width_with_a_power_of_two(self):
+        plain, rotated = (Rvq(groups=2, codes=16, hadamard=on) for on in (False, True))
+        assert plain.body_bytes((7, 24)) == rotated.body_bytes((7, 24))
+        with pytest.raises(CodecError, match=r"'rvq': hadamard=true wants a width that 8 divides, not 12; choose 16"):
+            rotated.table(12)

@@ -38,21 +38,21 @@ class Packed(NamedTuple):
 
 
 class CodebookOwner(TableOwner):
-    """The end that packs. `microbatches`: of one step, to number the changes."""
+    """The end that packs. `shape`: of a tensor; `microbatches`: of one step, to number the changes."""
 
     def __init__(
         self,
         fmt: ByteFormat,
         table: LearnedTable,
         *,
-        width: int,
+        shape: tuple[int, ...],
         seed: int,
         boundary: int,
         microbatches: int,
         device: torch.device,
     ) -> None:
         super().__init__(table, generation=0, seed=seed, boundary=boundary, dtype=torch.float32, device=device)
-        self._format, self._width, self._microbatches = fmt, width, microbatches
+        self._format, self._shape, self._microbatches = fmt, shape, microbatches
 
     def pack(self, z: Tensor, key: Key, *, training: bool) -> Packed:
         """Raises CodecError for a value that must not be sent."""
@@ -89,7 +89,7 @@ class CodebookOwner(TableOwner):
         return self._format.state_tensors() | super().state_tensors(completed)
 
     def state_layout(self, completed: int) -> dict[str, Tensor]:
-        return self._format.state_layout(self._width, completed) | super().state_layout(completed)
+        return self._format.state_layout(self._shape, completed) | super().state_layout(completed)
 
     def read_state(self, tensors: Mapping[str, Tensor], dictionary: Mapping[str, Any]) -> TableSnapshot | None:
         self._format.check_state_tensors(self._learned(tensors))

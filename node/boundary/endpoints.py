@@ -33,6 +33,7 @@ from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Limits, Message
 from .codebook_tables import CodebookOwner, CodebookReplica, Packed
 from .learned_tables import TableOwner, TableReplica, dictionary_of
+from .pack_memory import PackMemory
 from .pack_queue import PackQueue
 from .projector_gradient import gradient_bytes
 from .table_snapshot import DictionaryEnd
@@ -121,7 +122,7 @@ class BoundaryShape:
         return CodebookOwner(
             fmt,
             table,
-            width=self.wire_width,
+            shape=self.z_shape,
             seed=self.seed,
             boundary=self.boundary,
             microbatches=self.microbatches,
@@ -132,8 +133,18 @@ class BoundaryShape:
         table = self._book(fmt)
         return table and CodebookReplica(fmt, table, seed=self.seed, boundary=self.boundary, device=device)
 
-    def key(self, direction: Direction, step: int, microbatch: int) -> Key:
-        return Key(seed=self.seed, boundary=self.boundary, direction=direction, step=step, microbatch=microbatch)
+    def memory(self, fmt: ByteFormat) -> PackMemory | None:
+        return PackMemory(fmt, self.z_shape) if fmt.remembers else None
+
+    def key(self, kind: Kind, step: int, microbatch: int) -> Key:
+        """The key of a message's tensor, at both ends."""
+        return Key(
+            seed=self.seed,
+            boundary=self.boundary,
+            direction=Direction.BACKWARD if kind is Kind.GRADIENT else Direction.FORWARD,
+            step=step,
+            microbatch=microbatch + (EVALUATION_MICROBATCH_OFFSET if kind is Kind.EVALUATION else 0),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +170,8 @@ class _Endpoint:
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self.pack_queue = PackQueue()
-        self.ends: dict[str, DictionaryEnd] = {}  # under the names that a checkpoint has
+        self.ends: dict[str, DictionaryEnd] = {}  # under the names that a checkpoint has, as the next ones
+        self.memories: dict[str, PackMemory] = {}
         self._dtype, self._device = dtype, device
 
     def _own(self, **ends: DictionaryEnd | None) -> None:
@@ -168,13 +180,14 @@ class _Endpoint:
     def _packed(self, fmt: ByteFormat, book: CodebookOwner | None, z: Tensor, key: Key, *, training: bool) -> Packed:
         if book:
             return book.pack(z, key, training=training)
-        return Packed(fmt.pack(z, key), {}, b"")
+        return Packed(fmt.pack_training(z, key) if training else fmt.pack(z, key), {}, b"")
 
     def _unpacked(self, fmt: ByteFormat, message: Message) -> Tensor:
         """Raises RemoteProtocolError for a payload that is not what was agreed."""
         payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
+        key = self.shape.key(message.kind, message.step, message.microbatch)
         try:
-            return fmt.unpack(payload, shape=self.shape.z_shape, dtype=self._dtype, device=self._device)
+            return fmt.unpack(payload, shape=self.shape.z_shape, dtype=self._dtype, device=self._device, key=key)
         except CodecError as error:
             raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: {error}") from None
 
@@ -230,12 +243,13 @@ class DownstreamEndpoint(_Endpoint):
             activation_codebook_below=self._activations,
             gradient_codebook_below=self._gradients,
         )
+        if memory := shape.memory(shape.forward):
+            self.memories["activation_memory_below"] = memory
 
     def pack_activation(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> Message:
         """An ACTIVATION or EVALUATION message. Raises CodecError for a value that must not be sent."""
         training = kind is Kind.ACTIVATION
-        offset = 0 if training else EVALUATION_MICROBATCH_OFFSET
-        key = self.shape.key(Direction.FORWARD, step, microbatch + offset)
+        key = self.shape.key(kind, step, microbatch)
         packed = self._packed(self.shape.forward, self._activations, out.z_BTW, key, training=training)
         return Message(
             kind=kind,
@@ -274,6 +288,8 @@ class UpstreamEndpoint(_Endpoint):
             activation_codebook_above=self._activations,
             gradient_codebook_above=self._gradients,
         )
+        if memory := shape.memory(shape.backward):
+            self.memories["gradient_memory_above"] = memory
 
     def unpack_activation(self, message: Message) -> tuple[np.ndarray, ReceivedTensor]:
         """Token ids (B, T+1), and z (B, T, W) with the table that it needs. Raises RemoteProtocolError.
@@ -291,7 +307,7 @@ class UpstreamEndpoint(_Endpoint):
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         """A GRADIENT message, with the microbatch's loss beside it. Raises CodecError."""
-        key = self.shape.key(Direction.BACKWARD, step, microbatch)
+        key = self.shape.key(Kind.GRADIENT, step, microbatch)
         packed = self._packed(self.shape.backward, self._gradients, dz_BTW, key, training=True)
         return Message(
             kind=Kind.GRADIENT,

@@ -65,13 +65,13 @@ class Ports:
             raise Finding(f"a tensor of {tuple(tensor.shape)} came through: {tensor}")
 
 
-def _shape(spec: str, table: LearnedTable | None, dtype: torch.dtype) -> BoundaryShape:
+def _shape(spec: str, table: LearnedTable | None, dtype: torch.dtype, width: int) -> BoundaryShape:
     return BoundaryShape(
         boundary=0,
         seed=1,
         microbatch_size=MICROBATCH,
         sequence_length=LENGTH,
-        wire_width=WIDTH,
+        wire_width=width,
         vocab_size=VOCABULARY,
         forward=parse_format(spec),
         backward=parse_format(spec),
@@ -81,10 +81,12 @@ def _shape(spec: str, table: LearnedTable | None, dtype: torch.dtype) -> Boundar
     )
 
 
-def _ports(spec: str, table: LearnedTable | None = None, dtype: torch.dtype = torch.float32) -> Ports:
+def _ports(
+    spec: str, table: LearnedTable | None = None, dtype: torch.dtype = torch.float32, width: int = WIDTH
+) -> Ports:
     draw = torch.Generator().manual_seed(7)
-    down = DownstreamEndpoint(_shape(spec, table, dtype), dtype=dtype, device=CPU)
-    up = UpstreamEndpoint(_shape(spec, table, dtype), dtype=dtype, device=CPU)
+    down = DownstreamEndpoint(_shape(spec, table, dtype, width), dtype=dtype, device=CPU)
+    up = UpstreamEndpoint(_shape(spec, table, dtype, width), dtype=dtype, device=CPU)
     z, ids = torch.randn(down.shape.z_shape, generator=draw, dtype=dtype), np.arange(MICROBATCH * (LENGTH + 1))
     said: list[Message] = []
     for step in range(2):  # with a dictionary: the snapshot, which both ends then hold, and the change that comes next
@@ -119,12 +121,15 @@ def _table(delta: str, gradient: str) -> LearnedTable:
 
 
 PORTS = [
-    *(_ports(spec) for spec in ("fp32", "bf16", "int8", "int4", "int3")),
+    *(_ports(spec) for spec in ("fp32", "bf16", "int8", "int4", "int3", "int2")),
     _ports("fp64", dtype=torch.float64),
     _ports("int8", _table("int8", "bf16")),
     _ports("bf16", _table("int4", "int4"), torch.float64),
     _ports("rvq:groups=5,codes=5,scale=log4,delta=robin/3"),
     _ports("rvq:groups=2,codes=3,levels=1,delta=full,encoding=int8", _table("int8", "bf16")),
+    *(_ports(spec) for spec in ("topk:k=3", "topk:k=10,values=int8", "mask:k=4", "columns:k=3")),
+    _ports("int4:hadamard=true", width=8),
+    _ports("int2:hadamard=true,centre=true", width=24),
 ]
 TENSOR_BYTES_MAX = max(ports.shape.limits.message_bytes for ports in PORTS)
 

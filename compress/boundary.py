@@ -20,7 +20,7 @@ from __future__ import annotations
 import enum
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from .recommended import Recommended, recommended_for
+from .stage_parts import StageParts
 
 
 class CodecError(ValueError):
@@ -242,7 +243,11 @@ class ByteFormat(ABC):
 
 
 class BoundaryModule(nn.Module, ABC):
-    """What both halves of a boundary have: a table that may be there, and a state that may be empty."""
+    """What both halves of a boundary have: a table that may be there, and a state that may be empty.
+
+    Parameters of a half are moved by its stage's own optimizer, matrices under the name `layers` by Muon, and are in
+    the stage's digest and checkpoint; nothing of them crosses the wire.
+    """
 
     def use_table(self, table: Tensor) -> None:
         """From now on work with `table`. Raises CodecError in a half without one."""
@@ -336,6 +341,7 @@ class Codec(ABC):
     default_forward: str  # spec of the byte format of activations
     default_backward: str  # and of gradients
     table_scale: float = 0.0  # of the frozen token table that is a part of stage 0's embedding; 0: there is none
+    constrains: bool = False  # it changes the stage's model, so that what crosses a boundary fits it
 
     @property
     def recommended(self) -> Recommended:
@@ -349,6 +355,31 @@ class Codec(ABC):
     def check_rate(self, muon_lr: float) -> None:
         """Raises CodecError for options that cannot learn at this rate of matrices, before anything is built."""
         del muon_lr
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises CodecError for options that do not fit stages of so many layers each."""
+        del layers
+
+    def frozen(self, context: StageContext) -> Tensor | None:
+        """What all stages generate alike, beside the token table; its digest is compared in greetings."""
+        del context
+        return None
+
+    def constrain(self, parts: StageParts, context: StageContext) -> None:
+        """Replace modules of a stage's model, which has its weights, before its optimizer is made. Raises CodecError
+        for a model where that cannot be done."""
+        del parts, context
+
+    def lost(self, hidden_BTD: Tensor, known_BTD: Tensor | None, context: StageContext) -> float:
+        """What of hidden states at a boundary cannot cross, relative, root of energies: what `constrain` promises to be
+        nothing but rounding. `known_BTD`: what both ends know of the tokens."""
+        del hidden_BTD, known_BTD, context
+        return 0.0
+
+    def shrunk(self, width: int) -> Codec:
+        """The same method for a small copy of the model, of this width."""
+        del width
+        return self
 
     @abstractmethod
     def wire_width(self, width: int) -> int:

@@ -22,15 +22,8 @@ from .recommended import codec_name
 
 _CODECS: dict[str, type[Codec]] = {}
 _FORMATS: dict[str, type[ByteFormat]] = {}
-_BUILT_IN = (
-    "columns",
-    "formats",
-    "identity",
-    "mapl",
-    "mask",
-    "rvq",
-    "topk",
-)  # modules of this package that register something
+# modules of this package that register something
+_BUILT_IN = ("columns", "formats", "identity", "mapl", "mask", "resbm", "rvq", "ssn", "topk")
 
 _C = TypeVar("_C", bound=type[Codec])
 _F = TypeVar("_F", bound=type[ByteFormat])

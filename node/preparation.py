@@ -18,6 +18,7 @@ from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
 from .config import ConfigError, RunConfig
+from .constrained_stage import check_architecture
 from .data import Corpus, DataError, open_corpus, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
@@ -63,6 +64,11 @@ def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None)
                 fmt.table(codec.wire_width(architecture.hidden_size))
     except CodecError as error:
         raise ConfigError(str(error)) from None
+    if codec.constrains and config.model.pretrained:
+        raise ConfigError(
+            f"codec '{codec.name}' starts from weights of its own: those of {config.model.path} do not lie in its "
+            "subspace; train from random weights, or choose codec 'mapl'"
+        )
     if codec.table_scale and config.model.pretrained:
         raise ConfigError(
             f"codec '{codec.name}': table={codec.table_scale:g} adds a random table to embeddings that are trained "
@@ -77,8 +83,20 @@ def check_settings(config: RunConfig) -> int:
     check_link(config)
     architecture = resolve_architecture(config)
     check_codec(config, architecture)
-    partition(architecture.num_hidden_layers, config.pipeline.stages)
+    check_layers(config, architecture)
     return architecture.hidden_size
+
+
+def check_layers(config: RunConfig, architecture: PretrainedConfig) -> None:
+    """Raises ModelError or ConfigError for a model that cannot be cut into these stages, or not for this codec."""
+    layers = partition(architecture.num_hidden_layers, config.pipeline.stages)
+    codec = parse_codec(config.codec.codec).codec
+    try:
+        codec.check_layers([len(of_stage) for of_stage in layers])
+    except CodecError as error:
+        raise ConfigError(str(error)) from None
+    if codec.constrains and len(layers) > 1:
+        check_architecture(codec, architecture, config.run.seed)
 
 
 def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
@@ -87,6 +105,7 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     check_codec(config)
     architecture = resolve_architecture(config)
     check_codec(config, architecture)
+    check_layers(config, architecture)
     if config.compute.emulate:
         emulated = EmulatedStage(config, architecture, stage)
         return emulated, run_digest(config, architecture)

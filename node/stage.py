@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,8 @@ from ..protocol.schedule import get_schedule, splits_backward
 from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .config import RunConfig
-from .model import WeightGradients, build_stage
+from .constrained_stage import check_constrained, constrain
+from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
 from .state import StageSnapshot, StageState, StateError, sha256_of
@@ -63,6 +64,8 @@ class Stage:
         compute_dtype = DTYPES[config.compute.dtype]
         self.dtype = torch.float64 if compute_dtype is torch.float64 else torch.float32
         self._autocast = compute_dtype is torch.bfloat16
+        self._codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
+        self._all_layers = architecture.num_hidden_layers
         self.model = build_stage(
             architecture,
             stage=index,
@@ -74,6 +77,7 @@ class Stage:
             activation_checkpointing=config.compute.activation_checkpointing,
             compile=config.compute.compile,
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
+            constrain=self._constrain if self._codec.constrains else None,
         )
         self.width = self.model.width
         self.upstream_endpoint: UpstreamEndpoint | None = None
@@ -109,38 +113,48 @@ class Stage:
     def _ports(self) -> list[UpstreamEndpoint | DownstreamEndpoint]:
         return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
 
-    def _tokens(self) -> tuple[str, nn.Module | None]:
-        """The digest of the frozen token table, which all stages must generate alike ("" where there is none), and what
-        the codec knows of tokens on this stage."""
-        config = self.config
-        codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
-        context = StageContext(
-            seed=config.run.seed,
+    def _context(self, model: StageModel) -> StageContext:
+        return StageContext(
+            seed=self.config.run.seed,
             stage=self.index,
-            width=self.model.width,
-            vocab_size=self.model.vocab_size,
+            width=model.width,
+            vocab_size=model.vocab_size,
             dtype=self.dtype,
             device=self.device,
         )
-        table_VD, digest = None, ""
+
+    def _constrain(self, model: StageModel) -> None:
+        context = replace(self._context(model), device="cpu")  # where weights are made
+        constrain(self._codec, model, context, self._all_layers)
+
+    def _tokens(self) -> tuple[str, nn.Module | None]:
+        """The digest of what is frozen and generated, which all stages must share ("" where there is nothing), and what
+        the codec knows of tokens on this stage. Raises ModelError for a stage that the codec does not fit."""
+        codec, context = self._codec, self._context(self.model)
+        table_VD = None
         if codec.table_scale:
             table_VD = token_table(
-                config.run.seed,
-                self.model.vocab_size,
-                self.model.width,
-                codec.table_scale,
-                dtype=self.dtype,
-                device=self.device,
+                context.seed, context.vocab_size, context.width, codec.table_scale, dtype=self.dtype, device=self.device
             )
-            digest = hashlib.sha256(table_VD.cpu().numpy().tobytes()).hexdigest()
             if self.first:
                 self.model.token_table_VD = table_VD
-        return digest, codec.tokens(context, table_VD) if config.pipeline.stages > 1 else None
+        if codec.constrains:
+            check_constrained(codec, self.model, context, table_VD)
+        shared = [each for each in (table_VD, codec.frozen(context)) if each is not None]
+        digest = hashlib.sha256(b"".join(each.cpu().numpy().tobytes() for each in shared)).hexdigest() if shared else ""
+        return digest, codec.tokens(context, table_VD) if self.config.pipeline.stages > 1 else None
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        """What the stage's optimizer moves: the model, and what the codec knows of tokens."""
-        learned = [] if self.tokens is None else list(self.tokens.named_parameters(prefix=f"codec.stage_{self.index}"))
-        return [*self.model.full_names(), *learned]
+        """What the stage's optimizer moves: the model, what the codec knows of tokens, and the halves' own networks."""
+        named = self.model.full_names()
+        if self.tokens is not None:
+            named += self.tokens.named_parameters(prefix=f"codec.stage_{self.index}")
+        if not self.first:
+            named += self.receiver.named_parameters(prefix=f"codec.boundary_{self.index - 1}.receiver")
+        if not self.last:
+            named += self.sender.named_parameters(prefix=f"codec.boundary_{self.index}.sender")
+        first_names = {id(parameter): name for name, parameter in reversed(named)}
+        return [each for each in named if first_names[id(each[1])] == each[0]]  # both halves hold the tokens' module
 
     def _boundary(self, boundary: int) -> tuple[BoundaryCodec, BoundaryContext, BoundaryShape]:
         """A boundary as the configuration says it is; each end builds its own and uses one half of it."""

@@ -61,6 +61,8 @@ VARIANTS = {
     "fixed": f"{PUBLISHED},r=8,projector=fixed",
     "grassmann, int4 gradient, bf16 changes": f"{PUBLISHED},r=8,projector=grassmann,gradient=int4,delta=bf16",
     "a context": "mapl:r=8,anchors=none,context=3,ce=6,ch=10",
+    "a trained bottleneck": "resbm:b=8,anchors=full,table=1",
+    "a model in a subspace": "ssn:k=8",
     "neither anchors nor table": "mapl:r=8,anchors=none,table=0,every=1",
     "codebooks both ways": f"{PUBLISHED},r=8 {BOOKS} {BOOKS}",
     "a codebook for gradients": f"identity bf16 {BOOKS}",

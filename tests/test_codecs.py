@@ -43,9 +43,13 @@ UNIT_ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.bfloat16: 2
 SMALLEST = 2.0**-125  # absolute error that a scale of at least 2**-126 may add
 CONTEXT = BoundaryContext(seed=3, boundary=1, width=24, vocab_size=64)
 # options that suit so small a model, for codecs and formats whose defaults do not
-SMALL = {"mapl": "mapl:r=6,anchors=factorized,table=1,every=1", "rvq": "rvq:groups=1,codes=5,levels=2"}
+SMALL = {
+    "mapl": "mapl:r=6,anchors=factorized,table=1,every=1",
+    "resbm": "resbm:b=6,mid=9,anchors=factorized,table=1",
+    "rvq": "rvq:groups=1,codes=5,levels=2",
+    "ssn": "ssn:k=6",
+}
 SMALL |= {name: f"{name}:k=2" for name in DROPPING}
-
 
 laws = settings(deadline=None, max_examples=40)
 shapes = st.lists(st.integers(0, 9), min_size=0, max_size=3).map(tuple) | st.sampled_from(

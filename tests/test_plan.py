@@ -21,6 +21,8 @@ from .in_memory import run_reference
 
 CODECS: dict[str, dict[str, str]] = {
     "dense": {"codec.codec": "bf16"},
+    "ssn": {"codec.codec": "ssn:k=8", "codec.forward": "int8", "codec.backward": "int4"},
+    "resbm": {"codec.codec": "resbm:b=8", "codec.forward": "int4", "codec.backward": "int3"},
     "mapl, seldom": {"codec.codec": "mapl:r=8,anchors=full,every=4", "codec.forward": "int4", "codec.backward": "int3"},
     "mapl, always": {"codec.codec": "mapl:r=8,anchors=full,every=1", "codec.forward": "int8", "codec.backward": "int4"},
     "codebooks": {

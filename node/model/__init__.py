@@ -8,6 +8,7 @@ It has five parts: `architecture` (settings to configuration, presets, refusals)
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,13 +51,15 @@ def build_stage(
     activation_checkpointing: bool = False,
     compile: bool = False,
     deferred: bool = False,
+    constrain: Callable[[StageModel], None] | None = None,
 ) -> StageModel:
     """Stage `stage` (from 0) of `stages`, with its weights, on `device`; no other stage's tensor is ever allocated.
 
     Parameters are float64 when `dtype` is, otherwise float32: a lower compute dtype is the caller's autocast. Weights
     are drawn from (seed, name), or read from `checkpoint`, a directory with safetensors. `activation_checkpointing`
     recomputes each layer in the backward pass, to the same bits; `compile` compiles each layer; `deferred` lets the
-    weight gradients of matrices wait where `StageModel.deferral` says so. Raises ModelError.
+    weight gradients of matrices wait where `StageModel.deferral` says so; `constrain` may replace modules of the model,
+    weights and all, before any of that. Raises ModelError.
     """
     if not 0 <= stage < stages:
         raise ModelError(f"stage {stage} of {stages}: stages count from 0 to {stages - 1}")
@@ -72,6 +75,8 @@ def build_stage(
         load_checkpoint(
             model.full_state(), checkpoint, tied_to={"lm_head.weight": embedding} if was_tied(config) else {}
         )
+    if constrain is not None:
+        constrain(model)
     model.to(device)
     if deferred:
         model.deferral = defer_linears(model.causal, compiled=compile)

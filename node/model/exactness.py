@@ -33,7 +33,7 @@ def check_sliceable(config: PretrainedConfig) -> None:
     list would show, and narrow matrices: where a model can be cut does not depend on its widths. Raises ModelError.
     """
     refuse_unsupported(config)
-    narrow = _narrowed(config)
+    narrow = narrowed(config)
     try:
         fault = _difference(narrow)
     except ModelError:
@@ -46,7 +46,7 @@ def check_sliceable(config: PretrainedConfig) -> None:
         )
 
 
-def _narrowed(config: PretrainedConfig) -> PretrainedConfig:
+def narrowed(config: PretrainedConfig) -> PretrainedConfig:
     """The first layers of `config` at a width that runs in no time, with heads as wide as they were."""
     lists = [getattr(config, key) for key in per_layer_keys(config)]
 

@@ -73,11 +73,15 @@ def _signs(key: Key, tokens: int, width: int, device: torch.device) -> Tensor:
 
 def _transform(x_NW: Tensor, block: int) -> Tensor:
     tokens, width = x_NW.shape
-    y = x_NW * (1 / math.sqrt(block))
+    y_WN = x_NW.t() * (1 / math.sqrt(block))
+    y_WN, other_WN = y_WN.contiguous(), x_NW.new_empty(width, tokens)  # tokens innermost: sums of whole rows
     half = 1
     while half < block:
-        pairs = y.view(tokens, width // (2 * half), 2, half)
-        low, high = pairs[:, :, 0], pairs[:, :, 1]
-        y = torch.stack((low + high, low - high), dim=2).view(tokens, width)
+        (low, high), (total, rest) = (
+            z_WN.view(width // (2 * half), 2, half, tokens).unbind(1) for z_WN in (y_WN, other_WN)
+        )
+        torch.add(low, high, out=total)
+        torch.sub(low, high, out=rest)
+        y_WN, other_WN = other_WN, y_WN
         half *= 2
-    return y
+    return y_WN.t().contiguous()

@@ -42,6 +42,7 @@ from .registry import register_codec
 from .stage_parts import StageParts
 from .token_table import UNIT, integers
 
+Spend = Literal["none", "ffn"]
 # Linear maps that write to the residual stream, by the last part of their names, as transformers calls them.
 ATTENTION_WRITERS = ("o_proj", "out_proj", "dense")
 FFN_WRITERS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
@@ -139,12 +140,13 @@ class SsnCodec(Codec):
     default_forward, default_backward = "int4", "int4"
     constrains = True
 
-    def __init__(self, k: int = 32, free: int = 1, table: float = 1.0, spend: Literal["none", "ffn"] = "none") -> None:
+    def __init__(self, k: int = 32, free: int = 1, table: float = 1.0, spend: Spend = "none") -> None:
         for fault, bad in ((f"k={k}", k < 1), (f"free={free}", free < 0)):
             if bad:
                 raise CodecError(f"codec 'ssn': {fault} has to be at least {int(fault.startswith('k'))}")
         check_table_scale(self.name, table)
-        self.rank, self.free, self.table_scale, self.spend = k, free, table, spend
+        self.rank, self.free, self.table_scale = k, free, table
+        self.spend: Spend = spend
 
     def check(self, width: int) -> None:
         if self.rank > width:

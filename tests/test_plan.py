@@ -30,6 +30,8 @@ CODECS: dict[str, dict[str, str]] = {
         "codec.forward": "rvq:groups=2,codes=16,delta=random/4",
         "codec.backward": "rvq:groups=2,codes=8,delta=full",
     },
+    "what is kept": {"codec.codec": "identity", "codec.forward": "columns:k=9", "codec.backward": "topk:k=5"},
+    "what is drawn": {"codec.codec": "mask:k=9", "codec.backward": "int2:hadamard=true,centre=true"},
 }
 
 

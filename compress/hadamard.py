@@ -53,22 +53,22 @@ def check_block(name: str, width: int) -> None:
 
 def rotate(x_NW: Tensor, key: Key) -> Tensor:
     """Tokens in float32 to rotated ones, which have other memory. Large numbers may overflow."""
-    before_NW, behind_NW = _signs(key, *x_NW.shape, x_NW.device)
+    before_NW, behind_NW = _signs(key, x_NW)
     return _transform(x_NW * before_NW, block_of(x_NW.shape[1])).mul_(behind_NW)
 
 
 def rotate_back(y_NW: Tensor, key: Key) -> Tensor:
     """Inverse of `rotate` with the same key, up to rounding."""
-    before_NW, behind_NW = _signs(key, *y_NW.shape, y_NW.device)
+    before_NW, behind_NW = _signs(key, y_NW)
     return _transform(y_NW * behind_NW, block_of(y_NW.shape[1])).mul_(before_NW)
 
 
-def _signs(key: Key, tokens: int, width: int, device: torch.device) -> Tensor:
+def _signs(key: Key, like_NW: Tensor) -> Tensor:
     """+1 or -1 (2, N, W), float32: a bit each, the lowest of a number first."""
-    count = 2 * tokens * width
+    count = 2 * like_NW.numel()
     raw = key.generator(_SIGNS).random_raw(-(-count // 64)).astype("<u8")
     bits = np.unpackbits(raw.view(np.uint8), count=count, bitorder="little").astype(np.float32)
-    return torch.from_numpy(1 - 2 * bits).view(2, tokens, width).to(device)
+    return torch.from_numpy(1 - 2 * bits).view(2, *like_NW.shape).to(like_NW.device)
 
 
 def _transform(x_NW: Tensor, block: int) -> Tensor:

@@ -335,6 +335,7 @@ def test_nearest_rounding_twice_gives_the_same_bytes(name, shape, dtype, magnitu
     assert again == first
 
 
+@pytest.mark.pairwise(len(FORMATS))  # every format, and every codec several times
 @pytest.mark.parametrize(("spec", "name"), list(itertools.product(codec_names(), FORMATS)))
 class TestCodecLaws:
     def halves(self, spec, name, context=CONTEXT):

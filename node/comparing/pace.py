@@ -42,10 +42,8 @@ def seconds_a_step(codec: CodecSection, link: str, machine: str, schedule: str) 
     settings = {**emulated.settings(), "link.link": link}
     settings |= {f"codec.{name}": value for name, value in codec.model_dump().items() if value is not None}
     try:
-        figures, simulated = planned(
-            parse_config(merge({}, settings)), emulated, None, schedule=schedule, rule="duplex"
-        )
+        figures, _ = planned(parse_config(merge({}, settings)), emulated, None, schedule=schedule, rule="duplex")
     except (*PLANNED, ScheduleError) as error:
         raise ConfigError(str(error)) from None
-    kept = ("step_s", "tokens_per_s", "uncapped_tokens_per_s", "schedule", "bottleneck", "bytes_per_microbatch")
-    return {name: figures[name] for name in kept} | {"busiest_wire": max(simulated.wire_share.values(), default=0.0)}
+    kept = ("step_s", "tokens_per_s", "schedule", "bottleneck", "ratio", "bytes_per_microbatch")
+    return {name: figures[name] for name in kept}

@@ -124,6 +124,8 @@ def run_all(
     LocalRunError for the first one that fails; KeyboardInterrupt passes through. No process is left running either way,
     and runs that have ended are kept.
     """
+    if jobs < 1:
+        raise ValueError(f"{jobs} runs side by side; wanted 1 or more")
     waiting = deque(run for run in runs if run.summary() is None)
     working: list[_Process] = []
     try:

@@ -163,9 +163,22 @@ def compare_lines(found: dict[str, Any]) -> Iterator[str]:
     else:
         yield (
             f"time: steps to a held-out loss of {found['target_loss']:.4f} ({found['target_from']}) x seconds a step, "
-            f"simulated at {pace_text(found)}; codec options are taken as they are"
+            f"simulated at {pace_text(found)}"
         )
+        yield from _widths_differ(found)
     if any(recipe["at_first_evaluation"] for recipe in found["recipes"]):
         yield "≤: below that loss at the first evaluation already; evaluate more often with --eval-every"
     if len(found["seeds"]) == 1:
         yield "one seed has no interval: differences below 1 or 2 % may be chance; say --seeds 3"
+
+
+def _widths_differ(found: dict[str, Any]) -> Iterator[str]:
+    """Where a step is timed at another width than was trained, an option such as r=32 means less or more there."""
+    width = found["pace"]["width"]
+    if {recipe["width"] for recipe in found["recipes"]} != {width}:
+        ratios = ", ".join(
+            f"{recipe['name']} {next(iter(recipe['links'].values()))['ratio']:,.1f}x" for recipe in found["recipes"]
+        )
+        yield (
+            f"those seconds are for width {width}, and codec options are taken as they are; the ratios there: {ratios}"
+        )

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from .compare_console import NOT_REACHED, compare_lines, duration, fastest, loss_text, over_text, time_text
+from .compare_console import NOT_REACHED, compare_lines, duration, fastest, loss_text, over_text, pace_text, time_text
 from .compare_figures import COLOURS, figures
 
 _STYLE = """
@@ -28,13 +28,13 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
 p, li { max-width: 60rem; }
 .soft { color: var(--soft); }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top;
-  white-space: nowrap; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; width: 100%; }
+th, td { padding: .4rem .5rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
+td { white-space: nowrap; }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, th.left, td.left { text-align: left; }
-td.left { white-space: normal; min-width: 12rem; }
-td small { display: block; color: var(--soft); }
+td.left, td small { white-space: normal; }
+td small { display: block; color: var(--soft); font-weight: 400; }
 .best { font-weight: 700; }
 .key { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .4rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)); gap: 1rem; }
@@ -73,6 +73,7 @@ def compare_page(found: dict[str, Any]) -> str:
         '<p class="soft">Lines are means over the seeds; thin ones are single seeds. On the bar of a point lie the '
         "losses of all seeds; the grey line joins recipes that no other one beats in both loss and bytes.</p>",
         "<h2>A step over each link</h2>",
+        f'<p class="soft">{escape(pace_text(found))}. Simulated, not measured.</p>',
         *_steps(found),
         "<h2>Every run</h2>",
         *_runs(found),
@@ -128,17 +129,18 @@ def _times_faster(recipe: dict[str, Any], first: dict[str, Any], link: str) -> s
     own, base = (each["links"][link]["time_to_target_s"] for each in (recipe, first))
     if recipe is first or not own or not base:
         return ""
-    return f"<small>{base / own:.3g} times as fast</small>"
+    return f"<small>{base / own:,.3g}x as fast</small>"
 
 
 def _steps(found: dict[str, Any]) -> Iterator[str]:
     """What the times are made of."""
-    yield '<div class="wide"><table><thead><tr><th>recipe</th><th>bytes of a microbatch<br>down, up</th>'
+    yield '<div class="wide"><table><thead><tr><th>recipe</th><th>bytes of a microbatch<br>down, up</th><th>ratio</th>'
     yield "".join(f"<th>{escape(link)}</th>" for link in found["links"]) + "</tr></thead><tbody>"
     for index, recipe in enumerate(found["recipes"]):
-        sizes = next(iter(recipe["links"].values()))["bytes_per_microbatch"]
+        any_link = next(iter(recipe["links"].values()))
+        sizes = any_link["bytes_per_microbatch"]
         yield f"<tr><td>{_key(index)}{escape(recipe['name'])}</td>"
-        yield f"<td>{sizes['forward']:,}, {sizes['backward']:,}</td>"
+        yield f"<td>{sizes['forward']:,}, {sizes['backward']:,}</td><td>{any_link['ratio']:,.1f}x</td>"
         for link in found["links"]:
             step = recipe["links"][link]
             yield (

@@ -15,7 +15,7 @@ what the others are compared with, seed by seed: the same data and the same firs
 settings change them. One process computes bit for bit what the swarm does (tests/test_parity.py), and counts the same
 bytes but acknowledgements. Runs that `--out` holds already, made with the same settings, are not run again; `--jobs`
 run side by side. With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired
-differences, and below it stands each seed's loss. `thinpipe compare` trains the same way and says what it means in time.
+differences, and below it stands each seed's loss. What that means in time over a link: `thinpipe compare`.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def _joined(
             "torch": torch.__version__,
             "numpy": np.__version__,
             "python": platform.python_version(),
-            "machine": platform.platform(),
+            "system": f"{platform.system()} {platform.machine()}",
         },
         "target_loss": target,
         "target_from": said,

@@ -140,7 +140,7 @@ def svg(name: str, draw: Callable[[Axes], None]) -> str:
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    settings = {
+    settings: dict[Any, Any] = {
         **dict.fromkeys(inked, INK),
         "svg.fonttype": "none",
         "svg.hashsalt": name,

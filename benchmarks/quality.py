@@ -61,12 +61,13 @@ Summaries = dict[Recipe, list[dict[str, Any]]]
 def trained(recipes: Sequence[Recipe], seeds: Sequence[int], shared: dict[str, Any], out: Path, jobs: int) -> Summaries:
     """The summaries of each recipe, by seed; from disk if they are there."""
 
-    def ended(run: RecipeRun, seconds: float) -> None:
+    def ended(run: RecipeRun, seconds: float, why: str | None) -> None:
+        del why  # the first that fails ends all
         print(f"{run.title}: {seconds:.0f} s", file=sys.stderr, flush=True)
 
-    runs = [RecipeRun.of(recipe, seed, shared, out) for recipe in recipes for seed in seeds]
-    summaries = iter(run_all(runs, jobs, on_end=ended))
-    return {recipe: [next(summaries) for _ in seeds] for recipe in recipes}
+    runs = {recipe: [RecipeRun.of(recipe, seed, shared, out) for seed in seeds] for recipe in recipes}
+    run_all([run for of in runs.values() for run in of], jobs, on_end=ended)
+    return {recipe: [run.ended() for run in of] for recipe, of in runs.items()}
 
 
 def swept(recipes: Sequence[Recipe], seed: int, shared: dict[str, Any], out: Path, jobs: int) -> list[Recipe]:

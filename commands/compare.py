@@ -48,7 +48,7 @@ def compare(
         float | None,
         typer.Option(help="Held-out loss to which time is taken. (the last one of the worst recipe: all reach it)"),
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, on a core each.")] = len(os.sched_getaffinity(0)),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side, on a core each. (all cores)")] = None,
     out: Annotated[Path, typer.Option(help="Directory for all runs, compare.json and compare.html.")] = Path(
         "runs/compare"
     ),
@@ -69,7 +69,8 @@ def compare(
 
     Runs that --out holds already, made with the same settings, are not run
     again: after Ctrl-C, say the same again. The result is a page, compare.html,
-    which needs no network. Exit code 1 if a run fails.
+    which needs no network. A run that fails, as one that diverges does, leaves its
+    recipe without a loss, and the exit code is 1.
     """
     one_arithmetic_thread()
     if target is not None and not (math.isfinite(target) and target > 0):
@@ -93,13 +94,14 @@ def compare(
             schedule=schedule,
             target=target,
         )
-        found = run(asked, out, jobs=jobs, quiet=as_json)
+        found = run(asked, out, jobs=jobs or len(os.sched_getaffinity(0)), quiet=as_json)
     except BAD_INPUT as error:
         fail(str(error), 2)
     except LocalRunError as error:
-        kept = "" if error.exit_code == 2 else f"; runs that have ended are kept in {out}, the same command goes on"
-        fail(f"{error}{kept}", error.exit_code)
+        fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         fail(f"interrupted; no run goes on. Those that have ended are kept in {out}, the same command goes on", 130)
     if as_json:
         print(json.dumps(found, indent=2))
+    if any(run["failed"] for recipe in found["recipes"] for run in recipe["runs"]):
+        raise typer.Exit(1)

@@ -23,7 +23,7 @@ from thinpipe.node.comparing.recipe import Recipe, check_names
 from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
 from thinpipe.node.config import ConfigError, load_config
 from thinpipe.node.local import LocalRunError
-from thinpipe.sim.reports.compare_console import compare_lines, compare_table, duration
+from thinpipe.sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from thinpipe.sim.reports.compare_page import compare_page
 from typer.testing import CliRunner
 
@@ -205,10 +205,11 @@ def runs_of(settings: dict[str, Any], out: Path, *seeds: int) -> list[RecipeRun]
 
 def test_a_run_is_made_once(trainer: Trainer, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     ended: list[str] = []
-    first = run_all(runs_of(tiny_settings, tmp_path, 1), 1, on_end=lambda run, _: ended.append(run.title))
+    run_all(runs_of(tiny_settings, tmp_path, 1), 1, on_end=lambda run, *_: ended.append(run.title))
     assert trainer.started == ["a-seed1", "b-seed1"]
     assert ended == ["a, seed 1", "b, seed 1"]
-    assert run_all(runs_of(tiny_settings, tmp_path, 1), 1) == first
+    run_all(runs_of(tiny_settings, tmp_path, 1), 1)
+    assert [run.ended()["train_s"] for run in runs_of(tiny_settings, tmp_path, 1)] == [1.5, 1.5]
     assert trainer.started == ["a-seed1", "b-seed1"]
     run_all(runs_of(tiny_settings, tmp_path, 1, 2), 2)  # one seed more
     assert trainer.started[2:] == ["a-seed2", "b-seed2"]
@@ -242,9 +243,11 @@ def test_a_run_that_fails_says_why_and_the_others_stay(
     trainer.fails = "b"
     with pytest.raises(LocalRunError, match="b, seed 1: no memory is left"):
         run_all(runs_of(tiny_settings, tmp_path, 1), 1)
+    a, b = runs_of(tiny_settings, tmp_path, 1)
+    assert run_all([b, a], 1, keep_going=True) == {b: "no memory is left"}
     trainer.fails = ""
     trainer.started.clear()
-    run_all(runs_of(tiny_settings, tmp_path, 1), 1)
+    assert run_all([a, b], 1) == {}
     assert trainer.started == ["b-seed1"]
 
 
@@ -335,6 +338,18 @@ def test_a_loss_that_is_not_reached_is_said(tiny_settings: dict[str, Any], tmp_p
     assert "not reached" in (tmp_path / "compare.html").read_text()
 
 
+def test_the_bar_leaves_room_for_itself(tmp_path: Path) -> None:
+    with (tmp_path / "shown").open("w") as file:
+        console = Console(width=100, file=file, force_terminal=True)
+        with CompareDisplay(console, steps=90, runs=9) as display:
+            display.update([(f"recipe{index}, seed 1", index, 5.0) for index in range(9)])
+            display.ended("recipe0, seed 1", 10, "1.02 min")
+    shown = (tmp_path / "shown").read_text()
+    assert "36/90" in shown
+    assert "recipe0, seed 1: loss 5.000; and 8 more" in shown
+    assert "run 1 of 9: recipe0, seed 1: 1.02 min" in shown
+
+
 @pytest.mark.parametrize(
     ("seconds", "expected"),
     [(0.5, "0.50 s"), (59.94, "59.9 s"), (60, "1.00 min"), (5400, "1.50 h"), (9e6, "104 d"), (None, "not reached")],
@@ -410,8 +425,27 @@ def test_a_page_of_runs_that_diverged_is_drawn(tiny_settings: dict[str, Any], tm
         found = compare(asked, tmp_path, jobs=2, quiet=True)
         json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
     assert found["target_loss"] is None
-    assert "diverged" in (tmp_path / "compare.html").read_text()
+    assert "held-out loss none after 16 steps" in (tmp_path / "compare.html").read_text()
     assert any("no recipe ended with a finite loss" in line for line in compare_lines(found))
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("name", ["dense", "thin"])
+def test_a_recipe_that_fails_is_shown_beside_the_others(
+    name: str, seeds: int, trainer: Trainer, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer.fails = f"{name}-seed1"
+    found = compare(comparison(tiny_settings, seeds=seeds), tmp_path, jobs=2, quiet=True)
+    json.loads((tmp_path / "compare.json").read_text(), parse_constant=pytest.fail)
+    (row,) = (recipe for recipe in found["recipes"] if recipe["name"] == name)
+    assert (row["loss"], row["steps_to_target"], row["curve"]) == (None, None, [])
+    assert [run["failed"] for run in row["runs"]] == ["no memory is left", None][:seeds]
+    assert (row["bytes_per_token"] is None) == (seeds == 1)
+    assert found["target_from"] == "the last one of byte, the worst recipe"
+    assert any(f"{name}, seed 1, failed" in line for line in compare_lines(found))
+    text = (tmp_path / "compare.html").read_text()
+    assert "failed: no memory is left" in text
+    assert Page(text).open == []
 
 
 # What is refused
@@ -467,16 +501,18 @@ def test_two_codecs_are_really_trained(tiny_settings: dict[str, Any], tmp_path: 
     for name in ("codec.codec", "optim.muon_lr", "optim.adamw_lr", "run.steps"):
         del settings[name]
     arguments = ["--steps", "6", "--recipe", "dense=bf16", "--recipe", "thin=mapl:r=8", "--link", "1mbit,5ms"]
+    hot = ["--recipe", "hot=bf16 optim.muon_lr=1e30 optim.adamw_lr=1e30"]
     arguments += ["--pace", PACE, "--schedule", "1f1b", "--out", str(tmp_path)]
     arguments += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     first = CliRunner().invoke(app, ["compare", *arguments])
     assert first.exit_code == 0, first.output
     assert first.stdout.rstrip().splitlines()[-1] == f"open {tmp_path / 'compare.html'}"
-    assert "run 2 of 2: thin, seed 1: " in first.stdout
-    again = CliRunner().invoke(app, ["compare", "--json", *arguments])
+    assert "run 2 of 2: " in first.stdout
+    again = CliRunner().invoke(app, ["compare", "--json", *arguments, *hot])
     found = json.loads(again.stdout)
-    assert again.stderr.count("trained before") == 2
-    dense, thin = found["recipes"]
+    assert (again.exit_code, again.stderr.count("trained before")) == (1, 2)
+    dense, thin, diverged = found["recipes"]
+    assert "lower the learning rate or clip" in diverged["runs"][0]["failed"]
     assert [point["step"] for point in dense["curve"]] == [1, 2, 3, 4, 5, 6]
     assert dense["loss"] < dense["curve"][0]["loss"]
     assert dense["bytes_per_token"] == pytest.approx(dense["curve"][-1]["bytes"] / dense["curve"][-1]["tokens"])

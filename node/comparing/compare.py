@@ -27,7 +27,7 @@ from rich.console import Console
 
 from ... import __version__
 from ...sim.links.shaper import LinkError, LinkProfile
-from ...sim.reports.compare_console import CompareDisplay, compare_lines, compare_table
+from ...sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from ...sim.reports.compare_page import compare_page
 from ..config import ConfigError, RunConfig
 from ..local import writable
@@ -91,26 +91,31 @@ class Comparison:
 
 
 def compare(asked: Comparison, out: Path, *, jobs: int, quiet: bool) -> dict[str, Any]:
-    """Train what is missing, and write `compare.json` and `compare.html` into `out`. Raises what BAD_INPUT names
-    before anything starts, and LocalRunError for a run that fails."""
+    """Train what is missing, and write `compare.json` and `compare.html` into `out`. A run that fails, as one that
+    diverges does, is an outcome of its recipe. Raises what BAD_INPUT names, and LocalRunError, before anything
+    starts."""
     console = Console(stderr=True) if quiet else Console()
     with console.status("checking the settings, simulating the links"):
         runs = asked.runs(out)
         pace, plans = _planned(asked, runs)
-        prepare_corpus(runs[asked.recipes[0]][0].config)  # the text is tokenised once, and not by all at the same time
+        for of in runs.values():
+            prepare_corpus(of[0].config)  # the text is tokenised once, and not by all at the same time
         writable(out)
     every = [run for of in runs.values() for run in of]
     steps = {run: run.config.run.steps for run in every}
     held = [run for run in every if run.summary() is not None]
     with CompareDisplay(console, steps=sum(steps.values()), runs=len(every)) as display:
         for run in held:
-            display.ended(run.title, steps[run], None)
+            display.ended(run.title, steps[run], "trained before")
 
         def look(standings: Sequence[Standing]) -> None:
             display.update([(each.run.title, each.completed, each.loss) for each in standings])
 
-        run_all(every, jobs, on_look=look, on_end=lambda run, seconds: display.ended(run.title, steps[run], seconds))
-    found = _joined(asked, runs, pace, plans)
+        def ended(run: RecipeRun, seconds: float, why: str | None) -> None:
+            display.ended(run.title, steps[run], f"failed: {why}" if why else duration(seconds))
+
+        failed = run_all(every, jobs, keep_going=True, on_look=look, on_end=ended)
+    found = _joined(asked, runs, failed, pace, plans)
     _write(out / "compare.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     _write(out / "compare.html", compare_page(found))
     if not quiet:
@@ -146,16 +151,17 @@ def _planned(
 def _joined(
     asked: Comparison,
     runs: dict[Recipe, list[RecipeRun]],
+    failed: dict[RecipeRun, str],
     pace: dict[str, Any],
     plans: dict[str, dict[str, dict[str, Any]]],
 ) -> dict[str, Any]:
     """All that was measured and simulated, as JSON holds it: what is not finite is None."""
-    curves = {recipe: [_curve(run) for run in of] for recipe, of in runs.items()}
-    means = {recipe: mean_curve(of) for recipe, of in curves.items()}
+    curves = {recipe: [_curve(run) if run not in failed else [] for run in of] for recipe, of in runs.items()}
+    means = {recipe: mean_curve(of) if all(of) else [] for recipe, of in curves.items()}
     target, said = asked.target, "--target"
     if target is None:
         target, said = worst(means)
-    first = [curve[-1].loss for curve in curves[asked.recipes[0]]]
+    first = [_last(curve) for curve in curves[asked.recipes[0]]]
     config = runs[asked.recipes[0]][0].config
     return {
         "title": ", ".join(recipe.name for recipe in asked.recipes),
@@ -173,15 +179,15 @@ def _joined(
         "pace": pace,
         "links": list(next(iter(plans.values()))),
         "recipes": [
-            _row(recipe, of, curves[recipe], means[recipe], first, target, plans[recipe.name])
+            _row(recipe, of, failed, curves[recipe], means[recipe], first, target, plans[recipe.name])
             for recipe, of in runs.items()
         ],
     }
 
 
 def worst(means: dict[Recipe, list[Point]]) -> tuple[float | None, str]:
-    """The highest loss that a recipe ends with, and whose it is; a run that has diverged ends with none."""
-    ends = {recipe.name: curve[-1].loss for recipe, curve in means.items() if math.isfinite(curve[-1].loss)}
+    """The highest loss that a recipe ends with, and whose it is. One that failed, or diverged, ends with none."""
+    ends = {recipe.name: _last(curve) for recipe, curve in means.items() if math.isfinite(_last(curve))}
     if not ends:
         return None, "no recipe ended with a finite loss"
     name = max(ends, key=ends.__getitem__)
@@ -190,25 +196,28 @@ def worst(means: dict[Recipe, list[Point]]) -> tuple[float | None, str]:
 
 
 def _curve(run: RecipeRun) -> list[Point]:
-    summary = run.summary()
-    assert summary
-    return curve_of(run.directory, summary, run.config.pipeline.stages)
+    return curve_of(run.directory, run.ended(), run.config.pipeline.stages)
+
+
+def _last(curve: list[Point]) -> float:
+    """The loss at the end; NaN of a run that failed."""
+    return curve[-1].loss if curve else math.nan
 
 
 def _row(
     recipe: Recipe,
     runs: list[RecipeRun],
+    failed: dict[RecipeRun, str],
     curves: list[list[Point]],
     mean: list[Point],
     first: list[float],
     target: float | None,
     plans: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    losses = [curve[-1].loss for curve in curves]
+    losses = [_last(curve) for curve in curves]
     over = over_first(losses, first)
     steps = None if target is None else steps_to(mean, target)
-    summaries = [run.summary() or {} for run in runs]
-    per_token = [each["bytes_per_token"] for each in summaries]
+    summaries = [run.ended() for run in runs if run not in failed]
     return {
         "name": recipe.name,
         "codec": recipe.spec,
@@ -220,8 +229,8 @@ def _row(
         "loss": _finite(statistics.fmean(losses)),
         "over_first_percent": _finite(statistics.fmean(over)),
         "over_first_interval": _finite(interval(over)),
-        "bytes_per_token": statistics.fmean(per_token),
-        "ratio": statistics.fmean(each["ratio"] for each in summaries),
+        "bytes_per_token": statistics.fmean(each["bytes_per_token"] for each in summaries) if summaries else None,
+        "ratio": statistics.fmean(each["ratio"] for each in summaries) if summaries else None,
         "steps_to_target": steps,
         "at_first_evaluation": steps is not None and steps == mean[0].step,
         "links": {
@@ -233,11 +242,12 @@ def _row(
             {
                 "seed": run.seed,
                 "directory": run.directory.name,
-                "train_s": summary["train_s"],
+                "failed": failed.get(run),
+                "train_s": None if run in failed else run.ended()["train_s"],
                 "curve": _points(curve),
                 "settings": run.config.model_dump(mode="json", exclude_none=True),
             }
-            for run, summary, curve in zip(runs, summaries, curves, strict=True)
+            for run, curve in zip(runs, curves, strict=True)
         ],
     }
 

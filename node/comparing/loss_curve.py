@@ -74,8 +74,8 @@ def steps_to(curve: Sequence[Point], loss: float) -> float | None:
 
 
 def interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of the mean (Student's t); NaN for one value."""
-    if len(values) < 2:
+    """Half the width of the 95 % interval of the mean (Student's t); NaN for one value, and for what has none."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
     quantile = STUDENT_T[min(len(values) - 1, len(STUDENT_T)) - 1]
     return quantile * statistics.stdev(values) / math.sqrt(len(values))

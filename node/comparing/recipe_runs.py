@@ -64,6 +64,13 @@ class RecipeRun:
         same = before.model_dump() == self.config.model_dump()
         return summary if same and all(path.exists() for path in records) else None
 
+    def ended(self) -> dict[str, Any]:
+        """The summary of a run that was made. Raises LocalRunError."""
+        if (summary := self.summary()) is None:
+            line = f"{self.title}: {self.directory} was changed by another program; choose another --out"
+            raise LocalRunError(line, 1)
+        return summary
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
@@ -115,19 +122,22 @@ def run_all(
     runs: Sequence[RecipeRun],
     jobs: int,
     *,
+    keep_going: bool = False,
     on_look: Callable[[Sequence[Standing]], None] | None = None,
-    on_end: Callable[[RecipeRun, float], None] | None = None,
-) -> list[dict[str, Any]]:
-    """The summaries of all, in order; `jobs` runs side by side, and those on disk not at all.
+    on_end: Callable[[RecipeRun, float, str | None], None] | None = None,
+) -> dict[RecipeRun, str]:
+    """Make the runs that are not on disk, `jobs` side by side. Returns why those failed that did.
 
-    on_look: those under way, about ten times a second. on_end: a run that was made now, and its seconds. Raises
-    LocalRunError for the first one that fails; KeyboardInterrupt passes through. No process is left running either way,
-    and runs that have ended are kept.
+    keep_going: with the others if one fails, as a recipe that diverges does; else LocalRunError is raised for the first
+    that fails. on_look: those under way, about ten times a second. on_end: a run that was made now, its seconds, and
+    why it failed, if it did. KeyboardInterrupt passes through. No process is left running either way, and runs that
+    have ended are kept.
     """
     if jobs < 1:
         raise ValueError(f"{jobs} runs side by side; wanted 1 or more")
     waiting = deque(run for run in runs if run.summary() is None)
     working: list[_Process] = []
+    failed: dict[RecipeRun, str] = {}
     try:
         with _ended_alike():
             while waiting or working:
@@ -136,23 +146,20 @@ def run_all(
                 for each in list(working):
                     if (code := each.process.poll()) is None:
                         continue
-                    if code:
-                        raise LocalRunError(f"{each.run.title}: {each.why(code)}", 2 if code == 2 else 1)
+                    why = each.why(code) if code else None
+                    if why and (code == 2 or not keep_going):
+                        raise LocalRunError(f"{each.run.title}: {why}", 2 if code == 2 else 1)
+                    if why:
+                        failed[each.run] = why
                     working.remove(each)
                     if on_end:
-                        on_end(each.run, time.monotonic() - each.began_s)
+                        on_end(each.run, time.monotonic() - each.began_s, why)
                 if on_look:
                     on_look([each.standing() for each in working])
                 time.sleep(POLL_S if working else 0)
     finally:
         _stop(working)
-    return [_summary(run) for run in runs]
-
-
-def _summary(run: RecipeRun) -> dict[str, Any]:
-    if (summary := run.summary()) is None:
-        raise LocalRunError(f"{run.title}: {run.directory} was changed by another program; choose another --out", 1)
-    return summary
+    return failed
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 NOT_REACHED = "not reached"
+_BESIDE = 55  # columns of a line that are not for the runs under way
 _UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0))
 
 
@@ -50,17 +51,19 @@ class CompareDisplay:
         if not self._progress:
             return
         told = [f"{title}: {'starting' if loss is None else f'loss {loss:.3f}'}" for title, _, loss in standings]
+        shown = max(1, (self._console.width - _BESIDE) // max(map(len, told), default=1))
+        if len(told) > shown:  # the rest of the line is the bar's
+            told[shown:] = [f"and {len(told) - shown} more"]
         done = self._done + sum(completed for _, completed, _ in standings)
         self._progress.update(self._task, completed=done, description="; ".join(told))
         self._progress.refresh()
 
-    def ended(self, title: str, steps: int, seconds: float | None) -> None:
-        """seconds: that the run took now; None: it was there already."""
+    def ended(self, title: str, steps: int, how: str) -> None:
+        """how: in words."""
         self._done += steps
         self._ended += 1
-        took = "trained before" if seconds is None else duration(seconds)
         self._console.print(
-            f"run {self._ended} of {self._runs}: {title}: {took}", highlight=False, markup=False, soft_wrap=True
+            f"run {self._ended} of {self._runs}: {title}: {how}", highlight=False, markup=False, soft_wrap=True
         )
 
 
@@ -75,7 +78,13 @@ def duration(seconds: float | None) -> str:
 
 
 def loss_text(loss: float | None) -> str:
-    return "diverged" if loss is None else f"{loss:.4f}"
+    return "none" if loss is None else f"{loss:.4f}"
+
+
+def bytes_text(recipe: dict[str, Any]) -> tuple[str, str]:
+    """Bytes a token and ratio; of a recipe without a run that ended there are none."""
+    size, ratio = recipe["bytes_per_token"], recipe["ratio"]
+    return ("-", "-") if size is None else (f"{size:,.1f}", f"{ratio:,.1f}x")
 
 
 def over_text(recipe: dict[str, Any]) -> str:
@@ -122,8 +131,7 @@ def compare_table(found: dict[str, Any]) -> Table:
             recipe["name"],
             loss_text(recipe["loss"]),
             over_text(recipe),
-            f"{recipe['bytes_per_token']:,.1f}",
-            f"{recipe['ratio']:,.1f}x",
+            *bytes_text(recipe),
             *(
                 f"[bold]{time_text(recipe, link)}[/bold]"
                 if recipe["name"] in first_of[link]
@@ -137,7 +145,7 @@ def compare_table(found: dict[str, Any]) -> Table:
 def trained_text(found: dict[str, Any]) -> str:
     """What losses and bytes a token are of."""
     widths = ", ".join(str(width) for width in sorted({recipe["width"] for recipe in found["recipes"]}))
-    tokens = sorted({recipe["curve"][-1]["tokens"] for recipe in found["recipes"]})
+    tokens = sorted({recipe["steps"] * found["tokens_per_step"] for recipe in found["recipes"]})
     told = " to ".join(f"{count / 1e6:.3g}M" for count in dict.fromkeys((tokens[0], tokens[-1])))
     seeds = found["seeds"]
     return (
@@ -166,6 +174,10 @@ def compare_lines(found: dict[str, Any]) -> Iterator[str]:
             f"simulated at {pace_text(found)}"
         )
         yield from _widths_differ(found)
+    for recipe in found["recipes"]:
+        for run in recipe["runs"]:
+            if run["failed"]:
+                yield f"{recipe['name']}, seed {run['seed']}, failed, so the recipe has no loss: {run['failed']}"
     if any(recipe["at_first_evaluation"] for recipe in found["recipes"]):
         yield "≤: below that loss at the first evaluation already; evaluate more often with --eval-every"
     if len(found["seeds"]) == 1:

@@ -78,7 +78,7 @@ def _points(found: dict[str, Any]) -> list[tuple[str, float, float, tuple[float,
     return [
         (each["name"], each["bytes_per_token"], each["loss"], (min(each["losses"]), max(each["losses"])))
         for each in found["recipes"]
-        if each["loss"] is not None
+        if each["loss"] is not None and each["bytes_per_token"] is not None
     ]
 
 
@@ -86,6 +86,8 @@ def loss_curves(axes: Axes, curves: Curves, label: str, target: float | None, *,
     """A line a recipe, the mean of its seeds; a thin one for each seed."""
     for index, (name, mean, each) in enumerate(curves):
         look = style(index)
+        if not mean:  # its runs failed
+            continue
         for points in each:
             axes.plot([x for x, _ in points], [y for _, y in points], color=look["color"], linewidth=0.7, alpha=0.45)
         axes.plot([x for x, _ in mean], [y for _, y in mean], label=name, linewidth=1.8, markersize=4.5, **look)
@@ -98,7 +100,8 @@ def loss_curves(axes: Axes, curves: Curves, label: str, target: float | None, *,
     axes.set_xlabel(label)
     axes.set_ylabel("held-out loss")
     axes.grid(True, alpha=0.18)
-    axes.legend(frameon=False, fontsize=9)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9)
 
 
 def pareto(axes: Axes, points: Sequence[tuple[str, float, float, tuple[float, float]]]) -> None:

@@ -12,7 +12,17 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
-from .compare_console import NOT_REACHED, compare_lines, duration, fastest, loss_text, over_text, pace_text, time_text
+from .compare_console import (
+    NOT_REACHED,
+    bytes_text,
+    compare_lines,
+    duration,
+    fastest,
+    loss_text,
+    over_text,
+    pace_text,
+    time_text,
+)
 from .compare_figures import COLOURS, figures
 
 _STYLE = """
@@ -70,8 +80,7 @@ def compare_page(found: dict[str, Any]) -> str:
         '<div class="figures">',
         *(f"<figure><figcaption>{escape(name)}</figcaption>{drawn}</figure>" for name, drawn in figures(found)),
         "</div>",
-        '<p class="soft">Lines are means over the seeds; thin ones are single seeds. On the bar of a point lie the '
-        "losses of all seeds; the grey line joins recipes that no other one beats in both loss and bytes.</p>",
+        f'<p class="soft">{escape(_legend(found))}</p>',
         "<h2>A step over each link</h2>",
         f'<p class="soft">{escape(pace_text(found))}. Simulated, not measured.</p>',
         *_steps(found),
@@ -88,6 +97,15 @@ def compare_page(found: dict[str, Any]) -> str:
 def _sentences(found: dict[str, Any]) -> Iterator[str]:
     for line in compare_lines(found):
         yield f"{line[0].upper()}{line[1:]}."
+
+
+def _legend(found: dict[str, Any]) -> str:
+    beaten = "The grey line joins recipes that no other one beats in both loss and bytes."
+    if len(found["seeds"]) == 1:
+        return beaten
+    return (
+        f"{beaten} Lines are means over the seeds, thin ones are single seeds; bars go from the best seed to the worst."
+    )
 
 
 def _key(index: int) -> str:
@@ -108,7 +126,7 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
             f"<tr><td>{_key(index)}{escape(recipe['name'])}</td>"
             f'<td class="left"><code>{escape(recipe["codec"])}</code>{own}</td>'
             f"<td>{loss_text(recipe['loss'])}{_by_seed(recipe)}</td><td>{escape(over_text(recipe))}</td>"
-            f"<td>{recipe['bytes_per_token']:,.1f}</td><td>{recipe['ratio']:,.1f}x</td>"
+            f"<td>{'</td><td>'.join(bytes_text(recipe))}</td>"
             f"<td>{NOT_REACHED if steps is None else f'{steps:,.0f}'}<small>of {recipe['steps']:,}</small></td>"
         )
         for link in found["links"]:
@@ -154,13 +172,19 @@ def _steps(found: dict[str, Any]) -> Iterator[str]:
 def _runs(found: dict[str, Any]) -> Iterator[str]:
     for index, recipe in enumerate(found["recipes"]):
         for run in recipe["runs"]:
-            end = run["curve"][-1]
             yield (
-                f"<details><summary>{_key(index)}{escape(recipe['name'])}, seed {run['seed']}: held-out loss "
-                f"{loss_text(end['loss'])} after {end['step']:,} steps, {duration(run['train_s'])} of training; "
-                f"<code>{escape(run['directory'])}/</code></summary>"
+                f"<details><summary>{_key(index)}{escape(recipe['name'])}, seed {run['seed']}: "
+                f"{escape(_outcome(run))}; <code>{escape(run['directory'])}/</code></summary>"
                 f"<pre>{escape(chr(10).join(_settings(run['settings'])))}</pre></details>"
             )
+
+
+def _outcome(run: dict[str, Any]) -> str:
+    if run["failed"]:
+        return f"failed: {run['failed']}"
+    end = run["curve"][-1]
+    loss = f"held-out loss {loss_text(end['loss'])} after {end['step']:,} steps"
+    return f"{loss}, {duration(run['train_s'])} of training"
 
 
 def _settings(settings: dict[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from . import __version__
 from .commands.chaos import chaos
 from .commands.checkpoint import checkpoint
 from .commands.common import OneLine, own_process
+from .commands.compare import compare
 from .commands.discovery import dht, status
 from .commands.hosting import node
 from .commands.keys import keys
@@ -51,7 +52,7 @@ def options(
     del version  # the callback has printed it
 
 
-for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, probe, chaos):
+for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")

@@ -13,28 +13,30 @@ A recipe is NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]. Settings of
 which are for all recipes, and win; learning rates that neither states are those of dense training. The first recipe is
 what the others are compared with, seed by seed: the same data and the same first weights, unless a recipe's own
 settings change them. One process computes bit for bit what the swarm does (tests/test_parity.py), and counts the same
-bytes but acknowledgements. Runs that `--out` holds already, made by the same command, are not run again; `--jobs` run
-side by side. With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired differences,
-and below it stands each seed's loss.
+bytes but acknowledgements. Runs that `--out` holds already, made with the same settings, are not run again; `--jobs`
+run side by side. With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired
+differences, and below it stands each seed's loss. What that means in time over a link: `thinpipe compare`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import statistics
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from thinpipe.node.comparing.loss_curve import interval, over_first
+from thinpipe.node.comparing.recipe import METAVAR, Recipe, check_names
+from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
+from thinpipe.node.config import ConfigError, parse_override
+from thinpipe.node.local import LocalRunError
+
 # Of recipes that state no others: the same for every codec, whatever it recommends.
-RATES = ("--set", "optim.muon_lr=0.02", "--set", "optim.adamw_lr=0.005")
+RATES = {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}
 # `--preset`: settings for all, steps, recipes where none is given. 1.1M parameters, 2,000 steps of 4,096 tokens.
 PRESETS = {
     "compute-optimal": (
@@ -53,110 +55,60 @@ PRESETS = {
 }
 SWEPT = ("optim.muon_lr", "optim.adamw_lr")
 GRID = [(muon, adamw) for muon in (0.01, 0.02, 0.04) for adamw in (0.005, 0.01, 0.02)]
-METAVAR = "NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]"
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Summaries = dict[Recipe, list[dict[str, Any]]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What one row of the table trains with."""
+def trained(recipes: Sequence[Recipe], seeds: Sequence[int], shared: dict[str, Any], out: Path, jobs: int) -> Summaries:
+    """The summaries of each recipe, by seed; from disk if they are there."""
 
-    name: str
-    codec: str
-    formats: tuple[str, ...]  # FORWARD, then BACKWARD, as far as given
-    settings: tuple[str, ...]  # SECTION.KEY=VALUE, for this recipe only
+    def ended(run: RecipeRun, seconds: float, why: str | None) -> None:
+        del why  # the first that fails ends all
+        print(f"{run.title}: {seconds:.0f} s", file=sys.stderr, flush=True)
 
-    @classmethod
-    def parse(cls, text: str) -> Recipe:
-        """Raises ArgumentTypeError for what is not NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]."""
-        name, equals, rest = text.partition("=")
-        codec, *words = rest.split() or [""]
-        # An option of a format has an equals sign too, but after the format's name and a colon.
-        is_setting = ["=" in word and ":" not in word.partition("=")[0] for word in words]
-        formats = words[: is_setting.index(True)] if True in is_setting else words
-        if not (name and equals and codec) or len(formats) > 2 or not all(is_setting[len(formats) :]):
-            raise argparse.ArgumentTypeError(f"a recipe is {METAVAR}, got '{text}'")
-        return cls(name=name, codec=codec, formats=tuple(formats), settings=tuple(words[len(formats) :]))
-
-    def arguments(self, directory: Path, seed: int, shared: list[str]) -> list[str]:
-        """Of `thinpipe up`, and what `recipe.json` holds: the same list for settings shared by all and for a recipe's
-        own, so that a run is found again however they were given."""
-        arguments = ["--out", str(directory), "--seed", str(seed), "--codec", self.codec, *shared]
-        arguments += [part for setting in self.settings for part in ("--set", setting)]
-        directions = zip(("--forward", "--backward"), self.formats, strict=False)
-        return arguments + [part for pair in directions for part in pair]
+    runs = {recipe: [RecipeRun.of(recipe, seed, shared, out) for seed in seeds] for recipe in recipes}
+    run_all([run for of in runs.values() for run in of], jobs, on_end=ended)
+    return {recipe: [run.ended() for run in of] for recipe, of in runs.items()}
 
 
-def train(out: Path, recipe: Recipe, seed: int, shared: list[str]) -> dict[str, Any]:
-    """The summary of one run, from disk if it is there."""
-    directory = out / f"{recipe.name}-seed{seed}"
-    arguments = recipe.arguments(directory, seed, shared)
-    told, record, summary = json.dumps(arguments), directory / "recipe.json", directory / "summary.json"
-    if summary.exists() and record.exists() and record.read_text() == told:
-        return json.loads(summary.read_text())
-    started = time.monotonic()
-    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
-    command += [*RATES, *arguments]  # the later one wins
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{recipe.name}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-    record.write_text(told)
-    print(f"{recipe.name}, seed {seed}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return json.loads(done.stdout)
+def swept(recipes: Sequence[Recipe], seed: int, shared: dict[str, Any], out: Path, jobs: int) -> list[Recipe]:
+    """The recipes, each with those rates of the grid that end best at a quarter of the length; prints all."""
+    tries: dict[Recipe, Recipe] = {}
+    for recipe in recipes:
+        others = tuple(each for each in recipe.settings if each.partition("=")[0] not in SWEPT)
+        for rates in GRID:
+            own = tuple(f"{name}={rate}" for name, rate in zip(SWEPT, rates, strict=True))
+            tried = replace(recipe, name=f"{recipe.name}-" + "-".join(map(str, rates)), settings=(*others, *own))
+            tries[tried] = recipe
+    quarter = {**shared, "run.steps": shared["run.steps"] // 4}
+    summaries = trained(list(tries), [seed], quarter, out / "sweep", jobs)
+    best: list[Recipe] = []
+    for recipe in recipes:
+        losses = {tried: of[0]["val_loss"] for tried, of in summaries.items() if tries[tried] is recipe}
+        told = "  ".join(f"{m:g}/{a:g} {loss:.4f}" for (m, a), loss in zip(GRID, losses.values(), strict=True))
+        print(f"{recipe.name}, Muon/AdamW after {quarter['run.steps']} steps: {told}", file=sys.stderr, flush=True)
+        best.append(replace(min(losses, key=losses.__getitem__), name=recipe.name))
+    return best
 
 
-def rates_of(out: Path, recipe: Recipe, seed: int, shared: list[str], steps: int, pool: ThreadPoolExecutor) -> Recipe:
-    """The recipe with those rates of the grid that end best at a quarter of the length; prints all."""
-    others = tuple(each for each in recipe.settings if each.partition("=")[0] not in SWEPT)
-    tries = {
-        rates: replace(
-            recipe,
-            name=f"{recipe.name}-" + "-".join(map(str, rates)),
-            settings=(*others, *(f"{name}={rate}" for name, rate in zip(SWEPT, rates, strict=True))),
-        )
-        for rates in GRID
-    }
-    quarter = [*shared[2:], "--steps", str(steps // 4)]
-    runs = {rates: pool.submit(train, out / "sweep", one, seed, quarter) for rates, one in tries.items()}
-    losses = {rates: run.result()["val_loss"] for rates, run in runs.items()}
-    best = min(losses, key=losses.__getitem__)
-    told = "  ".join(f"{muon:g}/{adamw:g} {loss:.4f}" for (muon, adamw), loss in losses.items())
-    print(f"{recipe.name}, Muon/AdamW after {steps // 4} steps: {told}", file=sys.stderr, flush=True)
-    return replace(tries[best], name=recipe.name)
+def draw(path: Path, summaries: Summaries, tokens: float) -> None:
+    """Held-out loss against bytes a token, a point a recipe, with its interval."""
+    from matplotlib.figure import Figure
+    from thinpipe.sim.reports.compare_figures import pareto
 
-
-def interval(values: list[float]) -> float:
-    """Half the width of the 95 % interval of the mean."""
-    if len(values) < 2:
-        return math.nan
-    return STUDENT_T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-
-
-def draw(path: Path, summaries: dict[Recipe, list[dict[str, Any]]], tokens: float) -> None:
-    """Held-out loss against bytes a token, a point a recipe."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    figure = Figure(figsize=(9, 5.5))
+    axes = figure.subplots()
+    points: list[tuple[str, float, float, tuple[float, float]]] = []
     for recipe, of in summaries.items():
         losses = [summary["val_loss"] for summary in of]
-        at = (of[0]["bytes_per_token"], statistics.mean(losses))
-        axes.errorbar(*at, yerr=0 if len(of) == 1 else interval(losses), fmt="o", capsize=3)
-        axes.annotate(recipe.name, at, textcoords="offset points", xytext=(6, 4), fontsize=8)
-    axes.set_xscale("log")
-    axes.set_xlabel("bytes a token, all boundaries, both ways, everything counted")
-    axes.set_ylabel("held-out loss")
+        mean, half = statistics.mean(losses), 0 if len(of) == 1 else interval(losses)
+        points.append((recipe.name, of[0]["bytes_per_token"], mean, (mean - half, mean + half)))
+    pareto(axes, points)
     axes.set_title(f"{tokens / 1e6:.2f}M tokens, {len(next(iter(summaries.values())))} seed(s)")
-    axes.grid(True, alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
-def by_seed(summaries: dict[Recipe, list[dict[str, Any]]], seeds: range) -> tuple[str, str]:
+def by_seed(summaries: Summaries, seeds: range) -> tuple[str, str]:
     """The seeds, and each recipe's losses in their order."""
     lines: list[str] = []
     for recipe, of in summaries.items():
@@ -165,10 +117,17 @@ def by_seed(summaries: dict[Recipe, list[dict[str, Any]]], seeds: range) -> tupl
     return ", ".join(map(str, seeds)), "; ".join(lines)
 
 
+def recipe_of(text: str) -> Recipe:
+    try:
+        return Recipe.parse(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipe", action="append", default=[], type=Recipe.parse, metavar=METAVAR)
+    parser.add_argument("--recipe", action="append", default=[], type=recipe_of, metavar=METAVAR)
     parser.add_argument("--preset", choices=PRESETS, help="settings, steps and, where none is given, recipes")
     parser.add_argument("--sweep", action="store_true", help="find each recipe's learning rates first")
     parser.add_argument("--seeds", type=int, default=1, help="how many")
@@ -182,20 +141,17 @@ def main() -> None:
     given.steps, given.recipe = given.steps or steps, given.recipe or list(map(Recipe.parse, recipes))
     if not given.recipe:
         parser.error("name at least one --recipe, or a --preset")
-    names = [recipe.name for recipe in given.recipe]
-    if twice := [name for name in names if names.count(name) > 1]:
-        parser.error(f"two recipes are called '{twice[0]}'; their runs would share a directory")
-    shared = ["--steps", str(given.steps)] + [part for item in (*settings, *given.set) for part in ("--set", item)]
     seeds = range(given.first_seed, given.first_seed + given.seeds)
-    with ThreadPoolExecutor(given.jobs) as pool:
+    try:
+        check_names(given.recipe)
+        shared = {**RATES, "run.steps": given.steps, **dict(map(parse_override, (*settings, *given.set)))}
         if given.sweep:
-            given.recipe = [
-                rates_of(given.out, recipe, given.first_seed, shared, given.steps, pool) for recipe in given.recipe
-            ]
-        runs = {
-            recipe: [pool.submit(train, given.out, recipe, seed, shared) for seed in seeds] for recipe in given.recipe
-        }
-        summaries = {recipe: [run.result() for run in of] for recipe, of in runs.items()}
+            given.recipe = swept(given.recipe, given.first_seed, shared, given.out, given.jobs)
+        summaries = trained(given.recipe, seeds, shared, given.out, given.jobs)
+    except ConfigError as error:
+        parser.error(str(error))
+    except LocalRunError as error:
+        sys.exit(str(error))
     first = [summary["val_loss"] for summary in summaries[given.recipe[0]]]
     one = summaries[given.recipe[0]][0]
     print(f"\n{one['tokens'] / 1e6:.2f}M tokens, {one['tokens_per_step']} a step, {given.seeds} seed(s)\n")
@@ -205,7 +161,7 @@ def main() -> None:
         spec, own = " ".join((recipe.codec, *recipe.formats)), " ".join(recipe.settings)
         own = f"`{own}`" if own else ""
         losses = [summary["val_loss"] for summary in of]
-        over = [100 * (loss / base - 1) for loss, base in zip(losses, first, strict=True)]
+        over = over_first(losses, first)
         spread = f" ± {interval(over):.2f}" if given.seeds > 1 else ""
         print(
             f"| {recipe.name} | `{spec}` | {own} "

@@ -323,6 +323,7 @@ HELP = {
     (): ["up", "node", "Train one language model", "Host one stage"],
     ("up",): ["--stages", "--codec", "--link", "--out", "--set", "--json", "--overwrite", "(mapl)", "(4)", "(1f1b)"],
     ("probe",): ["--to", "--listen", "--link", "--seconds", "--once", "--json", "host:port", "(2)", "300mbit,25ms"],
+    ("compare",): ["--recipe", "RECIPE", "--seeds", "--target", "--pace", "(an eighth of the run)", "(all cores)"],
     ("node",): ["--config", "--stage", "--listen", "--next", "--device", "host:port", "(beside run.toml;"],
 }
 

@@ -27,6 +27,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "watching": set(),
     "links": {"checkpoints", "security"},
     "measuring": {"boundary", "data", "links", "model"},
+    "comparing": {"measuring"},
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},
 }

@@ -21,6 +21,7 @@ TAKE = {
     "plan": {"--codec", "--forward", "--backward", "--link", "--schedule", "--microbatches", "--batch-size"}
     | {"--sequence-length"},
     "bench": {"--link", "--microbatches", "--batch-size", "--sequence-length"},
+    "compare": {"--model", "--data", "--link", "--steps", "--schedule", "--eval-every"},
     "node": {"--link"},
 }
 

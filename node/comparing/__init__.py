@@ -1,0 +1,1 @@
+"""Recipes that are trained alike and held side by side."""

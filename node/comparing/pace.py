@@ -1,0 +1,49 @@
+"""Seconds a step of a recipe on a stated machine and over a stated link: what `thinpipe plan` says of it.
+
+The runs of a comparison are small, and as fast as this machine is; their steps say nothing of the step of a larger
+model on better machines. So the seconds come from an emulated machine (`150m@4x66tflops`), at whose width and batch the
+codec's messages are sized. Options of a codec are taken as they are: r=32 is an eighth of width 256 and 4 % of 768.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...protocol.schedule import ScheduleError
+from ..config import CodecSection, ConfigError, merge, parse_config
+from ..measuring.emulated_machine import EmulatedMachine
+from ..measuring.plan import AUTO, PLANNED, planned
+from ..preparation import resolve_architecture
+
+
+def at_pace(machine: str, schedule: str) -> dict[str, Any]:
+    """What holds for all recipes: the emulated machine and the shape of a step there. Raises ConfigError."""
+    emulated = EmulatedMachine.parse(machine)
+    settings = {**emulated.settings(), "pipeline.schedule": schedule.removesuffix(AUTO)}
+    settings |= {"compute.emulate": machine, "checkpoint.every": 0}  # who computes nothing has no state to keep
+    try:
+        config = parse_config(merge({}, settings))
+        width = resolve_architecture(config).hidden_size
+    except (*PLANNED, ScheduleError) as error:
+        raise ConfigError(str(error)) from None
+    return {
+        "machine": machine,
+        "stages": emulated.stages,
+        "width": width,
+        "tokens_per_step": config.tokens_per_step,
+        "microbatches": config.pipeline.microbatches,
+        "schedule": schedule,
+    }
+
+
+def seconds_a_step(codec: CodecSection, link: str, machine: str, schedule: str) -> dict[str, Any]:
+    """The figures of a plan that time follows from. Raises ConfigError."""
+    emulated = EmulatedMachine.parse(machine)
+    settings = {**emulated.settings(), "link.link": link}
+    settings |= {f"codec.{name}": value for name, value in codec.model_dump().items() if value is not None}
+    try:
+        figures, _ = planned(parse_config(merge({}, settings)), emulated, None, schedule=schedule, rule="duplex")
+    except (*PLANNED, ScheduleError) as error:
+        raise ConfigError(str(error)) from None
+    kept = ("step_s", "tokens_per_s", "schedule", "bottleneck", "ratio", "bytes_per_microbatch")
+    return {name: figures[name] for name in kept}

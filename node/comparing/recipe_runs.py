@@ -1,0 +1,194 @@
+"""Runs of recipes: a process each, some side by side, and none that was made before.
+
+A run is what `thinpipe up --one-process` does with a run.toml that is whole, in a directory of its own: one process
+computes bit for bit what a swarm does, and counts the same bytes but acknowledgements. **The resume law**: a run is not
+made again if its directory has a summary, which is written last, and a run.toml with the same settings. What was broken
+off has no summary, and what has other settings is of no use; both are made anew. Settings are compared as they are
+resolved, so a run is found again however they were given.
+
+Why processes and not threads: torch computes on one thread in each, whatever the other runs do, and a run that is
+killed for its memory takes no other with it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from ...sim.launch.swarm import ERROR_PREFIX, STOP_GRACE_S, Progress, node_environment
+from ..config import RunConfig, dump_config, load_config
+from ..local import LocalRunError, clear
+from .recipe import Recipe
+
+POLL_S = 0.1
+LOG = "up.log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeRun:
+    """A recipe with one seed. `directory` is its own."""
+
+    recipe: Recipe
+    seed: int
+    config: RunConfig
+    directory: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, seed: int, shared: dict[str, Any], out: Path) -> RecipeRun:
+        """Raises ConfigError."""
+        config = recipe.config(shared, seed)
+        return cls(recipe=recipe, seed=seed, config=config, directory=out / f"{recipe.name}-seed{seed}")
+
+    @property
+    def title(self) -> str:
+        return f"{self.recipe.name}, seed {self.seed}"
+
+    def summary(self) -> dict[str, Any] | None:
+        """Of a run that is on disk, whole, with the same settings; else None."""
+        records = [self.directory / f"stage-{stage}.jsonl" for stage in range(self.config.pipeline.stages)]
+        try:
+            before = load_config(self.directory / "run.toml")
+            summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not there, cut off while it was written, or of another version
+            return None
+        same = before.model_dump() == self.config.model_dump()
+        return summary if same and all(path.exists() for path in records) else None
+
+    def ended(self) -> dict[str, Any]:
+        """The summary of a run that was made. Raises LocalRunError."""
+        if (summary := self.summary()) is None:
+            line = f"{self.title}: {self.directory} was changed by another program; choose another --out"
+            raise LocalRunError(line, 1)
+        return summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """How far a run is that is under way. loss: of the last step, once there is one."""
+
+    run: RecipeRun
+    completed: int
+    loss: float | None
+
+
+class _Process:
+    """A run under way."""
+
+    def __init__(self, run: RecipeRun) -> None:
+        self.run, self.began_s = run, time.monotonic()
+        run.directory.mkdir(parents=True, exist_ok=True)
+        clear(run.directory)  # before the settings are there: an old summary must never stand beside new ones
+        settings, log = run.directory / "run.toml", run.directory / LOG
+        settings.write_text(dump_config(run.config), encoding="utf-8")
+        command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
+        command += ["--config", str(settings), "--out", str(run.directory)]
+        self._progress = Progress(run.directory, stages=run.config.pipeline.stages)
+        with log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                env=node_environment(),
+                start_new_session=True,  # Ctrl-C reaches it through `_stop` alone, so it is said once
+            )
+
+    def standing(self) -> Standing:
+        head = self._progress.look()[0]
+        return Standing(run=self.run, completed=head.completed, loss=head.loss)
+
+    def why(self, code: int) -> str:
+        """The last words of a run that failed."""
+        log = self.run.directory / LOG
+        if code < 0:
+            name = signal.Signals(-code).name
+            return f"killed by {name}{', by hand or because memory ran out' if name == 'SIGKILL' else ''}"
+        words = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        last = next((line for line in reversed(words) if line.startswith(ERROR_PREFIX)), None)
+        return last.removeprefix(ERROR_PREFIX) if last else f"ended with exit code {code}; see {log}"
+
+
+def run_all(
+    runs: Sequence[RecipeRun],
+    jobs: int,
+    *,
+    keep_going: bool = False,
+    on_look: Callable[[Sequence[Standing]], None] | None = None,
+    on_end: Callable[[RecipeRun, float, str | None], None] | None = None,
+) -> dict[RecipeRun, str]:
+    """Make the runs that are not on disk, `jobs` side by side. Returns why those failed that did.
+
+    keep_going: with the others if one fails, as a recipe that diverges does; else LocalRunError is raised for the first
+    that fails. on_look: those under way, about ten times a second. on_end: a run that was made now, its seconds, and
+    why it failed, if it did. KeyboardInterrupt passes through. No process is left running either way, and runs that
+    have ended are kept.
+    """
+    if jobs < 1:
+        raise ValueError(f"{jobs} runs side by side; wanted 1 or more")
+    waiting = deque(run for run in runs if run.summary() is None)
+    working: list[_Process] = []
+    failed: dict[RecipeRun, str] = {}
+    try:
+        with _ended_alike():
+            while waiting or working:
+                while waiting and len(working) < jobs:
+                    working.append(_Process(waiting.popleft()))
+                for each in list(working):
+                    if (code := each.process.poll()) is None:
+                        continue
+                    why = each.why(code) if code else None
+                    if why and (code == 2 or not keep_going):
+                        raise LocalRunError(f"{each.run.title}: {why}", 2 if code == 2 else 1)
+                    if why:
+                        failed[each.run] = why
+                    working.remove(each)
+                    if on_end:
+                        on_end(each.run, time.monotonic() - each.began_s, why)
+                if on_look:
+                    on_look([each.standing() for each in working])
+                time.sleep(POLL_S if working else 0)
+    finally:
+        _stop(working)
+    return failed
+
+
+@contextmanager
+def _ended_alike() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the runs as Ctrl-C does."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        del number, frame
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    try:
+        with suppress(ValueError):  # not the main thread: whoever is there handles signals
+            before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop(working: Sequence[_Process]) -> None:
+    """Ask politely, then insist. Their runs have no summary, so they are made again."""
+    alive = [each.process for each in working if each.process.poll() is None]
+    for process in alive:
+        process.terminate()
+    deadline = time.monotonic() + STOP_GRACE_S
+    for process in alive:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -48,6 +48,7 @@ from torch import Tensor
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
 from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
 from .codebook import Codebooks, CodebookShape, Coded
+from .coding_survey import CodingSurvey
 from .formats import MIN_SCALE, refusal
 from .hadamard import check_block, rotate, rotate_back
 from .kmeans import Learner
@@ -109,6 +110,7 @@ class Rvq(ByteFormat):
         self._learner = Learner(self.grid, decay)
         self._books: Codebooks | None = None
         self._search: _Search | None = None
+        self._survey = CodingSurvey()
 
     # -- the table ------------------------------------------------------------------------------------------------
 
@@ -255,13 +257,23 @@ class Rvq(ByteFormat):
         last, self._search = self._search, None
         if last is None or not _same(last.z, z) or last.version is None or last.version != _version(z):
             last = self._searched(z, key)
+        if self._survey.is_due(z.shape[-1]):
+            self._look_at(z, last, key)
         self._learner.follow(last.coded, last.scales_N, key)
 
+    def _look_at(self, z: Tensor, last: _Search, key: Key) -> None:
+        coded = last.coded
+        arrived_NW = (coded.given[0] - coded.left_NGD).flatten(1) * last.scales_N.unsqueeze(1)
+        if self._hadamard:
+            arrived_NW = rotate_back(arrived_NW, key)
+        self._survey.see(z.to(torch.float32).reshape(arrived_NW.shape), arrived_NW)
+
     def measures(self) -> dict[str, float]:
-        """`kmeans.Learner.measures`, and how far what is in use stands from the master, relative to it."""
+        """`kmeans.Learner.measures`, `CodingSurvey.shares`, and how far what is in use stands from the master, relative
+        to it."""
         if not self.has_started:
             return {}
-        return self._learner.measures() | {"staleness": self._staleness()}
+        return self._learner.measures() | self._survey.shares() | {"staleness": self._staleness()}
 
     def _staleness(self) -> float:
         if self._books is None:

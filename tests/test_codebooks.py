@@ -98,7 +98,7 @@ def test_the_records_tell_of_the_codebooks(tiny: TinyConfig, tmp_path: Path) -> 
             f"{way}_{name}"
             for name in (
                 *("usage_1", "usage_2", "perplexity_1", "perplexity_2"),
-                *("revived", "reconstruction_error", "staleness"),
+                *("revived", "reconstruction_error", "kept_strongest", "kept_weakest", "staleness"),
             )
         }
         assert 0 < figures[f"{way}_usage_1"] <= 1 <= figures[f"{way}_perplexity_1"] <= codes

@@ -641,6 +641,19 @@ class TestRotated:
         mean_W = torch.stack(parts[messages // 2 :]).mean(dim=0)
         return mean_W[:2].mean().item(), mean_W[2:].mean().item()
 
+    def test_the_records_tell(self):
+        """What a node would have in its records of such a codebook, against what arrives."""
+        z = gaussian((512, 16)) * torch.tensor([6.0] * 2 + [1.0] * 14)
+        for rotated in (False, True):
+            fmt = started(Rvq(groups=1, codes=16, levels=2, hadamard=rotated), z)
+            fmt.learn(z, key())
+            figures, (values, directions) = fmt.measures(), torch.linalg.eigh(z.double().mT @ z.double())
+            back = fmt.unpack(fmt.pack(z, key()), shape=(512, 16), dtype=torch.float64, key=key())
+            kept = ((z.double() @ directions) * (back @ directions)).sum(dim=0) / values
+            assert figures["kept_weakest"] == pytest.approx(kept[0].item(), abs=1e-5)
+            assert figures["kept_strongest"] == pytest.approx(kept[-1].item(), abs=1e-5)
+            assert (figures["kept_weakest"] < 0.4 * figures["kept_strongest"]) is not rotated
+
     def test_weak_directions_arrive_like_strong_ones(self):
         strong, weak = self.lost(Rvq(groups=1, codes=16, levels=2), 12)
         assert strong > 0.8

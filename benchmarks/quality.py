@@ -5,9 +5,9 @@
         --recipe "r32=mapl:r=32 int4 int4" --recipe "faster=mapl:r=32 int4 int4 optim.muon_lr=0.04"
 
 With `--preset compute-optimal` (`make quality`) everybody measures the same: a model so small that 20 tokens a
-parameter are an hour of one core, which is where what crosses a boundary begins to matter, and enough held-out text to
-tell 0.2 % apart. `--sweep` finds each recipe's own learning rates first, on one grid for all, at a quarter of the
-length.
+parameter are an hour of one core, which is where what crosses a boundary begins to matter, enough held-out text to tell
+0.2 % apart, and text of which nothing is read twice (`installed_text`). `--sweep` finds each recipe's own learning
+rates first, on one grid for all, at a quarter of the length.
 
 A recipe is NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]. Settings of its own come after those of `--set`,
 which are for all recipes, and win; learning rates that neither states are those of dense training. The first recipe is
@@ -29,10 +29,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import installed_text
 from thinpipe.node.comparing.loss_curve import interval, over_first
 from thinpipe.node.comparing.recipe import METAVAR, Recipe, check_names
 from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
-from thinpipe.node.config import ConfigError, parse_override
+from thinpipe.node.config import ConfigError, DataSection, parse_override
+from thinpipe.node.data.cache import cache_directory
 from thinpipe.node.local import LocalRunError
 
 # Of recipes that state no others: the same for every codec, whatever it recommends.
@@ -144,7 +146,10 @@ def main() -> None:
     seeds = range(given.first_seed, given.first_seed + given.seeds)
     try:
         check_names(given.recipe)
-        shared = {**RATES, "run.steps": given.steps, **dict(map(parse_override, (*settings, *given.set)))}
+        shared = {**RATES, "run.steps": given.steps, **dict(map(parse_override, settings))}
+        if given.preset:
+            shared["data.source"] = str(installed_text.written(cache_directory(DataSection())))
+        shared |= dict(map(parse_override, given.set))
         if given.sweep:
             given.recipe = swept(given.recipe, given.first_seed, shared, given.out, given.jobs)
         summaries = trained(given.recipe, seeds, shared, given.out, given.jobs)

@@ -141,7 +141,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all recipes alike")
     given = parser.parse_args()
     settings, steps, recipes = PRESETS[given.preset] if given.preset else ((), 250, ())
-    given.steps, given.recipe = given.steps or steps, given.recipe or list(map(Recipe.parse, recipes))
+    given.steps = steps if given.steps is None else given.steps
+    given.recipe = given.recipe or list(map(Recipe.parse, recipes))
     if not given.recipe:
         parser.error("name at least one --recipe, or a --preset")
     seeds = range(given.first_seed, given.first_seed + given.seeds)

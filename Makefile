@@ -22,7 +22,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# Every kind of thing at least once: eight minutes on two cores. First what runs on all cores, a file at a time, then by
+# Every kind of thing at least once: four minutes on two quiet cores, eight on slow ones. First what runs on all cores, a file at a time, then by
 # themselves those that hold real time to figures.
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not long and not alone" -n auto --dist loadfile --durations 10

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..compress.stiefel import msign
+from ..compress.matrix_sign import msign
 from .config import OptimSection
 
-MSIGN_STEPS = 5  # K. Jordan's Muon post; the Polar Express table (compress/stiefel.py) reaches 1 ± 0.124 with them
+MSIGN_STEPS = 5  # K. Jordan's Muon post; the Polar Express table (compress/matrix_sign.py) reaches 1 ± 0.124 with them
 ADAMW_EPSILON = 1e-8  # Kingma & Ba, arXiv 1412.6980, and the default of torch.optim.AdamW
 
 

@@ -8,14 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.compress.matrix_sign import LOW_PRECISION_SAFETY, POLAR_EXPRESS, QUINTIC, msign
 from thinpipe.compress.stiefel import (
-    LOW_PRECISION_SAFETY,
-    POLAR_EXPRESS,
-    QUINTIC,
     SPEL,
     horizontal,
     longest_step,
-    msign,
     orthonormality_error,
     random_orthonormal,
     retract,

@@ -93,7 +93,7 @@ class SsnEncoder(Encoder):
         super().__init__()
         self._tokens = context.tokens
         self.register_buffer("u", u_DK, persistent=False)
-        self._largest = 0.0
+        self._largest = torch.zeros((), device=context.device, dtype=context.dtype)
 
     u: Tensor
 
@@ -101,15 +101,16 @@ class SsnEncoder(Encoder):
         own_BTD = None if self._tokens is None else self._tokens(ids_BT)
         x_BTD = hidden_BTD if own_BTD is None else hidden_BTD - own_BTD
         z_BTK = x_BTD @ self.u
-        with torch.no_grad():
-            lost_BTD = x_BTD - z_BTK @ self.u.mT
-            self._largest = max(self._largest, float(lost_BTD.norm() / hidden_BTD.norm().clamp(min=1e-30)))
+        if torch.is_grad_enabled():
+            with torch.no_grad():  # stays on the device, which is not waited for
+                lost_BTD = x_BTD - z_BTK @ self.u.mT
+                self._largest = torch.maximum(self._largest, lost_BTD.norm() / hidden_BTD.norm().clamp(min=1e-30))
         return z_BTK
 
     def measures(self) -> dict[str, float]:
         """The largest part of a microbatch's hidden states that did not lie in the subspace, relative, root of
         energies."""
-        largest, self._largest = self._largest, 0.0
+        largest, self._largest = self._largest.item(), torch.zeros_like(self._largest)
         return {"boundary_error": largest}
 
 

@@ -5,12 +5,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from thinpipe.node.config import RunConfig
 from thinpipe.node.preparation import prepare_corpus
 from torch import Tensor
 
 from . import textbook
+
+
+def settings(model: Path, steps: int) -> dict[str, Any]:
+    """Of a run that can be held against the textbook: the model's config.json in `model`, nothing rounded, and clipping
+    that is felt now and then. The rate is one at which training carries 1e-16 on to less than 1e-8."""
+    return {
+        "run.steps": steps,
+        "model.path": str(model),
+        "model.width": None,
+        "model.layers": None,
+        "data.sequence_length": 16,
+        "optim.msign_dtype": "float64",
+        "optim.muon_lr": 0.005,
+        "optim.weight_decay": 0.01,
+        "optim.clip": 1.0,
+        "codec.forward": "fp64",
+        "codec.backward": "fp64",
+        "pipeline.stages": 4,
+        "compute.dtype": "float64",
+    }
 
 
 def batches_of(config: RunConfig) -> list[Tensor]:

@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from . import textbook
 from .conftest import TinyConfig
-from .float64 import assert_clipped_now_and_then, batches_of, recipe_of
+from .float64 import assert_clipped_now_and_then, batches_of, recipe_of, settings
 from .in_memory import Outcome, run_in_memory, run_reference
 
 TOLERANCE = 1e-8
@@ -79,21 +79,11 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
         model.config.to_json_file(directory / "config.json")
         save_file(model.state_dict(), directory / "model.safetensors")
         return tiny(
-            {
-                "run.steps": steps,
-                "model.path": str(directory),
+            settings(directory, steps)
+            | {
                 "model.pretrained": True,
-                "model.width": None,
-                "model.layers": None,
-                "data.sequence_length": 16,
-                "optim.msign_dtype": "float64",
                 "optim.msign_coefficients": polynomials,
-                "optim.muon_lr": 0.005,
-                "optim.weight_decay": 0.01,
-                "optim.clip": 1.0,
                 "codec.codec": "fp64",
-                "pipeline.stages": STAGES,
-                "compute.dtype": "float64",
                 "pipeline.schedule": schedule,
             }
         )

@@ -41,7 +41,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from . import in_memory, textbook
 from .conftest import TinyConfig
-from .float64 import assert_clipped_now_and_then, batches_of, recipe_of
+from .float64 import assert_clipped_now_and_then, batches_of, recipe_of, settings
 from .in_memory import Outcome, run_in_memory
 from .test_anchors import plain_bucket
 from .test_float64_parity import LAYERS, TOLERANCE, norm_in_float64, plain_model, relative
@@ -205,22 +205,11 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     ) -> dict[str, float]:
         plain_model(architecture).config.to_json_file(tmp_path / "config.json")
         config = tiny(
-            {
-                "run.steps": steps,
-                "model.path": str(tmp_path),
-                "model.width": None,
-                "model.layers": None,
-                "data.sequence_length": 16,
-                "optim.msign_dtype": "float64",
+            settings(tmp_path, steps)
+            | {
                 "optim.msign_coefficients": polynomials,
-                "optim.muon_lr": 0.005,
-                "optim.weight_decay": 0.01,
-                "optim.clip": 1.0,
                 "codec.codec": "mapl:r=8," + everything_on(options),
-                "codec.forward": "fp64",
-                "codec.backward": "fp64",
                 "pipeline.stages": stages,
-                "compute.dtype": "float64",
             }
         )
         codec = parse_codec(config.codec.codec).codec

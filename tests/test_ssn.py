@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from . import textbook
 from .conftest import TinyConfig
-from .float64 import assert_clipped_now_and_then, batches_of, recipe_of
+from .float64 import assert_clipped_now_and_then, batches_of, recipe_of, settings
 from .in_memory import read_outcome, run_in_memory, run_reference
 from .test_float64_parity import TOLERANCE, norm_in_float64, plain_model, relative
 from .test_float64_parity import stage_of as group_of
@@ -194,24 +194,7 @@ def in_float64(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     plain_model("llama").config.to_json_file(tmp_path / "config.json")
 
     def make(steps: int) -> RunConfig:
-        return tiny(
-            {
-                "run.steps": steps,
-                "model.path": str(tmp_path),
-                "model.width": None,
-                "model.layers": None,
-                "data.sequence_length": 16,
-                "optim.msign_dtype": "float64",
-                "optim.muon_lr": 0.002,
-                "optim.weight_decay": 0.01,
-                "optim.clip": 1.0,
-                "codec.codec": "ssn:k=8",
-                "codec.forward": "fp64",
-                "codec.backward": "fp64",
-                "pipeline.stages": 4,
-                "compute.dtype": "float64",
-            }
-        )
+        return tiny(settings(tmp_path, steps) | {"optim.muon_lr": 0.002, "codec.codec": "ssn:k=8"})
 
     return make
 

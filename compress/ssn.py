@@ -66,9 +66,7 @@ class SubspaceLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.inner(x)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # in bfloat16 the product would leave span(U) by its rounding
+        with torch.autocast(x.device.type, enabled=False):  # in bfloat16 it would leave span(U)
             return F.linear(z.to(self.u.dtype), self.u)
 
 

@@ -11,6 +11,7 @@ from thinpipe.compress.anchors import Anchors, make_anchors
 from thinpipe.compress.boundary import CodecError
 from thinpipe.compress.context import Context
 from thinpipe.compress.registry import parse_codec
+from thinpipe.node.optim import is_hidden_matrix
 
 V, D, N, E, H = 37, 24, 3, 5, 7
 SIZES = {"context": N, "context_embedding": E, "context_hidden": H}
@@ -143,3 +144,10 @@ def test_an_id_outside_the_vocabulary_is_refused_by_name(bad: int) -> None:
 def test_options_that_cannot_be_are_refused(options: str, line: str) -> None:
     with pytest.raises(CodecError, match=line):
         parse_codec(f"mapl:r=4,{options}")
+
+
+def test_its_matrices_take_muon_and_its_embedding_does_not() -> None:
+    context = build().context
+    assert context is not None
+    taken = [name for name, p in context.named_parameters(prefix="codec.stage_2.context") if is_hidden_matrix(name, p)]
+    assert taken == ["codec.stage_2.context.layers.0", "codec.stage_2.context.layers.1"]

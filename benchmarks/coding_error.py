@@ -20,8 +20,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from quality import PRESETS
-from thinpipe.compress.boundary import Direction, Key
-from thinpipe.compress.formats import Int3, Int4
+from thinpipe.compress.byte_format import Direction, Key
+from thinpipe.compress.integer_formats import Int3, Int4
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.config import merge, parse_config, parse_override
 from thinpipe.node.local import run_local

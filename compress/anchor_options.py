@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .anchors import MAX_PAIRS, Anchors, Kind, make_anchors
-from .boundary import CodecError, StageContext
+from .boundary import StageContext
+from .byte_format import CodecError
 from .context import MAX_CONTEXT
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .boundary import CodecError
+from .byte_format import CodecError
 
 MAX_WIDTH = 32
 _PLAIN = {8: np.dtype("u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import CodecError, Key, Payload
+from .byte_format import CodecError, Key, Payload
 from .feedback import Feedback
 from .formats import Bf16
 from .kept import KeepsSome, largest

@@ -25,7 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .boundary import ByteFormat, CodecError, Key, Payload, is_finite
+from .byte_format import ByteFormat, CodecError, Key, Payload, is_finite
 
 
 class Feedback(ByteFormat):

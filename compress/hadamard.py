@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import CodecError, Key
+from .byte_format import CodecError, Key
 
 BLOCK_MIN = 8  # of fewer numbers nothing comes near to Gaussian
 _SIGNS = 0x5349474E  # stream of a key's generator

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from .boundary import ByteFormat, CodecError, Key, LearnedTable, is_finite
+from .byte_format import ByteFormat, CodecError, Key, LearnedTable, is_finite
 from .formats import refusal
 
 

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import CodecError, Key
+from .byte_format import CodecError, Key
 from .codebook import CodebookShape, Coded, Search
 
 LLOYD = 8  # iterations of the start

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import Direction, Key, Payload
+from .byte_format import Direction, Key, Payload
 from .formats import Bf16
 from .kept import KeepsSome
 from .registry import register_format

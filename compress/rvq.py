@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from .boundary import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
+from .byte_format import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
 from .codebook import Codebooks, CodebookShape, Coded
 from .coding_survey import CodingSurvey
 from .formats import MIN_SCALE, refusal

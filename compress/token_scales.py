@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .boundary import CodecError
+from .byte_format import CodecError
 from .formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value
 
 ScaleKind = Literal["bf16", "log8", "log4"]

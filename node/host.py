@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compress.boundary import CodecError
+from ..compress.byte_format import CodecError
 from ..protocol.errors import ProtocolError
 from ..protocol.greeting import NodeIdentity
 from ..sim.reports.metrics_address import MetricsAddressError

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..compress.boundary import CodecError
+from ..compress.byte_format import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile

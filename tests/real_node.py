@@ -18,7 +18,7 @@ import grpc.aio
 import numpy as np
 import torch
 from thinpipe.compress.bits import bit_width, pack_bits
-from thinpipe.compress.boundary import Direction, Key
+from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import vocabulary_size

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from thinpipe.compress.anchors import MAX_PAIRS, Anchors, make_anchors, pair_buckets
-from thinpipe.compress.boundary import Direction, Key
+from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.compress.token_table import integers, table_digest, token_table
 
 KINDS = ["factorized", "full", "none"]

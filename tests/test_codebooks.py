@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from thinpipe.compress.boundary import LearnedTable, Payload
+from thinpipe.compress.byte_format import LearnedTable, Payload
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.boundary.codebook_tables import CodebookOwner
 from thinpipe.node.boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, UpstreamEndpoint

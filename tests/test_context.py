@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from thinpipe.compress.anchors import Anchors, make_anchors
-from thinpipe.compress.boundary import CodecError
+from thinpipe.compress.byte_format import CodecError
 from thinpipe.compress.context import Context
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.optim import is_hidden_matrix

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from thinpipe.compress.boundary import CodecError, Direction, Key
+from thinpipe.compress.byte_format import CodecError, Direction, Key
 from thinpipe.compress.registry import parse_format
 
 from .conftest import TinyConfig

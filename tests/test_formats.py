@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from thinpipe.compress.bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from thinpipe.compress.boundary import CodecError, Direction, Key, Payload
+from thinpipe.compress.byte_format import CodecError, Direction, Key, Payload
 from thinpipe.compress.hadamard import rotate, rotate_back
 from thinpipe.compress.registry import parse_format
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.compress import rvq
 from thinpipe.compress.bits import bit_width
-from thinpipe.compress.boundary import CodecError, Direction, Key, Payload
+from thinpipe.compress.byte_format import CodecError, Direction, Key, Payload
 from thinpipe.compress.codebook import Codebooks, CodebookShape
 from thinpipe.compress.kmeans import DEAD
 from thinpipe.compress.registry import parse_codec, parse_format

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,13 @@ def test_the_subspace_has_the_same_bits_everywhere() -> None:
 
 
 GOLDEN = ["-0x1.052f4b9c4a652p-4", "-0x1.d5da1aada9a13p-1", "-0x1.590d6958847a8p-2", "0x1.ed9c1597cdc58p-3"]
+
+
+def test_neighbours_compare_the_subspace_where_there_is_no_table(tiny: TinyConfig) -> None:
+    stage = prepare(tiny({"pipeline.stages": 2, "codec.codec": "ssn:k=8,table=0"}), 1)[0]
+    u = parse_codec("ssn:k=8").codec.frozen(stage._context(stage.model))
+    assert u is not None
+    assert stage.token_table_digest == hashlib.sha256(u.numpy().tobytes()).hexdigest()
 
 
 @pytest.mark.pairwise(2)

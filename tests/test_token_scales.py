@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hypothesis_numpy
-from thinpipe.compress.boundary import CodecError
+from thinpipe.compress.byte_format import CodecError
 from thinpipe.compress.token_scales import ScaleKind, token_scales
 
 KINDS = get_args(ScaleKind)

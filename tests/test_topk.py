@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.compress.bits import bit_width
-from thinpipe.compress.boundary import CodecError, Direction, Key
+from thinpipe.compress.byte_format import CodecError, Direction, Key
 from thinpipe.compress.registry import parse_format
 
 laws = settings(deadline=None, max_examples=60)

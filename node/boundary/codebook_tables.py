@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...compress.boundary import ByteFormat, Key, LearnedTable, Payload
+from ...compress.byte_format import ByteFormat, Key, LearnedTable, Payload
 from ...protocol.delta import Delta
 from ...protocol.dictionary_selection import select
 from .learned_tables import TableOwner, TableReplica

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...compress.boundary import LearnedTable
+from ...compress.byte_format import LearnedTable
 from ...protocol.delta import Delta, DictionarySpec, Version, decode_delta, encode_delta
 from ...protocol.dictionary import Publisher
 from ...protocol.errors import Fault, RemoteProtocolError

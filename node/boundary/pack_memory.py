@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ...compress.boundary import ByteFormat
+from ...compress.byte_format import ByteFormat
 
 
 class PackMemory:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...compress.boundary import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
+from ...compress.byte_format import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
 from ...compress.registry import parse_format
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Message

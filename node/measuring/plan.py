@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...compress.boundary import CodecError
+from ...compress.byte_format import CodecError
 from ...protocol.schedule import RTT_RATIO_MAX, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile

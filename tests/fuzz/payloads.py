@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from thinpipe.compress.boundary import LearnedTable
+from thinpipe.compress.byte_format import LearnedTable
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, UpstreamEndpoint
 from thinpipe.node.boundary.learned_tables import TableReplica

@@ -26,7 +26,7 @@ from thinpipe.node.config import (
     RunSection,
     dump_config,
 )
-from thinpipe.sim.launch.swarm import run_swarm
+from thinpipe.sim.launch.local_swarm import run_swarm
 from thinpipe.sim.reports.summary import read_records
 
 VARIANTS = ("none", "checkpoints", "checkpoints and copies")

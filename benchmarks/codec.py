@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from thinpipe.compress.boundary import BoundaryContext, StageContext
 from thinpipe.compress.byte_format import Direction, Key
+from thinpipe.compress.codec_interface import BoundaryContext, StageContext
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.config import ModelSection
 from thinpipe.node.model import build_stage, resolve_model

@@ -31,7 +31,7 @@ from typing import Any
 from thinpipe.sim.reports.summary import read_records
 
 DEADLINE_S = 300.0
-COMMAND = (sys.executable, "-m", "thinpipe.cli")
+COMMAND = (str(Path(sys.executable).with_name("thinpipe")),)  # what a user types
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 Times = dict[str, tuple[float, float]]  # what -> seconds of the wall, of the processors

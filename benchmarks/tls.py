@@ -18,7 +18,7 @@ from typing import Any
 from thinpipe.node.config import RunConfig, dump_config, merge, parse_config
 from thinpipe.node.security.key_directory import clock, init, issue
 from thinpipe.sim.launch.bench_cell import STEADY_WITHIN, Cell, measure
-from thinpipe.sim.launch.swarm import run_swarm
+from thinpipe.sim.launch.local_swarm import run_swarm
 
 SETTINGS = {"model.preset": "150m", "data.sequence_length": 1024, "data.heldout_sequences": 1, "checkpoint.every": 0}
 SETTINGS |= {"pipeline.stages": 2, "pipeline.batch_size": 16, "pipeline.microbatches": 16, "codec.codec": "bf16"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -106,12 +106,15 @@ def one_arithmetic_thread() -> None:
 _own_process = False
 
 
-def own_process() -> None:
-    """Called by the program itself: what a command does may be done to the whole process, such as making
-    copies of it. It
-    is not where a command is called by another program, which may have begun anything."""
+def run_as_own_process(main: Callable[[], object]) -> NoReturn:
+    """Called by the program itself: what `main` does may be done to the whole process, such as making copies of it, or
+    leaving it without tidying up. It is not where a command is called by another program, which may have begun
+    anything."""
+    from ..sim.launch.process_exit import end_with
+
     global _own_process
     _own_process = True
+    end_with(main)
 
 
 def is_own_process() -> bool:

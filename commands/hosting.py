@@ -120,8 +120,8 @@ def node(
     if line := recommended_line(settings):
         print(line)
     from ..node.addresses import ListenError
-    from ..node.host import Addresses, HostError, HostOptions, check_input, host
     from ..node.local import LocalRunError, writable
+    from ..node.node_process import Addresses, NodeError, NodeOptions, check_input, run_node
     from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
 
@@ -133,11 +133,11 @@ def node(
         if security.warning:
             print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
         directory = writable(out or config.parent)
-        how = HostOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
-        host(settings, stage, addresses, how)
+        how = NodeOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
+        run_node(settings, stage, addresses, how)
     except (KeysError, ListenError) as error:
         fail(str(error), 2)
-    except (HostError, LocalRunError) as error:
+    except (NodeError, LocalRunError) as error:
         fail(str(error), error.exit_code)
     return None
 
@@ -181,9 +181,9 @@ def _join(
         fail(str(error), error.exit_code)
     except (ConfigError, KeysError, ListenError, StageTaken) as error:
         fail(str(error), 2)
-    from ..node.host import Addresses, HostError, HostOptions, host
+    from ..node.node_process import Addresses, NodeError, NodeOptions, run_node
 
-    how = HostOptions(
+    how = NodeOptions(
         out=joined.out,
         trace=trace,
         parent=parent,
@@ -192,6 +192,6 @@ def _join(
         membership=joined.membership,
     )
     try:
-        host(joined.config, joined.stage, Addresses(listen=joined.listen, next=None), how)
-    except HostError as error:
+        run_node(joined.config, joined.stage, Addresses(listen=joined.listen, next=None), how)
+    except NodeError as error:
         fail(str(error), error.exit_code)

@@ -31,7 +31,7 @@ def summary(
     """
     one_arithmetic_thread()
     settings = configuration(run_toml(run, "summary"), {}, None)
-    from ..node.measuring.comparison import add_comparison
+    from ..node.measuring.dense_comparison import add_comparison
     from ..node.preparation import BAD_INPUT, resolve_architecture
     from ..sim.reports.summary import NotEnded, lacking_lines, summarise, write_summary
 

@@ -1,7 +1,7 @@
 """`thinpipe supervise`: start one stage's node, and start it again when it fails. A container or a service runs it.
 
-See sim/launch/supervisor.py for what it does. Options can come from the environment (THINPIPE_STEPS, ...), because
-docker-compose.yml, `docker run -e` and a systemd unit can all set that.
+See sim/launch/stage_supervisor.py for what it does. Options can come from the environment (THINPIPE_STEPS, ...),
+because docker-compose.yml, `docker run -e` and a systemd unit can all set that.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def supervise(
     from ..node.addresses import ListenError, split_address
     from ..sim.launch.privileges import become, known
     from ..sim.launch.stage_lock import SupervisorError
-    from ..sim.launch.supervisor import Assignment, Supervisor
+    from ..sim.launch.stage_supervisor import Assignment, Supervisor
     from ..sim.links.shaper import LinkError, LinkProfile
 
     try:
@@ -172,9 +172,9 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     process that ends: the supervisor itself has no use for torch, and may stay for days. As `user`, who is to read the
     model and the data. Raises SupervisorError."""
     from ..node.config import dump_config
+    from ..sim.launch.local_swarm import ERROR_PREFIX, node_environment
     from ..sim.launch.privileges import known, may_not_become
     from ..sim.launch.stage_lock import SupervisorError
-    from ..sim.launch.swarm import ERROR_PREFIX, node_environment
 
     environment, credentials = node_environment(), dict[str, Any]()
     if user and os.getuid() != (entry := known(user)).pw_uid:

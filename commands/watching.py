@@ -27,8 +27,8 @@ def top(
     It reads the records in RUN, of a run that trains or has ended. For stages that write elsewhere, add their
     directories, or ask the nodes over HTTP with --prometheus. If the output is not a terminal, one frame is printed.
     """
-    from ..sim.reports.top import TopError, sources
     from ..sim.reports.top_console import show
+    from ..sim.reports.top_data import TopError, sources
 
     addresses = [address for address in (prometheus or "").split(",") if address.strip()]
     if not (runs or addresses):

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .anchors import MAX_PAIRS, Anchors, Kind, make_anchors
-from .boundary import StageContext
 from .byte_format import CodecError
-from .context import MAX_CONTEXT
+from .codec_interface import StageContext
+from .context_network import MAX_CONTEXT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

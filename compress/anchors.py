@@ -15,7 +15,8 @@ its `anchor` from what it projects, and the receiver adds its own to what it lif
   Pagnoni et al., arXiv 2412.09871). Pairs that meet in a row share what it learns, most from the one that is seen most.
   It costs N ra (full: N D) numbers a stage, as many for their gradient, twice as many for AdamW, and no byte.
 
-* `context` (ours; optional): what a small network works out from the last few tokens (`compress.context`), added last.
+* `context` (ours; optional): what a small network works out from the last few tokens (`compress.context_network`),
+  added last.
 
 P needs no care for bits that agree between machines, as the table does: a stage uses it alone, and a checkpoint holds
 it.
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .context import Context
+from .context_network import Context
 from .token_table import UNIT, check_ids, check_sizes, integers
 
 Kind = Literal["factorized", "full", "none"]

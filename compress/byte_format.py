@@ -1,7 +1,7 @@
 """The byte half of a codec: a tensor of one direction to bytes and back.
 
 `pack` turns a wire tensor into bytes, `unpack` turns them back, and autograd passes straight through
-(`compress.boundary` says why). Any format combines with any in-graph half.
+(`compress.codec_interface` says why). Any format combines with any in-graph half.
 
 Why a `Key` and not a random generator: what a message contains may depend on (seed, boundary, direction, step,
 microbatch) and codec state, never on the order in which messages were packed; with a counter-based generator (Salmon et

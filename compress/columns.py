@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .byte_format import CodecError, Key, Payload
 from .feedback import Feedback
-from .formats import Bf16
-from .kept import KeepsSome, largest
+from .float_formats import Bf16
+from .kept_values import KeepsSome, largest
 from .registry import register_format
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .boundary import BoundaryContext, Codec, Decoder, Encoder, check_table_scale
+from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, check_table_scale
 from .registry import register_codec
 
 

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from .byte_format import CodecError, Direction, Key, LearnedTable, Payload, is_finite
 from .feedback import Feedback
-from .formats import F32_MAX, LARGEST_BF16, MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value, refusal
+from .float_formats import F32_MAX, LARGEST_BF16, MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value, refusal
 from .hadamard import check_block, rotate, rotate_back
 from .registry import register_format
 

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from .anchor_options import AnchorOptions
 from .anchors import Anchors, Kind
-from .boundary import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .byte_format import CodecError, LearnedTable
+from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .registry import register_codec
 from .stiefel import SPEL, Constraint, longest_step, orthonormality_error, random_orthonormal, subspace_angle
 from .subspace import EnergySurvey

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from .byte_format import Direction, Key, Payload
-from .formats import Bf16
-from .kept import KeepsSome
+from .float_formats import Bf16
+from .kept_values import KeepsSome
 from .registry import register_format
 
 _MASK = 0x4D41534B  # stream of a key's generator

@@ -17,14 +17,14 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from .boundary import BoundaryCodec, Codec
 from .byte_format import ByteFormat, CodecError
-from .recommended import codec_name
+from .codec_interface import BoundaryCodec, Codec
+from .recommended_rates import codec_name
 
 _CODECS: dict[str, type[Codec]] = {}
 _FORMATS: dict[str, type[ByteFormat]] = {}
 # modules of this package that register something
-_BUILT_IN = ("columns", "formats", "identity", "integer_formats", "mapl", "mask", "resbm", "rvq", "ssn", "topk")
+_BUILT_IN = ("columns", "float_formats", "identity", "integer_formats", "mapl", "mask", "resbm", "rvq", "ssn", "topk")
 
 _C = TypeVar("_C", bound=type[Codec])
 _F = TypeVar("_F", bound=type[ByteFormat])

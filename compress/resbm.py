@@ -31,8 +31,8 @@ from torch.nn import functional as F
 
 from .anchor_options import AnchorOptions
 from .anchors import Kind
-from .boundary import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .byte_format import CodecError
+from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .registry import register_codec
 from .token_table import UNIT, integers
 

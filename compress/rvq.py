@@ -45,11 +45,11 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
+from .bit_packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from .byte_format import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
 from .codebook import Codebooks, CodebookShape, Coded
 from .coding_survey import CodingSurvey
-from .formats import MIN_SCALE, refusal
+from .float_formats import MIN_SCALE, refusal
 from .hadamard import check_block, rotate, rotate_back
 from .kmeans import Learner
 from .registry import register_format

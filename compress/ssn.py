@@ -36,8 +36,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .anchors import Anchors
-from .boundary import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .byte_format import CodecError
+from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .exact_orthonormal import exact_orthonormal
 from .registry import register_codec
 from .stage_parts import StageParts

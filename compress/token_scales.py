@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .byte_format import CodecError
-from .formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value
+from .float_formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value
 
 ScaleKind = Literal["bf16", "log8", "log4"]
 MAX_SCALE = torch.finfo(torch.bfloat16).max

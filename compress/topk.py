@@ -1,8 +1,9 @@
 """Top-k as a byte format: of each token the k numbers of largest magnitude, and where they were. `topk:k=16`.
 
 Body, for N tokens of W numbers: N k values in the order of tokens and, within one, of places, in bf16; then their
-places, ceil(log2(W)) bits each, packed (`compress.bits`). `values=int8` or `values=int4` codes the values as those
-formats do (`compress.integer_formats`), with the rounding of the direction. All that is not kept is 0 at the other end.
+places, ceil(log2(W)) bits each, packed (`compress.bit_packing`). `values=int8` or `values=int4` codes the values as
+those formats do (`compress.integer_formats`), with the rounding of the direction. All that is not kept is 0 at the
+other end.
 
 This is the sparsification that is usual for gradients of weights (Aji & Heafield, arXiv 1704.05021), applied to what
 crosses a boundary. There it is a baseline more than a recommendation: hidden states have no few large numbers that
@@ -25,12 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bits import bit_width, pack_bits, packed_bytes, unpack_bits
+from .bit_packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from .byte_format import ByteFormat, CodecError, Direction, Key, Payload
 from .feedback import Feedback
-from .formats import Bf16
+from .float_formats import Bf16
 from .integer_formats import Int4, Int8
-from .kept import KeepsSome, largest
+from .kept_values import KeepsSome, largest
 from .registry import register_format
 
 _VALUES: dict[str, type[ByteFormat]] = {"bf16": Bf16, "int8": Int8, "int4": Int4}

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ..compress.recommended import recommended_for
+from ..compress.recommended_rates import recommended_for
 from ..protocol.schedule import ScheduleError, get_schedule
 from ..sim.reports.metrics_address import MetricsAddress
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compress.boundary import BoundaryContext, Codec, StageContext
 from ..compress.byte_format import CodecError
+from ..compress.codec_interface import BoundaryContext, Codec, StageContext
 from ..compress.stage_parts import StageParts
 from .model import ModelError, StageModel, build_stage
 from .model.exactness import CHECK_TOKENS, narrowed

@@ -1,8 +1,8 @@
 """A whole run on this machine, as `thinpipe up` does it: check, prepare, run, summarise.
 
 Everything that can be wrong with the input is found here, before a process starts: settings, codec and link spelling,
-the cut of the model, the data, the directory. Then the run is either a swarm of node processes (`sim.launch.swarm`) or
-the one-process reference, and both end with the same summary from the same records.
+the cut of the model, the data, the directory. Then the run is either a swarm of node processes
+(`sim.launch.local_swarm`) or the one-process reference, and both end with the same summary from the same records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ..sim.launch.fork_server import ForkServer
 from ..sim.launch.isolation import isolated
-from ..sim.launch.swarm import Progress, SwarmError, Watch, run_swarm
+from ..sim.launch.local_swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
 from ..sim.reports.console import RunDisplay, closing_lines, summary_tables
@@ -26,9 +26,9 @@ from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..sim.reports.summary import lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config, load_config, recommended_line
-from .host import FAILED
-from .measuring.comparison import add_comparison
+from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
+from .node_process import FAILED
 from .one_process import OneProcess
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, prepare_corpus

@@ -19,7 +19,8 @@ from .config import RunConfig
 from .model import ModelError, skeleton
 from .preparation import resolve_architecture
 
-LATER = ("thinpipe.node.host", "thinpipe.node.local", "thinpipe.commands.hosting")
+LATER = ("thinpipe.node.node_process", "thinpipe.node.local", "thinpipe.commands.hosting")
+LATER += ("numpy.random", "numpy.ctypeslib", "encodings.idna", "grpc._utilities")  # what those import when first used
 
 
 def fork_server(config: RunConfig) -> ForkServer | str:

@@ -17,7 +17,7 @@ from ..protocol.messages import Kind, Message
 from .boundary.endpoints import ReceivedTensor
 from .links.link import Link
 from .receive_deadline import ReceiveDeadline
-from .worker import Reporter, Worker
+from .worker_thread import Reporter, Worker
 
 AHEAD = 2  # unpacked tensors that wait for the compute thread, and finished ones that wait for the codec thread
 

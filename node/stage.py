@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compress.anchors import Anchors
-from ..compress.boundary import BoundaryCodec, BoundaryContext, StageContext
+from ..compress.codec_interface import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
 from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
@@ -32,7 +32,7 @@ from .constrained_stage import check_constrained, constrain
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
-from .state import StageSnapshot, StageState, StateError, sha256_of
+from .stage_state import StageSnapshot, StageState, StateError, sha256_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -39,7 +39,7 @@ from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
 from .run_totals import RunTotals
 from .stage import Stage
-from .worker import Reporter, Worker
+from .worker_thread import Reporter, Worker
 
 
 class TrainingLoop:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .effects import Side
 from .errors import Fault, RemoteProtocolError
 from .messages import PROTOCOL_VERSION, Greeting
+from .rollback_actions import Side
 
 PRINTED_CHARACTERS_MAX = 40  # of each value: a configuration hash need not be spelled out
 

@@ -12,9 +12,9 @@ said of copies stays: the process that takes its place may have to begin from on
 from __future__ import annotations
 
 from .control_messages import STEP_MAX, Heartbeat
-from .effects import Side
 from .errors import Fault, RemoteProtocolError
 from .greeting import NodeIdentity
+from .rollback_actions import Side
 
 
 class HeartbeatAggregate:

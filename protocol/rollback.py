@@ -40,11 +40,11 @@ from .control_messages import (
     StartView,
     StartViewChange,
 )
-from .effects import SIDES, ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
 from .errors import Fault, RemoteProtocolError
 from .greeting import NodeIdentity, check_handshake
 from .heartbeats import HeartbeatAggregate
 from .messages import Frame, Greeting
+from .rollback_actions import SIDES, ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
 
 GENERATIONS_AHEAD_MAX = 2**20  # a stage may have missed some; more is no run's number
 STEPS_LISTED_MAX = 32  # steps that one stage offers; the newest, and 0

@@ -20,13 +20,13 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import host, preparation
+from thinpipe.node import node_process, preparation
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
-from thinpipe.node.host import Addresses, HostOptions
-from thinpipe.node.lifecycle import Lifecycle
 from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.model import architecture_digest, check_sliceable
+from thinpipe.node.node_process import Addresses, NodeOptions
+from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.stage import Stage
 from thinpipe.protocol.control_messages import StartView
 from thinpipe.protocol.messages import Chunk, Kind, Limits, decode_frame
@@ -207,9 +207,9 @@ class Cluster:
             if not process.dead:
                 self.said.append(f"stage {stage}: {code}: {line}")
 
-        options = HostOptions(out=self.out, resume=joining)
+        options = NodeOptions(out=self.out, resume=joining)
         tracer = Tracer(stage=stage, enabled=False)
-        node = host._host(self.config, stage, addresses, options, metrics, tracer, on_fault)
+        node = node_process._run(self.config, stage, addresses, options, metrics, tracer, on_fault)
         process.task = self._loop.create_task(self._serve(process, node, metrics), context=process.context)
 
     async def _serve(self, process: Process, node: Any, metrics: MetricsWriter) -> None:
@@ -217,7 +217,7 @@ class Cluster:
         try:
             await node
         except Exception as raised:
-            error = host._first(raised)
+            error = node_process._first(raised)
             if seat.process is not process and not process.dead:
                 self.fenced.append((process.stage, f"{type(error).__name__}: {error}"))
             elif not process.dead:
@@ -264,11 +264,11 @@ class Cluster:
             if self._inject(fault):
                 self.happened.append(fault)
 
-    def adopt(self, life: Lifecycle) -> Lifecycle:
+    def adopt(self, life: RecoveryLoop) -> RecoveryLoop:
         """Its rollback tells when it is where."""
         process = PROCESS.get()
         assert process
-        process.lifecycle = life
+        process.recovery_loop = life
         machine, last = life.machine, life.machine.identity.last
         stopped, receive = machine.stopped, machine.receive
 
@@ -288,7 +288,7 @@ class Cluster:
         """Its methods tell that they were called."""
         process = PROCESS.get()
         assert process
-        if process.lifecycle:  # it is built anew
+        if process.recovery_loop:  # it is built anew
             self.reached(process, Phase.RESTORE)
         for name, phase in IN_STAGE.items():
 
@@ -353,7 +353,7 @@ class Cluster:
 
     def _over(self) -> bool:
         """All have done all, and nothing can be lost any more."""
-        lives = [seat.process.lifecycle for seat in self.seats if seat.process]
+        lives = [seat.process.recovery_loop for seat in self.seats if seat.process]
         return any(life.control.finished for life in lives if life)
 
     def _present(self, stage: int) -> Process | None:
@@ -532,23 +532,25 @@ def run_cluster(
     """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`. seed: of how long
     everything takes. hurry: everything takes no time."""
     cluster = Cluster(config, out, faults)
-    prepare, corpus = host.prepare, host.prepare_corpus(config)
+    prepare, corpus = node_process.prepare, node_process.prepare_corpus(config)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         workers = without_threads(patch)
         cluster.network.stand_in(patch)
         patch.setattr(os, "fsync", cluster.fsync)
-        patch.setattr(host, "Lifecycle", lambda *given, **named: cluster.adopt(Lifecycle(*given, **named)))
-        patch.setattr(host, "CheckpointStore", cluster.store)
-        patch.setattr(host, "prepare_corpus", lambda _: corpus)
-        patch.setattr(host, "_until_signal", _until_drained)
+        patch.setattr(
+            node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
+        )
+        patch.setattr(node_process, "CheckpointStore", cluster.store)
+        patch.setattr(node_process, "prepare_corpus", lambda _: corpus)
+        patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
         def watched(config: RunConfig, stage: int) -> tuple[Stage, str]:
             built, digest = prepare(config, stage)
             return cluster.watch(built), digest
 
-        patch.setattr(host, "prepare", watched)
+        patch.setattr(node_process, "prepare", watched)
         torch.set_num_threads(1)  # as a node's own thread does
         try:
             with asyncio.Runner(loop_factory=lambda: JumpingClock(seed, hurry=hurry)) as runner:

@@ -17,7 +17,7 @@ import grpc
 import grpc.aio
 import numpy as np
 import torch
-from thinpipe.compress.bits import bit_width, pack_bits
+from thinpipe.compress.bit_packing import bit_width, pack_bits
 from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.config import RunConfig
@@ -37,7 +37,7 @@ from thinpipe.protocol.messages import (
     split,
 )
 from thinpipe.sim.launch.fork_server import Process
-from thinpipe.sim.launch.swarm import free_ports
+from thinpipe.sim.launch.local_swarm import free_ports
 from thinpipe.sim.links.proxy import Proxy
 
 from .preloaded import start

@@ -40,7 +40,7 @@ from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.checkpoints.writer import CheckpointWriter
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, parse_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.state import StageSnapshot, StateError
+from thinpipe.node.stage_state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind, Message
 from thinpipe.protocol.schedule import Backward, Forward, InputGradient, WeightGradient, get_schedule, interleave

@@ -21,7 +21,7 @@ from thinpipe.node.checkpoints.copy_store import QUEUED_MAX
 from thinpipe.node.checkpoints.durable import sweep_incoming
 from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
-from thinpipe.node.state import StageSnapshot
+from thinpipe.node.stage_state import StageSnapshot
 from thinpipe.protocol.control_messages import (
     CopiesHeld,
     CopyDeclined,
@@ -32,8 +32,8 @@ from thinpipe.protocol.control_messages import (
     CopyWanted,
 )
 from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, Receiving, Sending
-from thinpipe.protocol.effects import Side
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
+from thinpipe.protocol.rollback_actions import Side
 
 STAGES = 3
 FINGERPRINT = Fingerprint(run="demo", configuration="c" * 64, stages=STAGES)

@@ -18,8 +18,8 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node import local
 from thinpipe.node.config import RunConfig, dump_config, load_config
-from thinpipe.sim.launch import swarm
-from thinpipe.sim.launch.swarm import SwarmError
+from thinpipe.sim.launch import local_swarm
+from thinpipe.sim.launch.local_swarm import SwarmError
 from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
 
@@ -310,8 +310,8 @@ def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: P
     """A node that dies with a traceback leaves no line of ours, where the one before it had left one."""
     said = []
     for resume, words in ((False, "thinpipe: error: no space"), (True, "Traceback"), (True, "thinpipe: error: late")):
-        node = swarm._start(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
-        said.append(swarm.exit_reason(node, node.process.wait(DEADLINE_S)))
+        node = local_swarm._start(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
+        said.append(local_swarm.exit_reason(node, node.process.wait(DEADLINE_S)))
     assert said == [
         "stage 1 ended: no space",
         f"stage 1 ended with exit code 1: Traceback; see {tmp_path / 'stage-1.log'}",

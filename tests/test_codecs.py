@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from thinpipe.compress import registry
-from thinpipe.compress.boundary import BoundaryContext, Decoder, Encoder, StageContext
 from thinpipe.compress.byte_format import CodecError, Direction, Key, Payload
+from thinpipe.compress.codec_interface import BoundaryContext, Decoder, Encoder, StageContext
 from thinpipe.compress.identity import IdentityCodec
 from thinpipe.compress.registry import codec_names, format_names, parse_codec, parse_format
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from thinpipe.compress.anchors import Anchors, make_anchors
 from thinpipe.compress.byte_format import CodecError
-from thinpipe.compress.context import Context
+from thinpipe.compress.context_network import Context
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.optim import is_hidden_matrix
 

@@ -12,7 +12,7 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.model import StageModel, build_stage, resolve_model
 from thinpipe.node.model.deferred import DeferredLinear, defer_linears
 from thinpipe.node.stage import Stage
-from thinpipe.node.state import StateError
+from thinpipe.node.stage_state import StateError
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

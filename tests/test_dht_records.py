@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from thinpipe.node.discovery.dht_records import ASKED_KEPT, ASKED_MAX, ASKED_S, OWNER, Asked, StoredRecords, acceptable
-from thinpipe.sim.launch.swarm import node_environment
+from thinpipe.sim.launch.local_swarm import node_environment
 
 from .real_node import until
 

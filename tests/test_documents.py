@@ -147,7 +147,7 @@ def test_the_index_names_every_document_once() -> None:
 
 
 def named_modules(text: str) -> list[str]:
-    """`node/host.py` for each item `host.py` of the list under the heading that ends in `node/`."""
+    """`node/local.py` for each item `local.py` of the list under the heading that ends in `node/`."""
     found, room = [], None
     for line in text.splitlines():
         if line.startswith("#"):
@@ -168,8 +168,10 @@ def test_the_architecture_names_every_module_once() -> None:
 
 
 def test_a_module_that_is_missing_or_there_twice_is_noticed() -> None:
-    text = "## Node: `node/`\n- `host.py`, `local.py` — both\n- `host.py` — again, not `other.py`\n## Other\n- `x.py`\n"
-    assert named_modules(text) == ["node/host.py", "node/local.py", "node/host.py"]
+    text = (
+        "## Node: `node/`\n- `stage.py`, `local.py` — both\n- `stage.py` — again, not `other.py`\n## Other\n- `x.py`\n"
+    )
+    assert named_modules(text) == ["node/stage.py", "node/local.py", "node/stage.py"]
 
 
 def test_the_architecture_names_functions_that_are_there() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from thinpipe.node.config import ConfigError
 from thinpipe.node.preparation import prepare
-from thinpipe.node.state import StateError
+from thinpipe.node.stage_state import StateError
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message
 from thinpipe.sim.reports.summary import read_records

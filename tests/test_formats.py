@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from thinpipe.compress.bits import bit_width, pack_bits, packed_bytes, unpack_bits
+from thinpipe.compress.bit_packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from thinpipe.compress.byte_format import CodecError, Direction, Key, Payload
 from thinpipe.compress.hadamard import rotate, rotate_back
 from thinpipe.compress.registry import parse_format

@@ -15,8 +15,8 @@ from thinpipe.node.links.dialling import dial, dial_control
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import SERVICE, listening
 from thinpipe.protocol.control_messages import CopyProgress
-from thinpipe.protocol.effects import Leave, Side
 from thinpipe.protocol.rollback import Rollback
+from thinpipe.protocol.rollback_actions import Leave, Side
 from thinpipe.protocol.session import Event, PeerDone, SessionState
 
 from .builders import identity

@@ -43,15 +43,15 @@ from thinpipe.node.discovery.rendezvous import (
 )
 from thinpipe.node.discovery.shared_config import agreed, shareable, verified
 from thinpipe.node.discovery.status import as_figures, status_table
-from thinpipe.node.host import Addresses, HostError, HostOptions, host
 from thinpipe.node.links.transport import serving
+from thinpipe.node.node_process import Addresses, NodeError, NodeOptions, run_node
 from thinpipe.node.probing.reach import reachable
 from thinpipe.node.security.key_directory import clock, init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.records import NodeRecord, NodeState, RunRecord, Seen, encode_run
 from thinpipe.protocol.rendezvous_messages import RendezvousRequest, RendezvousResponse, encode_request
-from thinpipe.sim.launch.swarm import node_environment
+from thinpipe.sim.launch.local_swarm import node_environment
 from typer.testing import CliRunner
 
 from .real_node import free_address
@@ -454,8 +454,8 @@ def test_who_cannot_begin_gives_its_stage_back(tmp_path: Path) -> None:
     def ends(settings: RunConfig, out: Path) -> str:
         discovery, run = QuietDiscovery(), shareable(settings)
         membership = Membership(discovery=discovery, record=replace(MINE, state=NodeState.STARTING), run=run)  # pyright: ignore[reportArgumentType]
-        with pytest.raises(HostError) as error:
-            host(settings, 0, Addresses(listen=None, next=None), HostOptions(out=out, membership=membership))
+        with pytest.raises(NodeError) as error:
+            run_node(settings, 0, Addresses(listen=None, next=None), NodeOptions(out=out, membership=membership))
         assert error.value.exit_code == 2
         assert [each.state for each in discovery.published] == [NodeState.LEFT]
         return str(error.value)

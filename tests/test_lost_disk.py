@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
-from thinpipe.sim.launch.swarm import free_ports, node_environment
+from thinpipe.sim.launch.local_swarm import free_ports, node_environment
 from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig

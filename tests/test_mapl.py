@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from thinpipe.compress.anchors import Anchors
-from thinpipe.compress.boundary import BoundaryContext, StageContext
 from thinpipe.compress.byte_format import CodecError
+from thinpipe.compress.codec_interface import BoundaryContext, StageContext
 from thinpipe.compress.mapl import MaplCodec, MaplDecoder, MaplEncoder
 from thinpipe.node.boundary.learned_tables import TableOwner, TableReplica, gradient_due
 from thinpipe.node.config import ConfigError, RunConfig

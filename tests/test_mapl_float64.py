@@ -29,7 +29,7 @@ import pytest
 import torch
 from thinpipe.compress import anchors as anchors_module
 from thinpipe.compress.anchors import Anchors
-from thinpipe.compress.boundary import BoundaryContext, Decoder, Encoder
+from thinpipe.compress.codec_interface import BoundaryContext, Decoder, Encoder
 from thinpipe.compress.mapl import MaplCodec, MaplEncoder
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.config import RunConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from thinpipe.node import lifecycle
+from thinpipe.node import recovery_loop
 from thinpipe.node.checkpoints import writer
 from thinpipe.node.free_memory import give_back_free_memory
 from thinpipe.node.metrics import MetricsWriter
@@ -75,8 +75,8 @@ def test_without_checkpoints_it_is_given_back_now_and_then(
     tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    monkeypatch.setattr(lifecycle, "give_back_free_memory", lambda: asked.append(True))
-    monkeypatch.setattr(lifecycle, "TIDY_EVERY", 4)
+    monkeypatch.setattr(recovery_loop, "give_back_free_memory", lambda: asked.append(True))
+    monkeypatch.setattr(recovery_loop, "TIDY_EVERY", 4)
     run_cluster(tiny({"pipeline.stages": 2, "run.steps": 6, "checkpoint.every": 0}), tmp_path, [])
     assert len(asked) == 2  # of two stages
 

@@ -12,10 +12,10 @@ from thinpipe.node.links.control_stream import LIMITS, Control
 from thinpipe.node.links.outgoing import Write
 from thinpipe.node.receive_deadline import LEAST_S, TIMES, ReceiveDeadline
 from thinpipe.protocol.control_messages import CopyPart, Heartbeat
-from thinpipe.protocol.effects import Side
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.messages import Frame, decode_frame, encode_frame
 from thinpipe.protocol.rollback import Rollback
+from thinpipe.protocol.rollback_actions import Side
 
 from .builders import identity
 

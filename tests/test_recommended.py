@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from thinpipe.compress.recommended import OptimizerSetting
+from thinpipe.compress.recommended_rates import OptimizerSetting
 from thinpipe.compress.registry import codec_names, format_names, parse_codec
 from thinpipe.node.config import (
     CodecSection,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.compress.boundary import BoundaryContext, StageContext
+from thinpipe.compress.codec_interface import BoundaryContext, StageContext
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.local import run_local
 from thinpipe.node.model import partition

@@ -21,11 +21,11 @@ from thinpipe.protocol.control_messages import (
     StartView,
     StartViewChange,
 )
-from thinpipe.protocol.effects import Leave, Send, Start, Stop
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Greeting, Limits, decode_frame
 from thinpipe.protocol.messages import encode_frame as encode
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback, RollbackPhase
+from thinpipe.protocol.rollback_actions import Leave, Send, Start, Stop
 
 from .builders import identity
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.compress import rvq
-from thinpipe.compress.bits import bit_width
+from thinpipe.compress.bit_packing import bit_width
 from thinpipe.compress.byte_format import CodecError, Direction, Key, Payload
 from thinpipe.compress.codebook import Codebooks, CodebookShape
 from thinpipe.compress.kmeans import DEAD

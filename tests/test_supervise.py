@@ -21,10 +21,10 @@ import typer
 from thinpipe.cli import app
 from thinpipe.commands import reports, supervise
 from thinpipe.node.config import dump_config
-from thinpipe.sim.launch import privileges, stage_lock, supervisor
+from thinpipe.sim.launch import privileges, stage_lock, stage_supervisor
+from thinpipe.sim.launch.local_swarm import free_ports, node_environment
 from thinpipe.sim.launch.stage_lock import ended_after, take_lock
-from thinpipe.sim.launch.supervisor import Assignment, Supervisor
-from thinpipe.sim.launch.swarm import free_ports, node_environment
+from thinpipe.sim.launch.stage_supervisor import Assignment, Supervisor
 from thinpipe.sim.links import tc
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records
@@ -272,8 +272,8 @@ def test_the_end_of_an_earlier_life_is_not_the_end(tmp_path: Path, monkeypatch: 
                 path.write_text(path.read_text() + '{"event": "end", "steps": 9}\n')
         assert len(waits) < 20
 
-    monkeypatch.setattr(supervisor.time, "sleep", go_on)
-    monkeypatch.setattr(supervisor, "STANDBY_S", 1e9)
+    monkeypatch.setattr(stage_supervisor.time, "sleep", go_on)
+    monkeypatch.setattr(stage_supervisor, "STANDBY_S", 1e9)
     try:
         code = Supervisor(Assignment(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
     finally:
@@ -525,10 +525,10 @@ def test_a_mark_of_an_earlier_life_ends_no_standby(
         if corrected and len(polls) in (5, 9):  # and that fails too
             marks[len(polls) // 9].write_text("exit code 2\n")
         if not corrected and len(polls) == 4:
-            monkeypatch.setattr(supervisor, "STARTING_S", 0.0)
+            monkeypatch.setattr(stage_supervisor, "STARTING_S", 0.0)
         assert len(polls) < 20
 
-    monkeypatch.setattr(supervisor.time, "sleep", go_on)
+    monkeypatch.setattr(stage_supervisor.time, "sleep", go_on)
     said: list[str] = []
     code = Supervisor(Assignment(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
     assert (code, len(polls)) == (1, 9 if corrected else 4)

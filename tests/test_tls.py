@@ -25,10 +25,10 @@ from thinpipe.node.security import certificates
 from thinpipe.node.security.handshake_diagnosis import PREFACE
 from thinpipe.node.security.key_directory import init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
-from thinpipe.protocol.effects import Side
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.path_probe import TOKEN_BYTES
 from thinpipe.protocol.rollback import Rollback
+from thinpipe.protocol.rollback_actions import Side
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records
 

@@ -22,16 +22,16 @@ import pytest
 from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config import dump_config
-from thinpipe.sim.launch.swarm import free_ports
-from thinpipe.sim.reports import top
+from thinpipe.sim.launch.local_swarm import free_ports
+from thinpipe.sim.reports import top_data
 from thinpipe.sim.reports.figures import StageFigures
 from thinpipe.sim.reports.metrics_address import MetricsAddress
 from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError
 from thinpipe.sim.reports.quantities import TIME_MAX_S
 from thinpipe.sim.reports.record_tail import RecordTail
 from thinpipe.sim.reports.summary import read_records
-from thinpipe.sim.reports.top import MetricsSource, StageView, SwarmView, TopError, look, sources
 from thinpipe.sim.reports.top_console import show
+from thinpipe.sim.reports.top_data import MetricsSource, StageView, SwarmView, TopError, look, sources
 from thinpipe.sim.reports.top_view import Bar, frame
 from typer.testing import CliRunner
 
@@ -64,7 +64,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for n in range(7)
     ]
     monkeypatch.setattr(
-        "thinpipe.sim.reports.top.CLOCKS_S", math.inf
+        "thinpipe.sim.reports.top_data.CLOCKS_S", math.inf
     )  # this process is younger than the records' times
     here = start(host=socket.gethostname(), process=os.getpid())
     write(out / "stage-1.jsonl", here, ready((0, "backward"), (1, "forward")), step(0, sent=1000), *faults)
@@ -288,14 +288,14 @@ OK = b"HTTP/1.0 200 OK\r\n\r\n"
 def test_what_answers_is_held_to_a_limit_and_a_deadline(
     answer: bytes, drip_s: float, expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(top, "ANSWER_BYTES_MAX", 2000)
-    monkeypatch.setattr(top, "ANSWER_S", 0.4)
+    monkeypatch.setattr(top_data, "ANSWER_BYTES_MAX", 2000)
+    monkeypatch.setattr(top_data, "ANSWER_S", 0.4)
     began = time.monotonic()
     with answering(answer, drip_s) as endpoint:
         with pytest.raises(
-            (MetricsFormatError, OSError, top.http.client.HTTPException), match=expected and re.escape(expected)
+            (MetricsFormatError, OSError, top_data.http.client.HTTPException), match=expected and re.escape(expected)
         ):
-            top.fetch(endpoint)
+            top_data.fetch(endpoint)
         assert time.monotonic() - began < 3
         (swarm,) = look(sources([], [str(endpoint)]), 1.0)
     assert not swarm.stages

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinpipe.compress.bits import bit_width
+from thinpipe.compress.bit_packing import bit_width
 from thinpipe.compress.byte_format import CodecError, Direction, Key
 from thinpipe.compress.registry import parse_format
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.config import load_config
-from thinpipe.sim.launch.swarm import node_environment
+from thinpipe.sim.launch.local_swarm import node_environment
 from thinpipe.sim.links.netns import Network, network
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records

@@ -27,9 +27,9 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from thinpipe.node import lifecycle
+from thinpipe.node import recovery_loop
 from thinpipe.node.links.transport import CONTROL_METHOD
-from thinpipe.node.worker import Worker
+from thinpipe.node.worker_thread import Worker
 from thinpipe.protocol.messages import Head
 
 JOB_S = 0.01  # of a thread, on average
@@ -46,7 +46,7 @@ class Process:
     number: int
     context: contextvars.Context = field(init=False)
     task: asyncio.Task[None] | None = None
-    lifecycle: lifecycle.Lifecycle | None = None
+    recovery_loop: recovery_loop.RecoveryLoop | None = None
     drain: Callable[[], bool] = lambda: False
     stopped: bool = False
     dead: bool = False
@@ -163,7 +163,7 @@ class _Selector(selectors.DefaultSelector):
         return []
 
 
-class LateWriter(lifecycle.CheckpointWriter):
+class LateWriter(recovery_loop.CheckpointWriter):
     """Writes as its parent does, one snapshot at a time and some time after it was given, but in the loop."""
 
     _writing: asyncio.Task[None] | None = None
@@ -218,7 +218,7 @@ def without_threads(patch: pytest.MonkeyPatch) -> list[Worker]:
 
     patch.setattr(Worker, "__init__", remembered)
     patch.setattr(Worker, "run", run)
-    patch.setattr(lifecycle, "CheckpointWriter", LateWriter)
+    patch.setattr(recovery_loop, "CheckpointWriter", LateWriter)
     return workers
 
 

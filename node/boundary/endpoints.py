@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...compress.bits import bit_width, pack_bits, packed_bytes, unpack_bits
-from ...compress.boundary import BoundaryCodec, BoundaryContext
+from ...compress.bit_packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from ...compress.byte_format import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
+from ...compress.codec_interface import BoundaryCodec, BoundaryContext
 from ...protocol.delta import join_deltas, joined_bytes_max, split_deltas
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Limits, Message

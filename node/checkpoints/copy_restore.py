@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Mapping
 
 from ...protocol.control_messages import CopyWanted
-from ...protocol.effects import Side
-from ..worker import Reporter
+from ...protocol.rollback_actions import Side
+from ..worker_thread import Reporter
 from .copy_receiver import CopyReceiver
 from .copy_sender import Say
 from .copy_store import CopySession

@@ -13,8 +13,8 @@ from typing import IO
 
 from ...protocol.control_messages import CopyDeclined, CopyFrame, CopyOffer, CopyPart
 from ...protocol.copy_transfer import Sending
-from ...protocol.effects import Side
 from ...protocol.header import printable
+from ...protocol.rollback_actions import Side
 from .copy_store import CopySession
 from .manifest import CheckpointError
 from .store import STATE, CheckpointStore

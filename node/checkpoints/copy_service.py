@@ -30,10 +30,10 @@ from ...protocol.control_messages import (
     CopyProgress,
     CopyWanted,
 )
-from ...protocol.effects import Side
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.header import printable
-from ..worker import Reporter
+from ...protocol.rollback_actions import Side
+from ..worker_thread import Reporter
 from .copy_restore import CopyRestore
 from .copy_sender import CopySender, Say
 from .copy_store import QUEUED_MAX, CopySession, CopyStore

@@ -44,7 +44,7 @@ from .manifest import (
 )
 
 if TYPE_CHECKING:
-    from ..state import StageSnapshot
+    from ..stage_state import StageSnapshot
 
 STATE = "state.safetensors"
 HELD_TIMES = 4  # times `keep`: more than so many are not held for copies that fall behind
@@ -163,7 +163,7 @@ class CheckpointStore:
         """The state after `completed` steps, verified; its tensors are mapped from the file. Raises CheckpointError."""
         from safetensors.torch import load_file
 
-        from ..state import StageSnapshot
+        from ..stage_state import StageSnapshot
 
         manifest, path = self.manifest(completed), self.path(completed) / STATE
         try:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ..free_memory import give_back_free_memory
-from ..state import StageSnapshot
+from ..stage_state import StageSnapshot
 from .manifest import CheckpointError
 from .store import CheckpointStore
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from ...sim.launch.swarm import ERROR_PREFIX, STOP_GRACE_S, Progress, node_environment
+from ...sim.launch.local_swarm import ERROR_PREFIX, STOP_GRACE_S, Progress, node_environment
 from ..config import RunConfig, dump_config, load_config
 from ..local import LocalRunError, clear
 from .recipe import Recipe

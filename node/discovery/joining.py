@@ -1,8 +1,8 @@
 """`thinpipe node --join`: from nothing but an address to a node that serves a stage.
 
 In this order: ask at the rendezvous addresses; enter the DHT; learn the run's configuration and check it; claim a
-stage; find out whether the run has begun. Then `node.host` runs the stage as it always does. The DHT's process is
-started before torch is imported here, since both take seconds.
+stage; find out whether the run has begun. Then `node.node_process` runs the stage as it always does. The DHT's process
+is started before torch is imported here, since both take seconds.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class JoinOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinResult:
-    """What `node.host` needs to know. resume: the run has begun."""
+    """What `node.node_process` needs to know. resume: the run has begun."""
 
     config: RunConfig
     stage: int

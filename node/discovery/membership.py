@@ -27,8 +27,8 @@ from .multiaddr import seen_from
 from .rendezvous import RendezvousError, ask_rendezvous, rendezvous_handler
 
 if TYPE_CHECKING:
-    from ..lifecycle import Lifecycle
     from ..links.dialling import Where
+    from ..recovery_loop import RecoveryLoop
 
 TICK_S = 1.0
 RUN_LEASE_S = 3600.0
@@ -71,7 +71,7 @@ class Membership:
     _barred: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was said to be so
     _seen: list[Seen] = field(default_factory=list)
     _seen_at_s: float = float("-inf")
-    _lifecycle: Lifecycle | None = None
+    _recovery_loop: RecoveryLoop | None = None
     _returned_at_s: float = float("-inf")
     _last: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was given last
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -146,21 +146,21 @@ class Membership:
 
     # -- what this node tells ----------------------------------------------------------------------------------------
 
-    async def keep_current(self, lifecycle: Lifecycle, tokens_per_step: int, report: Report) -> None:
+    async def keep_current(self, recovery_loop: RecoveryLoop, tokens_per_step: int, report: Report) -> None:
         """Publish what the node does, at once when that changes and else as often as records are renewed; never
         returns."""
-        self._lifecycle, throughput = lifecycle, Throughput(tokens_per_step)
+        self._recovery_loop, throughput = recovery_loop, Throughput(tokens_per_step)
         reached = asyncio.ensure_future(self.find_out_whether_reached(report))
         try:
             due_s = float("-inf")
             while True:
                 now = self.clock()
-                before, rate = self.record, throughput.note(now, lifecycle.machine.completed)
-                self.record = _current(before, lifecycle, rate)
+                before, rate = self.record, throughput.note(now, recovery_loop.machine.completed)
+                self.record = _current(before, recovery_loop, rate)
                 if now >= due_s or (self.record.state, self.record.generation) != (before.state, before.generation):
                     due_s = now + renew_every_s(self.record.stages)
                     await self._publish(report)
-                    if not any(met.is_set() for met in lifecycle.control.met.values()):
+                    if not any(met.is_set() for met in recovery_loop.control.met.values()):
                         await self._look_for_rivals(report)
                 await asyncio.sleep(TICK_S)
         finally:
@@ -236,7 +236,7 @@ class Membership:
 
     def leave(self) -> None:
         """The last words, as far as somebody hears them. Blocks for a moment."""
-        now = self._lifecycle
+        now = self._recovery_loop
         try:
             last = _current(self.record, now, 0.0) if now else self.record
             last = replace(last, state=NodeState.LEFT, tokens_per_s=0.0)
@@ -282,9 +282,9 @@ class Membership:
         return "" if answer == "yes" else answer
 
 
-def _current(record: NodeRecord, lifecycle: Lifecycle, tokens_per_s: float) -> NodeRecord:
+def _current(record: NodeRecord, recovery_loop: RecoveryLoop, tokens_per_s: float) -> NodeRecord:
     """What the node does now."""
-    machine = lifecycle.machine
+    machine = recovery_loop.machine
     ends = {"above": machine.identity.first, "below": machine.identity.last}
     there = all(peer is not None for side, peer in machine.peers.items() if not ends[side])
     training = machine.phase is RollbackPhase.RUNNING and there
@@ -293,6 +293,6 @@ def _current(record: NodeRecord, lifecycle: Lifecycle, tokens_per_s: float) -> N
         state=NodeState.TRAINING if training else NodeState.WAITING,
         generation=machine.generation,
         completed_steps=machine.completed,
-        committed_steps=lifecycle.committed,
+        committed_steps=recovery_loop.committed,
         tokens_per_s=tokens_per_s if training else 0.0,
     )

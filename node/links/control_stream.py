@@ -19,10 +19,10 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from ...protocol.control_messages import PART_BYTES_MAX, AllFinished, ControlFrame, CopyFrame
-from ...protocol.effects import ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
 from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ...protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
 from ...protocol.rollback import Rollback, RollbackPhase
+from ...protocol.rollback_actions import ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
 from ...protocol.wire_size import framed_bytes
 from ..checkpoints.copy_service import CopyService
 from .link import Read

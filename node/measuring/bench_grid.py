@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ...protocol.schedule import ScheduleError
 from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
-from ...sim.launch.swarm import SwarmError
+from ...sim.launch.local_swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench

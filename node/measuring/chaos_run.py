@@ -12,7 +12,7 @@ from rich.table import Table
 
 from ...sim.launch.fault_injection import Kind, disturb, plan, plan_every, report, survived
 from ...sim.launch.fork_server import ForkServer
-from ...sim.launch.swarm import SwarmError
+from ...sim.launch.local_swarm import SwarmError
 from ...sim.reports.summary import summarise, write_summary
 from ..config import RunConfig, dump_config, load_config
 from ..local import LocalRunError, clear, run_local, writable

@@ -30,7 +30,7 @@ from ..config import RunConfig
 from ..data import Corpus
 from ..optim import OptimStats
 from ..stage import Stage
-from ..state import StageSnapshot, StateError
+from ..stage_state import StageSnapshot, StateError
 from .emulated_machine import EmulatedMachine
 from .message_sizes import Sizes
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...compress.bits import packed_bytes
-from ...compress.boundary import BoundaryContext
+from ...compress.bit_packing import packed_bytes
 from ...compress.byte_format import ByteFormat, LearnedTable
+from ...compress.codec_interface import BoundaryContext
 from ...compress.registry import parse_codec
 from ...protocol.delta import DIGEST_BYTES, encode_delta, join_deltas
 from ...protocol.dictionary import Publisher

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..reports.summary import OUTSIDE_RATIO, read_records, total_by_kind
-from .swarm import run_swarm
+from .local_swarm import run_swarm
 
 WARM_UP_STEPS = 1
 WINDOWS = 3

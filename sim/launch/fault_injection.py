@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 from ..links.proxy import Proxy
 from ..reports.summary import read_records, steps_of
 from .fork_server import ForkServer, Process
-from .swarm import Swarm, SwarmError, exit_reason, free_ports
+from .local_swarm import Swarm, SwarmError, exit_reason, free_ports
 
 Kind = Literal["kill", "twice", "pause", "sleeper", "disk", "cut", "half"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # pyright: ignore[reportAssignmentType]

@@ -15,7 +15,6 @@ Children are this process's, so it waits for them and tells their ends to the cl
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import faulthandler
@@ -30,9 +29,10 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NoReturn
+
+from .process_exit import exit_code
 
 REQUEST_BYTES = 1 << 17  # more than any environment; a packet of the socket holds it
 PR_SET_PDEATHSIG = 1
@@ -136,7 +136,7 @@ def become(request: Request, stdout: int, stderr: int, *, server: int) -> NoRetu
         main = importlib.import_module(request.module)
         sys.argv = [main.__file__ or request.module, *request.arguments]
         _name_process(request.arguments)
-        code = _exit_code(main.main)
+        code = exit_code(main.main)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -190,31 +190,6 @@ def _name_process(arguments: list[str]) -> None:
         name = "-".join(["thinpipe", *words])[:15]
         with open("/proc/self/comm", "w") as comm:
             comm.write(name)
-
-
-def _exit_code(main: Callable[[], object]) -> int:
-    """Run it; wait for its threads, call what was registered for the exit, and write what is still in buffers."""
-    code, interrupted = 0, False
-    try:
-        main()
-    except SystemExit as end:
-        if end.code is None or isinstance(end.code, int):
-            code = (end.code or 0) & 0xFF
-        else:
-            print(end.code, file=sys.stderr)
-            code = 1
-    except BaseException as error:
-        traceback.print_exc()
-        code, interrupted = 1, isinstance(error, KeyboardInterrupt)
-    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    if interrupted:  # as an interpreter does that nobody caught it in
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    return code
 
 
 def main() -> NoReturn:

@@ -4,7 +4,7 @@ A run has ended when the newest process of every stage wrote its end. It is unde
 process that a stage's records name is there, or, where that is on another machine, its records are recent. Everything
 else has not ended, and only `--resume` brings it further. Why not a lock file: who is killed leaves it behind, and on a
 shared disk nobody can tell whose it is; records name machine and process anyway. `thinpipe top` judges each stage by
-the same rules (`sim.reports.top`).
+the same rules (`sim.reports.top_data`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .top import OVER, Directory, StageView, TopError
+from .top_data import OVER, Directory, StageView, TopError
 
 State = Literal["not begun", "under way", "ended", "not ended"]
 STARTING_S = 1800.0  # without a record: a node elsewhere that is only starting says nothing for long

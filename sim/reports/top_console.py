@@ -12,7 +12,7 @@ from contextlib import suppress
 from rich.console import Console
 from rich.live import Live
 
-from .top import MetricsSource, look
+from .top_data import MetricsSource, look
 from .top_view import frame
 
 

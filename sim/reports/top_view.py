@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .figures import DictionaryFigures, FaultFigures, LinkFigures, StageFigures
-from .top import StageView, SwarmView
+from .top_data import StageView, SwarmView
 
 WIDE_COLUMNS = 140
 FAULTS_SHOWN = 5

@@ -26,7 +26,6 @@ from thinpipe.protocol.control_messages import (
     StartView,
     StartViewChange,
 )
-from thinpipe.protocol.effects import SIDES, Effect, Leave, Send, Stop
 from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_DEPTH_MAX
@@ -49,6 +48,7 @@ from thinpipe.protocol.messages import (
 )
 from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback
+from thinpipe.protocol.rollback_actions import SIDES, Effect, Leave, Send, Stop
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
 from ..builders import identity

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..reports.record_tail import RecordTail
+from .local_swarm import node_environment
 from .stage_lock import began, ended_after, gave_up, newest_life, take_lock
-from .swarm import node_environment
 
 POLL_S = 0.5
 STARTING_S = 120.0  # imports, the model and the neighbours: no step is expected earlier

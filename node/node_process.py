@@ -1,6 +1,6 @@
 """Run one node process: configuration -> stage -> links -> loop, and end with one clear line whatever happens.
 
-Expected failures are `HostError` with an exit code: 2 for what the user can correct (a busy port, another run's
+Expected failures are `NodeError` with an exit code: 2 for what the user can correct (a busy port, another run's
 neighbour, a missing file), 1 for what happened to the run (a deadline that passed, a neighbour that is gone), 130 for a
 node that was told to stop.
 """
@@ -27,7 +27,6 @@ from .addresses import check_listen, split_address
 from .checkpoints.manifest import Fingerprint
 from .checkpoints.store import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
-from .lifecycle import Lifecycle
 from .links.dialling import Where, dial, dial_control
 from .links.link import LinkLost
 from .links.transport import listening
@@ -35,10 +34,11 @@ from .links.transport import serving as serving_only
 from .metrics import MetricsWriter, Tracer
 from .optim import OptimizerError
 from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
+from .recovery_loop import RecoveryLoop
 from .security.policy import PLAIN, Security
-from .state import StateError
+from .stage_state import StateError
 from .watching.views import Watching
-from .worker import Reporter
+from .worker_thread import Reporter
 
 if TYPE_CHECKING:
     from .discovery.membership import Membership
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 
 
-class HostError(RuntimeError):
+class NodeError(RuntimeError):
     """The node ends; `str(error)` is the one line that says why."""
 
     def __init__(self, line: str, exit_code: int) -> None:
@@ -75,7 +75,7 @@ class Addresses:
 
 
 def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
-    """Raises HostError for what can be seen to be wrong before minutes go into building the stage: its addresses (one
+    """Raises NodeError for what can be seen to be wrong before minutes go into building the stage: its addresses (one
     that it needs and does not have, a port that is taken), the device, the codec, the link."""
     try:
         check_device(config)
@@ -88,7 +88,7 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
             missing = f"stage {stage} has a stage below it: say where that is, --next host:port"
             split_address(_need(addresses.next, missing))
     except BAD_INPUT as error:
-        raise HostError(str(error), 2) from None
+        raise NodeError(str(error), 2) from None
 
 
 def _need(address: str | None, missing: str) -> str:
@@ -98,7 +98,7 @@ def _need(address: str | None, missing: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HostOptions:
+class NodeOptions:
     """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun. security:
     how it listens and dials. membership: of one that finds the others by the DHT, and knows where the stage below is.
     """
@@ -111,8 +111,8 @@ class HostOptions:
     membership: Membership | None = None
 
 
-def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptions) -> None:
-    """Run one stage until the configured steps are done. Raises HostError."""
+def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeOptions) -> None:
+    """Run one stage until the configured steps are done. Raises NodeError."""
     out, trace = options.out, options.trace
     try:
         watching, metrics = _records(config, stage, options)
@@ -142,7 +142,7 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
             resume=options.resume,
             tls=options.security.keys is not None,
         )
-        asyncio.run(_host(config, stage, addresses, options, metrics, tracer, on_fault))
+        asyncio.run(_run(config, stage, addresses, options, metrics, tracer, on_fault))
         metrics.write("exit", exit_code=0)
     except Exception as error:
         cause = _first(error)
@@ -152,7 +152,7 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
         metrics.write("exit", exit_code=1 if exit_code is None else exit_code)
         if exit_code is None:
             raise  # a bug, with its traceback
-        raise HostError(line, exit_code) from None
+        raise NodeError(line, exit_code) from None
     finally:
         if options.membership:
             options.membership.leave()
@@ -161,19 +161,19 @@ def host(config: RunConfig, stage: int, addresses: Addresses, options: HostOptio
         metrics.close()
 
 
-def _records(config: RunConfig, stage: int, options: HostOptions) -> tuple[Watching, MetricsWriter]:
-    """Who watches, and where the node's records go. Raises HostError for a port that is taken or a file that cannot be
+def _records(config: RunConfig, stage: int, options: NodeOptions) -> tuple[Watching, MetricsWriter]:
+    """Who watches, and where the node's records go. Raises NodeError for a port that is taken or a file that cannot be
     written."""
     try:
         watching = Watching(config.watch, options.out, stage=stage, replaces=options.resume)
     except MetricsAddressError as error:
-        raise HostError(str(error), 2) from None
+        raise NodeError(str(error), 2) from None
     path = options.out / f"stage-{stage}.jsonl"
     try:
         return watching, MetricsWriter(path, append=options.resume, view=watching.take)
     except OSError as error:
         watching.close()
-        raise HostError(f"no records can be written to {path}: {error.strerror}; choose another --out", 2) from None
+        raise NodeError(f"no records can be written to {path}: {error.strerror}; choose another --out", 2) from None
 
 
 def _first(error: Exception) -> Exception:
@@ -183,11 +183,11 @@ def _first(error: Exception) -> Exception:
     return error
 
 
-async def _host(
+async def _run(
     config: RunConfig,
     index: int,
     addresses: Addresses,
-    options: HostOptions,
+    options: NodeOptions,
     metrics: MetricsWriter,
     tracer: Tracer,
     on_fault: Reporter,
@@ -205,7 +205,7 @@ async def _host(
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
-        was_there = lifecycle.control.met["below"].is_set()
+        was_there = recovery_loop.control.met["below"].is_set()
         return max(link.connect_timeout_s, link.replacement_timeout_s) if was_there else link.connect_timeout_s
 
     security = options.security
@@ -216,7 +216,7 @@ async def _host(
     def where() -> str | Where:
         return membership.where(below, on_fault) if membership else addresses.next or ""
 
-    lifecycle = Lifecycle(
+    recovery_loop = RecoveryLoop(
         config,
         stage,
         identity,
@@ -237,10 +237,10 @@ async def _host(
             assert addresses.listen
             serving = listening(
                 addresses.listen,
-                lambda: lifecycle.link_above,
+                lambda: recovery_loop.link_above,
                 greeting_timeout_s=link.greeting_timeout_s,
                 report=on_fault,
-                control=lifecycle.control,
+                control=recovery_loop.control,
                 security=security,
                 more=methods,
             )
@@ -248,15 +248,17 @@ async def _host(
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
         elif methods and addresses.listen:  # no stage is above, but new nodes may join here
             await open_ends.enter_async_context(serving_only(addresses.listen, methods, security))
-        endless: list[Awaitable[None]] = [_until_signal(lifecycle.drain)]
+        endless: list[Awaitable[None]] = [_until_signal(recovery_loop.drain)]
         if membership:
-            endless.append(membership.keep_current(lifecycle, config.tokens_per_step, on_fault))
+            endless.append(membership.keep_current(recovery_loop, config.tokens_per_step, on_fault))
         if options.parent is not None:
             endless.append(_watch_parent(options.parent))
-        work = lifecycle.run()
+        work = recovery_loop.run()
         if stage.downstream_endpoint:
-            calling = dial_control(where(), lifecycle.control, **waits)
-            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if lifecycle.control.finished else 0)
+            calling = dial_control(where(), recovery_loop.control, **waits)
+            work = _while_calling(
+                work, calling, lambda: link.greeting_timeout_s if recovery_loop.control.finished else 0
+            )
         await _first_to_end(work, *endless)
 
 

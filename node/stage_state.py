@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compress.boundary import Decoder, Encoder
 from ..compress.byte_format import CodecError
+from ..compress.codec_interface import Decoder, Encoder
 from ..protocol.errors import LocalProtocolError
 from .boundary.pack_memory import PackMemory
 from .boundary.table_snapshot import DictionaryEnd, TableSnapshot

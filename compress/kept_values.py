@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .byte_format import ByteFormat, CodecError, Key, LearnedTable, is_finite
-from .formats import refusal
+from .float_formats import refusal
 
 
 class KeepsSome(ByteFormat):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .byte_format import ByteFormat, CodecError, Direction, LearnedTable, without_table
-from .recommended import Recommended, recommended_for
+from .recommended_rates import Recommended, recommended_for
 from .stage_parts import StageParts
 
 

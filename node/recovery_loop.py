@@ -23,9 +23,9 @@ from functools import partial
 from typing import Any
 
 from ..protocol.control_messages import CopyFrame, CopyPart
-from ..protocol.effects import ChooseEnd, EndAfter, Leave, Side, Start, Stop
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
+from ..protocol.rollback_actions import ChooseEnd, EndAfter, Leave, Side, Start, Stop
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
 from .boundary.endpoints import BoundaryShape
@@ -42,9 +42,9 @@ from .metrics import MetricsWriter, Tracer
 from .receive_deadline import ReceiveDeadline
 from .run_totals import RunTotals
 from .stage import Stage
-from .state import StageSnapshot
+from .stage_state import StageSnapshot
 from .training_loop import TrainingLoop
-from .worker import Reporter, Worker
+from .worker_thread import Reporter, Worker
 
 TIDY_EVERY = 100  # steps, where there are no checkpoints
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
@@ -52,7 +52,7 @@ IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most on
 Dial = Callable[[Link], Coroutine[Any, Any, None]]
 
 
-class Lifecycle:
+class RecoveryLoop:
     """Stage `stage.index` from its first generation to its last.
 
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config import RunConfig
-from thinpipe.node.measuring import comparison
-from thinpipe.node.measuring.comparison import add_comparison
+from thinpipe.node.measuring import dense_comparison
+from thinpipe.node.measuring.dense_comparison import add_comparison
 from thinpipe.node.measuring.plan import plan, times_measured
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.sim.reports.console import closing_lines, summary_tables
@@ -134,7 +134,7 @@ def test_a_run_that_cannot_be_simulated_ends_well_and_says_why(
     if fault == "broken":
         (run / "stage-1.jsonl").write_text('{"event": "step"}\n' * 3)
     if fault == "large":
-        monkeypatch.setattr(comparison, "MICROBATCHES_MAX", 7)
+        monkeypatch.setattr(dense_comparison, "MICROBATCHES_MAX", 7)
     found = compared(run, config)
     assert found["dense_simulation"] is found["run_simulation"] is None
     assert found["simulation_left_out"]

@@ -5,7 +5,8 @@
 
 One interior stage with the preset's shape and `--layers` of its layers (a quarter of the model by default, as in a
 pipeline of four). Its own forward and backward are timed without codec; then each half of the codec with its backward,
-and both byte formats, at both of its boundaries. One thread; the median of `--repeats`; the ratio is within one run.
+and both byte formats, at both of its boundaries (codebooks learn from what they pack; their changes as messages are not
+in it). One thread; the median of `--repeats`; the ratio is within one run.
 The optimizers are timed apart, once a step of 16 microbatches: SPEL and the projector's messages beside Muon and AdamW.
 """
 
@@ -70,8 +71,9 @@ def main() -> None:
     for spec in given.codec or [
         "identity bf16 bf16",
         "identity int4 int4",
-        "mapl:r=64 bf16 bf16",
+        "mapl:r=64,context=0 int4 int4",
         "mapl:r=64 int4 int4",
+        "mapl:r=64",
     ]:
         in_graph_s, bytes_s, learn_s = cost(spec, hidden_BTD.detach(), ids_BT, model.vocab_size, given.repeats)
         share = (in_graph_s + bytes_s) / stage_s
@@ -102,15 +104,23 @@ def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats
         receiver.use_table(sender.master.clone())
     z_BTW = sender.encode(hidden_BTD, ids_BT).detach()
 
+    keys = {direction: Key(seed=1, boundary=1, direction=direction, step=0, microbatch=0) for direction in Direction}
+    with_books = [direction for direction in Direction if bundle.format(direction).table(z_BTW.shape[-1])]
+    for direction in with_books:
+        byte_format = bundle.format(direction)
+        byte_format.learn(z_BTW, keys[direction])
+        byte_format.use_table(byte_format.master)
+
     def in_graph() -> None:
         sender.encode(hidden_BTD.requires_grad_(True), ids_BT).backward(z_BTW)
         receiver.decode(z_BTW.requires_grad_(True), ids_BT).backward(hidden_BTD.detach())
 
     def both_ways() -> None:
         for direction in Direction:
-            byte_format = bundle.format(direction)
-            key = Key(seed=1, boundary=1, direction=direction, step=0, microbatch=0)
+            byte_format, key = bundle.format(direction), keys[direction]
             payload = byte_format.pack(z_BTW, key)
+            if direction in with_books:
+                byte_format.learn(z_BTW, key)
             byte_format.unpack(payload, shape=tuple(z_BTW.shape), dtype=z_BTW.dtype, device=device, key=key)
 
     def learn() -> None:

@@ -49,10 +49,11 @@ PRESETS = {
         2000,
         (
             "dense=identity:table=1 bf16 bf16 optim.muon_lr=0.02 optim.adamw_lr=0.02",
-            "anchors=mapl:r=16,every=16 int4 int3 optim.muon_lr=0.01 optim.adamw_lr=0.01",
-            "context=mapl:r=16,context=4,every=16 int4 int3 optim.muon_lr=0.01 optim.adamw_lr=0.02",
-            "narrow=mapl:r=8,context=4,every=16 rvq:groups=1,levels=2,scale=log4,delta=drift/64 "
-            "rvq:groups=1,levels=2,scale=log4,hadamard=true,delta=drift/64 optim.muon_lr=0.01 optim.adamw_lr=0.02",
+            "anchors=mapl:context=0,r=16,every=16 int4 int3 optim.muon_lr=0.01 optim.adamw_lr=0.01",
+            "context=mapl:r=16 int4 int3 optim.muon_lr=0.01 optim.adamw_lr=0.02",
+            "codebooks=mapl:r=16 optim.muon_lr=0.01 optim.adamw_lr=0.02",
+            "narrow=mapl:r=8 rvq:levels=2,scale=log4,delta=drift/64 "
+            "rvq:levels=2,scale=log4,hadamard=true,delta=drift/64 optim.muon_lr=0.01 optim.adamw_lr=0.02",
         ),
     )
 }

@@ -226,10 +226,11 @@ def _copy(value: Tensor, like: Tensor) -> Tensor:
 
 @register_codec
 class MaplCodec(Codec):
-    """`--codec mapl:r=64,anchors=factorized,ar=64,table=1.0,every=1`; plain `mapl` is the best recipe found for `tiny`.
+    """`--codec mapl:r=64,anchors=factorized,ar=64,table=1.0,every=1`; plain `mapl` is the best recipe found.
 
-    That is: an eighth of the width, full anchors, no token table (which full anchors make up for), a projector that
-    moves every eighth step, int4 forward and int3 backward (docs/results.md; at other widths give r).
+    That is: an eighth of the width of `tiny` (at other widths give r), full anchors that know the context, no token
+    table (which they make up for), a projector that moves every 16th step, and codebooks both ways, 3 bits a number
+    and half a byte for its scale; gradients rotated at random before that (docs/results.md).
 
     r: rank, the numbers a token on the wire.
     anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
@@ -248,7 +249,8 @@ class MaplCodec(Codec):
     """
 
     name = "mapl"
-    default_forward, default_backward = "int4", "int3"
+    default_forward = "rvq:levels=3,scale=log4,delta=drift/64"
+    default_backward = f"{default_forward},hadamard=true"
 
     def __init__(
         self,
@@ -256,13 +258,13 @@ class MaplCodec(Codec):
         anchors: Kind = "full",
         ar: int = 0,
         pairs: int = 0,
-        context: int = 0,
+        context: int = 4,
         ce: int = 32,
         ch: int = 128,
         table: float = 0.0,
         projector: Projector = "spel",
         start: Start = "own",
-        every: int = 8,
+        every: int = 16,
         delta: DeltaFormat = "int8",
         gradient: Literal["fp64", "fp32", "bf16", "int8", "int4", "none"] = "int8",
         lr: float = 0.1,

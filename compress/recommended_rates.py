@@ -20,7 +20,7 @@ Recommended = Mapping[OptimizerSetting, float]
 
 NOTHING: Recommended = MappingProxyType({})
 _BY_CODEC: Mapping[str, Recommended] = MappingProxyType(
-    {"mapl": MappingProxyType({"muon_lr": 0.01, "adamw_lr": 0.01})},
+    {"mapl": MappingProxyType({"muon_lr": 0.01, "adamw_lr": 0.02})},
 )
 
 

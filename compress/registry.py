@@ -15,7 +15,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .byte_format import ByteFormat, CodecError
 from .codec_interface import BoundaryCodec, Codec
@@ -120,6 +120,9 @@ def _convert(text: str, kind: Any, where: str) -> Any:
         if text not in choices:
             raise CodecError(f"{where} cannot be '{text}'{_nearest(text, list(choices))}")
         return choices[text]
+    if get_origin(kind) is Union:  # a whole number, or a word
+        words = [word for each in get_args(kind) for word in get_args(each)]
+        return text if text in words else _convert(text, int, f"{where} may be {' or '.join(words)}, or")
     if kind is bool:
         return _convert(text, Literal["true", "false"], where) == "true"
     if kind is str:

@@ -1,4 +1,4 @@
-"""Grouped residual vector quantisation as a byte format: `rvq:groups=8,codes=256,levels=2`.
+"""Grouped residual vector quantisation as a byte format: `rvq:groups=auto,codes=256,levels=2`.
 
 A tensor (..., W) is N tokens of W numbers. Each token has one scale, the root mean square of its numbers, and is
 divided by it; then its numbers are cut into G groups side by side, and each group is coded in L rounds with one of K
@@ -39,7 +39,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 import torch
@@ -50,13 +50,14 @@ from .byte_format import ByteFormat, CodecError, Key, LearnedTable, Payload, Pol
 from .codebook import Codebooks, CodebookShape, Coded
 from .coding_survey import CodingSurvey
 from .float_formats import MIN_SCALE, refusal
-from .hadamard import check_block, rotate, rotate_back
+from .hadamard import rotate, rotate_back
 from .kmeans import Learner
 from .registry import register_format
 from .token_scales import ScaleKind, token_scales
 
 _POLICIES: dict[str, Policy] = {name: name for name in cast("tuple[Policy, ...]", get_args(Policy))}
 MAX_CODES, MAX_LEVELS, MAX_DIVISOR = 2**16, 16, 2**16
+GROUP_WIDTH = 8  # of groups=auto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -71,19 +72,21 @@ class _Search:
 
 @register_format
 class Rvq(ByteFormat):
-    """`rvq:groups=8,codes=256,levels=2,scale=bf16,hadamard=false,decay=0.99,delta=drift/16,encoding=int4`
+    """`rvq:groups=auto,codes=256,levels=2,scale=bf16,hadamard=false,decay=0.99,delta=drift/16,encoding=int4`
 
-    groups: parts of a token, each with codebooks of its own. codes: rows of each, 2 to 65536. levels: rounds. scale: of
-    a token, `bf16`, or `log8` or `log4` for so many bits below the tensor's largest. hadamard: each token is rotated
-    before it is coded, and back. decay: of the moving average, a microbatch. delta: which entries each message's change
-    covers: `random/D`, `robin/D` or `drift/D` for one part in D, or `full`. encoding: byte format of those changes.
+    groups: parts of a token, each with codebooks of its own; `auto`: as many as make groups of 8 numbers, or of the
+    next fewer that divide the width (with groups of 16 nothing trained). codes: rows of each, 2 to 65536. levels:
+    rounds. scale: of a token, `bf16`, or `log8` or `log4` for so many bits below the tensor's largest. hadamard: each
+    token is rotated before it is coded, and back. decay: of the moving average, a microbatch. delta: which entries each
+    message's change covers: `random/D`, `robin/D` or `drift/D` for one part in D, or `full`. encoding: byte format of
+    those changes. At a width that only a small power of two divides, a rotation mixes few numbers, or none.
     """
 
     id = "rvq"
 
     def __init__(
         self,
-        groups: int = 8,
+        groups: int | Literal["auto"] = "auto",
         codes: int = 256,
         levels: int = 2,
         scale: ScaleKind = "bf16",
@@ -93,7 +96,7 @@ class Rvq(ByteFormat):
         encoding: Literal["fp32", "bf16", "int8", "int4"] = "int4",
     ) -> None:
         for fault, bad, wanted in (
-            (f"groups={groups}", groups < 1, "at least 1"),
+            (f"groups={groups}", groups != "auto" and groups < 1, "at least 1"),
             (f"codes={codes}", not 2 <= codes <= MAX_CODES, f"from 2 to {MAX_CODES}"),
             (f"levels={levels}", not 1 <= levels <= MAX_LEVELS, f"from 1 to {MAX_LEVELS}"),
             (f"decay={decay:g}", not 0 <= decay < 1, "at least 0 and below 1"),
@@ -103,10 +106,13 @@ class Rvq(ByteFormat):
         self.policy: Policy
         self.policy, self.divisor = _parse_delta(delta)
         self.encoding = encoding
-        self.grid = CodebookShape(levels=levels, groups=groups, codes=codes)
+        self._grouped_by_width = groups == "auto"
+        # With groups=auto a stand-in until a width is known (`_fit`).
+        self.grid = CodebookShape(levels=levels, groups=1 if groups == "auto" else groups, codes=codes)
         self._bits = bit_width(codes)
         self._scales = token_scales(scale)
         self._hadamard = hadamard
+        self._decay = decay
         self._learner = Learner(self.grid, decay)
         self._books: Codebooks | None = None
         self._search: _Search | None = None
@@ -115,8 +121,7 @@ class Rvq(ByteFormat):
     # -- the table ------------------------------------------------------------------------------------------------
 
     def table(self, width: int) -> LearnedTable:
-        if self._hadamard:
-            check_block(self.id, width)
+        self._fit(width)
         return LearnedTable(
             name="codebook",
             entries=self.grid.entries,
@@ -147,6 +152,8 @@ class Rvq(ByteFormat):
         return counts_LGK.clamp(min=counts_LGK.mean(dim=2, keepdim=True)).view(-1)
 
     def use_table(self, table: Tensor) -> None:
+        if table.ndim == 2:
+            self._fit(table.shape[0] // (self.grid.levels * self.grid.codes) * table.shape[1])
         entries = self.grid.entries
         if table.ndim != 2 or table.shape[0] != entries or not table.shape[1] or table.dtype != torch.float32:
             raise CodecError(
@@ -157,8 +164,9 @@ class Rvq(ByteFormat):
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def body_bytes(self, shape: tuple[int, ...]) -> int:
-        tokens, _ = self._tokens(shape)
-        return self._scales.byte_count(tokens) + packed_bytes(tokens * self.grid.groups * self.grid.levels, self._bits)
+        tokens, width = self._tokens(shape)
+        grid = self._grid(width)
+        return self._scales.byte_count(tokens) + packed_bytes(tokens * grid.groups * grid.levels, self._bits)
 
     def pack(self, z: Tensor, key: Key) -> Payload:
         self._tokens(tuple(z.shape))
@@ -230,18 +238,30 @@ class Rvq(ByteFormat):
         return math.prod(shape[:-1]), shape[-1]
 
     def _group_width(self, width: int) -> int:
-        groups = self.grid.groups
+        groups = self._grid(width).groups
         if width < 1 or width % groups:
             divisors = [n for n in range(1, min(width, 4 * groups) + 1) if width % n == 0]
             remedy = f"groups={min(divisors, key=lambda n: abs(n - groups))}" if divisors else "a width above 0"
             raise CodecError(f"format 'rvq': a width of {width} cannot be cut into groups={groups}; say {remedy}")
         return width // groups
 
+    def _grid(self, width: int) -> CodebookShape:
+        """Of the codebooks for tokens of that width."""
+        if not self._grouped_by_width or width < 1:
+            return self.grid
+        return replace(self.grid, groups=width // next(d for d in range(GROUP_WIDTH, 0, -1) if width % d == 0))
+
+    def _fit(self, width: int) -> None:
+        """Be for tokens of that width, as long as nothing was learned or received for another."""
+        grid = self._grid(width)
+        if grid != self.grid and not self.has_started and self._books is None:
+            self.grid, self._learner = grid, Learner(grid, self._decay)
+
     def _in_use(self, width: int) -> Codebooks:
         if self._books is None:
             raise CodecError("format 'rvq' has no codebook yet: learn, publish and use one before tensors are coded")
-        if self._books.width != self._group_width(width):
-            has = self._books.width * self.grid.groups
+        has = self._books.width * self.grid.groups
+        if has != width:
             raise CodecError(f"format 'rvq': a tensor of width {width}, and a codebook for width {has}")
         return self._books
 
@@ -250,6 +270,7 @@ class Rvq(ByteFormat):
     @torch.no_grad()
     def learn(self, z: Tensor, key: Key) -> None:
         z = z.detach()
+        self._fit(self._tokens(tuple(z.shape))[1])
         if self._learner.blank:
             x_NGD, scales_N = self._scaled(z, key)
             self._learner.start(x_NGD[scales_N != 0].cpu(), key)
@@ -289,19 +310,27 @@ class Rvq(ByteFormat):
         return self._learner.state() if self.has_started else {}
 
     def state_layout(self, shape: tuple[int, ...], completed: int) -> dict[str, Tensor]:
+        self._fit(shape[-1])
         return self._learner.layout(self._group_width(shape[-1])) if completed else {}
 
     def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         if state:
+            self._fit_state(state)
             self._learner.check(state)
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """As the base class says; the table that was in use has to follow (`use_table`)."""
         if state:
+            self._fit_state(state)
             self._learner.load(state)
         else:
             self._learner.reset()
         self._books = self._search = None
+
+    def _fit_state(self, state: Mapping[str, Tensor]) -> None:
+        sums = state.get("sums")
+        if sums is not None and sums.ndim == 4:
+            self._fit(sums.shape[1] * sums.shape[3])
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

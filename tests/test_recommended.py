@@ -49,7 +49,7 @@ def test_a_codec_has_its_own_rates(spec: str) -> None:
     assert config.optim == PLAIN.model_copy(update=RATES)
     assert recommended(config) == RATES
     assert recommended_line(config) == (
-        f"optim.muon_lr=0.01, optim.adamw_lr=0.01: recommended for codec {spec}; set them to override"
+        f"optim.muon_lr=0.01, optim.adamw_lr=0.02: recommended for codec {spec}; set them to override"
     )
     assert RunConfig(codec=CodecSection(codec=spec)) == config
 

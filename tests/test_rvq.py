@@ -305,7 +305,7 @@ class TestSpec:
         ("options", "message"),
         [
             ("group=8", "byte format 'rvq' has no option 'group'; the nearest known one is 'groups'"),
-            ("groups=8.5", "option 'groups' wants a whole number, got '8.5'"),
+            ("groups=8.5", "option 'groups' may be auto, or wants a whole number, got '8.5'"),
             ("groups=0", "groups=0 has to be at least 1"),
             ("codes=1", "codes=1 has to be from 2 to 65536"),
             ("codes=65537", "codes=65537 has to be"),
@@ -327,6 +327,42 @@ class TestSpec:
             parse_format(f"rvq:{options}")
         assert message in str(error.value)
         assert "\n" not in str(error.value)
+
+
+class TestGroupsOfTheWidth:
+    """groups=auto: a width says how many, the first one that anything is learned, received or restored for."""
+
+    @pytest.mark.parametrize(("width", "groups"), [(32, 4), (64, 8), (12, 2), (8, 1), (7, 1), (11, 11)])
+    def test_it_is_what_one_would_have_said(self, width, groups):
+        z, said = gaussian((300, width)), Rvq(groups=groups, codes=16)
+        auto = Rvq(codes=16)
+        assert auto.body_bytes((300, width)) == said.body_bytes((300, width))
+        assert auto.table(width) == said.table(width)
+        started(auto, z), started(said, z)
+        assert auto.pack(z, key()) == said.pack(z, key())
+
+    def test_a_receiver_knows_it_from_the_table(self):
+        z, there = gaussian((300, 32)), Rvq(codes=16)
+        here = started(Rvq(codes=16), z)
+        there.use_table(here.master)
+        assert torch.equal(there.unpack(here.pack(z, key()), shape=(300, 32), dtype=z.dtype), round_trip(here, z))
+
+    def test_a_restored_one_knows_it_from_its_state(self):
+        z, restored = gaussian((300, 32)), Rvq(codes=16)
+        first = started(Rvq(codes=16), z)
+        restored.check_state_tensors(first.state_tensors())
+        restored.load_state_tensors(first.state_tensors())
+        assert torch.equal(restored.master, first.master)
+        layout = Rvq(codes=16).state_layout((300, 32), 1)
+        assert {name: each.shape for name, each in first.state_tensors().items()} == {
+            name: each.shape for name, each in layout.items()
+        }
+
+    def test_what_was_learned_for_one_width_is_not_for_another(self):
+        fmt = started(Rvq(codes=16), gaussian((300, 32)))
+        with pytest.raises(CodecError, match="a tensor of width 16, and a codebook for width 32"):
+            fmt.pack(gaussian((300, 16)), key())
+        assert fmt.body_bytes((300, 16)) == Rvq(codes=16).body_bytes((300, 16))
 
 
 class TestQuality:
@@ -661,8 +697,13 @@ class TestRotated:
         strong, weak = self.lost(Rvq(groups=1, codes=16, levels=2, hadamard=True), 12)
         assert abs(strong / weak - 1) < 0.25
 
-    def test_it_takes_no_byte_and_a_width_with_a_power_of_two(self):
+    def test_it_takes_no_byte(self):
         plain, rotated = (Rvq(groups=2, codes=16, hadamard=on) for on in (False, True))
         assert plain.body_bytes((7, 24)) == rotated.body_bytes((7, 24))
-        with pytest.raises(CodecError, match=r"'rvq': hadamard=true wants a width that 8 divides, not 12; choose 16"):
-            rotated.table(12)
+
+    @pytest.mark.parametrize("width", [7, 10, 12])
+    def test_it_takes_a_width_that_it_can_hardly_mix(self, width):
+        z, fmt = gaussian((600, width)), Rvq(codes=256, hadamard=True)
+        started(fmt, z)
+        arrived = fmt.unpack(fmt.pack(z, key()), shape=tuple(z.shape), dtype=z.dtype, key=key())
+        assert float((arrived - z).norm() / z.norm()) < 0.5

@@ -159,6 +159,9 @@ def main() -> None:
         parser.error(str(error))
     except LocalRunError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt as error:
+        print(f"{str(error) or 'interrupted'}; no run goes on, those that have ended are kept", file=sys.stderr)
+        sys.exit(130)
     first = [summary["val_loss"] for summary in summaries[given.recipe[0]]]
     one = summaries[given.recipe[0]][0]
     print(f"\n{one['tokens'] / 1e6:.2f}M tokens, {one['tokens_per_step']} a step, {given.seeds} seed(s)\n")

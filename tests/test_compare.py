@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -268,6 +271,69 @@ def test_an_interruption_leaves_no_process(
     with pytest.raises(KeyboardInterrupt):
         run_all(runs_of(tiny_settings, tmp_path, 1), 2, on_look=interrupt)
     assert [process.poll() for process in started] == [-15, -15]
+
+
+@pytest.fixture
+def as_by_default() -> Iterator[None]:
+    """Signals as a terminal's command finds them, whatever whoever runs the tests ignores (nohup)."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    assert {number: signal.signal(number, handler) for number, handler in before.items()} == handlers
+
+
+def deaf(monkeypatch: pytest.MonkeyPatch, told: signal.Signals) -> list[subprocess.Popen[bytes]]:
+    """Runs that ignore SIGTERM; `told` comes between the start of each and the line that remembers it."""
+    popen, started = subprocess.Popen, []
+    program = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+
+    def start(_: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-S", "-c", program], **{**how, "stdout": subprocess.PIPE}))
+        assert started[-1].stdout.read(1)
+        started[-1].stdout.close()
+        os.kill(os.getpid(), told)
+        return started[-1]
+
+    monkeypatch.setattr(recipe_runs.subprocess, "Popen", start)
+    return started
+
+
+@pytest.mark.usefixtures("as_by_default")
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_who_is_told_to_end_forgets_nobody_and_insists(
+    told: signal.Signals, monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    started = deaf(monkeypatch, told)
+    monkeypatch.setattr(recipe_runs, "STOP_GRACE_S", 0.3)
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        run_all(runs_of(tiny_settings, tmp_path, 1), 2)
+    assert str(interrupted.value) == ("" if told == signal.SIGINT else f"stopped by {told.name}")
+    assert [process.returncode for process in started] == [-9]  # and the second was not begun
+
+
+@pytest.mark.usefixtures("as_by_default")
+def test_who_is_told_twice_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    started = deaf(monkeypatch, signal.SIGINT)
+    monkeypatch.setattr(recipe_runs, "STOP_GRACE_S", 50.0)
+    monkeypatch.setattr(recipe_runs.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs_of(tiny_settings, tmp_path, 1), 2)
+    assert [process.returncode for process in started] == [-9]
+
+
+@pytest.mark.usefixtures("as_by_default", "trainer")
+def test_a_signal_after_the_last_run_is_not_lost(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Or a sweep would go on with the next runs."""
+    runs = runs_of(tiny_settings, tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"):
+        run_all(runs, 2, on_end=lambda run, *_: os.kill(os.getpid(), signal.SIGTERM) if run is runs[-1] else None)
+    assert all(run.summary() for run in runs)
 
 
 # The whole, and the page

@@ -7,24 +7,25 @@ off has no summary, and what has other settings is of no use; both are made anew
 resolved, so a run is found again however they were given.
 
 Why processes and not threads: torch computes on one thread in each, whatever the other runs do, and a run that is
-killed for its memory takes no other with it.
+killed for its memory takes no other with it. None outlives this process: it is ended with it, and killed when it is.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
+from ...sim.launch.end_signals import EndSignals, end_signals
 from ...sim.launch.local_swarm import ERROR_PREFIX, STOP_GRACE_S, Progress, node_environment
 from ..config import RunConfig, dump_config, load_config
 from ..local import LocalRunError, clear
@@ -91,7 +92,7 @@ class _Process:
         settings, log = run.directory / "run.toml", run.directory / LOG
         settings.write_text(dump_config(run.config), encoding="utf-8")
         command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
-        command += ["--config", str(settings), "--out", str(run.directory)]
+        command += ["--config", str(settings), "--out", str(run.directory), "--parent", str(os.getpid())]
         self._progress = Progress(run.directory, stages=run.config.pipeline.stages)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -130,18 +131,20 @@ def run_all(
 
     keep_going: with the others if one fails, as a recipe that diverges does; else LocalRunError is raised for the first
     that fails. on_look: those under way, about ten times a second. on_end: a run that was made now, its seconds, and
-    why it failed, if it did. KeyboardInterrupt passes through. No process is left running either way, and runs that
-    have ended are kept.
+    why it failed, if it did. Raises KeyboardInterrupt for Ctrl-C, SIGTERM and a closed terminal. No process is left
+    running either way, and runs that have ended are kept.
     """
     if jobs < 1:
         raise ValueError(f"{jobs} runs side by side; wanted 1 or more")
     waiting = deque(run for run in runs if run.summary() is None)
     working: list[_Process] = []
     failed: dict[RecipeRun, str] = {}
-    try:
-        with _ended_alike():
+    with end_signals() as told:  # noted, and not raised between the start of a process and its place in `working`
+        try:
             while waiting or working:
+                told.check()
                 while waiting and len(working) < jobs:
+                    told.check()
                     working.append(_Process(waiting.popleft()))
                 for each in list(working):
                     if (code := each.process.poll()) is None:
@@ -157,38 +160,21 @@ def run_all(
                 if on_look:
                     on_look([each.standing() for each in working])
                 time.sleep(POLL_S if working else 0)
-    finally:
-        _stop(working)
+        finally:
+            _stop(working, told)
     return failed
 
 
-@contextmanager
-def _ended_alike() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the runs as Ctrl-C does."""
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        del number, frame
-        raise KeyboardInterrupt
-
-    before: dict[int, Any] = {}
-    try:
-        with suppress(ValueError):  # not the main thread: whoever is there handles signals
-            before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(working: Sequence[_Process]) -> None:
-    """Ask politely, then insist. Their runs have no summary, so they are made again."""
+def _stop(working: Sequence[_Process], told: EndSignals) -> None:
+    """Ask politely, then insist; at once, if told a second time. Their runs have no summary, so they are made again."""
     alive = [each.process for each in working if each.process.poll() is None]
     for process in alive:
         process.terminate()
-    deadline = time.monotonic() + STOP_GRACE_S
+    deadline, asked = time.monotonic() + STOP_GRACE_S, told.count
+    while any(process.poll() is None for process in alive) and told.count == asked and time.monotonic() < deadline:
+        time.sleep(POLL_S)
     for process in alive:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # nothing happens to one that has ended
+    for process in alive:
+        with suppress(subprocess.TimeoutExpired):  # in the kernel, which ends it when it returns
+            process.wait(STOP_GRACE_S)

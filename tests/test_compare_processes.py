@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from thinpipe.node.comparing.recipe_runs import claimed
 
 from .real_faults import records
 from .real_node import until
@@ -72,7 +73,14 @@ def test_what_has_ended_stays_and_nobody_is_left(compare: Compare, tmp_path: Pat
         assert "Traceback" not in process.words
     process = compare()
     training(process, out)
+    said = f"{out} is in use by process {process.popen.pid}; choose another --out, or wait until that has ended"
+    assert compare().ends(2) == f"thinpipe: error: {said}\n"
+    done = len(records(out / "long-seed1", 0, "step"))
+    until(lambda: len(records(out / "long-seed1", 0, "step")) > done, "a step of whom it leaves alone")
     assert "short, seed 1: trained before" in process.words
     made.add((out / "short-seed1" / "summary.json").stat().st_mtime_ns)
     assert len(made) == 1
     process.kill()  # and all of its runs, without a word to any
+    for lock in (out / "compare.lock", out / "long-seed1" / "run.lock"):
+        with claimed(lock):  # as whoever says the same again
+            pass

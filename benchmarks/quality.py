@@ -14,8 +14,9 @@ which are for all recipes, and win; learning rates that neither states are those
 what the others are compared with, seed by seed: the same data and the same first weights, unless a recipe's own
 settings change them. One process computes bit for bit what the swarm does (tests/test_parity.py), and counts the same
 bytes but acknowledgements. Runs that `--out` holds already, made with the same settings, are not run again; `--jobs`
-run side by side. With several seeds the table gives the mean and a 95 % interval (Student's t) of the paired
-differences, and below it stands each seed's loss. What that means in time over a link: `thinpipe compare`.
+run side by side. Another program that trains other recipes may have the same `--out`. With several seeds the table
+gives the mean and a 95 % interval (Student's t) of the paired differences, and below it stands each seed's loss. What
+that means in time over a link: `thinpipe compare`.
 """
 
 from __future__ import annotations
@@ -159,7 +160,11 @@ def main() -> None:
     except ConfigError as error:
         parser.error(str(error))
     except LocalRunError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt as error:
+        print(f"{str(error) or 'interrupted'}; no run goes on, those that have ended are kept", file=sys.stderr)
+        sys.exit(130)
     first = [summary["val_loss"] for summary in summaries[given.recipe[0]]]
     one = summaries[given.recipe[0]][0]
     print(f"\n{one['tokens'] / 1e6:.2f}M tokens, {one['tokens_per_step']} a step, {given.seeds} seed(s)\n")

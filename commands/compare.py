@@ -68,9 +68,9 @@ def compare(
     thinpipe compare --recipe dense=bf16 --recipe 'r16=mapl:r=16' --seeds 3
 
     Runs that --out holds already, made with the same settings, are not run
-    again: after Ctrl-C, say the same again. The result is a page, compare.html,
-    which needs no network. A run that fails, as one that diverges does, leaves its
-    recipe without a loss, and the exit code is 1.
+    again: after Ctrl-C or SIGTERM, say the same again. The result is a page,
+    compare.html, which needs no network. A run that fails, as one that diverges
+    does, leaves its recipe without a loss, and the exit code is 1.
     """
     one_arithmetic_thread()
     if target is not None and not (math.isfinite(target) and target > 0):
@@ -81,6 +81,7 @@ def compare(
     from ..node.config import parse_override
     from ..node.local import LocalRunError
     from ..node.preparation import BAD_INPUT
+    from ..sim.launch.end_signals import ending_as_ctrl_c
 
     settings = settings_of(steps=steps, model=model, data=data, eval_every=eval_every)
     try:
@@ -94,13 +95,15 @@ def compare(
             schedule=schedule,
             target=target,
         )
-        found = run(asked, out, jobs=jobs or len(os.sched_getaffinity(0)), quiet=as_json)
+        with ending_as_ctrl_c():
+            found = run(asked, out, jobs=jobs or len(os.sched_getaffinity(0)), quiet=as_json)
     except BAD_INPUT as error:
         fail(str(error), 2)
     except LocalRunError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail(f"interrupted; no run goes on. Those that have ended are kept in {out}, the same command goes on", 130)
+    except KeyboardInterrupt as error:
+        told = str(error) or "interrupted"
+        fail(f"{told}; no run goes on. Those that have ended are kept in {out}, the same command goes on", 130)
     if as_json:
         print(json.dumps(found, indent=2))
     if any(run["failed"] for recipe in found["recipes"] for run in recipe["runs"]):

@@ -88,9 +88,14 @@ def up(
         ),
     ] = None,
     tensorboard: TensorBoard = None,
+    parent: Annotated[int | None, typer.Option(hidden=True, help="Be killed when this process is gone.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
+    if parent is not None:  # before the imports, which take seconds
+        from ..sim.launch.parent_death import die_with_parent
+
+        die_with_parent(parent)
     one_arithmetic_thread()
     if isolate not in (None, "netns"):
         fail(f"--isolate: there is no '{isolate}'; say netns, or omit it", 2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -20,9 +24,10 @@ from thinpipe.node.comparing import recipe_runs
 from thinpipe.node.comparing.compare import Comparison, compare, worst
 from thinpipe.node.comparing.loss_curve import Point, interval, mean_curve, over_first, steps_to
 from thinpipe.node.comparing.recipe import Recipe, check_names
-from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
+from thinpipe.node.comparing.recipe_runs import RecipeRun, claimed, run_all
 from thinpipe.node.config import ConfigError, load_config
 from thinpipe.node.local import LocalRunError
+from thinpipe.sim.launch import file_lock
 from thinpipe.sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from thinpipe.sim.reports.compare_page import compare_page
 from typer.testing import CliRunner
@@ -268,6 +273,166 @@ def test_an_interruption_leaves_no_process(
     with pytest.raises(KeyboardInterrupt):
         run_all(runs_of(tiny_settings, tmp_path, 1), 2, on_look=interrupt)
     assert [process.poll() for process in started] == [-15, -15]
+
+
+@pytest.fixture
+def as_by_default() -> Iterator[None]:
+    """Signals as a terminal's command finds them, whatever whoever runs the tests ignores (nohup)."""
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    assert {number: signal.signal(number, handler) for number, handler in before.items()} == handlers
+
+
+def deaf(monkeypatch: pytest.MonkeyPatch, told: signal.Signals) -> list[subprocess.Popen[bytes]]:
+    """Runs that ignore SIGTERM; `told` comes between the start of each and the line that remembers it."""
+    popen, started = subprocess.Popen, []
+    program = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+
+    def start(_: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-S", "-c", program], **{**how, "stdout": subprocess.PIPE}))
+        assert started[-1].stdout.read(1)
+        started[-1].stdout.close()
+        os.kill(os.getpid(), told)
+        return started[-1]
+
+    monkeypatch.setattr(recipe_runs.subprocess, "Popen", start)
+    return started
+
+
+@pytest.mark.usefixtures("as_by_default")
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_who_is_told_to_end_forgets_nobody_and_insists(
+    told: signal.Signals, monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    started = deaf(monkeypatch, told)
+    monkeypatch.setattr(recipe_runs, "STOP_GRACE_S", 0.3)
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        run_all(runs_of(tiny_settings, tmp_path, 1), 2)
+    assert str(interrupted.value) == ("" if told == signal.SIGINT else f"stopped by {told.name}")
+    assert [process.returncode for process in started] == [-9]  # and the second was not begun
+
+
+@pytest.mark.usefixtures("as_by_default")
+def test_who_is_told_twice_does_not_wait(
+    monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    started = deaf(monkeypatch, signal.SIGINT)
+    monkeypatch.setattr(recipe_runs, "STOP_GRACE_S", 50.0)
+    monkeypatch.setattr(recipe_runs.time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(runs_of(tiny_settings, tmp_path, 1), 2)
+    assert [process.returncode for process in started] == [-9]
+
+
+@pytest.mark.usefixtures("as_by_default", "trainer")
+def test_a_signal_after_the_last_run_is_not_lost(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Or a sweep would go on with the next runs."""
+    runs = runs_of(tiny_settings, tmp_path, 1)
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"):
+        run_all(runs, 2, on_end=lambda run, *_: os.kill(os.getpid(), signal.SIGTERM) if run is runs[-1] else None)
+    assert all(run.summary() for run in runs)
+
+
+# Who trains a run, and who writes the result
+
+
+def test_a_run_is_trained_by_one_at_a_time(trainer: Trainer, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    runs = runs_of(tiny_settings, tmp_path, 1)
+    lock = runs[1].directory / "run.lock"
+    with claimed(lock), pytest.raises(LocalRunError) as refused:
+        run_all(runs, 1, keep_going=True)
+    assert str(refused.value) == (
+        f"{runs[1].directory} is in use by process {os.getpid()}; choose another --out, or wait until that has ended"
+    )
+    assert (refused.value.exit_code, trainer.started) == (2, [])
+    with claimed(lock):  # others in the same directory are nobody else's
+        run_all(runs[:1], 1)
+    run_all(runs, 1)
+    assert trainer.started == ["a-seed1", "b-seed1"]
+    with claimed(lock):  # there is nothing left to train
+        run_all(runs, 1)
+
+
+def test_what_another_has_just_trained_is_not_trained_again(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """It ends, and lets go, between the look at a run and the lock."""
+    take, runs = file_lock.take, runs_of(tiny_settings, tmp_path, 1)
+
+    def take_late(path: Path) -> int | None:
+        with monkeypatch.context() as other:
+            other.setattr(file_lock, "take", take)
+            run_all([run for run in runs if run.directory == path.parent], 1)
+        return take(path)
+
+    monkeypatch.setattr(file_lock, "take", take_late)
+    run_all(runs, 1)
+    assert trainer.started == ["a-seed1", "b-seed1"]
+
+
+def test_a_run_is_locked_as_long_as_its_process_lives(
+    monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where whoever started it is gone."""
+    popen, started = subprocess.Popen, []
+
+    def sleeper(_: list[str], **how: Any) -> subprocess.Popen[bytes]:
+        started.append(popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"], **how))
+        return started[-1]
+
+    def leave(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    runs = runs_of(tiny_settings, tmp_path, 1)[:1]
+    monkeypatch.setattr(recipe_runs.subprocess, "Popen", sleeper)
+    with monkeypatch.context() as lost:
+        lost.setattr(recipe_runs, "_stop", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(runs, 1, on_look=leave)
+    with pytest.raises(LocalRunError, match="is in use by process"):
+        run_all(runs, 1)
+    started[0].kill()
+    started[0].wait()
+    os.close(file_lock.take(runs[0].directory / "run.lock") or -1)
+
+
+def test_a_lock_that_nobody_can_take_is_refused(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tiny_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    def without_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    (run, _) = runs_of(tiny_settings, tmp_path, 1)
+    (run.directory / "run.lock").mkdir(parents=True)
+    with pytest.raises(LocalRunError, match=r"cannot open .*run.lock: Is a directory"):
+        run_all([run], 1)
+    monkeypatch.setattr(file_lock.fcntl, "flock", without_locks)
+    (run.directory / "run.lock").rmdir()
+    with pytest.raises(LocalRunError, match=r"cannot lock .*: No locks available; choose a directory on another disk"):
+        run_all([run], 1)
+    assert trainer.started == []
+
+
+def test_the_second_comparison_in_one_place_is_refused_at_once(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from thinpipe.node.comparing import compare as comparing
+
+    monkeypatch.setattr(comparing, "_planned", pytest.fail)  # it takes seconds
+    with claimed(tmp_path / "compare.lock"):
+        before = sorted(tmp_path.iterdir())
+        result = CliRunner().invoke(app, ["compare", "--out", str(tmp_path), "--recipe", "another=int4"])
+    assert result.exit_code == 2, result.output
+    assert result.stderr == (
+        f"thinpipe: error: {tmp_path} is in use by process {os.getpid()}; choose another --out, or wait until that has "
+        "ended\n"
+    )
+    assert (trainer.started, sorted(tmp_path.iterdir())) == ([], before)
 
 
 # The whole, and the page

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.sim.reports.summary import read_records, steps_of
 
 from .conftest import TinyConfig
 from .faults import DiskFull, Done, During, Fault, Kill, Pause, Phase, TornCheckpoint
 from .in_memory import Outcome, run_reference
 from .real_faults import carry_out, records, unwritten
 from .real_node import until
+from .real_swarm import Process
 
 STEPS = 120  # of 30 ms: enough that three losses fall into the run
 SETTINGS = {
@@ -116,6 +118,70 @@ def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tm
     full = unwritten(run, 1)
     assert len(full) >= 2
     assert any(record["time_s"] > full[-1]["time_s"] for record in records(run, 1, "checkpoint"))  # there is room again
+
+
+# What a stage that is lost takes with it, by what crosses the boundaries: (codec, forward, backward).
+CROSSING = {
+    # A model that is made to lie in one subspace, which whoever comes back computes again for itself. What the last
+    # gradient lost is in the packer's memory, and has to come back from its checkpoint; top-k keeps nothing.
+    "ssn, topk, carried errors": ("ssn:k=8", "topk:k=4", "int3:feedback=true"),
+    # Encoder and decoder are trained by the stages on either side, and each comes back from its own stage's checkpoint;
+    # columns are chosen for each message, and masks drawn from its key, which has to be the same the second time.
+    "resbm, columns, masks": ("resbm:b=8", "columns:k=4", "mask:k=4"),
+    # Signs of a rotation are drawn from the key too, as is the rounding of gradients, here in four values.
+    "identity, rotations": ("identity", "int4:hadamard=true", "int2"),
+    # Most of all that can be lost: a projector and its versions, a network of the context at both ends, a codebook in
+    # each direction, one of which learns of rotated tokens.
+    "mapl, context, codebooks": (
+        "mapl:r=8,context=4,every=2",
+        "rvq:groups=2,codes=16,delta=drift/4",
+        "rvq:groups=1,codes=16,levels=2,scale=log4,hadamard=true,delta=drift/4",
+    ),
+}
+# Who is killed, and when: once checkpoints are there, so that what they hold counts.
+KILLED: dict[int, list[Fault]] = {
+    # The tail, which packs gradients only, and then the head, which packs activations only.
+    2: [Kill(at=Done(stage=0, steps=5), stage=1), Kill(at=Done(stage=0, steps=15), stage=0)],
+    # One in the middle, which does both, and its neighbour while that is being mended.
+    4: [Kill(at=Done(stage=0, steps=5), stage=2), Kill(at=During(stage=0, phase=Phase.STOPPED), stage=1)],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", KILLED)
+@pytest.mark.parametrize(("codec", "forward", "backward"), CROSSING.values(), ids=CROSSING)
+def test_killed_stages_come_back_whatever_crosses(
+    codec: str, forward: str, backward: str, stages: int, tiny: TinyConfig, tmp_path: Path
+) -> None:
+    config = tiny(
+        {
+            "pipeline.stages": stages,
+            "run.steps": 40,
+            "run.eval_every": 10,
+            "checkpoint.every": 2,
+            "codec.codec": codec,
+            "codec.forward": forward,
+            "codec.backward": backward,
+        }
+    )
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run = tmp_path / "run"
+    options = ["--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "2", "--json"]
+    process = Process(tmp_path / "words", "up", *options)
+    try:
+        carry_out(run, KILLED[stages])
+        process.ends(within_s=END_S)
+    finally:
+        process.close()  # the nodes watch it
+    summary = json.loads((run / "summary.json").read_text())
+    reference = run_reference(config, tmp_path / "reference")
+    assert states(summary) == reference.state_sha256
+    assert summary["val_loss"] == reference.val_losses[0][-1]
+    for stage in range(stages):
+        steps = steps_of(read_records(run / f"stage-{stage}.jsonl"))
+        assert [record["loss"] for record in steps] == reference.losses[stage]
+    assert sum(len(records(run, stage, "start")) for stage in range(stages)) == stages + 2
+    assert max(rollback["completed"] for rollback in summary["rollbacks"]) > 0  # not from the first step alone
 
 
 @pytest.mark.slow

@@ -282,6 +282,18 @@ def test_the_end_of_an_earlier_life_is_not_the_end(tmp_path: Path, monkeypatch: 
     assert said == ["stands by for any stage"]
 
 
+def test_the_last_step_is_said_of_a_node_that_has_just_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last words come after the supervisor has last looked."""
+    steps = [{"event": "step", "step": step, "seconds": 0.1, "loss": 3.5, "tokens_per_s": 9} for step in range(2)]
+    words = "".join(json.dumps(each) + "\n" for each in steps)
+    program = f"open({str(tmp_path / 'stage-0.jsonl')!r}, 'w').write({words!r})"
+    monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: [sys.executable, "-S", "-c", program])
+    monkeypatch.setattr(stage_supervisor, "POLL_S", DEADLINE_S)
+    said: list[str] = []
+    assert Supervisor(Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=2), said.append).run() == 0
+    assert said[0] == "step 2/2  loss 3.500  9 tokens/s"
+
+
 def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
     done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])

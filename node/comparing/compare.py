@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from ..preparation import BAD_INPUT, check_settings, prepare_corpus, resolve_arc
 from .loss_curve import Point, curve_of, interval, mean_curve, over_first, steps_to
 from .pace import at_pace, seconds_a_step
 from .recipe import Recipe, check_names
-from .recipe_runs import RecipeRun, Standing, run_all
+from .recipe_runs import RecipeRun, Standing, claimed, run_all
 
 RECIPES = ("bf16=bf16", "int8=int8", "mapl=mapl")
 LINKS = ("10mbit,25ms", "80mbit,25ms", "300mbit,25ms")
@@ -92,32 +93,37 @@ class Comparison:
 
 def compare(asked: Comparison, out: Path, *, jobs: int, quiet: bool) -> dict[str, Any]:
     """Train what is missing, and write `compare.json` and `compare.html` into `out`. A run that fails, as one that
-    diverges does, is an outcome of its recipe. Raises what BAD_INPUT names, and LocalRunError, before anything
-    starts."""
+    diverges does, is an outcome of its recipe. Raises what BAD_INPUT names, and LocalRunError, also if another one is
+    under way there, before anything starts."""
     console = Console(stderr=True) if quiet else Console()
+    lock = out / "compare.lock"
+    if os.path.exists(lock):
+        with claimed(lock):
+            pass  # or it is said now, and not after the simulation
     with console.status("checking the settings, simulating the links"):
         runs = asked.runs(out)
         pace, plans = _planned(asked, runs)
         for of in runs.values():
             prepare_corpus(of[0].config)  # the text is tokenised once, and not by all at the same time
         writable(out)
-    every = [run for of in runs.values() for run in of]
-    steps = {run: run.config.run.steps for run in every}
-    held = [run for run in every if run.summary() is not None]
-    with CompareDisplay(console, steps=sum(steps.values()), runs=len(every)) as display:
-        for run in held:
-            display.ended(run.title, steps[run], "trained before")
+    with claimed(lock):  # two results in one place would be neither's
+        every = [run for of in runs.values() for run in of]
+        steps = {run: run.config.run.steps for run in every}
+        held = [run for run in every if run.summary() is not None]
+        with CompareDisplay(console, steps=sum(steps.values()), runs=len(every)) as display:
+            for run in held:
+                display.ended(run.title, steps[run], "trained before")
 
-        def look(standings: Sequence[Standing]) -> None:
-            display.update([(each.run.title, each.completed, each.loss) for each in standings])
+            def look(standings: Sequence[Standing]) -> None:
+                display.update([(each.run.title, each.completed, each.loss) for each in standings])
 
-        def ended(run: RecipeRun, seconds: float, why: str | None) -> None:
-            display.ended(run.title, steps[run], f"failed: {why}" if why else duration(seconds))
+            def ended(run: RecipeRun, seconds: float, why: str | None) -> None:
+                display.ended(run.title, steps[run], f"failed: {why}" if why else duration(seconds))
 
-        failed = run_all(every, jobs, keep_going=True, on_look=look, on_end=ended)
-    found = _joined(asked, runs, failed, pace, plans)
-    _write(out / "compare.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    _write(out / "compare.html", compare_page(found))
+            failed = run_all(every, jobs, keep_going=True, on_look=look, on_end=ended)
+        found = _joined(asked, runs, failed, pace, plans)
+        _write(out / "compare.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+        _write(out / "compare.html", compare_page(found))
     if not quiet:
         console.print(compare_table(found))
     for line in compare_lines(found):

@@ -7,24 +7,32 @@ off has no summary, and what has other settings is of no use; both are made anew
 resolved, so a run is found again however they were given.
 
 Why processes and not threads: torch computes on one thread in each, whatever the other runs do, and a run that is
-killed for its memory takes no other with it.
+killed for its memory takes no other with it. None outlives this process: it is ended with it, and killed when it is.
+
+**Who trains a run holds its lock**, and so does the run's process, so the lock is free once nobody writes there. It
+belongs to the run and not to the directory of all: what must not happen is that two write the same records, and two
+programs that share a directory, each with recipes of its own, do not. `thinpipe compare` holds the whole of its --out
+besides, for its result replaces the one that is there. All runs are locked before the first begins, so who is refused
+has trained nothing in vain.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
+from ...sim.launch import file_lock
+from ...sim.launch.end_signals import EndSignals, end_signals
 from ...sim.launch.local_swarm import ERROR_PREFIX, STOP_GRACE_S, Progress, node_environment
 from ..config import RunConfig, dump_config, load_config
 from ..local import LocalRunError, clear
@@ -82,16 +90,15 @@ class Standing:
 
 
 class _Process:
-    """A run under way."""
+    """A run under way. lock: of its directory, which is there."""
 
-    def __init__(self, run: RecipeRun) -> None:
+    def __init__(self, run: RecipeRun, lock: int) -> None:
         self.run, self.began_s = run, time.monotonic()
-        run.directory.mkdir(parents=True, exist_ok=True)
         clear(run.directory)  # before the settings are there: an old summary must never stand beside new ones
         settings, log = run.directory / "run.toml", run.directory / LOG
         settings.write_text(dump_config(run.config), encoding="utf-8")
         command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
-        command += ["--config", str(settings), "--out", str(run.directory)]
+        command += ["--config", str(settings), "--out", str(run.directory), "--parent", str(os.getpid())]
         self._progress = Progress(run.directory, stages=run.config.pipeline.stages)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -100,6 +107,7 @@ class _Process:
                 stdout=subprocess.DEVNULL,
                 stderr=output,
                 env=node_environment(),
+                pass_fds=[lock],
                 start_new_session=True,  # Ctrl-C reaches it through `_stop` alone, so it is said once
             )
 
@@ -118,6 +126,28 @@ class _Process:
         return last.removeprefix(ERROR_PREFIX) if last else f"ended with exit code {code}; see {log}"
 
 
+@contextmanager
+def claimed(lock: Path) -> Iterator[int]:
+    """Hold this lock, in a directory that is made if it is not there; gives its descriptor. Raises LocalRunError, which
+    says who has it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        taken = file_lock.take(lock)
+    except file_lock.LockError as error:
+        raise LocalRunError(str(error), 2) from None
+    if taken is None:
+        line = (
+            f"{lock.parent} is in use by {file_lock.holder(lock)}; choose another --out, or wait until that has ended"
+        )
+        raise LocalRunError(line, 2)
+    try:
+        with suppress(OSError):  # a full disk: then nobody learns who it is
+            file_lock.sign(taken)
+        yield taken
+    finally:
+        os.close(taken)
+
+
 def run_all(
     runs: Sequence[RecipeRun],
     jobs: int,
@@ -130,19 +160,29 @@ def run_all(
 
     keep_going: with the others if one fails, as a recipe that diverges does; else LocalRunError is raised for the first
     that fails. on_look: those under way, about ten times a second. on_end: a run that was made now, its seconds, and
-    why it failed, if it did. KeyboardInterrupt passes through. No process is left running either way, and runs that
+    why it failed, if it did. Raises LocalRunError, before anything starts, if somebody else trains one of them;
+    KeyboardInterrupt for Ctrl-C, SIGTERM and a closed terminal. No process is left running either way, and runs that
     have ended are kept.
     """
     if jobs < 1:
         raise ValueError(f"{jobs} runs side by side; wanted 1 or more")
-    waiting = deque(run for run in runs if run.summary() is None)
+    waiting, locks = deque[RecipeRun](), dict[RecipeRun, int]()
     working: list[_Process] = []
     failed: dict[RecipeRun, str] = {}
-    try:
-        with _ended_alike():
+    # Signals are noted, and not raised between the start of a process and its place in `working`.
+    with ExitStack() as held, end_signals() as told:
+        for run in runs:
+            if run.summary() is None:
+                locks[run] = held.enter_context(claimed(run.directory / "run.lock"))
+                if run.summary() is None:  # still: somebody may just have made it
+                    waiting.append(run)
+        try:
             while waiting or working:
+                told.check()
                 while waiting and len(working) < jobs:
-                    working.append(_Process(waiting.popleft()))
+                    told.check()
+                    run = waiting.popleft()
+                    working.append(_Process(run, locks[run]))
                 for each in list(working):
                     if (code := each.process.poll()) is None:
                         continue
@@ -157,38 +197,21 @@ def run_all(
                 if on_look:
                     on_look([each.standing() for each in working])
                 time.sleep(POLL_S if working else 0)
-    finally:
-        _stop(working)
+        finally:
+            _stop(working, told)
     return failed
 
 
-@contextmanager
-def _ended_alike() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the runs as Ctrl-C does."""
-
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        del number, frame
-        raise KeyboardInterrupt
-
-    before: dict[int, Any] = {}
-    try:
-        with suppress(ValueError):  # not the main thread: whoever is there handles signals
-            before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stop(working: Sequence[_Process]) -> None:
-    """Ask politely, then insist. Their runs have no summary, so they are made again."""
+def _stop(working: Sequence[_Process], told: EndSignals) -> None:
+    """Ask politely, then insist; at once, if told a second time. Their runs have no summary, so they are made again."""
     alive = [each.process for each in working if each.process.poll() is None]
     for process in alive:
         process.terminate()
-    deadline = time.monotonic() + STOP_GRACE_S
+    deadline, asked = time.monotonic() + STOP_GRACE_S, told.count
+    while any(process.poll() is None for process in alive) and told.count == asked and time.monotonic() < deadline:
+        time.sleep(POLL_S)
     for process in alive:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process.kill()  # nothing happens to one that has ended
+    for process in alive:
+        with suppress(subprocess.TimeoutExpired):  # in the kernel, which ends it when it returns
+            process.wait(STOP_GRACE_S)

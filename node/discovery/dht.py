@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import functools
 import os
 import queue
@@ -32,18 +31,12 @@ from typing import IO, Any
 import msgpack
 import psutil
 
+from ...sim.launch.parent_death import die_with_parent
 from .dht_records import read_by_record, validator
 
 PIPE_BYTES_MAX = 16 * 2**20
 START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine
 PEER_S = 2.0  # for one answer of one peer; a peer that has just died is still listed, so a new node waits for it
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(number: int) -> None:
-    """Where the kernel can: be sent that signal when the process that started this one is gone."""
-    with contextlib.suppress(AttributeError, OSError):  # no Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 # -- pipes ----------------------------------------------------------------------------------------------------------
@@ -75,13 +68,11 @@ def start_dht(peers: list[str], listen: list[str], announce: list[str] | None, c
     class Dht(hivemind.DHT):
         def run(self) -> None:
             """In the forked process: it goes with this one, and p2pd with it."""
-            die_with_parent(signal.SIGKILL)
+            die_with_parent()
             read_by_record()
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             spawn = asyncio.subprocess.create_subprocess_exec
-            asyncio.subprocess.create_subprocess_exec = functools.partial(
-                spawn, preexec_fn=functools.partial(die_with_parent, signal.SIGKILL)
-            )
+            asyncio.subprocess.create_subprocess_exec = functools.partial(spawn, preexec_fn=die_with_parent)
             super().run()
 
     rules = validator()

@@ -16,7 +16,6 @@ Children are this process's, so it waits for them and tells their ends to the cl
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -32,10 +31,10 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
+from .parent_death import die_with_parent
 from .process_exit import exit_code
 
 REQUEST_BYTES = 1 << 17  # more than any environment; a packet of the socket holds it
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +124,7 @@ def become(request: Request, stdout: int, stderr: int, *, server: int) -> NoRetu
             os.setsid()
         _take_over(stdout, stderr)
         if request.dies_with:
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != server:
-                os._exit(1)
+            die_with_parent(server)
         os.chdir(request.directory)
         os.environ.clear()
         os.environ.update(request.environment)

@@ -11,7 +11,6 @@ part, and the nodes are told which part is whose: they need the whole link to si
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from typing import Any
 from ..links import tc
 from ..links.netns import Network, network
 from ..links.shaper import LinkProfile
+from .end_signals import ending_as_ctrl_c
 
 PORT = 7001  # the same in every namespace
 
@@ -57,22 +57,8 @@ def isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
     """Namespaces for `stages` nodes, while the body runs. Raises KernelLinkError with one line where that cannot be:
     no root, no `ip` or `tc`, a cap that the kernel refuses, more nodes than fit. Whatever ends the process otherwise,
     but for SIGKILL, ends the body as Ctrl-C does, and nothing stays behind."""
-    with _ending_as_ctrl_c(), _isolated(stages, profile) as made:
+    with ending_as_ctrl_c(), _isolated(stages, profile) as made:
         yield made
-
-
-@contextmanager
-def _ending_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that was closed, as KeyboardInterrupt. One that somebody handles or ignores
-    (nohup) stays so."""
-    found = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
-    for number in found:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number in found:
-            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

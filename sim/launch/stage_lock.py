@@ -1,15 +1,16 @@
 """What a run's directory shows of its stages: which process serves one now, and how many steps it has done.
 
-Locks are the kernel's (`flock`), so a lock is free once its holder is gone, whatever the cause. The file of a lock
-holds the last message of a supervisor that gave up. The steps of a stage are at the end of its records.
+A lock (`file_lock`) is free once its holder is gone, whatever the cause. Its file holds the last message of a
+supervisor that gave up. The steps of a stage are at the end of its records.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
+
+from . import file_lock
 
 TAIL_BYTES = 2**18
 
@@ -21,19 +22,10 @@ class SupervisorError(RuntimeError):
 def take_lock(run: Path, stage: int) -> int | None:
     """A descriptor that holds the lock of `stage`, for children too; None while somebody else serves it. Raises
     SupervisorError."""
-    path = run / f"stage-{stage}.lock"
     try:
-        held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise SupervisorError(
-            f"cannot open {path}: {error.strerror}; was it made by another user? Remove it, or start as that user"
-        ) from None
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(held)
-        return None
-    return held
+        return file_lock.take(run / f"stage-{stage}.lock")
+    except file_lock.LockError as error:
+        raise SupervisorError(str(error)) from None
 
 
 def gave_up(run: Path, stage: int) -> bool:

@@ -225,17 +225,19 @@ class Supervisor:
         if self._told and not self._passed_on:  # just before it was there
             self._node.send_signal(self._told)
         while True:
-            try:
-                return self._node.wait(POLL_S)
-            except subprocess.TimeoutExpired:
-                for record in tail.read():
-                    newest = record if record["event"] == "step" else newest
+            code = None
+            with suppress(subprocess.TimeoutExpired):
+                code = self._node.wait(POLL_S)
+            for record in tail.read():  # also of a node that has just ended: its last step is said
+                newest = record if record["event"] == "step" else newest
             if newest and newest is not shown:
                 self._moved_s = time.monotonic()
                 longest_s = max(longest_s, newest["seconds"])
                 if stage == 0:
                     self._show(newest, shown)
                 shown = newest
+            if code is not None:
+                return code
             quiet_s = time.monotonic() - self._moved_s
             if quiet_s <= max(PROGRESS_S, PROGRESS_STEPS * longest_s):
                 self._healthy(f"stage {stage}: step {shown['step'] + 1}" if shown else f"stage {stage} starts")

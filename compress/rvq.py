@@ -310,27 +310,21 @@ class Rvq(ByteFormat):
         return self._learner.state() if self.has_started else {}
 
     def state_layout(self, shape: tuple[int, ...], completed: int) -> dict[str, Tensor]:
-        self._fit(shape[-1])
-        return self._learner.layout(self._group_width(shape[-1])) if completed else {}
+        if not completed:
+            return {}
+        return Learner(self._grid(shape[-1]), self._decay).layout(self._group_width(shape[-1]))
 
     def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            self._fit_state(state)
             self._learner.check(state)
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """As the base class says; the table that was in use has to follow (`use_table`)."""
         if state:
-            self._fit_state(state)
             self._learner.load(state)
         else:
             self._learner.reset()
         self._books = self._search = None
-
-    def _fit_state(self, state: Mapping[str, Tensor]) -> None:
-        sums = state.get("sums")
-        if sums is not None and sums.ndim == 4:
-            self._fit(sums.shape[1] * sums.shape[3])
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

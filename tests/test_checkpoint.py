@@ -50,7 +50,7 @@ from typer.testing import CliRunner
 from .conftest import TinyConfig
 
 PUBLISHED = "mapl:anchors=factorized,context=0,table=1,every=1"  # everything switched on
-BOOKS = "rvq:groups=2,codes=16,delta=drift/4"
+BOOKS = "rvq:codes=16,delta=drift/4"
 STEPS = 8
 STAGES = 3
 VARIANTS = {

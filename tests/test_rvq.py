@@ -347,9 +347,12 @@ class TestGroupsOfTheWidth:
         there.use_table(here.master)
         assert torch.equal(there.unpack(here.pack(z, key()), shape=(300, 32), dtype=z.dtype), round_trip(here, z))
 
-    def test_a_restored_one_knows_it_from_its_state(self):
+    def test_a_restored_one_is_for_the_width_that_it_was_made_for(self):
         z, restored = gaussian((300, 32)), Rvq(codes=16)
         first = started(Rvq(codes=16), z)
+        with pytest.raises(CodecError, match="the state of a codebook: 'counts' is"):
+            restored.load_state_tensors(first.state_tensors())
+        restored.table(32)  # as a node does first of all
         restored.check_state_tensors(first.state_tensors())
         restored.load_state_tensors(first.state_tensors())
         assert torch.equal(restored.master, first.master)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -39,9 +40,9 @@ print("never")
     ],
 )
 def test_threads_exit_functions_and_buffers_come_first(last: str, code: int, error: str) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("{last}", last)], capture_output=True, text=True, timeout=60
-    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    script = SCRIPT.replace("{last}", last)
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=buffered)
     assert ended.returncode == code
     assert sorted(ended.stdout.split()) == ["main", "registered", "thread"]
     assert ended.stdout.endswith("registered")  # after the threads

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from thinpipe.node.config import RunConfig, load_config
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine
-from thinpipe.node.metrics import Lap, MetricsWriter
 from thinpipe.node.model import build_stage
 from thinpipe.node.optim import StageOptimizer
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
+from thinpipe.node.run_records import Lap, MetricsWriter
 from torch import Tensor, distributed, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 

@@ -95,7 +95,7 @@ def plan(
     else:
         from rich.console import Console
 
-        from ..sim.reports.console import plan_tables
+        from ..sim.reports.run_console import plan_tables
 
         Console().print(*plan_tables(figures), sep="\n")
     if timeline:

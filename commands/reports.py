@@ -57,7 +57,7 @@ def summary(
         return
     from rich.console import Console
 
-    from ..sim.reports.console import closing_lines, summary_tables
+    from ..sim.reports.run_console import closing_lines, summary_tables
 
     console = Console()
     console.print(*summary_tables(found), sep="\n")

@@ -1,6 +1,6 @@
 """`thinpipe supervise`: start one stage's node, and start it again when it fails. A container or a service runs it.
 
-See sim/launch/stage_supervisor.py for what it does. Options can come from the environment (THINPIPE_STEPS, ...),
+See sim/launch/service_supervisor.py for what it does. Options can come from the environment (THINPIPE_STEPS, ...),
 because docker-compose.yml, `docker run -e` and a systemd unit can all set that.
 """
 
@@ -120,8 +120,8 @@ def supervise(
     settings = configuration(config or (there if there.is_file() else None), given, sets)
     from ..node.addresses import ListenError, split_address
     from ..sim.launch.privileges import become, known
+    from ..sim.launch.service_supervisor import Assignment, Supervisor
     from ..sim.launch.stage_lock import SupervisorError
-    from ..sim.launch.stage_supervisor import Assignment, Supervisor
     from ..sim.links.shaper import LinkError, LinkProfile
 
     try:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .byte_format import CodecError, Key
-from .codebook import CodebookShape, Coded, Search
+from .residual_codebooks import CodebookShape, Coded, Search
 
 LLOYD = 8  # iterations of the start
 SAMPLE = (4096, 8)  # tokens that the start looks at: so many, or so many for each code if that is more

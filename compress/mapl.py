@@ -32,9 +32,9 @@ from .anchor_options import AnchorOptions
 from .anchors import Anchors, Kind
 from .byte_format import CodecError, LearnedTable
 from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
+from .energy_survey import EnergySurvey
 from .registry import register_codec
 from .stiefel import SPEL, Constraint, longest_step, orthonormality_error, random_orthonormal, subspace_angle
-from .subspace import EnergySurvey
 
 Projector = Literal["spel", "grassmann", "free", "fixed"]
 Start = Literal["own", "shared"]

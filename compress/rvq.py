@@ -2,10 +2,11 @@
 
 A tensor (..., W) is N tokens of W numbers. Each token has one scale, the root mean square of its numbers, and is
 divided by it; then its numbers are cut into G groups side by side, and each group is coded in L rounds with one of K
-rows a round (`compress.codebook`, learned in `compress.kmeans`). Body: N scales (`compress.token_scales`), then the
-codes, ceil(log2(K)) bits each, in the order (level, token, group). A token of zeros has the scale 0 and is exact; other
-scales are at least 2^-126, so nothing depends on whether a processor flushes subnormal numbers. Decoding is single IEEE
-operations on fp32 in a fixed order (rows of the levels added up, then times the scale): every device has the same bits.
+rows a round (`compress.residual_codebooks`, learned in `compress.kmeans`). Body: N scales (`compress.token_scales`),
+then the codes, ceil(log2(K)) bits each, in the order (level, token, group). A token of zeros has the scale 0 and is
+exact; other scales are at least 2^-126, so nothing depends on whether a processor flushes subnormal numbers. Decoding
+is single IEEE operations on fp32 in a fixed order (rows of the levels added up, then times the scale): every device has
+the same bits.
 
 Why vectors: at two bits a number a uniform grid wastes most of its points on combinations that never occur, and a
 codebook of groups learns how neighbouring coordinates go together. Why residual: one codebook of as many bits would
@@ -47,12 +48,12 @@ from torch import Tensor
 
 from .bit_packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from .byte_format import ByteFormat, CodecError, Key, LearnedTable, Payload, Policy, is_finite
-from .codebook import Codebooks, CodebookShape, Coded
 from .coding_survey import CodingSurvey
 from .float_formats import MIN_SCALE, refusal
 from .hadamard import rotate, rotate_back
 from .kmeans import Learner
 from .registry import register_format
+from .residual_codebooks import Codebooks, CodebookShape, Coded
 from .token_scales import ScaleKind, token_scales
 
 _POLICIES: dict[str, Policy] = {name: name for name in cast("tuple[Policy, ...]", get_args(Policy))}

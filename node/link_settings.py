@@ -14,7 +14,7 @@ from .config import RunConfig
 from .links.control_stream import HEARTBEAT_EVERY_S
 from .links.link import Link
 from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
-from .metrics import Tracer
+from .run_records import Tracer
 from .stage import Stage
 
 # What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.

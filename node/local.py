@@ -21,8 +21,8 @@ from ..sim.launch.isolation import isolated
 from ..sim.launch.local_swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
-from ..sim.reports.console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
+from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.summary import lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, dump_config, load_config, recommended_line

@@ -31,10 +31,10 @@ from .links.dialling import Where, dial, dial_control
 from .links.link import LinkLost
 from .links.transport import listening
 from .links.transport import serving as serving_only
-from .metrics import MetricsWriter, Tracer
 from .optim import OptimizerError
 from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
 from .recovery_loop import RecoveryLoop
+from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_state import StateError
 from .watching.views import Watching

@@ -33,9 +33,9 @@ from .config import RunConfig
 from .data import vocabulary_size
 from .links.outgoing import chunk_bytes_for
 from .measuring.message_sizes import accounted
-from .metrics import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .model import check_sliceable, resolve_model
 from .preparation import check_codec, check_device, prepare_corpus
+from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .stage import Stage
 from .training_loop import draw
 from .watching.views import Watching

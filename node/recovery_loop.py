@@ -29,17 +29,17 @@ from ..protocol.rollback_actions import ChooseEnd, EndAfter, Leave, Side, Start,
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
 from .boundary.endpoints import BoundaryShape
+from .checkpoints.background_writer import CheckpointWriter
 from .checkpoints.copy_service import CopyService
 from .checkpoints.store import HELD_TIMES, CheckpointStore
-from .checkpoints.writer import CheckpointWriter
 from .config import RunConfig
 from .data import Corpus
 from .free_memory import give_back_free_memory
 from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link
-from .metrics import MetricsWriter, Tracer
 from .receive_deadline import ReceiveDeadline
+from .run_records import MetricsWriter, Tracer
 from .run_totals import RunTotals
 from .stage import Stage
 from .stage_state import StageSnapshot

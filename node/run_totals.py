@@ -11,7 +11,7 @@ from typing import Any
 
 from ..sim.reports.summary import OUTSIDE_RATIO
 from .links.link import Link
-from .metrics import Lap, Stopwatch
+from .run_records import Lap, Stopwatch
 
 
 @dataclass(slots=True)

@@ -34,9 +34,9 @@ from .config import RunConfig
 from .data import Corpus
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
-from .metrics import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
+from .run_records import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .run_totals import RunTotals
 from .stage import Stage
 from .worker_thread import Reporter, Worker

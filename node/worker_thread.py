@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 
-from .metrics import Stopwatch, Tracer
+from .run_records import Stopwatch, Tracer
 
 T = TypeVar("T")
 Reporter = Callable[[str, str], None]  # (fault code, one line for people)

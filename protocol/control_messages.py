@@ -1,9 +1,9 @@
 """The messages of the control stream, except greetings, as frozen dataclasses, and their encoding in a frame.
 
-`protocol.rollback` defines what the first of them mean, `protocol.heartbeats` what Heartbeat says of other stages, and
-`protocol.copy_transfer` those on copies of checkpoints. `protocol.messages` wraps them into frames, with the same
-bounds for what is accepted: no frame names more than `LISTED_MAX` stages or steps or holds more than `PART_BYTES_MAX`
-of a file; no step, generation or offset is past `STEP_MAX`.
+`protocol.rollback` defines what the first of them mean, `protocol.heartbeat_figures` what Heartbeat says of other
+stages, and `protocol.copy_transfer` those on copies of checkpoints. `protocol.messages` wraps them into frames, with
+the same bounds for what is accepted: no frame names more than `LISTED_MAX` stages or steps or holds more than
+`PART_BYTES_MAX` of a file; no step, generation or offset is past `STEP_MAX`.
 """
 
 from __future__ import annotations

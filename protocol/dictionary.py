@@ -29,7 +29,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from .delta import DIGEST_BYTES, Delta, DictionarySpec, Version, as_version, check_delta, check_indices
+from .dictionary_delta import DIGEST_BYTES, Delta, DictionarySpec, Version, as_version, check_delta, check_indices
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .rows import decode_rows, encode_rows
 

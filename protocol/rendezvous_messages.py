@@ -16,7 +16,7 @@ from typing import Any
 
 from .errors import Fault, RemoteProtocolError
 from .messages import PROTOCOL_VERSION
-from .records import CONFIGURATION_BYTES_MAX, RUN_SCHEMA, is_endpoint
+from .node_record import CONFIGURATION_BYTES_MAX, RUN_SCHEMA, is_endpoint
 from .strict_msgpack import Check, number, pack, text, texts, unpack
 
 REQUEST_BYTES_MAX = 512

@@ -42,7 +42,7 @@ from .control_messages import (
 )
 from .errors import Fault, RemoteProtocolError
 from .greeting import NodeIdentity, check_handshake
-from .heartbeats import HeartbeatAggregate
+from .heartbeat_figures import HeartbeatAggregate
 from .messages import Frame, Greeting
 from .rollback_actions import SIDES, ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
 

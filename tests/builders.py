@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from thinpipe.protocol.greeting import NodeIdentity
-from thinpipe.protocol.records import NodeRecord, NodeState
+from thinpipe.protocol.node_record import NodeRecord, NodeState
 
 
 def identity(stage: int, stages: int = 2, **other: Any) -> NodeIdentity:

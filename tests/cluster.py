@@ -23,10 +23,10 @@ import torch
 from thinpipe.node import node_process, preparation
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
-from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.model import architecture_digest, check_sliceable
 from thinpipe.node.node_process import Addresses, NodeOptions
 from thinpipe.node.recovery_loop import RecoveryLoop
+from thinpipe.node.run_records import MetricsWriter, Tracer
 from thinpipe.node.stage import Stage
 from thinpipe.protocol.control_messages import StartView
 from thinpipe.protocol.messages import Chunk, Kind, Limits, decode_frame

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from thinpipe.protocol.delta import (
+from thinpipe.protocol.dictionary import Publisher, Replica
+from thinpipe.protocol.dictionary_delta import (
     Delta,
     DictionarySpec,
     Version,
@@ -27,7 +28,6 @@ from thinpipe.protocol.delta import (
     joined_bytes_max,
     split_deltas,
 )
-from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.dictionary_selection import Policy, budget, select
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message

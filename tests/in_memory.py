@@ -19,9 +19,9 @@ import torch
 from thinpipe.node.config import RunConfig
 from thinpipe.node.link_settings import make_link
 from thinpipe.node.links.link import Link, Read, Write
-from thinpipe.node.metrics import MetricsWriter, Tracer
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import prepare, prepare_corpus
+from thinpipe.node.run_records import MetricsWriter, Tracer
 from thinpipe.node.stage import Stage
 from thinpipe.node.training_loop import TrainingLoop
 from thinpipe.protocol.session import NodeIdentity

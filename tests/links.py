@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from thinpipe.node.links.link import Link
-from thinpipe.node.metrics import Tracer
+from thinpipe.node.run_records import Tracer
 from thinpipe.protocol.messages import Limits
 from thinpipe.protocol.session import LinkSession
 from thinpipe.sim.links.shaper import LinkProfile

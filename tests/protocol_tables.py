@@ -31,7 +31,7 @@ from thinpipe.protocol.control_messages import (
     StartViewChange,
 )
 from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST, PARTS_TOGETHER
-from thinpipe.protocol.delta import DIGEST_BYTES, DictionarySpec
+from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
 from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Kind, Limits

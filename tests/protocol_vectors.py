@@ -34,8 +34,8 @@ from thinpipe.protocol.control_messages import (
     StartView,
     StartViewChange,
 )
-from thinpipe.protocol.delta import Delta, DictionarySpec, Version, encode_delta, join_deltas
 from thinpipe.protocol.dictionary import Publisher
+from thinpipe.protocol.dictionary_delta import Delta, DictionarySpec, Version, encode_delta, join_deltas
 from thinpipe.protocol.dictionary_selection import Policy, select
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.greeting import NodeIdentity

@@ -28,6 +28,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.cli import app
 from thinpipe.node.checkpoints import store as checkpoint_module
+from thinpipe.node.checkpoints.background_writer import CheckpointWriter
 from thinpipe.node.checkpoints.manifest import (
     MANIFEST,
     MANIFEST_BYTES_MAX,
@@ -37,7 +38,6 @@ from thinpipe.node.checkpoints.manifest import (
     read_manifest,
 )
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
-from thinpipe.node.checkpoints.writer import CheckpointWriter
 from thinpipe.node.config import ConfigError, RunConfig, dump_config, parse_config
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.stage_state import StageSnapshot, StateError

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from thinpipe.node.checkpoints.copy_receiver import CopyReceiver
 from thinpipe.node.checkpoints.copy_service import CopyService, buddy_side
 from thinpipe.node.checkpoints.copy_store import QUEUED_MAX
-from thinpipe.node.checkpoints.durable import sweep_incoming
+from thinpipe.node.checkpoints.durable_files import sweep_incoming
 from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.stage_state import StageSnapshot

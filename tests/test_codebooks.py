@@ -22,7 +22,7 @@ from thinpipe.node.boundary.codebook_tables import CodebookOwner
 from thinpipe.node.boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, UpstreamEndpoint
 from thinpipe.node.boundary.pack_queue import PackQueue
 from thinpipe.node.config import RunConfig
-from thinpipe.protocol.delta import join_deltas, split_deltas
+from thinpipe.protocol.dictionary_delta import join_deltas, split_deltas
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.messages import Kind, Message
 from thinpipe.sim.reports.summary import read_records

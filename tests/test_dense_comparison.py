@@ -14,7 +14,7 @@ from thinpipe.node.measuring import dense_comparison
 from thinpipe.node.measuring.dense_comparison import add_comparison
 from thinpipe.node.measuring.plan import plan, times_measured
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
-from thinpipe.sim.reports.console import closing_lines, summary_tables
+from thinpipe.sim.reports.run_console import closing_lines, summary_tables
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig

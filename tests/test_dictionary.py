@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, Version, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Publisher, Replica
+from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, Delta, DictionarySpec, Version, decode_delta, encode_delta
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX
 from thinpipe.protocol.rows import Encoding

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from thinpipe.protocol.delta import (
+from thinpipe.protocol.dictionary_delta import (
     DIGEST_BYTES,
     DictionarySpec,
     decode_delta,

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.node.checkpoints.manifest import MANIFEST, MANIFEST_BYTES_MAX, CheckpointError, read_manifest
-from thinpipe.protocol import delta, dictionary, messages
+from thinpipe.protocol import dictionary, dictionary_delta, messages
 from thinpipe.protocol.errors import RemoteProtocolError
 
 from .fuzz import judge as judging
@@ -167,14 +167,14 @@ def nothing(*_: object) -> None:
         ("frames", messages, "_check_head"),
         ("frames", messages, "check_text"),
         ("greetings", messages, "check_text"),
-        ("deltas", delta, "check_indices"),
-        ("deltas", delta, "check_delta"),
+        ("deltas", dictionary_delta, "check_indices"),
+        ("deltas", dictionary_delta, "check_delta"),
     ],
 )
 def test_a_check_that_is_left_out_is_found(
     name: str, where: object, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (where, dictionary) if where is delta else (where,):  # a replica asks again
+    for module in (where, dictionary) if where is dictionary_delta else (where,):  # a replica asks again
         monkeypatch.setattr(module, what, nothing)
     with pytest.raises(Exception) as caught:  # whatever a missing check leads to
         search(TARGETS[name])

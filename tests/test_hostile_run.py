@@ -18,7 +18,7 @@ from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.links.dialling import PERMANENT, NeighbourMismatch, dial
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import METHOD, SERVICE, listening
-from thinpipe.node.metrics import Tracer
+from thinpipe.node.run_records import Tracer
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.messages import Greeting, Limits, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.session import LinkSession

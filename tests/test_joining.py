@@ -49,13 +49,13 @@ from thinpipe.node.probing.reach import reachable
 from thinpipe.node.security.key_directory import clock, init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
-from thinpipe.protocol.records import NodeRecord, NodeState, RunRecord, Seen, encode_run
+from thinpipe.protocol.node_record import NodeRecord, NodeState, RunRecord, Seen, encode_run
 from thinpipe.protocol.rendezvous_messages import RendezvousRequest, RendezvousResponse, encode_request
 from thinpipe.sim.launch.local_swarm import node_environment
 from typer.testing import CliRunner
 
 from .real_node import free_address
-from .test_records import RECORD
+from .test_node_record import RECORD
 
 # -- claiming --------------------------------------------------------------------------------------------------------
 

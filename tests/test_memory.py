@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from thinpipe.node import recovery_loop
-from thinpipe.node.checkpoints import writer
+from thinpipe.node.checkpoints import background_writer
 from thinpipe.node.free_memory import give_back_free_memory
-from thinpipe.node.metrics import MetricsWriter
+from thinpipe.node.run_records import MetricsWriter
 
 from .cluster import run_cluster
 from .conftest import TinyConfig
@@ -54,7 +54,9 @@ def test_no_object_of_a_step_stays(tiny: TinyConfig, tmp_path: Path, monkeypatch
 def test_free_memory_is_given_back_after_each_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even after one that could not be written, on the thread that writes."""
     threads: list[str] = []
-    monkeypatch.setattr(writer, "give_back_free_memory", lambda: threads.append(threading.current_thread().name))
+    monkeypatch.setattr(
+        background_writer, "give_back_free_memory", lambda: threads.append(threading.current_thread().name)
+    )
 
     class Store:
         def write(self, snapshot: int, **_: Any) -> int:
@@ -63,7 +65,7 @@ def test_free_memory_is_given_back_after_each_checkpoint(monkeypatch: pytest.Mon
             return 1
 
     failed: list[str] = []
-    made = writer.CheckpointWriter(Store(), on_written=lambda *_: None, on_error=failed.append)  # pyright: ignore[reportArgumentType]
+    made = background_writer.CheckpointWriter(Store(), on_written=lambda *_: None, on_error=failed.append)  # pyright: ignore[reportArgumentType]
     for snapshot in (1, 2):
         made.submit(snapshot, generation=0)  # pyright: ignore[reportArgumentType]
     made.close()

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from thinpipe.compress import rvq
 from thinpipe.compress.bit_packing import bit_width
 from thinpipe.compress.byte_format import CodecError, Direction, Key, Payload
-from thinpipe.compress.codebook import Codebooks, CodebookShape
 from thinpipe.compress.kmeans import DEAD
 from thinpipe.compress.registry import parse_codec, parse_format
+from thinpipe.compress.residual_codebooks import Codebooks, CodebookShape
 from thinpipe.compress.rvq import Rvq
 from thinpipe.node.boundary.learned_tables import dictionary_of
 from thinpipe.protocol import dictionary_selection
-from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Publisher, Replica
+from thinpipe.protocol.dictionary_delta import DictionarySpec, decode_delta, encode_delta
 
 laws = settings(deadline=None, max_examples=30)
 

@@ -21,10 +21,10 @@ import typer
 from thinpipe.cli import app
 from thinpipe.commands import reports, supervise
 from thinpipe.node.config import dump_config
-from thinpipe.sim.launch import privileges, stage_lock, stage_supervisor
+from thinpipe.sim.launch import privileges, service_supervisor, stage_lock
 from thinpipe.sim.launch.local_swarm import free_ports, node_environment
+from thinpipe.sim.launch.service_supervisor import Assignment, Supervisor
 from thinpipe.sim.launch.stage_lock import ended_after, take_lock
-from thinpipe.sim.launch.stage_supervisor import Assignment, Supervisor
 from thinpipe.sim.links import tc
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records
@@ -272,8 +272,8 @@ def test_the_end_of_an_earlier_life_is_not_the_end(tmp_path: Path, monkeypatch: 
                 path.write_text(path.read_text() + '{"event": "end", "steps": 9}\n')
         assert len(waits) < 20
 
-    monkeypatch.setattr(stage_supervisor.time, "sleep", go_on)
-    monkeypatch.setattr(stage_supervisor, "STANDBY_S", 1e9)
+    monkeypatch.setattr(service_supervisor.time, "sleep", go_on)
+    monkeypatch.setattr(service_supervisor, "STANDBY_S", 1e9)
     try:
         code = Supervisor(Assignment(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
     finally:
@@ -288,7 +288,7 @@ def test_the_last_step_is_said_of_a_node_that_has_just_ended(tmp_path: Path, mon
     words = "".join(json.dumps(each) + "\n" for each in steps)
     program = f"open({str(tmp_path / 'stage-0.jsonl')!r}, 'w').write({words!r})"
     monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: [sys.executable, "-S", "-c", program])
-    monkeypatch.setattr(stage_supervisor, "POLL_S", DEADLINE_S)
+    monkeypatch.setattr(service_supervisor, "POLL_S", DEADLINE_S)
     said: list[str] = []
     assert Supervisor(Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=2), said.append).run() == 0
     assert said[0] == "step 2/2  loss 3.500  9 tokens/s"
@@ -537,10 +537,10 @@ def test_a_mark_of_an_earlier_life_ends_no_standby(
         if corrected and len(polls) in (5, 9):  # and that fails too
             marks[len(polls) // 9].write_text("exit code 2\n")
         if not corrected and len(polls) == 4:
-            monkeypatch.setattr(stage_supervisor, "STARTING_S", 0.0)
+            monkeypatch.setattr(service_supervisor, "STARTING_S", 0.0)
         assert len(polls) < 20
 
-    monkeypatch.setattr(stage_supervisor.time, "sleep", go_on)
+    monkeypatch.setattr(service_supervisor.time, "sleep", go_on)
     said: list[str] = []
     code = Supervisor(Assignment(run=tmp_path, stage=None, peers=["a:1", "b:2"], steps=40), said.append).run()
     assert (code, len(polls)) == (1, 9 if corrected else 4)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from thinpipe.protocol.delta import (
+from thinpipe.protocol.dictionary import Publisher, Replica
+from thinpipe.protocol.dictionary_delta import (
     DictionarySpec,
     Version,
     decode_delta,
@@ -17,7 +18,6 @@ from thinpipe.protocol.delta import (
     joined_bytes_max,
     split_deltas,
 )
-from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.header import decode_header, encode_header
 from thinpipe.protocol.messages import Limits, decode_frame, encode_frame
 

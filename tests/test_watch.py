@@ -28,10 +28,10 @@ from thinpipe.node.watching import prometheus_server, tensorboard_events
 from thinpipe.node.watching.prometheus_server import Exporter
 from thinpipe.node.watching.tensorboard_events import Events
 from thinpipe.node.watching.views import Watching
-from thinpipe.sim.reports.console import describe
 from thinpipe.sim.reports.figures import CODES_MAX, DictionaryFigures, LinkFigures, StageFigures
 from thinpipe.sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError, families, read_figures
+from thinpipe.sim.reports.run_console import describe
 from thinpipe.sim.reports.summary import read_records, summarise
 from typer.testing import CliRunner
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ...compress.byte_format import ByteFormat, Key, LearnedTable, Payload
-from ...protocol.delta import Delta
+from ...protocol.dictionary_delta import Delta
 from ...protocol.dictionary_selection import select
 from .learned_tables import TableOwner, TableReplica
 from .table_snapshot import TableSnapshot

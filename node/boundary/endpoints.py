@@ -20,7 +20,7 @@ from torch import Tensor
 from ...compress.bit_packing import bit_width, pack_bits, packed_bytes, unpack_bits
 from ...compress.byte_format import ByteFormat, CodecError, Direction, Key, LearnedTable, Payload
 from ...compress.codec_interface import BoundaryCodec, BoundaryContext
-from ...protocol.delta import join_deltas, joined_bytes_max, split_deltas
+from ...protocol.dictionary_delta import join_deltas, joined_bytes_max, split_deltas
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Limits, Message
 from .codebook_tables import CodebookOwner, CodebookReplica, Packed

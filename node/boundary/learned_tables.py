@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ...compress.byte_format import LearnedTable
-from ...protocol.delta import Delta, DictionarySpec, Version, decode_delta, encode_delta
 from ...protocol.dictionary import Publisher
+from ...protocol.dictionary_delta import Delta, DictionarySpec, Version, decode_delta, encode_delta
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Message
 from .projector_gradient import GradientCoder

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...protocol.delta import Delta, DictionarySpec, Version
 from ...protocol.dictionary import Publisher, Replica
+from ...protocol.dictionary_delta import Delta, DictionarySpec, Version
 from ...protocol.errors import Fault, LocalProtocolError
 
 GENERATIONS = 2**64  # a generation is an unsigned number of 64 bits

@@ -17,7 +17,7 @@ from typing import IO
 
 from ...protocol.control_messages import CopyOffer, CopyPart
 from ...protocol.copy_transfer import Receiving
-from .durable import incoming_path, make
+from .durable_files import incoming_path, make
 from .manifest import CheckpointError, Manifest, parse_manifest
 from .store import CheckpointStore
 

@@ -37,7 +37,7 @@ from ..worker_thread import Reporter
 from .copy_restore import CopyRestore
 from .copy_sender import CopySender, Say
 from .copy_store import QUEUED_MAX, CopySession, CopyStore
-from .durable import sweep_incoming
+from .durable_files import sweep_incoming
 from .manifest import CheckpointError
 from .store import CheckpointStore
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
-from .durable import another_writes, make, remove, sync_directory, temporary_name
+from .durable_files import another_writes, make, remove, sync_directory, temporary_name
 from .manifest import (
     MANIFEST,
     NOTES,

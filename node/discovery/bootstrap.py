@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ...protocol.records import RunRecord
+from ...protocol.node_record import RunRecord
 from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousResponse
 from ..addresses import check_listen
 from ..config import RunConfig

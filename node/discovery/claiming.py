@@ -1,4 +1,4 @@
-"""How a new node takes a stage: the rules of `protocol.claims`, carried out over the DHT.
+"""How a new node takes a stage: the rules of `protocol.stage_choice`, carried out over the DHT.
 
 It reads, claims, waits, and reads again. A record whose endpoint refuses connections counts as dead at once, and need
 not go stale first. So a stage that crashed is taken over in seconds. If every stage is served, the node waits as a
@@ -17,8 +17,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from ...protocol.claims import CLAIM_WAIT_S, choose, has_started, is_finished, of_stage, rival
-from ...protocol.records import NodeRecord, NodeState, Seen, stale_after_s
+from ...protocol.node_record import NodeRecord, NodeState, Seen, stale_after_s
+from ...protocol.stage_choice import CLAIM_WAIT_S, choose, has_started, is_finished, of_stage, rival
 from ..addresses import split_address
 from .client import DiscoveryError
 

@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 
 from ...protocol.errors import RemoteProtocolError
-from ...protocol.records import (
+from ...protocol.node_record import (
     KEPT_S,
     NodeRecord,
     RunRecord,

@@ -10,7 +10,7 @@ No process is left behind: when the node's end of the pipe closes, however it di
 (hivemind's process, p2pd) asks the kernel to be killed with its parent, for the case that this process is killed.
 
 The pipes carry msgpack, each message after its length in four bytes, with one answer for each question. What comes over
-the network has to pass the rules of `node.discovery.dht_records` before hivemind keeps it or hands it on.
+the network has to pass the rules of `node.discovery.dht_admission` before hivemind keeps it or hands it on.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import msgpack
 import psutil
 
 from ...sim.launch.parent_death import die_with_parent
-from .dht_records import read_by_record, validator
+from .dht_admission import read_by_record, validator
 
 PIPE_BYTES_MAX = 16 * 2**20
 START_S, STORE_S, READ_S = 60.0, 15.0, 15.0  # of a busy machine

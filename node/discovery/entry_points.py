@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...protocol.records import is_endpoint
+from ...protocol.node_record import is_endpoint
 from ..addresses import ListenError, split_address
 from ..security.policy import PLAIN, Security, choose
 from .client import Discovery, DiscoveryError

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...protocol.records import NodeRecord, NodeState, RunRecord, Seen
+from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
 from ..addresses import ListenError, check_listen
 from ..config import ConfigError, RunConfig, dump_config, load_config
 from ..security.key_directory import KeysError

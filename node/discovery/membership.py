@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ...protocol.claims import of_stage, rival
-from ...protocol.records import NodeRecord, NodeState, RunRecord, Seen, renew_every_s, stale_after_s
+from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen, renew_every_s, stale_after_s
 from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousRequest, RendezvousResponse
 from ...protocol.rollback import RollbackPhase
+from ...protocol.stage_choice import of_stage, rival
 from ..links.transport import Report, StreamHandler
 from ..security.policy import PLAIN, Security
 from .claiming import ConnectProbe, connect_probe

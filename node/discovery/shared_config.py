@@ -16,7 +16,7 @@ from typing import Any
 
 from ...protocol.errors import LocalProtocolError
 from ...protocol.header import printable
-from ...protocol.records import RunRecord, encode_run
+from ...protocol.node_record import RunRecord, encode_run
 from ..config import ConfigError, RunConfig, dump_config, merge, parse_config, read_toml
 
 # What is written to, and who may look on: no stranger decides that.

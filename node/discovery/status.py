@@ -10,8 +10,8 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from ...protocol.claims import of_stage, priority
-from ...protocol.records import NodeState, RunRecord, Seen
+from ...protocol.node_record import NodeState, RunRecord, Seen
+from ...protocol.stage_choice import of_stage, priority
 from ..config import ConfigError
 from ..security.policy import Security
 from .entry_points import look_around

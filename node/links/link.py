@@ -25,7 +25,7 @@ from ...protocol.session import LinkSession, Opened, PeerDone, Received
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.link_check import LinkCheck
 from ...sim.links.shaper import BusyMeter, LinkProfile
-from ..metrics import Tracer
+from ..run_records import Tracer
 from .link_probe import AcknowledgedRate, fill, probe_s
 from .outgoing import Outgoing, Write, chunk_bytes_for
 

@@ -23,7 +23,7 @@ from ...protocol.messages import Head, Kind, Message, split
 from ...protocol.session import LinkSession
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
-from ..metrics import Tracer
+from ..run_records import Tracer
 from .link_probe import AcknowledgedRate
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5

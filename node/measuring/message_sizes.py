@@ -16,8 +16,8 @@ from ...compress.bit_packing import packed_bytes
 from ...compress.byte_format import ByteFormat, LearnedTable
 from ...compress.codec_interface import BoundaryContext
 from ...compress.registry import parse_codec
-from ...protocol.delta import DIGEST_BYTES, encode_delta, join_deltas
 from ...protocol.dictionary import Publisher
+from ...protocol.dictionary_delta import DIGEST_BYTES, encode_delta, join_deltas
 from ...protocol.dictionary_selection import budget
 from ...protocol.messages import Chunk, Kind, Message, encode_frame
 from ...protocol.wire_size import framed_bytes

@@ -21,7 +21,7 @@ from rich.console import Console
 from ...protocol.path_probe import SECONDS_MAX
 from ...sim.links.link_check import LinkCheck, round_trip_warning
 from ...sim.links.shaper import LinkError, LinkProfile
-from ...sim.reports.console import probe_table
+from ...sim.reports.run_console import probe_table
 from ..addresses import ListenError, check_listen, split_address
 from ..links.probe_server import ProbeService, profile_of
 from ..links.transport import probe_handler, serving

@@ -11,7 +11,7 @@ import msgpack
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.discovery.shared_config import shareable, verified
 from thinpipe.protocol.errors import RemoteProtocolError
-from thinpipe.protocol.records import (
+from thinpipe.protocol.node_record import (
     CONFIGURATION_BYTES_MAX,
     decode_record,
     decode_run,

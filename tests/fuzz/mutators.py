@@ -17,8 +17,8 @@ import msgpack
 from google.protobuf.message import DecodeError, Message
 from thinpipe.protocol import control_messages, dictionary, messages
 from thinpipe.protocol import stage_pb2 as pb
-from thinpipe.protocol.delta import DIGEST_BYTES, Delta, DictionarySpec, as_version, check_delta
 from thinpipe.protocol.dictionary import Replica
+from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, Delta, DictionarySpec, as_version, check_delta
 from thinpipe.protocol.errors import ProtocolError
 
 Mutator = Callable[[bytes, Random], bytes]

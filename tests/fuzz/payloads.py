@@ -16,8 +16,8 @@ from thinpipe.compress.byte_format import LearnedTable
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, UpstreamEndpoint
 from thinpipe.node.boundary.learned_tables import TableReplica
-from thinpipe.protocol.delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.dictionary import Publisher, Replica
+from thinpipe.protocol.dictionary_delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX, Chunk, Kind, Message, decode_frame, encode_frame, split
 from thinpipe.protocol.reassembly import Assembly

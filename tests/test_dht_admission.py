@@ -13,7 +13,15 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.node.discovery.dht_records import ASKED_KEPT, ASKED_MAX, ASKED_S, OWNER, Asked, StoredRecords, acceptable
+from thinpipe.node.discovery.dht_admission import (
+    ASKED_KEPT,
+    ASKED_MAX,
+    ASKED_S,
+    OWNER,
+    Asked,
+    StoredRecords,
+    acceptable,
+)
 from thinpipe.sim.launch.local_swarm import node_environment
 
 from .real_node import until
@@ -147,7 +155,7 @@ dht.shutdown()
 READER = """
 import json, sys, time
 from thinpipe.node.discovery import dht as process
-from thinpipe.node.discovery.dht_records import StoredRecords, validator
+from thinpipe.node.discovery.dht_admission import StoredRecords, validator
 process.validator = lambda: validator(StoredRecords(records_max=0))  # it has no room left for anything
 dht, place = process.start_dht(sys.argv[1:], ["/ip4/127.0.0.1/tcp/0"], None, False)
 dht.store("key", b"unsigned", time.time() + 50, subkey=b"x")  # not even here

@@ -11,9 +11,8 @@ import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.protocol.claims import CLAIM_WAIT_S, better, choose, has_started, is_finished, neediest, of_stage, rival
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
-from thinpipe.protocol.records import (
+from thinpipe.protocol.node_record import (
     CONFIGURATION_BYTES_MAX,
     RECORD_BYTES_MAX,
     NodeRecord,
@@ -38,6 +37,16 @@ from thinpipe.protocol.rendezvous_messages import (
     decode_response,
     encode_request,
     encode_response,
+)
+from thinpipe.protocol.stage_choice import (
+    CLAIM_WAIT_S,
+    better,
+    choose,
+    has_started,
+    is_finished,
+    neediest,
+    of_stage,
+    rival,
 )
 
 from .builders import node_record

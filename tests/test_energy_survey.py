@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from thinpipe.compress.energy_survey import SURVEY_EVERY, EnergySurvey
 from thinpipe.compress.stiefel import random_orthonormal
-from thinpipe.compress.subspace import SURVEY_EVERY, EnergySurvey
 
 D, R = 24, 5
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from .records import NodeRecord, NodeState, Seen
+from .node_record import NodeRecord, NodeState, Seen
 
 CLAIM_WAIT_S = 2.0  # between a claim and the second look; longer than it takes to read and write once
 

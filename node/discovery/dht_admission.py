@@ -27,7 +27,7 @@ from typing import Any
 
 import msgpack
 
-from ...protocol.records import KEPT_S
+from ...protocol.node_record import KEPT_S
 
 KEY_BYTES = 20  # SHA-1 of its name
 VALUE_BYTES_MAX = 64 * 1024

@@ -49,6 +49,11 @@ class AnchorOptions:
         if self.anchors == "factorized" and self.rank > width:
             raise CodecError(f"codec '{codec}': ar={self.rank} is above the model's width {width}; lower ar")
 
+    def operations_per_token(self, width: int) -> float:
+        """Of the context network; the rest is looked up."""
+        inner = self.context * self.context_embedding * self.context_hidden
+        return 2.0 * (inner + self.context_hidden * width) if self.context else 0.0
+
     def build(self, context: StageContext, table_VD: Tensor | None) -> Anchors | None:
         """One stage's, in its dtype and on its device; None where nothing is known of any token."""
         if self.anchors == "none" and table_VD is None and not self.context:

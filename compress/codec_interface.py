@@ -125,6 +125,7 @@ class Codec(ABC):
     default_backward: str  # and of gradients
     table_scale: float = 0.0  # of the frozen token table that is a part of stage 0's embedding; 0: there is none
     constrains: bool = False  # it changes the stage's model, so that what crosses a boundary fits it
+    last_layers: int = 0  # that the last stage has to have at least
 
     @property
     def recommended(self) -> Recommended:
@@ -167,6 +168,12 @@ class Codec(ABC):
     @abstractmethod
     def wire_width(self, width: int) -> int:
         """W, the numbers per token that cross the boundary, for hidden states of `width`."""
+
+    def operations_per_token(self, width: int) -> float:
+        """Multiplications and additions of a forward pass, a token, at one end of a boundary: what a stage's compute is
+        estimated from. A projection's, unless the method says otherwise."""
+        narrow = self.wire_width(width)
+        return 2.0 * width * narrow if narrow < width else 0.0
 
     def table(self, width: int) -> LearnedTable | None:
         """The table that the sender owns and the receiver needs, if any."""

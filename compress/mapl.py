@@ -312,6 +312,9 @@ class MaplCodec(Codec):
         del width
         return self.rank
 
+    def operations_per_token(self, width: int) -> float:
+        return super().operations_per_token(width) + self.known.operations_per_token(width)
+
     def table(self, width: int) -> LearnedTable:
         fixed, by_loss = self.projector == "fixed", self.projector in CONSTRAINTS
         return LearnedTable(

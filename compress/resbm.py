@@ -130,6 +130,11 @@ class ResbmCodec(Codec):
         del width
         return self.kept
 
+    def operations_per_token(self, width: int) -> float:
+        sizes = [width, *self.hidden, self.kept]
+        own = 2.0 * sum(inner * outer for inner, outer in itertools.pairwise(sizes))
+        return own + self.known.operations_per_token(width)
+
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
         return self.known.build(context, table_VD)
 

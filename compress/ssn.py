@@ -145,7 +145,7 @@ class SsnCodec(Codec):
             if bad:
                 raise CodecError(f"codec 'ssn': {fault} has to be at least {int(fault.startswith('k'))}")
         check_table_scale(self.name, table)
-        self.rank, self.free, self.table_scale = k, free, table
+        self.rank, self.free, self.last_layers, self.table_scale = k, free, free, table
         self.spend: Spend = spend
 
     def check(self, width: int) -> None:

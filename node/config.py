@@ -11,9 +11,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -130,6 +131,29 @@ class PipelineSection(Section):
     )
     batch_size: int = Field(default=16, ge=1, description="sequences a step")
     microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
+    cut: str = Field(
+        default="auto",
+        description="layers of each stage, such as 3,3,2,0; equal: as many for each; auto: so that the slowest stage "
+        "is as fast as it can be",
+    )
+    speeds: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
+        default=(), max_length=1024, description="of the stages' machines, relative, such as 1,1,0.5,0.25; none: alike"
+    )
+
+    @field_validator("cut", mode="before")
+    @classmethod
+    def _is_a_cut(cls, given: object) -> str:
+        text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given).replace(" ", "")
+        if text not in ("auto", "equal") and not re.fullmatch(r"[0-9]{1,4}(,[0-9]{1,4})*", text):
+            raise ValueError(f"'{text}' is not a cut; say auto, equal, or the layers of each stage such as 3,3,2,0")
+        return text
+
+    @field_validator("speeds", mode="before")
+    @classmethod
+    def _are_speeds(cls, given: object) -> object:
+        if isinstance(given, str):
+            return [part for part in given.split(",") if part.strip()]
+        return [given] if isinstance(given, int | float) else given
 
     @field_validator("schedule")
     @classmethod
@@ -262,6 +286,11 @@ class RunConfig(Section):
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
+        if (speeds := self.pipeline.speeds) and len(speeds) != self.pipeline.stages:
+            raise ValueError(
+                f"pipeline.speeds = {','.join(f'{speed:g}' for speed in speeds)} is for {len(speeds)} stages, but "
+                f"pipeline.stages = {self.pipeline.stages}; give one speed for each"
+            )
         if self.compute.emulate and self.checkpoint.every:
             raise ValueError(
                 "compute.emulate: a run that computes nothing has no state to keep; set checkpoint.every = 0"
@@ -306,9 +335,13 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Hex SHA-256 of `shared`, by which nodes compare it.
 
-        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one.
+        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one, and so it
+        does with the layers of each stage.
         """
-        return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
+        shared = self.shared()
+        for key in ("cut", "speeds"):  # the cut that they lead to is compared, however it was found
+            del shared["pipeline"][key]
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

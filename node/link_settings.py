@@ -7,6 +7,7 @@ from collections import Counter
 from ..protocol.control_messages import PART_BYTES_MAX
 from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import NodeIdentity
+from ..protocol.schedule import get_schedule, messages_ahead
 from ..protocol.session import LinkSession
 from ..sim.links.shaper import LinkProfile
 from .boundary.endpoints import BoundaryShape
@@ -36,7 +37,9 @@ def make_link(
     member: the only process that may be at the other end. sent: the account to go on with.
     """
     settings, limits = config.link, shape.limits
-    buffer_bytes = max(settings.receive_buffer_bytes, 2 * (limits.message_bytes + limits.frame_bytes))
+    pipeline = config.pipeline
+    ahead = messages_ahead(get_schedule(pipeline.schedule), pipeline.stages, pipeline.microbatches)
+    buffer_bytes = max(settings.receive_buffer_bytes, max(2, ahead) * (limits.message_bytes + limits.frame_bytes))
     return Link(
         session=LinkSession(
             identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member

@@ -37,6 +37,7 @@ from .model import check_sliceable, resolve_model
 from .preparation import check_codec, check_device, prepare_corpus
 from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .stage import Stage
+from .stage_costs import stage_layers
 from .training_loop import draw
 from .watching.views import Watching
 
@@ -54,7 +55,7 @@ class OneProcess:
         vocab = vocabulary_size(config.data, config.model.vocab_size)
         architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
         check_codec(config, architecture)
-        check_sliceable(architecture)
+        check_sliceable(architecture, stage_layers(config, architecture))
         self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]

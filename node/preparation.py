@@ -23,9 +23,10 @@ from .data import Corpus, DataError, open_corpus, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
-from .model import ModelError, architecture_digest, check_sliceable, partition, resolve_model, was_tied
+from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
 from .security.key_directory import KeysError
 from .stage import Stage
+from .stage_costs import stage_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -89,7 +90,7 @@ def check_settings(config: RunConfig) -> int:
 
 def check_layers(config: RunConfig, architecture: PretrainedConfig) -> None:
     """Raises ModelError or ConfigError for a model that cannot be cut into these stages, or not for this codec."""
-    layers = partition(architecture.num_hidden_layers, config.pipeline.stages)
+    layers = stage_layers(config, architecture)
     codec = parse_codec(config.codec.codec).codec
     try:
         codec.check_layers([len(of_stage) for of_stage in layers])
@@ -109,7 +110,7 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     if config.compute.emulate:
         emulated = EmulatedStage(config, architecture, stage)
         return emulated, run_digest(config, architecture)
-    check_sliceable(architecture)
+    check_sliceable(architecture, stage_layers(config, architecture))
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
     built = Stage(config, architecture, stage)
@@ -118,7 +119,9 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
 
 def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
     """What two neighbours must share: hex SHA-256 of settings and architecture; of the table that each generated."""
-    whole = hashlib.sha256(f"{config.digest()} {architecture_digest(architecture)}".encode()).hexdigest()
+    layers = [len(of_stage) for of_stage in stage_layers(config, architecture)]
+    told = f"{config.digest()} {architecture_digest(architecture)} {layers}"
+    whole = hashlib.sha256(told.encode()).hexdigest()
     return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
 
 

@@ -32,6 +32,7 @@ from .constrained_stage import check_constrained, constrain
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
+from .stage_costs import stage_layers
 from .stage_state import StageSnapshot, StageState, StateError, sha256_of
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Stage:
             compile=config.compute.compile,
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
             constrain=self._constrain if self._codec.constrains else None,
+            layers=stage_layers(config, architecture)[index],
         )
         self.width = self.model.width
         self.upstream_endpoint: UpstreamEndpoint | None = None

@@ -506,12 +506,12 @@ class _Store(CheckpointStore):
 _sliceable: set[str] = set()
 
 
-def _check_sliceable(architecture: Any) -> None:
+def _check_sliceable(architecture: Any, stages: Sequence[range]) -> None:
     """The real check, but once for an architecture: it builds a whole model and would be a quarter of all work here."""
-    digest = architecture_digest(architecture)
-    if digest not in _sliceable:
-        check_sliceable(architecture)
-        _sliceable.add(digest)
+    tried = f"{architecture_digest(architecture)} {len(stages[0])} {len(stages[-1])}"
+    if tried not in _sliceable:
+        check_sliceable(architecture, stages)
+        _sliceable.add(tried)
 
 
 def _address(stage: int) -> str:

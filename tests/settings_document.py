@@ -42,6 +42,8 @@ def _default(value: Any, name: str) -> str:
             return str(value).lower()
         case int() | float():
             return _number(value, name)
+        case ():
+            return "unset"
         case _:
             return f'"{value}"'
 
@@ -52,6 +54,8 @@ def _values(field: FieldInfo, name: str) -> str:
     if get_origin(field.annotation) in (Union, UnionType):
         kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
     (kind,) = kinds
+    if get_origin(kind) is tuple:
+        return "list of numbers"
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     bounds = [

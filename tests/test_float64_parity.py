@@ -12,6 +12,7 @@ Both sides therefore run it with a norm in float64; Starcoder2 (LayerNorm, biase
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from thinpipe.node.boundary.endpoints import UpstreamEndpoint
 from thinpipe.node.config import RunConfig
 from thinpipe.node.model import partition
+from thinpipe.node.model.stage_cut import layer_ranges
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.node.stage import Stage
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -74,7 +76,9 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
     monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)
     torch.set_num_threads(1)
 
-    def make(model: Any, directory: Path, *, steps: int, polynomials: str, schedule: str = "1f1b") -> RunConfig:
+    def make(
+        model: Any, directory: Path, *, steps: int, polynomials: str, schedule: str = "1f1b", cut: str = "equal"
+    ) -> RunConfig:
         directory.mkdir()
         model.config.to_json_file(directory / "config.json")
         save_file(model.state_dict(), directory / "model.safetensors")
@@ -85,23 +89,26 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
                 "optim.msign_coefficients": polynomials,
                 "codec.codec": "fp64",
                 "pipeline.schedule": schedule,
+                "pipeline.cut": cut,
             }
         )
 
     return make
 
 
-def stage_of(name: str) -> int:
+def stage_of(name: str, cut: str) -> int:
     """The group in which a parameter is clipped: the stage that would hold it."""
     if ".layers." not in name:
         return 0 if "embed_tokens" in name else STAGES - 1
     layer = int(name.partition(".layers.")[2].partition(".")[0])
-    return next(stage for stage, layers in enumerate(partition(LAYERS, STAGES)) if layer in layers)
+    groups = partition(LAYERS, STAGES) if cut == "equal" else layer_ranges([int(count) for count in cut.split(",")])
+    return next(stage for stage, layers in enumerate(groups) if layer in layers)
 
 
 def compare(model: Any, config: RunConfig, got: Outcome) -> dict[str, float]:
     """Train `model` by the book and say how far, relatively, `got` is from it; `model` ends trained."""
-    losses, norms = textbook.train(model, batches_of(config), recipe_of(config), stage_of)
+    clipped_with = functools.partial(stage_of, cut=config.pipeline.cut)
+    losses, norms = textbook.train(model, batches_of(config), recipe_of(config), clipped_with)
     assert_clipped_now_and_then(norms, config.optim.clip)
     heldout = torch.from_numpy(prepare_corpus(config).heldout_batch(0, config.data.heldout_sequences)).long()
     with torch.no_grad():
@@ -130,14 +137,18 @@ def relative(got: Any, wanted: Any) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "polynomials", "schedule"),
-    [("llama", "polar_express", "1f1b"), ("starcoder2", "quintic", "1f1b"), ("starcoder2", "polar_express", "zb")],
+    ("architecture", "polynomials", "schedule", "cut"),
+    [
+        ("llama", "polar_express", "1f1b", "equal"),
+        ("starcoder2", "quintic", "1f1b", "0,3,1,0"),
+        ("starcoder2", "polar_express", "zb", "2,1,1,0"),
+    ],
 )
 def test_a_swarm_trains_what_a_plain_model_would(
-    architecture: str, polynomials: str, schedule: str, configure: Configure, tmp_path: Path
+    architecture: str, polynomials: str, schedule: str, cut: str, configure: Configure, tmp_path: Path
 ) -> None:
     model = plain_model(architecture)
-    config = configure(model, tmp_path / "model", steps=STEPS, polynomials=polynomials, schedule=schedule)
+    config = configure(model, tmp_path / "model", steps=STEPS, polynomials=polynomials, schedule=schedule, cut=cut)
     got = run_in_memory(config, tmp_path / "run")
     errors = compare(model, config, got)
     assert max(errors.values()) < TOLERANCE, errors

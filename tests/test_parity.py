@@ -137,6 +137,26 @@ def test_a_swarm_is_one_process_also_with(settings: dict[str, Any], tiny: TinyCo
     assert swarm == reference
 
 
+CUTS = {
+    "embedding and head alone, projectors that learn": {
+        "pipeline.stages": 4,
+        "pipeline.cut": "0,3,1,0",
+        "codec.codec": "mapl:r=8,every=1",
+        "compute.dtype": "bfloat16",
+    },
+    "two stages, no layer in the last": {"pipeline.stages": 2, "pipeline.cut": "4,0", "pipeline.schedule": "zb"},
+    "two stages, no layer in the first": {"pipeline.stages": 2, "pipeline.cut": "0,4", "codec.codec": "resbm:b=8"},
+    "a slow machine in the middle": {"pipeline.stages": 3, "pipeline.speeds": "1,0.2,1", "codec.codec": "ssn:k=16"},
+}
+
+
+@pytest.mark.pairwise(2)
+@pytest.mark.parametrize("settings", CUTS.values(), ids=CUTS)
+def test_a_swarm_is_one_process_however_it_is_cut(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
+    reference, swarm = both(tiny({**settings, "run.eval_every": 2}), tmp_path)
+    assert swarm == reference
+
+
 ZERO_BUBBLE = {
     "zb, 2 stages": (2, "zb", {"codec.codec": "int8"}),
     "zb, 3 stages, codebooks": (
@@ -227,8 +247,10 @@ def with_stages(tiny: TinyConfig, directory: Path, settings: dict[str, Any]) -> 
 
 def test_the_number_of_stages_changes_nothing_else(tiny: TinyConfig, tmp_path: Path) -> None:
     """Without rounding on the wire, and without the clipping whose groups are the stages."""
-    whole, *cut = with_stages(tiny, tmp_path, {"codec.codec": "fp32", "optim.clip": 0.0})
-    for outcome in cut:
+    exact = {"codec.codec": "fp32", "optim.clip": 0.0}
+    whole, *cut = with_stages(tiny, tmp_path, exact)
+    ends = {**exact, "pipeline.stages": 3, "pipeline.cut": "0,4,0"}
+    for outcome in (*cut, run_in_memory(tiny(ends), tmp_path / "ends")):
         assert outcome.losses[0] == whole.losses[0]
         assert outcome.val_losses[0] == whole.val_losses[0]
         assert outcome.weights.keys() == whole.weights.keys()

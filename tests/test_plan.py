@@ -107,7 +107,7 @@ def test_a_ratio_makes_a_boundary_compute_bound() -> None:
 
 def test_a_deeper_schedule_hides_the_latency() -> None:
     machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
-    machine += ("--sequence-length", "2048")
+    machine += ("--sequence-length", "2048", "--set", "pipeline.cut=equal")
     plain, deep = (planned(*machine, "--schedule", schedule) for schedule in ("1f1b", "1f1b:rtt_ratio=1"))
     shares = [figures["tokens_per_s"] / figures["uncapped_tokens_per_s"] for figures in (plain, deep)]
     assert shares[0] < 0.9
@@ -199,10 +199,11 @@ def test_a_part_of_a_pipeline_has_inner_stages_only() -> None:
 def test_the_depth_is_found_by_simulation() -> None:
     """Deep where links take long, plain where they do not; never deeper than helps."""
     machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--batch-size", "512", "--sequence-length", "2048")
+    machine += ("--set", "pipeline.cut=equal")
     auto = ("--schedule", "1f1b:rtt_ratio=auto")
     assert planned(*machine, *auto)["schedule"] == "1f1b"
     found = planned(*machine, *auto, "--link", "80mbit,25ms")
-    deepest = planned(*machine, "--schedule", "1f1b:rtt_ratio=6", "--link", "80mbit,25ms")
+    deepest = planned(*machine, "--schedule", "1f1b:rtt_ratio=24", "--link", "80mbit,25ms")
     assert found["schedule"].startswith("1f1b:rtt_ratio=")
     assert found["step_s"] <= 1.003 * deepest["step_s"]
     in_flight = [sum(stage["microbatches_in_flight"] for stage in each["stages"]) for each in (found, deepest)]

@@ -5,10 +5,8 @@ take for one microbatch: from a rate that they achieve and the multiplications i
 (`150m@4x66tflops`), or in seconds (`150m@4x5ms+10ms`: forward, backward). `thinpipe plan` charges it to a virtual
 clock; a run with `compute.emulate` lets it pass on a real one (emulated_stage.py).
 
-A multiply-add is two operations; a weight matrix takes one for each of its numbers and token forward, twice that
-backward, once for the input gradient and once for its own; attention takes 2 T D a token and layer more (its products
-with keys and values, half of them masked), and has no weights; a learned projection takes 2 D r at either end of its
-boundary. The optimizer, norms and byte formats are left out.
+What an operation is: node/stage_costs.py. A stage's own speed (`pipeline.speeds`) is a multiple of the rate that is
+stated.
 """
 
 from __future__ import annotations
@@ -17,12 +15,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ..config import ConfigError, RunConfig
-from ..model import partition
-from ..model.slices import skeleton
-from ..stage import DTYPES
+from ..model.stage_cut import equal_cut
+from ..stage_costs import Operations, operations, speeds, stage_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,11 +77,15 @@ class EmulatedMachine:
     def times(self, config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
         """Seconds of each stage for one microbatch. Raises ModelError for a model that cannot be cut so."""
         if self.seconds:
-            return [StageTimes(forward_s=self.seconds[0], backward_s=self.seconds[1])] * self.stages
+            forward_s, backward_s = self.seconds
+            return [StageTimes(forward_s=forward_s / speed, backward_s=backward_s / speed) for speed in speeds(config)]
         assert self.tflops is not None
         if self.whole > self.stages:
-            layers, of_layer = len(partition(architecture.num_hidden_layers, self.whole)[0]), _of_layer(architecture)
-            return [_times(config, architecture, self.tflops, layers, of_layer, ends=2, head=False)] * self.stages
+            costs, layers = operations(config, architecture), equal_cut(architecture.num_hidden_layers, self.whole)[0]
+            return [
+                _times(config, costs, self.tflops * speed, layers, of_ends=2 * costs.codec_end, head=False)
+                for speed in speeds(config)
+            ]
         return times_at(config, architecture, self.tflops)
 
 
@@ -95,42 +95,20 @@ def _seconds(text: str) -> float:
 
 
 def times_at(config: RunConfig, architecture: PretrainedConfig, tflops: float) -> list[StageTimes]:
-    """Seconds of each stage of a whole pipeline at that rate."""
-    cuts = partition(architecture.num_hidden_layers, config.pipeline.stages)
-    last, of_layer = len(cuts) - 1, _of_layer(architecture)
-    ends = [(stage > 0) + (stage < last) for stage in range(len(cuts))]
+    """Seconds of each stage of a whole pipeline, whose machines are `pipeline.speeds` times as fast as `tflops`."""
+    costs, counts = operations(config, architecture), [len(layers) for layers in stage_layers(config, architecture)]
+    last, ends, fast = len(counts) - 1, costs.of_ends(len(counts)), speeds(config)
     return [
-        _times(config, architecture, tflops, len(layers), of_layer, ends=ends[stage], head=stage == last)
-        for stage, layers in enumerate(cuts)
+        _times(config, costs, tflops * fast[stage], count, of_ends=ends[stage], head=stage == last)
+        for stage, count in enumerate(counts)
     ]
 
 
-def _of_layer(architecture: PretrainedConfig) -> float:
-    """Weights in the matrices of one layer. A skeleton takes a tenth of a second: once, and not for each stage."""
-    causal = skeleton(architecture, DTYPES["float32"])
-    matrices = sum(p.numel() for name, p in causal.named_parameters() if p.ndim == 2 and ".layers." in name)
-    return matrices / architecture.num_hidden_layers
-
-
 def _times(
-    config: RunConfig,
-    architecture: PretrainedConfig,
-    tflops: float,
-    layers: int,
-    of_layer: float,
-    *,
-    ends: int,
-    head: bool,
+    config: RunConfig, costs: Operations, tflops: float, layers: int, *, of_ends: float, head: bool
 ) -> StageTimes:
-    """Of a stage with so many layers of that many weights, and ends of boundaries."""
-    width = architecture.hidden_size
-    attention = 2 * config.data.sequence_length * width
-    codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
-    rank = codec.wire_width(width)
-    projection = 2 * width * rank if rank < width else 0
-    weights = layers * 2 * of_layer
-    if head:
-        weights += 2 * architecture.vocab_size * width
-    forward = weights + layers * attention + ends * projection
+    """Of a stage with so many layers, and `of_ends` operations besides."""
+    weights = layers * costs.layer_weights + head * costs.head
+    forward = layers * costs.layer + of_ends
     token_s = config.microbatch_size * config.data.sequence_length / (tflops * 1e12)
     return StageTimes(forward_s=forward * token_s, backward_s=2 * forward * token_s, weight_s=weights * token_s)

@@ -26,6 +26,7 @@ from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture
 from ..stage import Stage
+from ..stage_costs import stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .message_sizes import Sizes
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 AUTO = ":rtt_ratio=auto"
-HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, RTT_RATIO_MAX)
+HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, RTT_RATIO_MAX)
 AUTO_WITHIN = 1.003
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
@@ -65,6 +66,7 @@ def plan(
 ) -> tuple[dict[str, Any], Simulation]:
     """The figures, as JSON holds them, and the simulation that they are from."""
     boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
+    layers = [len(of_stage) for of_stage in stage_layers(config, architecture)]
     simulated = simulate(
         get_schedule(config.pipeline.schedule),
         times,
@@ -93,12 +95,14 @@ def plan(
         "ratio": 2 * dense_bytes / both,
         "stages": [
             {
+                "layers": layers[stage],
                 "forward_s": each.forward_s,
                 "backward_s": each.backward_s,
                 "weight_gradient_s": each.weight_gradient_s,
                 "compute_share": simulated.compute_share[stage],
                 "microbatches_in_flight": simulated.peak_in_flight[stage],
-                "activation_bytes_in_flight": simulated.peak_in_flight[stage] * _saved_bytes(config, architecture),
+                "activation_bytes_in_flight": simulated.peak_in_flight[stage]
+                * _saved_bytes(config, architecture, layers[stage]),
             }
             for stage, each in enumerate(times)
         ],
@@ -136,12 +140,10 @@ def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[
     return [StageTimes(forward_s=took[2], backward_s=took[3])] * config.pipeline.stages
 
 
-def _saved_bytes(config: RunConfig, architecture: PretrainedConfig) -> int:
-    """About what an inner stage keeps of one microbatch for its backward, in 16 bits, with fused attention and
-    without
+def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int) -> int:
+    """About what so many layers keep of one microbatch for their backward, in 16 bits, with fused attention and without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
-    less the attention scores)."""
-    layers = -(-architecture.num_hidden_layers // config.pipeline.stages)
+    less the attention scores). What a head keeps is left out."""
     return 34 * config.microbatch_size * config.data.sequence_length * architecture.hidden_size * layers
 
 

@@ -1,8 +1,8 @@
 """The model of a node: its stage of a Hugging Face decoder, built, filled with weights and ready to compute.
 
-It has five parts: `architecture` (settings to configuration, presets, refusals), `slices`
-(what a stage is), `exactness` (the start-up proof that the cut is exact), `initialise` (first weights) and `deferred`
-(weight gradients that wait).
+It has six parts: `architecture` (settings to configuration, presets, refusals), `slices` (what a stage is), `stage_cut`
+(which layers it has), `exactness` (the start-up proof that the cut is exact), `initialise` (first weights) and
+`deferred` (weight gradients that wait).
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from .architecture import PRESETS, ModelError, architecture_digest, resolve_mode
 from .deferred import Deferral, WeightGradients, defer_linears
 from .exactness import check_sliceable
 from .initialise import initialise_random, load_checkpoint, set_constants
-from .slices import StageModel, allocate, cut, partition, skeleton
+from .slices import StageModel, allocate, cut, skeleton
+from .stage_cut import partition
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,6 +53,7 @@ def build_stage(
     compile: bool = False,
     deferred: bool = False,
     constrain: Callable[[StageModel], None] | None = None,
+    layers: range | None = None,
 ) -> StageModel:
     """Stage `stage` (from 0) of `stages`, with its weights, on `device`; no other stage's tensor is ever allocated.
 
@@ -59,11 +61,13 @@ def build_stage(
     are drawn from (seed, name), or read from `checkpoint`, a directory with safetensors. `activation_checkpointing`
     recomputes each layer in the backward pass, to the same bits; `compile` compiles each layer; `deferred` lets the
     weight gradients of matrices wait where `StageModel.deferral` says so; `constrain` may replace modules of the model,
-    weights and all, before any of that. Raises ModelError.
+    weights and all, before any of that. `layers`: the stage's own (None: those of stages of equal length). Raises
+    ModelError.
     """
     if not 0 <= stage < stages:
         raise ModelError(f"stage {stage} of {stages}: stages count from 0 to {stages - 1}")
-    layers = partition(config.num_hidden_layers, stages)[stage]
+    if layers is None:
+        layers = partition(config.num_hidden_layers, stages)[stage]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     model = cut(skeleton(config, wide), layers, first=stage == 0, last=stage == stages - 1)
     allocate(model)

@@ -8,6 +8,7 @@ repeated scale can be close on random weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from .architecture import ModelError, first_line, per_layer_keys, refuse_unsupported, with_layers
 from .initialise import draw, set_constants
 from .pull import pull
-from .slices import allocate, cut, describe, partition, skeleton
+from .slices import allocate, cut, describe, skeleton
+from .stage_cut import partition
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,8 +28,9 @@ CHECK_WINDOW = 4
 CHECK_VOCABULARY = 96
 
 
-def check_sliceable(config: PretrainedConfig) -> None:
+def check_sliceable(config: PretrainedConfig, stages: Sequence[range] = ()) -> None:
     """Compare a narrow random copy, whole and in two stages: logits and every gradient, bit for bit (float32, CPU).
+    Where the first or the last of `stages`, the layers of each, has none, so has the copy's.
 
     The copy has the model's first layers, as many as it takes to meet every kind of layer on a side where a wrong
     list would show, and narrow matrices: where a model can be cut does not depend on its widths. Raises ModelError.
@@ -35,7 +38,8 @@ def check_sliceable(config: PretrainedConfig) -> None:
     refuse_unsupported(config)
     narrow = narrowed(config)
     try:
-        fault = _difference(narrow)
+        bare = [bool(stages) and not stages[end] for end in (0, -1)]
+        fault = _difference(narrow, first_bare=bare[0], last_bare=bare[1])
     except ModelError:
         raise
     except Exception as error:  # an unknown architecture may fail in any way; every one of them is a refusal
@@ -80,8 +84,9 @@ def narrowed(config: PretrainedConfig) -> PretrainedConfig:
     return narrow
 
 
-def _difference(config: PretrainedConfig) -> str | None:
-    """What differs between the whole model and two stages with its weights; None when nothing does."""
+def _difference(config: PretrainedConfig, *, first_bare: bool, last_bare: bool) -> str | None:
+    """What differs between the whole model and two stages with its weights, before them the embedding alone if
+    `first_bare`, and behind them norm and head if `last_bare`; None when nothing does."""
     whole = skeleton(config, torch.float32, "cpu")
     weights = {name: draw(name, p.shape, seed=0, std=0.1) for name, p in whole.named_parameters()}
     ids_BT = torch.arange(2 * CHECK_TOKENS).reshape(2, CHECK_TOKENS) * 7 % CHECK_VOCABULARY
@@ -91,19 +96,21 @@ def _difference(config: PretrainedConfig) -> str | None:
     pull(logits_BTV, pull_BTV)
 
     found: dict[str, nn.Parameter] = {}
-    halves = []
-    for stage, layers in enumerate(partition(config.num_hidden_layers, 2)):
-        model = cut(skeleton(config, torch.float32), layers, first=stage == 0, last=stage == 1)
+    halves = partition(config.num_hidden_layers, 2)
+    parts = [*[range(0)] * first_bare, *halves, *[range(halves[-1].stop, halves[-1].stop)] * last_bare]
+    entered_BTd, left_BTd = [ids_BT], []  # a wire lies between two stages: as many graphs, not one
+    for stage, layers in enumerate(parts):
+        model = cut(skeleton(config, torch.float32), layers, first=stage == 0, last=stage == len(parts) - 1)
         allocate(model)
         set_constants(model.causal, keep=list(model.parameters()))
         _assign(dict(model.full_names()), weights)
         found |= dict(model.full_names())
-        halves.append(model)
-    left_BTd = halves[0](ids_BT)
-    entered_BTd = left_BTd.detach().requires_grad_()  # a wire lies between the halves: two graphs, not one
-    ours_BTV = halves[1](entered_BTd)
-    pull(ours_BTV, pull_BTV)
-    pull(left_BTd, entered_BTd.grad)
+        left_BTd.append(model(entered_BTd[-1]))
+        entered_BTd.append(left_BTd[-1].detach().requires_grad_())
+    ours_BTV, pulled = left_BTd[-1], pull_BTV
+    for entered, left in zip(reversed(entered_BTd[:-1]), reversed(left_BTd), strict=True):
+        pull(left, pulled)
+        pulled = entered.grad
 
     if not torch.equal(ours_BTV, logits_BTV):
         return f"logits differ by up to {(ours_BTV - logits_BTV).abs().max():.1e}"

@@ -17,7 +17,6 @@ What can go wrong without any error, and what is done about it:
 
 from __future__ import annotations
 
-import itertools
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -35,24 +34,6 @@ if TYPE_CHECKING:
 DRAWS = {Tensor.normal_, Tensor.uniform_}
 DRAWS |= {getattr(nn.init, name) for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_")}
 EXPECTED_PARTS = ("embed_tokens", "layers", "norm")
-
-
-def partition(layers: int, stages: int) -> list[range]:
-    """Cut `layers` into `stages` contiguous runs that differ by one at most, the longer ones first.
-
-    The last stage is never longer than another, because it computes the head and the loss as well.
-    Raises ModelError when a stage would have no layer.
-    """
-    if stages < 1:
-        raise ModelError(f"pipeline.stages = {stages}; a pipeline has at least one stage")
-    if layers < stages:
-        raise ModelError(
-            f"{stages} stages, but the model has {layers} layers; set pipeline.stages = {max(layers, 1)} or fewer, "
-            f"or model.layers = {stages} or more"
-        )
-    each, longer = divmod(layers, stages)
-    starts = [stage * each + min(stage, longer) for stage in range(stages + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 class StageModel(nn.Module):

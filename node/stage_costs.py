@@ -1,0 +1,100 @@
+"""What each stage computes for a token, in operations, and the cut of the model that follows from it.
+
+A multiply-add is two operations. Forward, a weight matrix takes one multiply-add for each of its numbers and token;
+attention takes 2 T D operations a token and layer more (its products with keys and values, half of them masked), and
+has no weights; a codec takes what it says (`Codec.operations_per_token`) at either end of its boundary. Backward is
+twice that: once for the input gradient and once for the weights' own. The optimizer, norms and byte formats are left
+out, and an embedding costs nothing but memory.
+
+From the same settings every node finds the same numbers, so that no two have to agree on a cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..compress.registry import parse_codec
+from .config import RunConfig
+from .model.architecture import with_layers
+from .model.slices import skeleton
+from .model.stage_cut import balanced_cut, equal_cut, layer_ranges, least_layers, stated_cut
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operations:
+    """Of the forward pass, a token."""
+
+    layer_weights: float  # of a layer's matrices
+    attention: float  # of a layer's products without weights
+    head: float
+    codec_end: float  # of one end of a boundary
+
+    @property
+    def layer(self) -> float:
+        return self.layer_weights + self.attention
+
+    def of_ends(self, stages: int) -> list[float]:
+        """What each stage does besides its layers."""
+        last = stages - 1
+        return [
+            ((stage > 0) + (stage < last)) * self.codec_end + (stage == last) * self.head for stage in range(stages)
+        ]
+
+    def of_stages(self, counts: Sequence[int]) -> list[float]:
+        """Of stages with so many layers."""
+        return [count * self.layer + of_end for count, of_end in zip(counts, self.of_ends(len(counts)), strict=True)]
+
+
+def operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
+    """Raises ModelError for an architecture that cannot be built."""
+    one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
+    matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and ".layers." in name)
+    width = architecture.hidden_size
+    codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
+    return Operations(
+        layer_weights=2.0 * matrices,
+        attention=2.0 * config.data.sequence_length * width,
+        head=2.0 * architecture.vocab_size * width,
+        codec_end=codec.operations_per_token(width),
+    )
+
+
+def stage_layers(config: RunConfig, architecture: PretrainedConfig) -> list[range]:
+    """The layers of each stage, as `pipeline.cut` and `pipeline.speeds` have it. Raises ModelError."""
+    return layer_ranges(_counts(config, architecture))
+
+
+def _counts(config: RunConfig, architecture: PretrainedConfig) -> list[int]:
+    layers, stages, cut = architecture.num_hidden_layers, config.pipeline.stages, config.pipeline.cut
+    if cut == "equal" or (cut == "auto" and stages == 1):
+        return equal_cut(layers, stages)
+    if cut == "auto":
+        return best_cut(config, architecture, operations(config, architecture), speeds(config))
+    return stated_cut([int(part) for part in cut.split(",")], layers, stages)
+
+
+def best_cut(
+    config: RunConfig, architecture: PretrainedConfig, costs: Operations, at_speeds: Sequence[float]
+) -> list[int]:
+    """Layers of each stage for machines of these speeds, whatever `pipeline.cut` says. Raises ModelError."""
+    layers, stages = architecture.num_hidden_layers, len(at_speeds)
+    last = parse_codec(config.codec.codec).codec.last_layers  # more than there are: `Codec.check_layers` says so
+    return balanced_cut(
+        layers,
+        of_layer=costs.layer,
+        of_ends=costs.of_ends(stages),
+        speeds=at_speeds,
+        least=least_layers(stages, last=max(0, min(last, layers - (stages - 2)))),
+    )
+
+
+def speeds(config: RunConfig) -> list[float]:
+    """Of each stage's machine, relative."""
+    return list(config.pipeline.speeds) or [1.0] * config.pipeline.stages

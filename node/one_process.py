@@ -216,6 +216,7 @@ class OneProcess:
             metrics.write(
                 "end",
                 stage=stage.index,
+                layers=len(stage.layers),
                 steps=self.config.run.steps,
                 train_s=round(train_s, 6),
                 cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each

@@ -67,6 +67,7 @@ class Stage:
         self._autocast = compute_dtype is torch.bfloat16
         self._codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
         self._all_layers = architecture.num_hidden_layers
+        self.layers = stage_layers(config, architecture)[index]
         self.model = build_stage(
             architecture,
             stage=index,
@@ -79,7 +80,7 @@ class Stage:
             compile=config.compute.compile,
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
             constrain=self._constrain if self._codec.constrains else None,
-            layers=stage_layers(config, architecture)[index],
+            layers=self.layers,
         )
         self.width = self.model.width
         self.upstream_endpoint: UpstreamEndpoint | None = None

@@ -330,6 +330,7 @@ class TrainingLoop:
         self._metrics.write(
             "end",
             stage=self.stage.index,
+            layers=len(self.stage.layers),
             steps=self.stage.completed,
             train_s=round(self.totals.train_s, 6),
             cpu_s=round(self.totals.cpu_s, 6),

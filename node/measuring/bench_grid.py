@@ -173,16 +173,18 @@ class Bench:
         plain = cell.schedule.removesuffix(AUTO)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
-        times = (
-            EmulatedMachine.parse(cell.mode).times(config, architecture)
-            if cell.emulated
-            else self._times_of(cell, config)
-        )
+        layers = None
+        if cell.emulated:
+            machine = EmulatedMachine.parse(cell.mode)
+            times = machine.times(config, architecture)
+            layers = [len(of_stage) for of_stage in machine.layers(config, architecture)]
+        else:
+            times = self._times_of(cell, config)
         schedule = resolved_schedule(cell.schedule, config, architecture, times) if times else plain
         entry["schedule"] = schedule
         window_steps = 3
         if times:
-            planned, simulated = plan(cell.config(schedule, 1), architecture, times)
+            planned, simulated = plan(cell.config(schedule, 1), architecture, times, layers=layers)
             wires = simulated.wire_share.values()
             entry["planned"] = {**planned, "wire_share": max(wires, default=0.0)}
             window_steps = max(1, math.ceil(self._grid.window_s / planned["step_s"]))
@@ -233,7 +235,9 @@ class Bench:
                 entry["share_of_uncapped"] = entry["measured"]["tokens_per_s"] / base[0]
                 entry["uncapped_from"] = base[1]
             if planned:
-                entry["against_plan"] = entry["measured"]["tokens_per_s"] / planned["tokens_per_s"] - 1
+                against = entry["measured"]["tokens_per_s"] / planned["tokens_per_s"]
+                entry["against_plan"] = against - 1
+                entry["machines_used"] = planned["machines_used"] * against
             used = entry["measured"]["utilisation"]
             entry["utilisation_of_schedule"] = used / planned["wire_share"] if used and planned else None
 

@@ -21,6 +21,8 @@ from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
 from ..config import CodecSection, RunConfig, parse_config
 from ..preparation import resolve_architecture
+from .cut_advice import advice_line, cut_advice
+from .emulated_machine import EmulatedMachine
 from .message_sizes import Sizes
 from .plan import plan, times_measured
 
@@ -53,11 +55,14 @@ SAYS_NOTHING = ("run.name", "checkpoint.", "watch.")  # of what a run computes o
 
 def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> None:
     """Put `run_simulation`, `dense_simulation`, `learned_simulation` (where this run was dense), or the reason why not
-    in `simulation_left_out`, and `try_next` into the summary of the run in the directory `run`."""
+    in `simulation_left_out`, `cut_advice` (of a swarm), and `try_next` into the summary of the run in the directory
+    `run`."""
     found: dict[str, Any] = dict.fromkeys(("run_simulation", "dense_simulation", "learned_simulation"))
-    found["simulation_left_out"] = None
+    found |= {"simulation_left_out": None, "cut_advice": None}
     try:
         found |= _simulations(run, config)
+        if summary["mode"] == "swarm" and not is_part(config):
+            found["cut_advice"] = _advice(summary, run, config)
     except Exception as error:  # the run has ended well, whatever this is
         found["simulation_left_out"] = " ".join(str(error).split()) or type(error).__name__
     summary |= found
@@ -80,6 +85,13 @@ def _simulations(run: Path, config: RunConfig) -> dict[str, Any]:
     if is_dense(config):
         found["learned_simulation"] = simulation(config, LEARNED, architecture, times, thinner=thinner)
     return found
+
+
+def _advice(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str, Any]:
+    """`cut_advice`, with the `line` that says it to people, None where there is nothing to say."""
+    found = cut_advice(config, resolve_architecture(config), times_measured(run, config))
+    shares = [stage["compute_share"] for stage in summary["stages"]]
+    return {**found, "line": advice_line(found, shares)}
 
 
 def simulation(
@@ -114,6 +126,12 @@ def simulation(
 def _bound_below_bits_per_s(forward_bytes: int, backward_bytes: int, times: Sequence[StageTimes]) -> float:
     """At this rate a microbatch takes a wire for as long as the busiest stage."""
     return max(forward_bytes, backward_bytes) * 8 / max(each.forward_s + each.backward_s for each in times)
+
+
+def is_part(config: RunConfig) -> bool:
+    """Whether the stages are those of a longer pipeline, emulated, so that no cut of theirs is the model's."""
+    emulated = config.compute.emulate and EmulatedMachine.parse(config.compute.emulate)
+    return bool(emulated) and emulated.whole > emulated.stages
 
 
 def is_dense(config: RunConfig) -> bool:

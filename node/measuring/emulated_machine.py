@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...sim.links.pipeline import StageTimes
 from ..config import ConfigError, RunConfig
-from ..model.stage_cut import equal_cut
+from ..model.stage_cut import partition
 from ..stage_costs import Operations, operations, speeds, stage_layers
 
 if TYPE_CHECKING:
@@ -74,6 +74,12 @@ class EmulatedMachine:
             "data.sequence_length": 1024,
         }
 
+    def layers(self, config: RunConfig, architecture: PretrainedConfig) -> list[range]:
+        """Of each stage. Raises ModelError for a model that cannot be cut so."""
+        if self.whole > self.stages:
+            return partition(architecture.num_hidden_layers, self.whole)[1 : self.stages + 1]
+        return stage_layers(config, architecture)
+
     def times(self, config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
         """Seconds of each stage for one microbatch. Raises ModelError for a model that cannot be cut so."""
         if self.seconds:
@@ -81,10 +87,10 @@ class EmulatedMachine:
             return [StageTimes(forward_s=forward_s / speed, backward_s=backward_s / speed) for speed in speeds(config)]
         assert self.tflops is not None
         if self.whole > self.stages:
-            costs, layers = operations(config, architecture), equal_cut(architecture.num_hidden_layers, self.whole)[0]
+            costs, inner = operations(config, architecture), self.layers(config, architecture)
             return [
-                _times(config, costs, self.tflops * speed, layers, of_ends=2 * costs.codec_end, head=False)
-                for speed in speeds(config)
+                _times(config, costs, self.tflops * speed, len(layers), of_ends=2 * costs.codec_end, head=False)
+                for layers, speed in zip(inner, speeds(config), strict=True)
             ]
         return times_at(config, architecture, self.tflops)
 

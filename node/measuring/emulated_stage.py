@@ -120,7 +120,9 @@ class EmulatedStage(Stage):
         self.token_table_digest = ""
         self.upstream_endpoint = None if self.first else SizedUpstreamEndpoint(Sizes(config, architecture, index - 1))
         self.downstream_endpoint = None if self.last else SizedDownstreamEndpoint(Sizes(config, architecture, index))
-        self.times = EmulatedMachine.parse(config.compute.emulate).times(config, architecture)[index]
+        machine = EmulatedMachine.parse(config.compute.emulate)
+        self.layers = machine.layers(config, architecture)[index]
+        self.times = machine.times(config, architecture)[index]
         self.completed = 0
         self.losses: dict[int, float] = {}
         self._gradients = 0  # microbatches of this step whose input gradient is there

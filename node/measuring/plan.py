@@ -26,7 +26,7 @@ from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture
 from ..stage import Stage
-from ..stage_costs import stage_layers
+from ..stage_costs import speeds, stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .message_sizes import Sizes
 
@@ -63,10 +63,12 @@ def plan(
     times: Sequence[StageTimes],
     *,
     rule: Rule = "duplex",
+    layers: Sequence[int] | None = None,
 ) -> tuple[dict[str, Any], Simulation]:
-    """The figures, as JSON holds them, and the simulation that they are from."""
+    """The figures, as JSON holds them, and the simulation that they are from. layers: of each stage, where they are not
+    those of the whole model."""
     boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
-    layers = [len(of_stage) for of_stage in stage_layers(config, architecture)]
+    layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]
     simulated = simulate(
         get_schedule(config.pipeline.schedule),
         times,
@@ -91,6 +93,7 @@ def plan(
         "tokens_per_s": config.tokens_per_step / simulated.step_s,
         "uncapped_tokens_per_s": config.tokens_per_step / uncapped.step_s,
         "bottleneck": simulated.bottleneck,
+        "machines_used": _machines_used(config, times, simulated.step_s),
         "bytes_per_microbatch": {"forward": boundary.forward_bytes, "backward": boundary.backward_bytes},
         "ratio": 2 * dense_bytes / both,
         "stages": [
@@ -117,6 +120,13 @@ def plan(
             for stage in range(stages - 1)
         ],
     }, simulated
+
+
+def _machines_used(config: RunConfig, times: Sequence[StageTimes], step_s: float) -> float:
+    """What the stages compute in a step, as a share of what their machines could, each by its speed."""
+    fast = speeds(config)
+    done = sum((each.forward_s + each.backward_s) * speed for each, speed in zip(times, fast, strict=True))
+    return config.pipeline.microbatches * done / sum(fast) / step_s
 
 
 def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
@@ -188,13 +198,15 @@ def planned(
     length = config.data.sequence_length
     architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
     check_codec(config, architecture)
+    layers = None
     if emulated:
         times = emulated.times(config, architecture)
+        layers = [len(of_stage) for of_stage in emulated.layers(config, architecture)]
     else:
         assert measured is not None
         times = times_measured(measured, config)
     config = _with_schedule(config, resolved_schedule(schedule, config, architecture, times, rule=rule))
-    return plan(config, architecture, times, rule=rule)
+    return plan(config, architecture, times, rule=rule, layers=layers)
 
 
 def events(simulated: Simulation) -> list[dict[str, Any]]:

@@ -103,12 +103,13 @@ def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
         "unknown" if per_token is None else "-" if ratio is None else f"{ratio:.3f}x",
     )
     stages = Table(title="stages")
-    for column in ("stage", "compute", "codec", "waiting", "peak memory", "state"):
+    for column in ("stage", "layers", "computes", "compute", "codec", "waiting", "peak memory", "state"):
         stages.add_column(column, justify="right")
     for index, stage in enumerate(summary["stages"]):
         seconds = [f"{stage[name]:.1f} s" for name in ("compute_s", "codec_s", "wait_s")]
         memory = f"{stage['peak_rss_bytes'] / 2**20:.0f} MiB"
-        stages.add_row(str(index), *seconds, memory, stage["state_sha256"][:12])
+        layers, share = str(stage["layers"]), f"{stage['compute_share']:.0%}"
+        stages.add_row(str(index), layers, share, *seconds, memory, stage["state_sha256"][:12])
     tables: list[RenderableType] = [run, stages]
     if summary["boundaries"]:
         tables.append(_links_table(summary))
@@ -136,6 +137,8 @@ def closing_lines(summary: dict[str, Any]) -> list[str]:
         )
     else:
         lines.append(f"not compared with dense bf16: {summary['simulation_left_out']}")
+    if (summary["cut_advice"] or {}).get("line"):
+        lines.append(summary["cut_advice"]["line"])
     return [*lines, f"try: {summary['try_next']['command']}  ({summary['try_next']['why']})"]
 
 
@@ -257,21 +260,23 @@ def probe_table(figures: dict[str, Any]) -> Table:
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
     whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")
-    for column in ("seconds a step", "tokens/s", "of uncapped", "busiest", "ratio to dense bf16"):
+    for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(
         f"{figures['step_s']:.3g}",
-        f"{figures['tokens_per_s']:.4g}",
+        f"{figures['tokens_per_s']:,.0f}",
         f"{figures['tokens_per_s'] / figures['uncapped_tokens_per_s']:.1%}",
+        f"{figures['machines_used']:.1%}",
         figures["bottleneck"],
         f"{figures['ratio']:.1f}x",
     )
     stages = Table(title="stages, for one microbatch")
-    for column in ("stage", "forward", "backward", "computes", "in flight at most"):
+    for column in ("stage", "layers", "forward", "backward", "computes", "in flight at most"):
         stages.add_column(column, justify="right")
     for index, stage in enumerate(figures["stages"]):
         milliseconds = [f"{stage[way] * 1000:.3g} ms" for way in ("forward_s", "backward_s")]
-        stages.add_row(str(index), *milliseconds, f"{stage['compute_share']:.1%}", str(stage["microbatches_in_flight"]))
+        layers, in_flight = str(stage["layers"]), str(stage["microbatches_in_flight"])
+        stages.add_row(str(index), layers, *milliseconds, f"{stage['compute_share']:.1%}", in_flight)
     if not figures["boundaries"]:
         return [whole, stages]
     sizes = figures["bytes_per_microbatch"]

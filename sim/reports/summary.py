@@ -182,6 +182,8 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         ],
         "stages": [
             {
+                "layers": end["layers"],
+                "compute_share": end["compute_s"] / end["train_s"] if end["train_s"] else 0.0,
                 "cpu_s": end["cpu_s"],
                 "compute_s": end["compute_s"],
                 "codec_s": end["codec_s"],

@@ -1,0 +1,83 @@
+"""What another cut of the model would give, for the times that a run has just measured.
+
+How fast each machine is follows from what its stage had to compute (`node.stage_costs`) and how long that took. With
+these speeds the best cut is found as `pipeline.cut=auto` finds its own, and both cuts are simulated over the run's own
+link and schedule. So an uneven swarm is told what to set, and in how far it is worth a restart. Why not move layers
+while the run goes on: weights, optimizer states and codecs would have to cross the thin links, at a moment that all
+agree on, and a new cut is another run for every checkpoint.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...sim.links.pipeline import StageTimes
+from ..config import RunConfig
+from ..stage_costs import best_cut, operations, stage_layers
+from .plan import plan
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+WORTH_SAYING = 1.05  # times as fast; the simulation is within a few percent of what runs
+
+
+def cut_advice(config: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes]) -> dict[str, Any]:
+    """`layers` of each stage now, `best_layers` for machines as fast as these, and the `gain`: tokens/s of the best
+    over those of now, both simulated. Raises ModelError."""
+    costs = operations(config, architecture)
+    now = [len(layers) for layers in stage_layers(config, architecture)]
+    speeds = measured_speeds(costs.of_stages(now), times)
+    best = best_cut(config, architecture, costs, speeds)
+    if best == now:
+        return {"layers": now, "best_layers": now, "gain": 1.0}
+    moved = [
+        _lasting(each, work / speed) for each, work, speed in zip(times, costs.of_stages(best), speeds, strict=True)
+    ]
+    before, after = (
+        plan(_cut_so(config, counts), architecture, of_stages)[0]["tokens_per_s"]
+        for counts, of_stages in ((now, times), (best, moved))
+    )
+    return {"layers": now, "best_layers": best, "gain": after / before}
+
+
+def measured_speeds(work: Sequence[float], times: Sequence[StageTimes]) -> list[float]:
+    """Operations of a forward pass, in the unit of `work`, by second of a forward and backward pass. Of a stage with
+    nothing to compute, which shows nothing, the middle of the others' is assumed."""
+    known = [done / (each.forward_s + each.backward_s) for done, each in zip(work, times, strict=True) if done > 0]
+    middle, found = statistics.median(known), iter(known)
+    return [next(found) if done > 0 else middle for done in work]
+
+
+def advice_line(advice: dict[str, Any], shares: Sequence[float]) -> str | None:
+    """One line for people; None where another cut would not help. `shares`: of its time that each stage computes."""
+    if advice["gain"] < WORTH_SAYING:
+        return None
+    busiest, idlest = (pick(range(len(shares)), key=shares.__getitem__) for pick in (max, min))
+    cut = ",".join(map(str, advice["best_layers"]))
+    return (
+        f"stage {busiest} computes {shares[busiest]:.0%} of its time, stage {idlest} {shares[idlest]:.0%}: "
+        f"--set pipeline.cut={cut} would give {advice['gain']:.2g}x (simulated)"
+    )
+
+
+def _cut_so(config: RunConfig, counts: Sequence[int]) -> RunConfig:
+    cut = ",".join(map(str, counts))
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"cut": cut})})
+
+
+def _lasting(times: StageTimes, seconds: float) -> StageTimes:
+    """The same stage with work for so many seconds a microbatch, in the same parts forward and backward."""
+    before_s = times.forward_s + times.backward_s
+    if before_s <= 0:
+        return StageTimes(forward_s=seconds / 3, backward_s=seconds * 2 / 3, step_s=times.step_s)
+    scale, weight_s = seconds / before_s, times.weight_s
+    return replace(
+        times,
+        forward_s=times.forward_s * scale,
+        backward_s=times.backward_s * scale,
+        weight_s=None if weight_s is None else weight_s * scale,
+    )

@@ -57,6 +57,14 @@ def node(
     announce: Announce = None,
     dht_port: DhtPort = None,
     run: Annotated[str | None, typer.Option(help="With --join: name of the run, if the DHT has several.")] = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-6,
+            help="With --stage auto: this machine's speed, in the unit of pipeline.speeds (thinpipe doctor measures "
+            "it). Of the stages that need a node alike, it takes one for a machine like this. (any)",
+        ),
+    ] = None,
     link: Annotated[str | None, shared("--link", "of the run")] = None,
     device: Annotated[str | None, typer.Option(help="Device to compute on: cpu, cuda or cuda:N. (cpu)")] = None,
     out: Annotated[
@@ -96,13 +104,14 @@ def node(
             fail("--next and --join contradict each other: the DHT says where the stage below is; omit one", 2)
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
-        wish |= {"keys": keys, "insecure": insecure}
+        wish |= {"keys": keys, "insecure": insecure, "speed": speed}
         return _join(wish, options, overrides, trace=trace, parent=parent, resume=resume)
     for option, given in (
         ("--stage auto", stage == AUTO),
         ("--announce", announce),
         ("--dht-port", dht_port),
         ("--run", run),
+        ("--speed", speed),
     ):
         if given:
             fail(f"{option} goes with --join host:port, which names any node or bootstrap of the swarm", 2)

@@ -37,6 +37,8 @@ def plan(
     backward: Annotated[str | None, shared("--backward", "the codec's")] = None,
     link: Annotated[str | None, shared("--link", "none; of the run")] = None,
     schedule: Annotated[str | None, shared("--schedule", "1f1b; of the run")] = None,
+    cut: Annotated[str | None, shared("--cut", "auto; of the run")] = None,
+    speeds: Annotated[str | None, shared("--speeds", "alike; of the run")] = None,
     microbatches: Annotated[int | None, shared("--microbatches", "64; of the run")] = None,
     batch_size: Annotated[int | None, shared("--batch-size", "256; of the run")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "1024; of the run")] = None,
@@ -66,6 +68,8 @@ def plan(
         backward=backward,
         link=link,
         schedule=None if auto else plain,
+        cut=cut,
+        speeds=speeds,
         microbatches=microbatches,
         batch_size=batch_size,
         sequence_length=sequence_length,
@@ -95,9 +99,11 @@ def plan(
     else:
         from rich.console import Console
 
-        from ..sim.reports.run_console import plan_tables
+        from ..sim.reports.run_console import cut_line, plan_tables
 
-        Console().print(*plan_tables(figures), sep="\n")
+        console = Console()
+        console.print(*plan_tables(figures), sep="\n")
+        console.print(cut_line(figures), highlight=False, soft_wrap=True)
     if timeline:
         from ..node.measuring.plan import events
         from ..sim.reports.trace import draw

@@ -25,6 +25,8 @@ HELP = {
     "--forward": "Byte format of activations: fp32 to int2, topk:k=16, rvq:groups=8,codes=256,...",
     "--backward": "Byte format of gradients: the same choices.",
     "--link": "Rate limit and delay of every link, in each direction: rate,latency such as 300mbit,25ms; or none.",
+    "--cut": "Layers of each stage, such as 3,3,2,0; auto: by speed; equal.",
+    "--speeds": "Speed of each stage's machine, relative, such as 1,1,0.5,0.25.",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
     "depth by simulation.",
@@ -39,6 +41,8 @@ SETTING = {
     "stages": "pipeline.stages",
     "data": "data.source",
     "link": "link.link",
+    "cut": "pipeline.cut",
+    "speeds": "pipeline.speeds",
     "steps": "run.steps",
     "schedule": "pipeline.schedule",
     "microbatches": "pipeline.microbatches",

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from .node_record import NodeRecord, NodeState, Seen
 
+KEEPS_UP = 1.1  # times its own speed: what is measured twice differs by as much
 CLAIM_WAIT_S = 2.0  # between a claim and the second look; longer than it takes to read and write once
 
 
@@ -51,10 +52,26 @@ def neediest(seen: Sequence[Seen], stages: Iterable[int]) -> list[int]:
     return never or sorted(free, key=lambda stage: -last_s[stage])[:1]
 
 
-def choose(seen: Sequence[Seen], stages: Iterable[int], draw: Callable[[int], int]) -> int | None:
-    """The stage to claim: one of the neediest, by draw(count) in 0..count-1, so that many who come at once seldom want
-    the same; None: all are served."""
-    wanted = neediest(seen, stages)
+def fitting(stages: Sequence[int], speeds: Sequence[float], own: float | None) -> list[int]:
+    """Those of `stages`, which need a node alike, that were cut for a machine as fast as this one: of the fastest that
+    it can keep up with, or of the slowest if it cannot keep up with any. speeds: one for each stage of the run, in the
+    unit of `own`; none, or no `own`: all fit."""
+    if not stages or not speeds or own is None:
+        return list(stages)
+    within = [speeds[stage] for stage in stages if speeds[stage] <= own * KEEPS_UP]
+    wanted = max(within) if within else min(speeds[stage] for stage in stages)
+    return [stage for stage in stages if speeds[stage] == wanted]
+
+
+def choose(
+    seen: Sequence[Seen],
+    stages: Iterable[int],
+    draw: Callable[[int], int],
+    fits: Callable[[Sequence[int]], Sequence[int]] = list,
+) -> int | None:
+    """The stage to claim: one of the neediest that `fits` leaves, by draw(count) in 0..count-1, so that many who come
+    at once seldom want the same; None: all are served."""
+    wanted = fits(neediest(seen, stages))
     return wanted[draw(len(wanted))] if wanted else None
 
 

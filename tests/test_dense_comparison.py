@@ -11,9 +11,12 @@ from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config import RunConfig
 from thinpipe.node.measuring import dense_comparison
+from thinpipe.node.measuring.cut_advice import advice_line, cut_advice, measured_speeds
 from thinpipe.node.measuring.dense_comparison import add_comparison
 from thinpipe.node.measuring.plan import plan, times_measured
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
+from thinpipe.node.stage_costs import operations
+from thinpipe.sim.links.pipeline import StageTimes
 from thinpipe.sim.reports.run_console import closing_lines, summary_tables
 from typer.testing import CliRunner
 
@@ -33,7 +36,8 @@ def recorded(run: Path, config: RunConfig, *, steps: int = 3) -> Path:
 
 
 def compared(run: Path, config: RunConfig, *, mode: str = "swarm") -> dict[str, Any]:
-    summary: dict[str, Any] = {"mode": mode, "tokens_per_s": 1000.0}
+    stages = [{"compute_share": 0.5}] * config.pipeline.stages
+    summary: dict[str, Any] = {"mode": mode, "tokens_per_s": 1000.0, "stages": stages}
     add_comparison(summary, run, config)
     return summary
 
@@ -179,3 +183,28 @@ def test_people_see_it_in_a_pipe_too(width: int, finished: Path) -> None:
     assert first.startswith("dense bf16 over instant links: ")
     assert first.endswith("(all stages in one process)")
     assert last.startswith("try: thinpipe up ")
+
+
+def test_a_slow_stage_is_told_which_cut_would_help(tiny: TinyConfig) -> None:
+    """Stage 1 takes four times as long for its half of the layers; all of them take stage 0 half as long."""
+    config = tiny({"pipeline.stages": 2, "pipeline.cut": "equal"})
+    architecture = resolve_architecture(config)
+    work = operations(config, architecture).of_stages([2, 2])
+    slow = (1, 4)
+    times = [StageTimes(forward_s=each * by, backward_s=2 * each * by) for each, by in zip(work, slow, strict=True)]
+    advice = cut_advice(config, architecture, times)
+    assert advice["layers"] == [2, 2]
+    assert advice["best_layers"] == [4, 0]
+    assert advice["gain"] > 1.5
+    line = advice_line(advice, [0.25, 0.96])
+    assert line == (
+        f"stage 1 computes 96% of its time, stage 0 25%: --set pipeline.cut=4,0 would give {advice['gain']:.2g}x "
+        "(simulated)"
+    )
+    alike = [StageTimes(forward_s=each, backward_s=2 * each) for each in work]
+    assert advice_line(cut_advice(config, architecture, alike), [0.9, 0.9]) is None
+
+
+def test_a_stage_without_work_says_nothing_of_its_machine() -> None:
+    times = [StageTimes(forward_s=seconds, backward_s=2 * seconds) for seconds in (0.0, 1.0, 2.0)]
+    assert measured_speeds([0.0, 3.0, 3.0], times) == [0.75, 1.0, 0.5]

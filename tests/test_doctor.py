@@ -27,6 +27,7 @@ from thinpipe.node.config import dump_config
 from thinpipe.node.links import probe_server
 from thinpipe.node.links.probe_server import ProbeService, dial_back
 from thinpipe.node.links.transport import listening, probe_handler, serving
+from thinpipe.node.measuring.machine_speed import machine_speed
 from thinpipe.node.probing import doctor, machine
 from thinpipe.node.probing.doctor import Questions, examine, report, table
 from thinpipe.node.probing.machine import Finding
@@ -457,6 +458,16 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(app, ["doctor", *arguments], env={"COLUMNS": "80"})
 
 
+def test_a_machine_s_speed_is_its_own_and_not_the_model_s(tiny: TinyConfig) -> None:
+    """Operations a second are about alike for two lengths of a sequence, of which one is twice the work."""
+    found = [machine_speed(tiny({"data.sequence_length": length}), seconds=0.1) for length in (64, 128)]
+    assert max(found) < 4 * min(found)
+    assert 1e7 < min(found) < 1e13
+    finding = machine.speed(tiny({}))
+    assert re.fullmatch(r"[0-9.e-]+ Tflop/s, for a layer and the head of tiny, float32 on cpu: .*", finding.found)
+    assert machine.speed(tiny({"compute.device": "cuda:7"})).state == "not asked"
+
+
 @pytest.mark.usefixtures("quick")
 def test_the_command_says_it_all_and_its_exit_code(tiny: TinyConfig, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": 2, "watch.prometheus": "0"})))
@@ -466,7 +477,7 @@ def test_the_command_says_it_all_and_its_exit_code(tiny: TinyConfig, tmp_path: P
     told = json.loads(healthy.stdout)
     names = [finding["name"] for finding in told["findings"]]
     network = ["port", "figures", "keys", "neighbour", "reachable", "clock"]
-    machines = ["timer", "cores", "memory", "disk", "GPU", "arithmetic", "root", "traffic_control"]
+    machines = ["timer", "cores", "memory", "disk", "GPU", "arithmetic", "speed", "root", "traffic_control"]
     assert names == ["Python", "packages", *network, *machines]
     assert told["faults"] == 0
     sick = invoke("--listen", "a..b:7001", "--json")

@@ -3,6 +3,7 @@ both hold."""
 
 from __future__ import annotations
 
+import functools
 import random
 import string
 from dataclasses import replace
@@ -42,6 +43,7 @@ from thinpipe.protocol.stage_choice import (
     CLAIM_WAIT_S,
     better,
     choose,
+    fitting,
     has_started,
     is_finished,
     neediest,
@@ -244,6 +246,36 @@ def test_who_is_lost_longest_needs_a_node_most() -> None:
     assert neediest(lost, [0, 2]) == [0]  # what a certificate is for
     assert of_stage(lost, 1) == []
     assert neediest([seen(stage=stage, incarnation=stage) for stage in range(4)], range(4)) == []
+
+
+@pytest.mark.parametrize(
+    ("stages", "speeds", "own", "expected"),
+    [
+        ([0, 1, 2, 3], (1.0, 1.0, 0.5, 0.25), 1.0, [0, 1]),
+        ([0, 1, 2, 3], (1.0, 1.0, 0.5, 0.25), 0.6, [2]),
+        ([0, 1, 2, 3], (1.0, 1.0, 0.5, 0.25), 0.95, [0, 1]),  # as good as 1
+        ([0, 1, 2, 3], (1.0, 1.0, 0.5, 0.25), 0.1, [3]),  # too slow for any: where it holds the others up least
+        ([0, 1, 2], (1.0, 1.0, 0.5, 0.25), 9.0, [0, 1]),
+        ([2, 3], (1.0, 1.0, 0.5, 0.25), 1.0, [2]),
+        ([0, 3], (), 1.0, [0, 3]),
+        ([0, 3], (1.0, 1.0, 0.5, 0.25), None, [0, 3]),
+        ([], (1.0, 1.0), 1.0, []),
+    ],
+)
+def test_a_machine_prefers_a_stage_cut_for_its_speed(
+    stages: list[int], speeds: tuple[float, ...], own: float | None, expected: list[int]
+) -> None:
+    assert fitting(stages, speeds, own) == expected
+
+
+def test_need_comes_before_speed() -> None:
+    """A stage that was served and lost waits for whoever comes; those never served come first, and among them the
+    machine has a choice."""
+    prefer = functools.partial(fitting, speeds=(1.0, 0.5, 0.25), own=0.5)
+    assert choose([], range(3), lambda count: count - 1, prefer) == 1
+    others = [seen(stage=stage, incarnation=stage) for stage in (0, 1)]
+    assert choose(others, range(3), lambda count: count - 1, prefer) == 2
+    assert choose([*others, seen(stage=2, incarnation=2)], range(3), lambda count: count - 1, prefer) is None
 
 
 def test_who_has_settled_is_not_overtaken_by_an_earlier_clock() -> None:

@@ -19,7 +19,7 @@ TAKE = {
     "chaos": {*HELP},
     "supervise": {"--model", "--data", "--codec", "--link", "--steps", "--schedule", "--seed", "--checkpoint-every"},
     "plan": {"--codec", "--forward", "--backward", "--link", "--schedule", "--microbatches", "--batch-size"}
-    | {"--sequence-length"},
+    | {"--sequence-length", "--cut", "--speeds"},
     "bench": {"--link", "--microbatches", "--batch-size", "--sequence-length"},
     "compare": {"--model", "--data", "--link", "--steps", "--schedule", "--eval-every"},
     "node": {"--link"},

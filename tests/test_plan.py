@@ -214,3 +214,21 @@ def test_a_run_finds_its_depth_before_the_first_step(tiny: TinyConfig) -> None:
     config = tiny({"pipeline.stages": 2, "link.link": "100mbit,200ms"})
     assert with_depth(config, "1f1b:rtt_ratio=auto").pipeline.schedule.startswith("1f1b:rtt_ratio=")
     assert with_depth(tiny({"pipeline.stages": 2}), "1f1b:rtt_ratio=auto").pipeline.schedule == "1f1b"
+
+
+def test_the_cut_and_what_it_gains_are_said() -> None:
+    """150m: the head is as much work as three of its eight layers."""
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--schedule", "zb", "--microbatches", "32")
+    found = planned(*machine)
+    assert [stage["layers"] for stage in found["stages"]] == [3, 3, 2, 0]
+    assert found["gain_over_equal_cut"] > 1.5
+    assert found["machines_used"] > 0.8
+    equal = planned(*machine, "--cut", "equal")
+    assert equal["gain_over_equal_cut"] is None
+    assert found["gain_over_equal_cut"] == pytest.approx(found["tokens_per_s"] / equal["tokens_per_s"])
+    mixed = planned(*machine, "--speeds", "1,1,0.5,0.25")
+    assert [stage["layers"] for stage in mixed["stages"]] == [4, 3, 1, 0]
+    head_s = [each["stages"][3]["forward_s"] for each in (found, mixed)]
+    assert head_s[1] == pytest.approx(4 * head_s[0])
+    told = CliRunner().invoke(app, ["plan", *machine, "--cut", "2,2,2,2"], env={"COLUMNS": "120"})
+    assert told.stdout.splitlines()[-1] == "layers of the stages: 2,2,2,2"

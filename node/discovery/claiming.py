@@ -75,6 +75,7 @@ class Environment:
     connect_probe: Callable[[str], ConnectProbe] = connect_probe
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
+    fits: Callable[[Sequence[int]], Sequence[int]] = list  # of stages that need a node alike, those for this machine
 
     def others(self, mine: NodeRecord) -> list[Seen]:
         return [each for each in self.read() if each.record.incarnation != mine.incarnation]
@@ -168,7 +169,7 @@ def _wanted(
     """The stage to take now, if there is one whose last node does not answer."""
     free, told, probed = list(stages), seen, False
     while True:
-        wanted = choose(told, free, draw)
+        wanted = choose(told, free, draw, environment.fits)
         if wanted is None:
             if probed:
                 return None

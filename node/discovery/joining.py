@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
+from ...protocol.stage_choice import fitting
 from ..addresses import ListenError, check_listen
 from ..config import ConfigError, RunConfig, dump_config, load_config
 from ..security.key_directory import KeysError
@@ -38,7 +39,8 @@ RUN_LOOKS = 4  # for a run in the DHT, before nobody is believed to know of one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
-    """What the user said. stage: None for the one that needs a node most. run: a name, if the DHT has several."""
+    """What the user said. stage: None for the one that needs a node most. run: a name, if the DHT has several. speed:
+    of this machine, in the unit of pipeline.speeds."""
 
     join: tuple[str, ...]
     stage: int | None
@@ -51,6 +53,7 @@ class JoinOptions:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     keys: Path | None = None
     insecure: bool = False
+    speed: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +175,7 @@ def _hold(
         read=lambda: member.read(run, stages),
         publish=lambda record: member.discovery.publish(record, lease_s=LEASE_S),
         say=say,
+        fits=lambda wanted: fitting(wanted, config.pipeline.speeds, options.speed),
     )
     return take_stage(world, mine, options.stage, steps=config.run.steps, among=among)
 

@@ -191,8 +191,8 @@ def _with_schedule(config: RunConfig, schedule: str) -> RunConfig:
 def planned(
     config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
-    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Raises what
-    PLANNED names."""
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`; and what
+    its cut gains over stages of equal length, None where they are, or where nobody knows. Raises what PLANNED names."""
     given = config.model.vocab_size
     vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
     length = config.data.sequence_length
@@ -206,7 +206,16 @@ def planned(
         assert measured is not None
         times = times_measured(measured, config)
     config = _with_schedule(config, resolved_schedule(schedule, config, architecture, times, rule=rule))
-    return plan(config, architecture, times, rule=rule, layers=layers)
+    figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
+    figures["gain_over_equal_cut"] = None
+    equal = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"cut": "equal"})})
+    if emulated and emulated.tflops and emulated.whole == emulated.stages <= architecture.num_hidden_layers:
+        as_long = resolved_schedule(schedule, equal, architecture, emulated.times(equal, architecture), rule=rule)
+        equal = _with_schedule(equal, as_long)
+        before, _ = plan(equal, architecture, emulated.times(equal, architecture), rule=rule)
+        if [stage["layers"] for stage in before["stages"]] != layers:
+            figures["gain_over_equal_cut"] = figures["tokens_per_s"] / before["tokens_per_s"]
+    return figures, simulated
 
 
 def events(simulated: Simulation) -> list[dict[str, Any]]:

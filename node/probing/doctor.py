@@ -77,6 +77,7 @@ def examine(questions: Questions) -> Iterator[Finding]:
     yield machine.disk(questions.out, config)
     yield machine.gpu(config)
     yield machine.arithmetic(config)
+    yield machine.speed(config)
     yield machine.root()
     yield machine.traffic_control()
 

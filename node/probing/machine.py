@@ -249,6 +249,24 @@ def arithmetic(config: RunConfig | None) -> Finding:
     return Finding(name=name, state="warning", found=found, remedy=remedy)
 
 
+def speed(config: RunConfig | None) -> Finding:
+    """Takes a second or two. Without a run it is that of the default model."""
+    from ..measuring.machine_speed import machine_speed
+    from ..preparation import check_device
+
+    settings = config or RunConfig()
+    name = "speed"
+    try:
+        check_device(settings)
+    except ConfigError as error:
+        return Finding(name=name, state="not asked", found=str(error).partition(";")[0], remedy="see GPU")
+    tflops = machine_speed(settings) / 1e12
+    model = settings.model.path or settings.model.preset
+    where = f"{settings.compute.dtype} on {settings.compute.device}"
+    found = f"{tflops:.3g} Tflop/s, for a layer and the head of {model}, {where}: for pipeline.speeds and node --speed"
+    return Finding(name=name, state="ok", found=found)
+
+
 def product_seconds(dtype: str) -> float:
     """Of two square matrices, the fastest of a few."""
     import torch

@@ -8,10 +8,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "used", "busy", "waits", "state")
+COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "used", "busy", "state")
 CAPTION = (
     "share: of the same codec and schedule over instant links (* simulated); plan: against the simulation; used: of "
-    "what the machines can compute; busy: the busiest wire, and what the schedule makes of it; waits: of all stages"
+    "what the machines can compute; busy: the busiest wire, and what the schedule makes of it"
 )
 
 
@@ -50,10 +50,9 @@ def _row(cell: dict[str, Any]) -> list[str]:
     name = [cell["link"], cell["schedule"]]
     figures, planned = cell.get("measured"), cell.get("planned")
     if not figures:
-        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *"-----", cell["state"]]
+        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *"----", cell["state"]]
     share, mark = cell.get("share_of_uncapped"), "" if cell.get("uncapped_from") == "measured" else "*"
     used = figures["utilisation"]
-    waits = [stage["wait_s"] for stage in figures["stages"]]
     return [
         *name,
         f"{figures['tokens_per_s']:,.0f}",
@@ -61,7 +60,6 @@ def _row(cell: dict[str, Any]) -> list[str]:
         "-" if cell.get("against_plan") is None else f"{cell['against_plan']:+.1%}",
         "-" if cell.get("machines_used") is None else f"{cell['machines_used']:.1%}",
         "-" if used is None else _busy(cell, used),
-        f"{100 * min(waits):.0f}-{max(waits):.0%}",
         cell["state"],
     ]
 

@@ -295,3 +295,11 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
             "any" if bound is None or bound <= 1 else f"{bound:.1f}x",
         )
     return [whole, stages, links]
+
+
+def cut_line(figures: dict[str, Any]) -> str:
+    """Which layers the stages have, and what that gains over stages of equal length."""
+    cut, gain = ",".join(str(stage["layers"]) for stage in figures["stages"]), figures["gain_over_equal_cut"]
+    if gain is None:
+        return f"layers of the stages: {cut}"
+    return f"layers of the stages: {cut}, {gain:.2f}x of stages of equal length"

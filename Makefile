@@ -6,6 +6,12 @@ STAMP := $(VENV)/.installed
 
 .PHONY: setup train test test-slow test-long test-schedules lint proto bench clean
 
+# Tests start many interpreters, each of which would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
+
+# Where tests that run by themselves are (tests/tiers.py sees to it): the other files take longer to import.
+ALONE = $(shell grep -l 'mark\.alone' tests/test_*.py)
+
 setup: $(STAMP)
 
 # torch is named in the same call as its constraint and everything else: pip then takes the CPU wheel.
@@ -26,12 +32,12 @@ lint: $(STAMP)
 # themselves those that hold real time to figures.
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not long and not alone" -n auto --dist loadfile --durations 10
-	$(BIN)/python -m pytest -m "alone and not slow and not long" --durations 10
+	$(BIN)/python -m pytest -m "alone and not slow and not long" --durations 10 $(ALONE)
 
 # All the rest: every combination, and the stories that real processes take a while to tell.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not long and not alone" -n auto --dist loadfile --durations 25
-	$(BIN)/python -m pytest -m "slow and alone and not long" --durations 25
+	$(BIN)/python -m pytest -m "slow and alone and not long" --durations 25 $(ALONE)
 
 test-long: $(STAMP)
 	$(BIN)/python -m pytest -m long

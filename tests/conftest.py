@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .tiers import split_tiers
+from .tiers import check_alone, split_tiers
 
 if TYPE_CHECKING:
     from thinpipe.node.config import RunConfig
@@ -55,6 +55,7 @@ TinyConfig = Callable[..., "RunConfig"]
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` looks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    check_alone(items)
     split_tiers(items)
 
 

@@ -18,15 +18,24 @@ from thinpipe.sim.launch.local_swarm import node_environment
 _server: ForkServer | None = None
 
 
+def forks() -> ForkServer:
+    """That process, for `run_local`: this one has threads, and its nodes would be interpreters."""
+    global _server
+    if _server is None:
+        _server = ForkServer.apart(["tests.preloaded_modules"], _environment())
+        atexit.register(_server.close)
+    return _server
+
+
+def _environment() -> dict[str, str]:
+    return {**node_environment(), "GRPC_VERBOSITY": "NONE"}  # it counts when gRPC is imported
+
+
 def start(arguments: Sequence[str], out: IO[str]) -> Process:
     """`thinpipe` with these arguments, writing all its words to `out`. It does not outlive this process."""
-    global _server
-    environment = {**node_environment(), "GRPC_VERBOSITY": "NONE"}  # it counts when gRPC is imported
-    if _server is None:
-        _server = ForkServer.apart(["tests.preloaded_modules"], environment)
-        atexit.register(_server.close)
+    environment = _environment()
     try:
-        return _server.start(
+        return forks().start(
             arguments,
             stdout=out.fileno(),
             stderr=out.fileno(),

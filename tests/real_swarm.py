@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -122,10 +120,8 @@ class Scene:
         )
 
     def status(self, join: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "thinpipe.cli", "status", "--join", join, "--json", *self.keys]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        told = self.run(f"status-{len(self.started)}", "status", "--join", join, "--json", *self.keys)
+        return json.loads(told.ends())
 
     def close(self) -> None:
         for process in self.started:

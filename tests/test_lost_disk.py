@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,22 +11,24 @@ from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
-from thinpipe.sim.launch.local_swarm import free_ports, node_environment
+from thinpipe.sim.launch.fork_server import Process
+from thinpipe.sim.launch.local_swarm import free_ports
 from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
+from .preloaded import start
 from .real_node import until
 
 STAGES = 3
 SETTINGS = {
     "pipeline.stages": STAGES,
-    "run.steps": 80,
+    "run.steps": 40,
     "checkpoint.every": 5,
     "codec.codec": "mapl:r=8,anchors=full,every=2",
     "codec.forward": "int4",
     "codec.backward": "int4",
-    "link.link": "200mbit,2ms",
+    "link.link": "20mbit,2ms",
 }
 END_S = 180.0
 
@@ -44,24 +44,23 @@ class Machines:
     def __init__(self, config: RunConfig, root: Path) -> None:
         self.config, self.root = config, root
         self.addresses = [f"127.0.0.1:{port}" for port in free_ports(STAGES)]
-        self.processes: list[subprocess.Popen[bytes] | None] = [None] * STAGES
         (root / "run.toml").write_text(dump_config(config))
 
     def directory(self, stage: int, name: str = "") -> Path:
         return self.root / f"machine-{stage}{name}"
 
     @contextmanager
-    def running(self, stage: int, *options: str, name: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    def running(self, stage: int, *options: str, name: str = "") -> Iterator[Process]:
         out = self.directory(stage, name)
         out.mkdir()
-        command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(self.root / "run.toml")]
-        command += ["--stage", str(stage), "--out", str(out), *options]
+        arguments = ["node", "--config", str(self.root / "run.toml")]
+        arguments += ["--stage", str(stage), "--out", str(out), *options]
         if stage:
-            command += ["--listen", self.addresses[stage]]
+            arguments += ["--listen", self.addresses[stage]]
         if stage < STAGES - 1:
-            command += ["--next", self.addresses[stage + 1]]
-        with (self.root / f"machine-{stage}{name}.log").open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, env=node_environment())
+            arguments += ["--next", self.addresses[stage + 1]]
+        with (self.root / f"machine-{stage}{name}.log").open("w") as log:
+            process = start(arguments, log)
             try:
                 yield process
             finally:

@@ -30,6 +30,7 @@ from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
+from .preloaded import forks
 
 PUBLISHED = "mapl:anchors=factorized,context=0,table=1,every=1"  # everything switched on
 VARIANTS = {
@@ -103,7 +104,7 @@ def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
     """With a codebook that streams in each direction, too."""
     formats = {"codec.forward": "rvq:groups=2,codes=16,delta=drift/4", "codec.backward": "rvq:groups=2,codes=16"}
     config = configure(tiny, f"{PUBLISHED},r=8", {"pipeline.stages": 4, **formats})
-    run_local(config, tmp_path / "swarm", one_process=False, overwrite=False, trace=False, quiet=True)
+    run_local(config, tmp_path / "swarm", quiet=True, forks=forks())
     assert read_outcome(tmp_path / "swarm", 4) == run_reference(config, tmp_path / "reference")
 
 

@@ -25,7 +25,7 @@ from thinpipe.sim.launch.local_swarm import node_environment
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
 
-CAPPED = "100mbit,5ms"
+CAPPED = "20mbit,5ms"
 
 # stages, schedule, forward format, backward format, compute dtype, microbatches, link
 MATRIX = [

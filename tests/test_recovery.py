@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thinpipe.cli import app
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.sim.reports.summary import read_records, steps_of
+from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 from .faults import DiskFull, Done, During, Fault, Kill, Pause, Phase, TornCheckpoint
@@ -22,7 +24,7 @@ from .real_faults import carry_out, records, unwritten
 from .real_node import until
 from .real_swarm import Process
 
-STEPS = 120  # of 30 ms: enough that three losses fall into the run
+STEPS = 60  # of 30 ms: the last fault comes after 24 and is over after about 36
 SETTINGS = {
     "pipeline.stages": 3,
     "run.steps": STEPS,
@@ -141,7 +143,7 @@ CROSSING = {
 # Who is killed, and when: once checkpoints are there, so that what they hold counts.
 KILLED: dict[int, list[Fault]] = {
     # The tail, which packs gradients only, and then the head, which packs activations only.
-    2: [Kill(at=Done(stage=0, steps=5), stage=1), Kill(at=Done(stage=0, steps=15), stage=0)],
+    2: [Kill(at=Done(stage=0, steps=5), stage=1), Kill(at=Done(stage=0, steps=10), stage=0)],
     # One in the middle, which does both, and its neighbour while that is being mended.
     4: [Kill(at=Done(stage=0, steps=5), stage=2), Kill(at=During(stage=0, phase=Phase.STOPPED), stage=1)],
 }
@@ -156,8 +158,9 @@ def test_killed_stages_come_back_whatever_crosses(
     config = tiny(
         {
             "pipeline.stages": stages,
-            "run.steps": 40,
-            "run.eval_every": 10,
+            "pipeline.microbatches": 2,
+            "run.steps": 24 if stages == 2 else 18,  # of 30 ms: 13 after the last kill
+            "run.eval_every": 6,
             "checkpoint.every": 2,
             "codec.codec": codec,
             "codec.forward": forward,
@@ -205,12 +208,7 @@ def test_terminated_runs_go_on_with_resume(up: Up, config: RunConfig, undisturbe
     process.terminate()
     first = ended(process)
     assert 7 <= first["steps"] < STEPS
-    listing = subprocess.run(
-        [sys.executable, "-m", "thinpipe.cli", "checkpoint", "ls", str(run), "--json"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    listing = CliRunner().invoke(app, ["checkpoint", "ls", str(run), "--json"])
     assert str(first["steps"]) in listing.stdout
     summary = ended(up("--resume", str(run)))
     assert states(summary) == undisturbed.state_sha256

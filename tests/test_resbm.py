@@ -23,6 +23,7 @@ from . import in_memory, textbook
 from .conftest import TinyConfig
 from .float64 import assert_clipped_now_and_then, batches_of, recipe_of, settings
 from .in_memory import Outcome, read_outcome, run_in_memory, run_reference
+from .preloaded import forks
 from .test_float64_parity import LAYERS, TOLERANCE, norm_in_float64, plain_model, relative
 
 D, V, B = 24, 40, 6
@@ -98,7 +99,7 @@ def test_a_swarm_is_one_process(codec: str, more: dict[str, Any], tiny: TinyConf
 @pytest.mark.slow
 def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny({"pipeline.stages": 4, "codec.codec": "resbm:b=8,anchors=full"})
-    run_local(config, tmp_path / "swarm", one_process=False, overwrite=False, trace=False, quiet=True)
+    run_local(config, tmp_path / "swarm", quiet=True, forks=forks())
     assert read_outcome(tmp_path / "swarm", 4) == run_reference(config, tmp_path / "reference")
 
 

@@ -20,7 +20,7 @@ import pytest
 import typer
 from thinpipe.cli import app
 from thinpipe.commands import reports, supervise
-from thinpipe.node.config import dump_config
+from thinpipe.node.config import dump_config, load_config
 from thinpipe.sim.launch import privileges, service_supervisor, stage_lock
 from thinpipe.sim.launch.local_swarm import free_ports, node_environment
 from thinpipe.sim.launch.service_supervisor import Assignment, Supervisor
@@ -31,6 +31,7 @@ from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
+from .in_memory import run_reference
 
 DEADLINE_S = 150.0
 STEPS = 120
@@ -49,13 +50,7 @@ def settings(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def reference(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """State digests of the same run in one process."""
-    out = tmp_path_factory.mktemp("reference") / "run"
-    command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json"]
-    done = subprocess.run(
-        [*command, "--config", str(settings), "--out", str(out)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    return [stage["state_sha256"] for stage in json.loads(done.stdout)["stages"]]
+    return run_reference(load_config(settings), tmp_path_factory.mktemp("reference")).state_sha256
 
 
 class Swarm:

@@ -1,7 +1,5 @@
 """docs/walkthrough.md is carried out as it is written: each machine a namespace behind a line of 80 Mb/s."""
 
-import json
-import os
 import re
 import shlex
 import shutil
@@ -19,6 +17,8 @@ from thinpipe.sim.launch.local_swarm import node_environment
 from thinpipe.sim.links.netns import Network, network
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records
+
+from .in_memory import run_reference
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -172,18 +172,5 @@ def test_the_walkthrough_does_what_it_says(lan: Lan) -> None:
     check = next(record for record in ends[0] if record["event"] == "ready")["link_check"]
     assert [each["configured_bits_per_s"] for each in check] == [80e6]
     assert check[0]["warning"] is None
-    command = [
-        sys.executable,
-        "-m",
-        "thinpipe.cli",
-        "up",
-        "--one-process",
-        "--json",
-        "--config",
-        str(home / "run.toml"),
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(lan.homes / "reference")], capture_output=True, text=True, check=True, env=os.environ
-    )
-    assert digests == [stage["state_sha256"] for stage in json.loads(done.stdout)["stages"]]
+    assert digests == run_reference(load_config(home / "run.toml"), lan.homes / "reference").state_sha256
     assert load_config(lan.home("gamma") / "runs/walkthrough/run.toml").run.name == "walkthrough"

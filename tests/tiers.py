@@ -31,6 +31,12 @@ def split_tiers(items: Sequence[pytest.Item]) -> None:
                 case.add_marker(pytest.mark.slow)
 
 
+def check_alone(items: Sequence[pytest.Item]) -> None:
+    """Whatever is marked `alone` is in a file that says so: the Makefile looks for these words."""
+    for path in {item.path for item in items if item.get_closest_marker("alone")}:
+        assert "mark.alone" in path.read_text(encoding="utf-8"), f"{path} has tests `alone`, and not `mark.alone`"
+
+
 def spread(rows: Sequence[Sequence[Hashable]], count: int) -> set[int]:
     """Indices of `count` rows: each next one adds the most pairs of values that no earlier one has, the first of
     equals; where no pair is left, or rows have one value, they are spread evenly."""

@@ -30,6 +30,7 @@ from ..codec_words import codec_settings
 from ..config import ConfigError, RunConfig, dump_config, merge, parse_config
 from ..local import clear, writable
 from ..preparation import check_codec, prepare_corpus, resolve_architecture
+from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
 from .plan import AUTO, PLANNED, plan, resolved_schedule, times_measured
 
@@ -167,6 +168,8 @@ class Bench:
             self._report(f"  {entry['state']}: {'; '.join(entry['problems'])}")
         else:
             self._report(f"  {entry['measured']['tokens_per_s']:,.0f} tokens/s")
+            if line := entry.get("cut_advice", {}).get("line"):
+                self._report(f"  {line}")
         return entry
 
     def _fill(self, cell: PlannedCell, entry: dict[str, Any]) -> None:
@@ -197,9 +200,13 @@ class Bench:
         entry["measured"] = self._measured(work, cell.config(schedule, work.steps))
         if entry["measured"]["problems"]:
             entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
+        taken = times_measured(self._out / "cells" / cell.name, config)
+        if layers is None or sum(layers) == architecture.num_hidden_layers:
+            entry["cut_advice"] = cut_advice(cell.config(schedule, 1), architecture, taken)
+            shares = [stage["compute_s"] for stage in entry["measured"]["stages"]]  # of the windows' time
+            entry["cut_advice"]["line"] = advice_line(entry["cut_advice"], shares)
         if not cell.emulated and cell.link.rate_bits_per_s is None:
-            run = self._out / "cells" / cell.name
-            self._times.setdefault((cell.mode, cell.codec), times_measured(run, config))
+            self._times.setdefault((cell.mode, cell.codec), taken)
 
     def _times_of(self, cell: PlannedCell, config: RunConfig) -> list[StageTimes] | None:
         """Of a free-running cell; None before its uncapped one has run."""

@@ -335,13 +335,10 @@ class RunConfig(Section):
     def digest(self) -> str:
         """Hex SHA-256 of `shared`, by which nodes compare it.
 
-        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one, and so it
-        does with the layers of each stage.
+        The architecture that `model.path` leads to has its own digest, which the greeting adds to this one, and with it
+        the layers of each stage.
         """
-        shared = self.shared()
-        for key in ("cut", "speeds"):  # the cut that they lead to is compared, however it was found
-            del shared["pipeline"][key]
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

@@ -125,7 +125,6 @@ class Codec(ABC):
     default_backward: str  # and of gradients
     table_scale: float = 0.0  # of the frozen token table that is a part of stage 0's embedding; 0: there is none
     constrains: bool = False  # it changes the stage's model, so that what crosses a boundary fits it
-    last_layers: int = 0  # that the last stage has to have at least
 
     @property
     def recommended(self) -> Recommended:
@@ -143,6 +142,11 @@ class Codec(ABC):
     def check_layers(self, layers: Sequence[int]) -> None:
         """Raises CodecError for options that do not fit stages of so many layers each."""
         del layers
+
+    def last_layers(self, width: int) -> int:
+        """Layers that the last stage wants at least, unless the user says otherwise. Behind a narrow boundary one:
+        without it, logits are read from what has just crossed, and a head cannot make up for what is missing there."""
+        return 1 if self.wire_width(width) < width else 0
 
     def frozen(self, context: StageContext) -> Tensor | None:
         """What all stages generate alike, beside the token table; its digest is compared in greetings."""

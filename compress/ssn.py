@@ -145,7 +145,7 @@ class SsnCodec(Codec):
             if bad:
                 raise CodecError(f"codec 'ssn': {fault} has to be at least {int(fault.startswith('k'))}")
         check_table_scale(self.name, table)
-        self.rank, self.free, self.last_layers, self.table_scale = k, free, free, table
+        self.rank, self.free, self.table_scale = k, free, table
         self.spend: Spend = spend
 
     def check(self, width: int) -> None:
@@ -159,6 +159,9 @@ class SsnCodec(Codec):
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
         del context
         return None if table_VD is None else Anchors(weight=None, projection=None, table=table_VD)
+
+    def last_layers(self, width: int) -> int:
+        return max(self.free, super().last_layers(width))
 
     def check_layers(self, layers: Sequence[int]) -> None:
         if self.free > layers[-1]:

@@ -85,7 +85,8 @@ def best_cut(
 ) -> list[int]:
     """Layers of each stage for machines of these speeds, whatever `pipeline.cut` says. Raises ModelError."""
     layers, stages = architecture.num_hidden_layers, len(at_speeds)
-    last = parse_codec(config.codec.codec).codec.last_layers  # more than there are: `Codec.check_layers` says so
+    codec = parse_codec(config.codec.codec).codec
+    last = codec.last_layers(architecture.hidden_size)  # more than there are: `Codec.check_layers` says so
     return balanced_cut(
         layers,
         of_layer=costs.layer,

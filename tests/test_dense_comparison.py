@@ -3,17 +3,19 @@
 import io
 import json
 import shlex
+import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node.config import RunConfig
+from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.measuring import dense_comparison
-from thinpipe.node.measuring.cut_advice import advice_line, cut_advice, measured_speeds
+from thinpipe.node.measuring.cut_advice import advice_line, cut_advice
 from thinpipe.node.measuring.dense_comparison import add_comparison
-from thinpipe.node.measuring.plan import plan, times_measured
+from thinpipe.node.measuring.plan import plan
+from thinpipe.node.measuring.stage_times import measured_speeds, times_measured, times_recut
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.node.stage_costs import operations
 from thinpipe.sim.links.pipeline import StageTimes
@@ -208,3 +210,22 @@ def test_a_slow_stage_is_told_which_cut_would_help(tiny: TinyConfig) -> None:
 def test_a_stage_without_work_says_nothing_of_its_machine() -> None:
     times = [StageTimes(forward_s=seconds, backward_s=2 * seconds) for seconds in (0.0, 1.0, 2.0)]
     assert measured_speeds([0.0, 3.0, 3.0], times) == [0.75, 1.0, 0.5]
+
+
+def test_times_of_one_cut_say_what_another_would_take(tiny: TinyConfig) -> None:
+    before, after = (tiny({"pipeline.stages": 3, "pipeline.cut": cut}) for cut in ("2,1,1", "0,3,1"))
+    architecture = resolve_architecture(before)
+    costs = operations(before, architecture)
+    times = [StageTimes(forward_s=1.0, backward_s=2.0, weight_s=0.8, step_s=0.1)] * 3
+    moved = times_recut(before, after, architecture, times)
+    assert moved[0].forward_s == 0.0
+    assert moved[1].backward_s == pytest.approx(6.0)
+    assert moved[1].weight_s == pytest.approx(2.4)
+    assert moved[2] == times[2]
+    back = times_recut(after, before, architecture, moved)
+    assert back[1].forward_s == pytest.approx(1.0)
+    assert back[0].forward_s + back[0].backward_s == pytest.approx(
+        2 * costs.layer / statistics.median([costs.layer / 3.0, (costs.layer + costs.head) / 3.0])
+    )
+    with pytest.raises(ConfigError, match=r"times of 3 stages say nothing of 2; keep pipeline\.stages"):
+        times_recut(before, tiny({"pipeline.stages": 2}), architecture, times)

@@ -65,9 +65,9 @@ def test_a_stated_cut_has_to_fit(counts: list[int], fault: str) -> None:
     assert stated_cut([0, 8, 0], 8, 3) == [0, 8, 0]
 
 
-def cut_of(**given: Any) -> tuple[list[int], str]:
+def cut_of(codec: str = "mapl", **given: Any) -> tuple[list[int], str]:
     """(layers of each stage, the digest that neighbours compare) of the 150m shape."""
-    overrides = {"model.preset": "150m", "model.vocab_size": 32768, "data.sequence_length": 1024}
+    overrides = {"model.preset": "150m", "model.vocab_size": 32768, "data.sequence_length": 1024, "codec.codec": codec}
     config = parse_config(merge({}, overrides | {f"pipeline.{key}": value for key, value in given.items()}))
     architecture = resolve_model(config.model, vocab_size=32768, sequence_length=1024)
     return [len(layers) for layers in stage_layers(config, architecture)], run_digest(config, architecture)
@@ -75,10 +75,11 @@ def cut_of(**given: Any) -> tuple[list[int], str]:
 
 def test_the_head_and_the_machines_decide() -> None:
     """150m: the head is as much work as three of its eight layers."""
-    assert cut_of()[0] == [3, 3, 2, 0]
+    assert cut_of()[0] == [3, 2, 2, 1]  # a narrow boundary has a layer behind it
+    assert cut_of("bf16")[0] == cut_of("int4:hadamard=true")[0] == [3, 3, 2, 0]
     assert cut_of(cut="equal")[0] == [2, 2, 2, 2]
-    assert cut_of(speeds="1,1,0.5,0.25")[0] == [4, 3, 1, 0]
-    assert cut_of(speeds=[0.01, 1, 1, 4])[0] == [0, 2, 1, 5]
+    assert cut_of("bf16", speeds="1,1,0.5,0.25")[0] == [4, 3, 1, 0]
+    assert cut_of("bf16", speeds=[0.01, 1, 1, 4])[0] == [0, 2, 1, 5]
     assert cut_of(cut=[5, 1, 1, 1])[0] == [5, 1, 1, 1]
 
 

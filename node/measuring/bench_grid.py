@@ -32,7 +32,8 @@ from ..local import clear, writable
 from ..preparation import check_codec, prepare_corpus, resolve_architecture
 from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
-from .plan import AUTO, PLANNED, plan, resolved_schedule, times_measured
+from .plan import AUTO, PLANNED, plan, resolved_schedule
+from .stage_times import times_measured
 
 LIMIT_S = 600.0  # of one cell
 WINDOW_S = 5.0

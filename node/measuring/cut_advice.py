@@ -9,15 +9,14 @@ agree on, and a new cut is another run for every checkpoint.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...sim.links.pipeline import StageTimes
 from ..config import RunConfig
 from ..stage_costs import best_cut, operations, stage_layers
 from .plan import plan
+from .stage_times import measured_speeds, times_recut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,22 +33,12 @@ def cut_advice(config: RunConfig, architecture: PretrainedConfig, times: Sequenc
     best = best_cut(config, architecture, costs, speeds)
     if best == now:
         return {"layers": now, "best_layers": now, "gain": 1.0}
-    moved = [
-        _lasting(each, work / speed) for each, work, speed in zip(times, costs.of_stages(best), speeds, strict=True)
-    ]
+    recut = _cut_so(config, best)
+    moved = times_recut(config, recut, architecture, times)
     before, after = (
-        plan(_cut_so(config, counts), architecture, of_stages)[0]["tokens_per_s"]
-        for counts, of_stages in ((now, times), (best, moved))
+        plan(each, architecture, of_stages)[0]["tokens_per_s"] for each, of_stages in ((config, times), (recut, moved))
     )
     return {"layers": now, "best_layers": best, "gain": after / before}
-
-
-def measured_speeds(work: Sequence[float], times: Sequence[StageTimes]) -> list[float]:
-    """Operations of a forward pass, in the unit of `work`, by second of a forward and backward pass. Of a stage with
-    nothing to compute, which shows nothing, the middle of the others' is assumed."""
-    known = [done / (each.forward_s + each.backward_s) for done, each in zip(work, times, strict=True) if done > 0]
-    middle, found = statistics.median(known), iter(known)
-    return [next(found) if done > 0 else middle for done in work]
 
 
 def advice_line(advice: dict[str, Any], shares: Sequence[float]) -> str | None:
@@ -67,17 +56,3 @@ def advice_line(advice: dict[str, Any], shares: Sequence[float]) -> str | None:
 def _cut_so(config: RunConfig, counts: Sequence[int]) -> RunConfig:
     cut = ",".join(map(str, counts))
     return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"cut": cut})})
-
-
-def _lasting(times: StageTimes, seconds: float) -> StageTimes:
-    """The same stage with work for so many seconds a microbatch, in the same parts forward and backward."""
-    before_s = times.forward_s + times.backward_s
-    if before_s <= 0:
-        return StageTimes(forward_s=seconds / 3, backward_s=seconds * 2 / 3, step_s=times.step_s)
-    scale, weight_s = seconds / before_s, times.weight_s
-    return replace(
-        times,
-        forward_s=times.forward_s * scale,
-        backward_s=times.backward_s * scale,
-        weight_s=None if weight_s is None else weight_s * scale,
-    )

@@ -24,7 +24,8 @@ from ..preparation import resolve_architecture
 from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
 from .message_sizes import Sizes
-from .plan import plan, times_measured
+from .plan import plan
+from .stage_times import times_measured
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,26 +9,22 @@ a rate that it achieves (`--emulate 150m@4x66tflops`) or by a run that was measu
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from ...compress.byte_format import CodecError
 from ...protocol.schedule import RTT_RATIO_MAX, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile
-from ...sim.reports.summary import read_records
-from ..config import ConfigError, RunConfig
+from ..config import ConfigError, RunConfig, load_config
 from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture
-from ..stage import Stage
 from ..stage_costs import speeds, stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .message_sizes import Sizes
+from .stage_times import times_calibrated, times_measured, times_recut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -37,24 +33,6 @@ AUTO = ":rtt_ratio=auto"
 HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, RTT_RATIO_MAX)
 AUTO_WITHIN = 1.003
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
-
-
-def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third,
-    weight gradients another. Raises ConfigError for a run that has no steps."""
-    times = []
-    for stage in range(config.pipeline.stages):
-        path = run / f"stage-{stage}.jsonl"
-        records = read_records(path) if path.exists() else []
-        steps = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
-        if not steps:
-            raise ConfigError(
-                f"{run} has no record of a second step of stage {stage}; name the --out of a finished run"
-            )
-        compute_s = float(np.median([step["compute_s"] + step["codec_s"] for step in steps]))
-        each = compute_s / config.pipeline.microbatches
-        times.append(StageTimes(forward_s=each / 3, backward_s=each * 2 / 3))
-    return times
 
 
 def plan(
@@ -129,27 +107,6 @@ def _machines_used(config: RunConfig, times: Sequence[StageTimes], step_s: float
     return config.pipeline.microbatches * done / sum(fast) / step_s
 
 
-def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
-    """Seconds of a first stage on this machine while it is otherwise idle, used for all stages: one microbatch forward
-    and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
-    these times is more than it needs."""
-    if config.compute.emulate:
-        return EmulatedMachine.parse(config.compute.emulate).times(config, architecture)
-    import torch
-
-    stage = Stage(config, architecture, 0)
-    ids_BS = np.zeros((config.microbatch_size, config.data.sequence_length + 1), np.int32)
-    took: list[float] = []
-    for microbatch in range(2):
-        began = time.perf_counter()
-        out = stage.forward(0, microbatch, ids_BS, None)
-        took.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        stage.backward(microbatch, None if out is None else torch.zeros_like(out.z_BTW), 0.0 if out else None)
-        took.append(time.perf_counter() - began)
-    return [StageTimes(forward_s=took[2], backward_s=took[3])] * config.pipeline.stages
-
-
 def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int) -> int:
     """About what so many layers keep of one microbatch for their backward, in 16 bits, with fused attention and without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
@@ -204,7 +161,7 @@ def planned(
         layers = [len(of_stage) for of_stage in emulated.layers(config, architecture)]
     else:
         assert measured is not None
-        times = times_measured(measured, config)
+        times = times_recut(load_config(measured / "run.toml"), config, architecture, times_measured(measured, config))
     config = _with_schedule(config, resolved_schedule(schedule, config, architecture, times, rule=rule))
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
     figures["gain_over_equal_cut"] = None

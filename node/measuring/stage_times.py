@@ -1,0 +1,102 @@
+"""How long stages compute: measured in a run, tried on this machine, or carried over to another cut of the model.
+
+`emulated_machine` has the times of machines that are not here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ...sim.links.pipeline import StageTimes
+from ...sim.reports.summary import read_records
+from ..config import ConfigError, RunConfig
+from ..stage import Stage
+from ..stage_costs import operations, stage_layers
+from .emulated_machine import EmulatedMachine
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
+    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third,
+    weight gradients another. Raises ConfigError for a run that has no steps."""
+    times = []
+    for stage in range(config.pipeline.stages):
+        path = run / f"stage-{stage}.jsonl"
+        records = read_records(path) if path.exists() else []
+        steps = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
+        if not steps:
+            raise ConfigError(
+                f"{run} has no record of a second step of stage {stage}; name the --out of a finished run"
+            )
+        compute_s = float(np.median([step["compute_s"] + step["codec_s"] for step in steps]))
+        each = compute_s / config.pipeline.microbatches
+        times.append(StageTimes(forward_s=each / 3, backward_s=each * 2 / 3))
+    return times
+
+
+def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
+    """Seconds of a first stage on this machine while it is otherwise idle, used for all stages: one microbatch forward
+    and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
+    these times is more than it needs."""
+    if config.compute.emulate:
+        return EmulatedMachine.parse(config.compute.emulate).times(config, architecture)
+    import torch
+
+    stage = Stage(config, architecture, 0)
+    ids_BS = np.zeros((config.microbatch_size, config.data.sequence_length + 1), np.int32)
+    took: list[float] = []
+    for microbatch in range(2):
+        began = time.perf_counter()
+        out = stage.forward(0, microbatch, ids_BS, None)
+        took.append(time.perf_counter() - began)
+        began = time.perf_counter()
+        stage.backward(microbatch, None if out is None else torch.zeros_like(out.z_BTW), 0.0 if out else None)
+        took.append(time.perf_counter() - began)
+    return [StageTimes(forward_s=took[2], backward_s=took[3])] * config.pipeline.stages
+
+
+def times_recut(
+    before: RunConfig, after: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes]
+) -> list[StageTimes]:
+    """What the stages of `after` would take on the machines that took `times` for those of `before`, each as many times
+    longer as it has more to compute. Raises ModelError, and ConfigError for another number of stages."""
+    cuts = [[len(layers) for layers in stage_layers(each, architecture)] for each in (before, after)]
+    if len(cuts[0]) != len(cuts[1]):
+        raise ConfigError(f"times of {len(cuts[0])} stages say nothing of {len(cuts[1])}; keep pipeline.stages")
+    if cuts[0] == cuts[1]:
+        return list(times)
+    costs = operations(before, architecture)
+    speeds = measured_speeds(costs.of_stages(cuts[0]), times)
+    due_s = [work / speed for work, speed in zip(costs.of_stages(cuts[1]), speeds, strict=True)]
+    return [_lasting(each, seconds) for each, seconds in zip(times, due_s, strict=True)]
+
+
+def measured_speeds(work: Sequence[float], times: Sequence[StageTimes]) -> list[float]:
+    """Operations of a forward pass, in the unit of `work`, by second of a forward and backward pass. Of a stage with
+    nothing to compute, which shows nothing, the middle of the others' is assumed."""
+    known = [done / (each.forward_s + each.backward_s) for done, each in zip(work, times, strict=True) if done > 0]
+    middle, found = statistics.median(known), iter(known)
+    return [next(found) if done > 0 else middle for done in work]
+
+
+def _lasting(times: StageTimes, seconds: float) -> StageTimes:
+    """The same stage with work for so many seconds a microbatch, in the same parts forward and backward."""
+    before_s = times.forward_s + times.backward_s
+    if before_s <= 0:
+        return StageTimes(forward_s=seconds / 3, backward_s=seconds * 2 / 3, step_s=times.step_s)
+    scale, weight_s = seconds / before_s, times.weight_s
+    return replace(
+        times,
+        forward_s=times.forward_s * scale,
+        backward_s=times.backward_s * scale,
+        weight_s=None if weight_s is None else weight_s * scale,
+    )

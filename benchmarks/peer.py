@@ -41,7 +41,7 @@ from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.links.tc import KernelLinkError
 from thinpipe.sim.reports.summary import read_records
 
-PROGRAMS = {"thinpipe bf16": "bf16", "torch bf16": "bf16", "thinpipe mapl": "mapl"}  # and their codecs
+PROGRAMS = {"thinpipe bf16": "bf16", "torch bf16": "bf16", "thinpipe mapl": "mapl", "bare gRPC": "bf16"}  # and codecs
 PORT = 7001
 # Narrow and shallow: many bytes for little arithmetic, so that a thin link can bind at the pace of a few cores.
 COMPUTED = {"model.layers": 2, "model.width": 128, "model.vocab_size": 1024, "data.sequence_length": 128}
@@ -92,7 +92,9 @@ def commands(made: Network, program: str, stages: int, out: Path) -> list[list[s
         if program.startswith("torch"):
             line += [str(here / "peer_torch.py"), "--master", f"{made.addresses[0]}:{PORT}"]
         else:
-            line += ["-m", "thinpipe.cli", "node", "--insecure", "--parent", str(os.getpid())]
+            bare = [str(here / "peer_grpc.py")]
+            thinpipe = ["-m", "thinpipe.cli", "node", "--insecure", "--parent", str(os.getpid())]
+            line += bare if program == "bare gRPC" else thinpipe
             line += ["--listen", f"{made.addresses[stage]}:{PORT}"] if stage else []
             line += ["--next", f"{made.addresses[stage + 1]}:{PORT}"] if stage + 1 < stages else []
         lines.append([*line, "--config", str(out / "run.toml"), "--stage", str(stage), "--out", str(out)])

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import xxhash
 from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
@@ -37,6 +37,9 @@ PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
 ENVELOPE_BYTES_MAX = HEADER_BYTES_MAX + 4 * TEXT_CHARACTERS_MAX + 256
 MICROBATCH_MAX = 2**32
+# Data of one chunk. Each chunk is work for both event loops and for gRPC's threads, whatever it holds, so this is more
+# than most messages have; where a control frame must not wait so long, the sender cuts finer (node/links/outgoing.py).
+CHUNK_BYTES_MAX = 4 * 2**20
 
 
 class Kind(IntEnum):
@@ -55,7 +58,7 @@ class Limits:
     """The most that this node accepts, from its own configuration and never from the peer's header."""
 
     message_bytes: int
-    chunk_bytes: int = 256 * 1024
+    chunk_bytes: int = CHUNK_BYTES_MAX
 
     @property
     def frame_bytes(self) -> int:
@@ -198,7 +201,7 @@ def encode_frame(frame: Frame) -> bytes:
                 granted_bytes=frame.granted_bytes,
                 acknowledge=int(frame.acknowledge),
             )
-            chunk.crc32 = _checksum(chunk, frame.data)
+            chunk.xxh3 = _checksum(chunk, frame.data)
             after = pb.Chunk()
             for name in ("next_sequence", "granted_bytes", "acknowledge"):
                 setattr(after, name, getattr(chunk, name))
@@ -242,7 +245,7 @@ def _head_to_pb(head: Head) -> pb.MessageHead:
 
 
 def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
-    """CRC-32 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data."""
+    """XXH3 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data."""
     # Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
     head = chunk.head
     codec = head.codec.encode()
@@ -250,7 +253,9 @@ def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
     numbers = [chunk.sequence, chunk.generation, head.step, head.token_ids_bytes, head.body_bytes]
     numbers += [head.dictionary_bytes, chunk.next_sequence, chunk.granted_bytes]
     envelope = struct.pack("<6I8Qd", *flags, *numbers, head.loss_sum)
-    return zlib.crc32(data, zlib.crc32(envelope + codec + head.codec_header))
+    checksum = xxhash.xxh3_64(envelope + codec + head.codec_header)
+    checksum.update(data)
+    return checksum.intdigest()
 
 
 def decode_frame(raw: bytes, limits: Limits) -> Frame:
@@ -305,7 +310,7 @@ def _decode_whole(raw: bytes, limits: Limits) -> Frame:
 def _chunk_from_pb(chunk: pb.Chunk, data: bytes | memoryview, limits: Limits) -> Chunk:
     if len(data) > limits.chunk_bytes:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a chunk of {len(data)} bytes, at most {limits.chunk_bytes} here")
-    if _checksum(chunk, data) != chunk.crc32:
+    if _checksum(chunk, data) != chunk.xxh3:
         raise RemoteProtocolError(Fault.CORRUPT, f"chunk {chunk.sequence} does not match its checksum")
     if chunk.acknowledge > 1:
         raise RemoteProtocolError(Fault.MALFORMED, f"a chunk that asks {chunk.acknowledge} times for an answer")

@@ -147,7 +147,7 @@ def refusal_of(raw: bytes, limits: Limits = LIMITS) -> RemoteProtocolError:
 def reencoded(frame: pb.Frame) -> bytes:
     """The bytes of a frame that was tampered with, under a right checksum: the peer is dishonest, not the network."""
     if frame.HasField("chunk"):
-        frame.chunk.crc32 = messages._checksum(frame.chunk, frame.chunk.data)
+        frame.chunk.xxh3 = messages._checksum(frame.chunk, frame.chunk.data)
     return frame.SerializeToString()
 
 
@@ -543,11 +543,11 @@ def test_what_the_peer_would_refuse_is_refused_here(head: Head) -> None:
 
 
 def test_a_wrong_checksum_is_named() -> None:
-    frame = pb.Frame(chunk=pb.Chunk(sequence=9, data=b"abc", crc32=1))
+    frame = pb.Frame(chunk=pb.Chunk(sequence=9, data=b"abc", xxh3=1))
     error = refusal_of(frame.SerializeToString())
     assert error.fault is Fault.CORRUPT
     assert "chunk 9" in str(error)
-    part = pb.Frame(copy_part=pb.CopyPart(stage=3, completed_steps=7, offset=9, data=b"abc", crc32=1))
+    part = pb.Frame(copy_part=pb.CopyPart(stage=3, completed_steps=7, offset=9, data=b"abc", xxh3=1))
     error = refusal_of(part.SerializeToString())
     assert error.fault is Fault.CORRUPT
     assert "bytes from 9 of the copy of stage 3 after 7 steps" in str(error)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ...protocol.messages import Head, Kind, Message, split
+from ...protocol.messages import CHUNK_BYTES_MAX, Head, Kind, Message, split
 from ...protocol.session import LinkSession
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
@@ -45,10 +45,12 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 def chunk_bytes_for(profile: LinkProfile) -> int:
-    """64 to 256 KiB: large ones cost less CPU, but a control frame may have to wait for one, so at most about 5 ms."""
+    """About 5 ms of the link, since a control frame may have to wait for one, and not too little, since each costs CPU
+    at both ends. Where no rate is known, the most: there the whole window may be inside gRPC ahead of a control frame,
+    however it is cut."""
     if profile.rate_bits_per_s is None:
-        return 256 * 1024
-    return min(256 * 1024, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
+        return CHUNK_BYTES_MAX
+    return min(CHUNK_BYTES_MAX, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
 def accounted_parts(
@@ -306,7 +308,8 @@ class Outgoing:
             return frame, {"control": framed_bytes(len(frame))}
         assert isinstance(item, _Part)
         under_way = self.session.unacknowledged_bytes + len(item.data)
-        asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * self._chunk_bytes)
+        part_bytes = min(self._chunk_bytes, self.session.limits.message_bytes)  # the most that a part holds
+        asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * part_bytes)
         asks = under_way > asks_from or self.probing is not None
         frame = self.session.send(item.head, item.data, acknowledge=asks)
         if self.probing:

@@ -29,7 +29,7 @@ from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
 from .control_messages import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
-from .envelope import around_data, without_data
+from .envelope import Data, Gathered, around_data, buffers_of, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
@@ -148,7 +148,7 @@ class Chunk:
 
     sequence: int
     generation: int
-    data: bytes | memoryview
+    data: Data  # as it was received: bytes or a view
     head: Head | None = None
     next_sequence: int = 0
     granted_bytes: int = 0
@@ -169,7 +169,7 @@ class Goodbye:
 Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame
 
 
-def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, bytes | memoryview]]:
+def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, Data]]:
     """The parts of a message, each at most `chunk_bytes` of data; the first one carries the head.
 
     Token ids, dictionary and body share a part only where the whole message is one, so that no part is copied twice.
@@ -181,7 +181,7 @@ def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, byt
         memoryview(part).cast("B") for part in (message.token_ids, message.dictionary, message.body) if len(part)
     ]
     if sum(map(len, sections)) <= chunk_bytes:
-        yield head, sections[0] if len(sections) == 1 else b"".join(sections)
+        yield head, sections[0] if len(sections) == 1 else Gathered(tuple(sections))
         return
     for section in sections:
         for start in range(0, len(section), chunk_bytes):
@@ -244,7 +244,7 @@ def _head_to_pb(head: Head) -> pb.MessageHead:
     )
 
 
-def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
+def _checksum(chunk: pb.Chunk, data: Data) -> int:
     """XXH3 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data."""
     # Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
     head = chunk.head
@@ -254,7 +254,8 @@ def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
     numbers += [head.dictionary_bytes, chunk.next_sequence, chunk.granted_bytes]
     envelope = struct.pack("<6I8Qd", *flags, *numbers, head.loss_sum)
     checksum = xxhash.xxh3_64(envelope + codec + head.codec_header)
-    checksum.update(data)
+    for buffer in buffers_of(data):
+        checksum.update(buffer)
     return checksum.intdigest()
 
 

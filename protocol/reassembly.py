@@ -9,6 +9,7 @@ size the other end is set to.
 
 from __future__ import annotations
 
+from .envelope import Gathered
 from .errors import Fault, RemoteProtocolError
 from .header import HEADER_BYTES_MAX
 from .messages import Chunk, Head, Message
@@ -46,6 +47,7 @@ class Assembly:
             raise RemoteProtocolError(Fault.OUT_OF_ORDER, f"chunk {chunk.sequence} {what}")
         head = chunk.head or self._head
         assert head is not None
+        assert not isinstance(chunk.data, Gathered)  # what was received is in one piece
         filled = self._filled + len(chunk.data)
         if filled > head.data_bytes:
             raise RemoteProtocolError(

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from ...protocol.envelope import Data
 from ...protocol.messages import CHUNK_BYTES_MAX, Head, Kind, Message, split
 from ...protocol.session import LinkSession
 from ...protocol.wire_size import framed_bytes
@@ -27,7 +28,7 @@ from ..run_records import Tracer
 from .link_probe import AcknowledgedRate
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
-CREDIT_DELAY_S = 0.05  # a chunk that goes the other way in this time saves a frame
+CREDIT_DELAY_S = 0.25  # a chunk that goes the other way in this time saves a frame; more than most microbatches take
 # With more under way than this share of the window, or where only one more chunk fits, the peer is asked at once.
 ASK_SHARE = 0.5
 BUSY_LEAST_S = 0.05  # of traffic at the cap, ten times a late wake-up: shorter stretches say nothing of the link
@@ -53,9 +54,7 @@ def chunk_bytes_for(profile: LinkProfile) -> int:
     return min(CHUNK_BYTES_MAX, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
-def accounted_parts(
-    message: Message, chunk_bytes: int
-) -> Iterator[tuple[Head | None, bytes | memoryview, dict[str, int]]]:
+def accounted_parts(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, Data, dict[str, int]]]:
     """The parts of a message (`protocol.messages.split`), each with its data bytes by kind."""
     row = ROW[message.kind]
     left = {"token_ids": len(message.token_ids), "dictionary": len(message.dictionary), row: len(message.body)}
@@ -81,7 +80,7 @@ class _Part:
     """A queued part of a message and how its data bytes are accounted."""
 
     head: Head | None
-    data: bytes | memoryview
+    data: Data
     rows: dict[str, int]
 
 
@@ -141,6 +140,7 @@ class Outgoing:
         self._admit = asyncio.Event()  # the admission loop has something new to look at
         self._deliver = asyncio.Event()
         self._credit_queued = False
+        self._draining = False
         self._credit_timer: asyncio.TimerHandle | None = None
         self._goodbye_queued = False
         self._window_open_since = 0.0
@@ -168,9 +168,14 @@ class Outgoing:
             self.queue.push(part, framed_bytes(len(data)), control=False, now_s=now)
         self._admit.set()
 
+    def drain(self) -> None:
+        """Nothing more will be pushed, so no chunk will bring the peer what it has to know before it says goodbye."""
+        self._draining = True
+        self._queue_credit()
+
     def push_credit(self) -> None:
         """Tell the peer what came and what is free: at once if it waits for that, else soon, unless a chunk does."""
-        if self.session.credit_urgent:
+        if self.session.credit_urgent or self._draining:
             self._queue_credit()
         elif self.session.credit_due and self._credit_timer is None:
             self._credit_timer = asyncio.get_running_loop().call_later(CREDIT_DELAY_S, self._queue_credit)

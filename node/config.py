@@ -164,7 +164,7 @@ class LinkSection(Section):
         default=16 * 2**20, ge=2**20, description="the credit of a neighbour: bytes that it may send ahead of need"
     )
     uncapped_window_bytes: int = Field(
-        default=8 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"
+        default=16 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"
     )
     greeting_timeout_s: float = Field(
         default=10.0, gt=0, description="how long a new connection may take to say who it is"

@@ -182,13 +182,16 @@ class Outgoing:
 
     def _queue_credit(self) -> None:
         """One credit frame waits at a time; it is written with the counters of the moment it leaves."""
-        if self._credit_timer is not None:
-            self._credit_timer.cancel()
-            self._credit_timer = None
+        self._stop_credit_timer()
         if self.session.credit_due and not self._credit_queued and not self.goodbye_due:
             self._credit_queued = True
             self.queue.push("credit", framed_bytes(16), control=True, now_s=self._clock())
             self._admit.set()
+
+    def _stop_credit_timer(self) -> None:
+        if self._credit_timer is not None:
+            self._credit_timer.cancel()
+            self._credit_timer = None
 
     def push_goodbye(self) -> None:
         """Nothing may be pushed after it."""
@@ -317,6 +320,7 @@ class Outgoing:
         asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * part_bytes)
         asks = under_way > asks_from or self.probing is not None
         frame = self.session.send(item.head, item.data, acknowledge=asks)
+        self._stop_credit_timer()  # it told all; what comes from now on has its own delay
         if self.probing:
             self.probing.stamped(len(item.data), framed_bytes(len(frame)))
         return frame, framed_rows(item.rows, framed_bytes(len(frame)))

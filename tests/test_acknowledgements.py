@@ -120,9 +120,8 @@ def test_more_than_half_a_window_is_acknowledged_at_once() -> None:
 
     said = told(story)
     assert kinds(said).count((0, "chunk")) == 24
-    assert {when for when, _, frame in said if isinstance(frame, Chunk)} == {
-        said[0][0]
-    }  # without an answer at once the window would open a delay later
+    # Without an answer at once the window would open a delay later.
+    assert {when for when, _, frame in said if isinstance(frame, Chunk)} == {said[0][0]}
 
 
 def test_who_ends_does_not_let_the_peer_wait_for_an_acknowledgement() -> None:

@@ -14,7 +14,9 @@ Ratios are taken within a repeat; printed are their geometric mean and a 95 % in
 `mapl` cannot be faster than the link is relieved, bytes of the peer / its own, nor than compute allows, itself
 uncapped / the peer at the cap: the smaller one is the bound that stands beside it. Beside the ratio of times stands
 that of CPU seconds, of all stages and threads. With `--emulate F,B` a stage sleeps F and B ms a microbatch instead of
-computing, so a cap binds that a laptop's compute would not reach. Needs root, for the namespaces.
+computing, so a cap binds that a laptop's compute would not reach, and a fourth program is there: "bare gRPC"
+(peer_grpc.py), which passes on messages of the same size and does nothing else. It is the floor of the library: what
+thinpipe costs above it is thinpipe's own. Needs root, for the namespaces.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Messages and frames as frozen dataclasses, and their bytes.
 
 A *message* is what one stage tells its neighbour: an activation, a gradient, a loss. It is cut into *frames* of at
-most `Limits.chunk_bytes` so that a small control frame can pass between two parts of a large tensor. Protobuf is the
-envelope (its parser is fuzzed and bounded); codec headers are msgpack, because their content depends on
+most `Limits.chunk_bytes` so that a small control frame can pass between two parts of a large tensor. Where no cap asks
+for that, a message is one frame: each frame is work for both ends, and eight of them cost twice as much as one.
+Protobuf is the envelope (its parser is fuzzed and bounded); codec headers are msgpack, because their content depends on
 the codec. Why not one protobuf message with the tensor inside: serialising it would copy the tensor twice more, and a
 receiver would allocate what the sender claims. Here the receiver knows the most a message may hold from its own
 configuration (`Limits.message_bytes`) and refuses more before it allocates.

@@ -14,7 +14,9 @@ Ratios are taken within a repeat; printed are their geometric mean and a 95 % in
 `mapl` cannot be faster than the link is relieved, bytes of the peer / its own, nor than compute allows, itself
 uncapped / the peer at the cap: the smaller one is the bound that stands beside it. Beside the ratio of times stands
 that of CPU seconds, of all stages and threads. With `--emulate F,B` a stage sleeps F and B ms a microbatch instead of
-computing, so a cap binds that a laptop's compute would not reach. Needs root, for the namespaces.
+computing, so a cap binds that a laptop's compute would not reach, and a fourth program is there: "bare gRPC"
+(peer_grpc.py), which passes on messages of the same size and does nothing else. It is the floor of the library: what
+thinpipe costs above it is thinpipe's own. Needs root, for the namespaces.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.links.tc import KernelLinkError
 from thinpipe.sim.reports.summary import read_records
 
-PROGRAMS = {"thinpipe bf16": "bf16", "torch bf16": "bf16", "thinpipe mapl": "mapl"}  # and their codecs
+PROGRAMS = {"thinpipe bf16": "bf16", "torch bf16": "bf16", "thinpipe mapl": "mapl", "bare gRPC": "bf16"}  # and codecs
 PORT = 7001
 # Narrow and shallow: many bytes for little arithmetic, so that a thin link can bind at the pace of a few cores.
 COMPUTED = {"model.layers": 2, "model.width": 128, "model.vocab_size": 1024, "data.sequence_length": 128}
@@ -92,7 +94,9 @@ def commands(made: Network, program: str, stages: int, out: Path) -> list[list[s
         if program.startswith("torch"):
             line += [str(here / "peer_torch.py"), "--master", f"{made.addresses[0]}:{PORT}"]
         else:
-            line += ["-m", "thinpipe.cli", "node", "--insecure", "--parent", str(os.getpid())]
+            bare = [str(here / "peer_grpc.py")]
+            thinpipe = ["-m", "thinpipe.cli", "node", "--insecure", "--parent", str(os.getpid())]
+            line += bare if program == "bare gRPC" else thinpipe
             line += ["--listen", f"{made.addresses[stage]}:{PORT}"] if stage else []
             line += ["--next", f"{made.addresses[stage + 1]}:{PORT}"] if stage + 1 < stages else []
         lines.append([*line, "--config", str(out / "run.toml"), "--stage", str(stage), "--out", str(out)])

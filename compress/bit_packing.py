@@ -49,7 +49,7 @@ def pack_bits(values: np.ndarray, width: int) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def unpack_bits(data: bytes, width: int, count: int, limit: int) -> np.ndarray:
+def unpack_bits(data: bytes | memoryview, width: int, count: int, limit: int) -> np.ndarray:
     """`count` values in [0, limit) as int64, shape (count,).
 
     Raises CodecError for a wrong length (before anything is allocated), for padding bits that are set, and for a value
@@ -67,7 +67,7 @@ def unpack_bits(data: bytes, width: int, count: int, limit: int) -> np.ndarray:
     if width in _PLAIN:
         values = np.frombuffer(data, _PLAIN[width]).astype(np.int64)
     else:
-        padded = np.frombuffer(data + bytes(7), np.uint8)  # so that the last window ends inside the buffer
+        padded = np.frombuffer(b"".join((data, bytes(7))), np.uint8)  # so that the last window ends inside the buffer
         windows = np.ndarray((len(data),), dtype="<u8", buffer=padded, strides=(1,))
         position = np.arange(count, dtype=np.int64) * width
         shift = (position & 7).astype(np.uint64)

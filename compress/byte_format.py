@@ -70,7 +70,7 @@ class Payload:
 
     codec: str
     header: dict[str, Any]
-    body: bytes
+    body: bytes | memoryview  # a view where it was received: of bytes, and not to be written
 
 
 def is_finite(x: Tensor) -> bool:
@@ -224,7 +224,7 @@ class ByteFormat(ABC):
                 "both nodes must run the same configuration"
             )
         body: Any = payload.body
-        if not isinstance(body, bytes):
+        if not isinstance(body, bytes) and not (isinstance(body, memoryview) and body.format == "B"):
             raise CodecError(f"{self.id} payload's body is {type(body).__name__}, not bytes")
         if len(body) != self.body_bytes(shape):
             raise CodecError(

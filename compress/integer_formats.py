@@ -196,7 +196,7 @@ class _Blockwise(Feedback):
             raise CodecError(f"{self.id} payload's token {token} is not finite in {dtype} when it is rotated back")
         return back_NW.view(-1)
 
-    def _check_means(self, body: bytes, shape: tuple[int, ...]) -> Tensor:
+    def _check_means(self, body: bytes | memoryview, shape: tuple[int, ...]) -> Tensor:
         bits = np.frombuffer(body, "<i2", count=self._mean_bytes(shape) // 2)
         means = torch.from_numpy(bits.copy()).view(torch.bfloat16)
         if not is_finite(means):

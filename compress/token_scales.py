@@ -50,7 +50,7 @@ class TokenScales(ABC):
         """Of what `rounded` returned."""
 
     @abstractmethod
-    def unpack(self, octets: bytes, tokens: int) -> Tensor:
+    def unpack(self, octets: bytes | memoryview, tokens: int) -> Tensor:
         """(N,), fp32, on the CPU; `octets` has the right length. Raises CodecError for what `pack` cannot have
         written."""
 
@@ -65,7 +65,7 @@ class Bf16Scales(TokenScales):
     def pack(self, scales_N: Tensor) -> bytes:
         return scales_N.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
 
-    def unpack(self, octets: bytes, tokens: int) -> Tensor:
+    def unpack(self, octets: bytes | memoryview, tokens: int) -> Tensor:
         bits = np.frombuffer(octets, "<i2", count=tokens)
         bad = (bits != 0) & ((bits < MIN_SCALE_BITS) | (bits > MAX_SCALE_BITS))
         if bad.any():
@@ -108,7 +108,7 @@ class LogScales(TokenScales):
             steps_N = padded_N[0::2] | padded_N[1::2] << 4
         return top.to(torch.bfloat16).view(1).view(torch.int16).cpu().numpy().tobytes() + steps_N.tobytes()
 
-    def unpack(self, octets: bytes, tokens: int) -> Tensor:
+    def unpack(self, octets: bytes | memoryview, tokens: int) -> Tensor:
         if not tokens:
             return torch.empty(0)
         word = int(np.frombuffer(octets, "<i2", count=1)[0])

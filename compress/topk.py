@@ -66,7 +66,7 @@ class TopK(Feedback, KeepsSome):
         coded = replace(key, direction=Direction.FORWARD) if self.feedback else key  # to nearest
         values = self._values.pack(sent_NW.gather(1, places_NK).view(-1), coded).body
         places = pack_bits(places_NK.cpu().numpy(), bit_width(z.shape[-1]))
-        return Payload(codec=self.id, header={"shape": list(z.shape)}, body=values + places)
+        return Payload(codec=self.id, header={"shape": list(z.shape)}, body=b"".join((values, places)))
 
     def unpack(
         self,
@@ -86,7 +86,7 @@ class TopK(Feedback, KeepsSome):
         values = self._values.unpack(kept, shape=(count,), dtype=dtype, key=key)
         return self.spread(values.view(tokens, self.k), torch.from_numpy(places_NK), shape, dtype, device)
 
-    def _places(self, octets: bytes, tokens: int, width: int) -> np.ndarray:
+    def _places(self, octets: bytes | memoryview, tokens: int, width: int) -> np.ndarray:
         try:
             places_NK = unpack_bits(octets, bit_width(width), tokens * self.k, width).reshape(tokens, self.k)
         except CodecError as error:

@@ -20,6 +20,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..compress.recommended_rates import recommended_for
+from ..protocol.messages import CHUNK_BYTES_MAX
 from ..protocol.schedule import ScheduleError, get_schedule
 from ..sim.reports.metrics_address import MetricsAddress
 
@@ -175,7 +176,10 @@ class LinkSection(Section):
         default="warn", description="what a node does if the link, measured at the start, is over 10 % off `link`"
     )
     chunk_bytes: int | None = Field(
-        default=None, ge=64 * 1024, le=256 * 1024, description="parts of a tensor; default: 5 ms of the link's rate"
+        default=None,
+        ge=64 * 1024,
+        le=CHUNK_BYTES_MAX,
+        description="parts of a tensor; default: 5 ms of the link's rate, the most without one",
     )
     send_buffer_bytes: int = Field(
         default=16 * 2**20, ge=2**20, description="queued bytes from which a stage waits for its link"
@@ -184,7 +188,7 @@ class LinkSection(Section):
         default=16 * 2**20, ge=2**20, description="the credit of a neighbour: bytes that it may send ahead of need"
     )
     uncapped_window_bytes: int = Field(
-        default=4 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"
+        default=16 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"
     )
     greeting_timeout_s: float = Field(
         default=10.0, gt=0, description="how long a new connection may take to say who it is"

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import itertools
 import struct
-import zlib
 from dataclasses import dataclass, fields
 from typing import Any
+
+import xxhash
 
 from . import stage_pb2 as pb
 from .envelope import around_data
@@ -168,16 +169,18 @@ def encode_control(frame: ControlFrame) -> bytes:
     """The bytes of the frame that says it."""
     if isinstance(frame, CopyPart):
         before = pb.CopyPart(stage=frame.stage, completed_steps=frame.completed_steps, offset=frame.offset)
-        return around_data("copy_part", before, frame.data, pb.CopyPart(crc32=part_checksum(frame)))
+        return around_data("copy_part", before, frame.data, pb.CopyPart(xxh3=part_checksum(frame)))
     name = _NAMES[type(frame)]
     body = CONTROL[name][1](**{field.name: getattr(frame, field.name) for field in fields(frame)})
     return pb.Frame(**{name: body}).SerializeToString()
 
 
 def part_checksum(part: CopyPart) -> int:
-    """CRC-32 of all of a part: at a wrong offset its bytes do as much harm as wrong ones. Over values, as that of a
+    """XXH3 of all of a part: at a wrong offset its bytes do as much harm as wrong ones. Over values, as that of a
     chunk is."""
-    return zlib.crc32(part.data, zlib.crc32(struct.pack("<3Q", part.stage, part.completed_steps, part.offset)))
+    checksum = xxhash.xxh3_64(struct.pack("<3Q", part.stage, part.completed_steps, part.offset))
+    checksum.update(part.data)
+    return checksum.intdigest()
 
 
 def control_from_pb(name: str, body: Any) -> ControlFrame:
@@ -190,9 +193,9 @@ def control_from_pb(name: str, body: Any) -> ControlFrame:
         if not ends_well or any(a <= b for a, b in itertools.pairwise(steps)):
             goal = "falling" if name == "copies_held" else "falling to 0"
             raise RemoteProtocolError(Fault.MALFORMED, f"steps in a frame are {steps[:8]}, not {goal}")
-    crc32 = values.pop("crc32", None)
+    xxh3 = values.pop("xxh3", None)
     frame = CONTROL[name][0](**values)
-    if isinstance(frame, CopyPart) and part_checksum(frame) != crc32:
+    if isinstance(frame, CopyPart) and part_checksum(frame) != xxh3:
         line = f"bytes from {frame.offset} of the copy of stage {frame.stage} after {frame.completed_steps} steps"
         raise RemoteProtocolError(Fault.CORRUPT, f"{line} do not match their checksum")
     return frame
@@ -210,6 +213,6 @@ def _bounded(name: str, value: Any) -> Any:
     numbers = (value,) if isinstance(value, int) else tuple(value)
     if len(numbers) > LISTED_MAX:
         raise RemoteProtocolError(Fault.OVERSIZED, f"{len(numbers)} {name} in a frame, at most {LISTED_MAX}")
-    if name != "incarnations" and any(number >= STEP_MAX for number in numbers):
+    if name not in ("incarnations", "xxh3") and any(number >= STEP_MAX for number in numbers):
         raise RemoteProtocolError(Fault.MALFORMED, f"{name} {max(numbers)} is out of range")
     return value if isinstance(value, int) else numbers

@@ -1,8 +1,9 @@
 """Messages and frames as frozen dataclasses, and their bytes.
 
 A *message* is what one stage tells its neighbour: an activation, a gradient, a loss. It is cut into *frames* of at
-most `Limits.chunk_bytes` so that a small control frame can pass between two parts of a large tensor. Protobuf is the
-envelope (its parser is fuzzed and bounded); codec headers are msgpack, because their content depends on
+most `Limits.chunk_bytes` so that a small control frame can pass between two parts of a large tensor. Where no cap asks
+for that, a message is one frame: each frame is work for both ends, and eight of them cost twice as much as one.
+Protobuf is the envelope (its parser is fuzzed and bounded); codec headers are msgpack, because their content depends on
 the codec. Why not one protobuf message with the tensor inside: serialising it would copy the tensor twice more, and a
 receiver would allocate what the sender claims. Here the receiver knows the most a message may hold from its own
 configuration (`Limits.message_bytes`) and refuses more before it allocates.
@@ -18,18 +19,18 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+import xxhash
 from google.protobuf.message import DecodeError
 
 from . import stage_pb2 as pb
 from .control_messages import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
-from .envelope import around_data, without_data
+from .envelope import Data, Gathered, around_data, buffers_of, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 
@@ -37,6 +38,9 @@ PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
 ENVELOPE_BYTES_MAX = HEADER_BYTES_MAX + 4 * TEXT_CHARACTERS_MAX + 256
 MICROBATCH_MAX = 2**32
+# Data of one chunk. Each chunk is work for both event loops and for gRPC's threads, whatever it holds, so this is more
+# than most messages have; where a control frame must not wait so long, the sender cuts finer (node/links/outgoing.py).
+CHUNK_BYTES_MAX = 4 * 2**20
 
 
 class Kind(IntEnum):
@@ -55,7 +59,7 @@ class Limits:
     """The most that this node accepts, from its own configuration and never from the peer's header."""
 
     message_bytes: int
-    chunk_bytes: int = 256 * 1024
+    chunk_bytes: int = CHUNK_BYTES_MAX
 
     @property
     def frame_bytes(self) -> int:
@@ -145,7 +149,7 @@ class Chunk:
 
     sequence: int
     generation: int
-    data: bytes | memoryview
+    data: Data  # as it was received: bytes or a view
     head: Head | None = None
     next_sequence: int = 0
     granted_bytes: int = 0
@@ -166,7 +170,7 @@ class Goodbye:
 Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame
 
 
-def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, bytes | memoryview]]:
+def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, Data]]:
     """The parts of a message, each at most `chunk_bytes` of data; the first one carries the head.
 
     Token ids, dictionary and body share a part only where the whole message is one, so that no part is copied twice.
@@ -178,7 +182,7 @@ def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, byt
         memoryview(part).cast("B") for part in (message.token_ids, message.dictionary, message.body) if len(part)
     ]
     if sum(map(len, sections)) <= chunk_bytes:
-        yield head, sections[0] if len(sections) == 1 else b"".join(sections)
+        yield head, sections[0] if len(sections) == 1 else Gathered(tuple(sections))
         return
     for section in sections:
         for start in range(0, len(section), chunk_bytes):
@@ -198,7 +202,7 @@ def encode_frame(frame: Frame) -> bytes:
                 granted_bytes=frame.granted_bytes,
                 acknowledge=int(frame.acknowledge),
             )
-            chunk.crc32 = _checksum(chunk, frame.data)
+            chunk.xxh3 = _checksum(chunk, frame.data)
             after = pb.Chunk()
             for name in ("next_sequence", "granted_bytes", "acknowledge"):
                 setattr(after, name, getattr(chunk, name))
@@ -241,8 +245,8 @@ def _head_to_pb(head: Head) -> pb.MessageHead:
     )
 
 
-def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
-    """CRC-32 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data."""
+def _checksum(chunk: pb.Chunk, data: Data) -> int:
+    """XXH3 of all of a chunk: a flipped bit in the step or the loss does as much harm as one in the data."""
     # Over values and not over serialised bytes, which protobuf does not promise to be the same everywhere.
     head = chunk.head
     codec = head.codec.encode()
@@ -250,7 +254,10 @@ def _checksum(chunk: pb.Chunk, data: bytes | memoryview) -> int:
     numbers = [chunk.sequence, chunk.generation, head.step, head.token_ids_bytes, head.body_bytes]
     numbers += [head.dictionary_bytes, chunk.next_sequence, chunk.granted_bytes]
     envelope = struct.pack("<6I8Qd", *flags, *numbers, head.loss_sum)
-    return zlib.crc32(data, zlib.crc32(envelope + codec + head.codec_header))
+    checksum = xxhash.xxh3_64(envelope + codec + head.codec_header)
+    for buffer in buffers_of(data):
+        checksum.update(buffer)
+    return checksum.intdigest()
 
 
 def decode_frame(raw: bytes, limits: Limits) -> Frame:
@@ -305,7 +312,7 @@ def _decode_whole(raw: bytes, limits: Limits) -> Frame:
 def _chunk_from_pb(chunk: pb.Chunk, data: bytes | memoryview, limits: Limits) -> Chunk:
     if len(data) > limits.chunk_bytes:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a chunk of {len(data)} bytes, at most {limits.chunk_bytes} here")
-    if _checksum(chunk, data) != chunk.crc32:
+    if _checksum(chunk, data) != chunk.xxh3:
         raise RemoteProtocolError(Fault.CORRUPT, f"chunk {chunk.sequence} does not match its checksum")
     if chunk.acknowledge > 1:
         raise RemoteProtocolError(Fault.MALFORMED, f"a chunk that asks {chunk.acknowledge} times for an answer")

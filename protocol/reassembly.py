@@ -9,6 +9,7 @@ size the other end is set to.
 
 from __future__ import annotations
 
+from .envelope import Gathered
 from .errors import Fault, RemoteProtocolError
 from .header import HEADER_BYTES_MAX
 from .messages import Chunk, Head, Message
@@ -46,6 +47,7 @@ class Assembly:
             raise RemoteProtocolError(Fault.OUT_OF_ORDER, f"chunk {chunk.sequence} {what}")
         head = chunk.head or self._head
         assert head is not None
+        assert not isinstance(chunk.data, Gathered)  # what was received is in one piece
         filled = self._filled + len(chunk.data)
         if filled > head.data_bytes:
             raise RemoteProtocolError(
@@ -53,14 +55,18 @@ class Assembly:
             )
         if not chunk.data and head.data_bytes:
             raise RemoteProtocolError(Fault.MALFORMED, f"chunk {chunk.sequence} is empty and its message is not")
-        if chunk.head is not None:
-            self._head, self._buffer = head, bytearray(head.data_bytes)
-        self._buffer[self._filled : filled] = chunk.data
-        self._filled = filled
-        if filled < head.data_bytes:
-            return None
-        data, tensor = memoryview(self._buffer), head.token_ids_bytes + head.dictionary_bytes
-        self._head, self._buffer, self._filled = None, bytearray(), 0
+        if filled == head.data_bytes and chunk.head is not None:  # all in one: it stays where it came
+            data = memoryview(chunk.data)
+        else:
+            if chunk.head is not None:
+                self._head, self._buffer = head, bytearray(head.data_bytes)
+            data = memoryview(self._buffer)
+            data[self._filled : filled] = chunk.data  # into a view: a bytearray would copy what it is given first
+            self._filled = filled
+            if filled < head.data_bytes:
+                return None
+            self._head, self._buffer, self._filled = None, bytearray(), 0
+        tensor = head.token_ids_bytes + head.dictionary_bytes
         return Message(
             kind=head.kind,
             step=head.step,

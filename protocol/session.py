@@ -23,6 +23,7 @@ from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 
+from .envelope import Data
 from .errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from .greeting import NodeIdentity, check_greeting, check_resume
 from .messages import (
@@ -171,7 +172,7 @@ class LinkSession:
         """Whether the peer's credit covers the next chunk, with this much data."""
         return self._sent_cost + self._cost(data_bytes, starts=not self._unsent) <= self._peer_granted
 
-    def send(self, head: Head | None, data: bytes | memoryview, *, acknowledge: bool = True) -> bytes:
+    def send(self, head: Head | None, data: Data, *, acknowledge: bool = True) -> bytes:
         """The frame for the next part of a message, kept until acknowledged. It tells all that `credit` would.
 
         `acknowledge` asks the peer to answer at once and not with its next chunk. Raises LocalProtocolError past

@@ -83,11 +83,11 @@ class Refusal(_message.Message):
     def __init__(self, code: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Chunk(_message.Message):
-    __slots__ = ("sequence", "generation", "head", "crc32", "data", "next_sequence", "granted_bytes", "acknowledge")
+    __slots__ = ("sequence", "generation", "head", "xxh3", "data", "next_sequence", "granted_bytes", "acknowledge")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     NEXT_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     GRANTED_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -95,12 +95,12 @@ class Chunk(_message.Message):
     sequence: int
     generation: int
     head: MessageHead
-    crc32: int
+    xxh3: int
     data: bytes
     next_sequence: int
     granted_bytes: int
     acknowledge: int
-    def __init__(self, sequence: _Optional[int] = ..., generation: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., crc32: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[int] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., generation: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., xxh3: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[int] = ...) -> None: ...
 
 class MessageHead(_message.Message):
     __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "dictionary_bytes", "loss_sum")
@@ -221,18 +221,18 @@ class CopyProgress(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class CopyPart(_message.Message):
-    __slots__ = ("stage", "completed_steps", "offset", "data", "crc32")
+    __slots__ = ("stage", "completed_steps", "offset", "data", "xxh3")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    CRC32_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
     stage: int
     completed_steps: int
     offset: int
     data: bytes
-    crc32: int
-    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., crc32: _Optional[int] = ...) -> None: ...
+    xxh3: int
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., xxh3: _Optional[int] = ...) -> None: ...
 
 class CopyWanted(_message.Message):
     __slots__ = ("stage", "completed_steps")

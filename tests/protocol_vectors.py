@@ -11,13 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import zlib
 from collections import deque
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
+import xxhash
 from thinpipe.protocol.control_messages import (
     AllFinished,
     CopiesHeld,
@@ -200,7 +200,7 @@ def checksums() -> list[dict[str, Any]]:
     for name, chunk in all_frames().items():
         if isinstance(chunk, CopyPart):
             covered = struct.pack("<3Q", chunk.stage, chunk.completed_steps, chunk.offset) + chunk.data
-            out.append({"frame": name, "covered": covered.hex(), "crc32": zlib.crc32(covered)})
+            out.append({"frame": name, "covered": covered.hex(), "xxh3": xxhash.xxh3_64_intdigest(covered)})
         if not isinstance(chunk, Chunk):
             continue
         head = chunk.head or Head(kind=0, step=0, microbatch=0)  # type: ignore[arg-type]
@@ -219,7 +219,7 @@ def checksums() -> list[dict[str, Any]]:
             *(chunk.next_sequence, chunk.granted_bytes, head.loss_sum),
         )
         covered += codec + header + bytes(chunk.data)
-        out.append({"frame": name, "covered": covered.hex(), "crc32": zlib.crc32(covered)})
+        out.append({"frame": name, "covered": covered.hex(), "xxh3": xxhash.xxh3_64_intdigest(covered)})
     return out
 
 

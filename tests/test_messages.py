@@ -33,6 +33,7 @@ from thinpipe.protocol.control_messages import (
     StartView,
     StartViewChange,
 )
+from thinpipe.protocol.envelope import Gathered
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from thinpipe.protocol.header import (
     HEADER_BYTES_MAX,
@@ -147,7 +148,7 @@ def refusal_of(raw: bytes, limits: Limits = LIMITS) -> RemoteProtocolError:
 def reencoded(frame: pb.Frame) -> bytes:
     """The bytes of a frame that was tampered with, under a right checksum: the peer is dishonest, not the network."""
     if frame.HasField("chunk"):
-        frame.chunk.crc32 = messages._checksum(frame.chunk, frame.chunk.data)
+        frame.chunk.xxh3 = messages._checksum(frame.chunk, frame.chunk.data)
     return frame.SerializeToString()
 
 
@@ -314,6 +315,27 @@ def test_a_split_message_comes_back(
     assert out is not None
     assert (bytes(out.token_ids), bytes(out.body)) == (ids, body)
     assert out.head == message.head
+
+
+def test_what_comes_in_one_part_stays_where_it_came() -> None:
+    message = Message(kind=Kind.ACTIVATION, step=0, microbatch=0, token_ids=b"ids", body=bytes(600))
+    [(head, data)] = split(message, 1000)
+    raw = encode_frame(Chunk(sequence=0, generation=0, data=data, head=head))
+    frame = decode_frame(raw, LIMITS)
+    assert isinstance(frame, Chunk)
+    out = Assembly().add(frame)
+    assert out is not None
+    assert isinstance(out.body, memoryview)
+    assert out.body.obj is raw
+    assert (bytes(out.token_ids), bytes(out.body)) == (b"ids", bytes(600))
+
+
+def test_one_frame_is_the_same_bytes_whether_its_data_were_joined_before_or_not() -> None:
+    message = Message(kind=Kind.ACTIVATION, step=1, microbatch=2, token_ids=b"ids", dictionary=b"d", body=b"body")
+    [(head, data)] = split(message, 1000)
+    assert isinstance(data, Gathered)
+    apart, joined = (Chunk(sequence=0, generation=0, data=each, head=head) for each in (data, b"idsdbody"))
+    assert encode_frame(apart) == encode_frame(joined)
 
 
 def test_views_of_wider_items_are_counted_in_bytes() -> None:
@@ -543,11 +565,11 @@ def test_what_the_peer_would_refuse_is_refused_here(head: Head) -> None:
 
 
 def test_a_wrong_checksum_is_named() -> None:
-    frame = pb.Frame(chunk=pb.Chunk(sequence=9, data=b"abc", crc32=1))
+    frame = pb.Frame(chunk=pb.Chunk(sequence=9, data=b"abc", xxh3=1))
     error = refusal_of(frame.SerializeToString())
     assert error.fault is Fault.CORRUPT
     assert "chunk 9" in str(error)
-    part = pb.Frame(copy_part=pb.CopyPart(stage=3, completed_steps=7, offset=9, data=b"abc", crc32=1))
+    part = pb.Frame(copy_part=pb.CopyPart(stage=3, completed_steps=7, offset=9, data=b"abc", xxh3=1))
     error = refusal_of(part.SerializeToString())
     assert error.fault is Fault.CORRUPT
     assert "bytes from 9 of the copy of stage 3 after 7 steps" in str(error)

@@ -10,12 +10,12 @@ import hashlib
 import json
 import re
 import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parent / "docs" / "protocol.md"
@@ -88,8 +88,8 @@ def value_of(kind: str, value: bytes) -> Any:
     match kind:
         case "double":
             return struct.unpack("<d", value)[0]
-        case "fixed32":
-            return struct.unpack("<I", value)[0]
+        case "fixed64":
+            return struct.unpack("<Q", value)[0]
         case "string":
             return value.decode()
         case "bytes":
@@ -115,7 +115,7 @@ def read_frame(raw: bytes) -> tuple[str, dict[str, Any]]:
     return name, read_message(kind, raw[at:])
 
 
-def covered_by_crc(chunk: dict[str, Any]) -> bytes:
+def covered_by_checksum(chunk: dict[str, Any]) -> bytes:
     """Of a chunk, or of a part of a copy."""
     if "offset" in chunk:
         return struct.pack("<3Q", chunk["stage"], chunk["completed_steps"], chunk["offset"]) + chunk["data"]
@@ -270,8 +270,8 @@ def test_another_reader_finds_the_same_fields() -> None:
         name, fields = read_frame(bytes.fromhex(vector["frame"]))
         wanted = real(vector["fields"])
         assert name == vector["body"]
-        if "crc32" in fields:
-            assert zlib.crc32(covered_by_crc(fields)) == fields.pop("crc32"), vector["name"]
+        if "xxh3" in fields:
+            assert xxhash.xxh3_64_intdigest(covered_by_checksum(fields)) == fields.pop("xxh3"), vector["name"]
         assert fields == wanted, vector["name"]
         if name == "chunk" and fields["head"]:
             assert struct.pack("<d", fields["head"]["loss_sum"]) == struct.pack("<d", wanted["head"]["loss_sum"])
@@ -281,8 +281,8 @@ def test_another_reader_sums_the_same_bytes() -> None:
     by_name = {vector["name"]: bytes.fromhex(vector["frame"]) for vector in load("frames")}
     for vector in load("checksums"):
         _, chunk = read_frame(by_name[vector["frame"]])
-        assert covered_by_crc(chunk).hex() == vector["covered"]
-        assert zlib.crc32(bytes.fromhex(vector["covered"])) == vector["crc32"] == chunk["crc32"]
+        assert covered_by_checksum(chunk).hex() == vector["covered"]
+        assert xxhash.xxh3_64_intdigest(bytes.fromhex(vector["covered"])) == vector["xxh3"] == chunk["xxh3"]
 
 
 def test_another_reader_finds_the_same_headers() -> None:
@@ -369,7 +369,7 @@ def test_another_receiver_follows_the_conversation(stage: int) -> None:
             )
         if name != "chunk":
             continue
-        assert zlib.crc32(covered_by_crc(fields)) == fields["crc32"]
+        assert xxhash.xxh3_64_intdigest(covered_by_checksum(fields)) == fields["xxh3"]
         assert fields["generation"] == vector["generation"]
         if fields["sequence"] < expected:
             dropped += 1
@@ -412,5 +412,5 @@ def decoded_from(head: dict[str, Any], data: bytes, tables: dict[str, Table]) ->
 def test_nothing_of_the_package_is_used_here() -> None:
     source = Path(__file__).read_text()
     imported = set(re.findall(r"^ *(?:import|from) +(\w+)", source, re.M)) - {"__future__"}
-    assert imported <= {"hashlib", "json", "numpy", "pathlib", "pytest", "re", "struct", "typing", "zlib"}
+    assert imported <= {"hashlib", "json", "numpy", "pathlib", "pytest", "re", "struct", "typing", "xxhash"}
     assert not re.search(r"^ *from +\.", source, re.M)

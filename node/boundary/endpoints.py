@@ -176,7 +176,7 @@ class _Endpoint:
 
     def _unpacked(self, fmt: ByteFormat, message: Message) -> Tensor:
         """Raises RemoteProtocolError for a payload that is not what was agreed."""
-        payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
+        payload = Payload(codec=message.codec, header=message.codec_header, body=memoryview(message.body).toreadonly())
         key = self.shape.key(message.kind, message.step, message.microbatch)
         try:
             return fmt.unpack(payload, shape=self.shape.z_shape, dtype=self._dtype, device=self._device, key=key)
@@ -290,7 +290,7 @@ class UpstreamEndpoint(_Endpoint):
         """
         shape = self.shape
         try:
-            ids = unpack_bits(bytes(message.token_ids), shape.token_id_bits, shape.token_ids, shape.vocab_size)
+            ids = unpack_bits(message.token_ids, shape.token_id_bits, shape.token_ids, shape.vocab_size)
         except CodecError as error:
             raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: token ids: {error}") from None
         table, _ = self._followed(message, self.table, self._activations)

@@ -58,7 +58,7 @@ class GradientCoder:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"{where}: none was agreed")
         if len(message.dictionary):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"{where}: it brings a change of a dictionary")
-        payload = Payload(codec=message.codec, header=message.codec_header, body=bytes(message.body))
+        payload = Payload(codec=message.codec, header=message.codec_header, body=memoryview(message.body).toreadonly())
         try:
             return self._format.unpack(payload, shape=self._shape, dtype=self._dtype)
         except CodecError as error:

@@ -214,6 +214,7 @@ class Link:
         """
         try:
             async with asyncio.timeout(timeout_s):
+                self._outgoing.drain()
                 await self._until_acknowledged()
                 self._outgoing.push_goodbye()
                 await self.peer_done.wait()

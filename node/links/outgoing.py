@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-from ...protocol.messages import Head, Kind, Message, split
+from ...protocol.envelope import Data
+from ...protocol.messages import CHUNK_BYTES_MAX, Head, Kind, Message, split
 from ...protocol.session import LinkSession
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import BusyMeter, LinkProfile, Queued, Shaper, WireQueue
@@ -27,7 +28,7 @@ from ..run_records import Tracer
 from .link_probe import AcknowledgedRate
 
 WINDOW_BANDWIDTH_DELAY_PRODUCTS = 1.5
-CREDIT_DELAY_S = 0.05  # a chunk that goes the other way in this time saves a frame
+CREDIT_DELAY_S = 0.25  # a chunk that goes the other way in this time saves a frame; more than most microbatches take
 # With more under way than this share of the window, or where only one more chunk fits, the peer is asked at once.
 ASK_SHARE = 0.5
 BUSY_LEAST_S = 0.05  # of traffic at the cap, ten times a late wake-up: shorter stretches say nothing of the link
@@ -45,15 +46,15 @@ Write = Callable[[bytes], Awaitable[None]]
 
 
 def chunk_bytes_for(profile: LinkProfile) -> int:
-    """64 to 256 KiB: large ones cost less CPU, but a control frame may have to wait for one, so at most about 5 ms."""
+    """About 5 ms of the link, since a control frame may have to wait for one, and not too little, since each costs CPU
+    at both ends. Where no rate is known, the most: there the whole window may be inside gRPC ahead of a control frame,
+    however it is cut."""
     if profile.rate_bits_per_s is None:
-        return 256 * 1024
-    return min(256 * 1024, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
+        return CHUNK_BYTES_MAX
+    return min(CHUNK_BYTES_MAX, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
-def accounted_parts(
-    message: Message, chunk_bytes: int
-) -> Iterator[tuple[Head | None, bytes | memoryview, dict[str, int]]]:
+def accounted_parts(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, Data, dict[str, int]]]:
     """The parts of a message (`protocol.messages.split`), each with its data bytes by kind."""
     row = ROW[message.kind]
     left = {"token_ids": len(message.token_ids), "dictionary": len(message.dictionary), row: len(message.body)}
@@ -79,7 +80,7 @@ class _Part:
     """A queued part of a message and how its data bytes are accounted."""
 
     head: Head | None
-    data: bytes | memoryview
+    data: Data
     rows: dict[str, int]
 
 
@@ -139,6 +140,7 @@ class Outgoing:
         self._admit = asyncio.Event()  # the admission loop has something new to look at
         self._deliver = asyncio.Event()
         self._credit_queued = False
+        self._draining = False
         self._credit_timer: asyncio.TimerHandle | None = None
         self._goodbye_queued = False
         self._window_open_since = 0.0
@@ -166,22 +168,30 @@ class Outgoing:
             self.queue.push(part, framed_bytes(len(data)), control=False, now_s=now)
         self._admit.set()
 
+    def drain(self) -> None:
+        """Nothing more will be pushed, so no chunk will bring the peer what it has to know before it says goodbye."""
+        self._draining = True
+        self._queue_credit()
+
     def push_credit(self) -> None:
         """Tell the peer what came and what is free: at once if it waits for that, else soon, unless a chunk does."""
-        if self.session.credit_urgent:
+        if self.session.credit_urgent or self._draining:
             self._queue_credit()
         elif self.session.credit_due and self._credit_timer is None:
             self._credit_timer = asyncio.get_running_loop().call_later(CREDIT_DELAY_S, self._queue_credit)
 
     def _queue_credit(self) -> None:
         """One credit frame waits at a time; it is written with the counters of the moment it leaves."""
-        if self._credit_timer is not None:
-            self._credit_timer.cancel()
-            self._credit_timer = None
+        self._stop_credit_timer()
         if self.session.credit_due and not self._credit_queued and not self.goodbye_due:
             self._credit_queued = True
             self.queue.push("credit", framed_bytes(16), control=True, now_s=self._clock())
             self._admit.set()
+
+    def _stop_credit_timer(self) -> None:
+        if self._credit_timer is not None:
+            self._credit_timer.cancel()
+            self._credit_timer = None
 
     def push_goodbye(self) -> None:
         """Nothing may be pushed after it."""
@@ -306,9 +316,11 @@ class Outgoing:
             return frame, {"control": framed_bytes(len(frame))}
         assert isinstance(item, _Part)
         under_way = self.session.unacknowledged_bytes + len(item.data)
-        asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * self._chunk_bytes)
+        part_bytes = min(self._chunk_bytes, self.session.limits.message_bytes)  # the most that a part holds
+        asks_from = min(ASK_SHARE * self.window_bytes, self.window_bytes - 2 * part_bytes)
         asks = under_way > asks_from or self.probing is not None
         frame = self.session.send(item.head, item.data, acknowledge=asks)
+        self._stop_credit_timer()  # it told all; what comes from now on has its own delay
         if self.probing:
             self.probing.stamped(len(item.data), framed_bytes(len(frame)))
         return frame, framed_rows(item.rows, framed_bytes(len(frame)))

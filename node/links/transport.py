@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 
 from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
-from ...protocol.messages import ENVELOPE_BYTES_MAX, Refusal, encode_frame
+from ...protocol.messages import CHUNK_BYTES_MAX, ENVELOPE_BYTES_MAX, Refusal, encode_frame
 from ...protocol.path_probe import ProbeBusy
 from ..addresses import ListenError
 from ..security.policy import PLAIN, Security
@@ -64,7 +64,7 @@ def channel_options(frame_bytes_max: int) -> list[tuple[str, int]]:
     ]
 
 
-FRAME_BYTES_MAX = 256 * 1024 + ENVELOPE_BYTES_MAX
+FRAME_BYTES_MAX = CHUNK_BYTES_MAX + ENVELOPE_BYTES_MAX
 
 
 @asynccontextmanager

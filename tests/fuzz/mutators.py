@@ -195,11 +195,11 @@ def frame(data: bytes, draw: Random) -> bytes:
         rest = len(chunk.data) - chunk.head.token_ids_bytes - chunk.head.dictionary_bytes
         if chunk.HasField("head") and draw.random() < 0.6 and rest >= 0:
             chunk.head.body_bytes = rest
-        chunk.crc32 = messages._checksum(chunk, chunk.data)
+        chunk.xxh3 = messages._checksum(chunk, chunk.data)
     if parsed.HasField("copy_part") and draw.random() < 0.75:
         part = parsed.copy_part
         numbers = {"stage": part.stage, "completed_steps": part.completed_steps, "offset": part.offset}
-        part.crc32 = control_messages.part_checksum(control_messages.CopyPart(**numbers, data=part.data))
+        part.xxh3 = control_messages.part_checksum(control_messages.CopyPart(**numbers, data=part.data))
     return parsed.SerializeToString()
 
 

@@ -60,6 +60,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/startup.py
 
+# All that wants a GPU, within 8 minutes and without a network; so it sets nothing up. Its Python needs torch for CUDA.
+GPU_PYTHON ?= $(BIN)/python
+
+.PHONY: gpu
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py --out runs/gpu
+
 # What a codec costs in loss where it matters: an hour of one core for each recipe, resumable.
 .PHONY: quality
 quality: $(STAMP)

@@ -1,7 +1,7 @@
 """What a codec costs in time: encode + pack + unpack + decode of both directions, as a share of the stage's compute.
 
     .venv/bin/python benchmarks/codec.py [--preset tiny] [--tokens 1024] [--device cpu] [--layers 4]
-        [--codec "mapl:r=64 int4 int4"]
+        [--codec "mapl:r=64 int4 int4"] [--autocast] [--json FILE]
 
 One interior stage with the preset's shape and `--layers` of its layers (a quarter of the model by default, as in a
 pipeline of four). Its own forward and backward are timed without codec; then each half of the codec with its backward,
@@ -13,9 +13,11 @@ The optimizers are timed apart, once a step of 16 microbatches: SPEL and the pro
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from thinpipe.compress.byte_format import Direction, Key
@@ -47,7 +49,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=0, help="of the stage; 0: a quarter of the preset's")
     parser.add_argument("--codec", action="append", metavar="CODEC [FORWARD [BACKWARD]]")
+    parser.add_argument("--autocast", action="store_true", help="the stage computes in bfloat16; the codec never does")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     given = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(given.device)
@@ -61,13 +65,17 @@ def main() -> None:
     ids_BT = torch.randint(0, model.vocab_size, shape[:2], device=device)
 
     def compute() -> None:
-        model(hidden_BTD.requires_grad_(True)).backward(hidden_BTD.detach())
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=given.autocast):
+            out_BTD = model(hidden_BTD.requires_grad_(True))
+        out_BTD.to(hidden_BTD.dtype).backward(hidden_BTD.detach())
 
     stage_s = median_s(compute, given.repeats, device)
-    print(f"{given.preset}: width {model.width}, {layers} layers, {given.tokens} tokens a microbatch, {given.device}")
+    where = f"{given.device}{', autocast to bfloat16' if given.autocast else ''}"
+    print(f"{given.preset}: width {model.width}, {layers} layers, {given.tokens} tokens a microbatch, {where}")
     print(f"one forward and backward of the stage: {1e3 * stage_s:.1f} ms\n")
     print("| codec | encode + decode | pack + unpack | share of the stage's compute | learning, a step |")
     print("|---|---|---|---|---|")
+    rows: list[dict[str, str | float]] = []
     for spec in given.codec or [
         "identity bf16 bf16",
         "identity int4 int4",
@@ -77,10 +85,13 @@ def main() -> None:
     ]:
         in_graph_s, bytes_s, learn_s = cost(spec, hidden_BTD.detach(), ids_BT, model.vocab_size, given.repeats)
         share = (in_graph_s + bytes_s) / stage_s
+        rows.append({"codec": spec, "in_graph_s": in_graph_s, "bytes_s": bytes_s, "learn_s": learn_s, "share": share})
         print(
             f"| `{spec}` | {1e3 * in_graph_s:.2f} ms | {1e3 * bytes_s:.2f} ms | {share:.1%} "
             f"| {learn_s / (MICROBATCHES * stage_s):.2%} of {MICROBATCHES} microbatches' compute |"
         )
+    if given.json:
+        given.json.write_text(json.dumps({"stage_s": stage_s, "tokens": given.tokens, "codecs": rows}, indent=2) + "\n")
 
 
 def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats: int) -> tuple[float, float, float]:
@@ -97,7 +108,7 @@ def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats
         device=device,
         tokens=bundle.codec.tokens(stage, table_VD),
     )
-    sender, receiver = bundle.codec.encoder(context), bundle.codec.decoder(context)
+    sender, receiver = bundle.codec.encoder(context).to(device), bundle.codec.decoder(context).to(device)
     learned = bundle.codec.table(width) is not None
     if learned:
         sender.use_table(sender.master.clone())
@@ -109,7 +120,7 @@ def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats
     for direction in with_books:
         byte_format = bundle.format(direction)
         byte_format.learn(z_BTW, keys[direction])
-        byte_format.use_table(byte_format.master)
+        byte_format.use_table(byte_format.master.to(device))  # it is learned on the CPU
 
     def in_graph() -> None:
         sender.encode(hidden_BTD.requires_grad_(True), ids_BT).backward(z_BTW)

@@ -185,3 +185,13 @@ def test_counts_that_make_no_pipeline_are_refused() -> None:
         simulate(get_schedule("1f1b"), [times] * 2, [boundary] * 2, microbatches=1)
     with pytest.raises(ValueError, match="3 steps or more"):
         simulate(get_schedule("1f1b"), [times] * 2, [boundary], microbatches=1, steps=2)
+
+
+def test_a_stage_that_runs_ahead_for_a_while_makes_no_step_shorter() -> None:
+    """The last stage takes twice as long as the others, who need not wait for its weight gradients before they begin
+    the next step."""
+    times = [StageTimes(forward_s=1.0, backward_s=2.0), StageTimes(forward_s=2.0, backward_s=4.0)]
+    free = Boundary(forward_bytes=0, backward_bytes=0, link=LinkProfile(rate_bits_per_s=None))
+    simulated = simulate(get_schedule("zb:rtt_ratio=24"), times, [free], microbatches=16)
+    assert simulated.step_s >= 16 * 6.0
+    assert max(simulated.compute_share) <= 1.0 + 1e-9

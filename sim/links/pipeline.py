@@ -97,8 +97,9 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """step_s: seconds of the last step, from its beginning at stage 0 to the next one's; earlier ones fill the
-    pipeline. Shares are of that time: of compute by stage, and of the wire by (sender, receiver)."""
+    """step_s: seconds from the beginning of the last step but one to the last one's, at the stage where that takes
+    longest: the others may run ahead of a slow one for a few steps, as weight gradients that wait let them. Earlier
+    steps fill the pipeline. Shares are of that time: of compute by stage, and of the wire by (sender, receiver)."""
 
     step_s: float
     compute_share: list[float]
@@ -249,11 +250,11 @@ def simulate(
         )
     pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule)
     pipeline.run()
-    begins = [
-        min(span.start_s for span in pipeline.spans if span.step == step and span.stage == 0 and span.sender is None)
-        for step in (steps - 2, steps - 1)
-    ]
-    step_s = begins[1] - begins[0]
+    begins: dict[tuple[int, int], float] = {}  # (stage, step)
+    for span in pipeline.spans:  # in order of time
+        if span.sender is None:
+            begins.setdefault((span.stage, span.step), span.start_s)
+    step_s = max(begins[stage, steps - 1] - begins[stage, steps - 2] for stage in range(len(stages)))
     busy: dict[object, float] = defaultdict(float)
     for span in pipeline.spans:
         if span.step == steps - 2:

@@ -96,7 +96,7 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
     return make
 
 
-def stage_of(name: str, cut: str) -> int:
+def stage_of(name: str, cut: str = "equal") -> int:
     """The group in which a parameter is clipped: the stage that would hold it."""
     if ".layers." not in name:
         return 0 if "embed_tokens" in name else STAGES - 1

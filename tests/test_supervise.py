@@ -362,6 +362,7 @@ def told(stage: int, *lives: tuple[range, int | None]) -> str:
         link = {"boundary": 0, "direction": "backward" if stage else "forward", "sent_bytes": sent}
         link |= dict.fromkeys(("configured_bits_per_s", "measured_bits_per_s", "utilisation"))
         spent = dict.fromkeys(("cpu_s", "compute_s", "codec_s", "wait_s", "peak_rss_bytes", "state_bytes"), 1)
+        spent |= {"layers": 2, "train_s": 2.0}
         if end is not None:
             lines.append({"event": "end", "steps": end, "links": [link], "state_sha256": "0" * 64, **spent})
     return "".join(json.dumps(line) + "\n" for line in lines)

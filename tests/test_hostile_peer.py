@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.links.transport import FRAME_BYTES_MAX
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.node.probing.probe_client import ask
 from thinpipe.protocol.messages import Chunk, Greeting, Head, Kind, encode_frame
@@ -46,10 +47,10 @@ def hostilities(config: RunConfig, hello: Greeting) -> dict[str, tuple[list[byte
     huge = Head(kind=Kind.ACTIVATION, step=0, microbatch=0, body_bytes=2**50)
     frames: dict[str, tuple[list[bytes], str]] = {
         "random bytes": ([bytes(range(256)) * 4], "malformed-frame"),
-        "as many random bytes as may come": ([np.random.default_rng(1).bytes(2**18)], "malformed-frame"),
+        "as many random bytes as may come": ([np.random.default_rng(1).bytes(FRAME_BYTES_MAX)], "malformed-frame"),
         "an empty frame": ([b""], "malformed-frame"),
         "a truncated greeting": ([greeting[:-3]], "malformed-frame"),
-        "a frame over gRPC's limit": ([greeting, bytes(2**22)], "RESOURCE_EXHAUSTED"),
+        "a frame over gRPC's limit": ([greeting, bytes(FRAME_BYTES_MAX + 1)], "RESOURCE_EXHAUSTED"),
         "a chunk before the greeting": ([parts(good)[0]], "unexpected-frame"),
         "two greetings": ([greeting, greeting], "unexpected-frame"),
         "silence": ([], "timeout"),
@@ -116,7 +117,9 @@ def test_a_node_survives_every_hostile_peer_and_then_trains(scene: Scene, tmp_pa
         until(lambda: "listens on" in log.read_text() or victim.poll() is not None, "the node to listen")
         rss_bytes = [asyncio.run(attack(address, config, victim_pid=victim.pid, round=number)) for number in (1, 2)]
         assert victim.poll() is None, log.read_text()
-        assert rss_bytes[1] - rss_bytes[0] < 8 * 2**20  # the first round maps what every connection needs
+        # The first round maps what every connection needs. The allocator may keep a few of the largest frames: over
+        # seven rounds, 277 to 294 MiB, up and down.
+        assert rss_bytes[1] - rss_bytes[0] < 5 * FRAME_BYTES_MAX
 
         with node(run, 0, "--next", address) as neighbour:
             until(lambda: None not in (neighbour.poll(), victim.poll()), "the run to end")

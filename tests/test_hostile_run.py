@@ -17,7 +17,7 @@ import pytest
 from thinpipe.node.config import RunConfig, dump_config
 from thinpipe.node.links.dialling import PERMANENT, NeighbourMismatch, dial
 from thinpipe.node.links.link import Link
-from thinpipe.node.links.transport import METHOD, SERVICE, listening
+from thinpipe.node.links.transport import FRAME_BYTES_MAX, METHOD, SERVICE, listening
 from thinpipe.node.run_records import Tracer
 from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.messages import Greeting, Limits, Refusal, decode_frame, encode_frame
@@ -127,7 +127,7 @@ async def talks_nonsense(context: grpc.aio.ServicerContext) -> None:
 
 async def talks_too_much(context: grpc.aio.ServicerContext) -> None:
     await context.read()
-    await context.write(bytes(2**22))
+    await context.write(bytes(FRAME_BYTES_MAX + 1))
     await context.read()
 
 

@@ -21,7 +21,7 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node.links.dialling import dial
 from thinpipe.node.links.probe_server import ProbeService
-from thinpipe.node.links.transport import PROBE_METHOD, listening, probe_handler, serving
+from thinpipe.node.links.transport import FRAME_BYTES_MAX, PROBE_METHOD, listening, probe_handler, serving
 from thinpipe.node.probing.probe import figures
 from thinpipe.node.probing.probe_client import ask
 from thinpipe.node.probing.reach import ProbeError
@@ -273,7 +273,7 @@ HOSTILE: dict[str, tuple[list[bytes], str]] = {
     "an empty frame": ([b""], "malformed-frame"),
     "truncated terms": ([TERMS[:-1]], "malformed-frame"),
     "a frame over the limit": ([bytes(PROBE_FRAME_BYTES_MAX + 1)], "oversized"),
-    "a frame over gRPC's limit": ([TERMS, bytes(2**22)], "RESOURCE_EXHAUSTED"),
+    "a frame over gRPC's limit": ([TERMS, bytes(FRAME_BYTES_MAX + 1)], "RESOURCE_EXHAUSTED"),
     "silence": ([], "timeout"),
     "silence after the terms": ([TERMS], "timeout"),
     "silence after the turn": ([TERMS, TURN], "timeout"),

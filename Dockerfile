@@ -28,7 +28,7 @@ COPY compress compress
 COPY sim sim
 RUN pip wheel --no-deps --no-build-isolation -w /built . && pip install --no-deps /built/*.whl
 # The default data, the standard library's source, is tokenised once, here: stages find it in a new volume.
-RUN cd / && THINPIPE_CACHE=/runs/cache python -c "from thinpipe.node.config import parse_config; \
+RUN cd / && THINPIPE_CACHE=/runs/cache python -c "from thinpipe.node.config_file import parse_config; \
       from thinpipe.node.node_process import prepare_corpus; prepare_corpus(parse_config({}))"
 
 FROM ${BASE}

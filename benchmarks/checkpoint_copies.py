@@ -17,15 +17,8 @@ from collections import defaultdict
 from pathlib import Path
 
 from efficiency import steady
-from thinpipe.node.config import (
-    CheckpointSection,
-    CodecSection,
-    LinkSection,
-    OptimSection,
-    RunConfig,
-    RunSection,
-    dump_config,
-)
+from thinpipe.node.config import CheckpointSection, CodecSection, LinkSection, OptimSection, RunConfig, RunSection
+from thinpipe.node.config_file import dump_config
 from thinpipe.sim.launch.local_swarm import run_swarm
 from thinpipe.sim.reports.summary import read_records
 

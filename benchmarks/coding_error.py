@@ -23,7 +23,7 @@ from quality import PRESETS
 from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.compress.integer_formats import Int3, Int4
 from thinpipe.compress.registry import parse_format
-from thinpipe.node.config import merge, parse_config, parse_override
+from thinpipe.node.config_file import merge, parse_config, parse_override
 from thinpipe.node.local import run_local
 from torch import Tensor
 

@@ -39,7 +39,7 @@ from typing import NamedTuple
 import torch
 from gpu_page import COUNTS, page
 from gpu_runs import CODECS, FULL, LINKS, QUICK, ROOT, STOP_S, Bench, Part, steady, train
-from thinpipe.node.config import merge, parse_config, parse_override
+from thinpipe.node.config_file import merge, parse_config, parse_override
 from thinpipe.node.model.architecture import PRESETS
 from thinpipe.node.preparation import prepare_corpus
 

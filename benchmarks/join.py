@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thinpipe.node.config import dump_config, merge, parse_config
+from thinpipe.node.config_file import dump_config, merge, parse_config
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.sim.launch.local_swarm import node_environment
 from thinpipe.sim.reports.summary import read_records

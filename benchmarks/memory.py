@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from thinpipe.node.config import load_config
+from thinpipe.node.config_file import load_config
 from thinpipe.sim.reports.summary import read_records
 
 MIB = 2**20

@@ -35,7 +35,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from thinpipe.node.config import RunConfig, dump_config, merge, parse_config, parse_override
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config, merge, parse_config, parse_override
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.sim.launch.local_swarm import node_environment
 from thinpipe.sim.links.netns import Network, network

@@ -20,7 +20,8 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from thinpipe.node.config import RunConfig, load_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import load_config
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine
 from thinpipe.node.preparation import resolve_architecture
 from thinpipe.node.run_records import Lap, MetricsWriter

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from thinpipe.node.config import RunConfig, load_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import load_config
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine
 from thinpipe.node.model import build_stage
 from thinpipe.node.optim import StageOptimizer

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 
-from thinpipe.node.config import merge, parse_config
+from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.model import resolve_model
 from thinpipe.protocol.schedule import get_schedule

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from thinpipe.node.config import RunConfig, dump_config, merge, parse_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config, merge, parse_config
 from thinpipe.node.security.key_directory import clock, init, issue
 from thinpipe.sim.launch.bench_cell import STEADY_WITHIN, Cell, measure
 from thinpipe.sim.launch.local_swarm import run_swarm

@@ -122,7 +122,8 @@ def is_own_process() -> bool:
 
 
 def configuration(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> RunConfig:
-    from ..node.config import ConfigError, merge, parse_config, parse_override, read_toml
+    from ..node.config import ConfigError
+    from ..node.config_file import merge, parse_config, parse_override, read_toml
 
     try:
         tree = read_toml(path) if path else {}
@@ -134,7 +135,8 @@ def configuration(path: Path | None, options: dict[str, Any], overrides: list[st
 
 def said(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> dict[str, Any]:
     """The settings that were given, and no defaults: in a file, by options and by --set; the later one wins."""
-    from ..node.config import ConfigError, parse_override, read_toml
+    from ..node.config import ConfigError
+    from ..node.config_file import parse_override, read_toml
 
     found: dict[str, Any] = {}
     try:

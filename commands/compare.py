@@ -78,7 +78,7 @@ def compare(
     from ..node.comparing.compare import LINKS, RECIPES, Comparison
     from ..node.comparing.compare import compare as run
     from ..node.comparing.recipe import Recipe
-    from ..node.config import parse_override
+    from ..node.config_file import parse_override
     from ..node.local import LocalRunError
     from ..node.preparation import BAD_INPUT
     from ..sim.launch.end_signals import ending_as_ctrl_c

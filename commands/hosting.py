@@ -174,7 +174,8 @@ def _join(
     resume: bool,
 ) -> None:
     from ..node.addresses import ListenError
-    from ..node.config import ConfigError, parse_override
+    from ..node.config import ConfigError
+    from ..node.config_file import parse_override
     from ..node.discovery.claiming import RunFinished, StageTaken
     from ..node.discovery.client import DiscoveryError
     from ..node.discovery.joining import JoinOptions, join

@@ -156,7 +156,8 @@ def bench(
     """
     one_arithmetic_thread()
     from ..node.codec_words import split_codecs
-    from ..node.config import ConfigError, parse_override
+    from ..node.config import ConfigError
+    from ..node.config_file import parse_override
     from ..node.measuring.bench_grid import BenchGrid, run_bench
     from ..node.measuring.plan import PLANNED
 

@@ -171,7 +171,7 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     """Refuse what cannot work before it stands in RUN, where its correction would be another run's settings. In a
     process that ends: the supervisor itself has no use for torch, and may stay for days. As `user`, who is to read the
     model and the data. Raises SupervisorError."""
-    from ..node.config import dump_config
+    from ..node.config_file import dump_config
     from ..sim.launch.local_swarm import ERROR_PREFIX, node_environment
     from ..sim.launch.privileges import known, may_not_become
     from ..sim.launch.stage_lock import SupervisorError
@@ -258,7 +258,8 @@ def _uncap() -> list[str]:
 def _agree(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """The settings in RUN/run.toml, which who comes first writes; what was given here must agree with them. Where nodes
     may differ it need not: then the second are options for the node."""
-    from ..node.config import dump_config, recommended_line
+    from ..node.config import recommended_line
+    from ..node.config_file import dump_config
 
     aside = path.with_name(f".run.toml-{os.uname().nodename}-{os.getpid()}")
     try:
@@ -280,7 +281,8 @@ def _agree(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunC
 def _shared(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[RunConfig, list[str]]:
     """What stands in RUN/run.toml, and options for the node: what was `given` here and may differ from it. Ends with 2
     where it may not."""
-    from ..node.config import ConfigError, load_config
+    from ..node.config import ConfigError
+    from ..node.config_file import load_config
     from ..node.discovery.shared_config import differences
 
     try:

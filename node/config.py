@@ -1,4 +1,4 @@
-"""Every setting of a run, in one place, read from TOML by pydantic.
+"""Every setting of a run, in one place, with its bounds and what is said of it (pydantic).
 
 One `run.toml` describes the whole swarm and every node reads the same file; what differs between nodes (stage index,
 addresses) is given on the command line. Neighbours compare `RunConfig.digest()` in their greeting, so two nodes that
@@ -8,16 +8,13 @@ tree gives one spelling to the TOML key, the command-line override and the error
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..compress.recommended_rates import recommended_for
 from ..protocol.messages import CHUNK_BYTES_MAX
@@ -356,88 +353,3 @@ def recommended_line(config: RunConfig) -> str | None:
     """What of `recommended` there is, for people; None for nothing."""
     told = ", ".join(f"optim.{name}={value:g}" for name, value in recommended(config).items())
     return f"{told}: recommended for codec {config.codec.codec}; set them to override" if told else None
-
-
-def known_keys() -> list[str]:
-    """All settings as `section.key`."""
-    return [
-        f"{section}.{key}"
-        for section, field in RunConfig.model_fields.items()
-        for key in type(field.default).model_fields
-    ]
-
-
-def _nearest(key: str, candidates: list[str]) -> str:
-    found = difflib.get_close_matches(key, candidates, n=1, cutoff=0.4)
-    if not found:  # the right key under the wrong section is the other common slip
-        found = [name for name in candidates if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    return f"; the nearest known one is '{found[0]}'" if found else f"; known: {', '.join(candidates)}"
-
-
-def _check_known(tree: dict[str, Any]) -> None:
-    sections = list(RunConfig.model_fields)
-    for section, table in tree.items():
-        if section not in sections:
-            raise ConfigError(f"unknown section [{section}]{_nearest(section, sections)}")
-        if not isinstance(table, dict):
-            raise ConfigError(f"'{section}' is a section: write it as a table, [{section}]")
-        for key in table:
-            if f"{section}.{key}" not in known_keys():
-                raise ConfigError(f"unknown setting '{section}.{key}'{_nearest(f'{section}.{key}', known_keys())}")
-
-
-def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """Check a plain tree of settings. Raises ConfigError with one line that names the first fault."""
-    _check_known(tree)
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        got = f" (got {first['input']!r})" if where else ""
-        raise ConfigError(f"{where}: {message}{got}" if where else message) from None
-
-
-def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read a run.toml; `overrides` maps `section.key` to a value and wins. Raises ConfigError."""
-    return parse_config(merge(read_toml(path), overrides or {}))
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The raw tree of a TOML file. Raises ConfigError."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such configuration file: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the configuration file {path}: {error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-def merge(tree: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `tree` with `section.key` overrides laid over it. Raises ConfigError for an unknown key."""
-    merged = {name: dict(table) if isinstance(table, dict) else table for name, table in tree.items()}
-    for name, value in overrides.items():
-        section, _, key = name.partition(".")
-        if name not in known_keys():
-            raise ConfigError(f"unknown setting '{name}'{_nearest(name, known_keys())}")
-        merged.setdefault(section, {})[key] = value
-    return merged
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """`section.key=value` from the command line; the value is TOML, a bare word is a string. Raises ConfigError."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"--set wants section.key=value, got '{text}'")
-    try:
-        return name.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        return name.strip(), value.strip()
-
-
-def dump_config(config: RunConfig) -> str:
-    """The resolved settings as TOML; keys that are unset are left out."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

@@ -25,7 +25,8 @@ from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.summary import lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
-from .config import ConfigError, RunConfig, dump_config, load_config, recommended_line
+from .config import ConfigError, RunConfig, recommended_line
+from .config_file import dump_config, load_config
 from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
 from .node_process import FAILED

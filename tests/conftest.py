@@ -75,7 +75,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_settings(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """`section.key` -> value of a run that trains in milliseconds; its corpus is tokenised and in the cache."""
-    from thinpipe.node.config import merge, parse_config
+    from thinpipe.node.config_file import merge, parse_config
     from thinpipe.node.preparation import prepare_corpus
 
     cache = tmp_path_factory.mktemp("cache")
@@ -87,7 +87,7 @@ def tiny_settings(tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="session")
 def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
     """`tiny({"pipeline.stages": 2, ...})`: the tiny run with these settings laid over it."""
-    from thinpipe.node.config import merge, parse_config
+    from thinpipe.node.config_file import merge, parse_config
 
     def make(overrides: dict[str, Any] | None = None) -> RunConfig:
         return parse_config(merge({}, {**tiny_settings, **(overrides or {})}))

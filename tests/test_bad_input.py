@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from thinpipe.cli import app
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig

@@ -38,7 +38,8 @@ from thinpipe.node.checkpoints.manifest import (
     read_manifest,
 )
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
-from thinpipe.node.config import ConfigError, RunConfig, dump_config, parse_config
+from thinpipe.node.config import ConfigError, RunConfig
+from thinpipe.node.config_file import dump_config, parse_config
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.stage_state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
@@ -219,7 +220,7 @@ def test_another_process_goes_on_from_the_disk(tiny: TinyConfig, tmp_path: Path)
     program = (
         "import sys, json; from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-        "from thinpipe.node.config import load_config\n"
+        "from thinpipe.node.config_file import load_config\n"
         "from tests.test_checkpoint import Run, store_of, STAGES\n"
         "out = Path(sys.argv[1]); run = Run(load_config(out / 'run.toml'))\n"
         "run.rollback([store_of(out, stage=index).load(4) for index in range(STAGES)], generation=1)\n"

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from thinpipe.cli import app
 from thinpipe.node import local
-from thinpipe.node.config import RunConfig, dump_config, load_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.sim.launch import local_swarm
 from thinpipe.sim.launch.local_swarm import SwarmError
 from thinpipe.sim.reports.summary import read_records

@@ -15,7 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-from thinpipe.node.config import RunConfig, dump_config, load_config, merge, parse_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
 from thinpipe.node.discovery.dht import write_frame
 from thinpipe.node.one_process import OneProcess
 from thinpipe.sim.launch.local_swarm import node_environment

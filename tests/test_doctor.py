@@ -23,7 +23,7 @@ from rich.console import Console
 from thinpipe import __version__
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.links import probe_server
 from thinpipe.node.links.probe_server import ProbeService, dial_back
 from thinpipe.node.links.transport import listening, probe_handler, serving

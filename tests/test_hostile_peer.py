@@ -12,7 +12,8 @@ import grpc
 import numpy as np
 import psutil
 import pytest
-from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.links.transport import FRAME_BYTES_MAX
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.node.probing.probe_client import ask

@@ -14,7 +14,8 @@ import grpc
 import grpc.aio
 import numpy as np
 import pytest
-from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.links.dialling import PERMANENT, NeighbourMismatch, dial
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import FRAME_BYTES_MAX, METHOD, SERVICE, listening

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 from thinpipe.sim.reports.summary import OUTSIDE_RATIO
 
 from .conftest import TinyConfig

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from thinpipe.cli import app
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 from thinpipe.sim.links import netns
 from thinpipe.sim.links.netns import existing
 from thinpipe.sim.reports.summary import read_records

@@ -24,7 +24,8 @@ import pytest
 from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
-from thinpipe.node.config import ConfigError, RunConfig, dump_config, merge, parse_config
+from thinpipe.node.config import ConfigError, RunConfig
+from thinpipe.node.config_file import dump_config, merge, parse_config
 from thinpipe.node.discovery import claiming, joining
 from thinpipe.node.discovery.bootstrap import _keep
 from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_stage

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 
 from .conftest import TinyConfig
 
@@ -20,7 +20,7 @@ def test_a_step_with_all_that_is_learned_imports_no_compiler(tiny: TinyConfig, t
     program = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from thinpipe.node.config import load_config\n"
+        "from thinpipe.node.config_file import load_config\n"
         "from thinpipe.node.one_process import OneProcess\n"
         f"OneProcess(load_config(Path({str(tmp_path / 'run.toml')!r}))).train()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"

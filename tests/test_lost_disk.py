@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
 from thinpipe.sim.launch.fork_server import Process
 from thinpipe.sim.launch.local_swarm import free_ports
 from thinpipe.sim.reports.summary import read_records

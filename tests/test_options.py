@@ -9,7 +9,8 @@ import typer.main
 from thinpipe.cli import app
 from thinpipe.commands.options import HELP, SETTING, settings_of, without_auto
 from thinpipe.node.codec_words import codec_settings
-from thinpipe.node.config import ConfigError, merge, parse_config
+from thinpipe.node.config import ConfigError
+from thinpipe.node.config_file import merge, parse_config
 from typer.testing import CliRunner
 
 COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttributeAccessIssue]

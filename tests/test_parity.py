@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.local import run_local
 from thinpipe.sim.launch.local_swarm import node_environment
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
 from thinpipe.sim.launch.local_swarm import free_ports, node_environment
 from thinpipe.sim.reports.summary import read_records

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 from thinpipe.cli import app
-from thinpipe.node.config import RunConfig, dump_config
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
 from thinpipe.sim.reports.summary import read_records, steps_of
 from typer.testing import CliRunner
 

@@ -1,7 +1,7 @@
 """docs/settings.md says of every setting what the code says of it."""
 
 import pytest
-from thinpipe.node.config import known_keys
+from thinpipe.node.config_file import known_keys
 
 from .settings_document import DOCUMENT, filled, tables
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinpipe.node.config import ConfigError, merge, parse_config
+from thinpipe.node.config import ConfigError
+from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.model import ModelError, partition, resolve_model
 from thinpipe.node.model.stage_cut import balanced_cut, equal_cut, layer_ranges, least_layers, stated_cut
 from thinpipe.node.preparation import run_digest

@@ -20,7 +20,7 @@ import pytest
 import typer
 from thinpipe.cli import app
 from thinpipe.commands import reports, supervise
-from thinpipe.node.config import dump_config, load_config
+from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.sim.launch import privileges, service_supervisor, stage_lock
 from thinpipe.sim.launch.local_swarm import free_ports, node_environment
 from thinpipe.sim.launch.service_supervisor import Assignment, Supervisor

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
-from thinpipe.node.config import dump_config
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.links.control_stream import Control
 from thinpipe.node.links.dialling import NeighbourMismatch, dial, dial_control
 from thinpipe.node.links.link import Link

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from thinpipe.node.config import load_config
+from thinpipe.node.config_file import load_config
 from thinpipe.sim.launch.local_swarm import node_environment
 from thinpipe.sim.links.netns import Network, network
 from thinpipe.sim.links.shaper import LinkProfile

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from ...protocol.schedule import ScheduleError
-from ..config import CodecSection, ConfigError, merge, parse_config
+from ..config import CodecSection, ConfigError
+from ..config_file import merge, parse_config
 from ..measuring.emulated_machine import EmulatedMachine
 from ..measuring.plan import AUTO, PLANNED, planned
 from ..preparation import resolve_architecture

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..codec_words import codec_settings
-from ..config import ConfigError, RunConfig, merge, parse_config, parse_override
+from ..config import ConfigError, RunConfig
+from ..config_file import merge, parse_config, parse_override
 
 METAVAR = "NAME=CODEC [FORWARD [BACKWARD]] [SECTION.KEY=VALUE ...]"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}")  # a part of a directory's name

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
 from ...protocol.stage_choice import fitting
 from ..addresses import ListenError, check_listen
-from ..config import ConfigError, RunConfig, dump_config, load_config
+from ..config import ConfigError, RunConfig
+from ..config_file import dump_config, load_config
 from ..security.key_directory import KeysError
 from ..security.policy import Security, choose
 from .claiming import LOOK_AGAIN_S, Environment, take_stage

@@ -17,7 +17,8 @@ from typing import Any
 from ...protocol.errors import LocalProtocolError
 from ...protocol.header import printable
 from ...protocol.node_record import RunRecord, encode_run
-from ..config import ConfigError, RunConfig, dump_config, merge, parse_config, read_toml
+from ..config import ConfigError, RunConfig
+from ..config_file import dump_config, merge, parse_config, read_toml
 
 # What is written to, and who may look on: no stranger decides that.
 OWN_PLACES = {"data.cache", "checkpoint.directory", "watch.prometheus", "watch.tensorboard"}

@@ -27,7 +27,8 @@ from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
 from ..codec_words import codec_settings
-from ..config import ConfigError, RunConfig, dump_config, merge, parse_config
+from ..config import ConfigError, RunConfig
+from ..config_file import dump_config, merge, parse_config
 from ..local import clear, writable
 from ..preparation import check_codec, prepare_corpus, resolve_architecture
 from .cut_advice import advice_line, cut_advice

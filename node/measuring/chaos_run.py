@@ -14,7 +14,8 @@ from ...sim.launch.fault_injection import Kind, disturb, plan, plan_every, repor
 from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.reports.summary import summarise, write_summary
-from ..config import RunConfig, dump_config, load_config
+from ..config import RunConfig
+from ..config_file import dump_config, load_config
 from ..local import LocalRunError, clear, run_local, writable
 from ..preload import fork_server
 from ..preparation import BAD_INPUT, check_settings

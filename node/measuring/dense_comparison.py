@@ -19,7 +19,8 @@ from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
-from ..config import CodecSection, RunConfig, parse_config
+from ..config import CodecSection, RunConfig
+from ..config_file import parse_config
 from ..preparation import resolve_architecture
 from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine

@@ -17,7 +17,8 @@ from ...compress.byte_format import CodecError
 from ...protocol.schedule import RTT_RATIO_MAX, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile
-from ..config import ConfigError, RunConfig, load_config
+from ..config import ConfigError, RunConfig
+from ..config_file import load_config
 from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture

@@ -75,6 +75,7 @@ class Figures:
 def settings(given: argparse.Namespace, program: str) -> RunConfig:
     values: dict[str, Any] = {"run.steps": given.steps, "pipeline.stages": given.stages, "link.link": "none"}
     values |= {"checkpoint.every": 0, "codec.codec": PROGRAMS[program]}
+    values |= {"pipeline.cut": "equal"}  # as torch's stages are cut
     values |= {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}  # for every codec the same
     if given.emulate:
         forward_ms, backward_ms = given.emulate

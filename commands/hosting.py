@@ -100,6 +100,8 @@ def node(
         "watch.tensorboard": tensorboard,
     }
     if join and not check:
+        if speed is not None and stage != AUTO:
+            fail("--speed goes with --stage auto, which chooses a stage by it; omit one of the two", 2)
         if next_:
             fail("--next and --join contradict each other: the DHT says where the stage below is; omit one", 2)
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}

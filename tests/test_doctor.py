@@ -28,6 +28,7 @@ from thinpipe.node.links import probe_server
 from thinpipe.node.links.probe_server import ProbeService, dial_back
 from thinpipe.node.links.transport import listening, probe_handler, serving
 from thinpipe.node.measuring.machine_speed import machine_speed
+from thinpipe.node.preparation import resolve_architecture
 from thinpipe.node.probing import doctor, machine
 from thinpipe.node.probing.doctor import Questions, examine, report, table
 from thinpipe.node.probing.machine import Finding
@@ -460,7 +461,8 @@ def invoke(*arguments: str) -> Any:
 
 def test_a_machine_s_speed_is_its_own_and_not_the_model_s(tiny: TinyConfig) -> None:
     """Operations a second are about alike for two lengths of a sequence, of which one is twice the work."""
-    found = [machine_speed(tiny({"data.sequence_length": length}), seconds=0.1) for length in (64, 128)]
+    configs = [tiny({"data.sequence_length": length}) for length in (64, 128)]
+    found = [machine_speed(config, resolve_architecture(config), seconds=0.1) for config in configs]
     assert max(found) < 4 * min(found)
     assert 1e7 < min(found) < 1e13
     finding = machine.speed(tiny({}))

@@ -825,6 +825,8 @@ def test_hosts_of_grpc_peers() -> None:
 
 REFUSED = [
     (["node", "--stage", "auto"], "--stage auto goes with --join"),
+    (["node", "--stage", "1", "--speed", "2"], "--speed goes with --join"),
+    (["node", "--join", "127.0.0.1:1", "--stage", "1", "--speed", "2"], "--speed goes with --stage auto"),
     (["node", "--stage", "0"], "say which run: --config run.toml and the addresses, or --join"),
     (["node", "--stage", "0", "--next", "a:1", "--join", "b:1"], "--next and --join contradict each other"),
     (["node", "--stage", "0", "--join", "nonsense"], "--join nonsense: neither host:port"),

@@ -13,7 +13,9 @@ from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine, times_at
 from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.measuring.plan import with_depth
+from thinpipe.node.measuring.stage_times import times_calibrated
 from thinpipe.node.model import resolve_model
+from thinpipe.node.preparation import resolve_architecture
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -208,6 +210,15 @@ def test_the_depth_is_found_by_simulation() -> None:
     assert found["step_s"] <= 1.003 * deepest["step_s"]
     in_flight = [sum(stage["microbatches_in_flight"] for stage in each["stages"]) for each in (found, deepest)]
     assert in_flight[0] < in_flight[1]
+
+
+def test_a_calibrated_stage_takes_what_its_part_of_the_work_takes(tiny: TinyConfig) -> None:
+    """An embedding alone takes next to nothing; the middle is as long as its layers are many."""
+    config = tiny({"pipeline.stages": 3, "pipeline.cut": "0,3,1", "codec.codec": "bf16"})
+    first, middle, last = times_calibrated(config, resolve_architecture(config))
+    assert first.forward_s == 0
+    assert 0 < last.forward_s < middle.forward_s
+    assert middle.backward_s == 2 * middle.forward_s
 
 
 def test_a_run_finds_its_depth_before_the_first_step(tiny: TinyConfig) -> None:

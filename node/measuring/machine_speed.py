@@ -8,31 +8,29 @@ the loss take time that it does not show.
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from ..config import RunConfig
-from ..model import build_stage, resolve_model
+from ..model import build_stage
 from ..stage import DTYPES
 from ..stage_costs import operations
-from .emulated_machine import VOCABULARY
 
-WARM_UP = 2  # passes
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
-def machine_speed(config: RunConfig, *, seconds: float = 1.0) -> float:
+def machine_speed(config: RunConfig, architecture: PretrainedConfig, *, seconds: float = 1.0) -> float:
     """Operations a second, on the run's device and in its dtype, with one thread as in a node. Takes `seconds` and what
-    a few passes take. Raises ModelError."""
-    vocabulary = config.model.vocab_size or VOCABULARY
-    length = config.data.sequence_length
-    architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
+    two passes take. Raises ModelError."""
     device, dtype = torch.device(config.compute.device), DTYPES[config.compute.dtype]
     last = architecture.num_hidden_layers
     model = build_stage(
         architecture, stage=1, stages=2, seed=1, dtype=dtype, device=device, layers=range(last - 1, last)
     )
-    shape = (config.microbatch_size, length)
+    shape = (config.microbatch_size, config.data.sequence_length)
     entering_BTD = torch.randn(*shape, model.width, device=device, dtype=next(model.parameters()).dtype)
     wanted_N = torch.zeros(shape[0] * shape[1], dtype=torch.int64, device=device)
 
@@ -47,9 +45,8 @@ def machine_speed(config: RunConfig, *, seconds: float = 1.0) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
-    passes(WARM_UP - 1)
-    one_s = passes(1)
-    count = max(1, round(seconds / one_s))
+    passes(1)  # warms up
+    count = max(1, round(seconds / passes(1)))
     costs = operations(config, architecture)
     done = 3 * (costs.layer + costs.head) * len(wanted_N) * count  # backward is twice forward
     return done / passes(count)

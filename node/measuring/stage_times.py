@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,14 @@ import numpy as np
 from ...sim.links.pipeline import StageTimes
 from ...sim.reports.summary import read_records
 from ..config import ConfigError, RunConfig
-from ..stage import Stage
 from ..stage_costs import operations, stage_layers
 from .emulated_machine import EmulatedMachine
+from .machine_speed import machine_speed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+CALIBRATION_S = 0.3
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
@@ -44,24 +45,15 @@ def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
 
 
 def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
-    """Seconds of a first stage on this machine while it is otherwise idle, used for all stages: one microbatch forward
-    and backward, after one that warms up. With more stages than cores a run is slower, and then a depth for
-    these times is more than it needs."""
+    """Seconds of each stage on a machine like this one while it is otherwise idle, by its speed and the stages'
+    operations. With more stages than cores a run is slower, and then a depth for these times is more than it needs."""
     if config.compute.emulate:
         return EmulatedMachine.parse(config.compute.emulate).times(config, architecture)
-    import torch
-
-    stage = Stage(config, architecture, 0)
-    ids_BS = np.zeros((config.microbatch_size, config.data.sequence_length + 1), np.int32)
-    took: list[float] = []
-    for microbatch in range(2):
-        began = time.perf_counter()
-        out = stage.forward(0, microbatch, ids_BS, None)
-        took.append(time.perf_counter() - began)
-        began = time.perf_counter()
-        stage.backward(microbatch, None if out is None else torch.zeros_like(out.z_BTW), 0.0 if out else None)
-        took.append(time.perf_counter() - began)
-    return [StageTimes(forward_s=took[2], backward_s=took[3])] * config.pipeline.stages
+    counts = [len(layers) for layers in stage_layers(config, architecture)]
+    token_s = 1 / machine_speed(config, architecture, seconds=CALIBRATION_S)
+    microbatch_s = config.microbatch_size * config.data.sequence_length * token_s
+    forward_s = [work * microbatch_s for work in operations(config, architecture).of_stages(counts)]
+    return [StageTimes(forward_s=each, backward_s=2 * each) for each in forward_s]
 
 
 def times_recut(

@@ -17,7 +17,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 from packaging.requirements import InvalidRequirement, Requirement
@@ -25,6 +25,9 @@ from packaging.requirements import InvalidRequirement, Requirement
 from ... import __version__
 from ...sim.links.tc import KernelLinkError, has_netem
 from ..config import ConfigError, RunConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 State = Literal["ok", "warning", "fault", "not asked"]
 
@@ -260,7 +263,7 @@ def speed(config: RunConfig | None) -> Finding:
         check_device(settings)
     except ConfigError as error:
         return Finding(name=name, state="not asked", found=str(error).partition(";")[0], remedy="see GPU")
-    tflops = machine_speed(settings) / 1e12
+    tflops = machine_speed(settings, _architecture(settings)) / 1e12
     model = settings.model.path or settings.model.preset
     where = f"{settings.compute.dtype} on {settings.compute.device}"
     found = f"{tflops:.3g} Tflop/s, for a layer and the head of {model}, {where}: for pipeline.speeds and node --speed"
@@ -286,14 +289,19 @@ def _state_bytes(config: RunConfig | None) -> int:
         return 0
     import torch
 
-    from ..measuring.emulated_machine import VOCABULARY
-    from ..model import resolve_model
     from ..model.slices import skeleton
 
-    vocabulary = config.model.vocab_size or VOCABULARY
-    architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=config.data.sequence_length)
-    parameters = sum(each.numel() for each in skeleton(architecture, torch.float32).parameters())
+    parameters = sum(each.numel() for each in skeleton(_architecture(config), torch.float32).parameters())
     return parameters * STATE_BYTES_PER_PARAMETER // config.pipeline.stages
+
+
+def _architecture(config: RunConfig) -> PretrainedConfig:
+    """The run's, without a look at its text. Raises ModelError."""
+    from ..measuring.emulated_machine import VOCABULARY
+    from ..model import resolve_model
+
+    vocabulary = config.model.vocab_size or VOCABULARY
+    return resolve_model(config.model, vocab_size=vocabulary, sequence_length=config.data.sequence_length)
 
 
 def _checkpoint_bytes(config: RunConfig | None) -> int:

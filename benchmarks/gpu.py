@@ -42,6 +42,7 @@ from gpu_runs import CODECS, FULL, LINKS, QUICK, ROOT, STOP_S, Bench, Part, stea
 from thinpipe.node.config_file import merge, parse_config, parse_override
 from thinpipe.node.model.architecture import PRESETS
 from thinpipe.node.preparation import prepare_corpus
+from thinpipe.sim.links.shaper import LinkProfile
 
 SHARES = {"tests": 0.08, "parity": 0.23, "throughput": 0.35, "loss": 0.34}
 TARGET_SHARE = 0.05  # of a stage's compute, for its codec
@@ -185,7 +186,7 @@ def loss(bench: Bench, deadline: float) -> Part:
     config = parse_config(merge({}, {"model.preset": scale.preset, **dict(map(parse_override, scale.loss))}))
     # A dense step takes what its messages take on the wire, and about half as much again for fill and latency.
     dense_bytes = 2 * PRESETS[scale.preset].width * config.tokens_per_step
-    dense_s = 1.5 * dense_bytes * 8 / 80e6 + 0.3
+    dense_s = 1.5 * dense_bytes * 8 / (LinkProfile.parse(link).rate_bits_per_s or 1) + 0.3
     left_s = deadline - time.monotonic() - 2.6 * scale.least_s  # two starts, and the other run
     steps = max(scale.loss_steps[0], min(scale.loss_steps[1], int(left_s / dense_s)))
     curves: dict[str, list[tuple[float, float]]] = {}

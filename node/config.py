@@ -134,7 +134,7 @@ class PipelineSection(Section):
         description="layers of each stage, such as 3,3,2,0; equal: as many for each; auto: so that the slowest stage "
         "is as fast as it can be",
     )
-    speeds: tuple[Annotated[float, Field(gt=0, le=1e6)], ...] = Field(
+    speeds: tuple[Annotated[float, Field(ge=1e-6, le=1e6)], ...] = Field(
         default=(), max_length=1024, description="of the stages' machines, relative, such as 1,1,0.5,0.25; none: alike"
     )
 
@@ -150,7 +150,7 @@ class PipelineSection(Section):
     @classmethod
     def _are_speeds(cls, given: object) -> object:
         if isinstance(given, str):
-            return [part for part in given.split(",") if part.strip()]
+            return [part.strip() for part in given.split(",")] if given.strip() else []
         return [given] if isinstance(given, int | float) else given
 
     @field_validator("schedule")
@@ -182,7 +182,10 @@ class LinkSection(Section):
         default=16 * 2**20, ge=2**20, description="queued bytes from which a stage waits for its link"
     )
     receive_buffer_bytes: int = Field(
-        default=16 * 2**20, ge=2**20, description="the credit of a neighbour: bytes that it may send ahead of need"
+        default=16 * 2**20,
+        ge=2**20,
+        description="the credit of a neighbour: bytes that it may send ahead of need; more where a message or "
+        "the depth of the schedule needs more",
     )
     uncapped_window_bytes: int = Field(
         default=16 * 2**20, ge=2**20, description="unacknowledged bytes where no rate is known"

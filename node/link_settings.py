@@ -7,6 +7,7 @@ from collections import Counter
 from ..protocol.control_messages import PART_BYTES_MAX
 from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import NodeIdentity
+from ..protocol.messages import Limits
 from ..protocol.schedule import get_schedule, messages_ahead
 from ..protocol.session import LinkSession
 from ..sim.links.shaper import LinkProfile
@@ -14,7 +15,7 @@ from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
 from .links.control_stream import HEARTBEAT_EVERY_S
 from .links.link import Link
-from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS
+from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS, chunk_bytes_for
 from .run_records import Tracer
 from .stage import Stage
 
@@ -37,9 +38,7 @@ def make_link(
     member: the only process that may be at the other end. sent: the account to go on with.
     """
     settings, limits = config.link, shape.limits
-    pipeline = config.pipeline
-    ahead = messages_ahead(get_schedule(pipeline.schedule), pipeline.stages, pipeline.microbatches)
-    buffer_bytes = max(settings.receive_buffer_bytes, max(2, ahead) * (limits.message_bytes + limits.frame_bytes))
+    buffer_bytes = receive_buffer_bytes(config, limits, from_above=peer < identity.stage)
     return Link(
         session=LinkSession(
             identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member
@@ -52,6 +51,16 @@ def make_link(
         tracer=tracer,
         sent=sent,
     )
+
+
+def receive_buffer_bytes(config: RunConfig, limits: Limits, *, from_above: bool) -> int:
+    """What a neighbour may send ahead of need: as much as the settings say, two messages in any case, and of
+    activations all that the schedule sends before it wants a gradient."""
+    pipeline, messages = config.pipeline, 2
+    if from_above:
+        schedule = get_schedule(pipeline.schedule)
+        messages = max(messages, messages_ahead(schedule, pipeline.stages, pipeline.microbatches))
+    return max(config.link.receive_buffer_bytes, messages * (limits.message_bytes + limits.frame_bytes))
 
 
 def part_bytes_for(profile: LinkProfile) -> int:
@@ -81,6 +90,7 @@ def heartbeat_timeout_s(profile: LinkProfile) -> float:
     """Seconds after which a neighbour that says nothing is gone: what the link itself may hold a frame up (a full
     window before it and the way there), two frames lost, and a busy machine."""
     rate = profile.rate_bits_per_s
-    window_bytes = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (rate or 0) / 8 * 2 * profile.latency_s + 2**18
+    window_bytes = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (rate or 0) / 8 * 2 * profile.latency_s
+    window_bytes += 2 * chunk_bytes_for(profile)
     ahead_s = 0.0 if rate is None else 2 * window_bytes * 8 / rate
     return ahead_s + 2 * (profile.latency_s + profile.jitter_s) + 2 * HEARTBEAT_EVERY_S + HOLD_UP_S

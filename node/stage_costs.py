@@ -12,7 +12,7 @@ From the same settings every node finds the same numbers, so that no two have to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,18 +52,24 @@ class Operations:
         return [count * self.layer + of_end for count, of_end in zip(counts, self.of_ends(len(counts)), strict=True)]
 
 
-def operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
-    """Raises ModelError for an architecture that cannot be built."""
+def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
+    """Without a codec. Raises ModelError for an architecture that cannot be built."""
     one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
     matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and ".layers." in name)
     width = architecture.hidden_size
-    codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
     return Operations(
         layer_weights=2.0 * matrices,
         attention=2.0 * config.data.sequence_length * width,
         head=2.0 * architecture.vocab_size * width,
-        codec_end=codec.operations_per_token(width),
+        codec_end=0.0,
     )
+
+
+def operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
+    """Raises ModelError for an architecture that cannot be built, and CodecError."""
+    codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
+    found = model_operations(config, architecture)
+    return replace(found, codec_end=codec.operations_per_token(architecture.hidden_size))
 
 
 def stage_layers(config: RunConfig, architecture: PretrainedConfig) -> list[range]:
@@ -85,14 +91,15 @@ def best_cut(
 ) -> list[int]:
     """Layers of each stage for machines of these speeds, whatever `pipeline.cut` says. Raises ModelError."""
     layers, stages = architecture.num_hidden_layers, len(at_speeds)
-    codec = parse_codec(config.codec.codec).codec
-    last = codec.last_layers(architecture.hidden_size)  # more than there are: `Codec.check_layers` says so
+    wanted = parse_codec(config.codec.codec).codec.last_layers(architecture.hidden_size)
+    # More than there are: `Codec.check_layers` says so.
+    last = min(wanted, max(1, layers - (stages - 2)))
     return balanced_cut(
         layers,
         of_layer=costs.layer,
         of_ends=costs.of_ends(stages),
         speeds=at_speeds,
-        least=least_layers(stages, last=max(0, min(last, layers - (stages - 2)))),
+        least=least_layers(stages, last=last),
     )
 
 

@@ -32,7 +32,7 @@ and stores enough gradients, for the upstream one to reach its first backward. 1
 How deep pays: in the steady state, the round trip of one boundary at a time, and rtt_ratio is what it says. But a step
 begins with an empty pipeline, and its first gradient comes back to stage 0 after the round trips of all boundaries. A
 stage that has forwards left until then does not stand idle, so zb over slow links gains up to rtt_ratio times as many
-as there are boundaries (four stages of 13 ms over 25 ms: 0.82 of the machines at 6, 0.91 at 18), for memory.
+as there are boundaries (docs/results.md, "Stages cut by speed": 0.82 of the machines at 6, 0.91 at 15), for memory.
 
 Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
 """

@@ -178,14 +178,14 @@ class Bench:
         plain = cell.schedule.removesuffix(AUTO)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
-        layers = None
+        layers = machine = None
         if cell.emulated:
             machine = EmulatedMachine.parse(cell.mode)
             times = machine.times(config, architecture)
             layers = [len(of_stage) for of_stage in machine.layers(config, architecture)]
         else:
             times = self._times_of(cell, config)
-        schedule = resolved_schedule(cell.schedule, config, architecture, times) if times else plain
+        schedule = resolved_schedule(cell.schedule, config, architecture, times, layers=layers) if times else plain
         entry["schedule"] = schedule
         window_steps = 3
         if times:
@@ -203,7 +203,7 @@ class Bench:
         if entry["measured"]["problems"]:
             entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
         taken = times_measured(self._out / "cells" / cell.name, config)
-        if layers is None or sum(layers) == architecture.num_hidden_layers:
+        if machine is None or not machine.part:
             entry["cut_advice"] = cut_advice(cell.config(schedule, 1), architecture, taken)
             shares = [stage["compute_s"] for stage in entry["measured"]["stages"]]  # of the windows' time
             entry["cut_advice"]["line"] = advice_line(entry["cut_advice"], shares)

@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,10 +64,11 @@ def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> Non
     found |= {"simulation_left_out": None, "cut_advice": None}
     try:
         found |= _simulations(run, config)
-        if summary["mode"] == "swarm" and not is_part(config):
-            found["cut_advice"] = _advice(summary, run, config)
     except Exception as error:  # the run has ended well, whatever this is
         found["simulation_left_out"] = " ".join(str(error).split()) or type(error).__name__
+    if summary["mode"] == "swarm":
+        with suppress(Exception):  # neither does the advice
+            found["cut_advice"] = _advice(summary, run, config)
     summary |= found
     summary["try_next"] = _try_next(summary, run, config)
 
@@ -89,8 +91,11 @@ def _simulations(run: Path, config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _advice(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str, Any]:
-    """`cut_advice`, with the `line` that says it to people, None where there is nothing to say."""
+def _advice(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str, Any] | None:
+    """`cut_advice`, with the `line` that says it to people, None where there is nothing to say; None for a part of a
+    longer pipeline."""
+    if config.compute.emulate and EmulatedMachine.parse(config.compute.emulate).part:
+        return None
     found = cut_advice(config, resolve_architecture(config), times_measured(run, config))
     shares = [stage["compute_share"] for stage in summary["stages"]]
     return {**found, "line": advice_line(found, shares)}
@@ -128,12 +133,6 @@ def simulation(
 def _bound_below_bits_per_s(forward_bytes: int, backward_bytes: int, times: Sequence[StageTimes]) -> float:
     """At this rate a microbatch takes a wire for as long as the busiest stage."""
     return max(forward_bytes, backward_bytes) * 8 / max(each.forward_s + each.backward_s for each in times)
-
-
-def is_part(config: RunConfig) -> bool:
-    """Whether the stages are those of a longer pipeline, emulated, so that no cut of theirs is the model's."""
-    emulated = config.compute.emulate and EmulatedMachine.parse(config.compute.emulate)
-    return bool(emulated) and emulated.whole > emulated.stages
 
 
 def is_dense(config: RunConfig) -> bool:

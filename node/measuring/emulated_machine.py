@@ -64,6 +64,11 @@ class EmulatedMachine:
             raise ConfigError(f"an emulated machine cannot have {stages} of {whole} stages; got '{text}'")
         return cls(preset=match["preset"], stages=stages, whole=whole, tflops=tflops, seconds=seconds)
 
+    @property
+    def part(self) -> bool:
+        """Whether its stages are those of a longer pipeline, so that no cut of theirs is the model's."""
+        return self.whole > self.stages
+
     def settings(self) -> dict[str, Any]:
         """Settings of a run on this machine: a step of 262,144 tokens, unless the user says otherwise."""
         return {
@@ -75,19 +80,30 @@ class EmulatedMachine:
         }
 
     def layers(self, config: RunConfig, architecture: PretrainedConfig) -> list[range]:
-        """Of each stage. Raises ModelError for a model that cannot be cut so."""
-        if self.whole > self.stages:
+        """Of each stage. Raises ModelError for a model that cannot be cut so, and ConfigError for settings that are of
+        other stages."""
+        if config.pipeline.stages != self.stages:
+            raise ConfigError(
+                f"pipeline.stages is {config.pipeline.stages}, but the emulated machine has {self.stages}; omit it"
+            )
+        if self.part:
+            if config.pipeline.cut not in ("auto", "equal"):
+                raise ConfigError(
+                    f"pipeline.cut = {config.pipeline.cut}: {self.stages} of {self.whole} stages are emulated as equal "
+                    "inner ones; omit it"
+                )
             return partition(architecture.num_hidden_layers, self.whole)[1 : self.stages + 1]
         return stage_layers(config, architecture)
 
     def times(self, config: RunConfig, architecture: PretrainedConfig) -> list[StageTimes]:
-        """Seconds of each stage for one microbatch. Raises ModelError for a model that cannot be cut so."""
+        """Seconds of each stage for one microbatch. Raises what `layers` does."""
+        inner = self.layers(config, architecture)
         if self.seconds:
             forward_s, backward_s = self.seconds
             return [StageTimes(forward_s=forward_s / speed, backward_s=backward_s / speed) for speed in speeds(config)]
         assert self.tflops is not None
-        if self.whole > self.stages:
-            costs, inner = operations(config, architecture), self.layers(config, architecture)
+        if self.part:
+            costs = operations(config, architecture)
             return [
                 _times(config, costs, self.tflops * speed, len(layers), of_ends=2 * costs.codec_end, head=False)
                 for layers, speed in zip(inner, speeds(config), strict=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..config import RunConfig
 from ..model import build_stage
 from ..stage import DTYPES
-from ..stage_costs import operations
+from ..stage_costs import model_operations
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -47,6 +47,6 @@ def machine_speed(config: RunConfig, architecture: PretrainedConfig, *, seconds:
 
     passes(1)  # warms up
     count = max(1, round(seconds / passes(1)))
-    costs = operations(config, architecture)
+    costs = model_operations(config, architecture)
     done = 3 * (costs.layer + costs.head) * len(wanted_N) * count  # backward is twice forward
     return done / passes(count)

@@ -116,19 +116,25 @@ def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int)
 
 
 def resolved_schedule(
-    spec: str, config: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes], *, rule: Rule = "duplex"
+    spec: str,
+    config: RunConfig,
+    architecture: PretrainedConfig,
+    times: Sequence[StageTimes],
+    *,
+    rule: Rule = "duplex",
+    layers: Sequence[int] | None = None,
 ) -> str:
     """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
-    costs
-    memory, and where a link is the bottleneck time too. Raises ScheduleError for a schedule without an
-    rtt_ratio."""
+    costs memory, and where a link is the bottleneck time too. layers: as for `plan`. Raises ScheduleError for a
+    schedule without an rtt_ratio."""
     name, auto, _ = spec.partition(AUTO)
     if not auto:
         return spec
+    layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]  # once, not for every depth
     found: list[tuple[str, float]] = []
     for rtt_ratio in HOPS:
         schedule = f"{name}:rtt_ratio={rtt_ratio:g}" if rtt_ratio else name
-        figures, _ = plan(_with_schedule(config, schedule), architecture, times, rule=rule)
+        figures, _ = plan(_with_schedule(config, schedule), architecture, times, rule=rule, layers=layers)
         found.append((schedule, figures["step_s"]))
     least = min(step_s for _, step_s in found)
     return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
@@ -163,11 +169,12 @@ def planned(
     else:
         assert measured is not None
         times = times_recut(load_config(measured / "run.toml"), config, architecture, times_measured(measured, config))
-    config = _with_schedule(config, resolved_schedule(schedule, config, architecture, times, rule=rule))
+    found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers)
+    config = _with_schedule(config, found)
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
     figures["gain_over_equal_cut"] = None
     equal = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"cut": "equal"})})
-    if emulated and emulated.tflops and emulated.whole == emulated.stages <= architecture.num_hidden_layers:
+    if emulated and emulated.tflops and not emulated.part and emulated.stages <= architecture.num_hidden_layers:
         as_long = resolved_schedule(schedule, equal, architecture, emulated.times(equal, architecture), rule=rule)
         equal = _with_schedule(equal, as_long)
         before, _ = plan(equal, architecture, emulated.times(equal, architecture), rule=rule)

@@ -74,10 +74,14 @@ def times_recut(
 
 def measured_speeds(work: Sequence[float], times: Sequence[StageTimes]) -> list[float]:
     """Operations of a forward pass, in the unit of `work`, by second of a forward and backward pass. Of a stage with
-    nothing to compute, which shows nothing, the middle of the others' is assumed."""
-    known = [done / (each.forward_s + each.backward_s) for done, each in zip(work, times, strict=True) if done > 0]
-    middle, found = statistics.median(known), iter(known)
-    return [next(found) if done > 0 else middle for done in work]
+    nothing to compute, which shows nothing, the middle of the others' is assumed. Raises ConfigError where none took
+    any time."""
+    took_s = [each.forward_s + each.backward_s for each in times]
+    found = [done / took if done > 0 and took > 0 else None for done, took in zip(work, took_s, strict=True)]
+    known = [speed for speed in found if speed is not None]
+    if not known:
+        raise ConfigError("no stage computed anything, so nothing is known of the machines; name another run")
+    return [statistics.median(known) if speed is None else speed for speed in found]
 
 
 def _lasting(times: StageTimes, seconds: float) -> StageTimes:

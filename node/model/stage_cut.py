@@ -71,11 +71,9 @@ def balanced_cut(
     counts = list(least)
     if (spare := layers - sum(counts)) < 0:
         raise ModelError(
-            f"{len(counts)} stages, but the model has {layers} layers; set pipeline.stages = {layers + 2} or fewer, "
-            f"or model.layers = {sum(counts)} or more"
+            f"{len(counts)} stages, but the model has {layers} layers; set pipeline.stages = {len(counts) + spare} or "
+            f"fewer, or model.layers = {sum(counts)} or more"
         )
-    if of_layer <= 0:
-        return equal_cut(layers, len(counts))
 
     def done_s(stage: int) -> float:
         """Seconds of the stage with one layer more."""

@@ -263,7 +263,13 @@ def speed(config: RunConfig | None) -> Finding:
         check_device(settings)
     except ConfigError as error:
         return Finding(name=name, state="not asked", found=str(error).partition(";")[0], remedy="see GPU")
-    tflops = machine_speed(settings, _architecture(settings)) / 1e12
+    architecture = _architecture(settings)
+    try:
+        tflops = machine_speed(settings, architecture) / 1e12
+    except Exception as error:  # of whatever model, in whatever memory
+        fault = next(iter(str(error).splitlines()), "") or type(error).__name__
+        remedy = "choose another model, or a machine with more memory"
+        return Finding(name=name, state="fault", found=f"a layer and the head do not compute: {fault}", remedy=remedy)
     model = settings.model.path or settings.model.preset
     where = f"{settings.compute.dtype} on {settings.compute.device}"
     found = f"{tflops:.3g} Tflop/s, for a layer and the head of {model}, {where}: for pipeline.speeds and node --speed"

@@ -411,6 +411,8 @@ def test_only_what_is_local_may_be_overridden() -> None:
 class QuietDiscovery:
     """A DHT that holds nothing, and what was told there."""
 
+    alive = True
+
     def __init__(self) -> None:
         self.published: list[NodeRecord] = []
         self.closed = False

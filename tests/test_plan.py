@@ -261,8 +261,8 @@ def test_stages_as_fast_as_stated_differ_by_their_machines_alone() -> None:
 
 def test_each_cut_has_the_depth_that_it_needs() -> None:
     """And what one gains over stages of equal length is told by what either would be planned to do."""
-    machine = ("--emulate", "150m@4x66tflops", "--codec", "int8", "--microbatches", "16", "--batch-size", "32")
-    machine += ("--link", "1gbit,25ms", "--schedule", "zb:rtt_ratio=auto")
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--microbatches", "16", "--batch-size", "64")
+    machine += ("--link", "80mbit,25ms", "--schedule", "1f1b:rtt_ratio=auto")
     found, equal = planned(*machine), planned(*machine, "--cut", "equal")
     assert found["schedule"] != equal["schedule"]
     assert found["gain_over_equal_cut"] == pytest.approx(found["tokens_per_s"] / equal["tokens_per_s"])

@@ -351,9 +351,12 @@ def told(arguments: list[str]) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-def test_the_loss_is_the_runs_own_but_for_the_wire(tiny: TinyConfig, tmp_path: Path) -> None:
-    train(configure(tiny, "identity", **{"codec.forward": "fp32"}), tmp_path / "exact")
-    written = told([str(tmp_path / "exact"), "--out", str(tmp_path / "out")])
+@pytest.mark.parametrize("spec", ["identity", CONTEXT, "resbm:b=8", "ssn:k=8"])
+def test_the_loss_is_the_runs_own_but_for_the_wire(spec: str, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Here, a wire that does not round."""
+    exact = {"codec.forward": "fp32", "codec.backward": "fp32"}
+    train(configure(tiny, spec, **exact), tmp_path / "run")
+    written = told([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     assert written["held_out"]["loss"] == pytest.approx(written["held_out"]["loss_recorded"], rel=1e-6)
 
 

@@ -15,10 +15,10 @@ from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
 from .documents import DataError, check_source, open_source
-from .streamed import open_stream
-from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
+from .streamed import open_stream, stream_vocabulary
+from .tokens import Vocabulary, load_vocabulary, tokenize_once, wanted_vocabulary
 
-__all__ = ["Corpus", "DataError", "check_source", "open_corpus", "vocabulary_size"]
+__all__ = ["Corpus", "DataError", "Vocabulary", "check_source", "open_corpus", "open_vocabulary", "vocabulary_size"]
 
 
 def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
@@ -49,3 +49,13 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
+
+
+def open_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:
+    """The tokenizer of the corpus alone: from its file, from the cache, or trained once. Raises DataError where that
+    needs a text that is not there."""
+    if settings.tokenizer is not None:
+        return load_vocabulary(settings, None, vocab_size)
+    if settings.source.startswith("hf:"):
+        return stream_vocabulary(settings, vocab_size)
+    return load_vocabulary(settings, open_source(settings, cache_directory(settings)), vocab_size)

@@ -54,6 +54,20 @@ class _BlockStart:
 
 def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
     """Open `hf:NAME`. Raises DataError when it cannot be reached, has no `train` split or no such field."""
+    stream, source, version = _opened(settings)
+    vocabulary = load_vocabulary(settings, source, vocab_size)
+    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
+    directory = cache_directory(settings)
+    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
+
+
+def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
+    """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
+    return load_vocabulary(settings, _opened(settings)[1], vocab_size)
+
+
+def _opened(settings: DataSection) -> tuple[_Documents, Source, str]:
+    """The documents, what they are for the tokenizer, and the version of the library that reads them."""
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = Path(name).expanduser()
@@ -80,9 +94,7 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
         size_bytes=0,
         read=lambda: stream.sample(_SAMPLE_CHARACTERS),
     )
-    vocabulary = load_vocabulary(settings, source, vocab_size)
-    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
-    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
+    return stream, source, version
 
 
 @contextlib.contextmanager

@@ -68,8 +68,8 @@ def up(
         Path | None,
         typer.Option(
             "--resume",
-            help="Resume the run in this directory from the newest checkpoint that all its stages have. "
-            "Settings that change what it computes are refused.",
+            help="Resume the run in this directory from the newest checkpoint that all its stages have. With --steps "
+            "it gets another length; other settings that change what it computes are refused.",
         ),
     ] = None,
     restarts: Annotated[
@@ -159,19 +159,32 @@ def up(
 
 
 def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
-    """The settings to go on with: the run's, and what is given now, where that may differ between nodes too. auto: the
-    schedule with rtt_ratio=auto, if that was given: whatever depth was found for the run is meant."""
+    """The settings to go on with: the run's, and what is given now: the number of steps, and what may differ between
+    nodes too. auto: the schedule with rtt_ratio=auto, if that was given: whatever depth was found for the run is
+    meant."""
     path = run_toml(run, "--resume")
     own = configuration(path, {}, None)
     if auto and auto.partition(":")[0] == own.pipeline.schedule.partition(":")[0]:
         del given["pipeline.schedule"]
+    steps = given.pop("run.steps", None)
     settings = configuration(path, given, None)
+    from ..node.checkpoints.manifest import CheckpointError
+    from ..node.config import ConfigError
     from ..node.discovery.shared_config import LOCAL, differences
+    from ..node.run_length import steps_done, with_length
 
     if settings.digest() != own.digest():
         fail(
             f"--resume {run}: {differences(settings, own)}; a resumed run must compute the same: omit that, "
-            f"or begin another run with --out (only {LOCAL} may change)",
+            f"or begin another run with --out (only {LOCAL} may change, and --steps)",
             2,
         )
-    return settings
+    if steps is None:
+        return settings
+    wanted = configuration(path, {"run.steps": steps, "run.extended": []}, None).run.steps  # if it is a number of steps
+    try:
+        return with_length(settings, steps_done(settings, run), wanted)
+    except ConfigError as error:
+        fail(f"--resume {run}: {error}", 2)
+    except CheckpointError as error:
+        fail(str(error), 2)

@@ -33,6 +33,7 @@ from .node_process import FAILED
 from .one_process import OneProcess
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, prepare_corpus
+from .run_length import length_line
 from .security.key_directory import clock, load
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
@@ -120,8 +121,11 @@ def run_local(
             clear(out)
         if line := recommended_line(config):
             console.print(line, highlight=False, soft_wrap=True)
+        if resume and (line := length_line(load_config(out / "run.toml"), config)):
+            console.print(line, highlight=False, soft_wrap=True)
         _write_settings(config, out / "run.toml")
-        display = RunDisplay(console, steps=config.run.steps)
+        lives = Progress(out, stages=1).look()[0].lives if resume else None
+        display = RunDisplay(console, steps=config.run.steps, resumes=lives)
         with display:
             if one_process:
                 _run_one_process(config, out, display)

@@ -94,7 +94,9 @@ class Stage:
             codec, context, shape = self._boundary(index)
             self.sender = codec.codec.encoder(context).to(self.device, self.dtype)
             self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
-        self.optimizer = StageOptimizer(self._trained(), config.optim, total_steps=config.run.steps)
+        self.optimizer = StageOptimizer(
+            self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended
+        )
         self._state = StageState(
             stage=index,
             trained=self._trained(),

@@ -338,6 +338,11 @@ class Stage:
         self._settle()
         return self._state.snapshot(self.completed)
 
+    def untrained(self, completed: int) -> StageSnapshot:
+        """The state after `completed` steps in which this stage, just built, had no part: to be filled with what others
+        learned (`node.checkpoints.convert`)."""
+        return self._state.untrained(completed)
+
     def restore(self, snapshot: StageSnapshot) -> None:
         """Go on from `snapshot`, bit for bit; a step that was broken off leaves nothing behind.
 

@@ -125,10 +125,9 @@ def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_di
     return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
 
 
-def state_digest(config: RunConfig, stage: Stage) -> str:
+def state_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
     """What a checkpoint must share with the run that goes on from it: `run_digest`, of a run of any length."""
-    table = "" if config.compute.emulate else stage.token_table_digest
-    return run_digest(config.of_any_length(), resolve_architecture(config), table)
+    return run_digest(config.of_any_length(), architecture, token_table_digest)
 
 
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:

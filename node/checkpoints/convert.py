@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..config import ConfigError, RunConfig
-from ..config_file import dump_config
+from ..config_file import dump_config, merge, parse_config
 from ..preparation import state_digest
 from ..stage import Stage
 from ..stage_costs import stage_layers
@@ -36,12 +36,12 @@ RECEIVER_PARTS = ("receiver", "table_above", "activation_codebook_above", "gradi
 RECEIVER_PARTS += ("gradient_memory_above",)
 
 
-def recut(config: RunConfig, *, stages: int, cut: str, speeds: tuple[float, ...] = ()) -> RunConfig:
-    """The settings of the same run with other stages; its checkpoints are where every run's are. Raises what
-    `RunConfig` does for what no run can have."""
-    pipeline = {**config.pipeline.model_dump(), "stages": stages, "cut": cut, "speeds": speeds}
-    checkpoint = {**config.checkpoint.model_dump(), "directory": None}
-    return RunConfig.model_validate({**config.model_dump(), "pipeline": pipeline, "checkpoint": checkpoint})
+def recut(config: RunConfig, *, stages: int, cut: str, speeds: str = "") -> RunConfig:
+    """The settings of the same run with other stages, each spelt as in a run.toml, and checkpoints in its own
+    directory. Raises ConfigError."""
+    pipeline = {"pipeline.stages": stages, "pipeline.cut": cut, "pipeline.speeds": speeds}
+    tree = config.model_dump(mode="json", exclude_none=True, exclude={"checkpoint": {"directory"}})
+    return parse_config(merge(tree, pipeline))
 
 
 def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float) -> list[str]:
@@ -62,7 +62,8 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         stage = Stage(config, found.architecture, index)
         snapshot = _filled(stage.untrained(found.completed), found, kept, index)
         stage.restore(snapshot)
-        fingerprint = Fingerprint(run=config.run.name, stages=len(new), configuration=state_digest(config, stage))
+        written = state_digest(config, found.architecture, stage.token_table_digest)
+        fingerprint = Fingerprint(run=config.run.name, stages=len(new), configuration=written)
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
         store.write(snapshot, generation=generation, written_s=written_s)
     (out / "run.toml").write_text(dump_config(config), encoding="utf-8")

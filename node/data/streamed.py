@@ -52,9 +52,28 @@ class _BlockStart:
     state: dict[str, Any] | None  # None: the beginning of the dataset
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedSource:
+    """A dataset that was found: its texts, `version` of what reads it, and `source`, a sample for a tokenizer."""
+
+    documents: _Documents
+    source: Source
+    version: str
+
+
 def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
     """Open `hf:NAME`. Raises DataError when it cannot be reached, has no `train` split or no such field."""
     directory = cache_directory(settings)
+    found = open_documents(settings, directory)
+    vocabulary = load_vocabulary(settings, found.source, vocab_size)
+    digest = content_key("streamed tokens", vocabulary.digest, found.source.digest)
+    return StreamedCorpus(
+        found.documents, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=found.version
+    )
+
+
+def open_documents(settings: DataSection, directory: Path) -> StreamedSource:
+    """Find `hf:NAME`; `directory`: of the cache. Raises DataError as `open_stream` does."""
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = Path(name).expanduser()
     make_directory(directory)  # else `datasets` reports it, as a fault of the dataset
@@ -80,9 +99,7 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
         size_bytes=0,
         read=lambda: stream.sample(_SAMPLE_CHARACTERS),
     )
-    vocabulary = load_vocabulary(settings, source, vocab_size)
-    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
-    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
+    return StreamedSource(documents=stream, source=source, version=version)
 
 
 @contextlib.contextmanager

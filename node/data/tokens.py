@@ -137,9 +137,14 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
 
 def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> Vocabulary:
     """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
+    return _read_vocabulary(vocabulary_file(settings, source, vocab_size))
+
+
+def vocabulary_file(settings: DataSection, source: Source, vocab_size: int) -> Path:
+    """Where the tokenizer.json of that vocabulary is; what has to be trained is, once. Raises DataError."""
     wanted_vocabulary(settings, vocab_size)
     if settings.tokenizer is not None:
-        return _read_vocabulary(settings.tokenizer)
+        return settings.tokenizer.expanduser()
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
@@ -154,7 +159,7 @@ def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> V
         asides[0].write_text(_train(source, vocab_size).to_str(pretty=True), encoding="utf-8")
 
     build_once([path], is_whole, build)
-    return _read_vocabulary(path)
+    return path
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:

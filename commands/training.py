@@ -26,6 +26,7 @@ from .options import settings_of, shared, without_auto
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
+    from ..node.origin import Origin
 
 
 def up(
@@ -70,6 +71,15 @@ def up(
             "--resume",
             help="Resume the run in this directory from the newest checkpoint that all its stages have. With --steps "
             "it gets another length; other settings that change what it computes are refused.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN|MODEL",
+            help="Begin a new run with the weights of this run, or of this directory of a Hugging Face decoder. What "
+            "is not given is as in that run: its tokenizer, data, stages, codec, rates. (random weights)",
         ),
     ] = None,
     restarts: Annotated[
@@ -122,7 +132,16 @@ def up(
         checkpoint_every=checkpoint_every,
     )
     options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
-    if resume is None:
+    origin = None
+    if from_ is not None:
+        if resume is not None:
+            fail("--from begins a new run, --resume goes on with one; omit one of the two", 2)
+        out = out or Path("runs/latest")
+        if out.resolve() == from_.resolve():
+            fail(f"--from {from_}: the new run would replace it; choose another --out", 2)
+        origin = _begun_from(from_, said(config, options, overrides))
+        settings = origin.config
+    elif resume is None:
         settings = configuration(config, options, overrides)
     elif one_process:
         fail("--resume: only a swarm writes checkpoints; omit --one-process", 2)
@@ -148,6 +167,7 @@ def up(
             trace=trace,
             quiet=as_json,
             resume=resume is not None,
+            origin=origin,
             restarts=restarts,
             schedule=auto,
             isolate=isolate is not None,
@@ -156,6 +176,18 @@ def up(
         )
     if as_json:
         print(json.dumps(summary, indent=2))
+
+
+def _begun_from(source: Path, given: dict[str, Any]) -> Origin:
+    """What a new run begins from; ends with 2 where it cannot."""
+    from ..node.checkpoints.manifest import CheckpointError
+    from ..node.origin import begin_from
+    from ..node.preparation import BAD_INPUT
+
+    try:
+        return begin_from(source, given)
+    except (*BAD_INPUT, CheckpointError) as error:
+        fail(f"--from {source}: {error}", 2)
 
 
 def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:

@@ -45,6 +45,14 @@ class RunSection(Section):
         description="how its length was changed, as `up --resume --steps` writes it: each [steps done then, steps that "
         "it should have had], such as [[60, 60]]",
     )
+    origin: str = Field(
+        default="", max_length=4096, description="where its first weights came from, as `up --from` writes it"
+    )
+    origin_codec: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of what its codec began with, codec.safetensors in `model.path`; `up --from` writes it",
+    )
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="the run id that neighbours compare"
     )

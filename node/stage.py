@@ -27,6 +27,7 @@ from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
 from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
+from .codec_start import begin_with
 from .config import RunConfig
 from .constrained_stage import check_constrained, constrain
 from .model import StageModel, WeightGradients, build_stage
@@ -94,6 +95,14 @@ class Stage:
             codec, context, shape = self._boundary(index)
             self.sender = codec.codec.encoder(context).to(self.device, self.dtype)
             self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
+        begin_with(
+            config,
+            stage_layers(config, architecture),
+            index,
+            tokens=self.tokens,
+            sender=None if self.last else self.sender,
+            receiver=None if self.first else self.receiver,
+        )
         self.optimizer = StageOptimizer(
             self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended
         )

@@ -54,9 +54,7 @@ def length_line(before: RunConfig, now: RunConfig) -> str | None:
         return f"{told} are those of a run that had so many from the start; {end}"
     done = now.run.extended[-1][0]
     last, first = rates.factor(done - 1), rates.factor(done)
-    return (
-        f"{told} were {last:.2g} of their peak in step {done}, and are {first:.2g} of it from step {done + 1} on; {end}"
-    )
+    return f"{told} were {last:.2g} of their peak in step {done} and are {first:.2g} of it in step {done + 1}; {end}"
 
 
 def _rates(config: RunConfig) -> RateSchedule:

@@ -70,9 +70,9 @@ def test_who_has_lost_what_came_after_a_change_changes_it_anew() -> None:
 
 
 def test_a_run_may_end_sooner() -> None:
-    shorter = with_length(of_steps(20), 4, 6)
-    assert shorter.run.extended == ((4, 20),)
-    assert rates(shorter) == [0.5, 1, 1, 1, 2 / 3, 1 / 3]
+    shorter = with_length(of_steps(20), 5, 6)
+    assert shorter.run.extended == ((5, 20),)
+    assert rates(shorter) == [0.5, 1, 1, 1, 1, 1 / 3]
 
 
 @pytest.mark.parametrize(

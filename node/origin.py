@@ -107,10 +107,13 @@ def begin_from(source: Path, given: dict[str, Any]) -> Origin:
     run nor a model, for settings of another model, and for a codec whose weights no other run can begin with;
     CheckpointError for a run without whole checkpoints; DataError for a tokenizer that is not there."""
     given = {name: value for name, value in given.items() if name.partition(".")[2] not in OWN["run"]}
-    for name in ("model.path", "model.pretrained"):
-        if name in given and given[name] != (name == "model.pretrained"):
+    same = "model.path" in given and Path(given["model.path"]).expanduser().resolve() == source.resolve()
+    for name, agrees in (("model.path", same), ("model.pretrained", given.get("model.pretrained") is True)):
+        if name in given and not agrees:
             raise ConfigError(f"{name} = {given[name]}, but --from brings a model of its own; omit one of the two")
-        given.pop(name, None)
+    given = {name: value for name, value in given.items() if name not in ("model.path", "model.pretrained")}
+    if same:  # a run.toml that begins from there says a preset too, which nobody reads
+        given.pop("model.preset", None)
     if (source / "run.toml").is_file():
         return _from_run(source, given)
     if (source / "config.json").is_file():

@@ -190,12 +190,14 @@ def test_another_tokenizer_is_warned_of_and_must_fit(run: Path, tmp_path: Path) 
     tree = json.loads(own.read_text())
     other, large = tmp_path / "other.json", tmp_path / "large.json"
     other.write_text(json.dumps(tree))
-    tree["added_tokens"] += [{**tree["added_tokens"][0], "id": 600, "content": "<|another|>"}]
+    first = len(tree["model"]["vocab"])
+    more = [{**tree["added_tokens"][0], "id": first + nth, "content": f"<|{nth}|>"} for nth in range(600 - first)]
+    tree["added_tokens"] += more
     large.write_text(json.dumps(tree))
     said = up("--from", str(run), "--out", str(tmp_path / "new"), "--set", f"data.tokenizer={other}").stdout
     assert f"data.tokenizer = {other} is not the tokenizer of {run}: the same ids mean other text now" in said
     refused = up("--from", str(run), "--out", str(tmp_path / "b"), "--set", f"data.tokenizer={large}", code=2).stderr
-    assert "the corpus has 601 token ids, the model's vocabulary 512; use the model's own tokenizer" in refused
+    assert "the corpus has 600 token ids, the model's vocabulary 512; use the model's own tokenizer" in refused
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
 """A new run that begins from weights that are there: those of another run, or of a directory in Hugging Face's layout.
 
 From a run, its newest checkpoint is put together (`node.checkpoints.assemble`) and written into the new run's own
-directory as such a directory: config.json, model.safetensors, tokenizer.json, and what its codec learned
-(`node.codec_start`). From there on it is any run that begins from a pretrained model (`model.path`,
-`model.pretrained`): each node reads the tensors of its own layers, and whoever goes on with the run needs nothing of
-the other one. Why not a checkpoint after 0 steps: those are one stage's, with an optimizer's state, and a stage that is
-set back to step 0 is built from the settings.
+directory as such a directory: config.json, model.safetensors (a plain decoder, as `thinpipe export --plain` has it),
+tokenizer.json, and what its codec learned (`node.codec_start`). From there on it is any run that begins from a
+pretrained model (`model.path`, `model.pretrained`): each node reads the tensors of its own layers, and whoever goes on
+with the run needs nothing of the other one. Why not a checkpoint after 0 steps: those are one stage's, with an
+optimizer's state, and a stage that is set back to step 0 is built from the settings.
 
 Settings that nobody gives are those of the other run: the same training, on other data, say.
 """
@@ -20,21 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from ..compress.codec_interface import Codec
 from ..compress.recommended_rates import recommended_for
 from ..compress.registry import parse_codec
-from ..compress.token_table import token_table
 from .checkpoints.assemble import Assembled, assemble
 from .checkpoints.kept_boundaries import kept_boundaries
 from .codec_start import write_codec_start
 from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
-from .data import DataError, tokenizer_file, vocabulary_size
+from .data import DataError
+from .export.portable_model import ExportError, plain_model
+from .preparation import prepare_vocabulary
 from .stage_costs import stage_layers
 
 START = "first-weights"  # in the directory of the new run
@@ -63,13 +62,17 @@ class Origin:
         codec_digest = ""
         try:
             directory.mkdir(parents=True)
-            self.found.architecture.save_pretrained(directory)
-            save_file(_dense(self.found), directory / "model.safetensors", metadata={"format": "pt"})
+            model = plain_model(self.found)
+            model.config.save_pretrained(directory)
+            weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if self.tokenizer:
                 shutil.copyfile(self.tokenizer, directory / "tokenizer.json")
             if _same_codec(self.found.config, self.config):
                 layers = stage_layers(self.found.config, self.found.architecture)
                 codec_digest = write_codec_start(self.found, layers, directory)
+        except ExportError as error:
+            raise ConfigError(f"{self.source}: {error}; no run can begin from it") from None
         except (OSError, SafetensorError) as error:
             cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
             raise ConfigError(f"cannot write {directory}: {cause}; choose another --out") from None
@@ -104,7 +107,7 @@ class Origin:
 
 def begin_from(source: Path, given: dict[str, Any]) -> Origin:
     """A new run from `source`, with these settings (`section.key` -> value). Raises ConfigError for what is neither a
-    run nor a model, for settings of another model, and for a codec whose weights no other run can begin with;
+    run nor a model, and for settings of another model;
     CheckpointError for a run without whole checkpoints; DataError for a tokenizer that is not there."""
     given = {name: value for name, value in given.items() if name.partition(".")[2] not in OWN["run"]}
     same = "model.path" in given and Path(given["model.path"]).expanduser().resolve() == source.resolve()
@@ -130,7 +133,7 @@ def _from_directory(source: Path, given: dict[str, Any]) -> Origin:
     if "auto_map" in _json(source / "config.json"):
         raise ConfigError(
             f"the model in {source} has code of its own, such as a codec's boundaries; give the run that it came from, "
-            "or the directory of a plain decoder"
+            "or a directory of thinpipe export --plain"
         )
     lines, own = list[str](), source.resolve() / "tokenizer.json"
     if own.is_file():
@@ -142,21 +145,15 @@ def _from_directory(source: Path, given: dict[str, Any]) -> Origin:
 
 def _from_run(source: Path, given: dict[str, Any]) -> Origin:
     run = load_config(source / "run.toml")
-    codec = parse_codec(run.codec.codec).codec
-    if codec.constrains:
-        raise ConfigError(
-            f"codec '{codec.name}' keeps the model in a subspace, with weights of other shapes; begin from a run of "
-            "another codec"
-        )
     report: list[str] = []
     found = assemble(source, report=report.append)
     given = _without_shape(run, found, given)
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
         with suppress(DataError):  # its text is gone, and so is what it was
-            lines += _other_tokenizer(source, given, _tokenizer(run))
+            lines += _other_tokenizer(source, given, prepare_vocabulary(run).path)
     else:
-        tokenizer = _tokenizer(run)
+        tokenizer = prepare_vocabulary(run).path
     first = {
         "model.path": str(source.resolve()),
         "model.pretrained": True,
@@ -196,10 +193,6 @@ def _without_shape(run: RunConfig, found: Assembled, given: dict[str, Any]) -> d
     return {name: value for name, value in given.items() if name not in shape}
 
 
-def _tokenizer(run: RunConfig) -> Path:
-    return tokenizer_file(run.data, vocab_size=vocabulary_size(run.data, run.model.vocab_size))
-
-
 def _other_tokenizer(source: Path, given: dict[str, Any], own: Path) -> list[str]:
     """A warning, if one is given that is not the model's own."""
     other = Path(given.get("data.tokenizer", own))
@@ -226,16 +219,3 @@ def _same_codec(one: RunConfig, other: RunConfig) -> bool:
     """Whether the in-graph halves are the same method with the same options; the byte formats may differ."""
     codecs: list[Codec] = [parse_codec(each.codec.codec).codec for each in (one, other)]
     return type(codecs[0]) is type(codecs[1]) and vars(codecs[0]) == vars(codecs[1])
-
-
-def _dense(found: Assembled) -> dict[str, Tensor]:
-    """The weights of an ordinary model: what a codec's token table added to the embedding is part of it."""
-    config, weights = found.config, dict(found.weights)
-    scale = parse_codec(config.codec.codec).codec.table_scale
-    if scale:
-        (name,) = [name for name in weights if name.endswith("embed_tokens.weight")]
-        vocabulary, width = weights[name].shape
-        weights[name] = weights[name] + token_table(
-            config.run.seed, vocabulary, width, scale, dtype=weights[name].dtype, device=torch.device("cpu")
-        )
-    return weights

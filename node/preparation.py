@@ -19,7 +19,7 @@ from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
 from .config import ConfigError, RunConfig
 from .constrained_stage import check_architecture
-from .data import Corpus, DataError, open_corpus, vocabulary_size
+from .data import Corpus, DataError, Vocabulary, open_corpus, open_vocabulary, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
@@ -157,3 +157,8 @@ def prepare_corpus(config: RunConfig) -> Corpus:
             f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
         )
     return corpus
+
+
+def prepare_vocabulary(config: RunConfig) -> Vocabulary:
+    """The tokenizer that the run's text was coded with. Raises DataError."""
+    return open_vocabulary(config.data, vocab_size=vocabulary_size(config.data, config.model.vocab_size))

@@ -14,6 +14,7 @@ from thinpipe.node.checkpoints.assemble import Assembled, assemble
 from thinpipe.node.codec_start import FILE
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.export.portable_model import plain_model
 from thinpipe.node.model import ModelError
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.origin import START, begin_from
@@ -133,6 +134,18 @@ def test_a_token_table_is_part_of_the_embedding(tiny: TinyConfig, tmp_path: Path
     assert torch.equal(own, was + first.model.token_table_VD)
 
 
+def test_a_subspace_is_multiplied_out(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = tiny(SMALL | {"codec.codec": "ssn:k=8", "run.steps": 2})
+    run_cluster(config, tmp_path / "run", [], hurry=True)
+    (tmp_path / "run" / "run.toml").write_text(dump_config(config))
+    plain = plain_model(assemble(tmp_path / "run")).weights
+    states = began(begin_from(tmp_path / "run", {"codec.codec": "mapl:r=8"}).place(tmp_path / "new"))
+    weights = {name: tensor for state in states for name, tensor in state.items()}
+    assert all(torch.equal(weights[f"weight/{name}"], tensor) for name, tensor in plain.items())
+    refused = up("--from", str(tmp_path / "run"), "--out", str(tmp_path / "other"), code=2).stderr
+    assert "codec 'ssn' starts from weights of its own" in refused
+
+
 def test_both_ends_have_to_begin_with_the_same_file(tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny(SMALL | CODECS["mapl"] | {"run.steps": 2})
     run_cluster(config, tmp_path / "run", [], hurry=True)
@@ -236,9 +249,6 @@ def test_runs_without_weights_to_begin_from(tiny: TinyConfig, tmp_path: Path) ->
     (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": 2})))
     done = up("--from", str(tmp_path), "--out", str(tmp_path / "new"), code=2)
     assert f"--from {tmp_path}: there is no checkpoint in {tmp_path / 'checkpoints'}" in done.stderr
-    (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": 2, "codec.codec": "ssn:k=8"})))
-    with pytest.raises(ConfigError, match="'ssn' keeps the model in a subspace"):
-        begin_from(tmp_path, {})
     (tmp_path / "run.toml").unlink()
     (tmp_path / "config.json").write_text('{"model_type": "other", "auto_map": {}}')
     with pytest.raises(ConfigError, match="has code of its own"):

@@ -11,16 +11,14 @@ for every run, seed and sequence length, and a batch is a few slices of mapped m
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
 from .documents import DataError, check_source, open_source
-from .streamed import open_documents, open_stream
-from .tokens import load_vocabulary, tokenize_once, vocabulary_file, wanted_vocabulary
+from .streamed import open_stream, stream_vocabulary
+from .tokens import Vocabulary, load_vocabulary, tokenize_once, wanted_vocabulary
 
-__all__ = ["Corpus", "DataError", "check_source", "open_corpus", "tokenizer_file", "vocabulary_size"]
+__all__ = ["Corpus", "DataError", "Vocabulary", "check_source", "open_corpus", "open_vocabulary", "vocabulary_size"]
 
 
 def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
@@ -29,16 +27,6 @@ def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
     Raises DataError when the tokenizer cannot be read or needs more than `wanted`.
     """
     return wanted_vocabulary(settings, wanted)
-
-
-def tokenizer_file(settings: DataSection, *, vocab_size: int) -> Path:
-    """The tokenizer.json that the corpus of these settings is tokenised with. Raises DataError."""
-    if settings.tokenizer is not None:
-        return settings.tokenizer.expanduser()
-    directory = cache_directory(settings)
-    if settings.source.startswith("hf:"):
-        return vocabulary_file(settings, open_documents(settings, directory).source, vocab_size)
-    return vocabulary_file(settings, open_source(settings, directory), vocab_size)
 
 
 def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
@@ -61,3 +49,13 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
+
+
+def open_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:
+    """The tokenizer of the corpus alone: from its file, from the cache, or trained once. Raises DataError where that
+    needs a text that is not there."""
+    if settings.tokenizer is not None:
+        return load_vocabulary(settings, None, vocab_size)
+    if settings.source.startswith("hf:"):
+        return stream_vocabulary(settings, vocab_size)
+    return load_vocabulary(settings, open_source(settings, cache_directory(settings)), vocab_size)

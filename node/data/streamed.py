@@ -52,28 +52,23 @@ class _BlockStart:
     state: dict[str, Any] | None  # None: the beginning of the dataset
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StreamedSource:
-    """A dataset that was found: its texts, `version` of what reads it, and `source`, a sample for a tokenizer."""
-
-    documents: _Documents
-    source: Source
-    version: str
-
-
 def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
     """Open `hf:NAME`. Raises DataError when it cannot be reached, has no `train` split or no such field."""
+    stream, source, version = _opened(settings)
+    vocabulary = load_vocabulary(settings, source, vocab_size)
+    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
     directory = cache_directory(settings)
-    found = open_documents(settings, directory)
-    vocabulary = load_vocabulary(settings, found.source, vocab_size)
-    digest = content_key("streamed tokens", vocabulary.digest, found.source.digest)
-    return StreamedCorpus(
-        found.documents, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=found.version
-    )
+    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
 
 
-def open_documents(settings: DataSection, directory: Path) -> StreamedSource:
-    """Find `hf:NAME`; `directory`: of the cache. Raises DataError as `open_stream` does."""
+def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
+    """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
+    return load_vocabulary(settings, _opened(settings)[1], vocab_size)
+
+
+def _opened(settings: DataSection) -> tuple[_Documents, Source, str]:
+    """The documents, what they are for the tokenizer, and the version of the library that reads them."""
+    directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = Path(name).expanduser()
     make_directory(directory)  # else `datasets` reports it, as a fault of the dataset
@@ -99,7 +94,7 @@ def open_documents(settings: DataSection, directory: Path) -> StreamedSource:
         size_bytes=0,
         read=lambda: stream.sample(_SAMPLE_CHARACTERS),
     )
-    return StreamedSource(documents=stream, source=source, version=version)
+    return stream, source, version
 
 
 @contextlib.contextmanager

@@ -53,11 +53,12 @@ _FAIR_SHARE = (0.01, 0.2)  # of all tokens; outside of it the hash of documents 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of its file."""
+    """A tokenizer, the number of ids that it needs, the id that ends a document, its file and the digest of that."""
 
     tokenizer: Tokenizer
     size: int
     end_id: int
+    path: Path
     digest: str
 
     @property
@@ -135,16 +136,13 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
     return own if wanted is None else wanted
 
 
-def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> Vocabulary:
-    """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
-    return _read_vocabulary(vocabulary_file(settings, source, vocab_size))
-
-
-def vocabulary_file(settings: DataSection, source: Source, vocab_size: int) -> Path:
-    """Where the tokenizer.json of that vocabulary is; what has to be trained is, once. Raises DataError."""
+def load_vocabulary(settings: DataSection, source: Source | None, vocab_size: int) -> Vocabulary:
+    """The user's tokenizer, for which no source is needed, or a BPE of at most `vocab_size` ids trained once on the
+    source. Raises DataError."""
     wanted_vocabulary(settings, vocab_size)
     if settings.tokenizer is not None:
-        return settings.tokenizer.expanduser()
+        return _read_vocabulary(settings.tokenizer)
+    assert source is not None
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
@@ -159,7 +157,7 @@ def vocabulary_file(settings: DataSection, source: Source, vocab_size: int) -> P
         asides[0].write_text(_train(source, vocab_size).to_str(pretty=True), encoding="utf-8")
 
     build_once([path], is_whole, build)
-    return path
+    return _read_vocabulary(path)
 
 
 def _read_vocabulary(path: Path) -> Vocabulary:
@@ -181,7 +179,11 @@ def _read_vocabulary(path: Path) -> Vocabulary:
     if end is None:
         raise DataError(f"the tokenizer {path} has no end-of-text token; add one of {', '.join(_END_NAMES)}")
     return Vocabulary(
-        tokenizer=tokenizer, size=max(ids.values()) + 1, end_id=end, digest=hashlib.sha256(content).hexdigest()
+        tokenizer=tokenizer,
+        size=max(ids.values()) + 1,
+        end_id=end,
+        path=path.expanduser(),
+        digest=hashlib.sha256(content).hexdigest(),
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..node.config import RunConfig
 
 checkpoint = typer.Typer(
-    help="List or verify the checkpoints of a run, or convert its newest to other stages. None changes the run.",
+    help="List or verify the checkpoints of a run, without changing anything; or convert it to other stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,

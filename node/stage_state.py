@@ -148,7 +148,8 @@ class StageState:
         remedy = "restore a checkpoint of the same stage, run.toml and version"
         if snapshot.completed < 0:
             raise StateError(f"stage {self._stage}: a state after {snapshot.completed} steps cannot be; {remedy}")
-        unsent = [name for name, said in snapshot.dictionaries.items() if said.get("version", "") is None]
+        said = {name: held for name, held in snapshot.dictionaries.items() if isinstance(held, dict)}
+        unsent = [name for name, held in said.items() if held.get("version", "") is None]
         layout, found = self.layout(snapshot.completed, unsent=unsent), snapshot.tensors
         if missing := sorted(layout.keys() - found.keys()):
             wanted = _shown(layout[missing[0]])

@@ -158,6 +158,7 @@ class StreamedCorpus(Corpus):
             write_tokens(asides[0], [ids], length=len(ids), dtype=vocabulary.dtype)
 
         build_once([path], is_whole_array, build)
+        vocabulary.check_ids(map_tokens(path))
         super().__init__(
             map_tokens(path),
             name=f"{documents.source} (the documents that hash below the held-out share)",

@@ -19,7 +19,7 @@ import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,14 @@ _FAIR_SHARE = (0.01, 0.2)  # of all tokens; outside of it the hash of documents 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of its file."""
+    """A tokenizer, the number of ids that it has, the id that ends a document, the digest of its file, and the number
+    of ids that the model has (None: as many)."""
 
     tokenizer: Tokenizer
     size: int
     end_id: int
     digest: str
+    model_size: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -71,7 +73,21 @@ class Vocabulary:
         ids: list[list[int]] = [[] for _ in texts]
         for (number, _), encoding in zip(pieces, coded, strict=True):
             ids[number].extend(encoding.ids)
-        return [np.array([*document, self.end_id], dtype=self.dtype) for document in ids]
+        found = [np.array([*document, self.end_id], dtype=self.dtype) for document in ids]
+        for document in found:
+            self.check_ids(document)
+        return found
+
+    def check_ids(self, ids: np.ndarray) -> None:
+        """Raises DataError for an id that the model does not have. A tokenizer that has more ids than its model is no
+        fault by itself: those added to a published one are often used by no text."""
+        known = self.model_size
+        if known is None or self.size <= known or not len(ids) or (worst := int(ids.max())) < known:
+            return
+        raise DataError(
+            f"the text has token {worst} ('{self.tokenizer.id_to_token(worst)}'), but the model's vocabulary ends at "
+            f"{known - 1}; use the model's own tokenizer (data.tokenizer)"
+        )
 
 
 def _pieces(text: str, characters: int) -> Iterator[str]:
@@ -137,9 +153,9 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
 
 def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> Vocabulary:
     """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
-    wanted_vocabulary(settings, vocab_size)
     if settings.tokenizer is not None:
-        return _read_vocabulary(settings.tokenizer)
+        return replace(_read_vocabulary(settings.tokenizer), model_size=vocab_size)
+    wanted_vocabulary(settings, vocab_size)
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
@@ -219,6 +235,8 @@ def tokenize_once(source: Source, vocabulary: Vocabulary, directory: Path) -> tu
     paths = [directory / f"tokens-{digest[:32]}-{part}.npy" for part in ("train", "heldout")]
     build_once(paths, is_whole_array, lambda asides: _tokenize(source, vocabulary, asides))
     train, heldout = (map_tokens(path) for path in paths)
+    vocabulary.check_ids(train)  # they may have been made for another model
+    vocabulary.check_ids(heldout)
     return train, heldout, digest
 
 

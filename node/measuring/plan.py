@@ -159,6 +159,8 @@ def planned(
     its cut gains over stages of equal length, None where they are, or where nobody knows. Raises what PLANNED names."""
     given = config.model.vocab_size
     vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
+    if config.model.path is not None:
+        vocabulary = None  # the model's own
     length = config.data.sequence_length
     architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
     check_codec(config, architecture)

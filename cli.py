@@ -22,6 +22,7 @@ from .commands.common import OneLine, run_as_own_process
 from .commands.compare import compare
 from .commands.discovery import dht, status
 from .commands.hosting import node
+from .commands.inference import evaluate
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
@@ -57,6 +58,7 @@ def options(
 
 for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")
 

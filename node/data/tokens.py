@@ -19,7 +19,7 @@ import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,12 @@ _FAIR_SHARE = (0.01, 0.2)  # of all tokens; outside of it the hash of documents 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, the number of ids that it has, the id that ends a document, the digest of its file, and the number
-    of ids that the model has (None: as many)."""
+    """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of its file."""
 
     tokenizer: Tokenizer
     size: int
     end_id: int
     digest: str
-    model_size: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -73,21 +71,7 @@ class Vocabulary:
         ids: list[list[int]] = [[] for _ in texts]
         for (number, _), encoding in zip(pieces, coded, strict=True):
             ids[number].extend(encoding.ids)
-        found = [np.array([*document, self.end_id], dtype=self.dtype) for document in ids]
-        for document in found:
-            self.check_ids(document)
-        return found
-
-    def check_ids(self, ids: np.ndarray) -> None:
-        """Raises DataError for an id that the model does not have. A tokenizer that has more ids than its model is no
-        fault by itself: those added to a published one are often used by no text."""
-        known = self.model_size
-        if known is None or self.size <= known or not len(ids) or (worst := int(ids.max())) < known:
-            return
-        raise DataError(
-            f"the text has token {worst} ('{self.tokenizer.id_to_token(worst)}'), but the model's vocabulary ends at "
-            f"{known - 1}; use the model's own tokenizer (data.tokenizer)"
-        )
+        return [np.array([*document, self.end_id], dtype=self.dtype) for document in ids]
 
 
 def _pieces(text: str, characters: int) -> Iterator[str]:
@@ -142,7 +126,7 @@ def write_tokens(path: Path, parts: Iterable[np.ndarray], *, length: int, dtype:
 def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
     """Rows the model's embedding needs. Raises DataError when `wanted` (model.vocab_size) is too small."""
     if settings.tokenizer is not None:
-        own, said = _read_vocabulary(settings.tokenizer).size, f"the tokenizer {settings.tokenizer}"
+        own, said = read_vocabulary(settings.tokenizer).size, f"the tokenizer {settings.tokenizer}"
     else:
         own, said = SMALLEST_BPE, "a byte-level BPE"
         wanted = DEFAULT_VOCABULARY if wanted is None else wanted
@@ -154,14 +138,14 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
 def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> Vocabulary:
     """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
     if settings.tokenizer is not None:
-        return replace(_read_vocabulary(settings.tokenizer), model_size=vocab_size)
+        return read_vocabulary(settings.tokenizer)
     wanted_vocabulary(settings, vocab_size)
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
     def is_whole(candidate: Path) -> bool:
         try:
-            _read_vocabulary(candidate)
+            read_vocabulary(candidate)
         except DataError:
             return False
         return True
@@ -170,12 +154,14 @@ def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> V
         asides[0].write_text(_train(source, vocab_size).to_str(pretty=True), encoding="utf-8")
 
     build_once([path], is_whole, build)
-    return _read_vocabulary(path)
+    return read_vocabulary(path)
 
 
-def _read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Of a tokenizer.json, or a directory that has one. Raises DataError."""
     try:
-        content = path.expanduser().read_bytes()
+        file = path.expanduser()
+        content = (file / "tokenizer.json" if file.is_dir() else file).read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; check data.tokenizer") from None
@@ -235,8 +221,6 @@ def tokenize_once(source: Source, vocabulary: Vocabulary, directory: Path) -> tu
     paths = [directory / f"tokens-{digest[:32]}-{part}.npy" for part in ("train", "heldout")]
     build_once(paths, is_whole_array, lambda asides: _tokenize(source, vocabulary, asides))
     train, heldout = (map_tokens(path) for path in paths)
-    vocabulary.check_ids(train)  # they may have been made for another model
-    vocabulary.check_ids(heldout)
     return train, heldout, digest
 
 

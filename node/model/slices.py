@@ -19,6 +19,7 @@ What can go wrong without any error, and what is done about it:
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -110,19 +111,33 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, device: str = "meta")
     """The whole causal model; no memory on `meta`. Raises ModelError, by name, for parts that no stage would own."""
     config = untied(config)
     config.use_cache = False
-    attention = config._attn_implementation
     try:
         try:
             causal = _build(config, dtype, device, _Undrawn() if device == "meta" else nullcontext())
         except Exception:  # of a decoder that mixes what is counted here with what is on `meta`
             causal = _build(config, dtype, device, nullcontext())
     except Exception as error:
-        helps = attention != "eager" and "eager" in str(error)  # the advice that transformers gives for Gemma 2
-        remedy = "set model.attention = 'eager'" if helps else REMEDY
-        fault = first_line(error).partition(". ")[0]
-        raise ModelError(f"{describe(config)} cannot be built: {fault}; {remedy}") from error
+        raise _refusal(config, dtype, device, error) from error
     find_parts(causal)
     return causal
+
+
+def _refusal(config: PretrainedConfig, dtype: torch.dtype, device: str, error: Exception) -> ModelError:
+    """Of an architecture that cannot be built: what leads on, and not from one refusal to the next."""
+    remedy = REMEDY
+    if config._attn_implementation != "eager" and "eager" in str(error):  # as transformers advises for Gemma 2
+        plain = copy.deepcopy(config)
+        plain._attn_implementation = "eager"
+        try:
+            find_parts(_build(plain, dtype, device, nullcontext()))
+        except ModelError as unsupported:
+            return unsupported
+        except Exception as other:
+            error = other
+        else:
+            remedy = "set model.attention = 'eager'"
+    fault = first_line(error).partition(". ")[0].rstrip(".")
+    return ModelError(f"{describe(config)} cannot be built: {fault}; {remedy}")
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, device: str, mode: AbstractContextManager[object]) -> Any:

@@ -21,6 +21,7 @@ from .commands.checkpoint import checkpoint
 from .commands.common import OneLine, run_as_own_process
 from .commands.compare import compare
 from .commands.discovery import dht, status
+from .commands.export import export
 from .commands.hosting import node
 from .commands.inference import evaluate
 from .commands.keys import keys
@@ -56,7 +57,7 @@ def options(
     del version  # the callback has printed it
 
 
-for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
+for command in (up, export, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(checkpoint, name="checkpoint")

@@ -21,7 +21,7 @@ from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
 from .config import ConfigError, RunConfig
 from .constrained_stage import check_architecture
-from .data import Corpus, DataError, open_corpus, vocabulary_size
+from .data import Corpus, DataError, Vocabulary, open_corpus, open_vocabulary, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
@@ -179,11 +179,7 @@ def prepare_corpus(config: RunConfig) -> Corpus:
     """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
     if config.compute.emulate:
         return EmptyCorpus(config)
-    if _brings_vocabulary(config):
-        vocab = resolve_architecture(config).vocab_size
-    else:
-        vocab = vocabulary_size(config.data, config.model.vocab_size)
-    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
+    corpus = open_corpus(config.data, vocab_size=_ids_of_model(config), seed=config.run.seed)
     needed = config.evaluation_microbatches * config.microbatch_size
     if corpus.heldout_sequences < needed:
         raise DataError(
@@ -191,3 +187,14 @@ def prepare_corpus(config: RunConfig) -> Corpus:
             f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
         )
     return corpus
+
+
+def prepare_vocabulary(config: RunConfig) -> Vocabulary:
+    """The tokenizer that the run's text was coded with. Raises DataError."""
+    return open_vocabulary(config.data, vocab_size=_ids_of_model(config))
+
+
+def _ids_of_model(config: RunConfig) -> int:
+    if _brings_vocabulary(config):
+        return resolve_architecture(config).vocab_size
+    return vocabulary_size(config.data, config.model.vocab_size)

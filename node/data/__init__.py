@@ -72,11 +72,12 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
 
 
 def open_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:
-    """The tokenizer that `open_corpus` codes text with. Raises DataError."""
+    """The tokenizer of the corpus alone: from its file, from the cache, or trained once. Raises DataError where that
+    needs a text that is not there."""
     if settings.tokenizer is not None:
-        return read_vocabulary(settings.tokenizer)
+        return load_vocabulary(settings, None, vocab_size)
     if settings.source.startswith("hf:"):
-        return stream_vocabulary(settings, vocab_size=vocab_size)
+        return stream_vocabulary(settings, vocab_size)
     return load_vocabulary(settings, open_source(settings, cache_directory(settings)), vocab_size)
 
 

@@ -66,8 +66,8 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
     return corpus
 
 
-def stream_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:
-    """The tokenizer of such a dataset. Raises DataError, as `open_stream` does."""
+def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
+    """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
     return load_vocabulary(settings, _opened(settings)[1], vocab_size)
 
 
@@ -81,7 +81,7 @@ def stream_documents(settings: DataSection) -> Iterator[str]:
 
 
 def _opened(settings: DataSection) -> tuple[_Documents, Source, str]:
-    """The documents, what they are as a source to train a tokenizer on, and the version of `datasets` that reads."""
+    """The documents, what they are for the tokenizer, and the version of the library that reads them."""
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = Path(name).expanduser()

@@ -135,11 +135,13 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
     return own if wanted is None else wanted
 
 
-def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> Vocabulary:
-    """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
+def load_vocabulary(settings: DataSection, source: Source | None, vocab_size: int) -> Vocabulary:
+    """The user's tokenizer, for which no source is needed, or a BPE of at most `vocab_size` ids trained once on the
+    source. Raises DataError."""
     if settings.tokenizer is not None:
         return read_vocabulary(settings.tokenizer)
     wanted_vocabulary(settings, vocab_size)
+    assert source is not None
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 

@@ -108,18 +108,24 @@ def generate(
     """
     one_arithmetic_thread()
     from ..node.checkpoints.manifest import CheckpointError
-    from ..node.evaluating.generation import Sampling, written
+    from ..node.evaluating.generation import Sampling, load
+    from ..node.evaluating.generation import generate as go_on
     from ..node.evaluating.subject import EvaluationError
+    from ..node.export.portable_model import ExportError
     from ..node.preparation import BAD_INPUT
 
-    sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    def write(part: str) -> None:
+        print(part, end="", flush=True)
+
     try:
-        parts = written(target, text, sampling, step=step, trusted=trust_code, device=device, report=_warn)
-        print(text, end="", flush=True)
-        for part in parts:
-            print(part, end="", flush=True)
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        sampling.check(text)
+        model, words = load(target, step=step, trusted=trust_code, device=device, report=_warn)
+        sampling.check_fits(model, words, text)
+        write(text)
+        go_on(model, words, text, sampling, write)
         print()
-    except (*BAD_INPUT, EvaluationError, CheckpointError) as error:
+    except (*BAD_INPUT, EvaluationError, ExportError, CheckpointError) as error:
         fail(str(error), 2)
 
 

@@ -16,7 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..model.architecture import ModelError, first_line, quiet_transformers
+from ..export import modeling_thinpipe
+from ..model.architecture import first_line, quiet_transformers
 
 
 class EvaluationError(ValueError):
@@ -43,18 +44,19 @@ class Directory:
 
     def __init__(self, directory: Path, *, trusted: bool = False, device: str = "cpu") -> None:
         """Raises EvaluationError for what is not there, cannot be loaded, or wants to run code that is not trusted."""
-        self.model, self.words = load_directory(directory, trusted=trusted, device=device)
-        self.tokenizer = self.words.backend_tokenizer
-        self.begin_id = next(
-            (each for each in (self.words.bos_token_id, self.words.eos_token_id) if each is not None), 0
-        )
-        sizes = self.model.config.get_text_config(decoder=True)
-        self.context = getattr(sizes, "max_position_embeddings", None) or 2**20
-        self._device = device
+        self._model, words = load_directory(directory, trusted=trusted, device=device)
+        self.tokenizer = words.backend_tokenizer
+        self.begin_id = next((each for each in (words.bos_token_id, words.eos_token_id) if each is not None), 0)
+        self.context = longest_text(self._model)
 
     @torch.no_grad()
     def logits(self, ids_BT: Tensor) -> Tensor:
-        return self.model(input_ids=ids_BT.to(self._device), use_cache=False).logits.float().cpu()
+        return self._model(input_ids=ids_BT.to(self._model.device), use_cache=False).logits.float().cpu()
+
+
+def longest_text(model: Any) -> int:
+    """Tokens that a model of transformers takes at once; of one that names no end, as many as anybody has."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
 
 
 def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any, Any]:
@@ -73,13 +75,22 @@ def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any,
         raise EvaluationError(f"cannot load {directory}: {first_line(error)}; {remedy}") from None
     if not isinstance(getattr(words, "backend_tokenizer", None), Tokenizer):
         raise EvaluationError(f"{directory} has no tokenizer.json; save it there with the tokenizers library")
-    return model.eval().to(device), words
+    return on_device(model, device), words
+
+
+def on_device(model: Any, device: str) -> Any:
+    """The model, ready to be asked there. Raises EvaluationError for a device that is not on this machine."""
+    try:
+        return model.eval().to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise EvaluationError(f"--device {device} cannot be used: {first_line(error)}; use cpu") from None
 
 
 def is_ours(directory: Path) -> bool:
     """Whether the code in `directory` is what this version of thinpipe exports, and nothing else."""
-    del directory
-    return False
-
-
-__all__ = ["Directory", "EvaluationError", "ModelError", "Subject", "is_ours", "load_directory"]
+    own = Path(modeling_thinpipe.__file__)
+    there = sorted(directory.glob("*.py"))
+    try:
+        return [path.name for path in there] == [own.name] and there[0].read_bytes() == own.read_bytes()
+    except OSError:
+        return False

@@ -175,7 +175,9 @@ class RecoveryLoop:
         told = self.machine.failure
         with suppress(OSError):  # a full disk may be why
             self._metrics.write("failed", **asdict(told or mine), told=told is not None)
-        await self.control.tell_failure(FAREWELL_S)
+        links: dict[Side, Link | None] = {"above": self._node.above, "below": self._node.below} if self._node else {}
+        there = {side for side, link in links.items() if link and link.session.peer}
+        await self.control.tell_failure(there, FAREWELL_S)
 
     async def _next(self) -> bool:
         """Wait for whatever comes first and do it; True when this node may leave."""

@@ -128,6 +128,17 @@ def test_a_neighbour_whose_connection_breaks_at_that_moment_is_told_when_it_is_b
     in_one_place(ended.lines, 1, "Input/output error")
 
 
+@pytest.mark.parametrize("stage", range(STAGES))
+def test_a_neighbour_that_has_not_met_the_control_stream_yet_is_told_when_it_does(
+    tiny: TinyConfig, tmp_path: Path, stage: int
+) -> None:
+    """A failure in the first step may be faster than a greeting."""
+    late: Late = dict.fromkeys(STREAMS, 2.0)
+    ended = run_to_failure(tiny(SETTINGS), tmp_path, [fail(stage, 0, Phase.BEFORE_COMMIT, OSError("no"))], late=late)
+    assert max(ended.seconds) < SOON_S
+    in_one_place(ended.lines, stage, "no")
+
+
 def test_a_stage_that_fails_before_the_control_streams_have_met_leaves_nobody_without_a_word(
     tiny: TinyConfig, tmp_path: Path
 ) -> None:

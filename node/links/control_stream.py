@@ -106,13 +106,14 @@ class Control:
         that."""
         return self.finished or side in self._told
 
-    async def tell_failure(self, timeout_s: float) -> None:
-        """Wait until each neighbour that was ever met has been told why the run ends, or so long. One whose connection
-        has just broken is told when it comes back. Who told this node knows."""
+    async def tell_failure(self, there: set[Side], timeout_s: float) -> None:
+        """Wait until each neighbour that was ever met, or is known to be `there`, has been told why the run ends, or so
+        long. One whose connection has just broken, or is not made yet, is told when it comes. Who told this node
+        knows."""
         failure, mine = self.machine.failure, self.machine.identity.stage
         if failure is None:
             return
-        due: set[Side] = {side for side, met in self.met.items() if met.is_set()}
+        due = there | {side for side, met in self.met.items() if met.is_set()}
         if failure.stage != mine:
             due.discard("above" if failure.stage < mine else "below")
         with suppress(TimeoutError):

@@ -90,7 +90,7 @@ def test_another_cut_keeps_what_belongs_to_a_boundary(trained: Path, tmp_path: P
         assert said == []
         return
     assert said == [
-        "boundary 0, after 1 layers: is new, its codec begins untrained",
+        "boundary 0, after 1 layer: is new, its codec begins untrained",
         "boundary 1, after 2 layers: goes on as boundary 0 was",
     ]
     for stage, source in ((1, 0), (2, 1)):

@@ -33,7 +33,7 @@ from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
 from .data import DataError
 from .export.portable_model import ExportError, plain_model
-from .preparation import prepare_vocabulary
+from .preparation import check_settings, prepare_vocabulary
 from .stage_costs import stage_layers
 
 START = "first-weights"  # in the directory of the new run
@@ -55,29 +55,30 @@ class Origin:
     lines: list[str] = field(default_factory=list)
 
     def place(self, directory: Path) -> RunConfig:
-        """Write what the new run begins with into `directory`, which is made; returns its settings. Raises ConfigError
-        for a disk that does not take it."""
+        """Write what the new run begins with into `directory`, which is made; returns its settings, which are checked
+        before the weights are written. Raises ConfigError for a disk that does not take it, and what `BAD_INPUT`
+        names."""
         if self.found is None:
             return self.config
-        codec_digest = ""
         try:
             directory.mkdir(parents=True)
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
-            weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
-            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if self.tokenizer:
                 shutil.copyfile(self.tokenizer, directory / "tokenizer.json")
+            check_settings(self.placed(self.config, directory))
+            weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if _same_codec(self.found.config, self.config):
                 layers = stage_layers(self.found.config, self.found.architecture)
-                codec_digest = write_codec_start(self.found, layers, directory)
+                digest = write_codec_start(self.found, layers, directory)
+                run = self.config.run.model_copy(update={"origin_codec": digest})
+                self.config = self.config.model_copy(update={"run": run})
         except ExportError as error:
             raise ConfigError(f"{self.source}: {error}; no run can begin from it") from None
         except (OSError, SafetensorError) as error:
             cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
             raise ConfigError(f"cannot write {directory}: {cause}; choose another --out") from None
-        run = self.config.run.model_copy(update={"origin_codec": codec_digest})
-        self.config = self.config.model_copy(update={"run": run})
         return self.placed(self.config, directory)
 
     def placed(self, config: RunConfig, directory: Path) -> RunConfig:

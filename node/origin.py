@@ -40,6 +40,7 @@ START = "first-weights"  # in the directory of the new run
 # Of a run, what is not the next one's.
 OWN = {"run": {"extended", "origin", "origin_codec"}, "checkpoint": {"directory"}}
 OWN |= {"model": {"preset", "path", "pretrained", "vocab_size", "layers", "width"}}
+NO_WISH = {"model.pretrained", *(f"run.{name}" for name in OWN["run"])}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,18 +109,14 @@ class Origin:
 
 def begin_from(source: Path, given: dict[str, Any]) -> Origin:
     """A new run from `source`, with these settings (`section.key` -> value). Raises ConfigError for what is neither a
-    run nor a model, and for settings of another model;
-    CheckpointError for a run without whole checkpoints; DataError for a tokenizer that is not there."""
-    given = {name: value for name, value in given.items() if name.partition(".")[2] not in OWN["run"]}
-    same = "model.path" in given and Path(given["model.path"]).expanduser().resolve() == source.resolve()
-    for name, agrees in (("model.path", same), ("model.pretrained", given.get("model.pretrained") is True)):
-        if name in given and not agrees:
-            raise ConfigError(f"{name} = {given[name]}, but --from brings a model of its own; omit one of the two")
-    given = {name: value for name, value in given.items() if name not in ("model.path", "model.pretrained")}
-    if same:  # a run.toml that begins from there says a preset too, which nobody reads
-        given.pop("model.preset", None)
+    run nor a model, and for settings of another model; CheckpointError for a run without whole checkpoints; DataError
+    for a tokenizer that is not there."""
+    # What a whole run.toml says of its own beginning is no wish.
+    given = {name: value for name, value in given.items() if name not in NO_WISH}
     if (source / "run.toml").is_file():
-        return _from_run(source, given)
+        run = load_config(source / "run.toml")
+        return _from_run(source, run, _without_path(given, source, run.model.path))
+    given = _without_path(given, source)
     if (source / "config.json").is_file():
         return _from_directory(source, given)
     raise ConfigError(
@@ -144,8 +141,19 @@ def _from_directory(source: Path, given: dict[str, Any]) -> Origin:
     return Origin(source=source, config=parse_config(merge({}, given | first)), lines=lines)
 
 
-def _from_run(source: Path, given: dict[str, Any]) -> Origin:
-    run = load_config(source / "run.toml")
+def _without_path(given: dict[str, Any], *own: Path | None) -> dict[str, Any]:
+    """Without a model.path that is where the model comes from anyway. Raises ConfigError for another one."""
+    if "model.path" not in given:
+        return given
+    wanted = Path(given["model.path"]).expanduser().resolve()
+    if wanted not in [each.resolve() for each in own if each]:
+        raise ConfigError(
+            f"model.path = {given['model.path']}, but --from brings a model of its own; omit one of the two"
+        )
+    return {name: value for name, value in given.items() if name not in ("model.path", "model.preset")}
+
+
+def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     report: list[str] = []
     found = assemble(source, report=report.append)
     given = _without_shape(run, found, given)

@@ -199,20 +199,20 @@ def test_what_is_refused(options: list[str], said: str, config: RunConfig, tmp_p
 
 def test_what_a_run_printed_before_is_not_printed_again() -> None:
     """It says first after which step it goes on, and that as soon as a process of its own knows."""
-    figures, console = StageFigures(0), Console(file=io.StringIO(), width=120)
+    figures, shown = StageFigures(0), io.StringIO()
     step = {"time_s": 0.0, "event": "step", "loss": 5.0, "tokens": 64, "seconds": 1.0, "sent_bytes": {}}
     step |= {"compute_s": 0.0, "codec_s": 0.0, "wait_s": 0.0}
     start = {"time_s": 0.0, "event": "start"}
     went_on = {"time_s": 0.0, "event": "rollback", "generation": 1, "completed": 4, "source": "disk"}
     for record in (start, {**went_on, "completed": 2}, step | {"step": 3}):
         figures.take(record)
-    display = RunDisplay(console, steps=6, resumes=figures.lives)
+    display = RunDisplay(Console(file=shown, width=120), steps=6, resumes=figures.lives)
     with display:
         display.update([figures])
         for record in (start, went_on, step | {"step": 4}, {**went_on, "completed": 3}, step | {"step": 5}):
             figures.take(record)
             display.update([figures])
-    lines = console.file.getvalue().splitlines()
+    lines = shown.getvalue().splitlines()
     assert lines[0] == "resumes after step 4 of 6"
     assert [line.split("  ")[0] for line in lines[1:]] == ["step 5/6", "step 6/6"]
 

@@ -66,7 +66,7 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
     else:
         from rich.console import Console
 
-        Console().print(checkpoint_table(found))
+        Console(markup=False).print(checkpoint_table(found))
     if not as_json:
         more = "; checkpoints come and go" if alive.state == "under way" else ""
         print(f"the run {alive.line()}{more}")

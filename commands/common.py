@@ -14,13 +14,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
 
 # What typer raises for wrong usage; it does not export the name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class Command(TyperCommand):
+    """A command whose paths may begin with ~ behind an equals sign too, where no shell replaces it."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        rest = super().parse_args(ctx, args)
+        for parameter in self.params:
+            name, kind = parameter.name or "", type(getattr(parameter, "type", None)).__name__
+            if isinstance(given := ctx.params.get(name), str | Path) and "Path" in kind:
+                ctx.params[name] = type(given)(os.path.expanduser(given))
+        return rest
 
 
 class OneLine(TyperGroup):

@@ -101,7 +101,7 @@ def plan(
 
         from ..sim.reports.run_console import cut_line, plan_tables
 
-        console = Console()
+        console = Console(markup=False)
         console.print(*plan_tables(figures), sep="\n")
         console.print(cut_line(figures), highlight=False, soft_wrap=True)
     if timeline:

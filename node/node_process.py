@@ -19,14 +19,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ..compress.byte_format import CodecError
 from ..protocol.errors import ProtocolError
 from ..protocol.greeting import NodeIdentity
 from ..sim.reports.metrics_address import MetricsAddressError
+from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
 from .checkpoints.manifest import Fingerprint
 from .checkpoints.store import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
+from .data import Corpus, SourceLost
 from .links.dialling import Where, dial, dial_control
 from .links.link import LinkLost
 from .links.transport import listening
@@ -45,6 +49,7 @@ if TYPE_CHECKING:
 
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
+FAILED += (SourceLost,)
 
 
 class NodeError(RuntimeError):
@@ -226,7 +231,7 @@ async def _run(
             config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
         ),
         dial=lambda link: dial(where(), link, **waits),
-        corpus=prepare_corpus(config) if index == 0 else None,
+        corpus=open_text(config, metrics) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
@@ -260,6 +265,18 @@ async def _run(
                 work, calling, lambda: link.greeting_timeout_s if recovery_loop.control.finished else 0
             )
         await _first_to_end(work, *endless)
+
+
+def open_text(config: RunConfig, metrics: MetricsWriter) -> Corpus:
+    """The corpus, with what it holds on record, and said. Raises DataError or SourceLost."""
+    with PreparationDisplay(Console(), config.data.source) as display:
+        corpus = prepare_corpus(config, display.report)
+    metrics.write("data", **corpus.record())
+    if corpus.line:
+        print(corpus.line, flush=True)
+    for line in corpus.warnings:
+        print(f"stage 0: warning: {line}", file=sys.stderr, flush=True)
+    return corpus
 
 
 async def _while_calling(

@@ -30,11 +30,10 @@ from ..sim.reports.metrics_address import MetricsAddress
 from ..sim.reports.summary import dense_bytes_one_way
 from .boundary.endpoints import Encoded
 from .config import RunConfig
-from .data import vocabulary_size
 from .links.outgoing import chunk_bytes_for
 from .measuring.message_sizes import accounted
-from .model import check_sliceable, resolve_model
-from .preparation import check_codec, check_device, prepare_corpus
+from .model import check_sliceable
+from .preparation import check_codec, check_device, prepare_corpus, resolve_architecture
 from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .stage import Stage
 from .stage_costs import stage_layers
@@ -52,8 +51,7 @@ class OneProcess:
         check_device(config)
         self.config = config
         self.corpus = prepare_corpus(config)
-        vocab = vocabulary_size(config.data, config.model.vocab_size)
-        architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+        architecture = resolve_architecture(config)
         check_codec(config, architecture)
         check_sliceable(architecture, stage_layers(config, architecture))
         self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
@@ -77,6 +75,8 @@ class OneProcess:
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
         """Run all steps; returns the training losses and the final held-out loss."""
         config = self.config
+        for metrics in self._metrics[:1]:
+            metrics.write("data", **self.corpus.record())
         schedule = get_schedule(config.pipeline.schedule)
         losses, val_loss, train_s = [], float("nan"), 0.0
         for step in range(config.run.steps):
@@ -217,6 +217,7 @@ class OneProcess:
                 "end",
                 stage=stage.index,
                 layers=len(stage.layers),
+                parameters=stage.parameters(),
                 steps=self.config.run.steps,
                 train_s=round(train_s, 6),
                 cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each

@@ -17,13 +17,13 @@ from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
-from .config import ConfigError, RunConfig
+from .config import ConfigError, DataSection, RunConfig
 from .constrained_stage import check_architecture
-from .data import Corpus, DataError, open_corpus, vocabulary_size
+from .data import Corpus, DataError, Preparing, open_corpus, silently, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
-from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
+from .model import ModelError, architecture_digest, check_sliceable, resolve_model, skeleton, was_tied
 from .security.key_directory import KeysError
 from .stage import Stage
 from .stage_costs import stage_layers
@@ -135,16 +135,41 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
             raise ConfigError(f"compute.emulate {config.compute.emulate}: pipeline.stages is {config.pipeline.stages}")
         vocab = settings.vocab_size or VOCABULARY
     else:
-        vocab = vocabulary_size(config.data, settings.vocab_size)
+        vocab = vocabulary_size(text_settings(config), settings.vocab_size)
     return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
 
 
-def prepare_corpus(config: RunConfig) -> Corpus:
-    """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
+def model_line(config: RunConfig) -> str:
+    """How large the model is, for people; "" for an emulated one, which nobody builds."""
+    if config.compute.emulate:
+        return ""
+    whole = skeleton(resolve_architecture(config), torch.float32)
+    count, stages = sum(each.numel() for each in whole.parameters()), config.pipeline.stages
+    return f"the model: {count:,} parameters in {stages} stage{'' if stages == 1 else 's'}"
+
+
+def text_settings(config: RunConfig) -> DataSection:
+    """How the text is read and coded: a pretrained model brings its own tokenizer. Raises DataError where it has none:
+    ids of another one would lead to rows of its embedding that mean something else."""
+    path = config.model.path
+    if not config.model.pretrained or path is None or config.data.tokenizer is not None:
+        return config.data
+    if not (path / "tokenizer.json").is_file():
+        raise DataError(
+            f"model.pretrained: {path} has no tokenizer.json, and its weights know no other ids; save the model's own "
+            "tokenizer there, or name it with data.tokenizer"
+        )
+    return config.data.model_copy(update={"tokenizer": path})
+
+
+def prepare_corpus(config: RunConfig, report: Preparing = silently) -> Corpus:
+    """Open the data as stage 0 does; `report` is told what takes time. Raises DataError, also when the held-out set
+    asked for is not there, and SourceLost for a streamed dataset that stayed away."""
     if config.compute.emulate:
         return EmptyCorpus(config)
-    vocab = vocabulary_size(config.data, config.model.vocab_size)
-    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
+    text = text_settings(config)
+    vocab = vocabulary_size(text, config.model.vocab_size)
+    corpus = open_corpus(text, vocab_size=vocab, seed=config.run.seed, report=report)
     needed = config.evaluation_microbatches * config.microbatch_size
     if corpus.heldout_sequences < needed:
         raise DataError(

@@ -21,7 +21,7 @@ from ..config import ConfigError, RunConfig
 from ..config_file import load_config
 from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
-from ..preparation import check_codec, resolve_architecture
+from ..preparation import check_codec, resolve_architecture, text_settings
 from ..stage_costs import speeds, stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .message_sizes import Sizes
@@ -158,7 +158,7 @@ def planned(
     """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`; and what
     its cut gains over stages of equal length, None where they are, or where nobody knows. Raises what PLANNED names."""
     given = config.model.vocab_size
-    vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
+    vocabulary = vocabulary_size(text_settings(config), given) if measured else given or VOCABULARY
     length = config.data.sequence_length
     architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
     check_codec(config, architecture)

@@ -140,11 +140,11 @@ def batches(corpus: Any, steps: int) -> np.ndarray:
 
 
 def test_a_shard_that_goes_and_comes_changes_no_bit(shards, tmp_path, monkeypatch):
-    undisturbed = batches(open_it(tmp_path, shards), 60)
+    undisturbed = batches(open_it(tmp_path, shards), 200)
     luck, texts_of = random.Random(5), readers.texts_of
 
     def shaky(*given: Any, **named: Any) -> Any:
-        breaks = luck.random() < 0.4
+        breaks = luck.random() < 0.5
         for number, row in enumerate(texts_of(*given, **named)):
             if breaks and number == 7:
                 raise FileNotFoundError(2, "No such file or directory")
@@ -153,7 +153,7 @@ def test_a_shard_that_goes_and_comes_changes_no_bit(shards, tmp_path, monkeypatc
     monkeypatch.setattr(stream_documents, "texts_of", shaky)
     clock = Clock()
     monkeypatch.setattr(streamed, "PatientDocuments", lambda documents: PatientDocuments(documents, clock.patience()))
-    np.testing.assert_array_equal(batches(open_it(tmp_path, shards), 60), undisturbed)
+    np.testing.assert_array_equal(batches(open_it(tmp_path, shards), 200), undisturbed)
     assert clock.pauses
 
 

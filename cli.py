@@ -18,7 +18,7 @@ import typer.main
 from . import __version__
 from .commands.chaos import chaos
 from .commands.checkpoint import checkpoint
-from .commands.common import Command, OneLine, run_as_own_process
+from .commands.common import OneLine, from_home, run_as_own_process
 from .commands.compare import compare
 from .commands.discovery import dht, status
 from .commands.hosting import node
@@ -56,7 +56,7 @@ def options(
 
 
 for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
-    app.command(cls=Command)(command)
+    app.command()(from_home(command))
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, configuration, fail
+from .common import Json, configuration, fail, from_home
 
 checkpoint = typer.Typer(
     help="List or verify the checkpoints of a run, without changing anything.",
@@ -23,6 +23,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run: 
 
 
 @checkpoint.command("ls")
+@from_home
 def checkpoint_ls(run: Run, as_json: Json = False) -> None:
     """List the checkpoints by step: which stages have one, and whether the run can resume from it.
 
@@ -33,6 +34,7 @@ def checkpoint_ls(run: Run, as_json: Json = False) -> None:
 
 
 @checkpoint.command("verify")
+@from_home
 def checkpoint_verify(run: Run, as_json: Json = False) -> None:
     """Read every checkpoint and compare its digests with its manifest.
 

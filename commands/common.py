@@ -10,29 +10,33 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
 
+T = TypeVar("T")
 # What typer raises for wrong usage; it does not export the name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-class Command(TyperCommand):
-    """A command whose paths may begin with ~ behind an equals sign too, where no shell replaces it."""
+def from_home(command: Callable[..., T]) -> Callable[..., T]:
+    """The same command, whose paths may begin with ~ behind an equals sign too, where no shell replaces it."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest = super().parse_args(ctx, args)
-        for parameter in self.params:
-            name, kind = parameter.name or "", type(getattr(parameter, "type", None)).__name__
-            if isinstance(given := ctx.params.get(name), str | Path) and "Path" in kind:
-                ctx.params[name] = type(given)(os.path.expanduser(given))
-        return rest
+    @wraps(command)
+    def with_paths(**given: Any) -> T:
+        return command(**{name: _from_home(value) for name, value in given.items()})
+
+    return with_paths
+
+
+def _from_home(value: object) -> object:
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 class OneLine(TyperGroup):

@@ -542,7 +542,7 @@ def run_cluster(
             node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
         )
         patch.setattr(node_process, "CheckpointStore", cluster.store)
-        patch.setattr(node_process, "prepare_corpus", lambda _: corpus)
+        patch.setattr(node_process, "prepare_corpus", lambda *_: corpus)
         patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 

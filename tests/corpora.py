@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from thinpipe.node.config import DataSection
 from thinpipe.node.data import DataError, open_corpus
 from thinpipe.node.data.corpus import Corpus
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCABULARY = 300
 LENGTH = 16
@@ -89,3 +90,29 @@ def documents_in(tmp_path: Path) -> list[str]:
         cuts = np.flatnonzero(ids == end) + 1
         found += [tokenizer.decode(each[:-1].tolist(), skip_special_tokens=False) for each in np.split(ids, cuts)[:-1]]
     return found
+
+
+ENDS = ("</s>", "<|eos|>", "<|endoftext|>")
+
+
+def byte_level(special: tuple[str, ...] = ENDS, vocab_size: int = 300) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts(), trainer)
+    return tokenizer
+
+
+def save(folder: Path, tokenizer: Tokenizer, **files: dict[str, Any]) -> Path:
+    """As Hugging Face lays them out: `save(folder, tokenizer, config={...})` writes config.json too."""
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder

@@ -19,10 +19,9 @@ from thinpipe.node.data.preparing import Found
 from thinpipe.node.data.vocabulary import read_vocabulary
 from thinpipe.sim.reports.preparation_console import EVERY_S, PreparationDisplay
 
-from .corpora import fault, open_it, settings, texts, the_tokenizer, write_jsonl
-from .test_vocabulary import byte_level, save
+from .corpora import byte_level, fault, open_it, save, settings, texts, the_tokenizer, write_jsonl
 
-# --- runs without a space ---
+# --- runs without a space, from which a tokenizer learns ---
 
 
 def test_ordinary_text_is_not_cut():
@@ -43,9 +42,9 @@ def test_a_run_without_a_space_is_cut_and_nothing_is_lost(around):
         assert len(found) >= len(run) // most
 
 
-def test_the_ids_of_ordinary_text_are_the_tokenizers_own(tmp_path):
+def test_the_ids_of_a_text_are_the_tokenizers_own(tmp_path):
     vocabulary = read_vocabulary(save(tmp_path / "model", byte_level()))
-    docs = texts(20)
+    docs = [*texts(20), "ACGT" * 5000, " " * 9000 + "x"]
     for ids, text in zip(vocabulary.encode(docs), docs, strict=True):
         assert ids.tolist() == vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -54,7 +53,7 @@ def test_letters_on_one_line_are_prepared_in_seconds(tmp_path):
     path = tmp_path / "dna.txt"
     path.write_text("".join(random.Random(1).choices("ACGT", k=400_000)))
     began = time.process_time()
-    corpus = open_it(tmp_path, path, vocab_size=512)
+    corpus = open_it(tmp_path, path, vocab_size=1024)
     assert time.process_time() - began < 10  # a minute where the line is one word
     assert corpus.found
     assert corpus.found.characters == 400_000
@@ -236,7 +235,7 @@ def test_a_run_knows_what_its_text_holds(tmp_path):
     assert found.largest_id < 300
     assert corpus.line == (
         f"{tmp_path / 'rows.jsonl'}: 160 documents, {found.tokens:,} tokens, {found.heldout_tokens:,} of them held "
-        "out; documents end with <|endoftext|> (of a tokenizer trained on it)"
+        "out; documents end with <|endoftext|> (a tokenizer trained on this text)"
     )
     assert corpus.record()["documents"] == 160
 

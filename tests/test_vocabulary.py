@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +11,9 @@ from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.data import DataError, vocabulary_size
 from thinpipe.node.data.vocabulary import read_vocabulary
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models
 
-from .corpora import fault, open_it, settings, texts, write_jsonl
-
-ENDS = ("</s>", "<|eos|>", "<|endoftext|>")
-
-
-def byte_level(special: tuple[str, ...] = ENDS, vocab_size: int = 300) -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts(), trainer)
-    return tokenizer
-
-
-def save(folder: Path, tokenizer: Tokenizer, **files: dict[str, Any]) -> Path:
-    """As Hugging Face lays them out: `save(folder, tokenizer, config={...})` writes config.json too."""
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
-    return folder
-
+from .corpora import byte_level, fault, open_it, save, settings, texts, write_jsonl
 
 # --- where it is ---
 

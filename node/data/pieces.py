@@ -1,13 +1,13 @@
 """How a long text is cut before a tokenizer sees it.
 
-What: `pieces` cuts a document into parts of about a million characters, `short_runs` cuts a part where it has thousands
-of characters without a space (or of nothing but space).
+What: `pieces` cuts a document into parts of about a million characters, `short_runs` cuts a text where it has thousands
+of characters without a space (or of nothing but space), for a tokenizer that is trained on it.
 
 How: a part ends at a line's end where there is one, by a rule that sees the text alone, so that a document gives the
-same ids in every format and is never in memory whole. A run is cut after every RUN_CHARACTERS. Why at all? A tokenizer
-takes what lies between two spaces as one word, and both learning and applying the merges of a byte-pair encoding take
-time that grows with the square of a word: half a megabyte of DNA on one line takes a minute. Ordinary text has no such
-word, so its ids are those that the tokenizer alone would give; where there is one, a few tokens at the cuts are others.
+same ids in every format and is never in memory whole. A run is cut after every RUN_CHARACTERS. Why at all? What lies
+between two spaces is one word, and learning merges takes time that grows with the square of a word: half a megabyte of
+DNA on one line took a minute. Ordinary text has no such word, so the tokenizer that is learned from it is the same. To
+apply merges takes time in proportion, so a text that is coded is not cut in this way, and its ids are the tokenizer's.
 """
 
 from __future__ import annotations

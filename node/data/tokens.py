@@ -119,7 +119,9 @@ def load_vocabulary(settings: DataSection, source: Source, vocab_size: int, repo
         asides[0].write_text(_train(source, vocab_size, report).to_str(pretty=True), encoding="utf-8")
 
     build_once([path], is_tokenizer, build)
-    return replace(read_vocabulary(path), name="the tokenizer of this text", end_said_by="of a tokenizer trained on it")
+    return replace(
+        read_vocabulary(path), name="the tokenizer of this text", end_said_by="a tokenizer trained on this text"
+    )
 
 
 def _train(source: Source, vocab_size: int, report: Preparing) -> Tokenizer:

@@ -25,7 +25,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .local_files import DataError, expanded, first_line
-from .pieces import short_runs
 
 END_OF_TEXT = "<|endoftext|>"
 # what published tokenizers call it, most particular first
@@ -66,15 +65,11 @@ class Vocabulary:
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, without an end. Texts are as long as `pieces` makes them. Raises DataError."""
-        parts = [(number, part) for number, text in enumerate(texts) for part in short_runs(text)]
         try:
-            coded = self.tokenizer.encode_batch_fast([part for _, part in parts], add_special_tokens=False)
+            coded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{self.name} cannot encode a text: {first_line(error)}; choose another one") from None
-        ids: list[list[int]] = [[] for _ in texts]
-        for (number, _), encoding in zip(parts, coded, strict=True):
-            ids[number].extend(encoding.ids)
-        return [np.array(of_text, dtype=self.dtype) for of_text in ids]
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in coded]
 
     def dropped(self, text: str, where: str) -> Counter[str]:
         """The characters of `text` that the tokenizer leaves out, with their numbers. White space, which may only tell

@@ -21,7 +21,9 @@ from .commands.checkpoint import checkpoint
 from .commands.common import OneLine, from_home, run_as_own_process
 from .commands.compare import compare
 from .commands.discovery import dht, status
+from .commands.export import export
 from .commands.hosting import node
+from .commands.inference import evaluate, generate
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
@@ -55,8 +57,10 @@ def options(
     del version  # the callback has printed it
 
 
-for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
+for command in (up, export, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
     app.command()(from_home(command))
+app.command("eval")(from_home(evaluate))
+app.command()(from_home(generate))
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")
 

@@ -50,10 +50,10 @@ class OneProcess:
         torch.set_num_threads(1)
         check_device(config)
         self.config = config
-        self.corpus = prepare_corpus(config)
         architecture = resolve_architecture(config)
         check_codec(config, architecture)
         check_sliceable(architecture, stage_layers(config, architecture))
+        self.corpus = prepare_corpus(config)
         self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]

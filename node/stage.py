@@ -27,6 +27,7 @@ from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
 from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
+from .codec_start import begin_with
 from .config import RunConfig
 from .constrained_stage import check_constrained, constrain
 from .model import StageModel, WeightGradients, build_stage
@@ -94,7 +95,17 @@ class Stage:
             codec, context, shape = self._boundary(index)
             self.sender = codec.codec.encoder(context).to(self.device, self.dtype)
             self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
-        self.optimizer = StageOptimizer(self._trained(), config.optim, total_steps=config.run.steps)
+        begin_with(
+            config,
+            stage_layers(config, architecture),
+            index,
+            tokens=self.tokens,
+            sender=None if self.last else self.sender,
+            receiver=None if self.first else self.receiver,
+        )
+        self.optimizer = StageOptimizer(
+            self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended
+        )
         self._state = StageState(
             stage=index,
             trained=self._trained(),
@@ -190,15 +201,19 @@ class Stage:
         """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
         ids = torch.from_numpy(ids_BS.astype(np.int64)).to(self.device)
         inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
+        out = self._computed(inputs_BT, z_in)
+        if not self.last:
+            return out
+        return F.cross_entropy(out.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+    def _computed(self, inputs_BT: Tensor, z_in: Tensor | None) -> Tensor:
+        """z for the next stage, or the last one's logits (B, T, V)."""
         # The codec stays out of autocast: a projector rounded to bfloat16 is off the manifold.
         with self.tokens.once() if isinstance(self.tokens, Anchors) else nullcontext():
             hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
             with self._precision():
                 out = self.model(hidden)
-            if not self.last:
-                return self.sender.encode(out.to(self.dtype), inputs_BT)
-        logits_NV = out.flatten(0, 1).to(self.dtype)
-        return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
+            return out.to(self.dtype) if self.last else self.sender.encode(out.to(self.dtype), inputs_BT)
 
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
@@ -300,6 +315,12 @@ class Stage:
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)
 
+    @torch.no_grad()
+    def infer(self, inputs_BT: Tensor, received: ReceivedTensor | None) -> Encoded | Tensor:
+        """As `evaluate`, of tokens without targets: what to send on, or the last stage's logits (B, T, V)."""
+        out = self._computed(inputs_BT, self._accept(received))
+        return out if self.last else self._encoded(out)
+
     def measures(self) -> dict[str, float]:
         """Figures of what the codecs learned here since the last call: the projector and the codebook of activations
         below, and of gradients above."""
@@ -335,6 +356,11 @@ class Stage:
             )
         self._settle()
         return self._state.snapshot(self.completed)
+
+    def untrained(self, completed: int) -> StageSnapshot:
+        """The state after `completed` steps in which this stage, just built, had no part: to be filled with what others
+        learned (`node.checkpoints.convert`)."""
+        return self._state.untrained(completed)
 
     def restore(self, snapshot: StageSnapshot) -> None:
         """Go on from `snapshot`, bit for bit; a step that was broken off leaves nothing behind.

@@ -12,24 +12,35 @@ memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
 from .documents import check_source, open_source
+from .known_ids import known_ids
 from .local_files import DataError
 from .preparing import Preparing, silently
+from .readers import whole_documents
 from .stream_documents import SourceLost
-from .streamed import open_stream
+from .streamed import open_stream, stream_documents, stream_vocabulary
 from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
-from .vocabulary import dropped_line
+from .vocabulary import Vocabulary, copy_tokenizer, dropped_line, read_vocabulary
 
 __all__ = [
     "Corpus",
     "DataError",
     "Preparing",
     "SourceLost",
+    "Vocabulary",
     "check_source",
+    "copy_tokenizer",
     "open_corpus",
+    "open_documents",
+    "open_vocabulary",
+    "read_vocabulary",
     "silently",
     "vocabulary_size",
 ]
@@ -44,7 +55,8 @@ def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
 
 
 def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Preparing = silently) -> Corpus:
-    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`.
+    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`, also where the
+    tokenizer has more; of a dataset that is streamed, each is looked at when it is drawn.
 
     Several processes may call this at once. `report` is told what is being done. Raises DataError, and SourceLost for a
     streamed dataset that stayed away.
@@ -55,7 +67,12 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
     report("reading the files", 0, 0)
     source = open_source(settings)
     vocabulary = load_vocabulary(settings, source, vocab_size, report)
+    known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
+    if known:
+        known.check_beginning(part.text for part in source.read())
     train, heldout, found, digest = tokenize_once(source, vocabulary, directory, report)
+    if known:
+        known.check(np.array([found.largest_id]))
     corpus = LocalCorpus(
         train,
         heldout,
@@ -69,3 +86,21 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
     dropped = dropped_line(vocabulary.name, found.dropped, found.characters, found.first_dropped)
     corpus.warnings = tuple(filter(None, (source.remark, dropped)))
     return corpus
+
+
+def open_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:
+    """The tokenizer of the corpus alone: from its file, from the cache, or trained once. Raises DataError where that
+    needs a text that is not there."""
+    if settings.tokenizer is not None:
+        return load_vocabulary(settings, None, vocab_size)
+    if settings.source.startswith("hf:"):
+        return stream_vocabulary(settings, vocab_size)
+    return load_vocabulary(settings, open_source(settings), vocab_size)
+
+
+def open_documents(settings: DataSection) -> tuple[str, Callable[[], Iterator[str]]]:
+    """What `data.source` is called, and its documents, from the first one again at each call. Raises DataError."""
+    if settings.source.startswith("hf:"):
+        return settings.source, lambda: stream_documents(settings)
+    source = open_source(settings)
+    return source.name, lambda: whole_documents(source.read())

@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -72,6 +72,16 @@ def read_documents(paths: list[Path], kind: str, field: str) -> Iterator[Part]:
             before += path.stat().st_size
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror or first_line(error)}") from None
+
+
+def whole_documents(parts: Iterable[Part]) -> Iterator[str]:
+    """Each document in one."""
+    held: list[str] = []
+    for part in parts:
+        held.append(part.text)
+        if part.ends:
+            yield "".join(held)
+            held = []
 
 
 def _read_rows(path: Path, kind: str, field: str) -> Iterator[Part]:

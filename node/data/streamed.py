@@ -33,9 +33,10 @@ from ..config import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
 from .corpus import Corpus, random_order
 from .documents import Source, files_digest, is_heldout
+from .known_ids import known_ids
 from .local_files import DataError, expanded, files_below, format_of
 from .pieces import pieces
-from .preparing import Preparing
+from .preparing import Preparing, silently
 from .readers import Part
 from .stream_documents import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments
 from .tokens import batches_of_parts, is_whole, load_vocabulary, map_tokens, write_tokens
@@ -57,6 +58,33 @@ class _BlockStart:
 
 def open_stream(settings: DataSection, *, vocab_size: int, seed: int, report: Preparing) -> Corpus:
     """Open `hf:NAME`. Raises DataError when there is no such dataset, no `train` split or no such field; SourceLost."""
+    stream, source, version = _opened(settings, report)
+    vocabulary = load_vocabulary(settings, source, vocab_size, report)
+    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
+    directory = cache_directory(settings)
+    corpus = StreamedCorpus(
+        stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version, report=report
+    )
+    corpus.known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
+    return corpus
+
+
+def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
+    """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
+    return load_vocabulary(settings, _opened(settings, silently)[1], vocab_size)
+
+
+def stream_documents(settings: DataSection) -> Iterator[str]:
+    """All documents of such a dataset, in its order. Raises DataError, as `open_stream` does."""
+    stream = _opened(settings, silently)[0]
+    stream.rewind(None)
+    while (text := stream.next()) is not None:
+        if text:
+            yield text
+
+
+def _opened(settings: DataSection, report: Preparing) -> tuple[PatientDocuments, Source, str]:
+    """The documents, what they are for the tokenizer, and the version of what reads them."""
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = expanded(name)
@@ -95,11 +123,7 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
         size_bytes=0,
         read=lambda: _parts(stream.sample(_SAMPLE_CHARACTERS)),
     )
-    vocabulary = load_vocabulary(settings, source, vocab_size, report)
-    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
-    return StreamedCorpus(
-        stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version, report=report
-    )
+    return stream, source, version
 
 
 def _quiet_datasets() -> Any:
@@ -247,7 +271,7 @@ class StreamedCorpus(Corpus):
         for group in batches_of_parts(_parts(texts)):
             for part in group:
                 self._warn_of_dropped(part.text)
-            for part, ids in zip(group, self._vocabulary.encode([part.text for part in group]), strict=True):
+            for part, ids in zip(group, self._vocabulary.encode_parts([part.text for part in group]), strict=True):
                 found += [ids, end] if part.ends else [ids]
         return found
 

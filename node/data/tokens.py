@@ -33,7 +33,7 @@ from .cache import build_once, cache_directory, content_key
 from .documents import HELDOUT_SHARE, HeldoutRule, Source
 from .local_files import DataError
 from .pieces import pieces, short_runs
-from .preparing import Found, Preparing
+from .preparing import Found, Preparing, silently
 from .readers import Part
 from .vocabulary import END_OF_TEXT, Vocabulary, read_vocabulary
 
@@ -100,11 +100,15 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
     return own if wanted is None else wanted
 
 
-def load_vocabulary(settings: DataSection, source: Source, vocab_size: int, report: Preparing) -> Vocabulary:
-    """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
-    wanted_vocabulary(settings, vocab_size)
+def load_vocabulary(
+    settings: DataSection, source: Source | None, vocab_size: int, report: Preparing = silently
+) -> Vocabulary:
+    """The user's tokenizer, for which no source is needed, or a BPE of at most `vocab_size` ids trained once on the
+    source. Raises DataError."""
     if settings.tokenizer is not None:
         return read_vocabulary(settings.tokenizer)
+    wanted_vocabulary(settings, vocab_size)
+    assert source is not None
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
@@ -220,7 +224,7 @@ class _Tokenizing:
             for part in parts:
                 self._count_dropped(part, f"document {number + 1}")
                 number += part.ends
-            for part, ids in zip(parts, vocabulary.encode([part.text for part in parts]), strict=True):
+            for part, ids in zip(parts, vocabulary.encode_parts([part.text for part in parts]), strict=True):
                 if part.ends:
                     ids = np.append(ids, vocabulary.dtype.type(vocabulary.end_id))
                 if len(ids):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from .local_files import DataError, expanded, first_line
+from .pieces import pieces
 
 END_OF_TEXT = "<|endoftext|>"
 # what published tokenizers call it, most particular first
@@ -44,13 +46,14 @@ _CHARACTERS_SHOWN = 8
 class Vocabulary:
     """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of what both are from.
 
-    name: for people. end_said_by: which file names the end of a document, or "its name".
+    path: of the tokenizer.json. name: for people. end_said_by: which file names the end of a document, or "its name".
     """
 
     tokenizer: Tokenizer
     size: int
     end_id: int
     digest: str
+    path: Path = Path("tokenizer.json")
     name: str = "the tokenizer"
     end_said_by: str = "its name"
     _spelled: dict[str, bool] = field(default_factory=dict)  # characters that were tried: False: dropped
@@ -63,7 +66,12 @@ class Vocabulary:
     def end_token(self) -> str:
         return self.tokenizer.id_to_token(self.end_id) or str(self.end_id)
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
+    def encode(self, documents: list[str]) -> list[np.ndarray]:
+        """The ids of each document, ended by `end_id`. Raises DataError."""
+        end = np.array([self.end_id], dtype=self.dtype)
+        return [np.concatenate([*self.encode_parts([piece for piece, _ in pieces(text)]), end]) for text in documents]
+
+    def encode_parts(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, without an end. Texts are as long as `pieces` makes them. Raises DataError."""
         try:
             coded = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -131,9 +139,20 @@ def read_vocabulary(path: Path) -> Vocabulary:
         size=max(ids.values()) + 1,
         end_id=end,
         digest=digest.hexdigest(),
+        path=file,
         name=name,
         end_said_by=said_by,
     )
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Make it the tokenizer of that directory, with the same end of a document. Raises DataError, and OSError."""
+    vocabulary = read_vocabulary(source)
+    beside = vocabulary.path.with_name("tokenizer_config.json")
+    own = _read_json(beside) if vocabulary.path.name == "tokenizer.json" else {}
+    shutil.copyfile(vocabulary.path, directory / "tokenizer.json")
+    told = json.dumps({**own, "eos_token": vocabulary.end_token}, indent=2)
+    (directory / "tokenizer_config.json").write_text(told + "\n", encoding="utf-8")
 
 
 def _end_of_document(tokenizer: Tokenizer, ids: dict[str, int], file: Path, name: str) -> tuple[int, str]:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 from thinpipe.node.config_file import merge, parse_config
-from thinpipe.node.data import DataError, SourceLost, readers, stream_documents, streamed
-from thinpipe.node.data.stream_documents import PATIENCE_S, FileDocuments, Patience, PatientDocuments
+from thinpipe.node.data import DataError, SourceLost, document_streams, readers, streamed
+from thinpipe.node.data.document_streams import PATIENCE_S, FileDocuments, Patience, PatientDocuments
 from thinpipe.node.node_process import BAD_INPUT, FAILED
 from thinpipe.node.training_loop import draw
 from thinpipe.node.worker_thread import in_thread
@@ -150,7 +150,7 @@ def test_a_shard_that_goes_and_comes_changes_no_bit(shards, tmp_path, monkeypatc
                 raise FileNotFoundError(2, "No such file or directory")
             yield row
 
-    monkeypatch.setattr(stream_documents, "texts_of", shaky)
+    monkeypatch.setattr(document_streams, "texts_of", shaky)
     clock = Clock()
     monkeypatch.setattr(streamed, "PatientDocuments", lambda documents: PatientDocuments(documents, clock.patience()))
     np.testing.assert_array_equal(batches(open_it(tmp_path, shards), 200), undisturbed)

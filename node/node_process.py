@@ -24,6 +24,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.greeting import NodeIdentity
 from ..sim.reports.metrics_address import MetricsAddressError
 from .addresses import check_listen, split_address
+from .checkpoints.kept_tokenizer import keep_tokenizer
 from .checkpoints.manifest import Fingerprint
 from .checkpoints.store import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
@@ -226,17 +227,24 @@ async def _run(
     def where() -> str | Where:
         return membership.where(below, on_fault) if membership else addresses.next or ""
 
+    store = CheckpointStore(
+        config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
+    )
+    corpus = prepare_corpus(config) if index == 0 else None
+    if corpus and corpus.tokenizer and config.checkpoint.every:
+        try:
+            keep_tokenizer(store, corpus.tokenizer)
+        except CheckpointError as error:  # as of any other write there: the run goes on
+            on_fault("checkpoint", str(error))
     recovery_loop = RecoveryLoop(
         config,
         stage,
         identity,
         joining=options.resume,
         rebuild=lambda: prepare(config, index)[0],
-        store=CheckpointStore(
-            config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
-        ),
+        store=store,
         dial=lambda link: dial(where(), link, **waits),
-        corpus=prepare_corpus(config) if index == 0 else None,
+        corpus=corpus,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,

@@ -8,6 +8,7 @@ only then the weights and the text, which take minutes.
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -159,6 +160,8 @@ def prepare_corpus(config: RunConfig) -> Corpus:
     return corpus
 
 
-def prepare_vocabulary(config: RunConfig) -> Vocabulary:
-    """The tokenizer that the run's text was coded with. Raises DataError."""
-    return open_vocabulary(config.data, vocab_size=vocabulary_size(config.data, config.model.vocab_size))
+def prepare_vocabulary(config: RunConfig, kept: Path | None = None) -> Vocabulary:
+    """The tokenizer that the run's text was coded with: the file that the run has `kept`, or what its settings lead to.
+    Raises DataError."""
+    data = config.data if kept is None else config.data.model_copy(update={"tokenizer": kept})
+    return open_vocabulary(data, vocab_size=vocabulary_size(data, config.model.vocab_size))

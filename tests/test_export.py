@@ -376,20 +376,50 @@ def test_plain_says_what_the_boundaries_are_worth(tiny: TinyConfig, tmp_path: Pa
 
 
 def test_without_the_text_there_is_no_loss_and_a_model(tiny: TinyConfig, tiny_text: Path, tmp_path: Path) -> None:
-    """The tokenizer has to be there."""
-    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
-    text.write_bytes(tiny_text.read_bytes())
-    prepare_vocabulary(tiny()).tokenizer.save(str(tokenizer))
-    train(configure(tiny, "identity", **{"data.source": str(text), "data.tokenizer": str(tokenizer)}), tmp_path / "run")
+    """The tokenizer is beside the checkpoints; where that is gone too, nothing can be made of the ids."""
+    (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
+    config = configure(tiny, "identity", **{"data.source": str(text), "pipeline.stages": 2})
+    train(config, tmp_path / "run")
+    first = told([str(tmp_path / "run"), "--out", str(tmp_path / "first")])
+    assert first["held_out"]["loss"] == pytest.approx(first["held_out"]["loss_recorded"], rel=1e-6)
     text.unlink()
-    written = told([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
-    assert written["held_out"]["loss"] is None
-    assert "no such file or directory" in written["held_out"]["reason"]
-    tokenizer.rename(tmp_path / "moved.json")
-    line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "other")])
-    assert "cannot read the tokenizer" in line
+    second = told([str(tmp_path / "run"), "--out", str(tmp_path / "second")])
+    assert second["held_out"]["loss"] is None
+    assert "no such file or directory" in second["held_out"]["reason"]
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
+
+    (kept := tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer.json").rename(tmp_path / "moved.json")
+    line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "third")])
+    assert "no such file or directory" in line
     moved = ["--set", f"data.tokenizer={tmp_path / 'moved.json'}"]
-    assert told([str(tmp_path / "run"), "--out", str(tmp_path / "other"), *moved])["parameters"] > 0
+    assert told([str(tmp_path / "run"), "--out", str(tmp_path / "third"), *moved])["parameters"] > 0
+    assert not kept.exists()
+
+
+def test_the_tokenizer_is_the_runs_own_whatever_the_text_is_now(
+    tiny: TinyConfig, tiny_text: Path, tmp_path: Path
+) -> None:
+    (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
+    train(configure(tiny, "identity", **{"data.source": str(text), "pipeline.stages": 2}), tmp_path / "run")
+    told([str(tmp_path / "run"), "--out", str(tmp_path / "first")])
+    text.write_text("quite other words, of which another tokenizer would be made\n" * 2000)
+    told([str(tmp_path / "run"), "--out", str(tmp_path / "second")])
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_what_a_real_swarm_leaves(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = configure(tiny, CONTEXT, **{"pipeline.stages": 2, "codec.forward": "fp32", "codec.backward": "fp32"})
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    given = ["up", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), "--json"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    kept = tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer.json"
+    assert kept.read_bytes() == prepare_vocabulary(config).path.read_bytes()
+    written = told([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    assert written["held_out"]["loss"] == pytest.approx(written["held_out"]["loss_recorded"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
     source = open_source(settings, directory)
     vocabulary = load_vocabulary(settings, source, vocab_size)
     train, heldout, digest = tokenize_once(source, vocabulary, directory)
-    return LocalCorpus(
+    corpus = LocalCorpus(
         train,
         heldout,
         name=source.name,
@@ -49,6 +49,8 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
+    corpus.tokenizer = vocabulary.path
+    return corpus
 
 
 def open_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:

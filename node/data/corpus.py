@@ -14,6 +14,7 @@ replacement, which needs no order at all? A third of the corpus would be missed 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 
@@ -30,8 +31,10 @@ class Corpus(ABC):
     """Training batches by (step, microbatch), and a fixed held-out part.
 
     `digest` is over what determines the token sequence: source and tokenizer, not the seed. `position` is the step
-    that was asked for last, or sought.
+    that was asked for last, or sought. `tokenizer` is the file with which the text was coded, if it was.
     """
+
+    tokenizer: Path | None = None
 
     def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
         self.digest = digest

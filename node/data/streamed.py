@@ -177,6 +177,7 @@ class StreamedCorpus(Corpus):
             sequence_length=length,
             heldout_sequences=settings.heldout_sequences,
         )
+        self.tokenizer = vocabulary.path
         self._documents = documents
         self._vocabulary = vocabulary
         self._seed = seed

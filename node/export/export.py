@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.assemble import Assembled, assemble
+from ..checkpoints.assemble import assemble
 from ..config import ConfigError, RunConfig
-from ..data import Corpus, DataError
+from ..data import Corpus, DataError, Vocabulary
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
@@ -51,7 +51,7 @@ def export_run(
     """
     check_out(out)
     assembled = assemble(run, step=step, config=config, report=report)
-    vocabulary = prepare_vocabulary(assembled.config)
+    vocabulary = prepare_vocabulary(assembled.config, assembled.tokenizer)
     transformers = quiet_transformers()
     without = plain_model(assembled)
     whole = with_boundaries(assembled, without)
@@ -64,7 +64,7 @@ def export_run(
     try:
         aside.mkdir()
         files = _write(model, tokenizer, aside)
-        losses = _losses(assembled, model, whole, aside, transformers)
+        losses = _losses(_with_tokenizer(assembled.config, vocabulary), model, whole, aside, transformers)
         os.rename(aside, out.absolute())  # over an empty directory too
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -130,12 +130,16 @@ def _write_weights(weights: dict[str, Tensor], directory: Path) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def _with_tokenizer(config: RunConfig, vocabulary: Vocabulary) -> RunConfig:
+    """Held-out text in the ids of the model, whatever tokenizer would be made of the text here."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": vocabulary.path})})
+
+
 def _losses(
-    assembled: Assembled, model: PortableModel, whole: PortableModel, directory: Path, transformers: Any
+    config: RunConfig, model: PortableModel, whole: PortableModel, directory: Path, transformers: Any
 ) -> dict[str, Any]:
     """Of what is in `directory`, and of the whole function where that is another one. A text that is not here leaves
     them open."""
-    config = assembled.config
     kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
     try:

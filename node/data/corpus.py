@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from .documents import DataError
+from .known_ids import KnownIds
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -30,15 +31,18 @@ def random_order(count: int, *key: int) -> np.ndarray:
 class Corpus(ABC):
     """Training batches by (step, microbatch), and a fixed held-out part.
 
-    `digest` is over what determines the token sequence: source and tokenizer, not the seed. `position` is the step
-    that was asked for last, or sought. `tokenizer` is the file with which the text was coded, if it was.
+    `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
+    `position` is the step that was asked for last, or sought. `tokenizer` is the file with which the text was coded, if
+    it was.
     """
 
     tokenizer: Path | None = None
 
     def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
+        self.name = name
         self.digest = digest
         self.position = 0
+        self.known: KnownIds | None = None  # what to look at of each batch, where that could not be done at once
         self.sequence_length = sequence_length
         available = (len(heldout) - 1) // sequence_length
         if available < 1:
@@ -58,7 +62,10 @@ class Corpus(ABC):
                 "count steps and microbatches from 0"
             )
         self.position = step
-        return self._sequences((step * microbatches + microbatch) * batch_size, batch_size)
+        ids_BS = self._sequences((step * microbatches + microbatch) * batch_size, batch_size)
+        if self.known:
+            self.known.check(ids_BS)
+        return ids_BS
 
     def heldout_batch(self, index: int, batch_size: int) -> np.ndarray:
         """Held-out sequences from `index * batch_size`, int32 (B, T + 1); the last batch may be shorter.
@@ -68,7 +75,10 @@ class Corpus(ABC):
         start = index * batch_size
         if not 0 <= start < self.heldout_sequences:
             raise IndexError(f"no held-out batch {index}: there are {self.heldout_sequences} sequences of {batch_size}")
-        return self._heldout[start : start + batch_size].copy()
+        ids_BS = self._heldout[start : start + batch_size].copy()
+        if self.known:
+            self.known.check(ids_BS)
+        return ids_BS
 
     def seek(self, step: int) -> None:
         """Say which step comes next, as after a restart. What `batch` returns depends on its arguments alone."""

@@ -37,6 +37,7 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 from .test_bad_input import refused
+from .test_model import EXACT
 from .trained_run import shake, train
 
 CONTEXT = "mapl:r=8,context=4,ce=6,ch=10,every=1"
@@ -329,6 +330,41 @@ def test_gemma_scales_its_embedding(tiny: TinyConfig, tmp_path: Path) -> None:
     wanted_BTV = stages_compute(stages, ids_BT := some_ids())
     with torch.no_grad():
         assert (load(tmp_path / "out")(ids_BT).logits - wanted_BTV).abs().max() <= TOLERANCE * wanted_BTV.abs().max()
+
+
+@pytest.mark.pairwise(3)
+@pytest.mark.parametrize("stages", [3, 2])
+@pytest.mark.parametrize("name", EXACT)
+def test_every_architecture_that_can_be_cut(name: str, stages: int, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Of two stages, the last has no layer."""
+    architecture = EXACT[name]()
+    architecture.vocab_size = 512
+    architecture.to_json_file(tmp_path / "config.json")
+    given = {"model.path": str(tmp_path), "model.width": None, "model.layers": None, "pipeline.stages": stages}
+    given |= {"pipeline.cut": f"{architecture.num_hidden_layers},0"} if stages == 2 else {}
+    given |= {"model.attention": architecture._attn_implementation}
+    trained = train(configure(tiny, f"{CONTEXT},table=1", **given), tmp_path / "run", after=shake)
+    export_run(tmp_path / "run", tmp_path / "out")
+    wanted_BTV = stages_compute(trained, ids_BT := some_ids())
+    with torch.no_grad():
+        assert (load(tmp_path / "out")(ids_BT).logits - wanted_BTV).abs().max() <= TOLERANCE * wanted_BTV.abs().max()
+
+
+def test_constants_of_the_weights_that_a_run_began_with(tiny: TinyConfig, tmp_path: Path) -> None:
+    """They are no parameters, so no stage saves them."""
+    architecture = EXACT["apertus"]()
+    architecture.vocab_size = 512
+    first: Any = transformers.AutoModelForCausalLM.from_config(architecture)
+    first.model.layers[1].mlp.act_fn.beta.fill_(0.25)
+    first.save_pretrained(tmp_path / "first")
+    given = {"model.path": str(tmp_path / "first"), "model.pretrained": True, "model.width": None, "model.layers": None}
+    stages = train(configure(tiny, "identity", **given), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    wanted_BTV = stages_compute(stages, ids_BT := some_ids())
+    found = load(tmp_path / "out")
+    assert [float(layer.mlp.act_fn.beta) for layer in found.model.layers] == [0.5, 0.25, 0.5, 0.5, 0.5]
+    with torch.no_grad():
+        assert (found(ids_BT).logits - wanted_BTV).abs().max() <= TOLERANCE * wanted_BTV.abs().max()
 
 
 @pytest.mark.parametrize("cut", ["4,0", "0,4"])

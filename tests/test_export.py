@@ -278,6 +278,15 @@ def test_weights_are_the_stages_own(tiny: TinyConfig, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], own[name]) for name in own)
 
 
+def test_float64_stays(tiny: TinyConfig, tmp_path: Path) -> None:
+    stages = train(configure(tiny, CONTEXT, **{"compute.dtype": "float64"}), tmp_path / "run", after=shake)
+    export_run(tmp_path / "run", tmp_path / "out")
+    wanted_BTV, model = stages_compute(stages, ids_BT := some_ids()), load(tmp_path / "out")
+    assert model.dtype == torch.float64
+    with torch.no_grad():
+        assert (model(ids_BT).logits - wanted_BTV).abs().max() <= 1e-6 * wanted_BTV.abs().max()
+
+
 def test_its_tokenizer_gives_the_ids_that_it_was_trained_on(tiny: TinyConfig, tmp_path: Path) -> None:
     config = configure(tiny, "identity", **{"pipeline.stages": 2})
     train(config, tmp_path / "run")
@@ -502,7 +511,7 @@ def test_a_full_disk_leaves_nothing(small_run: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(export_module, "_write_weights", full)
-    result = CliRunner().invoke(app, ["export", str(small_run), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["export", str(small_run), "--out", str(tmp_path / "new" / "out")])
     assert result.exit_code == 1
     assert re.fullmatch(r"thinpipe: error: cannot write .*out: No space left on device; .*\n", result.stderr)
     assert not list(tmp_path.iterdir())

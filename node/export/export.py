@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,15 +60,19 @@ def export_run(
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
     tokenizer = portable_tokenizer(vocabulary, assembled.config, longest=longest)
     _say_tokens(model, tokenizer)
-    aside = out.absolute().with_name(f".{out.absolute().name}-{os.getpid()}")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    final = out.absolute()
+    aside = final.with_name(f".{final.name}-{os.getpid()}")
+    missing = [directory for directory in final.parents if not directory.exists()]
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)
         files = _write(model, tokenizer, aside)
         losses = _losses(_with_tokenizer(assembled.config, vocabulary), model, whole, aside, transformers)
-        os.rename(aside, out.absolute())  # over an empty directory too
+        os.rename(aside, final)  # over an empty directory too
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # those that hold nothing
+            for directory in missing:
+                directory.rmdir()
     return {
         "run": str(run),
         "step": assembled.completed,

@@ -222,7 +222,10 @@ def _of_one_width(
     if not found:
         return architecture, weights
     if any(there != before or own < there for own, there in found):
-        raise ExportError(f"{architecture.model_type} cannot have the FFNs of this run: {sorted(found)}")
+        raise ExportError(
+            f"{architecture.model_type} cannot be written with FFNs of the widths {sorted({own for own, _ in found})}: "
+            f"its intermediate_size is {before} for all layers"
+        )
     architecture.intermediate_size = max(own for own, _ in found)
     wider = _shapes(skeleton(architecture, torch.float32))
     return architecture, {name: _padded(tensor, wider.get(name, tensor.shape)) for name, tensor in weights.items()}

@@ -19,13 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ..protocol.greeting import NodeIdentity
 from ..sim.reports.metrics_address import MetricsAddressError
+from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
 from .checkpoints.kept_tokenizer import keep_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
+from .data import Corpus, copy_tokenizer
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
@@ -47,7 +51,6 @@ from .watching.views import Watching
 from .worker_thread import Reporter
 
 if TYPE_CHECKING:
-    from .data import Corpus
     from .discovery.membership import Membership
 
 
@@ -219,10 +222,10 @@ async def _run(
     )
 
     def open_corpus() -> Corpus:
-        corpus = prepare_corpus(config)
-        if corpus.tokenizer and config.checkpoint.every:
+        corpus = open_text(config, metrics)
+        if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
             try:
-                keep_tokenizer(store, corpus.tokenizer)
+                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to))
             except CheckpointError as error:  # as of any other write there: the run goes on
                 on_fault("checkpoint", str(error))
         return corpus
@@ -274,6 +277,18 @@ async def _run(
         except Exception as error:  # also of what runs beside the stage
             await recovery_loop.farewell(error)
             raise
+
+
+def open_text(config: RunConfig, metrics: MetricsWriter) -> Corpus:
+    """The corpus, with what it holds on record, and said. Raises DataError or SourceLost."""
+    with PreparationDisplay(Console(), config.data.source) as display:
+        corpus = prepare_corpus(config, display.report)
+    metrics.write("data", **corpus.record())
+    if corpus.line:
+        print(corpus.line, flush=True)
+    for line in corpus.warnings:
+        print(f"stage 0: warning: {line}", file=sys.stderr, flush=True)
+    return corpus
 
 
 async def _while_calling(

@@ -23,7 +23,6 @@ from thinpipe.compress.identity import IdentityCodec
 from thinpipe.compress.registry import codec_names
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
-from thinpipe.node.data.tokens import END_OF_TEXT
 from thinpipe.node.export import export as export_module
 from thinpipe.node.export import modeling_thinpipe
 from thinpipe.node.export.export import export_run
@@ -317,7 +316,7 @@ def test_a_published_tokenizer_keeps_its_special_tokens(tiny: TinyConfig, tmp_pa
     train(configure(tiny, "identity", **given), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", END_OF_TEXT)  # what ended documents here
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
     assert tokenizer("alpha")["input_ids"] == raw.encode("alpha", add_special_tokens=False).ids
 
 
@@ -434,10 +433,10 @@ def test_without_the_text_there_is_no_loss_and_a_model(tiny: TinyConfig, tiny_te
     files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
     assert files[0] == files[1]
 
-    (kept := tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer.json").rename(tmp_path / "moved.json")
+    (kept := tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer").rename(tmp_path / "moved")
     line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "third")])
     assert "no such file or directory" in line
-    moved = ["--set", f"data.tokenizer={tmp_path / 'moved.json'}"]
+    moved = ["--set", f"data.tokenizer={tmp_path / 'moved'}"]
     assert told([str(tmp_path / "run"), "--out", str(tmp_path / "third"), *moved])["parameters"] > 0
     assert not kept.exists()
 
@@ -461,7 +460,7 @@ def test_what_a_real_swarm_leaves(tiny: TinyConfig, tmp_path: Path) -> None:
     given = ["up", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), "--json"]
     result = CliRunner().invoke(app, given)
     assert result.exit_code == 0, result.output
-    kept = tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer.json"
+    kept = tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer" / "tokenizer.json"
     assert kept.read_bytes() == prepare_vocabulary(config).path.read_bytes()
     written = told([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     assert written["held_out"]["loss"] == pytest.approx(written["held_out"]["loss_recorded"], rel=1e-6)

@@ -79,7 +79,7 @@ class Assembled:
     optimizer: the optimizers' buffers, `muon.momentum/<name>`, `adamw.exp_avg/<name>`, `adamw.exp_avg_sq/<name>`; the
         codec's own parameters are `codec.stage_1.<name>` and `codec.boundary_0.sender.<name>` there.
     snapshots: by stage, all that its checkpoint holds, as `Stage.restore` takes it.
-    tokenizer: its file, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
+    tokenizer: its directory, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
         `prepare_vocabulary(config, tokenizer)` knows it.
     """
 

@@ -12,8 +12,10 @@ own, so what is written has been restored once. One stage is in memory at a time
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -68,7 +70,7 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
         store.write(snapshot, generation=generation, written_s=written_s)
         if index == 0 and found.tokenizer:
-            keep_tokenizer(store, found.tokenizer)
+            keep_tokenizer(store, partial(shutil.copytree, found.tokenizer, dirs_exist_ok=True))
     (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     lines = kept.lines() if any("codec" in name for each in found.snapshots for name in each.tensors) else []
     if config.optim.clip:

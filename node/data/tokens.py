@@ -164,7 +164,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
     """Of a tokenizer.json, or a directory that has one. Raises DataError."""
     try:
         file = path.expanduser()
-        content = (file / "tokenizer.json" if file.is_dir() else file).read_bytes()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        content = file.read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; check data.tokenizer") from None
@@ -184,7 +185,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         tokenizer=tokenizer,
         size=max(ids.values()) + 1,
         end_id=end,
-        path=path.expanduser(),
+        path=file,
         digest=hashlib.sha256(content).hexdigest(),
     )
 

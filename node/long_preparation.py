@@ -52,21 +52,24 @@ async def in_daemon(work: Callable[[], T]) -> T:
 
 
 class LongPreparation:
-    """Who prepares its data, this stage or another one, as far as is known here. say: where a line for people goes."""
+    """Who prepares its data, this stage or another one, as far as is known here."""
 
-    def __init__(
-        self, stage: int, figures: HeartbeatAggregate, metrics: MetricsWriter, say: Callable[[str], None]
-    ) -> None:
-        self._stage, self._figures, self._metrics, self._say = stage, figures, metrics, say
+    def __init__(self, stage: int, figures: HeartbeatAggregate, metrics: MetricsWriter) -> None:
+        self._stage, self._figures, self._metrics = stage, figures, metrics
         self._last_s = float("-inf")  # when somebody was known to
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """The result of `work()`, the preparation of this stage's own data, or what it raises."""
+    async def run(self, work: Callable[[], T], unless: asyncio.Event) -> T | None:
+        """The result of `work()`, the preparation of this stage's own data, or what it raises; None once `unless` is
+        set, since nobody will need it then."""
         self._figures.preparing = True
+        jobs = [asyncio.ensure_future(in_daemon(work)), asyncio.ensure_future(unless.wait())]
         try:
-            return await in_daemon(work)
+            await asyncio.wait(jobs, return_when=asyncio.FIRST_COMPLETED)
+            return jobs[0].result() if jobs[0].done() else None
         finally:
             self._figures.preparing = False
+            for job in jobs:
+                job.cancel()
 
     def ago_s(self) -> float:
         """How long ago a stage was last known to prepare its data; 0: one does."""
@@ -88,7 +91,7 @@ class LongPreparation:
                 began_s = now if began_s is None else began_s
                 if now - began_s >= SAY_AFTER_S and (said_s is None or now - said_s >= SAY_EVERY_S):
                     said_s = now
-                    self._say(self._line(who, now - began_s))
+                    print(self._line(who, now - began_s), flush=True)
                 if recorded_s is None or now - recorded_s >= RECORD_EVERY_S:
                     recorded_s = now
                     self._metrics.write("preparing", stage=who, seconds=round(now - began_s, 3))

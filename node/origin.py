@@ -13,7 +13,6 @@ Settings that nobody gives are those of the other run: the same training, on oth
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from .checkpoints.kept_boundaries import kept_boundaries
 from .codec_start import write_codec_start
 from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
-from .data import DataError, read_vocabulary
+from .data import DataError, copy_tokenizer, read_vocabulary
 from .export.portable_model import ExportError, plain_model
 from .preparation import check_codec, check_layers, prepare_vocabulary, resolve_architecture
 from .stage_costs import stage_layers
@@ -65,7 +64,7 @@ class Origin:
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
             if self.tokenizer:
-                shutil.copyfile(self.tokenizer, directory / "tokenizer.json")
+                copy_tokenizer(self.tokenizer, directory)
             placed = self.placed(self.config, directory)
             architecture = resolve_architecture(placed)
             check_codec(placed, architecture)

@@ -18,11 +18,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..protocol.control_messages import CopyFrame, CopyPart, Failed
+from ..protocol.control_messages import CopyFrame, CopyPart
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
@@ -43,7 +43,7 @@ from .receive_deadline import ReceiveDeadline
 from .run_records import MetricsWriter, Tracer
 from .run_totals import RunTotals
 from .stage import Stage
-from .stage_failure import FAREWELL_S, UNTOLD, StageFailed, first_of, reason_of
+from .stage_failure import Farewell, StageFailed
 from .stage_state import StageSnapshot
 from .training_loop import TrainingLoop
 from .worker_thread import Reporter, Worker
@@ -88,7 +88,7 @@ class RecoveryLoop:
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
-        self._said_farewell = False
+        self._end_asked = asyncio.Event()
         self._node: TrainingLoop | None = None
         self._training: asyncio.Task[None] | None = None
         self._totals = RunTotals()
@@ -104,11 +104,11 @@ class RecoveryLoop:
         self.control = Control(
             self.machine,
             heartbeat_timeout_s=heartbeat_timeout_s(profile, config.link.chunk_bytes),
-            on_effect=self._effects.put_nowait,
+            on_effect=self._wanted,
             sent=self._sent,
         )
-        say = partial(print, flush=True)
-        self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics, say)
+        self._farewell = Farewell(self.control, metrics)
+        self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics)
         self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
             fixed_s=config.link.progress_timeout_s,
@@ -140,7 +140,9 @@ class RecoveryLoop:
         watching = asyncio.create_task(self._preparing.watch())
         try:
             if self._open_corpus:
-                self._corpus = await self._preparing.run(self._open_corpus)
+                self._corpus = await self._preparing.run(self._open_corpus, unless=self._end_asked)
+                if self._corpus is None:  # all end, without another step
+                    self.control.act(self.machine.end_after(self.machine.completed))
             if self._joining:
                 link = self.config.link
                 if await self._copies.fetch(
@@ -165,19 +167,13 @@ class RecoveryLoop:
     async def farewell(self, error: Exception) -> None:
         """The node ends with this: record it, and tell the other stages, so that they end with it too. Waits for
         `FAREWELL_S` at most; does nothing the second time."""
-        cause = first_of(error)
-        if self._said_farewell:
-            return
-        self._said_farewell = True
-        if not isinstance(cause, UNTOLD):
-            self.control.act(self.machine.fail(reason_of(cause)))
-        mine = Failed(stage=self.stage.index, completed_steps=self.machine.completed, reason=reason_of(cause))
-        told = self.machine.failure
-        with suppress(OSError):  # a full disk may be why
-            self._metrics.write("failed", **asdict(told or mine), told=told is not None)
         links: dict[Side, Link | None] = {"above": self._node.above, "below": self._node.below} if self._node else {}
-        there = {side for side, link in links.items() if link and link.session.peer}
-        await self.control.tell_failure(there, FAREWELL_S)
+        await self._farewell.say(error, there={side for side, link in links.items() if link and link.session.peer})
+
+    def _wanted(self, effect: Wanted) -> None:
+        self._effects.put_nowait(effect)
+        if isinstance(effect, ChooseEnd):
+            self._end_asked.set()
 
     async def _next(self) -> bool:
         """Wait for whatever comes first and do it; True when this node may leave."""
@@ -232,8 +228,7 @@ class RecoveryLoop:
         """End after the step under way, and all others too. False if that cannot be arranged, because who would have
         to know is not there."""
         reachable = self.machine.identity.first or self.machine.peers["above"] is not None
-        waits = bool(self.machine.heartbeats.prepares)  # for what may take hours: nothing is under way
-        if self.machine.phase is RollbackPhase.FINISHED or waits or not (reachable and self._loop):
+        if self.machine.phase is RollbackPhase.FINISHED or not (reachable and self._loop):
             return False
         self.control.act(self.machine.drain())
         return True

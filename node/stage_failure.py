@@ -11,19 +11,27 @@ The record `failed` is for them: which stage, after how many steps, why, and whe
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import asdict
+
 from ..compress.byte_format import CodecError
 from ..protocol.control_messages import Failed
 from ..protocol.errors import ProtocolError
 from ..protocol.header import printable
+from ..protocol.rollback_actions import Side
 from .checkpoints.manifest import CheckpointError
+from .data import SourceLost
+from .links.control_stream import Control
 from .links.dialling import NeighbourMismatch
 from .links.link import LinkLost
 from .optim import OptimizerError
 from .preparation import BAD_INPUT
+from .run_records import MetricsWriter
 from .stage_state import StateError
 
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
+FAILED += (SourceLost,)
 FAREWELL_S = 5.0  # for all neighbours to be told; one whose connection has just broken dials again within 2 s
 
 
@@ -52,3 +60,25 @@ def reason_of(error: BaseException) -> str:
     if not said:
         return kind
     return printable(said if isinstance(error, (*FAILED, *BAD_INPUT)) else f"{kind}: {said}")  # a bug needs its name
+
+
+class Farewell:
+    """The end of a node by an error: recorded, and told to the other stages, so that they end with it too."""
+
+    def __init__(self, control: Control, metrics: MetricsWriter) -> None:
+        self._control, self._metrics = control, metrics
+        self._said = False
+
+    async def say(self, error: BaseException, *, there: set[Side]) -> None:
+        """there: neighbours that have been met, if perhaps not on the control stream. Waits for `FAREWELL_S` at most;
+        does nothing the second time."""
+        if self._said:
+            return
+        self._said = True
+        cause, machine = first_of(error), self._control.machine
+        if not isinstance(cause, UNTOLD):
+            self._control.act(machine.fail(reason_of(cause)))
+        own = Failed(stage=machine.identity.stage, completed_steps=machine.completed, reason=reason_of(cause))
+        with suppress(OSError):  # a full disk may be why
+            self._metrics.write("failed", **asdict(machine.failure or own), told=machine.failure is not None)
+        await self._control.tell_failure(there, FAREWELL_S)

@@ -18,7 +18,7 @@ from thinpipe.protocol.rollback_actions import End, Send
 from .builders import identity
 from .cluster import Late, run_cluster, run_to_failure
 from .conftest import TinyConfig
-from .faults import Cut, Frame, Kill, Phase, fail
+from .faults import Cut, Drain, Frame, Kill, Phase, fail
 from .faults import Fault as Mishap
 from .faults_reference import SETTINGS, STAGES, assert_equal
 from .in_memory import Outcome, run_reference
@@ -250,6 +250,18 @@ def test_a_stage_that_takes_the_place_of_the_first_may_prepare_its_data_too(
     )
     assert_equal(ended, undisturbed)
     assert 3000 < ended.seconds < 3060
+
+
+@pytest.mark.parametrize("stage", range(STAGES))
+def test_a_run_that_is_told_to_end_does_not_wait_for_its_data(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, stage: int
+) -> None:
+    """SIGTERM to any node, after so many signs of life."""
+    faults: list[Mishap] = [Drain(at=Frame(number=40), stage=stage)]
+    ended = run_cluster(tiny(SETTINGS), tmp_path, faults, open_corpus=takes(4000))
+    assert ended.seconds < 60
+    assert ended.losses == [[], [], []]
+    assert_equal(run_cluster(tiny(SETTINGS), tmp_path, [], resume=True), undisturbed)
 
 
 def test_data_that_cannot_be_prepared_ends_all_with_the_reason(tiny: TinyConfig, tmp_path: Path) -> None:

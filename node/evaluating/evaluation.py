@@ -22,7 +22,7 @@ from ..data import open_documents, open_vocabulary, read_vocabulary
 from ..preparation import prepare_corpus
 from .chain import Chain
 from .choices import read_questions, score
-from .subject import Directory, EvaluationError, Subject
+from .subject import Directory, EvaluationError, Subject, check_directory
 from .text_loss import Batch, LogitsOf, TextLoss, bytes_of_ids, text_loss, windows
 
 if TYPE_CHECKING:
@@ -112,6 +112,7 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
 
 
 def _directory(directory: Path, asked: Asked, *, with_text: bool) -> tuple[Subject, dict[str, Any]]:
+    check_directory(directory)
     if asked.step is not None:
         raise EvaluationError(f"--step goes with a run, and {directory} has no run.toml; omit it")
     if with_text and asked.data is None:

@@ -59,10 +59,15 @@ def longest_text(model: Any) -> int:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
 
 
-def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any, Any]:
-    """The model and the tokenizer in `directory`, as transformers loads them. Raises EvaluationError."""
+def check_directory(directory: Path) -> None:
+    """Raises EvaluationError for what is no model's directory."""
     if not (directory / "config.json").is_file():
         raise EvaluationError(f"{directory} holds neither run.toml nor config.json; give a run, or a model's directory")
+
+
+def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any, Any]:
+    """The model and the tokenizer in `directory`, as transformers loads them. Raises EvaluationError."""
+    check_directory(directory)
     transformers = quiet_transformers()
     options = {"local_files_only": True, "trust_remote_code": trusted or is_ours(directory)}
     try:

@@ -31,12 +31,14 @@ from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
 from .node_process import FAILED
 from .one_process import OneProcess
+from .origin import START, Origin
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, prepare_corpus
+from .run_length import length_line
 from .security.key_directory import clock, load
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
-RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
+RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*", START)
 
 
 class LocalRunError(RuntimeError):
@@ -68,6 +70,7 @@ def run_local(
     trace: bool = False,
     quiet: bool = False,
     resume: bool = False,
+    origin: Origin | None = None,
     restarts: int = 0,
     schedule: str | None = None,
     isolate: bool = False,
@@ -76,7 +79,8 @@ def run_local(
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
-    resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. restarts: how many lost
+    resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. origin: what a new run
+    begins from, with `config` its settings; what it needs of that is written into `out`. restarts: how many lost
     stages are replaced. schedule: one with rtt_ratio=auto, whose depth is found before the first step, for the whole
     run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys:
     of all stages at once, for TLS between them. forks: what nodes are forked from; True: this process, which must not
@@ -85,8 +89,12 @@ def run_local(
     console = Console(stderr=True) if quiet else Console()
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
+    aside = out / f".{START}-{os.getpid()}"
     namespaces, isolation, isolated_by = ExitStack(), None, None
     try:
+        if origin:
+            _check_room(out, overwrite)
+            config = origin.place(aside)
         width = check_settings(config)
         watch = _watch(config, isolate=isolate)
         if isolate and one_process:
@@ -117,11 +125,20 @@ def run_local(
             console.print(f"isolated: {isolation}", highlight=False)
         started = True
         if not resume:
-            clear(out)
+            clear(out, keep=config.model.path)
+        if origin:
+            for line in (*origin.lines, *origin.boundary_lines()):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
+            if aside.exists():
+                aside.rename(out / START)
+            config = origin.placed(config, out / START)
         if line := recommended_line(config):
             console.print(line, highlight=False, soft_wrap=True)
+        if resume and (line := length_line(load_config(out / "run.toml"), config)):
+            console.print(line, highlight=False, soft_wrap=True)
         _write_settings(config, out / "run.toml")
-        display = RunDisplay(console, steps=config.run.steps)
+        lives = Progress(out, stages=1).look()[0].lives if resume else None
+        display = RunDisplay(console, steps=config.run.steps, resumes=lives)
         with display:
             if one_process:
                 _run_one_process(config, out, display)
@@ -149,6 +166,7 @@ def run_local(
         raise LocalRunError(str(error), 1) from None
     finally:
         namespaces.close()
+        shutil.rmtree(aside, ignore_errors=True)
         if not started:  # refused input leaves nothing behind
             with suppress(OSError):
                 for directory in missing:
@@ -193,10 +211,12 @@ def _check_room(out: Path, overwrite: bool) -> None:
         raise LocalRunError(f"{out} holds a run already; choose another --out, or say --overwrite to replace it", 2)
 
 
-def clear(out: Path) -> None:
-    """Remove what a run leaves in its directory, and nothing else."""
+def clear(out: Path, *, keep: Path | None = None) -> None:
+    """Remove what a run leaves in its directory, and nothing else; nor `keep`, if that is in it."""
     for pattern in RECORDS:
         for path in out.glob(pattern):
+            if keep and path.resolve() == keep.resolve():
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

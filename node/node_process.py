@@ -32,7 +32,16 @@ from .links.link import LinkLost
 from .links.transport import listening
 from .links.transport import serving as serving_only
 from .optim import OptimizerError
-from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
+from .preparation import (
+    BAD_INPUT,
+    check_codec,
+    check_device,
+    check_link,
+    prepare,
+    prepare_corpus,
+    resolve_architecture,
+    state_digest,
+)
 from .recovery_loop import RecoveryLoop
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
@@ -201,7 +210,8 @@ async def _run(
         stages=config.pipeline.stages,
         incarnation=options.membership.record.incarnation if options.membership else secrets.randbits(63),
     )
-    fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=config.pipeline.stages)
+    written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
+    fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""

@@ -152,6 +152,11 @@ def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_di
     return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
 
 
+def state_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
+    """What a checkpoint must share with the run that goes on from it: `run_digest`, of a run of any length."""
+    return run_digest(config.of_any_length(), architecture, token_table_digest)
+
+
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     """The model's, with the vocabulary of its text, which an emulated run does not read. Raises what BAD_INPUT
     names."""

@@ -13,6 +13,7 @@ from thinpipe.node.checkpoints.assemble import AssembleError, assemble
 from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint, ForeignCheckpoint, read_manifest
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.stage import Stage
 
 from .conftest import TinyConfig
 from .trained_run import train, write_checkpoints
@@ -21,15 +22,22 @@ STAGES, STEPS = 3, 4
 MAPL = "mapl:r=8,context=2,ce=4,ch=6,anchors=factorized,every=2,table=1"
 
 
-@pytest.fixture
-def run(tiny: TinyConfig, tmp_path: Path) -> Path:
-    """Checkpoints after 4 and, as if it had gone on, after 5 steps."""
+@pytest.fixture(scope="module")
+def trained(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Stage]]:
+    """Checkpoints after 4 steps and, as if it had gone on, after 5."""
     config = tiny({"pipeline.stages": STAGES, "run.steps": STEPS, "codec.codec": MAPL})
-    stages = train(config, tmp_path / "run")
+    out = tmp_path_factory.mktemp("trained") / "run"
+    stages = train(config, out)
     for stage in stages:
         stage.completed += 1
-    write_checkpoints(config, tmp_path / "run", stages)
-    return tmp_path / "run"
+    write_checkpoints(config, out, stages)
+    return out, stages
+
+
+@pytest.fixture
+def run(trained: tuple[Path, list[Stage]], tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return Path(shutil.copytree(trained[0], tmp_path / "run"))
 
 
 def place(run: Path, stage: int, completed: int) -> Path:
@@ -43,10 +51,9 @@ def spoil(directory: Path) -> None:
     file.write_bytes(content)
 
 
-def test_the_union_of_the_stages(tiny: TinyConfig, tmp_path: Path) -> None:
-    config = tiny({"pipeline.stages": STAGES, "run.steps": STEPS, "codec.codec": MAPL})
-    stages = train(config, tmp_path / "run")
-    found = assemble(tmp_path / "run")
+def test_the_union_of_the_stages(trained: tuple[Path, list[Stage]]) -> None:
+    run, stages = trained
+    found, config = assemble(run, step=STEPS), load_config(run / "run.toml")
     own = {name: each for stage in stages for name, each in stage.model.full_names()}
     assert (found.completed, found.config, found.weights.keys()) == (STEPS, config, own.keys())
     assert all(torch.equal(found.weights[name], own[name]) for name in own)

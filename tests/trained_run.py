@@ -11,7 +11,7 @@ from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.preparation import resolve_architecture, run_digest
+from thinpipe.node.preparation import resolve_architecture, state_digest
 from thinpipe.node.stage import Stage
 
 
@@ -33,7 +33,7 @@ def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> 
     """As each stage of a swarm would write its own, after the steps that are done."""
     architecture = resolve_architecture(config)
     for stage in stages:
-        digest = run_digest(config, architecture, stage.token_table_digest)
+        digest = state_digest(config, architecture, stage.token_table_digest)
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
         store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
         store.write(stage.snapshot(), generation=0, written_s=0)

@@ -31,7 +31,7 @@ from torch import Tensor
 from ...protocol.greeting import TABLE_DIGEST
 from ..config import RunConfig
 from ..config_file import load_config
-from ..preparation import resolve_architecture, run_digest
+from ..preparation import resolve_architecture, state_digest
 from ..stage_state import StageSnapshot
 from .manifest import CheckpointError, Fingerprint
 from .store import CheckpointStore
@@ -115,7 +115,7 @@ def assemble(
     for completed in common if step is None else [step]:
         stores = [of_stage[completed] for of_stage in held]
         try:
-            _check_configuration(stores, completed, run_digest(config, architecture))
+            _check_configuration(stores, completed, state_digest(config, architecture))
             snapshots = [store.load(completed) for store in stores]
         except CheckpointError as error:
             if step is not None or completed == common[-1]:

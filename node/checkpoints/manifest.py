@@ -62,7 +62,7 @@ class Fingerprint:
 
     run: str
     stages: int
-    configuration: str | None  # the digest that neighbours compare (`host.run_digest`); None: any, to look at
+    configuration: str | None  # `preparation.state_digest`; None: any, to look at
 
 
 class _Strict(BaseModel):

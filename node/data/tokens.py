@@ -53,11 +53,12 @@ _FAIR_SHARE = (0.01, 0.2)  # of all tokens; outside of it the hash of documents 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of its file."""
+    """A tokenizer, the number of ids that it needs, the id that ends a document, its file and the digest of that."""
 
     tokenizer: Tokenizer
     size: int
     end_id: int
+    path: Path
     digest: str
 
     @property
@@ -180,7 +181,11 @@ def read_vocabulary(path: Path) -> Vocabulary:
     if end is None:
         raise DataError(f"the tokenizer {path} has no end-of-text token; add one of {', '.join(_END_NAMES)}")
     return Vocabulary(
-        tokenizer=tokenizer, size=max(ids.values()) + 1, end_id=end, digest=hashlib.sha256(content).hexdigest()
+        tokenizer=tokenizer,
+        size=max(ids.values()) + 1,
+        end_id=end,
+        path=path.expanduser(),
+        digest=hashlib.sha256(content).hexdigest(),
     )
 
 

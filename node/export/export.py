@@ -97,10 +97,9 @@ def check_out(out: Path) -> None:
 
 
 def _say_tokens(model: PortableModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Where a text begins and ends, in the configurations too."""
-    for config in {id(each): each for each in (model.config, model.config.get_text_config())}.values():
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
+    """Where a text begins and ends, in the configurations too. Not what pads: an embedding does not train that row."""
+    for config in (model.config, model.config.get_text_config()):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
 
 
 def _write(model: PortableModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, int]:
@@ -125,6 +124,7 @@ def _write_weights(weights: dict[str, Tensor], directory: Path) -> None:
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
     for name, of_file in split.filename_to_tensors.items():
         save_file({each: weights[each].contiguous() for each in of_file}, directory / name, metadata={"format": "pt"})
+        (directory / name).chmod((directory / "config.json").stat().st_mode)  # the library lets only the owner read
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

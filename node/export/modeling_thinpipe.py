@@ -205,6 +205,10 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("the boundaries of this model look at token ids: give input_ids, not inputs_embeds")
         cache = _cache_in(kwargs)
         held = _ids_in(cache)
+        if cache is not None and held is None and cache.is_compileable:
+            raise ValueError(
+                "this model keeps token ids in its cache, which a static one cannot grow by: use a dynamic one"
+            )
         before = 0 if held is None else held.get_seq_length()
         if cache is not None and before != cache.get_seq_length():
             raise ValueError("the cache has tokens that this model has not seen; give one that it has filled itself")
@@ -217,10 +221,7 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
         if mask is None:
             return ids_BT
         if not isinstance(mask, Tensor) or mask.ndim != 2:
-            raise ValueError(
-                "this model wants an attention mask (B, T) to tell padding from tokens; a static cache has none: use "
-                "the one that generate makes by default"
-            )
+            raise ValueError("the boundaries of this model tell padding from tokens: give an attention mask (B, T)")
         mask_BT = mask[:, before : before + ids_BT.shape[1]]
         if mask_BT.shape != ids_BT.shape:
             raise ValueError(

@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from contextlib import ExitStack, closing, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +29,16 @@ from ..sim.reports.summary import lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, recommended_line
 from .config_file import dump_config, load_config
+from .long_preparation import SAY_AFTER_S
 from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
-from .node_process import FAILED
 from .one_process import OneProcess
 from .origin import START, Origin
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, prepare_corpus
 from .run_length import length_line
 from .security.key_directory import clock, load
+from .stage_failure import FAILED
 
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*", START)
@@ -113,10 +116,10 @@ def run_local(
                 namespaces.callback(found.close)
             else:
                 print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
-        with console.status(f"preparing {config.data.source}"):
+        with _doing(console, f"preparing {config.data.source}"):
             prepare_corpus(config)
         if schedule:
-            with console.status("timing a microbatch"):
+            with _doing(console, "timing a microbatch"):
                 config = with_depth(config, schedule)
             console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False)
         if isolate:
@@ -189,6 +192,22 @@ def run_local(
         for line in closing_lines(summary):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return summary
+
+
+@contextmanager
+def _doing(console: Console, what: str) -> Iterator[None]:
+    """Show what is being done; in a pipe or a file, where nothing can be shown for a while, as a line if it lasts."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+        return
+    line = threading.Timer(SAY_AFTER_S, console.print, [f"{what}, which may take a while"], {"highlight": False})
+    line.daemon = True
+    line.start()
+    try:
+        yield
+    finally:
+        line.cancel()
 
 
 def _watch(config: RunConfig, *, isolate: bool) -> Watch:

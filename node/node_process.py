@@ -19,19 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compress.byte_format import CodecError
-from ..protocol.errors import ProtocolError
 from ..protocol.greeting import NodeIdentity
 from ..sim.reports.metrics_address import MetricsAddressError
 from .addresses import check_listen, split_address
 from .checkpoints.manifest import Fingerprint
-from .checkpoints.store import CheckpointError, CheckpointStore
+from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .links.dialling import Where, dial, dial_control
-from .links.link import LinkLost
 from .links.transport import listening
 from .links.transport import serving as serving_only
-from .optim import OptimizerError
 from .preparation import (
     BAD_INPUT,
     check_codec,
@@ -45,15 +41,12 @@ from .preparation import (
 from .recovery_loop import RecoveryLoop
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
-from .stage_state import StateError
+from .stage_failure import FAILED, StageFailed, first_of
 from .watching.views import Watching
 from .worker_thread import Reporter
 
 if TYPE_CHECKING:
     from .discovery.membership import Membership
-
-# A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
-FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 
 
 class NodeError(RuntimeError):
@@ -72,7 +65,7 @@ class Stopped(RuntimeError):
     """SIGTERM or SIGINT."""
 
 
-EXIT_CODES = {BAD_INPUT: 2, (*FAILED, ParentGone): 1, (Stopped,): 130}
+EXIT_CODES = {BAD_INPUT: 2, (*FAILED, StageFailed, ParentGone): 1, (Stopped,): 130}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +147,7 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
         asyncio.run(_run(config, stage, addresses, options, metrics, tracer, on_fault))
         metrics.write("exit", exit_code=0)
     except Exception as error:
-        cause = _first(error)
+        cause = first_of(error)
         exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
         line = str(cause) or type(cause).__name__
         metrics.write("fault", code=type(cause).__name__, reason=line)
@@ -183,13 +176,6 @@ def _records(config: RunConfig, stage: int, options: NodeOptions) -> tuple[Watch
     except OSError as error:
         watching.close()
         raise NodeError(f"no records can be written to {path}: {error.strerror}; choose another --out", 2) from None
-
-
-def _first(error: Exception) -> Exception:
-    """What began it: tasks that were ended by it come later in its group, if at all."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
 
 
 async def _run(
@@ -236,7 +222,7 @@ async def _run(
             config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
         ),
         dial=lambda link: dial(where(), link, **waits),
-        corpus=prepare_corpus(config) if index == 0 else None,
+        open_corpus=(lambda: prepare_corpus(config)) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
@@ -266,21 +252,34 @@ async def _run(
         work = recovery_loop.run()
         if stage.downstream_endpoint:
             calling = dial_control(where(), recovery_loop.control, **waits)
-            work = _while_calling(
-                work, calling, lambda: link.greeting_timeout_s if recovery_loop.control.finished else 0
-            )
-        await _first_to_end(work, *endless)
+            said = recovery_loop.control.said_last_word
+            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if said("below") else 0)
+        try:
+            await _first_to_end(work, *endless)
+        except (Stopped, ParentGone):
+            raise
+        except Exception as error:  # also of what runs beside the stage
+            await recovery_loop.farewell(error)
+            raise
 
 
 async def _while_calling(
     work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: Callable[[], float]
 ) -> None:
-    """Wait for the work, and a little for the call to end after it; the failure of either ends the other."""
-    async with asyncio.TaskGroup() as group:
-        call = group.create_task(calling)
-        await group.create_task(work)
+    """Wait for the work, and a little for the call to end after it, so that the last word arrives. What the work raises
+    comes first; the failure of the call ends the work."""
+    job, call = asyncio.ensure_future(work), asyncio.ensure_future(calling)
+    try:
+        done, _ = await asyncio.wait([job, call], return_when=asyncio.FIRST_COMPLETED)
+        if job not in done:
+            call.result()
+            await asyncio.wait([job])
         await asyncio.wait([call], timeout=grace_s())
-        call.cancel()
+        job.result()
+    finally:
+        for task in (job, call):
+            task.cancel()
+        await asyncio.gather(job, call, return_exceptions=True)
 
 
 async def _until_signal(drain: Callable[[], bool]) -> None:

@@ -33,7 +33,8 @@ from typing import Any
 
 from ...sim.launch import file_lock
 from ...sim.launch.end_signals import EndSignals, end_signals
-from ...sim.launch.local_swarm import ERROR_PREFIX, STOP_GRACE_S, Progress, node_environment
+from ...sim.launch.local_swarm import STOP_GRACE_S, Progress, node_environment
+from ...sim.launch.node_ends import ERROR_PREFIX
 from ..config import RunConfig
 from ..config_file import dump_config, load_config
 from ..local import LocalRunError, clear

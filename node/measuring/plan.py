@@ -178,8 +178,8 @@ def planned(
     nothing to gain, or where nobody knows. Raises what PLANNED names."""
     layers = None
     if emulated:
-        own = config.model.path is not None  # the vocabulary is the model's
-        vocabulary = None if own else config.model.vocab_size or VOCABULARY
+        # A model from a directory has a vocabulary of its own.
+        vocabulary = None if config.model.path else config.model.vocab_size or VOCABULARY
         length = config.data.sequence_length
         architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
         check_codec(config, architecture)

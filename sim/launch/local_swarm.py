@@ -24,10 +24,11 @@ from ..reports.metrics_address import MetricsAddress
 from ..reports.record_tail import RecordTail
 from .fork_server import CannotFork, ForkServer, Process
 from .isolation import PORT, Isolation
+from .node_ends import AGAIN, Failure, exit_reason, failure_of
 
 STOP_GRACE_S = 5.0
 POLL_S = 0.1
-ERROR_PREFIX = "thinpipe: error: "  # how a node begins the line with which it ends (cli.fail)
+TOLD_S = 10.0  # within which all nodes end that were told of a failure
 
 
 class SwarmError(RuntimeError):
@@ -40,12 +41,23 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class NodeProcess:
-    """A process that serves a stage. log_from: what the log held before it."""
+    """A process that serves a stage. log_from, records_from: what its log and its records held before it."""
 
     stage: int
     process: Process
     log: Path
     log_from: int = 0
+    records_from: int = 0
+
+    @property
+    def why(self) -> str:
+        """Why it ended."""
+        return exit_reason(self.stage, self.process.poll() or 0, self.log, self.log_from)
+
+    @property
+    def failure(self) -> Failure | None:
+        """With which it ended."""
+        return failure_of(self.log.parent, self.stage, records_from=self.records_from)
 
 
 def node_environment() -> dict[str, str]:
@@ -86,10 +98,11 @@ def run_swarm(
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, what the records of every stage say so far. `resume`: go on from the
-    newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started again; the
-    others wait for it. `disks`, `isolation`, `keys`, `watch`, `forks`: see `Swarm`. Raises SwarmError when a node ends
-    early otherwise, naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the
-    run after the step under way.
+    newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started again, while
+    the others wait for it; or all stages are, after one has failed and ended all; but not twice for the same failure.
+    `disks`, `isolation`, `keys`, `watch`, `forks`: see `Swarm`. Raises SwarmError when a node ends early otherwise,
+    naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run after the step
+    under way.
     """
     swarm = Swarm(
         run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch, forks=forks
@@ -99,6 +112,9 @@ def run_swarm(
         for stage in range(stages):
             swarm.start(stage, resume=resume)
         _watch(swarm, restarts, on_progress)
+    except SwarmError as error:
+        swarm.stop(why=str(error))
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
         swarm.stop()
@@ -192,9 +208,13 @@ class Swarm:
             if node and node.process.poll() is None:
                 node.process.terminate()
 
-    def stop(self) -> None:
-        """Leave none behind."""
-        _stop([node for node in (*self.nodes, *self._gone) if node])
+    def stop(self, why: str = "") -> None:
+        """Leave none behind; the logs of those that have to be ended say why."""
+        alive = [node for node in (*self.nodes, *self._gone) if node and node.process.poll() is None]
+        _stop(alive)
+        for node in alive if why else ():
+            with suppress(OSError), node.log.open("a", encoding="utf-8") as log:
+                log.write(f"thinpipe: this stage was ended by the launcher: {why}\n")
 
 
 def _start(
@@ -205,6 +225,8 @@ def _start(
     if resume:
         arguments.append("--resume")
     log, environment = run / f"stage-{stage}.log", node_environment()
+    records = run / f"stage-{stage}.jsonl"
+    records_from = records.stat().st_size if resume and records.exists() else 0
     with log.open("ab" if resume else "wb") as output:
         log_from = output.tell()
         if forks and not prefix:
@@ -215,7 +237,7 @@ def _start(
                     stderr=output.fileno(),
                     environment=environment,
                 )
-                return NodeProcess(stage, process, log, log_from)
+                return NodeProcess(stage, process, log, log_from, records_from)
             except (CannotFork, TimeoutError) as error:
                 output.write(f"started as an interpreter of its own: {error}\n".encode())
                 output.flush()
@@ -228,7 +250,7 @@ def _start(
             env=environment,
             start_new_session=True,
         )
-    return NodeProcess(stage, process, log, log_from)
+    return NodeProcess(stage, process, log, log_from, records_from)
 
 
 class Progress:
@@ -247,36 +269,42 @@ class Progress:
 
 
 def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures]], None] | None) -> None:
-    progress = Progress(swarm.run, stages=len(swarm.nodes))
-    while True:
-        nodes = [node for node in swarm.nodes if node]
-        codes = [node.process.poll() for node in nodes]
+    progress, before = Progress(swarm.run, stages=len(swarm.nodes)), set[Failure]()
+
+    def codes() -> list[int | None]:
         if on_progress:
             on_progress(progress.look())
-        over = 0 in codes  # no stage leaves before all have finished: one that is lost now has nothing left to do
-        for node, code in zip(nodes, codes, strict=True):
-            if code and code != 2 and restarts and not over and not swarm.draining:
-                restarts -= 1
-                swarm.start(node.stage, resume=True)
-            elif code and not over:
-                raise SwarmError(exit_reason(node, code), 2 if code == 2 else 1)
-        if all(code is not None for code in codes) and over:
+        return [swarm.process(stage).poll() for stage in range(len(swarm.nodes))]
+
+    while True:
+        now = codes()
+        over = 0 in now  # no stage leaves before all have finished: one that is lost now has nothing left to do
+        if not over and any(now):
+            failure = next(filter(None, (node.failure for node in swarm.nodes if node and node.process.poll())), None)
+            if failure and failure.told:
+                until = time.monotonic() + TOLD_S
+                while None in (now := codes()) and time.monotonic() < until:
+                    time.sleep(POLL_S)
+            lost = [stage for stage, code in enumerate(now) if code]
+            cost = 1 if failure else len(lost)
+            again = failure in before
+            if again or cost > restarts or 2 in now or swarm.draining:
+                raise SwarmError(_why(swarm, lost, failure, again=again), 2 if 2 in now else 1)
+            restarts -= cost
+            before |= {failure} if failure else set()
+            for stage in lost:
+                swarm.start(stage, resume=True)
+        if over and None not in now:
             return
         time.sleep(POLL_S)
 
 
-def exit_reason(node: NodeProcess, code: int) -> str:
-    """Which node ended and why: the signal that killed it, or its own last words."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
-        return f"stage {node.stage} was killed by {name}{why}; see {node.log}"
-    text = node.log.read_bytes()[node.log_from :].decode(errors="replace")
-    words = [line for line in text.splitlines() if line.strip()]
-    last = next((line for line in reversed(words) if line.startswith(ERROR_PREFIX)), None)
-    if last:
-        return f"stage {node.stage} ended: {last.removeprefix(ERROR_PREFIX)}"
-    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no output'}; see {node.log}"
+def _why(swarm: Swarm, lost: list[int], failure: Failure | None, *, again: bool) -> str:
+    """Of the stage that began it, if that can be told, and else of the first one that ended."""
+    blamed = swarm.nodes[failure.stage if failure and failure.stage in lost else lost[0]]
+    assert blamed
+    line = blamed.why if failure is None or failure.stage in lost else str(failure)
+    return f"{line}; {AGAIN}" if again else line
 
 
 def _stop(nodes: list[NodeProcess]) -> None:

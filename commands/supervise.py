@@ -291,6 +291,13 @@ def _shared(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[Run
     except ConfigError as error:
         fail(str(error), 2)
     if settings.digest() != shared.digest():
+        if settings.of_any_length().digest() == shared.of_any_length().digest():
+            steps = f"run.steps = {settings.run.steps}"
+            fail(
+                f"{path} has run.steps = {shared.run.steps}, here {steps}; to go on with that run, write {steps} "
+                "into it, on every machine; or name another directory",
+                2,
+            )
         fail(f"{path} is another run's: {differences(settings, shared)}; name another directory, or remove that one", 2)
     here, there = (each.model_dump(mode="json") for each in (settings, shared))
     own: list[str] = []

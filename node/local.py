@@ -24,6 +24,7 @@ from ..sim.launch.local_swarm import Progress, SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
+from ..sim.reports.preparation_console import PreparationDisplay
 from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.summary import lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
@@ -35,7 +36,7 @@ from .measuring.plan import with_depth
 from .one_process import OneProcess
 from .origin import START, Origin
 from .preload import fork_server
-from .preparation import BAD_INPUT, check_settings, prepare_corpus
+from .preparation import BAD_INPUT, check_settings, model_line, prepare_corpus
 from .run_length import length_line
 from .security.key_directory import clock, load
 from .stage_failure import FAILED
@@ -89,7 +90,7 @@ def run_local(
     of all stages at once, for TLS between them. forks: what nodes are forked from; True: this process, which must not
     have begun anything, or interpreters where that cannot be; False: interpreters.
     """
-    console = Console(stderr=True) if quiet else Console()
+    console = Console(stderr=quiet, markup=False)  # what it says is the user's own words, brackets too
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
     aside = out / f".{START}-{os.getpid()}"
@@ -116,8 +117,12 @@ def run_local(
                 namespaces.callback(found.close)
             else:
                 print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
-        with _doing(console, f"preparing {config.data.source}"):
-            prepare_corpus(config)
+        with PreparationDisplay(console, config.data.source) as preparing:
+            corpus = prepare_corpus(config, preparing.report)
+        for line in filter(None, (corpus.line, model_line(config))):
+            console.print(line, highlight=False, soft_wrap=True)
+        for line in corpus.warnings:
+            print(f"thinpipe: warning: {line}", file=sys.stderr)
         if schedule:
             with _doing(console, "timing a microbatch"):
                 config = with_depth(config, schedule)
@@ -188,7 +193,8 @@ def run_local(
     if not quiet:
         for table in summary_tables(summary):
             console.print(table)
-        console.print(f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl per stage")
+        where = f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl per stage"
+        console.print(where, highlight=False)
         for line in closing_lines(summary):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
     return summary

@@ -4,8 +4,8 @@ Progress bar, summary and report all read these records. A record is one line, w
 and flushed at once, so a run that is killed leaves everything up to its last step. Why not a metrics library: a reader
 needs nothing but `json`, and the records outlive the processes.
 
-Record kinds (`event`): start, preparing, ready, step, evaluation, checkpoint, copy, view_change, rollback, fault, end,
-failed, exit. Units are in the names. Views of a running node (`node.watching.views`) get the same records.
+Record kinds (`event`): start, preparing, data, ready, step, evaluation, checkpoint, copy, view_change, rollback, fault,
+end, failed, exit. Units are in the names. Views of a running node (`node.watching.views`) get the same records.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.config import ConfigError, RunConfig
-from thinpipe.node.config_file import dump_config, merge, parse_config
+from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
 from thinpipe.node.discovery import claiming, entry_points, joining
 from thinpipe.node.discovery.bootstrap import _keep, how_to_join
 from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_stage
@@ -351,6 +351,17 @@ def test_a_port_map_before_nobody_is_nobody(tmp_path: Path) -> None:
 
 def config(**settings: Any) -> RunConfig:
     return parse_config(merge({}, {key.replace("__", "."): value for key, value in settings.items()}))
+
+
+def test_a_run_that_was_given_more_steps_keeps_its_room(tmp_path: Path) -> None:
+    """The checkpoints in it are taken too; those of a run that computes something else stay alone."""
+    before, longer, other = config(run__steps=40), config(run__steps=60, run__extended=[[40, 40]]), config(run__seed=7)
+    assert joining._room(tmp_path, before) == tmp_path
+    assert joining._room(tmp_path, longer) == tmp_path
+    assert load_config(tmp_path / "run.toml") == longer
+    with pytest.raises(ConfigError, match=r"is of another run .*; choose another --out"):
+        joining._room(tmp_path, other)
+    assert load_config(tmp_path / "run.toml") == longer
 
 
 def test_a_configuration_arrives_as_it_left_less_its_places() -> None:

@@ -340,9 +340,14 @@ def test_data_that_takes_long_is_progress(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
-    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "7"])
     assert done.exit_code == 2
-    assert "is another run's: run.steps is 20 here and 40 there; name another directory" in done.stderr
+    assert "is another run's: run.seed is 7 here and 1 there, run.steps is 20 here and 40 there; name" in done.stderr
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "50"])
+    assert done.exit_code == 2
+    assert (
+        "has run.steps = 40, here run.steps = 50; to go on with that run, write run.steps = 50 into it" in done.stderr
+    )
     done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
     assert "pipeline.stages is 3 here and 2 there" in done.stderr
 
@@ -555,7 +560,7 @@ def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.Monk
 
     for more, line in (
         (("--user", "nobody-here"), "there is no user"),
-        (("--steps", "20"), "is another run's"),
+        (("--seed", "7"), "is another run's"),
         (("--user", "root"), "may not become root"),
     ):
         monkeypatch.setattr(privileges, "become", refused)

@@ -14,11 +14,13 @@ replacement, which needs no order at all? A third of the corpus would be missed 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 
 import numpy as np
 
-from .documents import DataError
 from .known_ids import KnownIds
+from .local_files import DataError
+from .preparing import Found
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -31,8 +33,14 @@ class Corpus(ABC):
     """Training batches by (step, microbatch), and a fixed held-out part.
 
     `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
-    `position` is the step that was asked for last, or sought.
+    `position` is the step that was asked for last, or sought. What its text holds is in `found`, where that is known,
+    and for people in `line`; `warnings` are what they should know before they train on it.
     """
+
+    draws_slowly = False  # whether `batch` may wait for something
+    found: Found | None = None
+    line: str = ""
+    warnings: tuple[str, ...] = ()
 
     def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
         self.name = name
@@ -81,6 +89,11 @@ class Corpus(ABC):
         if step < 0:
             raise ValueError(f"cannot seek to step {step}; count from 0")
         self.position = step
+
+    def record(self) -> dict[str, object]:
+        """For the records of a run: what the text was, and what it holds, as far as that is known."""
+        found = {} if self.found is None else asdict(self.found)
+        return {"digest": self.digest, **found}
 
     @abstractmethod
     def _sequences(self, first: int, count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from ..checkpoints.assemble import assemble
 from ..config import DataSection
 from ..config_file import load_config
 from ..data import open_documents, open_vocabulary, read_vocabulary
-from ..preparation import prepare_corpus
+from ..preparation import prepare_corpus, text_settings
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject, check_directory
@@ -76,7 +76,7 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
     config = load_config(run / "run.toml")
     assembled = assemble(run, step=asked.step, config=config, report=report)
-    vocabulary = open_vocabulary(config.data, vocab_size=assembled.architecture.vocab_size)
+    vocabulary = open_vocabulary(text_settings(config), vocab_size=assembled.architecture.vocab_size)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
     length = config.data.sequence_length
     if asked.length not in (None, length):

@@ -296,6 +296,14 @@ REFUSED = [
     (["generate", "{llama}", "text", "--top-p", "0"], r"--top-p 0 has to be above 0 and at most 1"),
     (["generate", "{llama}", "text", "--top-p", "nan"], r"--top-p nan has to be above 0 and at most 1"),
     (["generate", "{llama}", "text", "--max-tokens", "64"], r"and 64 are wanted, but the model's context is 64; sho"),
+    (
+        ["generate", "{wide}", "<added 0>", "--max-tokens", "3"],
+        r"the text has token 320, but the model's vocabulary ends at 319; say it in",
+    ),
+    (
+        ["eval", "{wide}", "--choices", "{dir}/added.jsonl"],
+        r"the text has token 320 \('<added 0>'\), but the model's vocabulary ends at 319; leave it out",
+    ),
     (["generate", "{llama}", "text", "--step", "1"], r"--step goes with a run, and .* has no run\.toml; omit it"),
 ]
 
@@ -305,13 +313,18 @@ def test_bad_input_is_one_line(arguments: list[str], fault: str, run: Path, dire
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "text.txt").write_text("def alpha(x)")
     (tmp_path / "broken.jsonl").write_text("{")
+    added = {"context": "", "choices": ["<added 0>", "b"], "answer": 0}
+    (tmp_path / "added.jsonl").write_text(json.dumps(added))
     (tmp_path / "fresh").mkdir()
     (tmp_path / "fresh" / "run.toml").write_text((run / "run.toml").read_text())
     (tmp_path / "evil").mkdir()
     tree = {"model_type": "unheard_of", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
     (tmp_path / "evil" / "config.json").write_text(json.dumps(tree))
     (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    where = {"dir": tmp_path, "run": run, "llama": directory, "fresh": tmp_path / "fresh", "evil": tmp_path / "evil"}
+    if "{wide}" in arguments:
+        save(tmp_path / "wide", SHAPES["llama"](), extra_ids=1)
+    where = {"dir": tmp_path, "run": run, "llama": directory}
+    where |= {name: tmp_path / name for name in ("fresh", "evil", "wide")}
     result = CliRunner().invoke(app, [each.format(**where) for each in arguments])
     assert isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == 2

@@ -169,8 +169,12 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
         self._said: dict[int, Tensor | int] = {}  # by stage
         base = getattr(self.decoder, self.decoder.base_model_prefix)
         for number, boundary in enumerate(config.boundaries):
-            place = base.layers[boundary["before"]] if boundary["before"] < len(base.layers) else base.norm
-            place.register_forward_pre_hook(partial(self._cross, number), with_kwargs=True)
+            if boundary["before"] < len(base.layers):
+                base.layers[boundary["before"]].register_forward_pre_hook(
+                    partial(self._cross, number), with_kwargs=True
+                )
+            else:  # not before the last norm, which some decoders call twice
+                base.layers[-1].register_forward_hook(partial(self._cross_behind, number))
         self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.decoder.register_forward_hook(self._end, with_kwargs=True)
         self.post_init()
@@ -257,6 +261,12 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
         hidden_BTD = args[0] if args else kwargs["hidden_states"]
         crossed_BTD = self.boundaries[number](hidden_BTD, self._known(number), self._known(number + 1))
         return ((crossed_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": crossed_BTD})
+
+    def _cross_behind(self, number: int, place: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        del args
+        whole = output if isinstance(output, tuple) else (output,)
+        crossed, _ = self._cross(number, place, whole, {})
+        return crossed if isinstance(output, tuple) else crossed[0]
 
     def _known(self, stage: int) -> Tensor | int:
         """What that stage knows of the tokens of this call; both its boundaries ask."""

@@ -226,7 +226,7 @@ async def _run(
             config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
         ),
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config, metrics)) if index == 0 else None,
+        open_corpus=(lambda: open_text(config)) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
@@ -267,11 +267,10 @@ async def _run(
             raise
 
 
-def open_text(config: RunConfig, metrics: MetricsWriter) -> Corpus:
-    """The corpus, with what it holds on record, and said. Raises DataError or SourceLost."""
+def open_text(config: RunConfig) -> Corpus:
+    """The corpus; how far it is and what it holds are said. Raises DataError or SourceLost."""
     with PreparationDisplay(Console(), config.data.source) as display:
         corpus = prepare_corpus(config, display.report)
-    metrics.write("data", **corpus.record())
     if corpus.line:
         print(corpus.line, flush=True)
     for line in corpus.warnings:

@@ -239,6 +239,7 @@ async def _run(
         store=store,
         dial=lambda link: dial(where(), link, **waits),
         open_corpus=open_corpus if index == 0 else None,
+        on_corpus=lambda corpus: tell_of_text(corpus, metrics),
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
@@ -280,14 +281,18 @@ async def _run(
 
 
 def open_text(config: RunConfig) -> Corpus:
-    """The corpus; how far it is and what it holds are said. Raises DataError or SourceLost."""
+    """The corpus, prepared if need be, and said while it is. Raises DataError or SourceLost."""
     with PreparationDisplay(Console(), config.data.source) as display:
-        corpus = prepare_corpus(config, display.report)
+        return prepare_corpus(config, display.report)
+
+
+def tell_of_text(corpus: Corpus, metrics: MetricsWriter) -> None:
+    """Record what it holds, and say it. Not in the thread that prepares it: records are written by one thread."""
+    metrics.write("data", **corpus.record())
     if corpus.line:
         print(corpus.line, flush=True)
     for line in corpus.warnings:
         print(f"stage 0: warning: {line}", file=sys.stderr, flush=True)
-    return corpus
 
 
 async def _while_calling(

@@ -58,7 +58,8 @@ class RecoveryLoop:
     """Stage `stage.index` from its first generation to its last.
 
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
-    anew, as it is before the first step. `open_corpus`, of stage 0, may take hours. Raises what
+    anew, as it is before the first step. `open_corpus`, of stage 0, may take hours, in a thread; `on_corpus` is told
+    of the result. Raises what
     `node.training_loop.TrainingLoop` and `open_corpus` do, TimeoutError if no new generation is agreed in time, and
     StageFailed if another stage has failed.
     """
@@ -74,6 +75,7 @@ class RecoveryLoop:
         store: CheckpointStore,
         dial: Dial | None,
         open_corpus: Callable[[], Corpus] | None,
+        on_corpus: Callable[[Corpus], None],
         metrics: MetricsWriter,
         tracer: Tracer,
         on_fault: Reporter,
@@ -83,7 +85,7 @@ class RecoveryLoop:
         self.link_above: Link | None = None
         self._identity, self._joining = identity, joining
         self._rebuild, self._store, self._dial = rebuild, store, dial
-        self._open_corpus, self._corpus = open_corpus, None
+        self._open_corpus, self._on_corpus, self._corpus = open_corpus, on_corpus, None
         self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
@@ -141,7 +143,9 @@ class RecoveryLoop:
         try:
             if self._open_corpus:
                 self._corpus = await self._preparing.run(self._open_corpus, unless=self._end_asked)
-                if self._corpus is None:  # all end, without another step
+                if self._corpus:
+                    self._on_corpus(self._corpus)
+                else:  # all end, without another step
                     self.control.act(self.machine.end_after(self.machine.completed))
                 else:
                     self._metrics.write("data", **self._corpus.record())

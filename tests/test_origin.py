@@ -217,7 +217,7 @@ def test_another_tokenizer_is_warned_of_and_must_fit(run: Path, tmp_path: Path) 
     tree["model"]["vocab"]["<|endoftext|>"] = tree["added_tokens"][0]["id"] = 600
     large.write_text(json.dumps(tree))
     (tmp_path / "as-published").mkdir()
-    other = shutil.move(other, tmp_path / "as-published" / "tokenizer.json").parent
+    other = other.rename(tmp_path / "as-published" / "tokenizer.json").parent
     said = up("--from", str(run), "--out", str(tmp_path / "new"), "--set", f"data.tokenizer={other}").stdout
     assert f"data.tokenizer = {other} is not the tokenizer of {run}: the same ids mean other text now" in said
     refused = up("--from", str(run), "--out", str(tmp_path / "b"), "--set", f"data.tokenizer={large}", code=2).stderr

@@ -159,9 +159,9 @@ def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
         with suppress(DataError):  # its text is gone, and so is what it was
-            lines += _other_tokenizer(source, given, prepare_vocabulary(run).path)
+            lines += _other_tokenizer(source, given, prepare_vocabulary(run, found.tokenizer).path)
     else:
-        tokenizer = prepare_vocabulary(run).path
+        tokenizer = prepare_vocabulary(run, found.tokenizer).path
     first = {
         "model.path": str(source.resolve()),
         "model.pretrained": True,

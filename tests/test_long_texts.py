@@ -46,7 +46,8 @@ def test_the_ids_of_a_text_are_the_tokenizers_own(tmp_path):
     vocabulary = read_vocabulary(save(tmp_path / "model", byte_level()))
     docs = [*texts(20), "ACGT" * 5000, " " * 9000 + "x"]
     for ids, text in zip(vocabulary.encode(docs), docs, strict=True):
-        assert ids.tolist() == vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+        own = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+        assert ids.tolist() == [*own, vocabulary.end_id]
 
 
 def test_letters_on_one_line_are_prepared_in_seconds(tmp_path):

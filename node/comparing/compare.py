@@ -31,7 +31,8 @@ from ...sim.links.shaper import LinkError, LinkProfile
 from ...sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from ...sim.reports.compare_page import compare_page
 from ..config import ConfigError, RunConfig
-from ..local import writable
+from ..data import SourceLost
+from ..local import LocalRunError, writable
 from ..preparation import BAD_INPUT, check_settings, prepare_corpus, resolve_architecture
 from .loss_curve import Point, curve_of, interval, mean_curve, over_first, steps_to
 from .pace import at_pace, seconds_a_step
@@ -104,7 +105,10 @@ def compare(asked: Comparison, out: Path, *, jobs: int, quiet: bool) -> dict[str
         runs = asked.runs(out)
         pace, plans = _planned(asked, runs)
         for of in runs.values():
-            prepare_corpus(of[0].config)  # the text is tokenised once, and not by all at the same time
+            try:
+                prepare_corpus(of[0].config)  # the text is tokenised once, and not by all at the same time
+            except SourceLost as error:
+                raise LocalRunError(str(error), 1) from None
         writable(out)
     with claimed(lock):  # two results in one place would be neither's
         every = [run for of in runs.values() for run in of]

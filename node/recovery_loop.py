@@ -147,8 +147,6 @@ class RecoveryLoop:
                     self._on_corpus(self._corpus)
                 else:  # all end, without another step
                     self.control.act(self.machine.end_after(self.machine.completed))
-                else:
-                    self._metrics.write("data", **self._corpus.record())
             if self._joining:
                 link = self.config.link
                 if await self._copies.fetch(

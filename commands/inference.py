@@ -82,7 +82,9 @@ def evaluate(
 
     from ..node.evaluating.tables import evaluation_tables
 
-    Console().print(*evaluation_tables(found), sep="\n")
+    console = Console()
+    for each in evaluation_tables(found):
+        console.print(each, highlight=False, soft_wrap=isinstance(each, str))
 
 
 def generate(

@@ -31,6 +31,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},
     "export": {"checkpoints", "data", "model"},
+    "evaluating": {"boundary", "checkpoints", "data", "export", "model"},
 }
 # And rooms of sim, in which nothing lies outside of a room.
 MAY_IMPORT_IN_SIM: dict[str, set[str]] = {

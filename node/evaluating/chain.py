@@ -41,6 +41,7 @@ class Chain:
         self.config = config
         self.tokenizer, self.begin_id = tokenizer, begin_id
         self.context: int = getattr(found.architecture, "max_position_embeddings", None) or LARGEST_CONTEXT
+        self.ids: int = found.architecture.vocab_size
         self._step = found.completed - 1  # at which the run itself would have evaluated this state
 
     def logits(self, ids_BT: Tensor) -> Tensor:

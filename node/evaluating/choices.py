@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .subject import EvaluationError, Subject
+from .subject import EvaluationError, Subject, check_ids
 
 BATCH_TOKENS = 4096  # in one call of the model, padding included
 
@@ -121,6 +121,7 @@ def _row(subject: Subject, context: str, choice: str) -> _Row:
     whole = subject.tokenizer.encode(context + choice, add_special_tokens=False).ids
     own = whole[len(before) :] or whole[-1:]  # a continuation that has melted into the last token
     ids = [subject.begin_id, *whole]
+    check_ids(subject, ids)
     if len(own) > subject.context:
         raise EvaluationError(
             f"the choice '{choice[:40]}...' has {len(own)} tokens, and the model's context is {subject.context}"

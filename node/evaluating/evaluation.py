@@ -22,7 +22,7 @@ from ..data import open_documents, open_vocabulary, read_vocabulary
 from ..preparation import prepare_corpus, text_settings
 from .chain import Chain
 from .choices import read_questions, score
-from .subject import Directory, EvaluationError, Subject
+from .subject import Directory, EvaluationError, Subject, check_directory, check_ids
 from .text_loss import Batch, LogitsOf, TextLoss, bytes_of_ids, text_loss, windows
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
         def size() -> int:
             return sum(bytes_of_ids(vocabulary.tokenizer, row) for each in batches for row in each.ids_BS[:, 1:])
     else:
-        text = _Text(config.data.model_copy(update=_source(asked)), vocabulary)
+        text = _Text(config.data.model_copy(update=_source(asked)), vocabulary, chain)
         name, size = text.name, text.bytes
 
         def rows() -> Iterator[Batch]:
@@ -112,6 +112,7 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
 
 
 def _directory(directory: Path, asked: Asked, *, with_text: bool) -> tuple[Subject, dict[str, Any]]:
+    check_directory(directory)
     if asked.step is not None:
         raise EvaluationError(f"--step goes with a run, and {directory} has no run.toml; omit it")
     if with_text and asked.data is None:
@@ -122,7 +123,7 @@ def _directory(directory: Path, asked: Asked, *, with_text: bool) -> tuple[Subje
     length = asked.length or min(LENGTH, subject.context)
     if length > subject.context:
         raise EvaluationError(f"--sequence-length {length} is above the model's context of {subject.context}; lower it")
-    text = _Text(DataSection(**_source(asked)), read_vocabulary(directory))
+    text = _Text(DataSection(**_source(asked)), read_vocabulary(directory), subject)
     batches = windows(text, length=length, begin_id=subject.begin_id, batch_size=max(1, BATCH_TOKENS // length))
 
     def logits_of(ids_BS: np.ndarray, _: int) -> torch.Tensor:
@@ -140,16 +141,18 @@ def _source(asked: Asked) -> dict[str, Any]:
 class _Text:
     """Documents as ids, again and again, each ended as those of training; and the bytes of what was read last."""
 
-    def __init__(self, settings: DataSection, vocabulary: Vocabulary) -> None:
+    def __init__(self, settings: DataSection, vocabulary: Vocabulary, subject: Subject) -> None:
         self.name, self._read = open_documents(settings)
-        self._vocabulary = vocabulary
+        self._vocabulary, self._subject = vocabulary, subject
         self._bytes = 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
         self._bytes = 0
         for text in self._read():
             self._bytes += len(text.encode("utf-8", "surrogatepass"))
-            yield from self._vocabulary.encode([text])
+            (ids,) = self._vocabulary.encode([text])
+            check_ids(self._subject, ids)
+            yield ids
 
     def bytes(self) -> int:
         return self._bytes

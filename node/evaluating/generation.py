@@ -22,7 +22,7 @@ from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
 from ..model.architecture import quiet_transformers
 from ..preparation import prepare_vocabulary
-from .subject import EvaluationError, load_directory, longest_text, on_device
+from .subject import EvaluationError, check_directory, load_directory, longest_text, on_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +95,7 @@ def load(
     """The model and tokenizer of a run, as its export would have them but in memory, or of a directory. Raises
     EvaluationError, ExportError and what `checkpoints.assemble` names."""
     if not (target / "run.toml").is_file():
+        check_directory(target)
         if step is not None:
             raise EvaluationError(f"--step goes with a run, and {target} has no run.toml; omit it")
         return load_directory(target, trusted=trusted, device=device)

@@ -9,9 +9,11 @@ version of thinpipe writes, byte for byte.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,12 +29,14 @@ class EvaluationError(ValueError):
 class Subject(Protocol):
     """A language model over token ids.
 
-    begin_id: what a text begins behind, where nothing precedes it. context: the most tokens that `logits` takes.
+    begin_id: what a text begins behind, where nothing precedes it. context: the most tokens that `logits` takes. ids:
+    how many there are, which may be fewer than its tokenizer has.
     """
 
     tokenizer: Tokenizer
     begin_id: int
     context: int
+    ids: int
 
     def logits(self, ids_BT: Tensor) -> Tensor:
         """Of the next token at each place: ids (B, T) int64 -> (B, T, V) float32 or float64. No gradient."""
@@ -48,10 +52,20 @@ class Directory:
         self.tokenizer = words.backend_tokenizer
         self.begin_id = next((each for each in (words.bos_token_id, words.eos_token_id) if each is not None), 0)
         self.context = longest_text(self._model)
+        self.ids: int = self._model.config.get_text_config(decoder=True).vocab_size
 
     @torch.no_grad()
     def logits(self, ids_BT: Tensor) -> Tensor:
         return self._model(input_ids=ids_BT.to(self._model.device), use_cache=False).logits.float().cpu()
+
+
+def check_ids(subject: Subject, ids: Sequence[int] | np.ndarray) -> None:
+    """Raises EvaluationError for an id that the model does not have."""
+    if len(ids) and (worst := int(np.max(ids))) >= subject.ids:
+        raise EvaluationError(
+            f"the text has token {worst} ({subject.tokenizer.id_to_token(worst)!r}), but the model's vocabulary ends "
+            f"at {subject.ids - 1}; leave it out of the text"
+        )
 
 
 def longest_text(model: Any) -> int:
@@ -59,10 +73,15 @@ def longest_text(model: Any) -> int:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2**20
 
 
-def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any, Any]:
-    """The model and the tokenizer in `directory`, as transformers loads them. Raises EvaluationError."""
+def check_directory(directory: Path) -> None:
+    """Raises EvaluationError for what is no model's directory."""
     if not (directory / "config.json").is_file():
         raise EvaluationError(f"{directory} holds neither run.toml nor config.json; give a run, or a model's directory")
+
+
+def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any, Any]:
+    """The model and the tokenizer in `directory`, as transformers loads them. Raises EvaluationError."""
+    check_directory(directory)
     transformers = quiet_transformers()
     options = {"local_files_only": True, "trust_remote_code": trusted or is_ours(directory)}
     try:

@@ -102,7 +102,9 @@ class _Undrawn(TorchFunctionMode):
         named = kwargs or {}
         if func in DRAWS:
             return args[0] if args else named["tensor"]
-        if func in CONSTANTS and not named.get("device"):
+        # An empty one is how transformers asks whether this is `meta`, where it draws nothing.
+        constant = func in CONSTANTS and not (args and args[0] == [])
+        if constant and not named.get("device"):
             named = {**named, "device": "cpu"}
         return func(*args, **named)
 

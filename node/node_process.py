@@ -221,14 +221,13 @@ async def _run(
         config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
     )
 
-    def open_corpus() -> Corpus:
-        corpus = open_text(config)
+    def on_corpus(corpus: Corpus) -> None:
+        tell_of_text(corpus, metrics)
         if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
             try:
                 keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to))
             except CheckpointError as error:  # as of any other write there: the run goes on
                 on_fault("checkpoint", str(error))
-        return corpus
 
     recovery_loop = RecoveryLoop(
         config,
@@ -238,8 +237,8 @@ async def _run(
         rebuild=lambda: prepare(config, index)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=open_corpus if index == 0 else None,
-        on_corpus=lambda corpus: tell_of_text(corpus, metrics),
+        open_corpus=(lambda: open_text(config)) if index == 0 else None,
+        on_corpus=on_corpus,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,

@@ -222,7 +222,7 @@ async def _run(
     )
 
     def open_corpus() -> Corpus:
-        corpus = open_text(config, metrics)
+        corpus = open_text(config)
         if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
             try:
                 keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to))
@@ -279,11 +279,10 @@ async def _run(
             raise
 
 
-def open_text(config: RunConfig, metrics: MetricsWriter) -> Corpus:
-    """The corpus, with what it holds on record, and said. Raises DataError or SourceLost."""
+def open_text(config: RunConfig) -> Corpus:
+    """The corpus; how far it is and what it holds are said. Raises DataError or SourceLost."""
     with PreparationDisplay(Console(), config.data.source) as display:
         corpus = prepare_corpus(config, display.report)
-    metrics.write("data", **corpus.record())
     if corpus.line:
         print(corpus.line, flush=True)
     for line in corpus.warnings:

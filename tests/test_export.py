@@ -316,7 +316,7 @@ def test_a_published_tokenizer_keeps_its_special_tokens(tiny: TinyConfig, tmp_pa
     train(configure(tiny, "identity", **given), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")  # what ended documents here
     assert tokenizer("alpha")["input_ids"] == raw.encode("alpha", add_special_tokens=False).ids
 
 

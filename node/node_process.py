@@ -25,10 +25,11 @@ from ..protocol.greeting import NodeIdentity
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
-from .checkpoints.manifest import Fingerprint
+from .checkpoints.kept_tokenizer import keep_tokenizer
+from .checkpoints.manifest import CheckpointError, Fingerprint
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
-from .data import Corpus
+from .data import Corpus, copy_tokenizer
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
@@ -216,17 +217,28 @@ async def _run(
     def where() -> str | Where:
         return membership.where(below, on_fault) if membership else addresses.next or ""
 
+    store = CheckpointStore(
+        config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
+    )
+
+    def open_corpus() -> Corpus:
+        corpus = open_text(config)
+        if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
+            try:
+                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to))
+            except CheckpointError as error:  # as of any other write there: the run goes on
+                on_fault("checkpoint", str(error))
+        return corpus
+
     recovery_loop = RecoveryLoop(
         config,
         stage,
         identity,
         joining=options.resume,
         rebuild=lambda: prepare(config, index)[0],
-        store=CheckpointStore(
-            config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
-        ),
+        store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config)) if index == 0 else None,
+        open_corpus=open_corpus if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,

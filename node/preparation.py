@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -226,8 +227,11 @@ def prepare_corpus(config: RunConfig, report: Preparing = silently) -> Corpus:
     return corpus
 
 
-def prepare_vocabulary(config: RunConfig) -> Vocabulary:
-    """The tokenizer that the run's text was coded with. Raises DataError."""
+def prepare_vocabulary(config: RunConfig, kept: Path | None = None) -> Vocabulary:
+    """The tokenizer that the run's text was coded with: the one that the run has `kept`, or what its settings lead to.
+    Raises DataError."""
+    if kept is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": kept})})
     return open_vocabulary(text_settings(config), vocab_size=_ids_of_model(config))
 
 

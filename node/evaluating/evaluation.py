@@ -18,8 +18,8 @@ import torch
 from ..checkpoints.assemble import assemble
 from ..config import DataSection
 from ..config_file import load_config
-from ..data import open_documents, open_vocabulary, read_vocabulary
-from ..preparation import prepare_corpus, text_settings
+from ..data import open_documents, read_vocabulary
+from ..preparation import prepare_corpus, prepare_vocabulary
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject, check_directory, check_ids
@@ -76,13 +76,14 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
     config = load_config(run / "run.toml")
     assembled = assemble(run, step=asked.step, config=config, report=report)
-    vocabulary = open_vocabulary(text_settings(config), vocab_size=assembled.architecture.vocab_size)
+    vocabulary = prepare_vocabulary(config, assembled.tokenizer)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
     length = config.data.sequence_length
     if asked.length not in (None, length):
         raise EvaluationError(f"--sequence-length {asked.length}: messages of this run are of {length} tokens; omit it")
     if asked.data is None:
-        corpus = prepare_corpus(config)
+        own = config.data.model_copy(update={"tokenizer": vocabulary.path})  # whatever would be made of the text here
+        corpus = prepare_corpus(config.model_copy(update={"data": own}))
         batches = [
             _whole(corpus.heldout_batch(number, config.microbatch_size))
             for number in range(config.evaluation_microbatches)

@@ -101,7 +101,9 @@ def load(
         return load_directory(target, trusted=trusted, device=device)
     assembled = assemble(target, step=step, report=report)
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
-    words = portable_tokenizer(prepare_vocabulary(assembled.config), assembled.config, longest=longest)
+    words = portable_tokenizer(
+        prepare_vocabulary(assembled.config, assembled.tokenizer), assembled.config, longest=longest
+    )
     whole = with_boundaries(assembled, plain_model(assembled))
     return on_device(in_memory(whole), device), words
 

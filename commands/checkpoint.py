@@ -36,14 +36,15 @@ def checkpoint_ls(run: Run, as_json: Json = False) -> None:
 def checkpoint_verify(run: Run, as_json: Json = False) -> None:
     """Read every checkpoint and compare its digests with its manifest.
 
-    Exit code 1 if any is damaged, 2 if RUN is not the directory of a run.
+    Exit code 1 if any is damaged, or there is none, 2 if RUN is not the directory of a run.
     """
     if _show_checkpoints(run, as_json, thorough=True):
         raise typer.Exit(1)
 
 
 def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
-    """Print what is there. Returns how many are damaged; each has its line on stderr."""
+    """Print what is there. Returns how many faults there are: each that is damaged has its line on stderr, and so has
+    it that there is nothing to verify."""
     if not (run / "run.toml").is_file():
         fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
     settings = configuration(run / "run.toml", {}, None)
@@ -73,4 +74,7 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
     damaged = [held["problem"] for row in found for held in row["stages"] if held["state"] == "damaged"]
     for line in damaged:
         print(f"thinpipe: {line}", file=sys.stderr)
+    if thorough and not found:
+        print(f"thinpipe: there is no checkpoint in {directory}, so nothing was verified", file=sys.stderr)
+        return 1
     return len(damaged)

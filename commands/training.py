@@ -10,6 +10,7 @@ import typer
 
 from .common import (
     Config,
+    DataChanged,
     Json,
     KeysDirectory,
     Override,
@@ -17,6 +18,7 @@ from .common import (
     configuration,
     fail,
     is_own_process,
+    may_outlast_its_output,
     one_arithmetic_thread,
     run_errors,
     run_toml,
@@ -72,6 +74,7 @@ def up(
             "Settings that change what it computes are refused.",
         ),
     ] = None,
+    data_changed: DataChanged = False,
     restarts: Annotated[
         int, typer.Option(min=0, help="How many times a lost stage is started again. The others wait for it.")
     ] = 0,
@@ -91,6 +94,9 @@ def up(
     ] = None,
     tensorboard: TensorBoard = None,
     parent: Annotated[int | None, typer.Option(hidden=True, help="Be killed when this process is gone.")] = None,
+    lock: Annotated[
+        int | None, typer.Option(hidden=True, help="This descriptor, which was passed on, holds the lock of --out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
@@ -99,6 +105,7 @@ def up(
 
         die_with_parent(parent)
     one_arithmetic_thread()
+    may_outlast_its_output()
     if isolate not in (None, "netns"):
         fail(f"--isolate: there is no '{isolate}'; say netns, or omit it", 2)
     plain, auto = without_auto(schedule)
@@ -122,6 +129,8 @@ def up(
         checkpoint_every=checkpoint_every,
     )
     options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
+    if data_changed and resume is None:
+        fail("--data-changed goes with --resume: a new run takes whatever text there is; omit it", 2)
     if resume is None:
         settings = configuration(config, options, overrides)
     elif one_process:
@@ -153,6 +162,8 @@ def up(
             isolate=isolate is not None,
             keys=keys,
             forks=is_own_process(),
+            data_changed=data_changed,
+            lock=lock,
         )
     if as_json:
         print(json.dumps(summary, indent=2))

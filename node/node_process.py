@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 from ..compress.byte_format import CodecError
 from ..protocol.errors import ProtocolError
 from ..protocol.greeting import NodeIdentity
+from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from .addresses import check_listen, split_address
-from .checkpoints.manifest import Fingerprint
+from .checkpoints.manifest import Fingerprint, Manifest
 from .checkpoints.store import CheckpointError, CheckpointStore
 from .config import ConfigError, RunConfig
 from .links.dialling import Where, dial, dial_control
@@ -32,8 +33,9 @@ from .links.link import LinkLost
 from .links.transport import listening
 from .links.transport import serving as serving_only
 from .optim import OptimizerError
-from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare, prepare_corpus
+from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare
 from .recovery_loop import RecoveryLoop
+from .run_corpus import open_run_corpus
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_state import StateError
@@ -60,7 +62,7 @@ class ParentGone(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """SIGTERM or SIGINT."""
+    """A signal that ends the node at once."""
 
 
 EXIT_CODES = {BAD_INPUT: 2, (*FAILED, ParentGone): 1, (Stopped,): 130}
@@ -99,14 +101,16 @@ def _need(address: str | None, missing: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun. security:
-    how it listens and dials. membership: of one that finds the others by the DHT, and knows where the stage below is.
+    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun.
+    data_changed: though the text is another one. security: how it listens and dials. membership: of one that finds the
+    others by the DHT, and knows where the stage below is.
     """
 
     out: Path
     trace: bool = False
     parent: int | None = None
     resume: bool = False
+    data_changed: bool = False
     security: Security = PLAIN
     membership: Membership | None = None
 
@@ -142,13 +146,20 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
             resume=options.resume,
             tls=options.security.keys is not None,
         )
-        asyncio.run(_run(config, stage, addresses, options, metrics, tracer, on_fault))
+        try:
+            asyncio.run(_run(config, stage, addresses, options, metrics, tracer, on_fault))
+            ignore_draining()
+        except KeyboardInterrupt as told:  # before the loop had begun to listen to signals
+            raise Stopped(str(told) or words_for(signal.SIGINT)) from None
         metrics.write("exit", exit_code=0)
     except Exception as error:
         cause = _first(error)
         exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
         line = str(cause) or type(cause).__name__
-        metrics.write("fault", code=type(cause).__name__, reason=line)
+        if isinstance(cause, Stopped):  # which is no fault
+            metrics.write("stop", reason=line)
+        else:
+            metrics.write("fault", code=type(cause).__name__, reason=line)
         metrics.write("exit", exit_code=1 if exit_code is None else exit_code)
         if exit_code is None:
             raise  # a bug, with its traceback
@@ -157,7 +168,10 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
         if options.membership:
             options.membership.leave()
         watching.close()
-        tracer.save(out / f"trace-stage-{stage}.json")
+        try:
+            tracer.save(out / f"trace-stage-{stage}.json")
+        except OSError as error:
+            print(f"stage {stage}: warning: no trace is written: {error.strerror}", file=sys.stderr, flush=True)
         metrics.close()
 
 
@@ -201,7 +215,23 @@ async def _run(
         stages=config.pipeline.stages,
         incarnation=options.membership.record.incarnation if options.membership else secrets.randbits(63),
     )
-    fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=config.pipeline.stages)
+    run_corpus = None
+    if index == 0:
+        run_corpus = open_run_corpus(config, options.out, resume=options.resume, changed=options.data_changed)
+        if not options.resume:
+            run_corpus.keep(options.out)
+    record = run_corpus and run_corpus.record
+    fingerprint = Fingerprint(
+        run=config.run.name,
+        configuration=digest,
+        stages=config.pipeline.stages,
+        corpus=record.corpus if record else "",
+        tokenizer=record.tokenizer if record else "",
+    )
+
+    def check_known(manifests: list[Manifest]) -> None:
+        if run_corpus:
+            run_corpus.check(manifests).keep(options.out)
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -226,10 +256,11 @@ async def _run(
             config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
         ),
         dial=lambda link: dial(where(), link, **waits),
-        corpus=prepare_corpus(config) if index == 0 else None,
+        corpus=run_corpus and run_corpus.corpus,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
+        check_known=check_known,
     )
     async with AsyncExitStack() as open_ends:
         methods = membership.methods(on_fault) if membership else {}
@@ -274,22 +305,25 @@ async def _while_calling(
 
 
 async def _until_signal(drain: Callable[[], bool]) -> None:
-    """Raises Stopped on SIGINT. The first SIGTERM asks to end after the step under way; where that cannot be, and the
-    second time, it is a SIGINT."""
+    """Raises Stopped on SIGINT, and when the launcher says that another stage has ended. SIGTERM, SIGHUP and SIGUSR1
+    ask to end after the step under way; where that cannot be, and for the second SIGTERM, they are as SIGINT. (Only
+    that one: a scheduler warns by one signal before it sends another, or sends the same to launcher and nodes.)"""
     loop = asyncio.get_running_loop()
-    stop: asyncio.Future[str] = loop.create_future()
-    asked = False
+    stop: asyncio.Future[int] = loop.create_future()
+    asked, terms = False, 0
 
-    def told(name: str) -> None:
-        nonlocal asked
-        if name == "SIGTERM" and not asked and drain():
-            asked = True
-        elif not stop.done():
-            stop.set_result(name)
+    def told(number: signal.Signals) -> None:
+        nonlocal asked, terms
+        terms += number is signal.SIGTERM
+        at_once = number not in DRAINING or (number is signal.SIGTERM and terms > 1)
+        asked = asked or (not at_once and drain())
+        if (at_once or not asked) and not stop.done():
+            stop.set_result(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told, number.name)
-    raise Stopped(f"stopped by {await stop}")
+    for number in (*DRAINING, signal.SIGINT, ANOTHER_ENDED):
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(number, told, number)
+    raise Stopped(words_for(await stop))
 
 
 async def _watch_parent(parent: int) -> None:

@@ -29,6 +29,8 @@ from .stage import Stage
 from .stage_costs import stage_layers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig
 
 BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
@@ -139,12 +141,13 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
 
 
-def prepare_corpus(config: RunConfig) -> Corpus:
-    """Open the data as stage 0 does. Raises DataError, also when the held-out set asked for is not there."""
+def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
+    """Open the data as stage 0 does. tokenizer: use this one, where the settings name none, instead of training it.
+    Raises DataError, also when the held-out set asked for is not there."""
     if config.compute.emulate:
         return EmptyCorpus(config)
     vocab = vocabulary_size(config.data, config.model.vocab_size)
-    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed)
+    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed, tokenizer=tokenizer)
     needed = config.evaluation_microbatches * config.microbatch_size
     if corpus.heldout_sequences < needed:
         raise DataError(

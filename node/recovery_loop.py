@@ -28,9 +28,11 @@ from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.rollback_actions import ChooseEnd, EndAfter, Leave, Side, Start, Stop
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
+from ..sim.reports.wording import counted
 from .boundary.endpoints import BoundaryShape
 from .checkpoints.background_writer import CheckpointWriter
 from .checkpoints.copy_service import CopyService
+from .checkpoints.manifest import Manifest
 from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .config import RunConfig
 from .data import Corpus
@@ -56,8 +58,9 @@ class RecoveryLoop:
     """Stage `stage.index` from its first generation to its last.
 
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
-    anew, as it is before the first step. Raises what `node.training_loop.TrainingLoop` does, and TimeoutError if no new
-    generation is agreed in time.
+    anew, as it is before the first step. `check_known` is given the manifests of the checkpoints that a joining node
+    could go on from, and raises what is wrong with them. Raises that, what `node.training_loop.TrainingLoop` does, and
+    TimeoutError if no new generation is agreed in time.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class RecoveryLoop:
         metrics: MetricsWriter,
         tracer: Tracer,
         on_fault: Reporter,
+        check_known: Callable[[list[Manifest]], None] | None = None,
     ) -> None:
         self.config, self.stage = config, stage
         self.committed = 0  # steps, in the newest checkpoint on disk
@@ -81,6 +85,7 @@ class RecoveryLoop:
         self._identity, self._joining = identity, joining
         self._rebuild, self._store, self._dial = rebuild, store, dial
         self._corpus, self._metrics, self._tracer, self._on_fault = corpus, metrics, tracer, on_fault
+        self._check_known = check_known
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
@@ -136,6 +141,8 @@ class RecoveryLoop:
                     self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
                 ):
                     self._known = await asyncio.to_thread(self._on_disk)
+                if self._check_known:
+                    self._check_known([self._store.manifest(step) for step in self._known])
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
                 self._begin(Start(generation=0, completed=0, members=()))
@@ -185,7 +192,7 @@ class RecoveryLoop:
                     self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
                 self.control.act(self.machine.end_after(under_way))
             case EndAfter() as end:
-                print(f"the run stops after {end.completed} steps and can be resumed", flush=True)
+                print(f"the run stops after {counted(end.completed, 'step')} and can be resumed", flush=True)
                 if self._node:
                     self._node.end_after(end.completed)
             case Leave():
@@ -324,7 +331,8 @@ class RecoveryLoop:
             "rollback", generation=start.generation, completed=start.completed, source=where, seconds=seconds
         )
         print(
-            f"generation {start.generation}: goes on after {start.completed} steps, restored from {where}", flush=True
+            f"generation {start.generation}: goes on after {counted(start.completed, 'step')}, restored from {where}",
+            flush=True,
         )
 
     # -- checkpoints --------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import node_process, preparation
+from thinpipe.node import node_process, preparation, run_corpus
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.model import architecture_digest, check_sliceable
@@ -532,7 +532,7 @@ def run_cluster(
     """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`. seed: of how long
     everything takes. hurry: everything takes no time."""
     cluster = Cluster(config, out, faults)
-    prepare, corpus = node_process.prepare, node_process.prepare_corpus(config)
+    prepare, corpus = node_process.prepare, run_corpus.prepare_corpus(config)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         workers = without_threads(patch)
@@ -542,7 +542,7 @@ def run_cluster(
             node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
         )
         patch.setattr(node_process, "CheckpointStore", cluster.store)
-        patch.setattr(node_process, "prepare_corpus", lambda _: corpus)
+        patch.setattr(run_corpus, "prepare_corpus", lambda *_: corpus)
         patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 

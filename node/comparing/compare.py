@@ -31,8 +31,8 @@ from ...sim.links.shaper import LinkError, LinkProfile
 from ...sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from ...sim.reports.compare_page import compare_page
 from ..config import ConfigError, RunConfig
-from ..local import writable
 from ..preparation import BAD_INPUT, check_settings, prepare_corpus, resolve_architecture
+from ..run_directory import writable
 from .loss_curve import Point, curve_of, interval, mean_curve, over_first, steps_to
 from .pace import at_pace, seconds_a_step
 from .recipe import Recipe, check_names

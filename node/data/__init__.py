@@ -11,6 +11,8 @@ for every run, seed and sequence length, and a batch is a few slices of mapped m
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
@@ -29,22 +31,24 @@ def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
     return wanted_vocabulary(settings, wanted)
 
 
-def open_corpus(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
-    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`.
+def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, tokenizer: Path | None = None) -> Corpus:
+    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`. tokenizer: one to use
+    where the settings name none; else a BPE is trained on the text.
 
     Several processes may call this at once. Raises DataError.
     """
     if settings.source.startswith("hf:"):
-        return open_stream(settings, vocab_size=vocab_size, seed=seed)
+        return open_stream(settings, vocab_size=vocab_size, seed=seed, tokenizer=tokenizer)
     directory = cache_directory(settings)
     source = open_source(settings, directory)
-    vocabulary = load_vocabulary(settings, source, vocab_size)
+    vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
     train, heldout, digest = tokenize_once(source, vocabulary, directory)
     return LocalCorpus(
         train,
         heldout,
         name=source.name,
         digest=digest,
+        tokenizer_json=vocabulary.content,
         seed=seed,
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,

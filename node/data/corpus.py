@@ -29,12 +29,21 @@ def random_order(count: int, *key: int) -> np.ndarray:
 class Corpus(ABC):
     """Training batches by (step, microbatch), and a fixed held-out part.
 
-    `digest` is over what determines the token sequence: source and tokenizer, not the seed. `position` is the step
-    that was asked for last, or sought.
+    `digest` is over what determines the token sequence: source and tokenizer, not the seed. `tokenizer_json`: the
+    content of the tokenizer's file. `position` is the step that was asked for last, or sought.
     """
 
-    def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
-        self.digest = digest
+    def __init__(
+        self,
+        heldout: np.ndarray,
+        *,
+        name: str,
+        digest: str,
+        sequence_length: int,
+        heldout_sequences: int,
+        tokenizer_json: bytes = b"",
+    ):
+        self.digest, self.tokenizer_json = digest, tokenizer_json
         self.position = 0
         self.sequence_length = sequence_length
         available = (len(heldout) - 1) // sequence_length
@@ -91,6 +100,7 @@ class LocalCorpus(Corpus):
         seed: int,
         sequence_length: int,
         heldout_sequences: int,
+        tokenizer_json: bytes = b"",
     ):
         self.windows = (len(train) - 1) // sequence_length
         if self.windows < 1:
@@ -104,6 +114,7 @@ class LocalCorpus(Corpus):
             digest=digest,
             sequence_length=sequence_length,
             heldout_sequences=heldout_sequences,
+            tokenizer_json=tokenizer_json,
         )
         self._train = train
         self._seed = seed

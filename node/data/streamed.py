@@ -52,11 +52,14 @@ class _BlockStart:
     state: dict[str, Any] | None  # None: the beginning of the dataset
 
 
-def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
-    """Open `hf:NAME`. Raises DataError when it cannot be reached, has no `train` split or no such field."""
+def open_stream(settings: DataSection, *, vocab_size: int, seed: int, tokenizer: Path | None = None) -> Corpus:
+    """Open `hf:NAME`; `tokenizer` as in `open_corpus`. Raises DataError when it cannot be reached, has no `train` split
+    or no such field."""
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = Path(name).expanduser()
+    if name.startswith(("/", "./", "../", "~")) and not local.is_dir():
+        raise DataError(f"there is no directory {local}; set data.source to a dataset's directory, or hf:NAME of a hub")
     make_directory(directory)  # else `datasets` reports it, as a fault of the dataset
     with _reported(settings.source), quiet_datasets() as datasets:
         builder = datasets.load_dataset_builder(
@@ -80,7 +83,7 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int) -> Corpus:
         size_bytes=0,
         read=lambda: stream.sample(_SAMPLE_CHARACTERS),
     )
-    vocabulary = load_vocabulary(settings, source, vocab_size)
+    vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
     digest = content_key("streamed tokens", vocabulary.digest, source.digest)
     return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
 
@@ -92,8 +95,10 @@ def _reported(source: str) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # network, hub, file and parser faults have no common ancestor
+        local = Path(source.removeprefix("hf:").partition(":")[0]).expanduser().is_dir()
+        remedy = "check the files there" if local else "check its name, the network"
         raise DataError(
-            f"cannot read the dataset {source}: {first_line(error)}; check its name, the network and data.text_field"
+            f"cannot read the dataset {source}: {first_line(error)}; {remedy} and data.text_field"
         ) from None
 
 
@@ -162,6 +167,7 @@ class StreamedCorpus(Corpus):
             map_tokens(path),
             name=f"{documents.source} (the documents that hash below the held-out share)",
             digest=digest,
+            tokenizer_json=vocabulary.content,
             sequence_length=length,
             heldout_sequences=settings.heldout_sequences,
         )

@@ -53,12 +53,13 @@ _FAIR_SHARE = (0.01, 0.2)  # of all tokens; outside of it the hash of documents 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of its file."""
+    """A tokenizer, the number of ids that it needs, the id that ends a document, and its file with the digest."""
 
     tokenizer: Tokenizer
     size: int
     end_id: int
     digest: str
+    content: bytes = b""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -135,11 +136,16 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
     return own if wanted is None else wanted
 
 
-def load_vocabulary(settings: DataSection, source: Source, vocab_size: int) -> Vocabulary:
-    """The user's tokenizer, or a BPE of at most `vocab_size` ids trained once on the source. Raises DataError."""
+def load_vocabulary(
+    settings: DataSection, source: Source, vocab_size: int, tokenizer: Path | None = None
+) -> Vocabulary:
+    """The user's tokenizer, else `tokenizer`, else a BPE of at most `vocab_size` ids trained once on the source. Raises
+    DataError."""
     wanted_vocabulary(settings, vocab_size)
     if settings.tokenizer is not None:
         return _read_vocabulary(settings.tokenizer)
+    if tokenizer is not None:
+        return _read_vocabulary(tokenizer)
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
@@ -176,7 +182,11 @@ def _read_vocabulary(path: Path) -> Vocabulary:
     if end is None:
         raise DataError(f"the tokenizer {path} has no end-of-text token; add one of {', '.join(_END_NAMES)}")
     return Vocabulary(
-        tokenizer=tokenizer, size=max(ids.values()) + 1, end_id=end, digest=hashlib.sha256(content).hexdigest()
+        tokenizer=tokenizer,
+        size=max(ids.values()) + 1,
+        end_id=end,
+        digest=hashlib.sha256(content).hexdigest(),
+        content=content,
     )
 
 

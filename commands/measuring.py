@@ -99,11 +99,11 @@ def plan(
     else:
         from rich.console import Console
 
-        from ..sim.reports.run_console import cut_line, plan_tables
+        from ..sim.reports.run_console import cut_lines, plan_tables
 
         console = Console()
         console.print(*plan_tables(figures), sep="\n")
-        console.print(cut_line(figures), highlight=False, soft_wrap=True)
+        console.print(*cut_lines(figures), sep="\n", highlight=False, soft_wrap=True)
     if timeline:
         from ..node.measuring.plan import events
         from ..sim.reports.trace import draw

@@ -243,3 +243,20 @@ def test_the_cut_and_what_it_gains_are_said() -> None:
     assert head_s[1] == pytest.approx(4 * head_s[0])
     told = CliRunner().invoke(app, ["plan", *machine, "--cut", "2,2,2,2"], env={"COLUMNS": "120"})
     assert told.stdout.splitlines()[-1] == "layers of the stages: 2,2,2,2"
+
+
+def test_an_order_of_the_machines_that_is_faster_is_said() -> None:
+    """The head and a layer that a narrow boundary needs are on the last machine."""
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--schedule", "zb:rtt_ratio=2")
+    found = planned(*machine, "--speeds", "1,1,0.5,0.25")
+    assert [stage["layers"] for stage in found["stages"]][-1] == 1
+    better = found["better_order"]
+    assert better["speeds"][-1] == 1
+    assert better["gain"] > 3
+    order = ",".join(map(str, better["speeds"]))
+    as_said = planned(*machine, "--speeds", order)
+    assert as_said["better_order"] is None
+    assert as_said["tokens_per_s"] == pytest.approx(better["gain"] * found["tokens_per_s"])
+    told = CliRunner().invoke(app, ["plan", *machine, "--speeds", "1,1,0.5,0.25"], env={"COLUMNS": "200"})
+    assert told.stdout.splitlines()[-1].startswith("the same machines in another order, --speeds ")
+    assert planned(*machine, "--speeds", "1,1,0.5,0.25", "--cut", "2,2,2,2")["better_order"] is None

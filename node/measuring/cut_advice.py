@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any
 from ...sim.links.pipeline import StageTimes
 from ..config import RunConfig
 from ..stage_costs import best_cut, operations, stage_layers
-from .plan import plan
+from .plan import WORTH_SAYING, plan
 from .stage_times import measured_speeds, times_recut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-WORTH_SAYING = 1.05  # times as fast; the simulation is within a few percent of what runs
 
 
 def cut_advice(config: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from ..config_file import load_config
 from ..data import DataError, vocabulary_size
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture
-from ..stage_costs import speeds, stage_layers
+from ..stage_costs import best_order, speeds, stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .message_sizes import Sizes
 from .stage_times import times_calibrated, times_measured, times_recut
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 AUTO = ":rtt_ratio=auto"
 HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, RTT_RATIO_MAX)
 AUTO_WITHIN = 1.003
+WORTH_SAYING = 1.05  # times as fast; the simulation is within a few percent of what runs
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
 
@@ -134,7 +135,7 @@ def resolved_schedule(
     found: list[tuple[str, float]] = []
     for rtt_ratio in HOPS:
         schedule = f"{name}:rtt_ratio={rtt_ratio:g}" if rtt_ratio else name
-        figures, _ = plan(_with_schedule(config, schedule), architecture, times, rule=rule, layers=layers)
+        figures, _ = plan(_with_pipeline(config, schedule=schedule), architecture, times, rule=rule, layers=layers)
         found.append((schedule, figures["step_s"]))
     least = min(step_s for _, step_s in found)
     return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
@@ -145,18 +146,19 @@ def with_depth(config: RunConfig, spec: str) -> RunConfig:
     names."""
     architecture = resolve_architecture(config)
     times = times_calibrated(config, architecture)
-    return _with_schedule(config, resolved_schedule(spec, config, architecture, times))
+    return _with_pipeline(config, schedule=resolved_schedule(spec, config, architecture, times))
 
 
-def _with_schedule(config: RunConfig, schedule: str) -> RunConfig:
-    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"schedule": schedule})})
+def _with_pipeline(config: RunConfig, **changed: Any) -> RunConfig:
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update=changed)})
 
 
 def planned(
     config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
-    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`; and what
-    its cut gains over stages of equal length, None where they are, or where nobody knows. Raises what PLANNED names."""
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Besides,
+    what its cut gains over stages of equal length, and an order of the machines that is faster: None where there is
+    nothing to gain, or where nobody knows. Raises what PLANNED names."""
     given = config.model.vocab_size
     vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
     length = config.data.sequence_length
@@ -170,16 +172,25 @@ def planned(
         assert measured is not None
         times = times_recut(load_config(measured / "run.toml"), config, architecture, times_measured(measured, config))
     found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers)
-    config = _with_schedule(config, found)
+    config = _with_pipeline(config, schedule=found)
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
-    figures["gain_over_equal_cut"] = None
-    equal = config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"cut": "equal"})})
+    figures |= {"gain_over_equal_cut": None, "better_order": None}
     if emulated and emulated.tflops and not emulated.part and emulated.stages <= architecture.num_hidden_layers:
-        as_long = resolved_schedule(schedule, equal, architecture, emulated.times(equal, architecture), rule=rule)
-        equal = _with_schedule(equal, as_long)
-        before, _ = plan(equal, architecture, emulated.times(equal, architecture), rule=rule)
+
+        def found_for(**pipeline: Any) -> dict[str, Any]:
+            other = _with_pipeline(config, **pipeline)
+            of_stages = emulated.times(other, architecture)
+            deep = resolved_schedule(schedule, other, architecture, of_stages, rule=rule)
+            return plan(_with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule)[0]
+
+        before = found_for(cut="equal")
         if [stage["layers"] for stage in before["stages"]] != layers:
             figures["gain_over_equal_cut"] = figures["tokens_per_s"] / before["tokens_per_s"]
+        order = best_order(config, architecture)
+        if config.pipeline.cut == "auto" and order != speeds(config):
+            gain = found_for(speeds=tuple(order))["tokens_per_s"] / figures["tokens_per_s"]
+            if gain >= WORTH_SAYING:
+                figures["better_order"] = {"speeds": order, "gain": gain}
     return figures, simulated
 
 

@@ -347,9 +347,12 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
     return [whole, stages, links]
 
 
-def cut_line(figures: dict[str, Any]) -> str:
-    """Which layers the stages have, and what that gains over stages of equal length."""
+def cut_lines(figures: dict[str, Any]) -> list[str]:
+    """Which layers the stages have, what that gains over stages of equal length, and an order of the machines that is
+    faster."""
     cut, gain = ",".join(str(stage["layers"]) for stage in figures["stages"]), figures["gain_over_equal_cut"]
-    if gain is None:
-        return f"layers of the stages: {cut}"
-    return f"layers of the stages: {cut}, {gain:.2f}x of stages of equal length"
+    lines = [f"layers of the stages: {cut}" + ("" if gain is None else f", {gain:.2f}x of stages of equal length")]
+    if better := figures["better_order"]:
+        order = ",".join(f"{speed:g}" for speed in better["speeds"])
+        lines.append(f"the same machines in another order, --speeds {order}: {better['gain']:.2f}x")
+    return lines

@@ -157,10 +157,11 @@ def settings(tiny: TinyConfig, tmp_path: Path) -> Callable[..., Path]:
 def test_a_reader_that_goes_away_ends_no_run(options: list[str], settings: Callable[..., Path], tmp_path: Path) -> None:
     run = start(settings(run__steps=20), tmp_path / "run", *options)
     assert run.process.stdout
-    assert run.process.stdout.readline().startswith("step 1/20")
+    assert run.process.stdout.readline().startswith("step ")
     run.process.stdout.close()
     assert run.process.stderr
-    said = run.process.stderr.read()
+    with run.process.stderr as stderr:
+        said = stderr.read()
     assert run.process.wait(DEADLINE_S) == 0, said
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 20
     assert said == "thinpipe: warning: stdout cannot be written (Broken pipe); the run goes on without\n"
@@ -185,7 +186,7 @@ def test_a_swarm_trains_on_while_its_disk_is_full(
     settings: Callable[..., Path], small_disk: Path, tmp_path: Path
 ) -> None:
     """Records and logs find no room for a hundred steps; nothing is missing in the end."""
-    steps = 400
+    steps = 250
     path = settings(run__steps=steps, pipeline__stages=2, checkpoint__every=10)
     run = start(path, small_disk / "run", "--set", f"checkpoint.directory={tmp_path / 'saved'}")
 
@@ -219,8 +220,8 @@ def test_checkpoints_that_fail_are_in_the_end_table(
     run = start(path, tmp_path / "run", "--set", f"checkpoint.directory={small_disk / 'saved'}")
     code, shown, errors = run.end()
     assert code == 0, errors
-    assert "warning: stage " in shown.splitlines()[0]
-    assert "cannot write the checkpoint" in shown.splitlines()[0]
+    (said,) = [line for line in shown.splitlines() if line.startswith("warning: stage ")]
+    assert "cannot write the checkpoint" in said
     assert "faults, newest last" in shown
     assert any("faults of checkpoints, the last: cannot write" in line for line in errors)
     summary = subprocess.run(

@@ -21,6 +21,7 @@ from .commands.checkpoint import checkpoint
 from .commands.common import OneLine, run_as_own_process
 from .commands.compare import compare
 from .commands.discovery import dht, status
+from .commands.export import export
 from .commands.hosting import node
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
@@ -55,7 +56,7 @@ def options(
     del version  # the callback has printed it
 
 
-for command in (up, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
+for command in (up, export, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
     app.command()(command)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")

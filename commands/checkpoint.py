@@ -1,19 +1,26 @@
-"""`thinpipe checkpoint ls|verify`: list and verify the checkpoints of a run, without changing anything."""
+"""`thinpipe checkpoint ls|verify|convert`: list and verify the checkpoints of a run, or make a run with other stages of
+them. None changes the run that it reads."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, configuration, fail
+from .common import Json, configuration, fail, one_arithmetic_thread
+from .options import shared
+
+if TYPE_CHECKING:
+    from ..node.config import RunConfig
 
 checkpoint = typer.Typer(
-    help="List or verify the checkpoints of a run, without changing anything.",
+    help="List or verify the checkpoints of a run, without changing anything; or convert it to other stages.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -42,12 +49,81 @@ def checkpoint_verify(run: Run, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
+@checkpoint.command("convert")
+def checkpoint_convert(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Directory for the converted run; a new or an empty one.")],
+    stages: Annotated[int | None, shared("--stages", "as many as --cut has")] = None,
+    cut: Annotated[str | None, shared("--cut", "auto")] = None,
+    speeds: Annotated[str | None, shared("--speeds", "alike")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Steps completed. (the newest that all stages have intact)")
+    ] = None,
+) -> None:
+    """Make the same run with other stages: weights, optimizer, position in the data, and what codecs learned at
+    boundaries that stay between the same layers. `thinpipe up --resume OUT` goes on with it.
+    """
+    one_arithmetic_thread()
+    settings = _settings(run)
+    if stages is None and (cut is None or "," not in cut):
+        fail("say how many stages: --stages N, or --cut with the layers of each, such as --cut 3,3,2", 2)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        fail(f"--out {out}: it is there already, and not empty; choose another directory", 2)
+    from ..node.checkpoints.assemble import AssembleError, assemble
+    from ..node.checkpoints.convert import convert, recut
+    from ..node.checkpoints.manifest import CheckpointError
+    from ..node.preparation import BAD_INPUT, check_settings
+    from ..node.run_corpus import carry_corpus
+    from ..node.run_directory import LocalRunError, writable
+    from ..node.stage_state import StateError
+
+    number = stages or (cut or "").count(",") + 1
+    asked: dict[str, Any] = {"stages": number, "cut": cut or "auto", "speeds": speeds or ""}
+    missing = [each for each in (out, *out.parents) if not each.exists()]
+    done = False
+    try:
+        config = recut(settings, **asked)
+        check_settings(config)
+        found = assemble(run, step=step, report=lambda line: print(f"thinpipe: {line}", file=sys.stderr))
+        lines = convert(found, config, writable(out), written_s=time.time())
+        carry_corpus(run, out)
+        done = True
+    except (*BAD_INPUT, AssembleError) as error:
+        fail(f"{run}: {error}", 2)
+    except LocalRunError as error:
+        fail(str(error), error.exit_code)
+    except (CheckpointError, StateError) as error:
+        fail(str(error), 1)
+    finally:
+        if not done:
+            _remove(out, missing)
+    for line in lines:
+        print(line)
+    print(
+        f"{config.pipeline.stages} stages after {found.completed} steps are in {out}; go on: thinpipe up --resume {out}"
+    )
+
+
+def _remove(out: Path, missing: list[Path]) -> None:
+    """What an attempt has left, and the directories that were not there before it."""
+    for left in out.glob("*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    with suppress(OSError):
+        for directory in missing:
+            directory.rmdir()
+
+
+def _settings(run: Path) -> RunConfig:
+    """Of the run in that directory; ends with 2 where there is none."""
+    if not (run / "run.toml").is_file():
+        fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
+    return configuration(run / "run.toml", {}, None)
+
+
 def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
     """Print what is there. Returns how many faults there are: each that is damaged has its line on stderr, and so has
     it that there is nothing to verify."""
-    if not (run / "run.toml").is_file():
-        fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
-    settings = configuration(run / "run.toml", {}, None)
+    settings = _settings(run)
     from ..node.checkpoints.listing import checkpoint_table, list_checkpoints
     from ..node.checkpoints.manifest import CheckpointError
 

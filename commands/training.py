@@ -28,6 +28,7 @@ from .options import settings_of, shared, without_auto
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
+    from ..node.origin import Origin
 
 
 def up(
@@ -70,8 +71,17 @@ def up(
         Path | None,
         typer.Option(
             "--resume",
-            help="Resume the run in this directory from the newest checkpoint that all its stages have. "
-            "Settings that change what it computes are refused.",
+            help="Resume the run in this directory from the newest checkpoint that all its stages have. With --steps "
+            "it gets another length; other settings that change what it computes are refused.",
+        ),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN|MODEL",
+            help="Begin a new run with the weights of this run, or of this directory of a Hugging Face decoder. What "
+            "is not given is as in that run: its tokenizer, data, stages, codec, rates. (random weights)",
         ),
     ] = None,
     data_changed: DataChanged = False,
@@ -131,7 +141,16 @@ def up(
     options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
     if data_changed and resume is None:
         fail("--data-changed goes with --resume: a new run takes whatever text there is; omit it", 2)
-    if resume is None:
+    origin = None
+    if from_ is not None:
+        if resume is not None:
+            fail("--from begins a new run, --resume goes on with one; omit one of the two", 2)
+        out = out or Path("runs/latest")
+        if out.resolve() == from_.resolve():
+            fail(f"--from {from_}: the new run would replace it; choose another --out", 2)
+        origin = _begun_from(from_, said(config, options, overrides))
+        settings = origin.config
+    elif resume is None:
         settings = configuration(config, options, overrides)
     elif one_process:
         fail("--resume: only a swarm writes checkpoints; omit --one-process", 2)
@@ -157,6 +176,7 @@ def up(
             trace=trace,
             quiet=as_json,
             resume=resume is not None,
+            origin=origin,
             restarts=restarts,
             schedule=auto,
             isolate=isolate is not None,
@@ -169,20 +189,45 @@ def up(
         print(json.dumps(summary, indent=2))
 
 
+def _begun_from(source: Path, given: dict[str, Any]) -> Origin:
+    """What a new run begins from; ends with 2 where it cannot."""
+    from ..node.checkpoints.manifest import CheckpointError
+    from ..node.origin import begin_from
+    from ..node.preparation import BAD_INPUT
+
+    try:
+        return begin_from(source, given)
+    except (*BAD_INPUT, CheckpointError) as error:
+        fail(f"--from {source}: {error}", 2)
+
+
 def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
-    """The settings to go on with: the run's, and what is given now, where that may differ between nodes too. auto: the
-    schedule with rtt_ratio=auto, if that was given: whatever depth was found for the run is meant."""
+    """The settings to go on with: the run's, and what is given now: the number of steps, and what may differ between
+    nodes too. auto: the schedule with rtt_ratio=auto, if that was given: whatever depth was found for the run is
+    meant."""
     path = run_toml(run, "--resume")
     own = configuration(path, {}, None)
     if auto and auto.partition(":")[0] == own.pipeline.schedule.partition(":")[0]:
         del given["pipeline.schedule"]
+    steps = given.pop("run.steps", None)
     settings = configuration(path, given, None)
+    from ..node.checkpoints.manifest import CheckpointError
+    from ..node.config import ConfigError
     from ..node.discovery.shared_config import LOCAL, differences
+    from ..node.run_length import steps_done, with_length
 
     if settings.digest() != own.digest():
         fail(
             f"--resume {run}: {differences(settings, own)}; a resumed run must compute the same: omit that, "
-            f"or begin another run with --out (only {LOCAL} may change)",
+            f"or begin another run with --out (only {LOCAL} may change, and --steps)",
             2,
         )
-    return settings
+    if steps is None:
+        return settings
+    wanted = configuration(path, {"run.steps": steps, "run.extended": []}, None).run.steps  # if it is a number of steps
+    try:
+        return with_length(settings, steps_done(settings, run), wanted)
+    except ConfigError as error:
+        fail(f"--resume {run}: {error}", 2)
+    except CheckpointError as error:
+        fail(str(error), 2)

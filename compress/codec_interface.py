@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .boundary_function import BoundaryFunction
 from .byte_format import ByteFormat, CodecError, Direction, LearnedTable, without_table
 from .recommended_rates import Recommended, recommended_for
 from .stage_parts import StageParts
@@ -158,6 +159,12 @@ class Codec(ABC):
         for a model where that cannot be done."""
         del parts, context
 
+    def unconstrained(self, weights: dict[str, Tensor], context: StageContext) -> dict[str, Tensor]:
+        """What `constrain` has changed of a whole model's weights, changed back: ordinary modules that compute the same
+        up to rounding, by their names. `weights` stays as it is."""
+        del context
+        return dict(weights)
+
     def lost(self, hidden_BTD: Tensor, known_BTD: Tensor | None, context: StageContext) -> float:
         """What of hidden states at a boundary cannot cross, relative, root of energies: what `constrain` promises to be
         nothing but rounding. `known_BTD`: what both ends know of the tokens."""
@@ -183,6 +190,15 @@ class Codec(ABC):
         """The table that the sender owns and the receiver needs, if any."""
         del width
         return None
+
+    def boundary_function(
+        self, *, table: Tensor | None, sender: Mapping[str, Tensor], receiver: Mapping[str, Tensor]
+    ) -> BoundaryFunction | None:
+        """What a boundary computes, without what its bytes round away; None where hidden states come out as they went
+        in. `table`: the learned one, if any; the parameters of the two halves by name. Raises CodecError for a codec
+        that nobody can compute without this package."""
+        del table, sender, receiver
+        raise CodecError(f"codec '{self.name}' cannot be exported: it does not say what its boundaries compute")
 
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
         """What one stage knows of its tokens, shared by its halves at both its boundaries. Parameters in it that want a

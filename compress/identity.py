@@ -6,6 +6,8 @@ hivemind, Petals and SWARM send; with `fp64` it is exact and so the reference fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, check_table_scale
@@ -41,6 +43,11 @@ class IdentityCodec(Codec):
 
     def wire_width(self, width: int) -> int:
         return width
+
+    def boundary_function(
+        self, *, table: Tensor | None, sender: Mapping[str, Tensor], receiver: Mapping[str, Tensor]
+    ) -> None:
+        del table, sender, receiver
 
     def encoder(self, context: BoundaryContext) -> Encoder:
         del context

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .anchor_options import AnchorOptions
 from .anchors import Anchors, Kind
+from .boundary_function import BoundaryFunction, Half
 from .byte_format import CodecError, LearnedTable
 from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .energy_survey import EnergySurvey
@@ -325,6 +326,13 @@ class MaplCodec(Codec):
             gradient=self.gradient if by_loss and self.gradient != "none" else None,
             every=0 if fixed else self.every,
         )
+
+    def boundary_function(
+        self, *, table: Tensor | None, sender: Mapping[str, Tensor], receiver: Mapping[str, Tensor]
+    ) -> BoundaryFunction:
+        del sender, receiver
+        assert table is not None
+        return BoundaryFunction(encode=Half(matrices=[table.mT]), decode=Half(matrices=[table]))
 
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
         return self.known.build(context, table_VD)

@@ -23,6 +23,7 @@ Why not MAPL's projector: a nonlinear encoder may carry more than a subspace hol
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -31,6 +32,7 @@ from torch.nn import functional as F
 
 from .anchor_options import AnchorOptions
 from .anchors import Kind
+from .boundary_function import BoundaryFunction, Half
 from .byte_format import CodecError
 from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .registry import register_codec
@@ -135,6 +137,12 @@ class ResbmCodec(Codec):
         own = 2.0 * sum(inner * outer for inner, outer in itertools.pairwise(sizes))
         return own + self.known.operations_per_token(width)
 
+    def boundary_function(
+        self, *, table: Tensor | None, sender: Mapping[str, Tensor], receiver: Mapping[str, Tensor]
+    ) -> BoundaryFunction:
+        del table
+        return BoundaryFunction(encode=_half(sender), decode=_half(receiver))
+
     def tokens(self, context: StageContext, table_VD: Tensor | None) -> nn.Module | None:
         return self.known.build(context, table_VD)
 
@@ -143,3 +151,9 @@ class ResbmCodec(Codec):
 
     def decoder(self, context: BoundaryContext) -> Decoder:
         return ResbmDecoder(context, [self.kept, *self.hidden, context.width])
+
+
+def _half(parameters: Mapping[str, Tensor]) -> Half:
+    """Of a half's `layers`, whose numbers count the SiLUs between the matrices too."""
+    named = {int(name.split(".")[1]): tensor for name, tensor in parameters.items()}
+    return Half(matrices=[named[number] for number in sorted(named)], passes=True)

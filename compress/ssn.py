@@ -28,7 +28,7 @@ in step, and without rounding the boundary is exact; the price is a narrower mod
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -227,6 +227,26 @@ class SsnCodec(Codec):
             own = f"{number} {path.rpartition('.')[2]}"  # a name in the whole model
             model.set_submodule(path, _with_more(reader, own, context.seed, rows=more))
         return _with_more(writer, f"{number} {name.rpartition('.')[2]}", context.seed, columns=more)
+
+    def unconstrained(self, weights: dict[str, Tensor], context: StageContext) -> dict[str, Tensor]:
+        """W = U W_z, b = U b_z, and E Uᵀ for the embedding. With `spend=ffn` layers have FFNs of two widths."""
+        u_DK = self._subspace(context).to(torch.float64)  # one rounding, at the end
+        found: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            owner, inner, kind = name.rpartition(".inner.")
+            if not inner:
+                found[name] = tensor
+                continue
+            wide = tensor.to(torch.float64)
+            writer = owner.rpartition(".")[2] in ATTENTION_WRITERS + FFN_WRITERS
+            found[f"{owner}.{kind}"] = (u_DK @ wide if writer else wide @ u_DK.mT).to(tensor.dtype)
+        return found
+
+    def boundary_function(
+        self, *, table: Tensor | None, sender: Mapping[str, Tensor], receiver: Mapping[str, Tensor]
+    ) -> None:
+        """Nothing that reaches a boundary is lost there but by rounding."""
+        del table, sender, receiver
 
     def lost(self, hidden_BTD: Tensor, known_BTD: Tensor | None, context: StageContext) -> float:
         u_DK = self._subspace(context)

@@ -9,6 +9,7 @@ tree gives one spelling to the TOML key, the command-line override and the error
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -38,9 +39,36 @@ class RunSection(Section):
     )
     steps: int = Field(default=200, ge=1, description="training steps: batches, and updates of the weights")
     eval_every: int = Field(default=0, ge=0, description="steps between evaluations; 0: only after the last step")
+    extended: tuple[tuple[int, int], ...] = Field(
+        default=(),
+        max_length=1024,
+        description="how its length was changed, as `up --resume --steps` writes it: each [steps done then, steps that "
+        "it should have had], such as [[60, 60]]",
+    )
+    origin: str = Field(
+        default="", max_length=4096, description="where its first weights came from, as `up --from` writes it"
+    )
+    origin_codec: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="SHA-256 of what its codec began with, codec.safetensors in `model.path`; `up --from` writes it",
+    )
     name: str = Field(
         default="run", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="the run id that neighbours compare"
     )
+
+    @field_validator("extended")
+    @classmethod
+    def _are_lengths(cls, given: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        done = [0, *(after for after, _ in given)]
+        if any(one >= other for one, other in itertools.pairwise(done)) or any(
+            after > length for after, length in given
+        ):
+            raise ValueError(
+                "is a list of [steps done, steps that there were to be], the first of them ascending from 1 and never "
+                "above the second"
+            )
+        return given
 
 
 class ModelSection(Section):
@@ -301,6 +329,8 @@ class RunConfig(Section):
                 f"pipeline.speeds = {','.join(f'{speed:g}' for speed in speeds)} is for {len(speeds)} stages, but "
                 f"pipeline.stages = {self.pipeline.stages}; give one speed for each"
             )
+        if self.run.extended and (done := self.run.extended[-1][0]) > self.run.steps:
+            raise ValueError(f"run.steps = {self.run.steps}, but run.extended says that {done} are done; raise it")
         if self.compute.emulate and self.checkpoint.every:
             raise ValueError(
                 "compute.emulate: a run that computes nothing has no state to keep; set checkpoint.every = 0"
@@ -349,6 +379,10 @@ class RunConfig(Section):
         the layers of each stage.
         """
         return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
+
+    def of_any_length(self) -> RunConfig:
+        """The same but for its length: what a checkpoint must have in common with the run that goes on from it."""
+        return self.model_copy(update={"run": self.run.model_copy(update={"steps": 1, "extended": ()})})
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

@@ -86,11 +86,11 @@ def transfer_s(config: RunConfig, stage: Stage, profile: LinkProfile) -> float:
     return messages * (profile.serialisation_s(largest) + profile.latency_s + profile.jitter_s)
 
 
-def heartbeat_timeout_s(profile: LinkProfile) -> float:
+def heartbeat_timeout_s(profile: LinkProfile, chunk_bytes: int | None = None) -> float:
     """Seconds after which a neighbour that says nothing is gone: what the link itself may hold a frame up (a full
-    window before it and the way there), two frames lost, and a busy machine."""
+    window before it and the way there), two frames lost, and a busy machine. chunk_bytes: `link.chunk_bytes`."""
     rate = profile.rate_bits_per_s
     window_bytes = WINDOW_BANDWIDTH_DELAY_PRODUCTS * (rate or 0) / 8 * 2 * profile.latency_s
-    window_bytes += 2 * chunk_bytes_for(profile)
+    window_bytes += 2 * (chunk_bytes or chunk_bytes_for(profile))
     ahead_s = 0.0 if rate is None else 2 * window_bytes * 8 / rate
     return ahead_s + 2 * (profile.latency_s + profile.jitter_s) + 2 * HEARTBEAT_EVERY_S + HOLD_UP_S

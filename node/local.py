@@ -7,6 +7,8 @@ the cut of the model, the data, the directory. Then the run is either a swarm of
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -25,15 +27,28 @@ from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.summary import checkpoint_lines, lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, recommended_line
+from .config_file import load_config
 from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
 from .node_process import FAILED
 from .one_process import OneProcess
+from .origin import Origin
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings
 from .resuming import check_checkpoints, interrupted
 from .run_corpus import open_run_corpus
-from .run_directory import LOCK, LocalRunError, anchored, await_unserved, claimed, clear, writable, write_settings
+from .run_directory import (
+    LOCK,
+    START,
+    LocalRunError,
+    anchored,
+    await_unserved,
+    claimed,
+    clear,
+    writable,
+    write_settings,
+)
+from .run_length import length_line
 from .security.key_directory import clock, load
 
 
@@ -46,6 +61,7 @@ def run_local(
     trace: bool = False,
     quiet: bool = False,
     resume: bool = False,
+    origin: Origin | None = None,
     restarts: int = 0,
     schedule: str | None = None,
     isolate: bool = False,
@@ -56,7 +72,8 @@ def run_local(
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
-    resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. restarts: how many lost
+    resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. origin: what a new run
+    begins from, with `config` its settings; what it needs of that is written into `out`. restarts: how many lost
     stages are replaced. schedule: one with rtt_ratio=auto, whose depth is found before the first step, for the whole
     run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys:
     of all stages at once, for TLS between them. forks: what nodes are forked from; True: this process, which must not
@@ -67,9 +84,13 @@ def run_local(
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
     config = anchored(config)
+    aside = out / f".{START}-{os.getpid()}"
     with ExitStack() as held:
         isolation, told = None, None
         try:
+            if origin:
+                _check_room(out, overwrite)
+                config = anchored(origin.place(aside))
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
@@ -103,12 +124,20 @@ def run_local(
                 _check_room(out, overwrite or resume)  # still: somebody else may have been quicker
             started = True
             if not resume:
-                clear(out)
+                clear(out, keep=config.model.path)
                 text.keep(out)
+            if origin:
+                for line in (*origin.lines, *origin.boundary_lines()):
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                if aside.exists():
+                    aside.rename(out / START)
+                config = origin.placed(config, out / START)
             if line := recommended_line(config):
                 console.print(line, highlight=False, soft_wrap=True)
+            if resume and (line := length_line(load_config(out / "run.toml"), config)):
+                console.print(line, highlight=False, soft_wrap=True)
             write_settings(config, out / "run.toml")
-            display = RunDisplay(console, steps=config.run.steps)
+            display = RunDisplay(console, steps=config.run.steps, resumes=0 if resume else None)
             with display:
                 if one_process:
                     _run_one_process(config, out, display)
@@ -139,6 +168,7 @@ def run_local(
         except FAILED as error:  # of the one process; a node's are in SwarmError
             raise LocalRunError(str(error), 1) from None
         finally:
+            shutil.rmtree(aside, ignore_errors=True)
             if not started:  # refused input leaves nothing behind
                 with suppress(OSError):
                     for directory in missing:

@@ -33,7 +33,15 @@ from .links.link import LinkLost
 from .links.transport import listening
 from .links.transport import serving as serving_only
 from .optim import OptimizerError
-from .preparation import BAD_INPUT, check_codec, check_device, check_link, prepare
+from .preparation import (
+    BAD_INPUT,
+    check_codec,
+    check_device,
+    check_link,
+    prepare,
+    resolve_architecture,
+    state_digest,
+)
 from .recovery_loop import RecoveryLoop
 from .run_corpus import open_run_corpus
 from .run_records import MetricsWriter, Tracer
@@ -223,7 +231,7 @@ async def _run(
     record = run_corpus and run_corpus.record
     fingerprint = Fingerprint(
         run=config.run.name,
-        configuration=digest,
+        configuration=state_digest(config, resolve_architecture(config), stage.token_table_digest),
         stages=config.pipeline.stages,
         corpus=record.corpus if record else "",
         tokenizer=record.tokenizer if record else "",

@@ -4,8 +4,7 @@ Muon (K. Jordan, 2024, kellerjordan.github.io/posts/muon) moves a hidden matrix 
 momentum, so every direction in it learns at one speed; embeddings, head, norms and biases are no linear maps between
 hidden states and take AdamW (Loshchilov & Hutter, arXiv 1711.05101). The update is what `torch.optim.Muon` and
 `torch.optim.AdamW` compute, and is tested against both. The learning rate warms up, stays, and falls to zero at the
-run's end (WSD, Hu et al., MiniCPM, arXiv 2404.06395): unlike a cosine, a longer run shares all but the end with a
-shorter one.
+run's end (`node/learning_rate.py`).
 
 Why not torch's own classes: their step counters are hidden state, a bfloat16 matrix sign is fixed in theirs, and their
 state is keyed by position. Here the step number is an argument and the state is a flat dict of named tensors, so it can
@@ -18,6 +17,7 @@ Clipping is per stage: a norm over the whole swarm would have to cross every lin
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ..compress.matrix_sign import msign
 from .config import OptimSection
+from .learning_rate import RateSchedule
 
 MSIGN_STEPS = 5  # K. Jordan's Muon post; the Polar Express table (compress/matrix_sign.py) reaches 1 ± 0.124 with them
 ADAMW_EPSILON = 1e-8  # Kingma & Ba, arXiv 1412.6980, and the default of torch.optim.AdamW
@@ -70,11 +71,17 @@ class StageOptimizer:
     """Updates the parameters of one stage in place.
 
     `named_parameters`: unique names; parameters that do not require a gradient are left alone. `total_steps` is the
-    length of the run, for the schedule. State is allocated here, in the dtype and on the device of each parameter.
+    length of the run, for the schedule, and `extended` what it was before (`RateSchedule`). State is allocated here, in
+    the dtype and on the device of each parameter.
     """
 
     def __init__(
-        self, named_parameters: list[tuple[str, nn.Parameter]], settings: OptimSection, *, total_steps: int
+        self,
+        named_parameters: list[tuple[str, nn.Parameter]],
+        settings: OptimSection,
+        *,
+        total_steps: int,
+        extended: Sequence[tuple[int, int]] = (),
     ) -> None:
         names = [name for name, _ in named_parameters]
         if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -86,7 +93,7 @@ class StageOptimizer:
         if total_steps < 1:
             raise OptimizerError(f"a run has at least one step, got total_steps = {total_steps}")
         self._settings = settings
-        self._total_steps = total_steps
+        self._rates = RateSchedule(settings, total_steps, extended)
         self._msign_dtype: torch.dtype = getattr(torch, settings.msign_dtype)
         self._parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         self._state: dict[str, Tensor] = {}
@@ -96,18 +103,10 @@ class StageOptimizer:
                 self._state[f"{kind}/{name}"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
 
     def learning_rate(self, step: int) -> float:
-        """The factor on both learning rates at `step` (the first step is 0): in 0..1.
-
-        Rises as (step + 1) / warmup_steps, stays at 1, and falls linearly over the last `decay_fraction` of the run so
-        that it would be 0 at `total_steps`, one step after the last. Where the two overlap, the smaller one holds.
-        """
+        """The factor on both learning rates at `step` (the first step is 0): in 0..1."""
         if step < 0:
             raise OptimizerError(f"steps are counted from 0, got {step}")
-        warmup, decay = self._settings.warmup_steps, round(self._settings.decay_fraction * self._total_steps)
-        rise = (step + 1) / warmup if warmup else 1.0
-        left = self._total_steps - step
-        fall = left / decay if decay else float(left > 0)
-        return max(0.0, min(1.0, rise, fall))
+        return self._rates.factor(step)
 
     @torch.no_grad()
     def step(self, step: int, tokens: int) -> OptimStats:

@@ -19,7 +19,7 @@ from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
 from .config import ConfigError, RunConfig
 from .constrained_stage import check_architecture
-from .data import Corpus, DataError, open_corpus, vocabulary_size
+from .data import Corpus, DataError, Vocabulary, open_corpus, open_vocabulary, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
@@ -127,6 +127,11 @@ def run_digest(config: RunConfig, architecture: PretrainedConfig, token_table_di
     return f"{whole}{TABLE_DIGEST}{token_table_digest}" if token_table_digest else whole
 
 
+def state_digest(config: RunConfig, architecture: PretrainedConfig, token_table_digest: str = "") -> str:
+    """What a checkpoint must share with the run that goes on from it: `run_digest`, of a run of any length."""
+    return run_digest(config.of_any_length(), architecture, token_table_digest)
+
+
 def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     """The model's, with the vocabulary of its text, which an emulated run does not read. Raises what BAD_INPUT
     names."""
@@ -155,3 +160,10 @@ def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
             f"tokens, {needed} are wanted; lower data.heldout_sequences or data.sequence_length"
         )
     return corpus
+
+
+def prepare_vocabulary(config: RunConfig, tokenizer: Path | None = None) -> Vocabulary:
+    """The tokenizer that the run's text was coded with: `tokenizer`, what the run has kept (`node.run_corpus`), where
+    the settings name none. Raises DataError."""
+    size = vocabulary_size(config.data, config.model.vocab_size)
+    return open_vocabulary(config.data, vocab_size=size, tokenizer=tokenizer)

@@ -103,7 +103,7 @@ class RecoveryLoop:
         self.machine = Rollback(identity, joining=joining, generation=generation)
         self.control = Control(
             self.machine,
-            heartbeat_timeout_s=heartbeat_timeout_s(profile),
+            heartbeat_timeout_s=heartbeat_timeout_s(profile, config.link.chunk_bytes),
             on_effect=self._effects.put_nowait,
             sent=self._sent,
         )

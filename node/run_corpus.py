@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ class RunCorpus:
         record = self.record
         for found in manifests if record else ():
             assert record
+            if not found.tokenizer:  # made by who does not read the text
+                continue
             if found.tokenizer != record.tokenizer:
                 raise _another_tokenizer(f"the checkpoint after {found.completed} steps", found.tokenizer, record)
             if found.corpus in (record.corpus, *record.earlier):
@@ -96,8 +99,7 @@ def open_run_corpus(config: RunConfig, out: Path, *, resume: bool, changed: bool
     """The text of the run whose records are in `out`. resume: what was kept there has to agree with it. Raises
     DataError."""
     kept = read_record(out) if resume else None
-    own = _kept_tokenizer(out, kept) if kept and config.data.tokenizer is None else None
-    corpus = prepare_corpus(config, own)
+    corpus = prepare_corpus(config, kept_tokenizer(out) if kept else None)
     if not corpus.digest:
         return RunCorpus(corpus=corpus, record=None)
     digest = hashlib.sha256(corpus.tokenizer_json).hexdigest()
@@ -126,13 +128,24 @@ def read_record(out: Path) -> CorpusRecord | None:
         raise DataError(f"{path} is damaged; remove it, and checkpoints alone say what the text was") from None
 
 
-def _kept_tokenizer(out: Path, kept: CorpusRecord) -> Path | None:
-    """Where it is whole; None where it was lost, so that one has to be trained again and compared."""
-    path = out / TOKENIZER
+def kept_tokenizer(out: Path) -> Path | None:
+    """The tokenizer of the run in `out`, if it is there and whole; None where it was lost, so that one has to be
+    trained again and compared. Raises DataError."""
+    record, path = read_record(out), out / TOKENIZER
     try:
-        return path if hashlib.sha256(path.read_bytes()).hexdigest() == kept.tokenizer else None
+        return path if record and hashlib.sha256(path.read_bytes()).hexdigest() == record.tokenizer else None
     except OSError:
         return None
+
+
+def carry_corpus(run: Path, out: Path) -> None:
+    """What is kept in `run` is so in `out`, for the same run in another form. Raises DataError."""
+    try:
+        for name in (TOKENIZER, RECORD):
+            if (run / name).exists():
+                shutil.copyfile(run / name, out / name)
+    except OSError as error:
+        raise DataError(f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out") from None
 
 
 def _another_text(there: str, record: CorpusRecord) -> DataError:

@@ -23,9 +23,10 @@ from .config import RunConfig
 from .config_file import dump_config, load_config
 
 LOCK = "run.lock"
+START = "first-weights"  # of a run that begins from another one (`node.origin`)
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
-RECORDS += ("corpus.json", "corpus-tokenizer.json")
+RECORDS += ("corpus.json", "corpus-tokenizer.json", START)
 ORPHANS_S = 10.0  # nodes look for their launcher twice a second, and end after what they compute
 POLL_S = 0.1
 
@@ -84,10 +85,12 @@ def await_unserved(run: Path, wait_s: float = ORPHANS_S) -> None:
         time.sleep(POLL_S)
 
 
-def clear(out: Path) -> None:
-    """Remove what a run leaves in its directory, and nothing else."""
+def clear(out: Path, *, keep: Path | None = None) -> None:
+    """Remove what a run leaves in its directory, and nothing else; nor `keep`, if that is in it."""
     for pattern in RECORDS:
         for path in out.glob(pattern):
+            if keep and path.resolve() == keep.resolve():
+                continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

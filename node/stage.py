@@ -27,6 +27,7 @@ from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
 from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
+from .codec_start import begin_with
 from .config import RunConfig
 from .constrained_stage import check_constrained, constrain
 from .model import StageModel, WeightGradients, build_stage
@@ -94,7 +95,17 @@ class Stage:
             codec, context, shape = self._boundary(index)
             self.sender = codec.codec.encoder(context).to(self.device, self.dtype)
             self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
-        self.optimizer = StageOptimizer(self._trained(), config.optim, total_steps=config.run.steps)
+        begin_with(
+            config,
+            stage_layers(config, architecture),
+            index,
+            tokens=self.tokens,
+            sender=None if self.last else self.sender,
+            receiver=None if self.first else self.receiver,
+        )
+        self.optimizer = StageOptimizer(
+            self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended
+        )
         self._state = StageState(
             stage=index,
             trained=self._trained(),
@@ -335,6 +346,11 @@ class Stage:
             )
         self._settle()
         return self._state.snapshot(self.completed)
+
+    def untrained(self, completed: int) -> StageSnapshot:
+        """The state after `completed` steps in which this stage, just built, had no part: to be filled with what others
+        learned (`node.checkpoints.convert`)."""
+        return self._state.untrained(completed)
 
     def restore(self, snapshot: StageSnapshot) -> None:
         """Go on from `snapshot`, bit for bit; a step that was broken off leaves nothing behind.

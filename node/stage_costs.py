@@ -1,10 +1,10 @@
 """What each stage computes for a token, in operations, and the cut of the model that follows from it.
 
 A multiply-add is two operations. Forward, a weight matrix takes one multiply-add for each of its numbers and token;
-attention takes 2 T D operations a token and layer more (its products with keys and values, half of them masked), and
-has no weights; a codec takes what it says (`Codec.operations_per_token`) at either end of its boundary. Backward is
-twice that: once for the input gradient and once for the weights' own. The optimizer, norms and byte formats are left
-out, and an embedding costs nothing but memory.
+attention takes 2 T H operations a token and layer more (its products with keys and values, half of them masked; H is
+the width of all heads together), and has no weights; a codec takes what it says (`Codec.operations_per_token`) at
+either end of its boundary. Backward is twice that: once for the input gradient and once for the weights' own. The
+optimizer, norms and byte formats are left out, and an embedding costs nothing but memory.
 
 From the same settings every node finds the same numbers, so that no two have to agree on a cut.
 """
@@ -56,10 +56,11 @@ def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Opera
     """Without a codec. Raises ModelError for an architecture that cannot be built."""
     one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
     matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and ".layers." in name)
-    width = architecture.hidden_size
+    width, heads = architecture.hidden_size, architecture.num_attention_heads
+    heads_width = heads * (getattr(architecture, "head_dim", None) or width // heads)
     return Operations(
         layer_weights=2.0 * matrices,
-        attention=2.0 * config.data.sequence_length * width,
+        attention=2.0 * config.data.sequence_length * heads_width,
         head=2.0 * architecture.vocab_size * width,
         codec_end=0.0,
     )

@@ -13,6 +13,7 @@ of what is frozen and need not be kept.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +77,25 @@ class StageState:
         parts |= {name: memory.state_tensors() for name, memory in self._memories.items()}
         return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
 
-    def layout(self, completed: int) -> dict[str, Tensor]:
-        """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing."""
+    def layout(self, completed: int, *, unsent: Collection[str] = ()) -> dict[str, Tensor]:
+        """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing. unsent: the
+        dictionaries of boundaries that were made after some steps, of which nothing was sent yet."""
         all_parts = self._halves | self._ends | self._memories
-        parts = {name: part.state_layout(completed) for name, part in all_parts.items()}
+        parts = {name: part.state_layout(0 if name in unsent else completed) for name, part in all_parts.items()}
         return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
+
+    def untrained(self, completed: int) -> StageSnapshot:
+        """The state after `completed` steps in which this stage, as it was built, had no part: its moments are zero,
+        what its boundaries gathered too, and none of its dictionaries was sent."""
+        own = self.tensors(0)
+        tensors = {
+            name: own[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            if name in own
+            else torch.zeros(like.shape, dtype=like.dtype)
+            for name, like in self.layout(completed, unsent=self._ends).items()
+        }
+        dictionaries = {name: end.dictionary_state(0) for name, end in self._ends.items()}
+        return StageSnapshot(completed=completed, tensors=tensors, dictionaries=dictionaries)
 
     def snapshot(self, completed: int) -> StageSnapshot:
         """A copy after `completed` steps."""
@@ -133,7 +148,9 @@ class StageState:
         remedy = "restore a checkpoint of the same stage, run.toml and version"
         if snapshot.completed < 0:
             raise StateError(f"stage {self._stage}: a state after {snapshot.completed} steps cannot be; {remedy}")
-        layout, found = self.layout(snapshot.completed), snapshot.tensors
+        said = {name: held for name, held in snapshot.dictionaries.items() if isinstance(held, dict)}
+        unsent = [name for name, held in said.items() if held.get("version", "") is None]
+        layout, found = self.layout(snapshot.completed, unsent=unsent), snapshot.tensors
         if missing := sorted(layout.keys() - found.keys()):
             wanted = _shown(layout[missing[0]])
             raise StateError(f"{where}: the state lacks '{missing[0]}', wanted {wanted}; {remedy}")

@@ -96,6 +96,24 @@ def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
 
 
 @pytest.fixture(scope="session")
+def odd_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder as large as the tiny run's that can be built and not computed: 3 heads of keys do not divide 4."""
+    import transformers
+
+    directory = tmp_path_factory.mktemp("odd-heads")
+    config = transformers.LlamaConfig(
+        vocab_size=TINY["model.vocab_size"],
+        hidden_size=TINY["model.width"],
+        intermediate_size=48,
+        num_hidden_layers=TINY["model.layers"],
+        num_attention_heads=4,
+        num_key_value_heads=3,
+    )
+    config.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def kernel_links() -> None:
     """Namespaces behind interfaces that the kernel caps. Skips, with the one line that says what this machine lacks."""
     from thinpipe.sim.links import netns

@@ -55,7 +55,7 @@ def _values(field: FieldInfo, name: str) -> str:
         kinds = [kind for kind in get_args(field.annotation) if kind is not NoneType]
     (kind,) = kinds
     if get_origin(kind) is tuple:
-        return "list of numbers"
+        return "list of pairs" if get_origin(get_args(kind)[0]) is tuple else "list of numbers"
     if get_origin(kind) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     bounds = [

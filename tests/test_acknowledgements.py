@@ -27,7 +27,13 @@ def message(kind: Kind, step: int, body_bytes: int = 2 * MIB) -> Message:
     return Message(kind=kind, step=step, microbatch=0, codec="bf16", token_ids=ids, body=b"\x02" * body_bytes)
 
 
-def told(story: Callable[[Link, Link], Coroutine[Any, Any, None]], profile: str = "none") -> Said:
+def told(
+    story: Callable[[Link, Link], Coroutine[Any, Any, None]],
+    profile: str = "none",
+    *,
+    window_bytes: int = 16 * MIB,
+    limits: Limits = LIMITS,
+) -> Said:
     """All frames of a story on a clock that jumps."""
     said: Said = []
 
@@ -36,14 +42,14 @@ def told(story: Callable[[Link, Link], Coroutine[Any, Any, None]], profile: str 
         links, ways = [], [asyncio.Queue[bytes](), asyncio.Queue[bytes]()]
         for stage in (0, 1):
             session = LinkSession(
-                identity=identity(stage), peer_stage=1 - stage, limits=LIMITS, receive_buffer_bytes=16 * MIB
+                identity=identity(stage), peer_stage=1 - stage, limits=limits, receive_buffer_bytes=16 * MIB
             )
             link = Link(
                 session=session,
                 profile=LinkProfile.parse(profile),
                 chunk_bytes=None,
                 send_buffer_bytes=16 * MIB,
-                uncapped_window_bytes=16 * MIB,
+                uncapped_window_bytes=window_bytes,
                 seed=1,
                 tracer=Tracer(stage=stage, enabled=False),
                 clock=clock,
@@ -52,7 +58,7 @@ def told(story: Callable[[Link, Link], Coroutine[Any, Any, None]], profile: str 
 
         def end(stage: int) -> Coroutine[Any, Any, None]:
             async def write(raw: bytes) -> None:
-                frame = decode_frame(raw, LIMITS)
+                frame = decode_frame(raw, limits)
                 if isinstance(frame, Chunk | Credit):
                     said.append((clock(), stage, frame))
                 ways[stage].put_nowait(raw)
@@ -76,8 +82,10 @@ def kinds(said: Said) -> list[tuple[int, str]]:
     return [(stage, type(frame).__name__.lower()) for _, stage, frame in said]
 
 
-def test_messages_that_answer_each_other_are_one_frame_each() -> None:
-    """1F1B of two stages: gradients acknowledge activations and grant for them, and the other way round."""
+@pytest.mark.parametrize("window_bytes", [16 * MIB, 12 * MIB])
+def test_messages_that_answer_each_other_are_one_frame_each(window_bytes: int) -> None:
+    """1F1B of two stages: gradients acknowledge activations and grant for them, and the other way round. In a window of
+    three chunks, of which a message fills half of one, more than one more message fits."""
 
     async def story(upper: Link, lower: Link) -> None:
         await upper.send(message(Kind.ACTIVATION, 0))
@@ -88,7 +96,7 @@ def test_messages_that_answer_each_other_are_one_frame_each() -> None:
             await lower.send(message(Kind.GRADIENT, step))
             assert (await upper.receive()).step == step
 
-    said = told(story)
+    said = told(story, window_bytes=window_bytes)
     assert kinds(said).count((0, "credit")) == 0
     assert kinds(said).count((1, "credit")) == 0
     assert kinds(said).count((0, "chunk")) == 21
@@ -122,6 +130,49 @@ def test_more_than_half_a_window_is_acknowledged_at_once() -> None:
     assert kinds(said).count((0, "chunk")) == 24
     # Without an answer at once the window would open a delay later.
     assert {when for when, _, frame in said if isinstance(frame, Chunk)} == {said[0][0]}
+
+
+@pytest.mark.parametrize(
+    ("profile", "window_bytes", "seconds"),
+    [
+        ("none", 2 * CHUNK_BYTES_MAX, 0.0),
+        ("10mbit", 2 * CHUNK_BYTES_MAX, 4 * 8 * CHUNK_BYTES_MAX / 10e6),  # its window is two of its own chunks
+    ],
+)
+def test_a_window_of_two_chunks_does_not_stand_still(profile: str, window_bytes: int, seconds: float) -> None:
+    """Beside one whole chunk and its envelope no other fits, so it is acknowledged at once."""
+
+    async def story(upper: Link, lower: Link) -> None:
+        async def take() -> None:
+            for _ in range(4):
+                await upper.receive()
+
+        taking = asyncio.create_task(take())
+        for step in range(4):
+            await lower.send(message(Kind.GRADIENT, step, CHUNK_BYTES_MAX))
+        await taking
+
+    limits = Limits(message_bytes=CHUNK_BYTES_MAX)
+    said = told(story, profile, window_bytes=window_bytes, limits=limits)
+    chunks = [when for when, _, frame in said if isinstance(frame, Chunk)]
+    assert chunks[-1] - chunks[0] == pytest.approx(seconds, rel=0.02)
+
+
+@pytest.mark.parametrize(("profile", "latency_s"), [("none", 0.0), ("300mbit,25ms", 0.025)])
+def test_messages_that_cross_are_acknowledged_when_both_ends_end(profile: str, latency_s: float) -> None:
+    """Neither could tell of the other. An acknowledgement and a goodbye take the way there, and wait for nothing."""
+
+    async def story(upper: Link, lower: Link) -> None:
+        await asyncio.gather(upper.send(message(Kind.ACTIVATION, 0)), lower.send(message(Kind.GRADIENT, 0)))
+        await asyncio.gather(upper.receive(), lower.receive())
+        before = asyncio.get_running_loop().time()
+        await asyncio.gather(upper.drain(5), lower.drain(5))
+        assert asyncio.get_running_loop().time() - before == pytest.approx(2 * latency_s, abs=0.001)
+        assert upper.finished
+        assert lower.finished
+
+    said = kinds(told(story, profile))
+    assert latency_s or [said.count((stage, "credit")) for stage in (0, 1)] == [1, 1]
 
 
 def test_who_ends_does_not_let_the_peer_wait_for_an_acknowledgement() -> None:

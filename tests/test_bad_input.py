@@ -36,6 +36,10 @@ UP = [
     (["--data", "{dir}/rows.jsonl"], r"no field 'text' in .*rows\.jsonl, only a; set data\.text_field"),
     (["--stages", "9"], r"9 stages, but the model has 4 layers; set pipeline\.stages = 6 or fewer"),
     (
+        ["--stages", "9", "--codec", "mapl:r=8"],  # behind a narrow boundary the last stage keeps a layer
+        r"9 stages, but the model has 4 layers; set pipeline\.stages = 5 or fewer, or model\.layers = 8 or more",
+    ),
+    (
         ["--set", "pipeline.cut=2,1,1"],
         r"pipeline\.cut = 2,1,1 is for 3 stages, but there are 4; set pipeline\.stages = 3",
     ),
@@ -52,7 +56,7 @@ UP = [
         ["--set", "pipeline.speeds=1,2,3"],
         r"pipeline\.speeds = 1,2,3 is for 3 stages, but pipeline\.stages = 4; give one",
     ),
-    (["--set", "pipeline.speeds=1,-1,1,1"], r"pipeline\.speeds\.1: .*greater than 0"),
+    (["--set", "pipeline.speeds=1,-1,1,1"], r"pipeline\.speeds\.1: .*greater than or equal to"),
     (["--set", "pipeline.speeds=1,fast,1,1"], r"pipeline\.speeds\.1: .*number.*'?fast"),
     (["--microbatches", "5"], r"pipeline\.microbatches = 5 does not divide pipeline\.batch_size = 8; choose a divisor"),
     (["--out", "{dir}/file/below"], r"cannot write in .*below: .*; choose another --out"),
@@ -92,6 +96,11 @@ UP = [
         ["--schedule", "zb:rtt_ratio=25"],
         r"pipeline\.schedule: .*'zb': rtt_ratio=25 has to be from 0 \(instant links\) to 24",
     ),
+    (
+        ["--schedule", "gpipe:rtt_ratio=auto"],
+        r"schedule 'gpipe:rtt_ratio=auto': there is no depth to choose for gpipe; say 1f1b:rtt_ratio=auto",
+    ),
+    (["--schedule", "2f2b:rtt_ratio=auto"], r"unknown schedule '2f2b'; the nearest known one is '1f1b'"),
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
     (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),

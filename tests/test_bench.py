@@ -183,6 +183,16 @@ REFUSED: list[tuple[list[str], str]] = [
         ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--set", "optim.moun_lr=1"],
         "unknown setting 'optim.moun_lr'",
     ),
+    (["--emulate", "tiny@64x1tflops", "--link", "80mbit"], "64 stages, but the model has 4 layers"),
+    (["--free-running", "tiny@64", "--link", "80mbit"], "64 stages, but the model has 4 layers"),
+    (
+        ["--emulate", "tiny@2of4x1tflops", "--link", "80mbit", "--set", "pipeline.cut=3,1"],
+        "2 of 4 stages are emulated as equal inner ones; omit it",
+    ),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--schedule", "1f1b,gpipe:rtt_ratio=auto"],
+        "'gpipe:rtt_ratio=auto': there is no depth to choose for gpipe",
+    ),
 ]
 
 

@@ -394,7 +394,7 @@ UNFIT = {
     ),
     "another digest": (in_table(digest="00" * 16), r"does not match its digest"),
     "no digest": (in_table(digest="hex"), r"is damaged"),
-    "no version": (in_table(version=None), r"is \(64, 8\) float32, not \(0, 8\)"),
+    "no version": (in_table(version=None), r"has 'codec/table_above/replica' \(float32 \(64, 8\)\), wanted no such"),
     "a version of three": (in_table(version=[0, 3, 0]), r"is damaged"),
     "the tensor's version": (
         replaced("codec/table_above/version", lambda t: t + 1),
@@ -1050,11 +1050,12 @@ def test_what_is_no_run_is_said_in_one_line(verb: str, tiny: TinyConfig, tmp_pat
     assert json.loads(command(verb, tmp_path, "--json")[1])["checkpoints"] == []
 
 
-@pytest.mark.parametrize("words", [(), ("ls",), ("verify",)], ids=" ".join)
+@pytest.mark.parametrize("words", [(), ("ls",), ("verify",), ("convert",)], ids=" ".join)
 def test_help_is_helpful(words: tuple[str, ...]) -> None:
     code, shown, _ = command(*words, "--help")
     assert code == 0
-    for phrase in ["--json", "RUN", "run.toml"] if words else ["ls", "verify", "without changing anything"]:
+    own = ["--stages" if words == ("convert",) else "--json", "RUN", "run.toml"]
+    for phrase in own if words else ["ls", "convert", "verify", "without changing anything"]:
         assert phrase in shown
 
 

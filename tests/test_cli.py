@@ -317,8 +317,8 @@ def test_what_is_each_machines_own_may_change_when_a_run_goes_on(has_started: Be
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        (["--steps", "400"], "run.steps is 400 here and 3 there"),
-        (["--set", "run.steps=400"], "run.steps is 400 here and 3 there"),
+        (["--steps", "400", "--seed", "7"], "run.seed is 7 here and 1 there"),
+        (["--set", "run.extended=[[2,2]]"], "run.extended is [[2, 2]] here and [] there"),
         (["--codec", "int8", "--checkpoint-every", "5"], "codec.codec is 'int8' here and 'bf16' there"),
         (["--schedule", "1f1b:rtt_ratio=auto"], "pipeline.schedule is '1f1b' here and 'zb:rtt_ratio=1' there"),
         (["--config", "{other}"], "run.seed is 7 here and"),

@@ -332,7 +332,9 @@ def test_a_tokenizer_file_of_the_user(rows, tmp_path):
 
 
 def test_wide_vocabularies_are_stored_in_more_bytes():
-    wide = tokens.Vocabulary(tokenizer=Tokenizer.from_str(TINY_TOKENIZER), size=65537, end_id=65536, digest="")
+    wide = tokens.Vocabulary(
+        tokenizer=Tokenizer.from_str(TINY_TOKENIZER), size=65537, end_id=65536, path=Path(), digest=""
+    )
     assert wide.encode(["ab"])[0].tolist() == [0, 1, 65536]
     assert wide.encode(["ab"])[0].dtype == np.uint32
 

@@ -115,7 +115,8 @@ def test_what_to_try_next_depends_on_what_was_run(tiny: TinyConfig, tmp_path: Pa
 
 def test_the_command_is_one_that_up_takes(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And it means the same run, another link aside."""
-    config = tiny({"pipeline.stages": 2, "optim.clip": 0.5, "compute.compile": True, **MAPL})
+    settings = {"pipeline.stages": 2, "pipeline.cut": "1,3", "pipeline.speeds": "0.5,1", "compute.compile": True}
+    config = tiny({**settings, "optim.clip": 0.5, **MAPL})
     found = compared(recorded(tmp_path / "run", config), config)
     started: list[RunConfig] = []
 
@@ -144,6 +145,7 @@ def test_a_run_that_cannot_be_simulated_ends_well_and_says_why(
     found = compared(run, config)
     assert found["dense_simulation"] is found["run_simulation"] is None
     assert found["simulation_left_out"]
+    assert fault == "one stage" or found["cut_advice"] is None
     assert closing_lines(found, Path())[0] == f"not compared with dense bf16: {found['simulation_left_out']}"
 
 
@@ -153,7 +155,7 @@ def finished(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
     from thinpipe.node.local import run_local
 
     out = tmp_path_factory.mktemp("finished") / "run"
-    config = tiny({"pipeline.stages": 2, "run.steps": 6, "run.eval_every": 2, **MAPL})
+    config = tiny({"pipeline.stages": 2, "pipeline.cut": "3,1", "run.steps": 6, "run.eval_every": 2, **MAPL})
     prepare_corpus(config)
     run_local(config, out, one_process=True, quiet=True)
     return out
@@ -165,6 +167,7 @@ def test_the_summary_on_disk_has_the_curve_and_the_comparison(finished: Path) ->
     assert summary["loss_curve"][0][1] == summary["first_loss"]
     assert [step for step, _ in summary["evaluations"]] == [2, 4, 6]
     assert summary["evaluations"][-1][1] == summary["val_loss"]
+    assert [stage["layers"] for stage in summary["stages"]] == [3, 1]
     assert summary["dense_simulation"]["tokens_per_s"] > 0
     assert summary["try_next"]["command"].startswith("thinpipe up ")
     again = CliRunner().invoke(app, ["summary", str(finished), "--json"])
@@ -207,9 +210,38 @@ def test_a_slow_stage_is_told_which_cut_would_help(tiny: TinyConfig) -> None:
     assert advice_line(cut_advice(config, architecture, alike), [0.9, 0.9]) is None
 
 
-def test_a_stage_without_work_says_nothing_of_its_machine() -> None:
-    times = [StageTimes(forward_s=seconds, backward_s=2 * seconds) for seconds in (0.0, 1.0, 2.0)]
-    assert measured_speeds([0.0, 3.0, 3.0], times) == [0.75, 1.0, 0.5]
+@pytest.mark.parametrize(
+    ("machine", "told"),
+    [("tiny@2x1tflops", True), ("tiny@2x1ms+2ms", False), ("tiny@2of4x1tflops", False)],
+)
+def test_no_cut_is_advised_where_it_would_change_nothing(
+    machine: str, told: bool, tiny: TinyConfig, tmp_path: Path
+) -> None:
+    """Stages whose seconds are stated take them with any number of layers, and inner ones alone are no whole model."""
+    config = tiny({"pipeline.stages": 2, "compute.emulate": machine, "checkpoint.every": 0})
+    found = compared(recorded(tmp_path / "run", config), config)
+    assert found["simulation_left_out"] is None
+    assert (found["cut_advice"] is not None) == told
+
+
+def test_a_codec_that_would_want_another_cut_is_compared_too(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Six stages of four layers end in a head alone, which no narrow boundary has before it."""
+    config = tiny({"pipeline.stages": 6})
+    found = compared(recorded(tmp_path / "run", config), config)
+    assert found["simulation_left_out"] is None
+    assert found["learned_simulation"]["tokens_per_s"] > 0
+
+
+def test_a_stage_without_work_or_time_says_nothing_of_its_machine() -> None:
+    def times(*seconds: float) -> list[StageTimes]:
+        return [StageTimes(forward_s=each, backward_s=2 * each) for each in seconds]
+
+    assert measured_speeds([0.0, 3.0, 3.0], times(0.0, 1.0, 2.0)) == [0.75, 1.0, 0.5]
+    assert measured_speeds([0.0, 3.0, 3.0], times(9.0, 1.0, 2.0)) == [0.75, 1.0, 0.5]
+    assert measured_speeds([3.0, 3.0, 3.0], times(0.0, 1.0, 2.0)) == [0.75, 1.0, 0.5]
+    for work in ([0.0, 0.0], [3.0, 3.0]):
+        with pytest.raises(ConfigError, match="no stage computed anything, so nothing is known of the machines; name"):
+            measured_speeds(work, times(0.0, 0.0))
 
 
 def test_times_of_one_cut_say_what_another_would_take(tiny: TinyConfig) -> None:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from thinpipe import __version__
 from thinpipe.cli import app
@@ -27,6 +28,7 @@ from thinpipe.node.config_file import dump_config
 from thinpipe.node.links import probe_server
 from thinpipe.node.links.probe_server import ProbeService, dial_back
 from thinpipe.node.links.transport import listening, probe_handler, serving
+from thinpipe.node.measuring import machine_speed as speed_module
 from thinpipe.node.measuring.machine_speed import machine_speed
 from thinpipe.node.preparation import resolve_architecture
 from thinpipe.node.probing import doctor, machine
@@ -394,8 +396,6 @@ def test_a_cpu_without_instructions_for_bfloat16(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_gpu_that_is_wanted_and_not_there(monkeypatch: pytest.MonkeyPatch, tiny: TinyConfig) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert machine.gpu(None).state == "ok"
@@ -407,8 +407,6 @@ def test_a_gpu_that_is_wanted_and_not_there(monkeypatch: pytest.MonkeyPatch, tin
 
 
 def test_a_gpu_beyond_those_that_are_there(monkeypatch: pytest.MonkeyPatch, tiny: TinyConfig) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="one", total_memory=2**33))
     assert machine.gpu(tiny({"compute.device": "cuda:0"})).state == "ok"
@@ -465,9 +463,39 @@ def test_a_machine_s_speed_is_its_own_and_not_the_model_s(tiny: TinyConfig) -> N
     found = [machine_speed(config, resolve_architecture(config), seconds=0.1) for config in configs]
     assert max(found) < 4 * min(found)
     assert 1e7 < min(found) < 1e13
-    finding = machine.speed(tiny({}))
+    finding = machine.speed(tiny({"codec.codec": "nosuch"}))  # no codec is asked for
+    assert finding.state == "ok"
     assert re.fullmatch(r"[0-9.e-]+ Tflop/s, for a layer and the head of tiny, float32 on cpu: .*", finding.found)
     assert machine.speed(tiny({"compute.device": "cuda:7"})).state == "not asked"
+
+
+def test_a_machine_s_speed_is_operations_by_seconds(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass forward and backward is three times the operations of a pass forward. Each takes a quarter of a second
+    here, so that two seconds are eight of them, and two come before."""
+    config, began = tiny({}), 0
+    real = torch.nn.functional.cross_entropy
+
+    def counted(*given: Any, **named: Any) -> torch.Tensor:
+        nonlocal began
+        began += 1
+        return real(*given, **named)
+
+    monkeypatch.setattr(speed_module, "time", SimpleNamespace(perf_counter=lambda: began / 4))
+    monkeypatch.setattr(speed_module, "F", SimpleNamespace(cross_entropy=counted))
+    architecture = resolve_architecture(config)
+    found = machine_speed(config, architecture, seconds=2.0)
+    assert began == 10
+    width, ffn_width = architecture.hidden_size, architecture.intermediate_size
+    layer = 2 * (4 * width**2 + 3 * width * ffn_width) + 2 * config.data.sequence_length * width
+    a_pass = 3 * (layer + 2 * architecture.vocab_size * width) * config.microbatch_size * config.data.sequence_length
+    assert found == pytest.approx(8 * a_pass / 2.0)
+
+
+def test_a_model_that_does_not_compute_has_no_speed(odd_heads: Path, tiny: TinyConfig) -> None:
+    finding = machine.speed(tiny({"model.path": str(odd_heads)}))
+    assert finding.state == "fault"
+    assert re.match("a layer and the head of architecture 'llama' do not compute: .", finding.found)
+    assert finding.remedy == "choose another model, or a machine with more memory"
 
 
 @pytest.mark.usefixtures("quick")

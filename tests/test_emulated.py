@@ -53,6 +53,12 @@ def test_compute_takes_its_time_and_says_how_late_it_was(tiny: TinyConfig, tmp_p
             assert step["seconds"] >= told
 
 
+def test_a_stage_s_record_says_how_many_layers_it_has(tiny: TinyConfig, tmp_path: Path) -> None:
+    run_in_memory(tiny({**EMULATED, "pipeline.cut": "3,1"}), tmp_path)
+    ends = [read_records(tmp_path / f"stage-{stage}.jsonl")[-1] for stage in range(2)]
+    assert [(end["event"], end["layers"]) for end in ends] == [("end", 3), ("end", 1)]
+
+
 def test_a_message_of_another_size_is_refused(tiny: TinyConfig) -> None:
     upper, _ = prepare(tiny(EMULATED), 0)
     lower, _ = prepare(tiny(EMULATED), 1)

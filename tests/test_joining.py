@@ -411,6 +411,8 @@ def test_only_what_is_local_may_be_overridden() -> None:
 class QuietDiscovery:
     """A DHT that holds nothing, and what was told there."""
 
+    alive = True
+
     def __init__(self) -> None:
         self.published: list[NodeRecord] = []
         self.closed = False
@@ -433,10 +435,9 @@ class QuietDiscovery:
         return True
 
 
-def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    record, discovery = shareable(config(run__name="demo")), QuietDiscovery()
+def swarm_of(settings: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str, QuietDiscovery]:
+    """A rendezvous that tells of this run, and the DHT behind it, where nobody is yet."""
+    record, discovery = shareable(settings), QuietDiscovery()
     rendezvous = RendezvousAnswer(
         address="127.0.0.1:1",
         host="127.0.0.1",
@@ -444,7 +445,31 @@ def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
     )
     monkeypatch.setattr(joining, "ask_all_rendezvous", lambda *_: EntryPoints(rendezvous=(rendezvous,), peers=()))
     monkeypatch.setattr(joining.Discovery, "begin", lambda *_, **__: discovery)
-    wish = joining.JoinOptions(join=(rendezvous.address,), stage=0, out=tmp_path, overrides={"link.link": "nonsense"})
+    return rendezvous.address, discovery
+
+
+@pytest.mark.parametrize(("speed", "fit"), [("1", {0, 1}), ("0.5", {2}), ("0.45", {3}), ("0.1", {3})])
+def test_who_joins_says_its_speed_and_gets_a_stage_for_it(
+    speed: str, fit: set[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(run__name="demo", pipeline__stages=4, pipeline__speeds="1,1,0.5,0.25")
+    address, discovery = swarm_of(settings, monkeypatch)
+    monkeypatch.setattr(claiming, "CLAIM_WAIT_S", 0.0)
+    served = list[int]()
+    monkeypatch.setattr("thinpipe.node.node_process.run_node", lambda _, stage, *__: served.append(stage))
+    arguments = ["node", "--join", address, "--stage", "auto", "--speed", speed, "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert len(served) == 1
+    assert fit.issuperset(served)
+    assert {record.stage for record in discovery.published} == set(served)
+
+
+def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, discovery = swarm_of(config(run__name="demo"), monkeypatch)
+    wish = joining.JoinOptions(join=(address,), stage=0, out=tmp_path, overrides={"link.link": "nonsense"})
     with pytest.raises(ConfigError, match="link 'nonsense'"):
         joining.join(wish)
     assert discovery.published == []

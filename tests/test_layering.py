@@ -30,6 +30,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "comparing": {"measuring"},
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},
+    "export": {"checkpoints", "data", "model"},
 }
 # And rooms of sim, in which nothing lies outside of a room.
 MAY_IMPORT_IN_SIM: dict[str, set[str]] = {

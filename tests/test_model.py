@@ -30,6 +30,7 @@ from thinpipe.node.model import (
 )
 from thinpipe.node.model.initialise import INDEX
 from thinpipe.node.model.slices import skeleton
+from thinpipe.node.model.stage_cut import layer_ranges
 
 VOCABULARY, TOKENS = 64, 12
 
@@ -169,6 +170,25 @@ def test_the_check_finds_a_repeated_embedding_scale(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(exactness, "cut", careless)
     with pytest.raises(ModelError, match="'granite' cannot be cut into stages exactly: logits differ"):
         check_sliceable(EXACT["granite"]())
+
+
+BARE_ENDS = {"first": [0, 5], "last": [5, 0], "both": [0, 5, 0]}
+
+
+@pytest.mark.parametrize("counts", BARE_ENDS.values(), ids=BARE_ENDS)
+def test_the_check_tries_ends_without_a_layer(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only with such an end are there more than two stages, so a cut that loses a layer of an inner one shows."""
+
+    def careless(causal: Any, layers: range, *, first: bool, last: bool) -> StageModel:
+        return slices.cut(causal, layers if first or last else layers[1:], first=first, last=last)
+
+    for name in ("llama", "qwen3 window", "gemma2", "granite"):
+        check_sliceable(EXACT[name](), layer_ranges(counts))
+    monkeypatch.setattr(exactness, "cut", careless)
+    check_sliceable(EXACT["llama"]())
+    check_sliceable(EXACT["llama"](), layer_ranges([3, 2]))
+    with pytest.raises(ModelError, match="'llama' cannot be cut into stages exactly: logits differ"):
+        check_sliceable(EXACT["llama"](), layer_ranges(counts))
 
 
 def test_unsupported_architectures_are_refused_by_name() -> None:

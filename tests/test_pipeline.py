@@ -15,6 +15,7 @@ from thinpipe.sim.links.shaper import LinkProfile
 TRAINING = [SCHEDULES[name] for name in ("gpipe", "1f1b")]
 EVERY = [*TRAINING, SCHEDULES["zb"]]
 INSTANT = LinkProfile(rate_bits_per_s=None)
+FREE = Boundary(forward_bytes=0, backward_bytes=0, link=INSTANT)
 
 
 def uniform(
@@ -187,11 +188,18 @@ def test_counts_that_make_no_pipeline_are_refused() -> None:
         simulate(get_schedule("1f1b"), [times] * 2, [boundary], microbatches=1, steps=2)
 
 
+def test_a_step_lasts_as_long_as_at_the_stage_where_it_is_longest() -> None:
+    """The last of four stages takes a fifth longer than the others, and they run ahead of it."""
+    times = [StageTimes(forward_s=1.0, backward_s=2.0)] * 3 + [StageTimes(forward_s=1.2, backward_s=2.4)]
+    simulated = simulate(get_schedule("zb:rtt_ratio=24"), times, [FREE] * 3, microbatches=16)
+    assert simulated.step_s >= 16 * 3.6 - 1e-9
+    assert max(simulated.compute_share) <= 1.0 + 1e-9
+
+
 def test_a_stage_that_runs_ahead_for_a_while_makes_no_step_shorter() -> None:
     """The last stage takes twice as long as the others, who need not wait for its weight gradients before they begin
     the next step."""
     times = [StageTimes(forward_s=1.0, backward_s=2.0), StageTimes(forward_s=2.0, backward_s=4.0)]
-    free = Boundary(forward_bytes=0, backward_bytes=0, link=LinkProfile(rate_bits_per_s=None))
-    simulated = simulate(get_schedule("zb:rtt_ratio=24"), times, [free], microbatches=16)
+    simulated = simulate(get_schedule("zb:rtt_ratio=24"), times, [FREE], microbatches=16)
     assert simulated.step_s >= 16 * 6.0
     assert max(simulated.compute_share) <= 1.0 + 1e-9

@@ -10,16 +10,19 @@ from typing import Any
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
+from thinpipe.node.config_file import dump_config
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine, times_at
 from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.measuring.plan import with_depth
 from thinpipe.node.measuring.stage_times import times_calibrated
-from thinpipe.node.model import resolve_model
+from thinpipe.node.model import ModelError, resolve_model
 from thinpipe.node.preparation import resolve_architecture
+from thinpipe.node.stage_costs import operations
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
+from .test_dense_comparison import MICROBATCH_S, recorded
 
 CODECS: dict[str, dict[str, str]] = {
     "dense": {"codec.codec": "bf16"},
@@ -163,6 +166,18 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--emulate", "huge@4x1tflops"], r"unknown model.preset 'huge'"),
     (["--emulate", "tiny@64x1tflops"], r"64 stages, but the model has 4 layers"),
     (["--emulate", "tiny@4x1tflops", "--link", "300"], r"link '300'"),
+    (
+        ["--emulate", "tiny@4x5ms+10ms", "--set", "pipeline.stages=2"],
+        r"pipeline\.stages is 2, but the emulated machine has 4; omit it",
+    ),
+    (
+        ["--emulate", "tiny@2of4x1tflops", "--cut", "3,1"],
+        r"pipeline\.cut = 3,1: 2 of 4 stages are emulated as equal inner ones; omit it",
+    ),
+    (
+        ["--emulate", "tiny@4x1tflops", "--schedule", "gpipe:rtt_ratio=auto"],
+        r"schedule 'gpipe:rtt_ratio=auto': there is no depth to choose for gpipe; say .* or gpipe$",
+    ),
     (["--emulate", "tiny@4x1tflops", "--codec", "mapl:r=999"], r"r=999"),
     (["--emulate", "tiny@4x1tflops", "--rule", "none"], r"--rule: there is no 'none'; choose duplex or shared"),
     (["--from", "nowhere"], r"--from nowhere: there is no run.toml"),
@@ -225,6 +240,72 @@ def test_a_run_finds_its_depth_before_the_first_step(tiny: TinyConfig) -> None:
     config = tiny({"pipeline.stages": 2, "link.link": "100mbit,200ms"})
     assert with_depth(config, "1f1b:rtt_ratio=auto").pipeline.schedule.startswith("1f1b:rtt_ratio=")
     assert with_depth(tiny({"pipeline.stages": 2}), "1f1b:rtt_ratio=auto").pipeline.schedule == "1f1b"
+
+
+def test_a_depth_is_not_sought_with_a_model_that_does_not_compute(odd_heads: Path, tiny: TinyConfig) -> None:
+    with pytest.raises(ModelError, match=r"a layer and the head of architecture 'llama' do not compute: .*; choose"):
+        with_depth(tiny({"pipeline.stages": 2, "model.path": str(odd_heads)}), "1f1b:rtt_ratio=auto")
+    with pytest.raises(ConfigError, match="there is no depth to choose for gpipe"):  # nor anything timed in vain
+        with_depth(tiny({"pipeline.stages": 2, "model.path": str(odd_heads)}), "gpipe:rtt_ratio=auto")
+
+
+def test_stages_as_fast_as_stated_differ_by_their_machines_alone() -> None:
+    """What stages compute, over what their machines could: all compute the same, and the speeds' sum is 2.75."""
+    machine = ("--emulate", "150m@4x5ms+10ms", "--microbatches", "8", "--speeds", "1,1,0.5,0.25")
+    found = planned(*machine)
+    assert [stage["forward_s"] for stage in found["stages"]] == pytest.approx([0.005, 0.005, 0.01, 0.02])
+    assert [stage["backward_s"] for stage in found["stages"]] == pytest.approx([0.01, 0.01, 0.02, 0.04])
+    assert found["machines_used"] == pytest.approx(8 * 4 * 0.015 / 2.75 / found["step_s"])
+    assert found["gain_over_equal_cut"] is None  # the seconds are the same for any cut
+
+
+def test_each_cut_has_the_depth_that_it_needs() -> None:
+    """And what one gains over stages of equal length is told by what either would be planned to do."""
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--microbatches", "16", "--batch-size", "64")
+    machine += ("--link", "80mbit,25ms", "--schedule", "1f1b:rtt_ratio=auto")
+    found, equal = planned(*machine), planned(*machine, "--cut", "equal")
+    assert found["schedule"] != equal["schedule"]
+    assert found["gain_over_equal_cut"] == pytest.approx(found["tokens_per_s"] / equal["tokens_per_s"])
+
+
+def test_times_of_a_run_are_carried_over_to_another_cut_batch_and_model(tiny: TinyConfig, tmp_path: Path) -> None:
+    ran = tiny({"pipeline.stages": 2, "pipeline.cut": "equal"})
+    run = recorded(tmp_path / "run", ran)
+    (run / "run.toml").write_text(dump_config(ran))
+    costs = operations(ran, resolve_architecture(ran))
+
+    def forward_s(*arguments: str) -> list[float]:
+        found = planned("--from", str(run), *arguments)
+        return [stage["forward_s"] / (MICROBATCH_S / 3) for stage in found["stages"]]
+
+    found = planned("--from", str(run), "--cut", "3,1")
+    assert [stage["layers"] for stage in found["stages"]] == [3, 1]
+    behind = (costs.layer + costs.head) / (2 * costs.layer + costs.head)
+    assert forward_s("--cut", "3,1") == pytest.approx([3 / 2, behind])
+    assert forward_s() == pytest.approx([1, 1])
+    assert forward_s("--codec", "mapl:r=8", "--cut", "equal") == pytest.approx([1, 1])
+    assert forward_s("--microbatches", "8") == pytest.approx([1 / 2, 1 / 2])
+    assert forward_s("--batch-size", "16") == pytest.approx([2, 2])
+    long, attention = forward_s("--sequence-length", "64"), costs.attention / costs.layer
+    assert long[0] == pytest.approx(2 * (1 + attention))
+    assert 2 < long[1] < long[0]
+    assert 3 < forward_s("--set", "model.width=128")[0] < 4.1
+    for stages in ("1", "3"):
+        result = CliRunner().invoke(app, ["plan", "--from", str(run), "--set", f"pipeline.stages={stages}"])
+        assert result.exit_code == 2
+        assert f"times of 2 stages say nothing of {stages}; keep pipeline.stages" in result.stderr
+
+
+def test_an_emulated_run_on_record_has_the_model_that_it_emulated(tiny: TinyConfig, tmp_path: Path) -> None:
+    """With the vocabulary that no text of this machine has."""
+    settings = {"pipeline.stages": 2, "compute.emulate": "tiny@2x1tflops", "checkpoint.every": 0}
+    ran = tiny({**settings, "model.vocab_size": None})
+    run = recorded(tmp_path / "run", ran)
+    (run / "run.toml").write_text(dump_config(ran))
+    found = planned("--from", str(run), "--cut", "auto")
+    assert [stage["layers"] for stage in found["stages"]] == [4, 0]  # 32,768 rows are as much as forty layers of these
+    told = planned("--from", str(run), "--cut", "2,2")
+    assert told["stages"][0]["forward_s"] == pytest.approx(MICROBATCH_S / 3 / 2)
 
 
 def test_the_cut_and_what_it_gains_are_said() -> None:

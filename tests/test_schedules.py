@@ -87,8 +87,8 @@ def check_global_order(schedule, stages, microbatches):
                 assert position[stage + 1, action] < index
 
 
-def run_bounded(schedule, stages, microbatches, capacity=LINK_CAPACITY):
-    """Run all stages over links that hold `capacity` messages a direction; a stage blocks in a send into a full one.
+def run_bounded(schedule, stages, microbatches, downward=LINK_CAPACITY, upward=LINK_CAPACITY):
+    """Run all stages over links that hold so many messages a direction; a stage blocks in a send into a full one.
 
     Blocking reads and writes on FIFO links make the outcome independent of who runs first, so one order proves it.
     """
@@ -101,7 +101,7 @@ def run_bounded(schedule, stages, microbatches, capacity=LINK_CAPACITY):
         for stage in range(stages):
             if outbox[stage] is not None:
                 to, message = outbox[stage]
-                if len(links[stage, to]) == capacity:
+                if len(links[stage, to]) == (downward if to > stage else upward):
                     continue
                 links[stage, to].append(message)
                 outbox[stage] = None
@@ -121,7 +121,7 @@ def run_bounded(schedule, stages, microbatches, capacity=LINK_CAPACITY):
             todo[stage].popleft()
             advanced = True
     blocked = [s for s in range(stages) if todo[s] or outbox[s]]
-    assert not blocked, f"stages {blocked} are deadlocked on links of {capacity} messages"
+    assert not blocked, f"stages {blocked} are deadlocked on links of {downward} messages down and {upward} up"
     assert not any(links.values()), "every message sent is used"
 
 
@@ -147,8 +147,8 @@ def test_conformance_over_links_that_take_time(kind, rtt_ratio, stages, microbat
     for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
         check_stream(schedule, actions, stage, stages, microbatches)
     check_global_order(schedule, stages, microbatches)
-    capacity = max(4, messages_ahead(schedule, stages, microbatches))  # what a node's receive buffer takes
-    run_bounded(schedule, stages, microbatches, capacity=capacity)
+    # What the receive buffers of two nodes take (`node.link_settings.receive_buffer_bytes`).
+    run_bounded(schedule, stages, microbatches, max(2, messages_ahead(schedule, stages, microbatches)), 2)
 
 
 # --- broken schedules are caught --------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_bounded_run_catches_what_unbounded_links_allow():
     check_global_order(too_deep, 2, 8)
     with pytest.raises(AssertionError, match="deadlocked on links of 2 messages"):
         run_bounded(too_deep, 2, 8)
-    run_bounded(too_deep, 2, 8, capacity=3)
+    run_bounded(too_deep, 2, 8, 3, 3)
 
 
 @given(

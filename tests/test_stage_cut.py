@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.node import preparation
 from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.model import ModelError, partition, resolve_model
@@ -84,6 +85,22 @@ def test_the_head_and_the_machines_decide() -> None:
     assert cut_of(cut=[5, 1, 1, 1])[0] == [5, 1, 1, 1]
 
 
+def test_a_stage_between_two_others_has_a_layer() -> None:
+    """However slow its machine is."""
+    assert least_layers(4, last=1) == [0, 1, 1, 1]
+    assert least_layers(4) == [0, 1, 1, 0]
+    assert least_layers(2, last=2) == [0, 2]
+    assert least_layers(1, last=1) == [1]
+    assert cut_of("bf16", speeds="1,0.001,1,1")[0][1] == 1
+
+
+def test_the_digest_has_the_layers_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two releases of this program may find another cut from the same settings."""
+    before = cut_of()[1]
+    monkeypatch.setattr(preparation, "stage_layers", lambda *_: layer_ranges([2, 3, 2, 1]))
+    assert cut_of()[1] != before
+
+
 def test_neighbours_compare_the_cut() -> None:
     """And the machines of a run and its checkpoints with them: the digest is the run's."""
     digests = {cut_of(cut=cut)[1] for cut in ("auto", "equal", "3,3,1,1")}
@@ -112,6 +129,18 @@ def test_operations_are_those_of_the_shapes() -> None:
         3 * costs.layer + 2 * costs.codec_end,
         costs.layer + costs.codec_end + costs.head,
     ]
+
+
+def test_attention_is_as_wide_as_its_heads() -> None:
+    """Which together may be wider than a hidden state."""
+    config = parse_config(merge({}, {"codec.codec": "bf16", "model.preset": "tiny"}))
+    architecture = resolve_model(config.model, vocab_size=512, sequence_length=128)
+    narrow = operations(config, architecture)
+    architecture.head_dim = 2 * architecture.hidden_size // architecture.num_attention_heads
+    wide = operations(config, architecture)
+    assert wide.attention == 2 * narrow.attention
+    assert wide.layer_weights - narrow.layer_weights == 2 * 4 * architecture.hidden_size**2
+    assert wide.head == narrow.head
 
 
 def test_speeds_are_numbers_above_zero() -> None:

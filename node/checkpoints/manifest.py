@@ -62,7 +62,7 @@ class Fingerprint:
 
     run: str
     stages: int
-    configuration: str | None  # the digest that neighbours compare (`preparation.run_digest`); None: any, to look at
+    configuration: str | None  # `preparation.state_digest`; None: any, to look at
     corpus: str = ""  # of stage 0: which tokens it trains on (`node.run_corpus`), written and not compared here
     tokenizer: str = ""
 

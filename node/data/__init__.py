@@ -17,10 +17,10 @@ from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
 from .documents import DataError, check_source, open_source
-from .streamed import open_stream
-from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
+from .streamed import open_stream, stream_vocabulary
+from .tokens import Vocabulary, load_vocabulary, tokenize_once, wanted_vocabulary
 
-__all__ = ["Corpus", "DataError", "check_source", "open_corpus", "vocabulary_size"]
+__all__ = ["Corpus", "DataError", "Vocabulary", "check_source", "open_corpus", "open_vocabulary", "vocabulary_size"]
 
 
 def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
@@ -53,3 +53,13 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, tokenizer:
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
+
+
+def open_vocabulary(settings: DataSection, *, vocab_size: int, tokenizer: Path | None = None) -> Vocabulary:
+    """The tokenizer of the corpus alone: from its file, `tokenizer` if none is named, from the cache, or trained once.
+    Raises DataError where that needs a text that is not there."""
+    if settings.tokenizer or tokenizer:
+        return load_vocabulary(settings, None, vocab_size, tokenizer)
+    if settings.source.startswith("hf:"):
+        return stream_vocabulary(settings, vocab_size)
+    return load_vocabulary(settings, open_source(settings, cache_directory(settings)), vocab_size)

@@ -55,6 +55,20 @@ class _BlockStart:
 def open_stream(settings: DataSection, *, vocab_size: int, seed: int, tokenizer: Path | None = None) -> Corpus:
     """Open `hf:NAME`; `tokenizer` as in `open_corpus`. Raises DataError when it cannot be reached, has no `train` split
     or no such field."""
+    stream, source, version = _opened(settings)
+    vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
+    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
+    directory = cache_directory(settings)
+    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
+
+
+def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
+    """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
+    return load_vocabulary(settings, _opened(settings)[1], vocab_size)
+
+
+def _opened(settings: DataSection) -> tuple[_Documents, Source, str]:
+    """The documents, what they are for the tokenizer, and the version of the library that reads them."""
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = Path(name).expanduser()
@@ -83,9 +97,7 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int, tokenizer:
         size_bytes=0,
         read=lambda: stream.sample(_SAMPLE_CHARACTERS),
     )
-    vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
-    digest = content_key("streamed tokens", vocabulary.digest, source.digest)
-    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
+    return stream, source, version
 
 
 @contextlib.contextmanager

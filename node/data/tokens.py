@@ -53,11 +53,13 @@ _FAIR_SHARE = (0.01, 0.2)  # of all tokens; outside of it the hash of documents 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """A tokenizer, the number of ids that it needs, the id that ends a document, and its file with the digest."""
+    """A tokenizer, the number of ids that it needs, the id that ends a document, its file, and that file's content and
+    digest."""
 
     tokenizer: Tokenizer
     size: int
     end_id: int
+    path: Path
     digest: str
     content: bytes = b""
 
@@ -137,15 +139,14 @@ def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
 
 
 def load_vocabulary(
-    settings: DataSection, source: Source, vocab_size: int, tokenizer: Path | None = None
+    settings: DataSection, source: Source | None, vocab_size: int, tokenizer: Path | None = None
 ) -> Vocabulary:
-    """The user's tokenizer, else `tokenizer`, else a BPE of at most `vocab_size` ids trained once on the source. Raises
-    DataError."""
+    """The user's tokenizer, else `tokenizer`, for which no source is needed; else a BPE of at most `vocab_size` ids
+    trained once on the source. Raises DataError."""
     wanted_vocabulary(settings, vocab_size)
-    if settings.tokenizer is not None:
-        return _read_vocabulary(settings.tokenizer)
-    if tokenizer is not None:
-        return _read_vocabulary(tokenizer)
+    if given := settings.tokenizer or tokenizer:
+        return _read_vocabulary(given)
+    assert source is not None
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
@@ -185,6 +186,7 @@ def _read_vocabulary(path: Path) -> Vocabulary:
         tokenizer=tokenizer,
         size=max(ids.values()) + 1,
         end_id=end,
+        path=path.expanduser(),
         digest=hashlib.sha256(content).hexdigest(),
         content=content,
     )

@@ -231,12 +231,13 @@ def _room(out: Path, config: RunConfig) -> Path:
     path = out / "run.toml"
     if path.exists():
         before = load_config(path)
-        if before.digest() != config.digest() or before.run.name != config.run.name:
+        if before.digest() == config.digest() and before.run.name == config.run.name:
+            return out
+        if before.of_any_length().digest() != config.of_any_length().digest() or before.run.name != config.run.name:
             raise ConfigError(
                 f"{path} is of another run ('{before.run.name}', fingerprint {short(before.digest())}; this is "
                 f"'{config.run.name}', {short(config.digest())}); choose another --out"
-            )
-        return out
+            )  # the same but for its length: that run, which was given more steps
     fresh = path.with_name(f".run-{os.getpid()}.toml")  # another node may be about to write the same
     fresh.write_text(dump_config(config), encoding="utf-8")
     with suppress(FileNotFoundError):

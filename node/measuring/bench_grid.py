@@ -29,11 +29,11 @@ from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
 from ..codec_words import codec_settings
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
-from ..preparation import check_codec, prepare_corpus, resolve_architecture
+from ..preparation import check_codec, check_layers, prepare_corpus, resolve_architecture
 from ..run_directory import clear, writable
 from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
-from .plan import AUTO, PLANNED, plan, resolved_schedule
+from .plan import AUTO, PLANNED, check_auto, plan, resolved_schedule
 from .stage_times import times_measured
 
 LIMIT_S = 600.0  # of one cell
@@ -139,8 +139,14 @@ class Bench:
     def _check(self, cell: PlannedCell) -> None:
         """What can be seen to be wrong before the first cell runs."""
         try:
+            check_auto(cell.schedule)
             config = cell.config(cell.schedule.removesuffix(AUTO), 1)
-            check_codec(config, resolve_architecture(config))
+            architecture = resolve_architecture(config)
+            check_codec(config, architecture)
+            if cell.emulated:
+                EmulatedMachine.parse(cell.mode).layers(config, architecture)
+            else:
+                check_layers(config, architecture)
         except ScheduleError as error:
             raise ConfigError(str(error)) from None
 
@@ -203,7 +209,7 @@ class Bench:
         if entry["measured"]["problems"]:
             entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
         taken = times_measured(self._out / "cells" / cell.name, config)
-        if machine is None or not machine.part:
+        if machine is None or machine.knows_cuts:
             entry["cut_advice"] = cut_advice(cell.config(schedule, 1), architecture, taken)
             shares = [stage["compute_s"] for stage in entry["measured"]["stages"]]  # of the windows' time
             entry["cut_advice"]["line"] = advice_line(entry["cut_advice"], shares)

@@ -1,9 +1,9 @@
 """What a finished run says of the choices that were not made: dense bf16 over the same link, both over a thinner one,
 from which rate on a link no longer holds the stages up, and what to try next.
 
-The stages' times are this run's own (`plan.times_measured`), the sizes those of each codec's messages, the rest is the
-simulation that `thinpipe plan` makes: so these are figures of machines as fast as this one, and not measured. They cost
-a fraction of a second, and a run that cannot be simulated loses nothing but them.
+The stages' times are this run's own (`stage_times.times_measured`), the sizes those of each codec's messages, the rest
+is the simulation that `thinpipe plan` makes: so these are figures of machines as fast as this one, and not measured.
+They cost a fraction of a second, and a run that cannot be simulated loses nothing but them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...sim.links.shaper import LinkProfile
 from ..config import CodecSection, RunConfig
 from ..config_file import parse_config
 from ..preparation import resolve_architecture
+from ..stage_costs import stage_layers
 from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
 from .message_sizes import Sizes
@@ -80,21 +81,24 @@ def _simulations(run: Path, config: RunConfig) -> dict[str, Any]:
     if stages * microbatches > MICROBATCHES_MAX:
         raise ValueError(f"{stages} stages and {microbatches} microbatches take long to simulate; use thinpipe plan")
     architecture, times = resolve_architecture(config), times_measured(run, config)
+    layers = [len(of_stage) for of_stage in stage_layers(config, architecture)]  # whatever another codec's cut would be
     dense = Sizes(config.model_copy(update={"codec": DENSE}), architecture).boundary()
     thinner = _thinner(dense.link, _bound_below_bits_per_s(dense.forward_bytes, dense.backward_bytes, times))
     found = {
-        "run_simulation": simulation(config, config.codec, architecture, times, thinner=thinner),
-        "dense_simulation": simulation(config, DENSE, architecture, times, thinner=thinner),
+        "run_simulation": simulation(config, config.codec, architecture, times, layers=layers, thinner=thinner),
+        "dense_simulation": simulation(config, DENSE, architecture, times, layers=layers, thinner=thinner),
     }
     if is_dense(config):
-        found["learned_simulation"] = simulation(config, LEARNED, architecture, times, thinner=thinner)
+        found["learned_simulation"] = simulation(config, LEARNED, architecture, times, layers=layers, thinner=thinner)
     return found
 
 
 def _advice(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str, Any] | None:
-    """`cut_advice`, with the `line` that says it to people, None where there is nothing to say; None for a part of a
-    longer pipeline."""
-    if config.compute.emulate and EmulatedMachine.parse(config.compute.emulate).part:
+    """`cut_advice`, with the `line` that says it to people, None where there is nothing to say; None for an emulated
+    machine that no cut makes faster or slower, and for what would take long to simulate."""
+    if config.pipeline.stages * config.pipeline.microbatches > MICROBATCHES_MAX:
+        return None
+    if config.compute.emulate and not EmulatedMachine.parse(config.compute.emulate).knows_cuts:
         return None
     found = cut_advice(config, resolve_architecture(config), times_measured(run, config))
     shares = [stage["compute_share"] for stage in summary["stages"]]
@@ -107,14 +111,15 @@ def simulation(
     architecture: PretrainedConfig,
     times: Sequence[StageTimes],
     *,
+    layers: Sequence[int],
     thinner: str | None,
 ) -> dict[str, Any]:
-    """What the run would do with another codec, its stages as fast: tokens/s over its link and over a thinner one, and
-    the rate of a link, each way, below which that and not the busiest stage is the bottleneck."""
+    """What the run would do with another codec, its stages as long and as fast: tokens/s over its link and over a
+    thinner one, and the rate of a link, each way, below which that and not the busiest stage is the bottleneck."""
 
     def figures(link: str) -> dict[str, Any]:
         changed = {"codec": codec, "link": config.link.model_copy(update={"link": link})}
-        return plan(config.model_copy(update=changed), architecture, times)[0]
+        return plan(config.model_copy(update=changed), architecture, times, layers=layers)[0]
 
     planned = figures(config.link.link)
     sizes = planned["bytes_per_microbatch"]

@@ -69,6 +69,11 @@ class EmulatedMachine:
         """Whether its stages are those of a longer pipeline, so that no cut of theirs is the model's."""
         return self.whole > self.stages
 
+    @property
+    def knows_cuts(self) -> bool:
+        """Whether another cut would take it other times. Stated seconds are each stage's, whatever layers it has."""
+        return self.tflops is not None and not self.part
+
     def settings(self) -> dict[str, Any]:
         """Settings of a run on this machine: a step of 262,144 tokens, unless the user says otherwise."""
         return {

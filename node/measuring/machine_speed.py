@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from ..config import RunConfig
-from ..model import build_stage
+from ..model import ModelError, build_stage
+from ..model.architecture import first_line
+from ..model.slices import describe
 from ..stage import DTYPES
 from ..stage_costs import model_operations
 
@@ -24,7 +26,17 @@ if TYPE_CHECKING:
 
 def machine_speed(config: RunConfig, architecture: PretrainedConfig, *, seconds: float = 1.0) -> float:
     """Operations a second, on the run's device and in its dtype, with one thread as in a node. Takes `seconds` and what
-    two passes take. Raises ModelError."""
+    two passes take. Raises ModelError, also for a model that cannot be computed here."""
+    try:
+        return _measured(config, architecture, seconds)
+    except ModelError:
+        raise
+    except Exception as error:  # of whatever model, in whatever memory
+        fault = f"a layer and the head of {describe(architecture)} do not compute: {first_line(error)}"
+        raise ModelError(f"{fault}; choose another model, or a machine with more memory") from error
+
+
+def _measured(config: RunConfig, architecture: PretrainedConfig, seconds: float) -> float:
     device, dtype = torch.device(config.compute.device), DTYPES[config.compute.dtype]
     last = architecture.num_hidden_layers
     model = build_stage(

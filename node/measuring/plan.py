@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compress.byte_format import CodecError
-from ...protocol.schedule import RTT_RATIO_MAX, get_schedule
+from ...protocol.schedule import RTT_RATIO_MAX, OneFOneB, ScheduleError, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile
 from ..config import ConfigError, RunConfig
 from ..config_file import load_config
-from ..data import DataError, vocabulary_size
+from ..data import DataError
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, resolve_architecture
 from ..stage_costs import best_order, speeds, stage_layers
@@ -126,8 +126,9 @@ def resolved_schedule(
     layers: Sequence[int] | None = None,
 ) -> str:
     """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
-    costs memory, and where a link is the bottleneck time too. layers: as for `plan`. Raises ScheduleError for a
-    schedule without an rtt_ratio."""
+    costs memory, and where a link is the bottleneck time too. layers: as for `plan`. Raises ConfigError for a schedule
+    without an rtt_ratio."""
+    check_auto(spec)
     name, auto, _ = spec.partition(AUTO)
     if not auto:
         return spec
@@ -144,9 +145,25 @@ def resolved_schedule(
 def with_depth(config: RunConfig, spec: str) -> RunConfig:
     """The run with the depth that `spec`, which says rtt_ratio=auto, needs on this machine. Raises what PLANNED
     names."""
+    check_auto(spec)  # before a microbatch is timed
     architecture = resolve_architecture(config)
     times = times_calibrated(config, architecture)
     return _with_pipeline(config, schedule=resolved_schedule(spec, config, architecture, times))
+
+
+def check_auto(spec: str) -> None:
+    """Raises ConfigError for `rtt_ratio=auto` of a schedule that there is not, or that has no rtt_ratio."""
+    name, auto, _ = spec.partition(AUTO)
+    if not auto:
+        return
+    try:
+        deepens = isinstance(get_schedule(name), OneFOneB) and ":" not in name
+    except ScheduleError as error:
+        raise ConfigError(str(error)) from None
+    if not deepens:
+        raise ConfigError(
+            f"schedule '{name}{AUTO}': there is no depth to choose for {name}; say 1f1b{AUTO} or zb{AUTO}, or {name}"
+        )
 
 
 def _with_pipeline(config: RunConfig, **changed: Any) -> RunConfig:
@@ -159,23 +176,23 @@ def planned(
     """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Besides,
     what its cut gains over stages of equal length, and an order of the machines that is faster: None where there is
     nothing to gain, or where nobody knows. Raises what PLANNED names."""
-    given = config.model.vocab_size
-    vocabulary = vocabulary_size(config.data, given) if measured else given or VOCABULARY
-    length = config.data.sequence_length
-    architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
-    check_codec(config, architecture)
     layers = None
     if emulated:
+        vocabulary, length = config.model.vocab_size or VOCABULARY, config.data.sequence_length
+        architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
+        check_codec(config, architecture)
         times = emulated.times(config, architecture)
         layers = [len(of_stage) for of_stage in emulated.layers(config, architecture)]
     else:
         assert measured is not None
-        times = times_recut(load_config(measured / "run.toml"), config, architecture, times_measured(measured, config))
+        ran, architecture = load_config(measured / "run.toml"), resolve_architecture(config)
+        check_codec(config, architecture)
+        times = times_recut(ran, config, architecture, times_measured(measured, ran), ran=resolve_architecture(ran))
     found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers)
     config = _with_pipeline(config, schedule=found)
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
     figures |= {"gain_over_equal_cut": None, "better_order": None}
-    if emulated and emulated.tflops and not emulated.part and emulated.stages <= architecture.num_hidden_layers:
+    if emulated and emulated.knows_cuts and emulated.stages <= architecture.num_hidden_layers:
 
         def found_for(**pipeline: Any) -> dict[str, Any]:
             other = _with_pipeline(config, **pipeline)

@@ -1,4 +1,4 @@
-"""How long stages compute: measured in a run, tried on this machine, or carried over to another cut of the model.
+"""How long stages compute: measured in a run, tried on this machine, or carried over to another cut, batch or model.
 
 `emulated_machine` has the times of machines that are not here.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from ...sim.links.pipeline import StageTimes
 from ...sim.reports.summary import read_records
-from ..config import ConfigError, RunConfig
+from ..config import CodecSection, ConfigError, RunConfig
 from ..stage_costs import operations, stage_layers
 from .emulated_machine import EmulatedMachine
 from .machine_speed import machine_speed
@@ -27,8 +27,9 @@ CALIBRATION_S = 0.3
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage in a run on record: medians of its steps, codec work included; a forward counts a third,
-    weight gradients another. Raises ConfigError for a run that has no steps."""
+    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`: medians of its steps,
+    codec work included; a forward counts a third, weight gradients another. Raises ConfigError for a run that has no
+    steps."""
     times = []
     for stage in range(config.pipeline.stages):
         path = run / f"stage-{stage}.jsonl"
@@ -49,27 +50,42 @@ def times_calibrated(config: RunConfig, architecture: PretrainedConfig) -> list[
     operations. With more stages than cores a run is slower, and then a depth for these times is more than it needs."""
     if config.compute.emulate:
         return EmulatedMachine.parse(config.compute.emulate).times(config, architecture)
-    counts = [len(layers) for layers in stage_layers(config, architecture)]
-    token_s = 1 / machine_speed(config, architecture, seconds=CALIBRATION_S)
-    microbatch_s = config.microbatch_size * config.data.sequence_length * token_s
-    forward_s = [work * microbatch_s for work in operations(config, architecture).of_stages(counts)]
+    speed = machine_speed(config, architecture, seconds=CALIBRATION_S)
+    forward_s = [work / speed for work in _microbatch_operations(config, architecture, config.codec)]
     return [StageTimes(forward_s=each, backward_s=2 * each) for each in forward_s]
 
 
 def times_recut(
-    before: RunConfig, after: RunConfig, architecture: PretrainedConfig, times: Sequence[StageTimes]
+    before: RunConfig,
+    after: RunConfig,
+    architecture: PretrainedConfig,
+    times: Sequence[StageTimes],
+    *,
+    ran: PretrainedConfig | None = None,
 ) -> list[StageTimes]:
     """What the stages of `after` would take on the machines that took `times` for those of `before`, each as many times
-    longer as it has more to compute. Raises ModelError, and ConfigError for another number of stages."""
-    cuts = [[len(layers) for layers in stage_layers(each, architecture)] for each in (before, after)]
-    if len(cuts[0]) != len(cuts[1]):
-        raise ConfigError(f"times of {len(cuts[0])} stages say nothing of {len(cuts[1])}; keep pipeline.stages")
-    if cuts[0] == cuts[1]:
+    longer as it has more to compute for a microbatch: layers, tokens, or a larger model. ran: the model of `before`, if
+    that is not `architecture`. The codec's own work is left as it was, since most of it is no multiplication. Raises
+    ModelError, and ConfigError for another number of stages."""
+    if before.pipeline.stages != after.pipeline.stages:
+        told, asked = before.pipeline.stages, after.pipeline.stages
+        raise ConfigError(f"times of {told} stages say nothing of {asked}; keep pipeline.stages")
+    work = (
+        _microbatch_operations(before, ran or architecture, before.codec),
+        _microbatch_operations(after, architecture, before.codec),
+    )
+    if work[0] == work[1]:
         return list(times)
-    costs = operations(before, architecture)
-    speeds = measured_speeds(costs.of_stages(cuts[0]), times)
-    due_s = [work / speed for work, speed in zip(costs.of_stages(cuts[1]), speeds, strict=True)]
+    due_s = [each / speed for each, speed in zip(work[1], measured_speeds(work[0], times), strict=True)]
     return [_lasting(each, seconds) for each, seconds in zip(times, due_s, strict=True)]
+
+
+def _microbatch_operations(config: RunConfig, architecture: PretrainedConfig, codec: CodecSection) -> list[float]:
+    """Of each stage in a forward pass, with the work of that codec at its boundaries."""
+    counts = [len(layers) for layers in stage_layers(config, architecture)]
+    costs = operations(config.model_copy(update={"codec": codec}), architecture)
+    tokens = config.microbatch_size * config.data.sequence_length
+    return [tokens * each for each in costs.of_stages(counts)]
 
 
 def measured_speeds(work: Sequence[float], times: Sequence[StageTimes]) -> list[float]:

@@ -255,6 +255,7 @@ def arithmetic(config: RunConfig | None) -> Finding:
 def speed(config: RunConfig | None) -> Finding:
     """Takes a second or two. Without a run it is that of the default model."""
     from ..measuring.machine_speed import machine_speed
+    from ..model import ModelError
     from ..preparation import check_device
 
     settings = config or RunConfig()
@@ -266,10 +267,9 @@ def speed(config: RunConfig | None) -> Finding:
     architecture = _architecture(settings)
     try:
         tflops = machine_speed(settings, architecture) / 1e12
-    except Exception as error:  # of whatever model, in whatever memory
-        fault = next(iter(str(error).splitlines()), "") or type(error).__name__
-        remedy = "choose another model, or a machine with more memory"
-        return Finding(name=name, state="fault", found=f"a layer and the head do not compute: {fault}", remedy=remedy)
+    except ModelError as error:
+        found, _, remedy = str(error).rpartition("; ")
+        return Finding(name=name, state="fault", found=found, remedy=remedy)
     model = settings.model.path or settings.model.preset
     where = f"{settings.compute.dtype} on {settings.compute.device}"
     found = f"{tflops:.3g} Tflop/s, for a layer and the head of {model}, {where}: for pipeline.speeds and node --speed"

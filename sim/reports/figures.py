@@ -93,6 +93,8 @@ class StageFigures:
     steps: int | None = None
     host: str = ""
     process: int | None = None
+    lives: int = 0  # processes that have written these records, one after the other
+    restored: int | None = None  # steps after which the present one went on first
     state: str = "starting"
     completed: int = 0
     loss: float | None = None
@@ -177,7 +179,8 @@ class StageFigures:
         }
         for name, value in known.items():
             setattr(self, name, value)
-        self.state = "starting"
+        self.state, self.restored = "starting", None
+        self.lives += 1
         self._earlier = dict(self.links)
         self._recent.clear()
 
@@ -254,6 +257,7 @@ class StageFigures:
     def _rollback(self, record: dict[str, Any]) -> None:
         generation, completed = whole(record["generation"]), whole(record["completed"])
         self.generation, self.completed, self.state = generation, completed, "starting"
+        self.restored = completed if self.restored is None else self.restored
         if record["source"] == "disk":
             self.committed = completed
         elif self.committed is not None:

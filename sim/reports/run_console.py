@@ -27,10 +27,11 @@ FAULTS_SHOWN = 5
 
 
 class RunDisplay:
-    """Use as a context manager; call `update` with the figures of all stages."""
+    """Use as a context manager; call `update` with the figures of all stages. resumes: of a run that goes on, how many
+    processes of stage 0 were there before; from which step it goes on is said when the next one knows."""
 
-    def __init__(self, console: Console, *, steps: int) -> None:
-        self._console, self._steps = console, steps
+    def __init__(self, console: Console, *, steps: int, resumes: int | None = None) -> None:
+        self._console, self._steps, self._resumes = console, steps, resumes
         self._progress: Progress | None = None
         self._shown = -1
         self._next_line = 0
@@ -63,6 +64,13 @@ class RunDisplay:
                 self._unsaved_said = True
                 self.warn(f"stage {stage.stage}: {stage.unsaved}; training goes on")
         done = stages[0].completed
+        if (
+            self._resumes is not None
+            and stages[0].lives > self._resumes
+            and (restored := stages[0].restored) is not None
+        ):
+            self._resumes = None
+            self._console.print(_resumed(restored, self._steps), highlight=False, soft_wrap=True)
         if any(stage.loss is None for stage in stages) or done == self._shown:
             return
         self._shown = done
@@ -76,6 +84,13 @@ class RunDisplay:
     def warn(self, line: str) -> None:
         """A line that stays, above the bar."""
         self._console.print(f"warning: {plain(line)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+def _resumed(done: int, steps: int) -> str:
+    if not done:
+        return f"begins again with step 1 of {steps}: there is no checkpoint that all stages have"
+    nothing = "" if done < steps else "; nothing is left to do: more --steps go on"
+    return f"resumes after step {done} of {steps}{nothing}"
 
 
 def describe(stages: Sequence[StageFigures]) -> str:

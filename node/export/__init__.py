@@ -1,0 +1,1 @@
+"""A trained model leaves its run: as a directory that transformers loads."""

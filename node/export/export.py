@@ -1,0 +1,177 @@
+"""From a run to a directory that transformers loads, whole or not at all.
+
+The directory is made beside the place that it is for, loaded from there, asked for its held-out loss, and only then
+renamed: what is there afterwards has been loaded once. Where the text of the run is not on this machine the loss is not
+known, and the rest is as good; the tokenizer has to be found, because weights without one are of no use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.assemble import Assembled, assemble
+from ..config import ConfigError, RunConfig
+from ..data import Corpus, DataError
+from ..model.architecture import quiet_transformers
+from ..model.initialise import set_constants
+from ..model.slices import allocate
+from ..preparation import check_device, prepare_corpus, prepare_vocabulary
+from ..run_corpus import kept_tokenizer
+from . import modeling_thinpipe
+from .heldout_loss import heldout_loss, recorded_loss
+from .portable_model import ExportError, PortableModel, plain_model, with_boundaries
+from .tokenizer_files import portable_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SHARD_BYTES = 2 * 10**9  # a file is put together in memory
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    *,
+    step: int | None = None,
+    plain: bool = False,
+    config: RunConfig | None = None,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write the model of `run` to `out`, a new or empty directory; returns what was written, for people and scripts.
+
+    plain: without boundaries, whether or not they do anything. The rest as `assemble`. Raises ExportError, what
+    `assemble` raises, and OSError where `out` cannot be written.
+    """
+    check_out(out)
+    assembled = assemble(run, step=step, config=config, report=report)
+    kept = kept_tokenizer(run)
+    vocabulary = prepare_vocabulary(assembled.config, kept)
+    transformers = quiet_transformers()
+    without = plain_model(assembled)
+    whole = with_boundaries(assembled, without)
+    model = without if plain else whole
+    longest = getattr(assembled.architecture, "max_position_embeddings", None)
+    tokenizer = portable_tokenizer(vocabulary, assembled.config, longest=longest)
+    _say_tokens(model, tokenizer)
+    aside = out.absolute().with_name(f".{out.absolute().name}-{os.getpid()}")
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    try:
+        aside.mkdir()
+        files = _write(model, tokenizer, aside)
+        losses = _losses(assembled, model, whole, aside, transformers, kept)
+        os.rename(aside, out.absolute())  # over an empty directory too
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {
+        "run": str(run),
+        "step": assembled.completed,
+        "out": str(out),
+        "architecture": assembled.architecture.model_type,
+        "codec": assembled.config.codec.codec,
+        "boundaries": model.boundaries,
+        "boundaries_left_out": whole.boundaries - model.boundaries,
+        "parameters": model.parameters,
+        "files": files,
+        "held_out": {
+            "sequences": assembled.config.evaluation_microbatches * assembled.config.microbatch_size,
+            "sequence_length": assembled.config.data.sequence_length,
+            "loss_recorded": recorded_loss(run, assembled.completed),
+            **losses,
+        },
+    }
+
+
+def check_out(out: Path) -> None:
+    """Raises ExportError unless there is room for a directory of this name."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        what = "is not empty" if out.is_dir() else "is no directory"
+        raise ExportError(f"--out {out} {what}; choose a new one")
+
+
+def _say_tokens(model: PortableModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where a text begins and ends, in the configurations too. Not what pads: an embedding does not train that row."""
+    for config in (model.config, model.config.get_text_config()):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+
+def _write(model: PortableModel, tokenizer: PreTrainedTokenizerFast, directory: Path) -> dict[str, int]:
+    """Returns the files with their bytes."""
+    from transformers import GenerationConfig
+
+    model.config.save_pretrained(directory)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    if model.boundaries:
+        shutil.copyfile(modeling_thinpipe.__file__, directory / "modeling_thinpipe.py")
+    _write_weights(model.weights, directory)
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
+
+
+def _write_weights(weights: dict[str, Tensor], directory: Path) -> None:
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    shapes = {name: tensor.to("meta") for name, tensor in weights.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD_BYTES)
+    for name, of_file in split.filename_to_tensors.items():
+        save_file({each: weights[each].contiguous() for each in of_file}, directory / name, metadata={"format": "pt"})
+        (directory / name).chmod((directory / "config.json").stat().st_mode)  # the library lets only the owner read
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _losses(
+    assembled: Assembled,
+    model: PortableModel,
+    whole: PortableModel,
+    directory: Path,
+    transformers: Any,
+    kept: Path | None,
+) -> dict[str, Any]:
+    """Of what is in `directory`, and of the whole function where that is another one. A text that is not here leaves
+    them open."""
+    config = assembled.config
+    kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
+    exported: Any = kind.from_pretrained(directory, local_files_only=True)
+    try:
+        corpus: Corpus = prepare_corpus(config, kept)
+    except DataError as error:
+        return {"loss": None, "loss_with_boundaries": None, "reason": str(error)}
+    losses: dict[str, Any] = {"loss": heldout_loss(exported.to(_device(config)), config, corpus)}
+    losses["loss_with_boundaries"] = losses["loss"]
+    if whole.boundaries != model.boundaries:
+        del exported
+        exported = in_memory(whole)
+        losses["loss_with_boundaries"] = heldout_loss(exported.to(_device(config)), config, corpus)
+    return {**losses, "reason": None}
+
+
+def _device(config: RunConfig) -> torch.device:
+    """The run's, if this machine has it."""
+    try:
+        check_device(config)
+    except ConfigError:
+        return torch.device("cpu")
+    return torch.device(config.compute.device)
+
+
+def in_memory(model: PortableModel) -> modeling_thinpipe.ThinpipeForCausalLM:
+    """A model with boundaries whose weights are the given tensors themselves, without a file between."""
+    with torch.device("meta"):
+        built = modeling_thinpipe.ThinpipeForCausalLM(model.config)
+    allocate(built)
+    built.load_state_dict(model.weights, assign=True)
+    set_constants(built.decoder, keep=list(built.decoder.parameters()))
+    return built

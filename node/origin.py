@@ -1,0 +1,221 @@
+"""A new run that begins from weights that are there: those of another run, or of a directory in Hugging Face's layout.
+
+From a run, its newest checkpoint is put together (`node.checkpoints.assemble`) and written into the new run's own
+directory as such a directory: config.json, model.safetensors (a plain decoder, as `thinpipe export --plain` has it),
+tokenizer.json, and what its codec learned (`node.codec_start`). From there on it is any run that begins from a
+pretrained model (`model.path`, `model.pretrained`): each node reads the tensors of its own layers, and whoever goes on
+with the run needs nothing of the other one. Why not a checkpoint after 0 steps: those are one stage's, with an
+optimizer's state, and a stage that is set back to step 0 is built from the settings.
+
+Settings that nobody gives are those of the other run: the same training, on other data, say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from ..compress.codec_interface import Codec
+from ..compress.recommended_rates import recommended_for
+from ..compress.registry import parse_codec
+from .checkpoints.assemble import Assembled, assemble
+from .checkpoints.kept_boundaries import kept_boundaries
+from .codec_start import write_codec_start
+from .config import ConfigError, RunConfig
+from .config_file import load_config, merge, parse_config
+from .data import DataError
+from .export.portable_model import ExportError, plain_model
+from .preparation import prepare_vocabulary
+from .run_corpus import kept_tokenizer
+from .stage_costs import stage_layers
+
+# Of a run, what is not the next one's.
+OWN = {"run": {"extended", "origin", "origin_codec"}, "checkpoint": {"directory"}}
+OWN |= {"model": {"preset", "path", "pretrained", "vocab_size", "layers", "width"}}
+
+
+@dataclass(slots=True, kw_only=True)
+class Origin:
+    """config: of the new run; its paths are those of `source` until it is `placed`. found: the other run, None for a
+    directory that is read where it is. tokenizer: that of the run, None where another one is used. lines: what one
+    might not expect."""
+
+    source: Path
+    config: RunConfig
+    found: Assembled | None = None
+    tokenizer: Path | None = None
+    lines: list[str] = field(default_factory=list)
+
+    def place(self, directory: Path) -> RunConfig:
+        """Write what the new run begins with into `directory`, which is made; returns its settings. Raises ConfigError
+        for a disk that does not take it."""
+        if self.found is None:
+            return self.config
+        codec_digest = ""
+        try:
+            directory.mkdir(parents=True)
+            model = plain_model(self.found)
+            model.config.save_pretrained(directory)
+            weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+            if self.tokenizer:
+                shutil.copyfile(self.tokenizer, directory / "tokenizer.json")
+            if _same_codec(self.found.config, self.config):
+                layers = stage_layers(self.found.config, self.found.architecture)
+                codec_digest = write_codec_start(self.found, layers, directory)
+        except ExportError as error:
+            raise ConfigError(f"{self.source}: {error}; no run can begin from it") from None
+        except (OSError, SafetensorError) as error:
+            cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+            raise ConfigError(f"cannot write {directory}: {cause}; choose another --out") from None
+        run = self.config.run.model_copy(update={"origin_codec": codec_digest})
+        self.config = self.config.model_copy(update={"run": run})
+        return self.placed(self.config, directory)
+
+    def placed(self, config: RunConfig, directory: Path) -> RunConfig:
+        """`config` with what was written in `directory`."""
+        if self.found is None:
+            return config
+        model = config.model.model_copy(update={"path": directory.resolve()})
+        data = config.data
+        if self.tokenizer:
+            data = data.model_copy(update={"tokenizer": directory.resolve() / "tokenizer.json"})
+        return config.model_copy(update={"model": model, "data": data})
+
+    def boundary_lines(self) -> list[str]:
+        """What becomes of the codec at each boundary. The settings have to be known to be good."""
+        if self.found is None or self.config.pipeline.stages == 1:
+            return []
+        if not _same_codec(self.found.config, self.config):
+            before, now = self.found.config.codec.codec, self.config.codec.codec
+            return [f"codec {now} is another than that of {self.source}, {before}: it begins untrained"]
+        if not any((*self.found.tokens, *(each.sender for each in self.found.boundaries))) and not any(
+            each.table is not None for each in self.found.boundaries
+        ):
+            return []
+        old, new = (stage_layers(each, self.found.architecture) for each in (self.found.config, self.config))
+        return kept_boundaries(old, new).lines()
+
+
+def begin_from(source: Path, given: dict[str, Any]) -> Origin:
+    """A new run from `source`, with these settings (`section.key` -> value). Raises ConfigError for what is neither a
+    run nor a model, and for settings of another model;
+    CheckpointError for a run without whole checkpoints; DataError for a tokenizer that is not there."""
+    given = {name: value for name, value in given.items() if name.partition(".")[2] not in OWN["run"]}
+    same = "model.path" in given and Path(given["model.path"]).expanduser().resolve() == source.resolve()
+    for name, agrees in (("model.path", same), ("model.pretrained", given.get("model.pretrained") is True)):
+        if name in given and not agrees:
+            raise ConfigError(f"{name} = {given[name]}, but --from brings a model of its own; omit one of the two")
+    given = {name: value for name, value in given.items() if name not in ("model.path", "model.pretrained")}
+    if same:  # a run.toml that begins from there says a preset too, which nobody reads
+        given.pop("model.preset", None)
+    if (source / "run.toml").is_file():
+        return _from_run(source, given)
+    if (source / "config.json").is_file():
+        return _from_directory(source, given)
+    raise ConfigError(
+        f"there is neither a run.toml nor a config.json in {source}, so neither a run nor a model; give the --out of a "
+        "run, or a directory in Hugging Face's layout"
+    )
+
+
+def _from_directory(source: Path, given: dict[str, Any]) -> Origin:
+    if "model.preset" in given:
+        raise ConfigError(f"model.preset = {given['model.preset']}, but --from brings a model of its own; omit one")
+    if "auto_map" in _json(source / "config.json"):
+        raise ConfigError(
+            f"the model in {source} has code of its own, such as a codec's boundaries; give the run that it came from, "
+            "or a directory of thinpipe export --plain"
+        )
+    lines, own = list[str](), source.resolve() / "tokenizer.json"
+    if own.is_file():
+        lines = _other_tokenizer(source, given, own)
+        given = {"data.tokenizer": str(own), **given}
+    first = {"model.path": str(source.resolve()), "model.pretrained": True, "run.origin": str(source)}
+    return Origin(source=source, config=parse_config(merge({}, given | first)), lines=lines)
+
+
+def _from_run(source: Path, given: dict[str, Any]) -> Origin:
+    run = load_config(source / "run.toml")
+    report: list[str] = []
+    found = assemble(source, report=report.append)
+    given = _without_shape(run, found, given)
+    lines, tokenizer = report, None
+    if "data.tokenizer" in given:
+        with suppress(DataError):  # its text is gone, and so is what it was
+            lines += _other_tokenizer(source, given, prepare_vocabulary(run, kept_tokenizer(source)).path)
+    else:
+        tokenizer = prepare_vocabulary(run, kept_tokenizer(source)).path
+    first = {
+        "model.path": str(source.resolve()),
+        "model.pretrained": True,
+        "run.origin": f"{source} after {found.completed} steps",
+    }
+    if tokenizer:
+        first["data.tokenizer"] = str(tokenizer)
+    config = parse_config(merge(_inherited(run, given), given | first))
+    return Origin(source=source, config=config, found=found, tokenizer=tokenizer, lines=lines)
+
+
+def _inherited(run: RunConfig, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the other run that hold where nothing else is given."""
+    tree = run.model_dump(mode="json", exclude_none=True, exclude=OWN)
+    if given.get("pipeline.stages", run.pipeline.stages) != run.pipeline.stages:
+        for name in ("cut", "speeds"):
+            del tree["pipeline"][name]
+    if given.get("codec.codec", run.codec.codec) != run.codec.codec:  # its formats and rates were for another one
+        tree["codec"] = {}
+        for name in {*recommended_for(run.codec.codec), *recommended_for(str(given["codec.codec"]))}:
+            tree["optim"].pop(name, None)
+    return tree
+
+
+def _without_shape(run: RunConfig, found: Assembled, given: dict[str, Any]) -> dict[str, Any]:
+    """What of it does not say the shape of the model. Raises ConfigError where it says another one."""
+    shape = {
+        "model.width": found.architecture.hidden_size,
+        "model.layers": found.architecture.num_hidden_layers,
+        "model.vocab_size": found.architecture.vocab_size,
+        "model.preset": run.model.preset if run.model.path is None else None,
+    }
+    for name, has in shape.items():
+        if name in given and given[name] != has:
+            brings = f"the model of the run has {has}" if has is not None else "--from brings a model of its own"
+            raise ConfigError(f"{name} = {given[name]}, but {brings}; omit it")
+    return {name: value for name, value in given.items() if name not in shape}
+
+
+def _other_tokenizer(source: Path, given: dict[str, Any], own: Path) -> list[str]:
+    """A warning, if one is given that is not the model's own."""
+    other = Path(given.get("data.tokenizer", own))
+    with suppress(OSError):  # whoever needs it says so
+        if _digest(own) != _digest(other):
+            return [f"data.tokenizer = {other} is not the tokenizer of {source}: the same ids mean other text now"]
+    return []
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.expanduser().read_bytes()).hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Empty for what is none: whoever reads it all says so."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
+def _same_codec(one: RunConfig, other: RunConfig) -> bool:
+    """Whether the in-graph halves are the same method with the same options; the byte formats may differ."""
+    codecs: list[Codec] = [parse_codec(each.codec.codec).codec for each in (one, other)]
+    return type(codecs[0]) is type(codecs[1]) and vars(codecs[0]) == vars(codecs[1])

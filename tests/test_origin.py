@@ -1,0 +1,255 @@
+"""A new run from the weights of another one: what it begins with, what it takes over, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from thinpipe.cli import app
+from thinpipe.node.checkpoints.assemble import Assembled, assemble
+from thinpipe.node.codec_start import FILE
+from thinpipe.node.config import ConfigError, RunConfig
+from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.export.portable_model import plain_model
+from thinpipe.node.model import ModelError
+from thinpipe.node.one_process import OneProcess
+from thinpipe.node.origin import START, begin_from
+from typer.testing import CliRunner
+
+from .cluster import run_cluster
+from .conftest import TinyConfig
+from .faults_reference import MAPL
+from .in_memory import run_reference
+from .test_convert import SMALL
+
+CODECS: dict[str, dict[str, Any]] = {
+    "identity": {"codec.codec": "fp32"},
+    "mapl": {"codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,context=2,ce=4,ch=8"},
+    "resbm": {"codec.codec": "resbm:b=8,anchors=full"},
+}
+
+
+@pytest.fixture(scope="module", params=CODECS)
+def trained(request: pytest.FixtureRequest, tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that has ended."""
+    run = tmp_path_factory.mktemp("trained")
+    config = tiny(SMALL | CODECS[request.param] | {"run.steps": 4})
+    run_cluster(config, run, [], hurry=True)
+    (run / "run.toml").write_text(dump_config(config))
+    return run
+
+
+def up(*options: str, code: int = 0) -> Any:
+    done = CliRunner().invoke(app, ["up", "--one-process", *options])
+    assert done.exit_code == code, done.output
+    return done
+
+
+def began(config: RunConfig) -> list[dict[str, torch.Tensor]]:
+    """The state of each stage before the first step."""
+    return [stage.state_tensors() for stage in OneProcess(config).stages]
+
+
+def assert_weights(states: list[dict[str, torch.Tensor]], found: Assembled) -> None:
+    weights = {
+        name.removeprefix("weight/"): tensor
+        for state in states
+        for name, tensor in state.items()
+        if name.startswith("weight/") and not name.startswith("weight/codec.")
+    }
+    assert weights.keys() == found.weights.keys()
+    assert all(torch.equal(tensor, found.weights[name]) for name, tensor in weights.items())
+
+
+def test_it_begins_with_all_that_the_run_had_learned(trained: Path, tmp_path: Path) -> None:
+    """Weights, and what the codec knows at each boundary; no moments, and codebooks anew."""
+    found = assemble(trained)
+    config = begin_from(trained, {}).place(tmp_path / "new")
+    states = began(config)
+    assert_weights(states, found)
+    for stage, (state, before) in enumerate(zip(states, found.snapshots, strict=True)):
+        for name, tensor in before.tensors.items():
+            if name.startswith("weight/codec.") or name in ("codec/sender/master",) or "codec/tokens/" in name:
+                assert torch.equal(state[name], tensor), (stage, name)
+        assert not any(tensor.any() for name, tensor in state.items() if name.startswith(("muon", "adamw")))
+    assert (config.run.origin, config.run.steps) == (f"{trained} after 4 steps", 4)
+    assert config.data.tokenizer == tmp_path / "new" / "tokenizer.json"
+    assert (config.run.origin_codec != "") == (config.codec.codec != "fp32")
+
+
+def test_another_cut_keeps_what_belongs_to_a_boundary(trained: Path, tmp_path: Path) -> None:
+    origin = begin_from(trained, {"pipeline.stages": 3, "pipeline.cut": "1,1,2"})
+    states = began(origin.place(tmp_path / "new"))
+    assert_weights(states, found := assemble(trained))
+    said = origin.boundary_lines()
+    if origin.config.codec.codec == "fp32":
+        assert said == []
+        return
+    assert said == [
+        "boundary 0, after 1 layers: is new, its codec begins untrained",
+        "boundary 1, after 2 layers: goes on as boundary 0 was",
+    ]
+    for stage, source in ((1, 0), (2, 1)):
+        for name, tensor in found.tokens[source].items():
+            own = f"weight/codec.stage_{stage}.{name}"
+            assert torch.equal(
+                states[stage].get(own, states[stage].get(f"codec/tokens/{name}", torch.zeros(()))), tensor
+            )
+
+
+def test_another_codec_begins_untrained(trained: Path, tmp_path: Path) -> None:
+    origin = begin_from(trained, {"codec.codec": "mapl:r=4"})
+    config = origin.place(tmp_path / "new")
+    assert_weights(began(config), assemble(trained))
+    assert config.run.origin_codec == ""
+    assert (config.optim.muon_lr, config.optim.adamw_lr) == (0.01, 0.02)  # those recommended for the new one
+    (line,) = origin.boundary_lines()
+    assert line.startswith("codec mapl:r=4 is another than that of")
+
+
+def test_a_swarm_that_begins_so_has_the_bits_of_one_process(trained: Path, tmp_path: Path) -> None:
+    """Also when all are set back to the first step, which is built from the settings."""
+    config = begin_from(trained, {"run.seed": 5, "checkpoint.every": 0}).place(tmp_path / "new")
+    ended = run_cluster(config, tmp_path / "swarm", [], hurry=True)
+    reference = run_reference(config, tmp_path / "reference")
+    assert ended.losses == reference.losses
+    assert ended.state_sha256 == reference.state_sha256
+    first = json.loads((trained / "stage-0.jsonl").read_text().splitlines()[2])["loss"]
+    assert ended.losses[0][0] < first  # it has learned something
+
+
+def test_a_token_table_is_part_of_the_embedding(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = tiny(SMALL | MAPL | {"run.steps": 2})
+    run_cluster(config, tmp_path / "run", [], hurry=True)
+    (tmp_path / "run" / "run.toml").write_text(dump_config(config))
+    first = OneProcess(config).stages[0]
+    new = begin_from(tmp_path / "run", {"codec.codec": "fp32"}).place(tmp_path / "new")
+    own = OneProcess(new).stages[0].model.base.embed_tokens.weight
+    assert first.model.token_table_VD is not None
+    was = assemble(tmp_path / "run").weights["model.embed_tokens.weight"]
+    assert torch.equal(own, was + first.model.token_table_VD)
+
+
+def test_a_subspace_is_multiplied_out(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = tiny(SMALL | {"codec.codec": "ssn:k=8", "run.steps": 2})
+    run_cluster(config, tmp_path / "run", [], hurry=True)
+    (tmp_path / "run" / "run.toml").write_text(dump_config(config))
+    plain = plain_model(assemble(tmp_path / "run")).weights
+    states = began(begin_from(tmp_path / "run", {"codec.codec": "mapl:r=8"}).place(tmp_path / "new"))
+    weights = {name: tensor for state in states for name, tensor in state.items()}
+    assert all(torch.equal(weights[f"weight/{name}"], tensor) for name, tensor in plain.items())
+    refused = up("--from", str(tmp_path / "run"), "--out", str(tmp_path / "other"), code=2).stderr
+    assert "codec 'ssn' starts from weights of its own" in refused
+
+
+def test_both_ends_have_to_begin_with_the_same_file(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = tiny(SMALL | CODECS["mapl"] | {"run.steps": 2})
+    run_cluster(config, tmp_path / "run", [], hurry=True)
+    (tmp_path / "run" / "run.toml").write_text(dump_config(config))
+    new = begin_from(tmp_path / "run", {}).place(tmp_path / "new")
+    path = tmp_path / "new" / FILE
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\1")
+    with pytest.raises(ModelError, match=r"is not what the run began with: its digest is .*; copy .* from the machine"):
+        OneProcess(new)
+    path.unlink()
+    with pytest.raises(ModelError, match=r"cannot read .*codec\.safetensors: No such file or directory; copy"):
+        OneProcess(new)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    config = tiny(SMALL | CODECS["identity"] | {"run.steps": 2})
+    run_cluster(config, directory, [], hurry=True)
+    (directory / "run.toml").write_text(dump_config(config))
+    return directory
+
+
+def test_a_run_from_a_run_needs_nothing_of_it(run: Path, tmp_path: Path) -> None:
+    """Its directory has all: it can be gone on with, and begun again, when the other one is gone."""
+    shutil.copytree(run, source := tmp_path / "source")
+    out = tmp_path / "new"
+    up("--from", str(source), "--out", str(out), "--steps", "3", "--seed", "9")
+    shutil.rmtree(source)
+    config = load_config(out / "run.toml")
+    assert (config.model.path, config.model.pretrained, config.run.seed) == ((out / START).resolve(), True, 9)
+    assert config.run.origin == f"{source} after 2 steps"
+    assert sorted(path.name for path in (out / START).iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    before = json.loads((out / "summary.json").read_text())
+    up("--config", str(out / "run.toml"), "--out", str(out), "--overwrite")
+    again = json.loads((out / "summary.json").read_text())
+    assert again["stages"][0]["state_sha256"] == before["stages"][0]["state_sha256"]
+    assert not list(out.glob(".*"))
+    up("--from", str(out / START), "--config", str(out / "run.toml"), "--out", str(tmp_path / "third"))
+    third = json.loads((tmp_path / "third" / "summary.json").read_text())
+    assert third["stages"][0]["state_sha256"] == before["stages"][0]["state_sha256"]
+
+
+def test_another_tokenizer_is_warned_of_and_must_fit(run: Path, tmp_path: Path) -> None:
+    own = begin_from(run, {}).tokenizer
+    assert own
+    tree = json.loads(own.read_text())
+    other, large = tmp_path / "other.json", tmp_path / "large.json"
+    other.write_text(json.dumps(tree))
+    first = len(tree["model"]["vocab"])
+    more = [{**tree["added_tokens"][0], "id": first + nth, "content": f"<|{nth}|>"} for nth in range(600 - first)]
+    tree["added_tokens"] += more
+    large.write_text(json.dumps(tree))
+    said = up("--from", str(run), "--out", str(tmp_path / "new"), "--set", f"data.tokenizer={other}").stdout
+    assert f"data.tokenizer = {other} is not the tokenizer of {run}: the same ids mean other text now" in said
+    refused = up("--from", str(run), "--out", str(tmp_path / "b"), "--set", f"data.tokenizer={large}", code=2).stderr
+    assert "the corpus has 600 token ids, the model's vocabulary 512; use the model's own tokenizer" in refused
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--from", "{dir}"], r"there is neither a run.toml nor a config.json in {dir}, so neither a run nor a model"),
+        (["--from", "{dir}/missing"], r"there is neither a run.toml nor a config.json in {dir}/missing"),
+        (["--set", "model.width=64"], "model.width = 64, but the model of the run has 32; omit it"),
+        (["--set", "model.layers=2"], "model.layers = 2, but the model of the run has 4; omit it"),
+        (["--set", "model.vocab_size=600"], "model.vocab_size = 600, but the model of the run has 512; omit it"),
+        (["--model", "150m"], "model.preset = 150m, but the model of the run has tiny; omit it"),
+        (["--model", "{dir}"], "model.path = {dir}, but --from brings a model of its own; omit one of the two"),
+        (["--sequence-length", "4096"], "data.sequence_length = 4096, but the model's context is"),
+        (["--stages", "9"], "9 stages, but the model has 4 layers; set pipeline.stages = 6 or fewer"),
+        (["--codec", "ssn"], "codec 'ssn' starts from weights of its own"),
+        (["--codec", "mapl:r=8,table=1"], "say table=0"),
+        (["--resume", "{dir}"], "--from begins a new run, --resume goes on with one; omit one of the two"),
+        (["--out", "{run}"], "the new run would replace it; choose another --out"),
+        (["--set", "run.seed=no"], "run.seed: "),
+    ],
+    ids=str,
+)
+def test_what_no_run_can_begin_from(options: list[str], said: str, run: Path, tmp_path: Path) -> None:
+    given = [option.format(dir=tmp_path, run=run) for option in options]
+    source = [] if "--from" in options else ["--from", str(run)]
+    out = [] if "--out" in options else ["--out", str(tmp_path / "a" / "b")]
+    before = sorted(run.rglob("*"))
+    done = up(*source, *out, *given, code=2)
+    assert done.stderr.count("\n") == 1
+    assert said.format(dir=tmp_path) in done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(run.rglob("*")) == before
+
+
+def test_runs_without_weights_to_begin_from(tiny: TinyConfig, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": 2})))
+    done = up("--from", str(tmp_path), "--out", str(tmp_path / "new"), code=2)
+    assert f"--from {tmp_path}: there is no checkpoint in {tmp_path / 'checkpoints'}" in done.stderr
+    (tmp_path / "run.toml").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "other", "auto_map": {}}')
+    with pytest.raises(ConfigError, match="has code of its own"):
+        begin_from(tmp_path, {})

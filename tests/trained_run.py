@@ -1,0 +1,49 @@
+"""A run's directory as a swarm leaves it, made in this process within a second: records, run.toml and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from thinpipe.node.checkpoints.manifest import Fingerprint
+from thinpipe.node.checkpoints.store import CheckpointStore
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
+from thinpipe.node.one_process import OneProcess
+from thinpipe.node.preparation import resolve_architecture, state_digest
+from thinpipe.node.stage import Stage
+
+
+def train(config: RunConfig, out: Path, *, after: Callable[[list[Stage]], None] | None = None) -> list[Stage]:
+    """Train `config` and write checkpoints after its last step; returns the stages as they stand. `after`: what is done
+    to them before that."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
+    reference = OneProcess(config, out)
+    reference.train()
+    reference.close()
+    if after:
+        after(reference.stages)
+    write_checkpoints(config, out, reference.stages)
+    return reference.stages
+
+
+def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> None:
+    """As each stage of a swarm would write its own, after the steps that are done."""
+    architecture = resolve_architecture(config)
+    for stage in stages:
+        digest = state_digest(config, architecture, stage.token_table_digest)
+        fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
+        store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
+        store.write(stage.snapshot(), generation=0, written_s=0)
+
+
+@torch.no_grad()
+def shake(stages: list[Stage]) -> None:
+    """Add noise to all that is trained, so that each part of a model counts for much after a few steps."""
+    generator = torch.Generator().manual_seed(5)
+    for stage in stages:
+        for _, parameter in stage._trained():
+            scale = 0.3 if parameter.ndim < 2 else 0.5 / parameter.shape[-1] ** 0.5
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)

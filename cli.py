@@ -23,6 +23,7 @@ from .commands.compare import compare
 from .commands.discovery import dht, status
 from .commands.export import export
 from .commands.hosting import node
+from .commands.inference import evaluate, generate
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
 from .commands.reports import summary
@@ -58,6 +59,8 @@ def options(
 
 for command in (up, export, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
     app.command()(command)
+app.command("eval")(evaluate)
+app.command()(generate)
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")
 

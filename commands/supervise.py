@@ -173,7 +173,8 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     process that ends: the supervisor itself has no use for torch, and may stay for days. As `user`, who is to read the
     model and the data. Raises SupervisorError."""
     from ..node.config_file import dump_config
-    from ..sim.launch.local_swarm import ERROR_PREFIX, node_environment
+    from ..sim.launch.local_swarm import node_environment
+    from ..sim.launch.node_ends import ERROR_PREFIX
     from ..sim.launch.privileges import known, may_not_become
     from ..sim.launch.stage_lock import SupervisorError
 
@@ -291,6 +292,13 @@ def _shared(path: Path, settings: RunConfig, given: dict[str, Any]) -> tuple[Run
     except ConfigError as error:
         fail(str(error), 2)
     if settings.digest() != shared.digest():
+        if settings.of_any_length().digest() == shared.of_any_length().digest():
+            steps = f"run.steps = {settings.run.steps}"
+            fail(
+                f"{path} has run.steps = {shared.run.steps}, here {steps}; to go on with that run, write {steps} "
+                "into it, on every machine; or name another directory",
+                2,
+            )
         fail(f"{path} is another run's: {differences(settings, shared)}; name another directory, or remove that one", 2)
     here, there = (each.model_dump(mode="json") for each in (settings, shared))
     own: list[str] = []

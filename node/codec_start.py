@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -76,19 +76,18 @@ def begin_with(
             )
         with safe_open(path, framework="pt", device="cpu") as file:
             before = layer_ranges([int(count) for count in file.metadata()["layers"].split(",")])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            kept = kept_boundaries(before, layers)
+            if tokens is not None and (source := kept.tokens[index]) is not None:
+                tokens.load_state_dict(_under(file, f"stage_{source}.tokens."))
+            if sender is not None and (old := kept.boundaries[index]) is not None:
+                _fill(sender, _under(file, f"boundary_{old}.sender."))
+                for table in _under(file, f"boundary_{old}.table").values():
+                    sender.load_state_tensors({"master": table}, None)
+            if receiver is not None and (old := kept.boundaries[index - 1]) is not None:
+                _fill(receiver, _under(file, f"boundary_{old}.receiver."))
     except (OSError, SafetensorError) as error:
         cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
         raise ModelError(f"cannot read {path}: {cause}; {remedy}") from None
-    kept = kept_boundaries(before, layers)
-    if tokens is not None and (source := kept.tokens[index]) is not None:
-        tokens.load_state_dict(_under(tensors, f"stage_{source}.tokens."))
-    if sender is not None and (old := kept.boundaries[index]) is not None:
-        _fill(sender, _under(tensors, f"boundary_{old}.sender."))
-        if (table := tensors.get(f"boundary_{old}.table")) is not None:
-            sender.load_state_tensors({"master": table}, None)
-    if receiver is not None and (old := kept.boundaries[index - 1]) is not None:
-        _fill(receiver, _under(tensors, f"boundary_{old}.receiver."))
 
 
 @torch.no_grad()
@@ -98,8 +97,9 @@ def _fill(half: nn.Module, tensors: dict[str, Tensor]) -> None:
         parameters[name].copy_(tensor)
 
 
-def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): each for name, each in tensors.items() if name.startswith(prefix)}
+def _under(file: Any, prefix: str) -> dict[str, Tensor]:
+    """Of an open file, what is called so, and nothing else of it is read."""
+    return {name.removeprefix(prefix): file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118 (no mapping)
 
 
 def _digest(path: Path) -> str:

@@ -34,7 +34,7 @@ def constrain(codec: Codec, model: StageModel, context: StageContext, all_layers
     prefix = model.causal.base_model_prefix
     parts = StageParts(
         model=model.causal,
-        embedding=f"{prefix}.embed_tokens" if model.first else None,
+        embedding=f"{prefix}.{model.parts.embedding}" if model.first else None,
         layers={number: f"{prefix}.layers.{own}" for own, number in enumerate(model.layers)},
         all_layers=all_layers,
     )

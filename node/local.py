@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from contextlib import ExitStack, closing, suppress
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ from ..sim.reports.summary import checkpoint_lines, lacking_lines, summarise, wr
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, recommended_line
 from .config_file import load_config
+from .long_preparation import SAY_AFTER_S
 from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
-from .node_process import FAILED
 from .one_process import OneProcess
 from .origin import Origin
 from .preload import fork_server
@@ -50,6 +52,7 @@ from .run_directory import (
 )
 from .run_length import length_line
 from .security.key_directory import clock, load
+from .stage_failure import FAILED
 
 
 def run_local(
@@ -109,10 +112,10 @@ def run_local(
                     held.callback(found.close)
                 else:
                     print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
-            with console.status(f"preparing {config.data.source}"):
+            with _doing(console, f"preparing {config.data.source}"):
                 text = open_run_corpus(config, out, resume=resume, changed=data_changed)
             if schedule:
-                with console.status("timing a microbatch"):
+                with _doing(console, "timing a microbatch"):
                     config = with_depth(config, schedule)
                 console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False, soft_wrap=True)
             if isolate:
@@ -234,6 +237,22 @@ def _check_one_process(config: RunConfig, *, isolate: bool, one_process: bool, k
         raise ConfigError("compute.emulate: one process has no links to wait for; omit --one-process")
     if keys is not None:
         raise ConfigError("--keys: one process has no links to secure; omit one of the two")
+
+
+@contextmanager
+def _doing(console: Console, what: str) -> Iterator[None]:
+    """Show what is being done; in a pipe or a file, where nothing can be shown for a while, as a line if it lasts."""
+    if console.is_terminal:
+        with console.status(what):
+            yield
+        return
+    line = threading.Timer(SAY_AFTER_S, console.print, [f"{what}, which may take a while"], {"highlight": False})
+    line.daemon = True
+    line.start()
+    try:
+        yield
+    finally:
+        line.cancel()
 
 
 def _watch(config: RunConfig, *, isolate: bool) -> Watch:

@@ -15,46 +15,41 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..compress.byte_format import CodecError
-from ..protocol.errors import ProtocolError
 from ..protocol.greeting import NodeIdentity
 from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from .addresses import check_listen, split_address
 from .checkpoints.manifest import Fingerprint, Manifest
-from .checkpoints.store import CheckpointError, CheckpointStore
+from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .links.dialling import Where, dial, dial_control
-from .links.link import LinkLost
 from .links.transport import listening
 from .links.transport import serving as serving_only
-from .optim import OptimizerError
 from .preparation import (
     BAD_INPUT,
     check_codec,
     check_device,
     check_link,
     prepare,
+    prepare_corpus,
     resolve_architecture,
     state_digest,
 )
 from .recovery_loop import RecoveryLoop
-from .run_corpus import open_run_corpus
+from .run_corpus import corpus_of_run, kept_tokenizer
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
-from .stage_state import StateError
+from .stage_failure import FAILED, StageFailed, first_of
 from .watching.views import Watching
 from .worker_thread import Reporter
 
 if TYPE_CHECKING:
+    from .data import Corpus
     from .discovery.membership import Membership
-
-# A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
-FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 
 
 class NodeError(RuntimeError):
@@ -73,7 +68,7 @@ class Stopped(RuntimeError):
     """A signal that ends the node at once."""
 
 
-EXIT_CODES = {BAD_INPUT: 2, (*FAILED, ParentGone): 1, (Stopped,): 130}
+EXIT_CODES = {BAD_INPUT: 2, (*FAILED, StageFailed, ParentGone): 1, (Stopped,): 130}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +156,7 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
             raise Stopped(str(told) or words_for(signal.SIGINT)) from None
         metrics.write("exit", exit_code=0)
     except Exception as error:
-        cause = _first(error)
+        cause = first_of(error)
         exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
         line = str(cause) or type(cause).__name__
         if isinstance(cause, Stopped):  # which is no fault
@@ -198,13 +193,6 @@ def _records(config: RunConfig, stage: int, options: NodeOptions) -> tuple[Watch
         raise NodeError(f"no records can be written to {path}: {error.strerror}; choose another --out", 2) from None
 
 
-def _first(error: Exception) -> Exception:
-    """What began it: tasks that were ended by it come later in its group, if at all."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 async def _run(
     config: RunConfig,
     index: int,
@@ -223,23 +211,9 @@ async def _run(
         stages=config.pipeline.stages,
         incarnation=options.membership.record.incarnation if options.membership else secrets.randbits(63),
     )
-    run_corpus = None
-    if index == 0:
-        run_corpus = open_run_corpus(config, options.out, resume=options.resume, changed=options.data_changed)
-        if not options.resume:
-            run_corpus.keep(options.out)
-    record = run_corpus and run_corpus.record
-    fingerprint = Fingerprint(
-        run=config.run.name,
-        configuration=state_digest(config, resolve_architecture(config), stage.token_table_digest),
-        stages=config.pipeline.stages,
-        corpus=record.corpus if record else "",
-        tokenizer=record.tokenizer if record else "",
-    )
-
-    def check_known(manifests: list[Manifest]) -> None:
-        if run_corpus:
-            run_corpus.check(manifests).keep(options.out)
+    written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
+    fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
+    kept = kept_tokenizer(options.out) if index == 0 and options.resume else None
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -254,21 +228,29 @@ async def _run(
     def where() -> str | Where:
         return membership.where(below, on_fault) if membership else addresses.next or ""
 
+    checkpoints = config.checkpoint.path(options.out)
+    store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
+
+    def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
+        given = {"resume": options.resume, "changed": options.data_changed}
+        found = corpus_of_run(corpus, config, options.out, **given).check(manifests)
+        found.keep(options.out)
+        if record := found.record:
+            store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
+
     recovery_loop = RecoveryLoop(
         config,
         stage,
         identity,
         joining=options.resume,
         rebuild=lambda: prepare(config, index)[0],
-        store=CheckpointStore(
-            config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
-        ),
+        store=store,
         dial=lambda link: dial(where(), link, **waits),
-        corpus=run_corpus and run_corpus.corpus,
+        open_corpus=(lambda: prepare_corpus(config, kept)) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
-        check_known=check_known,
+        accept_corpus=accept_corpus,
     )
     async with AsyncExitStack() as open_ends:
         methods = membership.methods(on_fault) if membership else {}
@@ -295,21 +277,34 @@ async def _run(
         work = recovery_loop.run()
         if stage.downstream_endpoint:
             calling = dial_control(where(), recovery_loop.control, **waits)
-            work = _while_calling(
-                work, calling, lambda: link.greeting_timeout_s if recovery_loop.control.finished else 0
-            )
-        await _first_to_end(work, *endless)
+            said = recovery_loop.control.said_last_word
+            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if said("below") else 0)
+        try:
+            await _first_to_end(work, *endless)
+        except (Stopped, ParentGone):
+            raise
+        except Exception as error:  # also of what runs beside the stage
+            await recovery_loop.farewell(error)
+            raise
 
 
 async def _while_calling(
     work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: Callable[[], float]
 ) -> None:
-    """Wait for the work, and a little for the call to end after it; the failure of either ends the other."""
-    async with asyncio.TaskGroup() as group:
-        call = group.create_task(calling)
-        await group.create_task(work)
+    """Wait for the work, and a little for the call to end after it, so that the last word arrives. What the work raises
+    comes first; the failure of the call ends the work."""
+    job, call = asyncio.ensure_future(work), asyncio.ensure_future(calling)
+    try:
+        done, _ = await asyncio.wait([job, call], return_when=asyncio.FIRST_COMPLETED)
+        if job not in done:
+            call.result()
+            await asyncio.wait([job])
         await asyncio.wait([call], timeout=grace_s())
-        call.cancel()
+        job.result()
+    finally:
+        for task in (job, call):
+            task.cancel()
+        await asyncio.gather(job, call, return_exceptions=True)
 
 
 async def _until_signal(drain: Callable[[], bool]) -> None:

@@ -30,11 +30,10 @@ from ..sim.reports.metrics_address import MetricsAddress
 from ..sim.reports.summary import dense_bytes_one_way
 from .boundary.endpoints import Encoded
 from .config import RunConfig
-from .data import vocabulary_size
 from .links.outgoing import chunk_bytes_for
 from .measuring.message_sizes import accounted
-from .model import check_sliceable, resolve_model
-from .preparation import check_codec, check_device, prepare_corpus
+from .model import check_sliceable
+from .preparation import check_codec, check_device, prepare_corpus, resolve_architecture
 from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .stage import Stage
 from .stage_costs import stage_layers
@@ -51,11 +50,10 @@ class OneProcess:
         torch.set_num_threads(1)
         check_device(config)
         self.config = config
-        self.corpus = prepare_corpus(config)
-        vocab = vocabulary_size(config.data, config.model.vocab_size)
-        architecture = resolve_model(config.model, vocab_size=vocab, sequence_length=config.data.sequence_length)
+        architecture = resolve_architecture(config)
         check_codec(config, architecture)
         check_sliceable(architecture, stage_layers(config, architecture))
+        self.corpus = prepare_corpus(config)
         self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]

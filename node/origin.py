@@ -33,13 +33,14 @@ from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
 from .data import DataError
 from .export.portable_model import ExportError, plain_model
-from .preparation import prepare_vocabulary
+from .preparation import check_settings, prepare_vocabulary
 from .run_corpus import kept_tokenizer
 from .stage_costs import stage_layers
 
 # Of a run, what is not the next one's.
 OWN = {"run": {"extended", "origin", "origin_codec"}, "checkpoint": {"directory"}}
 OWN |= {"model": {"preset", "path", "pretrained", "vocab_size", "layers", "width"}}
+NO_WISH = {"model.pretrained", *(f"run.{name}" for name in OWN["run"])}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -55,29 +56,30 @@ class Origin:
     lines: list[str] = field(default_factory=list)
 
     def place(self, directory: Path) -> RunConfig:
-        """Write what the new run begins with into `directory`, which is made; returns its settings. Raises ConfigError
-        for a disk that does not take it."""
+        """Write what the new run begins with into `directory`, which is made; returns its settings, which are checked
+        before the weights are written. Raises ConfigError for a disk that does not take it, and what `BAD_INPUT`
+        names."""
         if self.found is None:
             return self.config
-        codec_digest = ""
         try:
             directory.mkdir(parents=True)
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
-            weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
-            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if self.tokenizer:
                 shutil.copyfile(self.tokenizer, directory / "tokenizer.json")
+            check_settings(self.placed(self.config, directory))
+            weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
+            save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if _same_codec(self.found.config, self.config):
                 layers = stage_layers(self.found.config, self.found.architecture)
-                codec_digest = write_codec_start(self.found, layers, directory)
+                digest = write_codec_start(self.found, layers, directory)
+                run = self.config.run.model_copy(update={"origin_codec": digest})
+                self.config = self.config.model_copy(update={"run": run})
         except ExportError as error:
             raise ConfigError(f"{self.source}: {error}; no run can begin from it") from None
         except (OSError, SafetensorError) as error:
             cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
             raise ConfigError(f"cannot write {directory}: {cause}; choose another --out") from None
-        run = self.config.run.model_copy(update={"origin_codec": codec_digest})
-        self.config = self.config.model_copy(update={"run": run})
         return self.placed(self.config, directory)
 
     def placed(self, config: RunConfig, directory: Path) -> RunConfig:
@@ -107,18 +109,14 @@ class Origin:
 
 def begin_from(source: Path, given: dict[str, Any]) -> Origin:
     """A new run from `source`, with these settings (`section.key` -> value). Raises ConfigError for what is neither a
-    run nor a model, and for settings of another model;
-    CheckpointError for a run without whole checkpoints; DataError for a tokenizer that is not there."""
-    given = {name: value for name, value in given.items() if name.partition(".")[2] not in OWN["run"]}
-    same = "model.path" in given and Path(given["model.path"]).expanduser().resolve() == source.resolve()
-    for name, agrees in (("model.path", same), ("model.pretrained", given.get("model.pretrained") is True)):
-        if name in given and not agrees:
-            raise ConfigError(f"{name} = {given[name]}, but --from brings a model of its own; omit one of the two")
-    given = {name: value for name, value in given.items() if name not in ("model.path", "model.pretrained")}
-    if same:  # a run.toml that begins from there says a preset too, which nobody reads
-        given.pop("model.preset", None)
+    run nor a model, and for settings of another model; CheckpointError for a run without whole checkpoints; DataError
+    for a tokenizer that is not there."""
+    # What a whole run.toml says of its own beginning is no wish.
+    given = {name: value for name, value in given.items() if name not in NO_WISH}
     if (source / "run.toml").is_file():
-        return _from_run(source, given)
+        run = load_config(source / "run.toml")
+        return _from_run(source, run, _without_path(given, source, run.model.path))
+    given = _without_path(given, source)
     if (source / "config.json").is_file():
         return _from_directory(source, given)
     raise ConfigError(
@@ -143,8 +141,19 @@ def _from_directory(source: Path, given: dict[str, Any]) -> Origin:
     return Origin(source=source, config=parse_config(merge({}, given | first)), lines=lines)
 
 
-def _from_run(source: Path, given: dict[str, Any]) -> Origin:
-    run = load_config(source / "run.toml")
+def _without_path(given: dict[str, Any], *own: Path | None) -> dict[str, Any]:
+    """Without a model.path that is where the model comes from anyway. Raises ConfigError for another one."""
+    if "model.path" not in given:
+        return given
+    wanted = Path(given["model.path"]).expanduser().resolve()
+    if wanted not in [each.resolve() for each in own if each]:
+        raise ConfigError(
+            f"model.path = {given['model.path']}, but --from brings a model of its own; omit one of the two"
+        )
+    return {name: value for name, value in given.items() if name not in ("model.path", "model.preset")}
+
+
+def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     report: list[str] = []
     found = assemble(source, report=report.append)
     given = _without_shape(run, found, given)

@@ -1,13 +1,15 @@
 """From settings to a stage and its data, or to one line that says what cannot work.
 
 Nodes, runs on this machine, benchmarks and plans begin here, so that all refuse the same settings in the same words;
-what BAD_INPUT names is for the user to correct. The order is by cost: spellings first, then the model's shape, and
-only then the weights and the text, which take minutes.
+what BAD_INPUT names is for the user to correct. The order is by cost: spellings first, then the model's shape and the
+headers of its checkpoint, and only then the weights and the text, which take minutes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +25,7 @@ from .data import Corpus, DataError, Vocabulary, open_corpus, open_vocabulary, v
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
-from .model import ModelError, architecture_digest, check_sliceable, resolve_model, was_tied
+from .model import ModelError, architecture_digest, check_checkpoint, check_sliceable, resolve_model, was_tied
 from .security.key_directory import KeysError
 from .stage import Stage
 from .stage_costs import stage_layers
@@ -36,15 +38,29 @@ if TYPE_CHECKING:
 BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
 
 
+COMPILERS = ("g++", "clang++")  # what torch.compile looks for, if CXX names none
+C_COMPILERS = ("gcc", "clang", "cc")  # on a GPU, where Triton builds what starts a kernel, if CC names none
+
+
 def check_device(config: RunConfig) -> None:
-    """Raises ConfigError for a device that is not there."""
+    """Raises ConfigError for a device that is not there, or cannot be computed on as `compute` says."""
     try:
         device = torch.device(config.compute.device)
     except RuntimeError:
-        raise ConfigError(f"compute.device '{config.compute.device}' is unknown; use cpu, cuda or cuda:N") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"compute.device '{config.compute.device}' is unknown; use cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(f"compute.device '{device}' is not on this machine, which has {count} of them; use cpu")
+    if config.compute.compile and not config.compute.emulate:
+        variable, known = ("CXX", COMPILERS) if device.type == "cpu" else ("CC", C_COMPILERS)
+        named = os.environ.get(variable)
+        if not any(map(shutil.which, (named,) if named else known)):
+            raise ConfigError(
+                f"compute.compile needs a compiler, and this machine has no {named or ' or '.join(known)}; install "
+                f"one (apt-get install g++), name it in {variable}, or leave compute.compile out"
+            )
 
 
 def check_link(config: RunConfig) -> None:
@@ -86,8 +102,19 @@ def check_settings(config: RunConfig) -> int:
     check_link(config)
     architecture = resolve_architecture(config)
     check_codec(config, architecture)
-    check_layers(config, architecture)
+    check_model(config, architecture)
     return architecture.hidden_size
+
+
+def check_model(config: RunConfig, architecture: PretrainedConfig) -> None:
+    """Raises ModelError or ConfigError for a model that cannot be cut into these stages, not for this codec, or whose
+    checkpoint is of another. Presets are known to be exact; each node tries its own all the same (`prepare`)."""
+    check_layers(config, architecture)
+    if config.model.path is None or config.compute.emulate:
+        return
+    check_sliceable(architecture, stage_layers(config, architecture))
+    if config.model.pretrained:
+        check_checkpoint(architecture, config.model.path)
 
 
 def check_layers(config: RunConfig, architecture: PretrainedConfig) -> None:
@@ -136,14 +163,23 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     """The model's, with the vocabulary of its text, which an emulated run does not read. Raises what BAD_INPUT
     names."""
     settings = config.model
+    vocab: int | None
     if config.compute.emulate:
         machine = EmulatedMachine.parse(config.compute.emulate)
         if machine.stages != config.pipeline.stages:
             raise ConfigError(f"compute.emulate {config.compute.emulate}: pipeline.stages is {config.pipeline.stages}")
         vocab = settings.vocab_size or VOCABULARY
+    elif _brings_vocabulary(config):
+        vocab = None
     else:
         vocab = vocabulary_size(config.data, settings.vocab_size)
     return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
+
+
+def _brings_vocabulary(config: RunConfig) -> bool:
+    """Whether model and tokenizer come as they are. Published pairs often differ by a few ids that no text has, so then
+    the ids of the text count (`data.tokens`), not those of the tokenizer."""
+    return config.model.path is not None and config.data.tokenizer is not None
 
 
 def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
@@ -151,8 +187,8 @@ def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
     Raises DataError, also when the held-out set asked for is not there."""
     if config.compute.emulate:
         return EmptyCorpus(config)
-    vocab = vocabulary_size(config.data, config.model.vocab_size)
-    corpus = open_corpus(config.data, vocab_size=vocab, seed=config.run.seed, tokenizer=tokenizer)
+    size, seed = _ids_of_model(config), config.run.seed
+    corpus = open_corpus(config.data, vocab_size=size, seed=seed, tokenizer=tokenizer)
     needed = config.evaluation_microbatches * config.microbatch_size
     if corpus.heldout_sequences < needed:
         raise DataError(
@@ -165,5 +201,10 @@ def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
 def prepare_vocabulary(config: RunConfig, tokenizer: Path | None = None) -> Vocabulary:
     """The tokenizer that the run's text was coded with: `tokenizer`, what the run has kept (`node.run_corpus`), where
     the settings name none. Raises DataError."""
-    size = vocabulary_size(config.data, config.model.vocab_size)
-    return open_vocabulary(config.data, vocab_size=size, tokenizer=tokenizer)
+    return open_vocabulary(config.data, vocab_size=_ids_of_model(config), tokenizer=tokenizer)
+
+
+def _ids_of_model(config: RunConfig) -> int:
+    if _brings_vocabulary(config):
+        return resolve_architecture(config).vocab_size
+    return vocabulary_size(config.data, config.model.vocab_size)

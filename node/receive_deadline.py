@@ -6,7 +6,8 @@ or its disk. The deadline allows several times the longest round of work so far,
 link. Before the first round is done no such time is known, so there is a minimum.
 
 While any stage of the run is missing, however far away, no neighbour can be blamed for being late: the wait begins
-again when all are there. Why not one constant: what is generous on a laptop is short for a stage of billions of
+again when all are there. A stage that is there and prepares its data (stage 0 tokenises a large corpus for hours) is
+waited for as long as it says so. Why not one constant: what is generous on a laptop is short for a stage of billions of
 parameters.
 """
 
@@ -22,7 +23,8 @@ TIMES = 10.0  # the longest round so far
 
 class ReceiveDeadline:
     """transfer_s: what a step's bytes take on a link. fixed_s: the user's own deadline instead of a computed one.
-    missing_s: for how long somebody has been missing (0: nobody is), and how long ago the last such time ended."""
+    missing_s: for how long somebody has been missing (0: nobody is), and how long ago the last such time ended.
+    prepared_ago_s: how long ago a stage was last known to prepare its data (0: one does)."""
 
     def __init__(
         self,
@@ -31,15 +33,17 @@ class ReceiveDeadline:
         fixed_s: float | None = None,
         replacement_s: float = 1800.0,
         missing_s: Callable[[], tuple[float, float]] = lambda: (0.0, float("inf")),
+        prepared_ago_s: Callable[[], float] = lambda: float("inf"),
     ) -> None:
         self._transfer_s, self._fixed_s, self._replacement_s = transfer_s, fixed_s, replacement_s
-        self._missing_s = missing_s
+        self._missing_s, self._prepared_ago_s = missing_s, prepared_ago_s
         self._longest_s = 0.0
 
     def observe(self, seconds: float) -> None:
-        """A round of work (a step, an evaluation) is done. One in which somebody was missing says nothing of work."""
+        """A round of work (a step, an evaluation) is done. One in which somebody was missing, or prepared its data,
+        says nothing of work."""
         since_s, ago_s = self._missing_s()
-        if since_s or ago_s < seconds:
+        if since_s or ago_s < seconds or self.was_preparing(seconds):
             return
         self._longest_s = max(seconds, self._longest_s)
 
@@ -51,6 +55,13 @@ class ReceiveDeadline:
         return max(LEAST_S, TIMES * self._longest_s) + TIMES * self._transfer_s
 
     def extend(self, waited_s: float) -> bool:
-        """After a wait of `waited_s` without a message: whether to wait again, because a stage is or was missing."""
+        """After a wait of `waited_s` without a message: whether to wait again, because a stage is or was missing, or
+        prepares its data."""
+        if self.was_preparing(waited_s):
+            return True
         since_s, ago_s = self._missing_s()
         return since_s < self._replacement_s if since_s else ago_s < waited_s
+
+    def was_preparing(self, waited_s: float) -> bool:
+        """Whether, in the last so many seconds, a stage has prepared its data."""
+        return self._prepared_ago_s() < waited_s

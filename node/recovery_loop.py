@@ -25,7 +25,7 @@ from typing import Any
 from ..protocol.control_messages import CopyFrame, CopyPart
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
-from ..protocol.rollback_actions import ChooseEnd, EndAfter, Leave, Side, Start, Stop
+from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
 from ..sim.reports.wording import counted
@@ -40,10 +40,12 @@ from .free_memory import give_back_free_memory
 from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link
+from .long_preparation import LongPreparation
 from .receive_deadline import ReceiveDeadline
 from .run_records import MetricsWriter, Tracer
 from .run_totals import RunTotals
 from .stage import Stage
+from .stage_failure import Farewell, StageFailed
 from .stage_state import StageSnapshot
 from .training_loop import TrainingLoop
 from .worker_thread import Reporter, Worker
@@ -58,9 +60,10 @@ class RecoveryLoop:
     """Stage `stage.index` from its first generation to its last.
 
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
-    anew, as it is before the first step. `check_known` is given the manifests of the checkpoints that a joining node
-    could go on from, and raises what is wrong with them. Raises that, what `node.training_loop.TrainingLoop` does, and
-    TimeoutError if no new generation is agreed in time.
+    anew, as it is before the first step. `open_corpus`, of stage 0, may take hours; `accept_corpus` is given what it
+    opened and the manifests of the checkpoints that this node could go on from, and raises what is wrong with them.
+    Raises that, what `node.training_loop.TrainingLoop` and `open_corpus` do, TimeoutError if no new generation is
+    agreed in time, and StageFailed if another stage has failed.
     """
 
     def __init__(
@@ -73,22 +76,23 @@ class RecoveryLoop:
         rebuild: Callable[[], Stage],
         store: CheckpointStore,
         dial: Dial | None,
-        corpus: Corpus | None,
+        open_corpus: Callable[[], Corpus] | None,
         metrics: MetricsWriter,
         tracer: Tracer,
         on_fault: Reporter,
-        check_known: Callable[[list[Manifest]], None] | None = None,
+        accept_corpus: Callable[[Corpus, list[Manifest]], None] | None = None,
     ) -> None:
         self.config, self.stage = config, stage
         self.committed = 0  # steps, in the newest checkpoint on disk
         self.link_above: Link | None = None
         self._identity, self._joining = identity, joining
         self._rebuild, self._store, self._dial = rebuild, store, dial
-        self._corpus, self._metrics, self._tracer, self._on_fault = corpus, metrics, tracer, on_fault
-        self._check_known = check_known
+        self._open_corpus, self._corpus, self._accept_corpus = open_corpus, None, accept_corpus
+        self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
+        self._end_asked = asyncio.Event()
         self._node: TrainingLoop | None = None
         self._training: asyncio.Task[None] | None = None
         self._totals = RunTotals()
@@ -104,14 +108,17 @@ class RecoveryLoop:
         self.control = Control(
             self.machine,
             heartbeat_timeout_s=heartbeat_timeout_s(profile, config.link.chunk_bytes),
-            on_effect=self._effects.put_nowait,
+            on_effect=self._wanted,
             sent=self._sent,
         )
+        self._farewell = Farewell(self.control, metrics)
+        self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics)
         self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
             fixed_s=config.link.progress_timeout_s,
             replacement_s=config.link.replacement_timeout_s,
             missing_s=self.control.missing_s,
+            prepared_ago_s=self._preparing.ago_s,
         )
         # Between two generations there are no links.
         self._idle_wires = {side: Shaper(profile.applied) for side in self._sent}
@@ -134,25 +141,49 @@ class RecoveryLoop:
     async def run(self) -> None:
         """Returns when every stage has finished."""
         self._loop = asyncio.get_running_loop()
+        watching = asyncio.create_task(self._preparing.watch())
         try:
+            if self._open_corpus:
+                self._corpus = await self._preparing.run(self._open_corpus, unless=self._end_asked)
+                if self._corpus is None:  # all end, without another step
+                    self.control.act(self.machine.end_after(self.machine.completed))
             if self._joining:
                 link = self.config.link
                 if await self._copies.fetch(
                     self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
                 ):
                     self._known = await asyncio.to_thread(self._on_disk)
-                if self._check_known:
-                    self._check_known([self._store.manifest(step) for step in self._known])
+                self._accept([self._store.manifest(step) for step in self._known])
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
+                self._accept([])
                 self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
+        except Exception as error:
+            await self.farewell(error)
+            raise
         finally:
+            watching.cancel()
             await self._break_off()
             await self._copies.close()
             # What was submitted is written; its records come before the end.
             await asyncio.to_thread(self._writer.close)
+
+    def _accept(self, known: list[Manifest]) -> None:
+        if self._corpus and self._accept_corpus:
+            self._accept_corpus(self._corpus, known)
+
+    async def farewell(self, error: Exception) -> None:
+        """The node ends with this: record it, and tell the other stages, so that they end with it too. Waits for
+        `FAREWELL_S` at most; does nothing the second time."""
+        links: dict[Side, Link | None] = {"above": self._node.above, "below": self._node.below} if self._node else {}
+        await self._farewell.say(error, there={side for side, link in links.items() if link and link.session.peer})
+
+    def _wanted(self, effect: Wanted) -> None:
+        self._effects.put_nowait(effect)
+        if isinstance(effect, ChooseEnd):
+            self._end_asked.set()
 
     async def _next(self) -> bool:
         """Wait for whatever comes first and do it; True when this node may leave."""
@@ -164,6 +195,8 @@ class RecoveryLoop:
         done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             wanted.cancel()
+            if self._deadline.was_preparing(timeout_s or 0.0):
+                return False
             if self.machine.phase is not RollbackPhase.RUNNING:
                 raise TimeoutError(self._late(timeout_s))
             line = f"this stage has finished; it waited {timeout_s:g} s to hear that the others have, and leaves"
@@ -195,6 +228,8 @@ class RecoveryLoop:
                 print(f"the run stops after {counted(end.completed, 'step')} and can be resumed", flush=True)
                 if self._node:
                     self._node.end_after(end.completed)
+            case End(failure=failure):
+                raise StageFailed(failure)
             case Leave():
                 return True
         return False
@@ -215,10 +250,8 @@ class RecoveryLoop:
         training.result()
         if self.config.checkpoint.every and self.stage.completed not in self._snapshots:
             await self._keep(await asyncio.to_thread(self.stage.snapshot))
-        ends = {"above": self.stage.first, "below": self.stage.last}
-        if not all(met.is_set() for side, met in self.control.met.items() if not ends[side]):
-            return True  # no neighbour is there that could need this stage again
         await self._written_out()  # a stage says that it has finished only when nothing is left to write
+        # Whoever has not been met on the control stream yet is waited for too: it may need to be told of the end.
         self.control.act(self.machine.finished())
         return False
 

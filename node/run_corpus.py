@@ -96,10 +96,15 @@ class RunCorpus:
 
 
 def open_run_corpus(config: RunConfig, out: Path, *, resume: bool, changed: bool = False) -> RunCorpus:
-    """The text of the run whose records are in `out`. resume: what was kept there has to agree with it. Raises
-    DataError."""
+    """Open the text of the run whose records are in `out`, and `corpus_of_run`. Raises DataError."""
+    corpus = prepare_corpus(config, kept_tokenizer(out) if resume else None)
+    return corpus_of_run(corpus, config, out, resume=resume, changed=changed)
+
+
+def corpus_of_run(corpus: Corpus, config: RunConfig, out: Path, *, resume: bool, changed: bool = False) -> RunCorpus:
+    """An open corpus as that of the run whose records are in `out`. resume: what was kept there has to agree with it.
+    Raises DataError."""
     kept = read_record(out) if resume else None
-    corpus = prepare_corpus(config, kept_tokenizer(out) if kept else None)
     if not corpus.digest:
         return RunCorpus(corpus=corpus, record=None)
     digest = hashlib.sha256(corpus.tokenizer_json).hexdigest()

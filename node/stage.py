@@ -201,15 +201,19 @@ class Stage:
         """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
         ids = torch.from_numpy(ids_BS.astype(np.int64)).to(self.device)
         inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
+        out = self._computed(inputs_BT, z_in)
+        if not self.last:
+            return out
+        return F.cross_entropy(out.flatten(0, 1), targets_BT.flatten(), reduction="sum")
+
+    def _computed(self, inputs_BT: Tensor, z_in: Tensor | None) -> Tensor:
+        """z for the next stage, or the last one's logits (B, T, V)."""
         # The codec stays out of autocast: a projector rounded to bfloat16 is off the manifold.
         with self.tokens.once() if isinstance(self.tokens, Anchors) else nullcontext():
             hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
             with self._precision():
                 out = self.model(hidden)
-            if not self.last:
-                return self.sender.encode(out.to(self.dtype), inputs_BT)
-        logits_NV = out.flatten(0, 1).to(self.dtype)
-        return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum")
+            return out.to(self.dtype) if self.last else self.sender.encode(out.to(self.dtype), inputs_BT)
 
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
@@ -310,6 +314,12 @@ class Stage:
         """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)
+
+    @torch.no_grad()
+    def infer(self, inputs_BT: Tensor, received: ReceivedTensor | None) -> Encoded | Tensor:
+        """As `evaluate`, of tokens without targets: what to send on, or the last stage's logits (B, T, V)."""
+        out = self._computed(inputs_BT, self._accept(received))
+        return out if self.last else self._encoded(out)
 
     def measures(self) -> dict[str, float]:
         """Figures of what the codecs learned here since the last call: the projector and the codebook of activations

@@ -32,13 +32,15 @@ class Heartbeat:
 
     missing: 1 + the stage, on my other side, that nobody serves at present, so that who waits knows for whom; 0: all
     are there. copied_steps: the least, over me and all on my other side, of the newest state that a neighbour has a
-    copy of, so that all keep what would go with it; 0: somebody has none.
+    copy of, so that all keep what would go with it; 0: somebody has none. preparing: 1 + the nearest stage, me or one
+    on my other side, that still prepares its data, so that the others wait for it; 0: none.
     """
 
     generation: int
     completed_steps: int
     missing: int = 0
     copied_steps: int = 0
+    preparing: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,15 @@ class LastStep:
     """All end when so many steps are completed."""
 
     completed_steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failed:
+    """That stage has failed after so many completed steps, and so the run ends: all leave, and can say why."""
+
+    stage: int
+    completed_steps: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,8 +154,18 @@ class CopyDeclined:
 
 CopyFrame = CopiesHeld | CopyOffer | CopyProgress | CopyPart | CopyWanted | CopyDeclined
 ControlFrame = (
-    Heartbeat | StartViewChange | DoViewChange | StartView | Finished | AllFinished | Drain | LastStep | CopyFrame
+    Heartbeat
+    | StartViewChange
+    | DoViewChange
+    | StartView
+    | Finished
+    | AllFinished
+    | Drain
+    | LastStep
+    | Failed
+    | CopyFrame
 )
+LAST_WORDS = (AllFinished, Failed)  # after either its sender says no more
 
 CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
     "heartbeat": (Heartbeat, pb.Heartbeat),
@@ -155,6 +176,7 @@ CONTROL: dict[str, tuple[type[ControlFrame], type[Any]]] = {
     "all_finished": (AllFinished, pb.AllFinished),
     "drain": (Drain, pb.Drain),
     "last_step": (LastStep, pb.LastStep),
+    "failed": (Failed, pb.Failed),
     "copies_held": (CopiesHeld, pb.CopiesHeld),
     "copy_offer": (CopyOffer, pb.CopyOffer),
     "copy_progress": (CopyProgress, pb.CopyProgress),

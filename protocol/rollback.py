@@ -18,6 +18,10 @@ At the end there are two more waves: Finished upwards, AllFinished downwards. No
 stage that has finished may be needed again by one that has not. A node that has to leave earlier asks upwards (Drain).
 Stage 0 alone knows which step is under way; it answers downwards after which step all end (LastStep).
 
+A stage that fails for a reason of its own says it both ways (Failed), and all end with that reason. It would be waited
+for in vain otherwise, or fail in the same way again. Only a member of the generation can say so: a process that has yet
+to take a place, with the wrong settings or no disk, must not end a run that waits for a better one.
+
 Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
 them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
 of Viewstamped Replication (Liskov & Cowling, MIT-CSAIL-TR-2012-021), with a chain for a quorum.
@@ -34,6 +38,7 @@ from .control_messages import (
     ControlFrame,
     DoViewChange,
     Drain,
+    Failed,
     Finished,
     Heartbeat,
     LastStep,
@@ -44,7 +49,7 @@ from .errors import Fault, RemoteProtocolError
 from .greeting import NodeIdentity, check_handshake
 from .heartbeat_figures import HeartbeatAggregate
 from .messages import Frame, Greeting
-from .rollback_actions import SIDES, ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
+from .rollback_actions import SIDES, ChooseEnd, Effect, End, EndAfter, Leave, Send, Side, Start, Stop
 
 GENERATIONS_AHEAD_MAX = 2**20  # a stage may have missed some; more is no run's number
 STEPS_LISTED_MAX = 32  # steps that one stage offers; the newest, and 0
@@ -85,6 +90,7 @@ class Rollback:
         self._said_finished = False
         self._draining = False
         self.end: int | None = None  # all end when so many steps are completed
+        self.failure: Failed | None = None  # why the run ends
 
     def greeting(self) -> Greeting:
         """The first frame on a connection."""
@@ -102,6 +108,8 @@ class Rollback:
         self.peers[side] = peer.incarnation
         self._member_of[side] = None if peer.joining else peer.generation
         self.heartbeats.meet(side)
+        if self.failure:
+            return [Send(side=side, frame=self.failure)]
         effects: list[Effect] = []
         if self.phase is RollbackPhase.RUNNING:
             if peer.joining or peer.generation != self.generation:
@@ -120,6 +128,10 @@ class Rollback:
         """Raises RemoteProtocolError if `peer` is not the neighbour on that side, or not the one any more."""
         stage = self.identity.beside(side)
         check_handshake(peer, self.identity, stage)
+        if self.failure and peer.joining:  # it begins what comes after this
+            raise RemoteProtocolError(
+                Fault.STOPPED, f"stage {self.failure.stage} has failed, and this process ends with it; dial again"
+            )
         if (
             not peer.joining
             and self.members
@@ -180,6 +192,8 @@ class Rollback:
                 return self.drain()
             case LastStep(), "above":
                 return self.end_after(frame.completed_steps)
+            case Failed(), _:
+                return self._take_failed(side, frame)
             case AllFinished(), "above":
                 if not self._said_finished:
                     raise RemoteProtocolError(Fault.UNEXPECTED, "AllFinished before this stage has sent Finished")
@@ -206,6 +220,15 @@ class Rollback:
         """This stage has done all its steps."""
         self._finished_here = True
         return self._advance()
+
+    def fail(self, reason: str) -> list[Effect]:
+        """This stage itself has failed, for this reason (printable, of bounded length), and leaves. No effect from a
+        process that is no member, after the end, or where another stage has failed already."""
+        if self.failure or self.joining or self.phase is RollbackPhase.FINISHED:
+            return []
+        stage = self.identity.stage
+        self.failure = failure = Failed(stage=stage, completed_steps=self.completed, reason=reason)
+        return [*self._tell("above", failure), *self._tell("below", failure)]
 
     def drain(self) -> list[Effect]:
         """This node, or one below it, has to leave."""
@@ -276,6 +299,20 @@ class Rollback:
                 f"a StartView after {start_view.completed_steps} steps, never offered by stage {self.identity.stage}",
             )
         return self._apply(start_view)
+
+    def _take_failed(self, side: Side, failure: Failed) -> list[Effect]:
+        mine, peer = self.identity.stage, self.peers[side]
+        beyond = range(mine) if side == "above" else range(mine + 1, self.identity.stages)
+        if failure.stage not in beyond:
+            raise RemoteProtocolError(Fault.MALFORMED, f"from {side}, stage {failure.stage} cannot have failed")
+        member = self.members and peer == self.members[self.identity.beside(side)]
+        if not member and self._member_of[side] is None:
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a Failed frame from {side}, by a process in no generation")
+        if self.failure or self.phase is RollbackPhase.FINISHED:
+            return []
+        self.failure = failure
+        other: Side = "below" if side == "above" else "above"
+        return [*self._tell(other, failure), End(failure=failure)]
 
     def _advance(self) -> list[Effect]:
         """Say upwards, or at stage 0 decide, what can be said or decided now."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .control_messages import ControlFrame
+from .control_messages import ControlFrame, Failed
 
 Side = Literal["above", "below"]
 SIDES: tuple[Side, Side] = ("above", "below")
@@ -55,4 +55,11 @@ class EndAfter:
     completed: int
 
 
-Effect = Send | Stop | Start | Leave | ChooseEnd | EndAfter
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """Another stage has failed, and the run ends: leave, and say why."""
+
+    failure: Failed
+
+
+Effect = Send | Stop | Start | Leave | ChooseEnd | EndAfter | End

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined", "failed")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class Frame(_message.Message):
     COPY_PART_FIELD_NUMBER: _ClassVar[int]
     COPY_WANTED_FIELD_NUMBER: _ClassVar[int]
     COPY_DECLINED_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     refusal: Refusal
     chunk: Chunk
@@ -46,7 +47,8 @@ class Frame(_message.Message):
     copy_part: CopyPart
     copy_wanted: CopyWanted
     copy_declined: CopyDeclined
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ...) -> None: ...
+    failed: Failed
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
     __slots__ = ("protocol_version", "run_id", "generation", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
@@ -137,16 +139,18 @@ class Goodbye(_message.Message):
     def __init__(self) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("generation", "completed_steps", "missing", "copied_steps")
+    __slots__ = ("generation", "completed_steps", "missing", "copied_steps", "preparing")
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     COPIED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PREPARING_FIELD_NUMBER: _ClassVar[int]
     generation: int
     completed_steps: int
     missing: int
     copied_steps: int
-    def __init__(self, generation: _Optional[int] = ..., completed_steps: _Optional[int] = ..., missing: _Optional[int] = ..., copied_steps: _Optional[int] = ...) -> None: ...
+    preparing: int
+    def __init__(self, generation: _Optional[int] = ..., completed_steps: _Optional[int] = ..., missing: _Optional[int] = ..., copied_steps: _Optional[int] = ..., preparing: _Optional[int] = ...) -> None: ...
 
 class StartViewChange(_message.Message):
     __slots__ = ("generation",)
@@ -191,6 +195,16 @@ class LastStep(_message.Message):
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     completed_steps: int
     def __init__(self, completed_steps: _Optional[int] = ...) -> None: ...
+
+class Failed(_message.Message):
+    __slots__ = ("stage", "completed_steps", "reason")
+    STAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    stage: int
+    completed_steps: int
+    reason: str
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class CopiesHeld(_message.Message):
     __slots__ = ("stage", "steps")

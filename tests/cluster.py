@@ -13,21 +13,24 @@ import contextvars
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import node_process, preparation, run_corpus
+from thinpipe.node import node_process, preparation
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
+from thinpipe.node.data import Corpus
 from thinpipe.node.model import architecture_digest, check_sliceable
 from thinpipe.node.node_process import Addresses, NodeOptions
 from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.run_records import MetricsWriter, Tracer
 from thinpipe.node.stage import Stage
+from thinpipe.node.stage_failure import first_of
 from thinpipe.protocol.control_messages import StartView
 from thinpipe.protocol.messages import Chunk, Kind, Limits, decode_frame
 from thinpipe.sim.reports.summary import read_records, steps_of
@@ -39,6 +42,7 @@ from .faults import (
     Done,
     Drain,
     During,
+    Fail,
     Fault,
     Frame,
     Kill,
@@ -59,6 +63,11 @@ IN_STAGE = {
     "snapshot": Phase.SNAPSHOT,
     "restore": Phase.RESTORE,
 }
+
+
+# Boundary and direction (True: down) of control streams that carry nothing before so many seconds.
+Late = dict[tuple[int, bool], float]
+OpenCorpus = Callable[[Corpus], Any]
 
 
 @dataclass(slots=True)
@@ -95,6 +104,16 @@ class Ended:
         return [line for line in self.said if all(word in line for word in words)]
 
 
+@dataclass(slots=True, kw_only=True)
+class Failed:
+    """How a run ended that was to fail."""
+
+    lines: list[str]  # by stages, with which each ended
+    seconds: list[float]  # by stages, of the jumping clock: when
+    records: list[list[dict[str, Any]]]
+    said: list[str]
+
+
 class _Records(MetricsWriter):
     """A process's records; the dead write none."""
 
@@ -115,7 +134,7 @@ class _Records(MetricsWriter):
 class Cluster:
     """`config` as a swarm in this process, with `faults`."""
 
-    def __init__(self, config: RunConfig, out: Path, faults: list[Fault]) -> None:
+    def __init__(self, config: RunConfig, out: Path, faults: list[Fault], late: Late | None = None) -> None:
         link = config.link.model_copy(update={"chunk_bytes": CHUNK_BYTES})
         self.config, self.out = config.model_copy(update={"link": link}), out
         self.stages = config.pipeline.stages
@@ -123,6 +142,8 @@ class Cluster:
         self.frames = 0
         self.drained = False
         self.failures: list[BaseException] = []
+        self.ends: dict[int, tuple[str, float]] = {}  # by stage, of those that failed: the line, and when
+        self._late = late or {}
         self.said: list[str] = []
         self.happened: list[Fault] = []
         self.fenced: list[tuple[int, str]] = []
@@ -143,15 +164,33 @@ class Cluster:
         self._sleepers: list[Process] = []
 
     async def run(self, *, resume: bool = False) -> Ended:
+        await self._play(resume=resume)
+        return self._ended()
+
+    async def run_to_failure(self) -> Failed:
+        await self._play(resume=False, fails=True)
+        ends = [self.ends.get(stage, ("ended well", self._loop.time())) for stage in range(self.stages)]
+        return Failed(
+            lines=[line for line, _ in ends],
+            seconds=[when for _, when in ends],
+            records=[read_records(self.out / f"stage-{stage}.jsonl") for stage in range(self.stages)],
+            said=self.said,
+        )
+
+    async def _play(self, *, resume: bool, fails: bool = False) -> None:
+        """Everything until all have ended; fails: each by itself, and none in vain."""
         self.out.mkdir(parents=True, exist_ok=True)
         self._outside = contextvars.copy_context()
         self._loop = asyncio.get_running_loop()
+        self._fails = fails
         try:
             async with asyncio.timeout(RUN_S):
                 for stage in range(self.stages):
                     self._start(stage, joining=resume)
                 for seat in self.seats:
                     await seat.through.wait()
+                if fails:
+                    return
                 for sleeper in self._sleepers:
                     assert sleeper.task
                     await asyncio.wait([sleeper.task])
@@ -166,7 +205,6 @@ class Cluster:
             for task in everyone:
                 task.cancel()
             await asyncio.gather(*everyone, return_exceptions=True)
-        return self._ended()
 
     def _ended(self) -> Ended:
         records = [read_records(self.out / f"stage-{stage}.jsonl") for stage in range(self.stages)]
@@ -217,12 +255,13 @@ class Cluster:
         try:
             await node
         except Exception as raised:
-            error = node_process._first(raised)
+            error = first_of(raised)
             if seat.process is not process and not process.dead:
                 self.fenced.append((process.stage, f"{type(error).__name__}: {error}"))
             elif not process.dead:
                 self.failures.append(error)
-                for each in self.seats:  # nobody need wait for the rest
+                self.ends[process.stage] = (str(error), self._loop.time())
+                for each in () if self._fails else self.seats:  # nobody need wait for the rest
                     each.through.set()
         finally:
             metrics.close()
@@ -263,6 +302,8 @@ class Cluster:
             self._pending.remove(fault)
             if self._inject(fault):
                 self.happened.append(fault)
+            if isinstance(fault, Fail):
+                raise fault.error
 
     def adopt(self, life: RecoveryLoop) -> RecoveryLoop:
         """Its rollback tells when it is where."""
@@ -436,6 +477,8 @@ class Cluster:
             self._look(stream, frame)
         if sender.stopped:
             await asyncio.sleep(0)  # until it goes on
+        if stream.control and (until_s := self._late.get((stream.boundary, down), 0.0)) > self._loop.time():
+            await asyncio.sleep(until_s - self._loop.time())
         if rate := self._slow.get(stream.boundary):
             # A moment and no lock: who is stopped in the middle of a frame keeps the wire from nobody else.
             wire, now = (stream.boundary, down), self._loop.time()
@@ -527,12 +570,42 @@ async def _until_drained(drain: Callable[[], bool]) -> None:
 
 
 def run_cluster(
-    config: RunConfig, out: Path, faults: list[Fault], *, resume: bool = False, seed: int = 0, hurry: bool = False
+    config: RunConfig,
+    out: Path,
+    faults: list[Fault],
+    *,
+    resume: bool = False,
+    seed: int = 0,
+    hurry: bool = False,
+    late: Late | None = None,
+    open_corpus: OpenCorpus = lambda corpus: corpus,
 ) -> Ended:
     """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`. seed: of how long
-    everything takes. hurry: everything takes no time."""
-    cluster = Cluster(config, out, faults)
-    prepare, corpus = node_process.prepare, run_corpus.prepare_corpus(config)
+    everything takes. hurry: everything takes no time. late: control streams that are. open_corpus: what stage 0 does to
+    open its data: it gives it, or an awaitable of it, or raises."""
+    cluster = Cluster(config, out, faults, late)
+    with _stage(cluster, open_corpus), asyncio.Runner(loop_factory=lambda: JumpingClock(seed, hurry=hurry)) as runner:
+        return runner.run(cluster.run(resume=resume))
+
+
+def run_to_failure(
+    config: RunConfig,
+    out: Path,
+    faults: list[Fault],
+    *,
+    late: Late | None = None,
+    open_corpus: OpenCorpus = lambda corpus: corpus,
+) -> Failed:
+    """The same for a story that ends badly for all."""
+    cluster = Cluster(config, out, faults, late)
+    with _stage(cluster, open_corpus), asyncio.Runner(loop_factory=JumpingClock) as runner:
+        return runner.run(cluster.run_to_failure())
+
+
+@contextmanager
+def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
+    """Everything that stands in for threads, gRPC and disks, for as long as this lasts."""
+    prepare, corpus = node_process.prepare, node_process.prepare_corpus(cluster.config)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         workers = without_threads(patch)
@@ -542,7 +615,7 @@ def run_cluster(
             node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
         )
         patch.setattr(node_process, "CheckpointStore", cluster.store)
-        patch.setattr(run_corpus, "prepare_corpus", lambda *_: corpus)
+        patch.setattr(node_process, "prepare_corpus", lambda *_: open_corpus(corpus))
         patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
@@ -553,8 +626,7 @@ def run_cluster(
         patch.setattr(node_process, "prepare", watched)
         torch.set_num_threads(1)  # as a node's own thread does
         try:
-            with asyncio.Runner(loop_factory=lambda: JumpingClock(seed, hurry=hurry)) as runner:
-                return runner.run(cluster.run(resume=resume))
+            yield
         finally:
             torch.set_num_threads(threads)
             for worker in workers:

@@ -185,7 +185,24 @@ class Drain:
         return f"drain-{self.stage}-{self.at}"
 
 
-Fault = Kill | Pause | Cut | Slow | Corrupt | TornCheckpoint | DiskFull | Drain
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fail:
+    """The code of `stage` raises `error` in a phase of its computation. It ends the run, so it is never drawn."""
+
+    at: During
+    stage: int
+    error: Exception
+
+    def __str__(self) -> str:
+        return f"fail-{type(self.error).__name__}-{self.at}"
+
+
+Fault = Kill | Pause | Cut | Slow | Corrupt | TornCheckpoint | DiskFull | Drain | Fail
+
+
+def fail(stage: int, step: int | None, phase: Phase, error: Exception) -> Fail:
+    """In that phase of its own."""
+    return Fail(at=During(stage=stage, phase=phase, step=step), stage=stage, error=error)
 
 
 def kill(stage: int, step: int | None, phase: Phase, *, point: int = 1, away_s: float = 0.3) -> Kill:

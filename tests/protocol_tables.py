@@ -7,6 +7,7 @@ fault, is an error, so the document cannot fall behind. Rows on the effect of a 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from thinpipe.protocol.control_messages import (
     ControlFrame,
     DoViewChange,
     Drain,
+    Failed,
     Finished,
     Heartbeat,
     LastStep,
@@ -51,6 +53,7 @@ from thinpipe.protocol.rollback import (
     GENERATIONS_AHEAD_MAX,
     STEPS_LISTED_MAX,
     Effect,
+    End,
     EndAfter,
     Rollback,
     RollbackPhase,
@@ -86,6 +89,7 @@ FIELDS: dict[str, dict[str, str]] = {
                 "all_finished",
                 "drain",
                 "last_step",
+                "failed",
             ],
             "Control",
         ),
@@ -141,6 +145,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "missing": "1 + the nearest stage beyond the sender that no process serves; 0: none; at most the "
         "number of stages",
         "copied_steps": "steps of the newest copy on a neighbour; the lowest over the sender and all stages beyond it",
+        "preparing": "1 + the nearest stage, the sender or beyond it, that prepares its data; 0: none; at most the "
+        "number of stages",
     },
     "StartViewChange": {"generation": "the generation that is over"},
     "DoViewChange": {
@@ -157,6 +163,11 @@ FIELDS: dict[str, dict[str, str]] = {
     "AllFinished": {},
     "Drain": {},
     "LastStep": {"completed_steps": "end when so many steps are completed"},
+    "Failed": {
+        "stage": "the stage that has failed; the sender, or beyond it",
+        "completed_steps": "steps that it had completed",
+        "reason": "text; one line for people to read",
+    },
     "CopiesHeld": {"stage": _COPY, "steps": "completed steps of all copies that the sender has, falling"},
     "CopyOffer": {"stage": _COPY, "completed_steps": _COMPLETED, "manifest": "describes the file: length, SHA-256"},
     "CopyProgress": {"stage": _COPY, "completed_steps": _COMPLETED, "offset": "bytes that the sender has received"},
@@ -368,6 +379,7 @@ _FRAMES: list[ControlFrame] = [
     AllFinished(),
     Drain(),
     LastStep(completed_steps=9),
+    Failed(stage=2, completed_steps=9, reason="x"),
 ]
 
 
@@ -397,6 +409,8 @@ def brought_about(phase: RollbackPhase, side: Side, frame: ControlFrame) -> str 
     if isinstance(frame, AllFinished) and phase is RollbackPhase.RUNNING:
         machine.finished()
         machine.receive("below", Finished())
+    if isinstance(frame, Failed):
+        frame = replace(frame, stage=machine.identity.beside(side))
     try:
         effects = machine.receive(side, frame)
     except RemoteProtocolError as error:
@@ -420,6 +434,8 @@ def _worded(effect: Effect) -> str:
             return "restore, go on"
         case EndAfter():
             return "end after that step"
+        case End():
+            return "end with the reason"
         case _:
             return "end"
 
@@ -441,6 +457,7 @@ def waves() -> list[Row]:
 
 LINK = ["Frame", "Greeting", "Refusal", "Chunk", "MessageHead", "Credit", "Goodbye"]
 CONTROL = ["Heartbeat", "StartViewChange", "DoViewChange", "StartView", "Finished", "AllFinished", "Drain", "LastStep"]
+CONTROL += ["Failed"]
 COPIES = ["CopiesHeld", "CopyOffer", "CopyProgress", "CopyPart", "CopyWanted", "CopyDeclined"]
 PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeFiller", "ProbeDone", "ProbeMeasured"]
 PROBES += ["ProbeInfoRequest", "ProbeInfoResponse", "ProbeDialBackResult"]

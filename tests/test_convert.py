@@ -117,7 +117,7 @@ def test_boundaries_are_where_they_are_in_the_model(
 
 def test_what_becomes_of_each_boundary_is_said() -> None:
     assert kept([1, 1, 1, 1], [1, 2, 1]).lines() == [
-        "boundary 0, after 1 layers: goes on as boundary 0 was, but stage 1 knows tokens as its lower boundary needs "
+        "boundary 0, after 1 layer: goes on as boundary 0 was, but stage 1 knows tokens as its lower boundary needs "
         "it: the loss rises at first",
         "boundary 1, after 3 layers: goes on as boundary 2 was",
         "boundary 1 of before, after 2 layers: is closed, what its codec learned is dropped",
@@ -155,7 +155,7 @@ def test_there_and_back_again_is_the_run_itself(learned: tuple[Path, Ended], tmp
     said = converted(run, tmp_path / "other", "--cut", "1,1,2")
     assert "gradients are clipped by stage (optim.clip = 1)" in said
     if "ssn" not in load_config(run / "run.toml").codec.codec:
-        assert "boundary 0, after 1 layers: is new, its codec begins untrained" in said
+        assert "boundary 0, after 1 layer: is new, its codec begins untrained" in said
         assert "boundary 1, after 2 layers: goes on as boundary 0 was" in said
     converted(tmp_path / "other", tmp_path / "back", "--stages", "2", "--cut", "2,2")
     before, after = (assemble(each) for each in (run, tmp_path / "back"))
@@ -186,7 +186,7 @@ def test_what_stays_is_what_was_learned_there(tiny: TinyConfig, tmp_path: Path) 
     settings = SMALL | CODECS["mapl, every 3"] | {"pipeline.stages": 3, "pipeline.cut": "1,1,2"}
     ended_run(tiny(settings), tmp_path / "run")
     said = converted(tmp_path / "run", tmp_path / "other", "--cut", "2,2")
-    assert "boundary 0 of before, after 1 layers: is closed, what its codec learned is dropped" in said
+    assert "boundary 0 of before, after 1 layer: is closed, what its codec learned is dropped" in said
     before, after = assemble(tmp_path / "run"), assemble(tmp_path / "other")
     (state,), was = after.boundaries, before.boundaries[1]
     assert state.master is not None

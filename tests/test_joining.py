@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import shlex
 import socket
 import struct
 import subprocess
@@ -25,13 +26,13 @@ from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.addresses import ListenError, host_of
 from thinpipe.node.config import ConfigError, RunConfig
-from thinpipe.node.config_file import dump_config, merge, parse_config
-from thinpipe.node.discovery import claiming, joining
-from thinpipe.node.discovery.bootstrap import _keep
+from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
+from thinpipe.node.discovery import claiming, entry_points, joining
+from thinpipe.node.discovery.bootstrap import _keep, how_to_join
 from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_stage
 from thinpipe.node.discovery.client import Discovery, DiscoveryError
 from thinpipe.node.discovery.dht import Service, _answer
-from thinpipe.node.discovery.entry_points import EntryPoints, place
+from thinpipe.node.discovery.entry_points import EntryPoints, ask_all_rendezvous, place
 from thinpipe.node.discovery.joining import Member
 from thinpipe.node.discovery.membership import RETURN_EVERY_S, Membership, Throughput
 from thinpipe.node.discovery.multiaddr import Multiaddr, seen_from
@@ -352,6 +353,17 @@ def config(**settings: Any) -> RunConfig:
     return parse_config(merge({}, {key.replace("__", "."): value for key, value in settings.items()}))
 
 
+def test_a_run_that_was_given_more_steps_keeps_its_room(tmp_path: Path) -> None:
+    """The checkpoints in it are taken too; those of a run that computes something else stay alone."""
+    before, longer, other = config(run__steps=40), config(run__steps=60, run__extended=[[40, 40]]), config(run__seed=7)
+    assert joining._room(tmp_path, before) == tmp_path
+    assert joining._room(tmp_path, longer) == tmp_path
+    assert load_config(tmp_path / "run.toml") == longer
+    with pytest.raises(ConfigError, match=r"is of another run .*; choose another --out"):
+        joining._room(tmp_path, other)
+    assert load_config(tmp_path / "run.toml") == longer
+
+
 def test_a_configuration_arrives_as_it_left_less_its_places() -> None:
     places = {"data__cache": "/here", "checkpoint__directory": "/there"}
     mine = config(run__name="demo", **places, optim__clip=0.5, watch__prometheus="0.0.0.0:9400")
@@ -443,7 +455,7 @@ def swarm_of(settings: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[str,
         host="127.0.0.1",
         response=RendezvousResponse(addresses=(), run=record.run, configuration=record.configuration, toml=record.toml),
     )
-    monkeypatch.setattr(joining, "ask_all_rendezvous", lambda *_: EntryPoints(rendezvous=(rendezvous,), peers=()))
+    monkeypatch.setattr(joining, "ask_all_rendezvous", lambda *_, **__: EntryPoints(rendezvous=(rendezvous,), peers=()))
     monkeypatch.setattr(joining.Discovery, "begin", lambda *_, **__: discovery)
     return rendezvous.address, discovery
 
@@ -856,7 +868,6 @@ REFUSED = [
     (["node", "--stage", "0", "--next", "a:1", "--join", "b:1"], "--next and --join contradict each other"),
     (["node", "--stage", "0", "--join", "nonsense"], "--join nonsense: neither host:port"),
     (["node", "--stage", "0", "--join", "/ip4/192.0.2.7/tcp/1"], "not a multiaddr such as"),
-    (["node", "--stage", "0", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1: start `thinpipe dht"),
     (["node", "--stage", "most", "--join", "127.0.0.1:1"], "'most' is neither a stage, from 0, nor auto"),
     (["status"], "say whom to ask: --join host:port"),
     (["status", "--join", "127.0.0.1:1"], "nobody listens at 127.0.0.1:1"),
@@ -876,3 +887,109 @@ def test_bad_input_is_one_line(arguments: list[str], expected: str) -> None:
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("thinpipe: error: ")
     assert expected in line
+
+
+# -- a node that is there before its bootstrap ------------------------------------------------------------------------
+
+
+class Waiting:
+    """A clock that only sleeping moves, and what is said meanwhile."""
+
+    def __init__(self) -> None:
+        self.now_s, self.said = 0.0, list[str]()
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now_s += seconds
+
+    def ask(self, *join: str, wait_s: float) -> EntryPoints:
+        how: dict[str, Any] = {"wait_s": wait_s, "clock": lambda: self.now_s, "sleep": self.sleep}
+        return ask_all_rendezvous(join, self.said.append, PLAIN, **how)
+
+
+def test_a_bootstrap_that_comes_later_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting()
+    told = RendezvousResponse(addresses=("/ip4/127.0.0.1/tcp/7001/p2p/" + "Q" * 46,))
+
+    async def ask(address: str, _: Security) -> RendezvousAnswer:
+        if waiting.now_s < 30:
+            raise RendezvousError(f"nobody listens at {address}", 2, absent=True)
+        return RendezvousAnswer(address=address, host="127.0.0.1", response=told)
+
+    monkeypatch.setattr(entry_points, "ask_rendezvous", ask)
+    assert waiting.ask("127.0.0.1:7000", wait_s=120).peers == told.addresses
+    assert waiting.now_s == 30
+    assert waiting.said == ["nobody listens at 127.0.0.1:7000; waits 120 s for it"]
+
+
+def test_a_bootstrap_that_does_not_come_is_not_the_users_fault() -> None:
+    """Exit code 1: whoever started the node may start it again."""
+    waiting, address = Waiting(), free_address()
+    with pytest.raises(DiscoveryError, match=rf"nobody listens at {address}: .* \(waited 7 s for it") as late:
+        waiting.ask(address, wait_s=7)
+    assert (late.value.exit_code, waiting.now_s) == (1, 7)
+
+
+def test_who_answers_and_is_no_rendezvous_is_not_waited_for() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mail:
+        threading.Thread(target=_hang_up_on_all, args=(mail,), daemon=True).start()
+        with pytest.raises(DiscoveryError, match="not thinpipe") as other:
+            Waiting().ask(f"127.0.0.1:{mail.getsockname()[1]}", wait_s=100)
+    assert other.value.exit_code == 2
+
+
+def _hang_up_on_all(server: socket.socket) -> None:
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            connection.sendall(b"220 mail.example ESMTP\r\n")
+            connection.close()
+
+
+def test_how_long_to_wait_is_said_by_option_or_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(dump_config(config(link__connect_timeout_s=50.0)))
+    wish = joining.JoinOptions(join=("a:1",), stage=0)
+    assert joining._wait_s(wish) == 120
+    assert joining._wait_s(replace(wish, config=tmp_path / "run.toml")) == 50
+    both = replace(wish, config=tmp_path / "run.toml", overrides={"link.connect_timeout_s": 3, "link.link": "none"})
+    assert joining._wait_s(both) == 3
+    with pytest.raises(ConfigError, match=r"link\.connect_timeout_s"):
+        joining._wait_s(replace(wish, overrides={"link.connect_timeout_s": -1}))
+
+
+def test_a_node_whose_bootstrap_never_comes_ends_with_1() -> None:
+    arguments = ["node", "--stage", "0", "--join", free_address(), "--set", "link.connect_timeout_s=0.01"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    assert "waits 0.01 s for it" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert "nobody listens at" in line
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "insecure", "line"),
+    [
+        ("192.0.2.7:7000", True, "thinpipe node --join 192.0.2.7:7000 --stage auto --insecure"),
+        ("[2001:db8::7]:7000", True, "thinpipe node --join '[2001:db8::7]:7000' --stage auto --insecure"),
+        ("127.0.0.1:7000", False, "thinpipe node --join 127.0.0.1:7000 --stage auto"),
+    ],
+)
+def test_a_bootstrap_prints_a_line_that_works(endpoint: str, insecure: bool, line: str) -> None:
+    assert how_to_join(endpoint, Security(insecure=insecure)) == line
+    words = shlex.split(line)  # as a shell reads it
+    assert words[words.index("--join") + 1] == endpoint
+
+
+def test_a_bootstrap_with_keys_says_that_others_need_theirs(tmp_path: Path) -> None:
+    init("my-run", tmp_path / "authority", days=30, now=clock())
+    issue([0], tmp_path / "authority", tmp_path / "node", days=10, now=clock())
+    security = Security(load(tmp_path / "node", now=clock()))
+    assert how_to_join("boot.example:7000", security).endswith("--join boot.example:7000 --stage auto --keys DIR")
+
+
+def test_an_address_that_only_this_machine_reaches_is_told_to_nobody_without_a_warning() -> None:
+    near, far = (f"/ip4/{host}/tcp/7001/p2p/{'Q' * 46}" for host in ("127.0.0.1", "192.0.2.7"))
+    assert joining._only_here("127.0.0.1:7002", [near]) == ""
+    assert joining._only_here("192.0.2.8:7002", [near, far]) == ""
+    for endpoint in ("127.0.0.1:7002", "localhost:7002", "[::1]:7002"):
+        assert f"announced at {endpoint}, where no other machine" in joining._only_here(endpoint, [near, far])

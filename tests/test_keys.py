@@ -210,9 +210,9 @@ BAD: dict[str, tuple[Spoil, str]] = {
         lambda d: ((d / "node.crt").unlink(), (d / "authority.key").touch()),
         r"holds the authority's key, which no node needs; issue a node's directory",
     ),
-    "readable by the group": (
-        lambda d: (d / "node.key").chmod(0o640),
-        r"node\.key can be read or written by others \(mode 0640\); say: chmod 600 ",
+    "writable by the group": (
+        lambda d: (d / "node.key").chmod(0o660),
+        r"node\.key can be read or written by others \(mode 0660\); say: chmod 600 ",
     ),
     "readable by all": (lambda d: (d / "node.key").chmod(0o604), r"\(mode 0604\)"),
     "a directory": (
@@ -252,6 +252,30 @@ def test_a_directory_that_is_no_good(spoil: Spoil, expected: str, node: Path) ->
     with pytest.raises(KeysError, match=expected) as caught:
         load(node, now=NOW, run="my-run", stages=[0])
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("mode", [0o440, 0o640])
+def test_a_group_may_read_a_key_of_root_or_of_this_user_and_of_nobody_else(
+    mode: int, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As secrets are mounted into a container: root's, readable by the group that the node is in."""
+    (node / "node.key").chmod(mode)
+    load(node, now=NOW)
+    owner = (node / "node.key").stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner:
+        with pytest.raises(KeysError, match=rf"its group \(mode 0{mode:o}\) and belongs to another user"):
+            load(node, now=NOW)
+    else:
+        load(node, now=NOW)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_key_of_another_user_that_a_group_reads_is_refused(node: Path) -> None:
+    (node / "node.key").chmod(0o440)
+    os.chown(node / "node.key", 12345, 12345)
+    with pytest.raises(KeysError, match=r"belongs to another user \(uid 12345\); make root or this user its owner"):
+        load(node, now=NOW)
 
 
 MOMENTS = {

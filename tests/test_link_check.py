@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.links.link import PROBE_TRIES, Link, LinkOffCap
-from thinpipe.node.node_process import FAILED
 from thinpipe.node.run_records import Tracer
+from thinpipe.node.stage_failure import FAILED
 from thinpipe.protocol.messages import Kind, Limits, Message
 from thinpipe.protocol.session import LinkSession
 from thinpipe.protocol.wire_size import framed_bytes

@@ -28,7 +28,7 @@ from thinpipe.node.model import (
     slices,
     was_tied,
 )
-from thinpipe.node.model.initialise import INDEX
+from thinpipe.node.model.pretrained import INDEX
 from thinpipe.node.model.slices import skeleton
 from thinpipe.node.model.stage_cut import layer_ranges
 
@@ -69,6 +69,10 @@ EXACT = {
         transformers.Gemma3TextConfig, sliding_window=4, num_hidden_layers=6, sliding_window_pattern=3
     ),
     "granite": lambda: small(transformers.GraniteConfig, embedding_multiplier=12.0, logits_scaling=3.0),
+    "nanochat": lambda: small(transformers.NanoChatConfig),  # its last norm is its first, too
+    "gpt_neox": lambda: small(transformers.GPTNeoXConfig),  # other names for the same parts
+    "gpt_neox in a row": lambda: small(transformers.GPTNeoXConfig, use_parallel_residual=False),
+    "apertus": lambda: small(transformers.ApertusConfig),  # constants that only a constructor knows
 }
 
 
@@ -191,21 +195,58 @@ def test_the_check_tries_ends_without_a_layer(counts: list[int], monkeypatch: py
         check_sliceable(EXACT["llama"](), layer_ranges(counts))
 
 
-def test_unsupported_architectures_are_refused_by_name() -> None:
-    neox = transformers.GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    for act in (lambda: check_sliceable(neox), lambda: build_all(neox, 2)):
-        with pytest.raises(ModelError, match=r"'gpt_neox' is not supported: it has no 'embed_tokens'; choose"):
+UNSUPPORTED = [
+    (lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4), r"'gpt2' .*: it has no 'embed_tokens' to cut"),
+    (lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2), r"'mamba' .*: it has no 'embed_tokens'"),
+    (lambda: transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2), r"'rwkv' .*: it has no 'embed_tokens'"),
+    (
+        lambda: transformers.ModernBertDecoderConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+        ),
+        r"'modernbert-decoder' .*: it has no 'embed_tokens'",
+    ),
+    (
+        lambda: small(transformers.Gemma4TextConfig, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8),
+        r"'gemma4_text' .*: it has a part 'embed_tokens_per_layer' that belongs to no stage",
+    ),
+    (
+        lambda: transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+        r"'bert' .*: it has no 'embed_tokens'",
+    ),
+    (lambda: small(transformers.MixtralConfig), r"mixtral is a mixture of experts \(num_local_experts = 8\)"),
+    (
+        lambda: small(transformers.LlamaConfig, attention_dropout=0.1),
+        r"llama has attention_dropout = 0.1: .* set attention_dropout to 0",
+    ),
+    (
+        lambda: small(transformers.Gemma2Config, "sdpa"),
+        r"'gemma2' cannot be built: .*; set model.attention = 'eager'$",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "fault"),
+    UNSUPPORTED,
+    ids=[fault.split("'")[1:2][0] if "'" in fault else fault.split()[0] for _, fault in UNSUPPORTED],
+)
+def test_unsupported_architectures_are_refused_by_name(make: Any, fault: str) -> None:
+    """Whether it is supported at all is asked before what its settings say, such as GPT-2's dropout."""
+    config = make()
+    config._attn_implementation = config._attn_implementation or "eager"
+    for act in (lambda: check_sliceable(config), lambda: build_all(config, 2)):
+        with pytest.raises(ModelError, match=fault):
             act()
-    with pytest.raises(ModelError, match=r"mixtral is a mixture of experts \(num_local_experts = 8\)"):
-        check_sliceable(small(transformers.MixtralConfig))
-    with pytest.raises(ModelError, match=r"'mixtral' is a mixture of experts \(model.layers.0.mlp"):
-        build_all(small(transformers.MixtralConfig), 2)
-    with pytest.raises(ModelError, match=r"llama has attention_dropout = 0.1: .* set attention_dropout to 0"):
-        check_sliceable(small(transformers.LlamaConfig, attention_dropout=0.1))
-    with pytest.raises(ModelError, match=r"'gemma2' cannot be built: .*; set model.attention = 'eager'$"):
-        check_sliceable(small(transformers.Gemma2Config, "sdpa"))
+
+
+def test_an_architecture_that_leaves_a_constant_unset_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither drawn, nor set by its code, nor in a checkpoint: memory would be trained on, another one in each run."""
+    monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_init_weights", lambda *_: None)
+    with pytest.raises(ModelError, match=r"neither its code nor a checkpoint sets model.layers.0.input_layernorm.weig"):
+        build_all(EXACT["llama"](), 2)
+    monkeypatch.setattr(slices, "CONSTANTS", set())  # nor by its constructor
+    with pytest.raises(ModelError, match=r"'llama' cannot be built: .* sets model.rotary_emb.inv_freq; start it from"):
+        check_sliceable(EXACT["llama"]())
 
 
 def test_the_check_leaves_the_global_generator_and_the_configuration_alone() -> None:

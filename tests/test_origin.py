@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,13 @@ def test_it_begins_with_all_that_the_run_had_learned(trained: Path, tmp_path: Pa
     assert (config.run.origin_codec != "") == (config.codec.codec != "fp32")
 
 
+def test_a_whole_run_toml_asks_for_nothing_else(trained: Path) -> None:
+    """That of the run itself: it says a preset and a width, and that nothing is pretrained."""
+    tree = tomllib.loads((trained / "run.toml").read_text())
+    whole = {f"{section}.{name}": value for section, table in tree.items() for name, value in table.items()}
+    assert begin_from(trained, whole).config.model_dump() == begin_from(trained, {}).config.model_dump()
+
+
 def test_another_cut_keeps_what_belongs_to_a_boundary(trained: Path, tmp_path: Path) -> None:
     origin = begin_from(trained, {"pipeline.stages": 3, "pipeline.cut": "1,1,2"})
     states = began(origin.place(tmp_path / "new"))
@@ -90,7 +98,7 @@ def test_another_cut_keeps_what_belongs_to_a_boundary(trained: Path, tmp_path: P
         assert said == []
         return
     assert said == [
-        "boundary 0, after 1 layers: is new, its codec begins untrained",
+        "boundary 0, after 1 layer: is new, its codec begins untrained",
         "boundary 1, after 2 layers: goes on as boundary 0 was",
     ]
     for stage, source in ((1, 0), (2, 1)):

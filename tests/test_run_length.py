@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
@@ -16,6 +18,8 @@ from thinpipe.node.config_file import dump_config, load_config, parse_config
 from thinpipe.node.learning_rate import RateSchedule
 from thinpipe.node.run_length import length_line, steps_done, with_length
 from thinpipe.node.stage_state import StageSnapshot
+from thinpipe.sim.reports.figures import StageFigures
+from thinpipe.sim.reports.run_console import RunDisplay
 from typer.testing import CliRunner
 
 from .cluster import run_cluster
@@ -191,6 +195,26 @@ def test_what_is_refused(options: list[str], said: str, config: RunConfig, tmp_p
     assert said in done.stderr
     assert load_config(tmp_path / "run.toml") == config
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_run_printed_before_is_not_printed_again() -> None:
+    """It says first after which step it goes on, and that as soon as a process of its own knows."""
+    figures, shown = StageFigures(0), io.StringIO()
+    step = {"time_s": 0.0, "event": "step", "loss": 5.0, "tokens": 64, "seconds": 1.0, "sent_bytes": {}}
+    step |= {"compute_s": 0.0, "codec_s": 0.0, "wait_s": 0.0}
+    start = {"time_s": 0.0, "event": "start"}
+    went_on = {"time_s": 0.0, "event": "rollback", "generation": 1, "completed": 4, "source": "disk"}
+    for record in (start, {**went_on, "completed": 2}, step | {"step": 3}):
+        figures.take(record)
+    display = RunDisplay(Console(file=shown, width=120), steps=6, resumes=figures.lives)
+    with display:
+        display.update([figures])
+        for record in (start, went_on, step | {"step": 4}, {**went_on, "completed": 3}, step | {"step": 5}):
+            figures.take(record)
+            display.update([figures])
+    lines = shown.getvalue().splitlines()
+    assert lines[0] == "resumes after step 4 of 6"
+    assert [line.split("  ")[0] for line in lines[1:]] == ["step 5/6", "step 6/6"]
 
 
 @pytest.mark.slow

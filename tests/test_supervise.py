@@ -289,11 +289,65 @@ def test_the_last_step_is_said_of_a_node_that_has_just_ended(tmp_path: Path, mon
     assert said[0] == "step 2/2  loss 3.500  9 tokens/s"
 
 
+def failing(run: Path, *reasons: str) -> list[str]:
+    """A node in whose stead a script writes what one writes that fails: each life with the next of these reasons, and
+    the last one for ever."""
+    program = f"""
+import json, pathlib, sys
+records, reasons = pathlib.Path({str(run / "stage-0.jsonl")!r}), {list(reasons)!r}
+lives = records.read_text().count("start") if records.exists() else 0
+failed = {{"event": "failed", "stage": 1, "completed_steps": 4, "told": True}}
+failed["reason"] = reasons[min(lives, len(reasons) - 1)]
+with records.open("a") as file:
+    for record in ({{"event": "start"}}, failed):
+        file.write(json.dumps(record) + "\\n")
+sys.exit(1)
+"""
+    return [sys.executable, "-S", "-c", program]
+
+
+@pytest.mark.parametrize(
+    ("reasons", "lives"),
+    [(["not finite"], 2), (["no disk", "not finite"], 3), (["a", "b", "a"], 3), (["a", "b", "c", "d", "e", "f"], 4)],
+)
+def test_what_fails_alike_is_not_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str], lives: int
+) -> None:
+    """Whichever stage it was. Another failure may be gone the next time, as often as --restarts says."""
+    monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: failing(tmp_path, *reasons))
+    monkeypatch.setattr(service_supervisor, "PAUSE_FIRST_S", 0.0)
+    monkeypatch.setattr(service_supervisor, "POLL_S", DEADLINE_S)
+    said: list[str] = []
+    assignment = Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=9, restarts=3)
+    assert Supervisor(assignment, said.append).run() == 1
+    assert (tmp_path / "stage-0.jsonl").read_text().count("start") == lives
+    alike = f"stage 1 failed after 4 steps: {reasons[min(lives, len(reasons)) - 1]}; it failed in the same way before"
+    assert said[-1].startswith(alike) == (lives < 4), said
+
+
+def test_data_that_takes_long_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A health check must not have a node killed that tokenises."""
+    line = json.dumps({"event": "preparing", "stage": 0, "seconds": 30.0}) + "\n"
+    records, health = tmp_path / "stage-0.jsonl", tmp_path / "healthy"
+    program = f"import time; open({str(records)!r}, 'w').write({line!r}); time.sleep(0.3)"
+    monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: [sys.executable, "-S", "-c", program])
+    monkeypatch.setattr(service_supervisor, "POLL_S", 0.05)
+    monkeypatch.setattr(service_supervisor, "STARTING_S", -1e9)  # and so nothing is healthy that does not move
+    assignment = Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=2, health=health)
+    Supervisor(assignment, lambda _: None)._one_life(0, os.open(tmp_path / "lock", os.O_CREAT))
+    assert health.read_text() == "stage 0 starts\n"
+
+
 def test_settings_of_another_run_are_named(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[run]\nsteps = 40\n[pipeline]\nstages = 2\n")
-    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "1"])
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "20", "--seed", "7"])
     assert done.exit_code == 2
-    assert "is another run's: run.steps is 20 here and 40 there; name another directory" in done.stderr
+    assert "is another run's: run.seed is 7 here and 1 there, run.steps is 20 here and 40 there; name" in done.stderr
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS, "--steps", "50"])
+    assert done.exit_code == 2
+    assert (
+        "has run.steps = 40, here run.steps = 50; to go on with that run, write run.steps = 50 into it" in done.stderr
+    )
     done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", "--peers", "a:1,b:2,c:3"])
     assert "pipeline.stages is 3 here and 2 there" in done.stderr
 
@@ -506,7 +560,7 @@ def test_a_refusal_comes_before_any_cap(tmp_path: Path, monkeypatch: pytest.Monk
 
     for more, line in (
         (("--user", "nobody-here"), "there is no user"),
-        (("--steps", "20"), "is another run's"),
+        (("--seed", "7"), "is another run's"),
         (("--user", "root"), "may not become root"),
     ):
         monkeypatch.setattr(privileges, "become", refused)
@@ -577,7 +631,7 @@ def test_without_iproute2_the_node_caps_its_links(
 def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
     (tmp_path / "summary.json").mkdir()
-    monkeypatch.setattr("thinpipe.sim.reports.summary.summarise", lambda *_, **__: {"lacking": {}, "mode": "swarm"})
+    monkeypatch.setattr("thinpipe.sim.reports.summary.summarise", lambda *_, **__: {"lacking": {}, "faults": [], "mode": "swarm"})
     monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
     done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])
     assert done.exit_code == 2

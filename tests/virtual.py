@@ -27,7 +27,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from thinpipe.node import recovery_loop
+from thinpipe.node import long_preparation, recovery_loop
 from thinpipe.node.links.transport import CONTROL_METHOD
 from thinpipe.node.worker_thread import Worker
 from thinpipe.protocol.messages import Head
@@ -216,6 +216,10 @@ def without_threads(patch: pytest.MonkeyPatch) -> list[Worker]:
         begin(self, *given, **named)
         workers.append(self)
 
+    async def in_loop(work: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(None, work)
+
+    patch.setattr(long_preparation, "in_daemon", in_loop)
     patch.setattr(Worker, "__init__", remembered)
     patch.setattr(Worker, "run", run)
     patch.setattr(recovery_loop, "CheckpointWriter", LateWriter)

@@ -32,7 +32,7 @@ class KeptBoundaries:
         """What becomes of each boundary, for people."""
         said = []
         for boundary, (place, old) in enumerate(zip(self.places, self.boundaries, strict=True)):
-            where = f"boundary {boundary}, after {place} layers"
+            where = f"boundary {boundary}, after {_layers(place)}"
             if old is None:
                 said.append(f"{where}: is new, its codec begins untrained")
             elif boundary in self.mixed:
@@ -43,9 +43,13 @@ class KeptBoundaries:
             else:
                 said.append(f"{where}: goes on as boundary {old} was")
         return said + [
-            f"boundary {old} of before, after {place} layers: is closed, what its codec learned is dropped"
+            f"boundary {old} of before, after {_layers(place)}: is closed, what its codec learned is dropped"
             for old, place in self.closed
         ]
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def kept_boundaries(old: Sequence[range], new: Sequence[range]) -> KeptBoundaries:

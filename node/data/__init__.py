@@ -11,16 +11,28 @@ for every run, seed and sequence length, and a batch is a few slices of mapped m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
 from .documents import DataError, check_source, open_source
-from .streamed import open_stream, stream_vocabulary
-from .tokens import Vocabulary, load_vocabulary, tokenize_once, wanted_vocabulary
+from .known_ids import known_ids
+from .streamed import open_stream, stream_documents, stream_vocabulary
+from .tokens import Vocabulary, load_vocabulary, read_vocabulary, tokenize_once, wanted_vocabulary
 
-__all__ = ["Corpus", "DataError", "Vocabulary", "check_source", "open_corpus", "open_vocabulary", "vocabulary_size"]
+__all__ = [
+    "Corpus",
+    "DataError",
+    "Vocabulary",
+    "check_source",
+    "open_corpus",
+    "open_documents",
+    "open_vocabulary",
+    "read_vocabulary",
+    "vocabulary_size",
+]
 
 
 def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
@@ -32,8 +44,9 @@ def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
 
 
 def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, tokenizer: Path | None = None) -> Corpus:
-    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`. tokenizer: one to use
-    where the settings name none; else a BPE is trained on the text.
+    """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`, also where the
+    tokenizer has more; of a dataset that is streamed, each is looked at when it is drawn. tokenizer: one to use where
+    the settings name none; else a BPE is trained on the text.
 
     Several processes may call this at once. Raises DataError.
     """
@@ -42,7 +55,13 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, tokenizer:
     directory = cache_directory(settings)
     source = open_source(settings, directory)
     vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
+    known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
+    if known:
+        known.check_beginning(source.read())
     train, heldout, digest = tokenize_once(source, vocabulary, directory)
+    if known:
+        known.check(train)
+        known.check(heldout)
     return LocalCorpus(
         train,
         heldout,
@@ -63,3 +82,11 @@ def open_vocabulary(settings: DataSection, *, vocab_size: int, tokenizer: Path |
     if settings.source.startswith("hf:"):
         return stream_vocabulary(settings, vocab_size)
     return load_vocabulary(settings, open_source(settings, cache_directory(settings)), vocab_size)
+
+
+def open_documents(settings: DataSection) -> tuple[str, Callable[[], Iterator[str]]]:
+    """What `data.source` is called, and its documents, from the first one again at each call. Raises DataError."""
+    if settings.source.startswith("hf:"):
+        return settings.source, lambda: stream_documents(settings)
+    source = open_source(settings, cache_directory(settings))
+    return source.name, source.read

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 import numpy as np
 
 from .documents import DataError
+from .known_ids import KnownIds
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -29,8 +30,8 @@ def random_order(count: int, *key: int) -> np.ndarray:
 class Corpus(ABC):
     """Training batches by (step, microbatch), and a fixed held-out part.
 
-    `digest` is over what determines the token sequence: source and tokenizer, not the seed. `tokenizer_json`: the
-    content of the tokenizer's file. `position` is the step that was asked for last, or sought.
+    `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
+    `tokenizer_json`: the content of the tokenizer's file. `position` is the step that was asked for last, or sought.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class Corpus(ABC):
         heldout_sequences: int,
         tokenizer_json: bytes = b"",
     ):
+        self.name = name
         self.digest, self.tokenizer_json = digest, tokenizer_json
         self.position = 0
+        self.known: KnownIds | None = None  # what to look at of each batch, where that could not be done at once
         self.sequence_length = sequence_length
         available = (len(heldout) - 1) // sequence_length
         if available < 1:
@@ -64,7 +67,10 @@ class Corpus(ABC):
                 "count steps and microbatches from 0"
             )
         self.position = step
-        return self._sequences((step * microbatches + microbatch) * batch_size, batch_size)
+        ids_BS = self._sequences((step * microbatches + microbatch) * batch_size, batch_size)
+        if self.known:
+            self.known.check(ids_BS)
+        return ids_BS
 
     def heldout_batch(self, index: int, batch_size: int) -> np.ndarray:
         """Held-out sequences from `index * batch_size`, int32 (B, T + 1); the last batch may be shorter.
@@ -74,7 +80,10 @@ class Corpus(ABC):
         start = index * batch_size
         if not 0 <= start < self.heldout_sequences:
             raise IndexError(f"no held-out batch {index}: there are {self.heldout_sequences} sequences of {batch_size}")
-        return self._heldout[start : start + batch_size].copy()
+        ids_BS = self._heldout[start : start + batch_size].copy()
+        if self.known:
+            self.known.check(ids_BS)
+        return ids_BS
 
     def seek(self, step: int) -> None:
         """Say which step comes next, as after a restart. What `batch` returns depends on its arguments alone."""

@@ -29,6 +29,7 @@ from ..config import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
 from .corpus import Corpus, random_order
 from .documents import DataError, Source, files_digest, first_line, is_heldout, quiet_datasets, text_of
+from .known_ids import known_ids
 from .tokens import (
     Vocabulary,
     batches_of_texts,
@@ -59,12 +60,25 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int, tokenizer:
     vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
     digest = content_key("streamed tokens", vocabulary.digest, source.digest)
     directory = cache_directory(settings)
-    return StreamedCorpus(stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version)
+    corpus = StreamedCorpus(
+        stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version
+    )
+    corpus.known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
+    return corpus
 
 
 def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
     """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
     return load_vocabulary(settings, _opened(settings)[1], vocab_size)
+
+
+def stream_documents(settings: DataSection) -> Iterator[str]:
+    """All documents of such a dataset, in its order. Raises DataError, as `open_stream` does."""
+    stream = _opened(settings)[0]
+    stream.rewind(None)
+    while (text := stream.next()) is not None:
+        if text:
+            yield text
 
 
 def _opened(settings: DataSection) -> tuple[_Documents, Source, str]:

@@ -129,7 +129,7 @@ def write_tokens(path: Path, parts: Iterable[np.ndarray], *, length: int, dtype:
 def wanted_vocabulary(settings: DataSection, wanted: int | None) -> int:
     """Rows the model's embedding needs. Raises DataError when `wanted` (model.vocab_size) is too small."""
     if settings.tokenizer is not None:
-        own, said = _read_vocabulary(settings.tokenizer).size, f"the tokenizer {settings.tokenizer}"
+        own, said = read_vocabulary(settings.tokenizer).size, f"the tokenizer {settings.tokenizer}"
     else:
         own, said = SMALLEST_BPE, "a byte-level BPE"
         wanted = DEFAULT_VOCABULARY if wanted is None else wanted
@@ -143,16 +143,16 @@ def load_vocabulary(
 ) -> Vocabulary:
     """The user's tokenizer, else `tokenizer`, for which no source is needed; else a BPE of at most `vocab_size` ids
     trained once on the source. Raises DataError."""
-    wanted_vocabulary(settings, vocab_size)
     if given := settings.tokenizer or tokenizer:
-        return _read_vocabulary(given)
+        return read_vocabulary(given)
+    wanted_vocabulary(settings, vocab_size)
     assert source is not None
     directory = cache_directory(settings)
     path = directory / f"tokenizer-{content_key('bpe', source.digest, vocab_size)[:32]}.json"
 
     def is_whole(candidate: Path) -> bool:
         try:
-            _read_vocabulary(candidate)
+            read_vocabulary(candidate)
         except DataError:
             return False
         return True
@@ -161,12 +161,14 @@ def load_vocabulary(
         asides[0].write_text(_train(source, vocab_size).to_str(pretty=True), encoding="utf-8")
 
     build_once([path], is_whole, build)
-    return _read_vocabulary(path)
+    return read_vocabulary(path)
 
 
-def _read_vocabulary(path: Path) -> Vocabulary:
+def read_vocabulary(path: Path) -> Vocabulary:
+    """Of a tokenizer.json, or a directory that has one. Raises DataError."""
     try:
-        content = path.expanduser().read_bytes()
+        file = path.expanduser()
+        content = (file / "tokenizer.json" if file.is_dir() else file).read_bytes()
         tokenizer = Tokenizer.from_str(content.decode())
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; check data.tokenizer") from None

@@ -8,13 +8,14 @@ node that comes later joins by any of them.
 from __future__ import annotations
 
 import asyncio
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
 
 from ...protocol.node_record import RunRecord
 from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousResponse
-from ..addresses import check_listen
+from ..addresses import check_listen, is_loopback
 from ..config import RunConfig
 from ..links.transport import serving
 from ..security.policy import Security
@@ -69,7 +70,9 @@ async def _serve(
     async with serving(here.listen, {"Swarm": rendezvous_handler(answer, report, security)}, security):
         of = f"run '{run.run}', fingerprint {short(run.configuration)}" if run else "no run of its own"
         print(f"a bootstrap of the DHT at {here.endpoint} ({of}), until Ctrl-C; to join:", flush=True)
-        print(f"  thinpipe node --join {here.endpoint} --stage auto", flush=True)
+        print(f"  {how_to_join(here.endpoint, security)}", flush=True)
+        if is_loopback(here.endpoint):
+            print("  (on this machine only: for others, say --listen or --announce with an address that they reach)")
         for address in discovery.addresses:
             print(f"  or by --join {address}", flush=True)
         waiting = asyncio.ensure_future(stop.wait())
@@ -79,6 +82,12 @@ async def _serve(
                 await asyncio.wait([waiting], timeout=LOOK_EVERY_S)
         finally:
             waiting.cancel()
+
+
+def how_to_join(endpoint: str, security: Security) -> str:
+    """The command that works on another machine as it stands, in a shell; but for the directory of its own keys."""
+    how = " --keys DIR" if security.keys else " --insecure" if security.insecure and not is_loopback(endpoint) else ""
+    return f"thinpipe node --join {shlex.quote(endpoint)} --stage auto{how}"
 
 
 def _run_of(rendezvous: RendezvousAnswer) -> RunRecord | None:

@@ -1,12 +1,14 @@
 """How a machine enters the swarm: from the addresses of --join to a member of the DHT.
 
 An address is the `host:port` of a rendezvous, which is asked for the rest, or a multiaddr. One that answers is enough.
-Those that do not are reported and left out, so a list of bootstraps is more reliable than one.
+Those that do not are reported and left out, so a list of bootstraps is more reliable than one. A node that is started
+before any of them, as happens where a service starts all machines at once, waits a while for the first.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from .multiaddr import Multiaddr, host_port, is_wildcard, seen_from, source_host
 from .rendezvous import RendezvousAnswer, RendezvousError, ask_rendezvous
 
 PEERS_MAX = 64
+ASK_AGAIN_S = 2.0
 NOBODY = ("192.0.2.1", 9)  # RFC 5737: the way there is the way out; nothing is sent
 Say = Callable[[str], None]
 
@@ -52,18 +55,38 @@ class EntryPoints:
         return "127.0.0.1"
 
 
-def ask_all_rendezvous(join: Sequence[str], say: Say, security: Security = PLAIN) -> EntryPoints:
-    """Ask at all of these addresses at once. Raises DiscoveryError if nothing comes of any."""
+def ask_all_rendezvous(
+    join: Sequence[str],
+    say: Say,
+    security: Security = PLAIN,
+    *,
+    wait_s: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> EntryPoints:
+    """Ask at all of these addresses at once, and again for `wait_s` while nobody is there. Raises DiscoveryError if
+    nothing comes of any: with exit code 1 after a wait, since whoever is waited for may still come."""
     peers: list[str] = []
     rendezvous: list[str] = []
     for address in join:
         (peers if _is_multiaddr(address) else rendezvous).append(address)
-    answers = asyncio.run(_ask_all(rendezvous, security)) if rendezvous else []
-    found = [answer for answer in answers if isinstance(answer, RendezvousAnswer)]
-    failed = [answer for answer in answers if isinstance(answer, RendezvousError)]
-    if not (found or peers):
-        code = 2 if all(error.exit_code == 2 for error in failed) else 1
-        raise DiscoveryError("; ".join(str(error) for error in failed) or "say where to join: --join host:port", code)
+    until_s, waited = clock() + wait_s, False
+    while True:
+        answers = asyncio.run(_ask_all(rendezvous, security)) if rendezvous else []
+        found = [answer for answer in answers if isinstance(answer, RendezvousAnswer)]
+        failed = [answer for answer in answers if isinstance(answer, RendezvousError)]
+        if found or peers:
+            break
+        line = "; ".join(str(error) for error in failed) or "say where to join: --join host:port"
+        may_come = wait_s > 0 and any(error.absent for error in failed)
+        if not may_come:
+            raise DiscoveryError(line, 2 if all(error.exit_code == 2 for error in failed) else 1)
+        if clock() >= until_s:
+            raise DiscoveryError(f"{line} (waited {wait_s:g} s for it, link.connect_timeout_s)", 1)
+        if not waited:
+            say(f"{line}; waits {wait_s:g} s for it")
+        waited = True
+        sleep(min(ASK_AGAIN_S, until_s - clock()))
     for error in failed:
         say(f"warning: {error}")
     for answer in found:

@@ -12,7 +12,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
 from ...protocol.stage_choice import fitting
-from ..addresses import ListenError, check_listen
-from ..config import ConfigError, RunConfig
-from ..config_file import dump_config, load_config
+from ..addresses import ListenError, check_listen, is_loopback
+from ..config import ConfigError, LinkSection, RunConfig
+from ..config_file import dump_config, load_config, merge, parse_config
 from ..security.key_directory import KeysError
 from ..security.policy import Security, choose
 from .claiming import LOOK_AGAIN_S, Environment, take_stage
@@ -79,11 +79,13 @@ def join(options: JoinOptions) -> JoinResult:
     security = choose_for(options.join, options.keys, insecure=options.insecure, listen=options.listen)
     if security.warning:
         say(f"warning: {security.warning}")
-    entry = ask_all_rendezvous(options.join, say, security)
+    entry = ask_all_rendezvous(options.join, say, security, wait_s=_wait_s(options))
     source = entry.source_host()
     default = "127.0.0.1:0" if Multiaddr(host=source, port=1).loopback else "0.0.0.0:0"
     here = place(options.listen or default, options.announce, options.dht_port, free_port, source)
     check_listen(here.listen)
+    if line := _only_here(here.endpoint, entry.peers):
+        say(f"warning: {line}")
     choose(options.keys, insecure=options.insecure, listen=here.listen)
     discovery = Discovery.begin(entry.peers, listen=here.dht_listen, announce=here.dht_announce)
     member = Member(discovery, options.join, security)
@@ -121,6 +123,26 @@ def join(options: JoinOptions) -> JoinResult:
     except BaseException:
         member.discovery.close()
         raise
+
+
+def _wait_s(options: JoinOptions) -> float:
+    """How long to wait for a rendezvous: link.connect_timeout_s, as far as it is known before the run's settings are.
+    Raises ConfigError."""
+    own = load_config(options.config).link.connect_timeout_s if options.config else LinkSection().connect_timeout_s
+    said = {"link.connect_timeout_s": options.overrides.get("link.connect_timeout_s", own)}
+    return parse_config(merge({}, said)).link.connect_timeout_s
+
+
+def _only_here(endpoint: str, peers: Sequence[str]) -> str:
+    """What to say of an endpoint that only this machine reaches, where members of the DHT may be on others; else
+    nothing."""
+    others = any(not peer.loopback for peer in map(Multiaddr.parse, peers) if peer)
+    if not (others and is_loopback(endpoint)):
+        return ""
+    return (
+        f"this node is announced at {endpoint}, where no other machine reaches it; if nodes are to run on others, give "
+        "an address of this machine that they reach: --listen host:port, or --announce"
+    )
 
 
 @dataclass(slots=True)

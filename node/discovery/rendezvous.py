@@ -138,7 +138,7 @@ async def ask_rendezvous(
     except RendezvousError:
         raise
     except ProbeError as error:
-        raise RendezvousError(str(error), error.exit_code) from None
+        raise RendezvousError(str(error), error.exit_code, absent=error.absent) from None
 
 
 def _told(raw: bytes) -> RendezvousResponse:

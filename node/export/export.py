@@ -167,11 +167,15 @@ def _device(config: RunConfig) -> torch.device:
     return torch.device(config.compute.device)
 
 
-def in_memory(model: PortableModel) -> modeling_thinpipe.ThinpipeForCausalLM:
-    """A model with boundaries whose weights are the given tensors themselves, without a file between."""
+def in_memory(model: PortableModel) -> Any:
+    """The model of transformers whose weights are the given tensors themselves, without a file between."""
     with torch.device("meta"):
-        built = modeling_thinpipe.ThinpipeForCausalLM(model.config)
+        if model.boundaries:
+            built: Any = modeling_thinpipe.ThinpipeForCausalLM(model.config)
+        else:
+            built = quiet_transformers().AutoModelForCausalLM.from_config(model.config)
+    decoder = built.decoder if model.boundaries else built
     allocate(built)
     built.load_state_dict(model.weights, assign=True)
-    set_constants(built.decoder, keep=list(built.decoder.parameters()))
+    set_constants(decoder, keep=list(decoder.parameters()))
     return built

@@ -24,6 +24,7 @@ from ...compress.codec_interface import Codec, StageContext
 from ...compress.registry import parse_codec
 from ...compress.token_table import token_table
 from ..checkpoints.assemble import Assembled
+from ..model.parts import find_parts
 from ..model.slices import skeleton
 from ..stage_costs import stage_layers
 
@@ -68,9 +69,9 @@ def plain_model(assembled: Assembled) -> PortableModel:
     )
     causal, kind = skeleton(architecture, torch.float32), architecture.model_type
     if codec.table_scale:
-        name = f"{causal.base_model_prefix}.embed_tokens"
-        scale = _embedding_scale(causal.get_submodule(name), kind)
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] + _token_table(assembled) / scale
+        name = find_parts(causal).embedding_weight
+        scale = _embedding_scale(causal.get_submodule(name.removesuffix(".weight")), kind)
+        weights[name] = weights[name] + _token_table(assembled) / scale
     wanted = _shapes(causal)
     if missing := sorted(wanted.keys() - weights.keys()):
         raise ExportError(f"{kind} keeps '{missing[0]}' outside of its parameters, and no stage saves that")

@@ -18,18 +18,18 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from ...protocol.control_messages import PART_BYTES_MAX, AllFinished, ControlFrame, CopyFrame
+from ...protocol.control_messages import LAST_WORDS, PART_BYTES_MAX, ControlFrame, CopyFrame, Failed
 from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ...protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
 from ...protocol.rollback import Rollback, RollbackPhase
-from ...protocol.rollback_actions import ChooseEnd, Effect, EndAfter, Leave, Send, Side, Start, Stop
+from ...protocol.rollback_actions import ChooseEnd, Effect, End, EndAfter, Leave, Send, Side, Start, Stop
 from ...protocol.wire_size import framed_bytes
 from ..checkpoints.copy_service import CopyService
 from .link import Read
 from .outgoing import Write
 
 HEARTBEAT_EVERY_S = 1.0
-Wanted = Stop | Start | Leave | ChooseEnd | EndAfter  # effects that are not this module's
+Wanted = Stop | Start | Leave | ChooseEnd | EndAfter | End  # effects that are not this module's
 QUEUED_MAX = 64  # frames for one neighbour
 LIMITS = Limits(message_bytes=1, chunk_bytes=PART_BYTES_MAX)  # no tensor comes this way
 
@@ -52,6 +52,8 @@ class Control:
         self.meetings: Counter[Side] = Counter()  # how often each was met
         self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
         self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
+        self._told: set[Side] = set()  # that this stage, or one beyond, has failed
+        self._moved = asyncio.Event()  # one more was told
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._on_effect = on_effect
         self._queues: dict[Side, asyncio.Queue[ControlFrame]] = {}
@@ -94,10 +96,36 @@ class Control:
         """Nobody will need this node again."""
         return self.machine.phase is RollbackPhase.FINISHED
 
+    @property
+    def over(self) -> bool:
+        """Nobody will need this node again, be it because the run has failed."""
+        return self.finished or self.machine.failure is not None
+
+    def said_last_word(self, side: Side) -> bool:
+        """Whether that side is to know of the end, or has been told, so that it is worth waiting for it to have read
+        that."""
+        return self.finished or side in self._told
+
+    async def tell_failure(self, there: set[Side], timeout_s: float) -> None:
+        """Wait until each neighbour that was ever met, or is known to be `there`, has been told why the run ends, or so
+        long. One whose connection has just broken, or is not made yet, is told when it comes. Who told this node
+        knows."""
+        failure, mine = self.machine.failure, self.machine.identity.stage
+        if failure is None:
+            return
+        due = there | {side for side, met in self.met.items() if met.is_set()}
+        if failure.stage != mine:
+            due.discard("above" if failure.stage < mine else "below")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not due <= self._told:
+                    self._moved.clear()
+                    await self._moved.wait()
+
     async def converse(
         self, side: Side, read: Read, write: Write, *, speaks_first: bool, greeting_timeout_s: float
     ) -> bool:
-        """Run one connection until it ends: True after the last word, AllFinished, was written.
+        """Run one connection until it ends: True after the last word, AllFinished or Failed, was written.
 
         Raises RemoteProtocolError (the peer is still to be told), RefusedError (it told us), ConnectionError (it says
         nothing), or what `read` and `write` raise.
@@ -195,8 +223,11 @@ class Control:
             if frame is None:
                 continue
             await self._write(side, write, frame)
-            if isinstance(frame, AllFinished):
-                return  # the last word: who listens ends when the stream does
+            if isinstance(frame, Failed):
+                self._told.add(side)
+                self._moved.set()
+            if isinstance(frame, LAST_WORDS):
+                return  # who listens ends when the stream does
 
     async def _write(self, side: Side, write: Write, frame: Frame) -> None:
         raw = encode_frame(frame)

@@ -155,10 +155,10 @@ async def dial_control(
     report: Report,
     security: Security = PLAIN,
 ) -> None:
-    """Keep the control stream to the neighbour below open until all stages are through.
+    """Keep the control stream to the neighbour below open until all stages are through, or the run has failed.
 
     Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `patience_s()` without a connection. A TLS fault before the two have ever met is final. Later it may be a
+    `deadline_s()` without a connection. A TLS fault before the two have ever met is final. Later it may be a
     replacement with the wrong keys, which somebody can still correct, so it is reported and the wait goes on.
     """
     loop = asyncio.get_running_loop()
@@ -166,8 +166,8 @@ async def dial_control(
     unlike = ""
     while True:
         before = control.meetings["below"]
-        # Once all are through, the stage below has to be told; if it knows already, nobody is there any more.
-        connect_timeout_s = LAST_WORD_S if control.finished else deadline_s()
+        # At the end the stage below has to be told; if it knows already, nobody is there any more.
+        connect_timeout_s = LAST_WORD_S if control.over else deadline_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
         address, attempt_s = await _find(where, remaining_s)
         try:
@@ -176,11 +176,11 @@ async def dial_control(
         except _NoTls as error:
             if isinstance(where, str) and not control.met["below"].is_set():
                 raise NeighbourMismatch(str(error)) from None
-            if unlike != str(error) and not control.finished:
+            if unlike != str(error) and not control.over:
                 unlike = str(error)
                 report("tls", unlike)
         except _NotReached:
-            if control.finished:
+            if control.over:
                 return
             if attempt_s < remaining_s:
                 await asyncio.sleep(RETRY_FIRST_S)
@@ -198,7 +198,7 @@ async def dial_control(
             report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
             stranger = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.UNIMPLEMENTED
-            if not control.finished and not stranger:  # of a server that is no node the other stream says enough
+            if not control.over and not stranger:  # of a server that is no node the other stream says enough
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
         if control.meetings["below"] != before:

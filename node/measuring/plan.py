@@ -178,7 +178,9 @@ def planned(
     nothing to gain, or where nobody knows. Raises what PLANNED names."""
     layers = None
     if emulated:
-        vocabulary, length = config.model.vocab_size or VOCABULARY, config.data.sequence_length
+        # A model from a directory has a vocabulary of its own.
+        vocabulary = None if config.model.path else config.model.vocab_size or VOCABULARY
+        length = config.data.sequence_length
         architecture = resolve_model(config.model, vocab_size=vocabulary, sequence_length=length)
         check_codec(config, architecture)
         times = emulated.times(config, architecture)

@@ -1,7 +1,8 @@
 """The model of a node: its stage of a Hugging Face decoder, built, filled with weights and ready to compute.
 
-It has six parts: `architecture` (settings to configuration, presets, refusals), `slices` (what a stage is), `stage_cut`
-(which layers it has), `exactness` (the start-up proof that the cut is exact), `initialise` (first weights) and
+It has eight parts: `architecture` (settings to configuration, presets, refusals), `parts` (what an architecture calls
+embedding, layers, norm and head), `slices` (what a stage is), `stage_cut` (which layers it has), `exactness` (the
+start-up proof that the cut is exact), `initialise` (first weights), `pretrained` (weights of a checkpoint) and
 `deferred` (weight gradients that wait).
 """
 
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from .architecture import PRESETS, ModelError, architecture_digest, resolve_model, was_tied
 from .deferred import Deferral, WeightGradients, defer_linears
 from .exactness import check_sliceable
-from .initialise import initialise_random, load_checkpoint, set_constants
+from .initialise import initialise_random, refuse_unset, set_constants
+from .pretrained import check_checkpoint, load_checkpoint
 from .slices import StageModel, allocate, cut, skeleton
 from .stage_cut import partition
 
@@ -33,6 +35,7 @@ __all__ = [
     "WeightGradients",
     "architecture_digest",
     "build_stage",
+    "check_checkpoint",
     "check_sliceable",
     "partition",
     "resolve_model",
@@ -75,10 +78,8 @@ def build_stage(
         initialise_random(model.causal, model.full_names(), seed=seed, layers=config.num_hidden_layers)
     else:
         set_constants(model.causal, keep=list(model.parameters()))
-        embedding = f"{model.causal.base_model_prefix}.embed_tokens.weight"
-        load_checkpoint(
-            model.full_state(), checkpoint, tied_to={"lm_head.weight": embedding} if was_tied(config) else {}
-        )
+        load_checkpoint(model, checkpoint, tied=was_tied(config))
+        refuse_unset(model.causal)
     if constrain is not None:
         constrain(model)
     model.to(device)

@@ -16,6 +16,8 @@ counts that 4 and 8 stages divide evenly (`tiny` is stated at V = 4,096):
 | 1b     | 2,048 |     16 |    32 | 6,144 | 1,003,554,816 |
 | 8b     | 4,096 |     32 |    64 | 14,336 | 8,047,038,464 |
 
+Of a model that also sees or hears (Gemma 3, Mistral 3), the text decoder is taken: its `text_config`.
+
 Why a refusal and not a warning for dropout and mixtures of experts: dropout draws from a generator whose state depends
 on how the model is cut, and a router's auxiliary loss sums over layers that live on other machines. Either would train,
 and train something else than the uncut model.
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 HEAD_DIM = 64
+REMEDY = "choose a decoder such as llama, qwen3, gemma3, mistral, gpt_neox or nanochat"
 MINIMUM_CONTEXT = 2048  # tokens; RoPE is unbounded, the number only documents what an exported model was meant for
 
 
@@ -82,6 +85,13 @@ NOT_ARCHITECTURE = frozenset(
         "output_attentions",
     }
 )
+# Where a configuration says that its weights are coded: transformers' own words, and those of older checkpoints.
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+
+
+def describe(config: PretrainedConfig) -> str:
+    """How an architecture is named in messages."""
+    return f"architecture '{config.model_type}'"
 
 
 def quiet_transformers() -> Any:
@@ -94,20 +104,23 @@ def quiet_transformers() -> Any:
     return transformers
 
 
-def resolve_model(settings: ModelSection, *, vocab_size: int, sequence_length: int) -> PretrainedConfig:
+def resolve_model(settings: ModelSection, *, vocab_size: int | None, sequence_length: int) -> PretrainedConfig:
     """The configuration that all stages of a run build from.
 
-    `vocab_size` is the number of token ids of the corpus, `sequence_length` the tokens of one training sequence.
-    Raises ModelError for an unknown preset, an unreadable directory, sizes that do not fit, dropout and experts.
+    `vocab_size` is the number of token ids of the corpus (None: no more than the model of `settings.path` has, which
+    whoever reads the text sees to), `sequence_length` the tokens of one training sequence. Raises ModelError for an
+    unknown preset, an unreadable directory, and sizes that do not fit. What cannot be cut into stages is refused when
+    it is built (`slices.skeleton`).
     """
     if settings.pretrained and settings.path is None:
         raise ModelError("model.pretrained needs model.path, a directory with config.json and *.safetensors")
     if settings.path is None:
+        if vocab_size is None:
+            raise ModelError("a preset's vocabulary is that of the text; say how many ids it has")
         config = _preset_config(settings, vocab_size=vocab_size, sequence_length=sequence_length)
     else:
         config = _local_config(settings, settings.path)
-    refuse_unsupported(config)
-    if vocab_size > config.vocab_size:
+    if vocab_size is not None and vocab_size > config.vocab_size:
         raise ModelError(
             f"the corpus has {vocab_size} token ids, the model's vocabulary {config.vocab_size}; "
             f"use the model's own tokenizer (data.tokenizer) or set model.vocab_size = {vocab_size}"
@@ -218,9 +231,17 @@ def _local_config(settings: ModelSection, directory: Path) -> PretrainedConfig:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators raise
         raise ModelError(f"cannot read {directory / 'config.json'}: {first_line(error)}") from error
-    if not all(hasattr(config, key) for key in ("vocab_size", "hidden_size", "num_hidden_layers")):
-        raise ModelError(f"{config.model_type} in {directory} is not a plain text decoder; choose one such as llama")
-    config._tied_in_source = False  # an export of ours may carry the note of an earlier untying
+    config = _text_config(config, transformers)
+    for key in QUANTISED_KEYS:
+        if (coded := getattr(config, key, None)) is None:
+            continue
+        if settings.pretrained:
+            method = coded.get("quant_method") if isinstance(coded, dict) else getattr(coded, "quant_method", None)
+            raise ModelError(
+                f"the checkpoint {directory} is quantised ({method or key}), and a stage trains weights as they are; "
+                "give one in bf16, fp16 or fp32, or leave model.pretrained out"
+            )
+        delattr(config, key)  # random weights are not
     if settings.width is not None and settings.width != config.hidden_size:
         raise ModelError(
             f"model.width = {settings.width}, but {directory} is {config.hidden_size} wide; "
@@ -240,6 +261,27 @@ def _local_config(settings: ModelSection, directory: Path) -> PretrainedConfig:
                 "leave model.vocab_size out or start without model.pretrained"
             )
         config.vocab_size = settings.vocab_size
+    return config
+
+
+def _text_config(config: PretrainedConfig, transformers: Any) -> PretrainedConfig:
+    """The part that is a causal language model. Raises ModelError where there is none."""
+    whole, tied = config, bool(getattr(config, "tie_word_embeddings", False))
+    if getattr(config, "text_config", None) is not None:
+        config = config.get_text_config(decoder=True)
+        for key in QUANTISED_KEYS:
+            if hasattr(whole, key):
+                setattr(config, key, getattr(whole, key))
+    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers")
+    if (
+        config.model_type not in causal
+        or getattr(whole, "is_encoder_decoder", False)
+        or not all(isinstance(getattr(config, key, None), int) for key in sizes)
+    ):
+        raise ModelError(f"{describe(whole)} is not supported: transformers has no text decoder for it; {REMEDY}")
+    # An export of ours may carry the note of an earlier untying; a wrapper ties for its text part.
+    config._tied_in_source = tied and config is not whole  # pyright: ignore[reportAttributeAccessIssue]
     return config
 
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .architecture import ModelError, first_line, per_layer_keys, refuse_unsupported, with_layers
-from .initialise import draw, set_constants
+from .architecture import REMEDY, ModelError, describe, first_line, per_layer_keys, with_layers
+from .initialise import draw, refuse_unset, set_constants
 from .pull import pull
-from .slices import allocate, cut, describe, skeleton
+from .slices import allocate, cut, skeleton
 from .stage_cut import partition
 
 if TYPE_CHECKING:
@@ -35,9 +35,10 @@ def check_sliceable(config: PretrainedConfig, stages: Sequence[range] = ()) -> N
     The copy has the model's first layers, as many as it takes to meet every kind of layer on a side where a wrong
     list would show, and narrow matrices: where a model can be cut does not depend on its widths. Raises ModelError.
     """
-    refuse_unsupported(config)
-    narrow = narrowed(config)
     try:
+        # Before it is asked how: an architecture without these parts lacks the sizes that a copy is made by, too.
+        skeleton(with_layers(config, range(1)), torch.float32)
+        narrow = narrowed(config)
         bare = [bool(stages) and not stages[end] for end in (0, -1)]
         fault = _difference(narrow, first_bare=bare[0], last_bare=bare[1])
     except ModelError:
@@ -45,9 +46,7 @@ def check_sliceable(config: PretrainedConfig, stages: Sequence[range] = ()) -> N
     except Exception as error:  # an unknown architecture may fail in any way; every one of them is a refusal
         fault = f"its stages fail: {first_line(error)}"
     if fault:
-        raise ModelError(
-            f"{describe(config)} cannot be cut into stages exactly: {fault}; choose a decoder such as llama or qwen3"
-        )
+        raise ModelError(f"{describe(config)} cannot be cut into stages exactly: {fault}; {REMEDY}")
 
 
 def narrowed(config: PretrainedConfig) -> PretrainedConfig:
@@ -104,6 +103,7 @@ def _difference(config: PretrainedConfig, *, first_bare: bool, last_bare: bool) 
         allocate(model)
         set_constants(model.causal, keep=list(model.parameters()))
         _assign(dict(model.full_names()), weights)
+        refuse_unset(model.causal)
         found |= dict(model.full_names())
         left_BTd.append(model(entered_BTd[-1]))
         entered_BTd.append(left_BTd[-1].detach().requires_grad_())

@@ -1,4 +1,4 @@
-"""The first weights of a stage: drawn from (seed, name), or read from a safetensors checkpoint.
+"""The first weights of a stage, where no checkpoint has them: drawn from (seed, name).
 
 Each matrix has a random stream of its own, seeded by the SHA-256 of the run's seed and the tensor's name in the whole
 model. So the weights do not depend on how many stages there are or on who builds first, and a stage touches nobody
@@ -16,20 +16,17 @@ bit of a draw may differ between processor types, which is harmless here: exactl
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .architecture import ModelError, first_line
+from .architecture import REMEDY, ModelError, describe
 
-RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
-INDEX = "model.safetensors.index.json"
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
+RESIDUAL_OUTPUTS += ("mlp.fc2.weight",)  # nanochat
 
 
 def draw(name: str, shape: Iterable[int], *, seed: int, std: float) -> Tensor:
@@ -52,6 +49,7 @@ def initialise_random(causal: Any, names: list[tuple[str, nn.Parameter]], *, see
             with torch.no_grad():
                 parameter.copy_(draw(name, parameter.shape, seed=seed, std=std * scale))
     set_constants(causal, keep=[parameter for _, parameter in names if parameter.ndim >= 2])
+    refuse_unset(causal)
     for name, parameter in vectors:
         if parameter.numel() and not torch.equal(parameter, parameter.flatten()[0].expand_as(parameter)):
             raise ModelError(f"{causal.config.model_type} draws {name} at random; start it from a checkpoint")
@@ -71,57 +69,25 @@ def set_constants(causal: Any, *, keep: list[nn.Parameter]) -> None:
         causal.initialize_weights()
 
 
-def load_checkpoint(state: dict[str, Tensor], directory: Path, *, tied_to: dict[str, str]) -> None:
-    """Copy the named tensors, and only these, from `directory`/*.safetensors into `state` (full name -> tensor).
-
-    `tied_to` maps a name that the checkpoint may leave out to the one that it shared a matrix with.
-    Raises ModelError that names what is missing, of another shape or unreadable.
-    """
-    located = _locate(directory)
-    source = {name: name if name in located else tied_to.get(name, name) for name in state}
-    missing = [name for name in state if source[name] not in located]
-    if missing:
-        raise ModelError(f"the checkpoint {directory} lacks {_some(missing)}; is it of this architecture?")
-    wrong: list[str] = []
-    for path in sorted({located[source[name]] for name in state}):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as tensors:
-                for name, target in state.items():
-                    if located[source[name]] != path:
-                        continue
-                    shape = list(tensors.get_slice(source[name]).get_shape())
-                    if shape != list(target.shape):
-                        wrong.append(f"{name} {shape}, expected {list(target.shape)}")
-                    else:
-                        with torch.no_grad():
-                            target.copy_(tensors.get_tensor(source[name]))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {path}: {first_line(error)}; copy the checkpoint again") from error
-    if wrong:
-        raise ModelError(f"the checkpoint {directory} has {_some(wrong)}; its config.json belongs to other weights")
+def mark_unset(tensor: Tensor) -> Tensor:
+    """The same tensor, of which `refuse_unset` can tell whether anybody has written to it since."""
+    if tensor.is_floating_point():
+        return tensor.fill_(torch.nan)
+    tensor._version_unset = tensor._version  # pyright: ignore[reportAttributeAccessIssue]
+    return tensor
 
 
-def _locate(directory: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            weights: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            # A file name only: an index must not point outside its own directory.
-            return {name: directory / Path(file).name for name, file in weights.items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"cannot read {index}: {first_line(error)}; copy the checkpoint again") from error
-    located: dict[str, Path] = {}
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as tensors:
-                located.update(dict.fromkeys(tensors.keys(), path))
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {path}: {first_line(error)}; copy the checkpoint again") from error
-    if not located:
-        raise ModelError(f"no *.safetensors in {directory}; convert the checkpoint, other formats are not read")
-    return located
-
-
-def _some(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def refuse_unset(causal: Any) -> None:
+    """Raises ModelError for a vector or a buffer that nobody has set since it was allocated: neither draw, checkpoint
+    nor the architecture. Whatever memory it holds would be trained on."""
+    small = [(name, parameter) for name, parameter in causal.named_parameters() if parameter.ndim < 2]
+    for name, tensor in (*small, *causal.named_buffers()):
+        if tensor.is_floating_point():
+            unset = bool(tensor.isnan().any())
+        else:
+            unset = getattr(tensor, "_version_unset", None) == tensor._version
+        if unset:
+            raise ModelError(
+                f"{describe(causal.config)} cannot be built: neither its code nor a checkpoint sets {name}; start it "
+                f"from a checkpoint that has it, or {REMEDY}"
+            )

@@ -11,12 +11,15 @@ What can go wrong without any error, and what is done about it:
   `max_window_layers`): the base gets a configuration with those lists cut to its own layers;
 - a multiplier on the embeddings inside the base's forward (Granite) would scale hidden states again at every stage: it
   is set to one behind the first. Gemma scales inside its embedding module, which is not there behind the first;
-- buffers that no checkpoint stores hold garbage after emptying: the architecture sets them anew (`initialise`);
+- a norm that the base applies to its embeddings, too (nanochat), would be applied at every stage: `parts.EndNorm`;
+- constants that no checkpoint stores would be uninitialised memory: the architecture sets them anew (`initialise`), or
+  its constructor has set them (`_Undrawn`), and what neither has set is refused;
 - anything unknown: `exactness` compares a shrunken copy, whole and cut, and refuses what is not exact, by name.
 """
 
 from __future__ import annotations
 
+import copy
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -25,15 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .architecture import ModelError, first_line, quiet_transformers, untied, with_layers
+from .architecture import REMEDY, ModelError, describe, first_line, quiet_transformers, untied, with_layers
 from .deferred import Deferral
+from .initialise import mark_unset
+from .parts import NORM_AT_BOTH_ENDS, EndNorm, Parts, find_parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DRAWS = {Tensor.normal_, Tensor.uniform_}
 DRAWS |= {getattr(nn.init, name) for name in ("normal_", "uniform_", "trunc_normal_", "kaiming_uniform_")}
-EXPECTED_PARTS = ("embed_tokens", "layers", "norm")
+CONSTANTS = {torch.arange, torch.tensor}
 
 
 class StageModel(nn.Module):
@@ -42,9 +47,10 @@ class StageModel(nn.Module):
     `width` is d, `vocab_size` is V. Call it with token ids (B, T) int64 or hidden states (B, T, d).
     """
 
-    def __init__(self, causal: Any, *, layers: range, first: bool, last: bool) -> None:
+    def __init__(self, causal: Any, parts: Parts, *, layers: range, first: bool, last: bool) -> None:
         super().__init__()
         self.causal = causal
+        self.parts = parts
         self.layers = layers
         self.first = first
         self.last = last
@@ -55,17 +61,20 @@ class StageModel(nn.Module):
 
     @property
     def base(self) -> Any:
-        """The decoder without its head: `embed_tokens` (first only), `layers`, `norm`."""
+        """The decoder without its head: embedding (first only), layers, norm."""
         return getattr(self.causal, self.causal.base_model_prefix)
 
     def forward(self, x: Tensor) -> Tensor:
         """ids (B, T) or hidden (B, T, d) -> hidden (B, T, d), or logits (B, T, V) if last."""
         entry = {"input_ids": x} if self.first else {"inputs_embeds": x}
         if self.first and self.token_table_VD is not None:
-            entry = {"inputs_embeds": self.base.embed_tokens(x) + F.embedding(x, self.token_table_VD)}
+            entry = {"inputs_embeds": self._embedding(x) + F.embedding(x, self.token_table_VD)}
         if self.last:
             return self.causal(**entry, use_cache=False).logits
         return self.base(**entry, use_cache=False).last_hidden_state
+
+    def _embedding(self, ids: Tensor) -> Tensor:
+        return getattr(self.base, self.parts.embedding)(ids)
 
     def full_names(self) -> list[tuple[str, nn.Parameter]]:
         """Each parameter with its name in the whole model, in the model's own order."""
@@ -83,21 +92,17 @@ class StageModel(nn.Module):
         return f"{prefix}{int(index) + self.layers.start}{dot}{rest}"
 
 
-def describe(config: PretrainedConfig) -> str:
-    """How an architecture is named in messages."""
-    return f"architecture '{config.model_type}'"
-
-
 class _Undrawn(TorchFunctionMode):
-    """On `meta`: leaves out random first weights, and counts positions on the CPU. There, torch does both in Python,
-    with its compiler and its symbolic shapes, whose imports cost a process more than all that it builds."""
+    """On `meta`: leaves out random first weights, and makes constants on the CPU. There, torch does both in Python,
+    with its compiler and its symbolic shapes, whose imports cost a process more than all that it builds; and a constant
+    that only the constructor knows (xIELU's in Apertus) would be lost."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         named = kwargs or {}
         if func in DRAWS:
             return args[0] if args else named["tensor"]
-        if func is torch.arange and not named.get("device"):
+        if func in CONSTANTS and not named.get("device"):
             named = {**named, "device": "cpu"}
         return func(*args, **named)
 
@@ -106,40 +111,33 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype, device: str = "meta")
     """The whole causal model; no memory on `meta`. Raises ModelError, by name, for parts that no stage would own."""
     config = untied(config)
     config.use_cache = False
-    attention = config._attn_implementation
     try:
         try:
             causal = _build(config, dtype, device, _Undrawn() if device == "meta" else nullcontext())
         except Exception:  # of a decoder that mixes what is counted here with what is on `meta`
             causal = _build(config, dtype, device, nullcontext())
     except Exception as error:
-        helps = attention != "eager" and "eager" in str(error)  # the advice that transformers gives for Gemma 2
-        remedy = "set model.attention = 'eager'" if helps else "choose a decoder such as llama or qwen3"
-        fault = first_line(error).partition(". ")[0]
-        raise ModelError(f"{describe(config)} cannot be built: {fault}; {remedy}") from error
-    base = getattr(causal, causal.base_model_prefix, None)
-    lacking = [part for part in EXPECTED_PARTS if not isinstance(getattr(base, part, None), nn.Module)]
-    if not isinstance(getattr(causal, "lm_head", None), nn.Module):
-        lacking.append("lm_head")
-    strange = [
-        part
-        for owner, known in ((base, EXPECTED_PARTS), (causal, (causal.base_model_prefix, "lm_head")))
-        if isinstance(owner, nn.Module)
-        for part, module in owner.named_children()
-        if part not in known and any(True for _ in module.parameters())
-    ]
-    if lacking or strange:
-        fault = f"has no '{lacking[0]}'" if lacking else f"has a part '{strange[0]}' that belongs to no stage"
-        raise ModelError(f"{describe(config)} is not supported: it {fault}; choose a decoder such as llama or qwen3")
-    for path, module in causal.named_modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            raise ModelError(f"{describe(config)} has dropout {module.p} in {path}; set it to 0 in its config.json")
-        if any(word in type(module).__name__ for word in ("Expert", "Router", "Moe", "MoE")):
-            raise ModelError(
-                f"{describe(config)} is a mixture of experts ({path}), whose routing loss sums over all stages; "
-                "choose a dense decoder such as llama or qwen3"
-            )
+        raise _refusal(config, dtype, device, error) from error
+    find_parts(causal)
     return causal
+
+
+def _refusal(config: PretrainedConfig, dtype: torch.dtype, device: str, error: Exception) -> ModelError:
+    """Of an architecture that cannot be built: what leads on, and not from one refusal to the next."""
+    remedy = REMEDY
+    if config._attn_implementation != "eager" and "eager" in str(error):  # as transformers advises for Gemma 2
+        plain = copy.deepcopy(config)
+        plain._attn_implementation = "eager"
+        try:
+            find_parts(_build(plain, dtype, device, nullcontext()))
+        except ModelError as unsupported:
+            return unsupported
+        except Exception as other:
+            error = other
+        else:
+            remedy = "set model.attention = 'eager'"
+    fault = first_line(error).partition(". ")[0].rstrip(".")
+    return ModelError(f"{describe(config)} cannot be built: {fault}; {remedy}")
 
 
 def _build(config: PretrainedConfig, dtype: torch.dtype, device: str, mode: AbstractContextManager[object]) -> Any:
@@ -150,22 +148,34 @@ def _build(config: PretrainedConfig, dtype: torch.dtype, device: str, mode: Abst
 
 
 def allocate(model: nn.Module) -> None:
-    """Memory on the CPU, not yet filled, for what is on `meta`. Not `to_empty`, which asks a tensor on `meta` for its
-    order in memory, and so imports what `_Undrawn` avoids."""
-    model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+    """Memory on the CPU, not yet filled, for what is on `meta`; constants that are not stay. `initialise.refuse_unset`
+    can tell later what nobody has filled. Not `to_empty`, which asks a tensor on `meta` for its order in memory, and so
+    imports what `_Undrawn` avoids."""
+    model._apply(_allocated)
+
+
+def _allocated(tensor: Tensor) -> Tensor:
+    if not tensor.is_meta:
+        return tensor
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return empty if isinstance(tensor, nn.Parameter) and empty.ndim > 1 else mark_unset(empty)  # matrices are drawn
 
 
 def cut(causal: Any, layers: range, *, first: bool, last: bool) -> StageModel:
     """Take out what another stage holds."""
-    base = getattr(causal, causal.base_model_prefix)
+    parts = find_parts(causal)
+    base = getattr(causal, parts.base)
     # A copy for the base alone: layers keep the whole configuration, which they index by their own number.
     base.config = with_layers(base.config, layers)
     base.layers = base.layers[layers.start : layers.stop]
     if not first:
-        base.embed_tokens = None
+        setattr(base, parts.embedding, None)
         if hasattr(base, "embedding_multiplier"):
             base.embedding_multiplier = 1.0
+    if causal.config.model_type in NORM_AT_BOTH_ENDS:
+        setattr(base, parts.norm, EndNorm(getattr(base, parts.norm), base, before=first, behind=last))
+    elif not last:
+        setattr(base, parts.norm, nn.Identity())
     if not last:
-        base.norm = nn.Identity()
-        causal.lm_head = None
-    return StageModel(causal, layers=layers, first=first, last=last)
+        setattr(causal, parts.head, None)
+    return StageModel(causal, parts, layers=layers, first=first, last=last)

@@ -306,7 +306,7 @@ def _architecture(config: RunConfig) -> PretrainedConfig:
     from ..measuring.emulated_machine import VOCABULARY
     from ..model import resolve_model
 
-    vocabulary = config.model.vocab_size or VOCABULARY
+    vocabulary = None if config.model.path else config.model.vocab_size or VOCABULARY
     return resolve_model(config.model, vocab_size=vocabulary, sequence_length=config.data.sequence_length)
 
 

@@ -27,11 +27,11 @@ REMEDY = "start `thinpipe probe --listen host:port` there, or name a node's list
 
 
 class ProbeError(RuntimeError):
-    """No measurement; `str(error)` is the one line that says why."""
+    """No measurement; `str(error)` is the one line that says why. absent: nobody is there, at least not yet."""
 
-    def __init__(self, line: str, exit_code: int) -> None:
+    def __init__(self, line: str, exit_code: int, *, absent: bool = False) -> None:
         super().__init__(line)
-        self.exit_code = exit_code
+        self.exit_code, self.absent = exit_code, absent
 
 
 async def reachable(address: str, deadline_s: float, remedy: str = REMEDY) -> str:
@@ -43,7 +43,7 @@ async def reachable(address: str, deadline_s: float, remedy: str = REMEDY) -> st
         found = await within(deadline_s, resolving, f"the name '{host}' is not resolved")
     except (socket.gaierror, UnicodeError):
         raise ProbeError(
-            f"{address}: no machine is known as '{host}'; check the name, or give its IP address", 2
+            f"{address}: no machine is known as '{host}'; check the name, or give its IP address", 2, absent=True
         ) from None
     refused = False
     until_s = loop.time() + deadline_s
@@ -60,8 +60,9 @@ async def reachable(address: str, deadline_s: float, remedy: str = REMEDY) -> st
             writer.close()
             return f"ipv6:[{name}]:{port}" if ":" in name else f"ipv4:{name}:{port}"
     if refused:
-        raise ProbeError(f"nobody listens at {address}: {remedy}", 2)
-    raise ProbeError(f"nobody answers at {address} within {deadline_s:g} s: is it on, and reachable from here?", 1)
+        raise ProbeError(f"nobody listens at {address}: {remedy}", 2, absent=True)
+    why = f"nobody answers at {address} within {deadline_s:g} s: is it on, and reachable from here?"
+    raise ProbeError(why, 1, absent=True)
 
 
 async def until_ready(address: str, channel: grpc.aio.Channel, security: Security, remedy: str = REMEDY) -> None:

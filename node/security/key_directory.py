@@ -4,8 +4,10 @@
     node-a/  node.key  node.crt  authority.crt             goes to the machine, by whatever way files go there
 
 A private key is created with mode 0600 (its directory with 0700) and never passes through a wider one; one that others
-can read is refused when a node starts, as ssh does. Nothing is overwritten, or the key of a running run could
-be lost. `load` finds every fault of a node's directory, before minutes go into building a stage.
+can read is refused when a node starts, as ssh does. Its group may read it if the owner is root or this user, and nobody
+else can change it: secrets are mounted like that into containers, where the group is the node's own. Nothing is
+overwritten, or the key of a running run could be lost. `load` finds every fault of a node's directory, before minutes
+go into building a stage.
 
 Why the key is made here and copied, instead of a request that the node makes and the authority signs: it is one more
 file to protect on the way, but three commands fewer on each machine. For the other way use openssl; the files are plain
@@ -232,9 +234,15 @@ def _said(path: Path, certificate: x509.Certificate) -> CertificateIdentity:
 def _key(path: Path, certificate: x509.Certificate, remedy: str) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     """The private key of that certificate, and as it is written. Raises KeysError, also where others may read it."""
     content = _content(path, remedy)
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    status = path.stat()
+    mode = stat.S_IMODE(status.st_mode)
+    if mode & 0o037:
         raise KeysError(f"{path} can be read or written by others (mode {mode:04o}); say: chmod 600 {path}")
+    if mode & 0o040 and status.st_uid not in (0, os.geteuid()):
+        raise KeysError(
+            f"{path} can be read by its group (mode {mode:04o}) and belongs to another user (uid {status.st_uid}); "
+            "make root or this user its owner, or say: chmod 600"
+        )
     try:
         key = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):

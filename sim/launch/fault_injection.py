@@ -32,7 +32,7 @@ from typing import Any, Literal, get_args
 from ..links.proxy import Proxy
 from ..reports.summary import read_records, steps_of
 from .fork_server import ForkServer, Process
-from .local_swarm import Swarm, SwarmError, exit_reason, free_ports
+from .local_swarm import Swarm, SwarmError, free_ports
 
 Kind = Literal["kill", "twice", "pause", "sleeper", "disk", "cut", "half"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # pyright: ignore[reportAssignmentType]
@@ -160,7 +160,7 @@ class _Chaos:
             if code == -signal.SIGKILL and not self.over:
                 self._swarm.start(stage, resume=True)
             elif code and not self.over:
-                raise SwarmError(exit_reason(node, code), 1)
+                raise SwarmError(str(node.failure or node.why), 1)
         for sleeper in list(self._sleepers):
             if not sleeper.awake and self._is_back(sleeper.stage, sleeper.since_s):
                 sleeper.awake = True

@@ -27,11 +27,13 @@ from .disk_space import DiskSpace
 from .end_signals import ANOTHER_ENDED, DRAINING, EndSignals, draining_signals
 from .fork_server import CannotFork, ForkServer, Process
 from .isolation import PORT, Isolation
+from .node_ends import AGAIN, Failure, exit_reason, failure_of
 
 STOP_GRACE_S = 5.0
 POLL_S = 0.1
 DRAIN_EVERY_S = 1.0
-ERROR_PREFIX = "thinpipe: error: "  # how a node begins the line with which it ends (cli.fail)
+TOLD_TO_END = (130, *(-number for number in DRAINING))  # exit codes of nodes that were, before they had begun
+TOLD_S = 10.0  # within which all nodes end that were told of a failure
 
 
 class SwarmError(RuntimeError):
@@ -44,12 +46,23 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class NodeProcess:
-    """A process that serves a stage. log_from: what the log held before it."""
+    """A process that serves a stage. log_from, records_from: what its log and its records held before it."""
 
     stage: int
     process: Process
     log: Path
     log_from: int = 0
+    records_from: int = 0
+
+    @property
+    def why(self) -> str:
+        """Why it ended."""
+        return exit_reason(self.stage, self.process.poll() or 0, self.log, self.log_from)
+
+    @property
+    def failure(self) -> Failure | None:
+        """With which it ended."""
+        return failure_of(self.log.parent, self.stage, records_from=self.records_from)
 
 
 def node_environment() -> dict[str, str]:
@@ -93,11 +106,12 @@ def run_swarm(
 
     `on_progress` gets, about ten times a second, what the records of every stage have said since now. `on_warning`: a
     line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
-    stage that was lost is started again; the others wait for it. `disks`, `isolation`, `keys`, `watch`, `forks`,
-    `node_options`: see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step
-    under way: returns the name of the first that came, None if none did. Raises SwarmError when a node ends early
-    otherwise, naming it, and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes
-    could end in order. No node is left running either way.
+    stage that was lost is started again, while the others wait for it; or all stages are, after one has failed and
+    ended all; but not twice for the same failure. `disks`, `isolation`, `keys`, `watch`, `forks`, `node_options`: see
+    `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step under way: returns the
+    name of the first that came, None if none did. Raises SwarmError when a node ends early otherwise, naming it, and
+    KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes could end in order. No node
+    is left running either way.
     """
     swarm = Swarm(
         run,
@@ -111,17 +125,16 @@ def run_swarm(
         node_options=node_options,
     )
     progress = Progress(run, stages=stages, from_now=True)
-    why = ANOTHER_ENDED
     with draining_signals() as told:
         try:
             for stage in range(stages):
                 swarm.start(stage, resume=resume)
             _watch(swarm, told, restarts, progress, on_progress, on_warning)
-        except KeyboardInterrupt:
-            why = signal.SIGINT
+        except SwarmError as error:
+            swarm.stop(why=str(error))
             raise
         finally:
-            swarm.stop(why)
+            swarm.stop()
     return told.name
 
 
@@ -217,9 +230,13 @@ class Swarm:
             if node and node.process.poll() is None:
                 node.process.send_signal(signal.SIGUSR1)
 
-    def stop(self, why: signal.Signals = signal.SIGINT) -> None:
-        """Leave none behind. why: SIGINT, or ANOTHER_ENDED."""
-        _stop([node for node in (*self.nodes, *self._gone) if node], why)
+    def stop(self, why: str = "") -> None:
+        """Leave none behind. why: another stage has ended the run; the logs of those that have to be ended say so."""
+        alive = [node for node in (*self.nodes, *self._gone) if node and node.process.poll() is None]
+        _stop(alive, ANOTHER_ENDED if why else signal.SIGINT)
+        for node in alive if why else ():
+            with suppress(OSError), node.log.open("a", encoding="utf-8") as log:
+                log.write(f"thinpipe: this stage was ended by the launcher: {why}\n")
 
 
 def _start(
@@ -230,6 +247,8 @@ def _start(
     if resume:
         arguments.append("--resume")
     log, environment = run / f"stage-{stage}.log", node_environment()
+    records = run / f"stage-{stage}.jsonl"
+    records_from = records.stat().st_size if resume and records.exists() else 0
     with _log(log, "ab" if resume else "wb") as output:
         log_from = output.tell()
         if forks and not prefix:
@@ -240,7 +259,7 @@ def _start(
                     stderr=output.fileno(),
                     environment=environment,
                 )
-                return NodeProcess(stage, process, log, log_from)
+                return NodeProcess(stage, process, log, log_from, records_from)
             except (CannotFork, TimeoutError) as error:
                 with suppress(OSError):
                     output.write(f"started as an interpreter of its own: {error}\n".encode())
@@ -254,7 +273,7 @@ def _start(
             env=environment,
             start_new_session=True,
         )
-    return NodeProcess(stage, process, log, log_from)
+    return NodeProcess(stage, process, log, log_from, records_from)
 
 
 def _log(path: Path, mode: str) -> BinaryIO:
@@ -273,46 +292,49 @@ def _watch(
     on_progress: Callable[[list[StageFigures]], None] | None,
     on_warning: Callable[[str], None] | None,
 ) -> None:
-    space, drain_due_s = DiskSpace(swarm.run), 0.0
+    space, drain_due_s, before = DiskSpace(swarm.run), 0.0, set[Failure]()
+
+    def codes() -> list[int | None]:
+        if on_progress:
+            on_progress(progress.look())
+        return [swarm.process(stage).poll() for stage in range(len(swarm.nodes))]
+
     while True:
         if told.name and time.monotonic() >= drain_due_s:  # and again, to one that was only being made
             swarm.drain()
             drain_due_s = time.monotonic() + DRAIN_EVERY_S
         if on_warning and (line := space.look()):
             on_warning(line)
-        nodes = [node for node in swarm.nodes if node]
-        codes = [node.process.poll() for node in nodes]
-        if on_progress:
-            on_progress(progress.look())
-        over = 0 in codes  # no stage leaves before all have finished: one that is lost now has nothing left to do
-        for node, code in zip(nodes, codes, strict=True):
-            if code and code != 2 and restarts and not over and not swarm.draining:
-                restarts -= 1
-                swarm.start(node.stage, resume=True)
-            elif code and swarm.draining and not over and code in (130, *(-number for number in DRAINING)):
-                raise KeyboardInterrupt(f"stopped by {told.name}")  # it had not begun, so it cannot end in order
-            elif code and not over:
-                raise SwarmError(exit_reason(node, code), 2 if code == 2 else 1)
-        if all(code is not None for code in codes) and over:
+        now = codes()
+        over = 0 in now  # no stage leaves before all have finished: one that is lost now has nothing left to do
+        if not over and any(now):
+            failure = next(filter(None, (node.failure for node in swarm.nodes if node and node.process.poll())), None)
+            if failure and failure.told:
+                until = time.monotonic() + TOLD_S
+                while None in (now := codes()) and time.monotonic() < until:
+                    time.sleep(POLL_S)
+            lost = [stage for stage, code in enumerate(now) if code]
+            if swarm.draining and failure is None and all(now[stage] in TOLD_TO_END for stage in lost):
+                raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order
+            cost = 1 if failure else len(lost)
+            again = failure in before
+            if again or cost > restarts or 2 in now or swarm.draining:
+                raise SwarmError(_why(swarm, lost, failure, again=again), 2 if 2 in now else 1)
+            restarts -= cost
+            before |= {failure} if failure else set()
+            for stage in lost:
+                swarm.start(stage, resume=True)
+        if over and None not in now:
             return
         time.sleep(POLL_S)
 
 
-def exit_reason(node: NodeProcess, code: int) -> str:
-    """Which node ended and why: the signal that killed it, or its own last words."""
-    if code < 0:
-        name = signal.Signals(-code).name
-        why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
-        return f"stage {node.stage} was killed by {name}{why}; see {node.log}"
-    try:
-        text = node.log.read_bytes()[node.log_from :].decode(errors="replace")
-    except OSError:  # it could not be made
-        text = ""
-    words = [line for line in text.splitlines() if line.strip()]
-    last = next((line for line in reversed(words) if line.startswith(ERROR_PREFIX)), None)
-    if last:
-        return f"stage {node.stage} ended: {last.removeprefix(ERROR_PREFIX)}"
-    return f"stage {node.stage} ended with exit code {code}: {words[-1] if words else 'no output'}; see {node.log}"
+def _why(swarm: Swarm, lost: list[int], failure: Failure | None, *, again: bool) -> str:
+    """Of the stage that began it, if that can be told, and else of the first one that ended."""
+    blamed = swarm.nodes[failure.stage if failure and failure.stage in lost else lost[0]]
+    assert blamed
+    line = blamed.why if failure is None or failure.stage in lost else str(failure)
+    return f"{line}; {AGAIN}" if again else line
 
 
 def _stop(nodes: list[NodeProcess], why: signal.Signals) -> None:

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from ..reports.record_tail import RecordTail
 from .local_swarm import node_environment
+from .node_ends import AGAIN, Failure
 from .stage_lock import began, ended_after, gave_up, newest_life, take_lock
 
 POLL_S = 0.5
@@ -71,6 +72,7 @@ class Supervisor:
         self._told: int | None = None  # to stop, by that signal
         self._passed_on = False
         self._node: subprocess.Popen[bytes] | None = None
+        self._failure: Failure | None = None  # with which the newest node ended
         self._moved_s = time.monotonic()
         self._stuck = self._mute = False
 
@@ -192,11 +194,16 @@ class Supervisor:
 
     def _serve(self, stage: int, lock: int) -> int:
         """Start the node, and again, until it ends well, or need not be tried again; returns its exit code."""
-        left, pause_s = self.assignment.restarts, PAUSE_FIRST_S
+        left, pause_s, before = self.assignment.restarts, PAUSE_FIRST_S, set[Failure]()
         while True:
+            self._failure = None
             code = self._one_life(stage, lock)
             if self._told or code in (0, 2):  # 2: bad input stays bad
                 return code if code >= 0 else 128 - code
+            if self._failure in before:
+                self._say(f"{self._failure}; {AGAIN}")
+                return code if code > 0 else 128 - code
+            before |= {self._failure} if self._failure else set()
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             if not left:
                 self._say(
@@ -232,6 +239,10 @@ class Supervisor:
                 code = self._node.wait(POLL_S)
             for record in tail.read():  # also of a node that has just ended: its last step is said
                 newest = record if record["event"] == "step" else newest
+                if record["event"] == "preparing":  # for hours, if need be
+                    self._moved_s = time.monotonic()
+                elif record["event"] == "failed":
+                    self._failure = Failure.of(record)
             if newest and newest is not shown:
                 self._moved_s = time.monotonic()
                 longest_s = max(longest_s, newest["seconds"])

@@ -64,12 +64,11 @@ class RunDisplay:
                 self._unsaved_said = True
                 self.warn(f"stage {stage.stage}: {stage.unsaved}; training goes on")
         done = stages[0].completed
-        if (
-            self._resumes is not None
-            and stages[0].lives > self._resumes
-            and (restored := stages[0].restored) is not None
-        ):
-            self._resumes = None
+        if self._resumes is not None:
+            restored = stages[0].restored
+            if stages[0].lives <= self._resumes or restored is None:
+                return  # what is known is of the processes before
+            self._resumes, self._shown = None, restored
             self._console.print(_resumed(restored, self._steps), highlight=False, soft_wrap=True)
         if any(stage.loss is None for stage in stages) or done == self._shown:
             return

@@ -20,6 +20,7 @@ from thinpipe.protocol.control_messages import (
     ControlFrame,
     DoViewChange,
     Drain,
+    Failed,
     Finished,
     Heartbeat,
     LastStep,
@@ -48,7 +49,7 @@ from thinpipe.protocol.messages import (
 )
 from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback
-from thinpipe.protocol.rollback_actions import SIDES, Effect, Leave, Send, Stop
+from thinpipe.protocol.rollback_actions import SIDES, Effect, End, Leave, Send, Stop
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
 from ..builders import identity
@@ -347,7 +348,7 @@ def control(data: bytes) -> Ends:
         if machine.generation > MINE.generation + mutators.PARTS_MAX * (GENERATIONS_AHEAD_MAX + 1):
             raise Finding(f"{frame} led to generation {machine.generation}")
         decode_frame(encode_frame(machine.heartbeat("above")), CONTROL_LIMITS)
-        if any(isinstance(effect, Leave) for effect in effects):
+        if any(isinstance(effect, Leave | End) for effect in effects):
             break
     return Ends(taken, refused)
 
@@ -378,6 +379,7 @@ def _control_seeds() -> list[bytes]:
         (4, [(1, Finished()), (2, heartbeat), (0, AllFinished())]),
         (4, [(1, Drain()), (0, last), (0, last), (5, heartbeat)]),
         (4, [(4, greeting), (5, joining), (1, replace(do_view_change, generation=2))]),
+        (4, [(0, replace(heartbeat, preparing=1)), (1, Failed(stage=2, completed_steps=2, reason="no disk"))]),
     ]
     return [
         bytes([first]) + mutators.join([(how, encode_frame(frame)) for how, frame in said]) for first, said in spoken

@@ -1,0 +1,164 @@
+"""What the launcher makes of nodes that end: whom it blames, what it starts again, and what not a second time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from thinpipe.cli import app
+from thinpipe.sim.launch import local_swarm
+from thinpipe.sim.launch.local_swarm import NodeProcess, SwarmError, run_swarm
+from thinpipe.sim.launch.node_ends import Failure, failure_in
+from typer.testing import CliRunner
+
+from .real_faults import records
+from .real_node import until
+
+STAGES = 3
+
+
+class Nodes:
+    """Scripts in the place of nodes, which write what nodes write. `plot`: for each life of a stage, what it does.
+
+    fails: it fails. told: it ends because stage 1 has failed. hears: the same a little later than it. ends: well.
+    waits: until it is told to end. alone: it fails, and nobody was told. dies: by SIGKILL.
+    """
+
+    def __init__(self, run: Path, plot: dict[int, list[str]], reasons: list[str]) -> None:
+        self.run, self.plot, self.reasons = run, plot, reasons
+        self.lives = [0] * STAGES
+
+    def start(self, run: Path, stage: int, *_: object, resume: bool, **__: object) -> NodeProcess:
+        life, self.lives[stage] = self.lives[stage], self.lives[stage] + 1
+        assert resume == bool(life)
+        todo, log = self.plot[stage][life], run / f"stage-{stage}.log"
+        path = run / f"stage-{stage}.jsonl"
+        records_from = path.stat().st_size if path.exists() else 0
+        reason = self.reasons[min(life, len(self.reasons) - 1)]
+        failed = {"event": "failed", "stage": 1, "completed_steps": 4, "reason": reason, "told": todo != "alone"}
+        line = reason if todo in ("fails", "alone") else f"stage 1 failed after 4 steps: {reason}"
+        program = f"""
+import json, os, signal, sys, time
+if {todo!r} == "hears":
+    time.sleep(0.3)
+if {todo!r} in ("fails", "hears", "told", "alone"):
+    with open({str(path)!r}, "a") as file:
+        file.write({json.dumps(failed) + chr(10)!r})
+    print("thinpipe: error: " + {line!r}, flush=True)
+    sys.exit(1)
+if {todo!r} == "dies":
+    os.kill(os.getpid(), signal.SIGKILL)
+if {todo!r} == "waits":
+    time.sleep(60)
+"""
+        with log.open("ab") as output:
+            log_from = output.tell()
+            command = [sys.executable, "-S", "-c", program]
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        return NodeProcess(stage, process, log, log_from, records_from)
+
+
+def outcome(
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    plot: dict[int, list[str]],
+    *,
+    restarts: int,
+    reasons: tuple[str, ...] = ("not finite",),
+) -> tuple[str, list[int]]:
+    """With which words the launcher ends, "" if well, and how many lives each stage had."""
+    nodes = Nodes(tmp_path, plot, list(reasons))
+    patch.setattr(local_swarm, "_start", nodes.start)
+    patch.setattr(local_swarm, "POLL_S", 0.02)
+    try:
+        run_swarm(tmp_path, stages=STAGES, restarts=restarts)
+    except SwarmError as error:
+        return str(error), nodes.lives
+    return "", nodes.lives
+
+
+ALL_FAIL = {0: ["told"] * 9, 1: ["fails"] * 9, 2: ["hears"] * 9}
+
+
+def test_the_stage_that_failed_is_blamed_and_not_the_first_that_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, lives = outcome(tmp_path, monkeypatch, ALL_FAIL, restarts=0)
+    assert said == "stage 1 ended: not finite"
+    assert lives == [1, 1, 1]
+    for stage in (0, 2):  # they were let end by themselves, and know why
+        assert (tmp_path / f"stage-{stage}.log").read_text().splitlines() == [
+            "thinpipe: error: stage 1 failed after 4 steps: not finite"
+        ]
+
+
+def test_a_failure_that_replays_alike_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, lives = outcome(tmp_path, monkeypatch, ALL_FAIL, restarts=5)
+    assert said == "stage 1 ended: not finite; it failed in the same way before, so it is not started again"
+    assert lives == [2, 2, 2]
+
+
+def test_all_that_end_with_one_failure_are_started_again_for_the_price_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plot = {0: ["told", "ends"], 1: ["fails", "ends"], 2: ["hears", "ends"]}
+    assert outcome(tmp_path, monkeypatch, plot, restarts=1) == ("", [2, 2, 2])
+
+
+def test_failures_that_differ_are_tried_as_often_as_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, lives = outcome(tmp_path, monkeypatch, ALL_FAIL, restarts=2, reasons=("a", "b", "c", "d"))
+    assert said == "stage 1 ended: c"
+    assert lives == [3, 3, 3]
+
+
+def test_others_stay_while_one_is_started_again_that_failed_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replacement that cannot begin tells nobody, and costs the others nothing."""
+    plot = {0: ["waits"], 1: ["dies", "alone", "alone"], 2: ["waits"]}
+    said, lives = outcome(tmp_path, monkeypatch, plot, restarts=9, reasons=("", "no disk"))
+    assert said == "stage 1 ended: no disk; it failed in the same way before, so it is not started again"
+    assert lives == [1, 3, 1]
+
+
+def test_the_logs_of_those_that_the_launcher_ends_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = {0: ["waits"], 1: ["dies"], 2: ["waits"]}
+    said, _ = outcome(tmp_path, monkeypatch, plot, restarts=0)
+    assert said.startswith("stage 1 was killed by SIGKILL")
+    for stage in (0, 2):
+        last = (tmp_path / f"stage-{stage}.log").read_text().splitlines()[-1]
+        assert last == f"thinpipe: this stage was ended by the launcher: {said}"
+
+
+def test_only_the_newest_failure_counts() -> None:
+    first, second = (Failure(stage=1, completed_steps=n, reason="x", told=True) for n in (4, 9))
+    said = [{"event": "failed", "stage": f.stage, "completed_steps": f.completed_steps} for f in (first, second)]
+    lines = [{"event": "start"}, *({**each, "reason": "x", "told": True, "time_s": 1.0} for each in said)]
+    assert failure_in(lines) == second
+    assert failure_in(lines[:1]) is None
+    assert str(second) == "stage 1 failed after 9 steps: x"
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_tried_twice_and_ends_with_its_reason(tmp_path: Path) -> None:
+    """Real processes: a rate that is far too high makes a gradient or a value that is not finite, at the same step each
+    time. Nobody waits for anything."""
+    options = ["up", "--stages", "3", "--steps", "50", "--restarts", "5", "--out", str(tmp_path / "run")]
+    options += ["--microbatches", "2", "--batch-size", "4", "--sequence-length", "32", "--checkpoint-every", "2"]
+    for setting in (
+        *("model.width=64", "model.layers=3", "model.vocab_size=512", "data.heldout_sequences=4"),
+        *("optim.muon_lr=1e18", "optim.adamw_lr=1e18", "optim.warmup_steps=0", "codec.codec=bf16"),
+    ):
+        options += ["--set", setting]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 1, result.output
+    last = result.stderr.splitlines()[-1]
+    assert "not finite" in last or "nan" in last.lower(), result.stderr
+    assert "failed in the same way before" in last
+    until(lambda: all(records(tmp_path / "run", stage, "exit") for stage in range(3)), "all to end")
+    for stage in range(3):
+        assert len(records(tmp_path / "run", stage, "start")) == 2
+        assert not [r for r in records(tmp_path / "run", stage, "fault") if r["code"] == "Stopped"]

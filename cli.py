@@ -18,7 +18,7 @@ import typer.main
 from . import __version__
 from .commands.chaos import chaos
 from .commands.checkpoint import checkpoint
-from .commands.common import OneLine, run_as_own_process
+from .commands.common import OneLine, from_home, run_as_own_process
 from .commands.compare import compare
 from .commands.discovery import dht, status
 from .commands.export import export
@@ -58,9 +58,9 @@ def options(
 
 
 for command in (up, export, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
-    app.command()(command)
-app.command("eval")(evaluate)
-app.command()(generate)
+    app.command()(from_home(command))
+app.command("eval")(from_home(evaluate))
+app.command()(from_home(generate))
 app.add_typer(checkpoint, name="checkpoint")
 app.add_typer(keys, name="keys")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, configuration, fail, one_arithmetic_thread
+from .common import Json, configuration, fail, from_home, one_arithmetic_thread
 from .options import shared
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run: 
 
 
 @checkpoint.command("ls")
+@from_home
 def checkpoint_ls(run: Run, as_json: Json = False) -> None:
     """List the checkpoints by step: which stages have one, and whether the run can resume from it.
 
@@ -40,6 +41,7 @@ def checkpoint_ls(run: Run, as_json: Json = False) -> None:
 
 
 @checkpoint.command("verify")
+@from_home
 def checkpoint_verify(run: Run, as_json: Json = False) -> None:
     """Read every checkpoint and compare its digests with its manifest.
 
@@ -50,6 +52,7 @@ def checkpoint_verify(run: Run, as_json: Json = False) -> None:
 
 
 @checkpoint.command("convert")
+@from_home
 def checkpoint_convert(
     run: Run,
     out: Annotated[Path, typer.Option(help="Directory for the converted run; a new or an empty one.")],
@@ -143,7 +146,7 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
     else:
         from rich.console import Console
 
-        Console().print(checkpoint_table(found))
+        Console(markup=False).print(checkpoint_table(found))
     if not as_json:
         more = "; checkpoints come and go" if alive.state == "under way" else ""
         print(f"the run {alive.line()}{more}")

@@ -10,8 +10,9 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from typer.core import TyperGroup
@@ -19,8 +20,23 @@ from typer.core import TyperGroup
 if TYPE_CHECKING:
     from ..node.config import RunConfig
 
+T = TypeVar("T")
 # What typer raises for wrong usage; it does not export the name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def from_home(command: Callable[..., T]) -> Callable[..., T]:
+    """The same command, whose paths may begin with ~ behind an equals sign too, where no shell replaces it."""
+
+    @wraps(command)
+    def with_paths(**given: Any) -> T:
+        return command(**{name: _from_home(value) for name, value in given.items()})
+
+    return with_paths
+
+
+def _from_home(value: object) -> object:
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 class OneLine(TyperGroup):

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, configuration, fail
+from .common import Json, configuration, fail, from_home
 
 keys = typer.Typer(
     help="Make and show the keys with which the nodes of a run identify each other (mutual TLS).",
@@ -20,6 +20,7 @@ keys = typer.Typer(
 
 
 @keys.command("init")
+@from_home
 def keys_init(
     run: Annotated[str | None, typer.Option("--run", help="Name of the run: run.name in its run.toml.")] = None,
     config: Annotated[
@@ -48,6 +49,7 @@ def keys_init(
 
 
 @keys.command("issue")
+@from_home
 def keys_issue(
     stages: Annotated[str, typer.Option(help="Stages that the node may serve, such as 3, 0-3 or 0,2,4-6.")],
     out: Annotated[Path, typer.Option(help="Directory for the node's key and certificate. Copy it to that machine.")],
@@ -66,6 +68,7 @@ def keys_issue(
 
 
 @keys.command("show")
+@from_home
 def keys_show(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory that keys init or keys issue wrote.")],
     as_json: Json = False,

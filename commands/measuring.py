@@ -101,7 +101,7 @@ def plan(
 
         from ..sim.reports.run_console import cut_lines, plan_tables
 
-        console = Console()
+        console = Console(markup=False)
         console.print(*plan_tables(figures), sep="\n")
         console.print(*cut_lines(figures), sep="\n", highlight=False, soft_wrap=True)
     if timeline:

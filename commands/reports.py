@@ -61,7 +61,7 @@ def summary(
 
     from ..sim.reports.run_console import closing_lines, summary_tables
 
-    console = Console()
+    console = Console(markup=False)
     console.print(*summary_tables(found), sep="\n")
     for line in closing_lines(found, run):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -29,6 +30,12 @@ class ConfigError(ValueError):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home(cls, value: object) -> object:
+        """A path may begin with ~, which no shell has replaced in a file or behind an equals sign."""
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 class RunSection(Section):
@@ -104,7 +111,9 @@ class DataSection(Section):
     )
     text_field: str = Field(default="text", description="where the text is in a row of jsonl, parquet or a dataset")
     tokenizer: Path | None = Field(
-        default=None, description="a tokenizer.json; by default a byte-level BPE is trained once"
+        default=None,
+        description="a tokenizer.json or a directory with one; default: a pretrained model's own, else a byte-level "
+        "BPE that is trained once",
     )
     sequence_length: int = Field(default=128, ge=2, le=2**20, description="tokens in a sequence")
     heldout_sequences: int = Field(default=64, ge=1, description="length of the fixed held-out set, in sequences")

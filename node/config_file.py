@@ -67,7 +67,7 @@ def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfi
 def read_toml(path: Path) -> dict[str, Any]:
     """The raw tree of a TOML file. Raises ConfigError."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"no such configuration file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:

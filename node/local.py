@@ -24,6 +24,7 @@ from ..sim.launch.local_swarm import SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
+from ..sim.reports.preparation_console import PreparationDisplay
 from ..sim.reports.progress import Progress
 from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
 from ..sim.reports.summary import checkpoint_lines, lacking_lines, summarise, write_summary
@@ -36,7 +37,7 @@ from .measuring.plan import with_depth
 from .one_process import OneProcess
 from .origin import Origin
 from .preload import fork_server
-from .preparation import BAD_INPUT, check_settings
+from .preparation import BAD_INPUT, check_settings, model_line
 from .resuming import check_checkpoints, interrupted
 from .run_corpus import open_run_corpus
 from .run_directory import (
@@ -83,7 +84,7 @@ def run_local(
     have begun anything, or interpreters where that cannot be; False: interpreters. data_changed: resume though the text
     is another one. lock: a descriptor that holds the directory's lock already.
     """
-    console = Console(stderr=True) if quiet else Console()
+    console = Console(stderr=quiet, markup=False)  # what it says is the user's own words, brackets too
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
     config = anchored(config)
@@ -112,8 +113,12 @@ def run_local(
                     held.callback(found.close)
                 else:
                     print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
-            with _doing(console, f"preparing {config.data.source}"):
-                text = open_run_corpus(config, out, resume=resume, changed=data_changed)
+            with PreparationDisplay(console, config.data.source) as preparing:
+                text = open_run_corpus(config, out, resume=resume, changed=data_changed, report=preparing.report)
+            for line in filter(None, (text.corpus.line, model_line(config))):
+                console.print(line, highlight=False, soft_wrap=True)
+            for line in text.corpus.warnings:
+                print(f"thinpipe: warning: {line}", file=sys.stderr)
             if schedule:
                 with _doing(console, "timing a microbatch"):
                     config = with_depth(config, schedule)

@@ -19,13 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from ..protocol.greeting import NodeIdentity
 from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
+from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
 from .checkpoints.manifest import Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
+from .data import Corpus
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
@@ -246,7 +250,7 @@ async def _run(
         rebuild=lambda: prepare(config, index)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: prepare_corpus(config, kept)) if index == 0 else None,
+        open_corpus=(lambda: open_text(config, metrics, kept)) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
@@ -286,6 +290,19 @@ async def _run(
         except Exception as error:  # also of what runs beside the stage
             await recovery_loop.farewell(error)
             raise
+
+
+def open_text(config: RunConfig, metrics: MetricsWriter, kept: Path | None) -> Corpus:
+    """The corpus, with what it holds on record, and said. kept: the run's own tokenizer. Raises DataError or
+    SourceLost."""
+    with PreparationDisplay(Console(), config.data.source) as display:
+        corpus = prepare_corpus(config, display.report, kept=kept)
+    metrics.write("data", **corpus.record())
+    if corpus.line:
+        print(corpus.line, flush=True)
+    for line in corpus.warnings:
+        print(f"stage 0: warning: {line}", file=sys.stderr, flush=True)
+    return corpus
 
 
 async def _while_calling(

@@ -75,6 +75,8 @@ class OneProcess:
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
         """Run all steps; returns the training losses and the final held-out loss."""
         config = self.config
+        for metrics in self._metrics[:1]:
+            metrics.write("data", **self.corpus.record())
         schedule = get_schedule(config.pipeline.schedule)
         losses, val_loss, train_s = [], float("nan"), 0.0
         for step in range(config.run.steps):
@@ -215,6 +217,7 @@ class OneProcess:
                 "end",
                 stage=stage.index,
                 layers=len(stage.layers),
+                parameters=stage.parameters(),
                 steps=self.config.run.steps,
                 train_s=round(train_s, 6),
                 cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from .checkpoints.kept_boundaries import kept_boundaries
 from .codec_start import write_codec_start
 from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
-from .data import DataError
+from .data import DataError, copy_tokenizer
 from .export.portable_model import ExportError, plain_model
 from .preparation import check_settings, prepare_vocabulary
 from .run_corpus import kept_tokenizer
@@ -66,7 +65,7 @@ class Origin:
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
             if self.tokenizer:
-                shutil.copyfile(self.tokenizer, directory / "tokenizer.json")
+                copy_tokenizer(self.tokenizer, directory)
             check_settings(self.placed(self.config, directory))
             weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
             save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -19,13 +19,21 @@ from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
-from .config import ConfigError, RunConfig
+from .config import ConfigError, DataSection, RunConfig
 from .constrained_stage import check_architecture
-from .data import Corpus, DataError, Vocabulary, open_corpus, open_vocabulary, vocabulary_size
+from .data import Corpus, DataError, Preparing, Vocabulary, open_corpus, open_vocabulary, silently, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
 from .measuring.emulated_stage import EmptyCorpus, EmulatedStage
-from .model import ModelError, architecture_digest, check_checkpoint, check_sliceable, resolve_model, was_tied
+from .model import (
+    ModelError,
+    architecture_digest,
+    check_checkpoint,
+    check_sliceable,
+    resolve_model,
+    skeleton,
+    was_tied,
+)
 from .security.key_directory import KeysError
 from .stage import Stage
 from .stage_costs import stage_layers
@@ -172,23 +180,47 @@ def resolve_architecture(config: RunConfig) -> PretrainedConfig:
     elif _brings_vocabulary(config):
         vocab = None
     else:
-        vocab = vocabulary_size(config.data, settings.vocab_size)
+        vocab = vocabulary_size(text_settings(config), settings.vocab_size)
     return resolve_model(settings, vocab_size=vocab, sequence_length=config.data.sequence_length)
+
+
+def model_line(config: RunConfig) -> str:
+    """How large the model is, for people; "" for an emulated one, which nobody builds."""
+    if config.compute.emulate:
+        return ""
+    whole = skeleton(resolve_architecture(config), torch.float32)
+    count, stages = sum(each.numel() for each in whole.parameters()), config.pipeline.stages
+    return f"the model: {count:,} parameters in {stages} stage{'' if stages == 1 else 's'}"
+
+
+def text_settings(config: RunConfig) -> DataSection:
+    """How the text is read and coded: a pretrained model brings its own tokenizer. Raises DataError where it has none:
+    ids of another one would lead to rows of its embedding that mean something else."""
+    path = config.model.path
+    if not config.model.pretrained or path is None or config.data.tokenizer is not None:
+        return config.data
+    if not (path / "tokenizer.json").is_file():
+        raise DataError(
+            f"model.pretrained: {path} has no tokenizer.json, and its weights know no other ids; save the model's own "
+            "tokenizer there, or name it with data.tokenizer"
+        )
+    return config.data.model_copy(update={"tokenizer": path})
 
 
 def _brings_vocabulary(config: RunConfig) -> bool:
     """Whether model and tokenizer come as they are. Published pairs often differ by a few ids that no text has, so then
     the ids of the text count (`data.tokens`), not those of the tokenizer."""
-    return config.model.path is not None and config.data.tokenizer is not None
+    return config.model.path is not None and text_settings(config).tokenizer is not None
 
 
-def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
-    """Open the data as stage 0 does. tokenizer: use this one, where the settings name none, instead of training it.
-    Raises DataError, also when the held-out set asked for is not there."""
+def prepare_corpus(config: RunConfig, report: Preparing = silently, *, kept: Path | None = None) -> Corpus:
+    """Open the data as stage 0 does; `report` is told what takes time. kept: the run's own tokenizer, used where the
+    settings name none. Raises DataError, also when the held-out set
+    asked for is not there, and SourceLost for a streamed dataset that stayed away."""
     if config.compute.emulate:
         return EmptyCorpus(config)
     size, seed = _ids_of_model(config), config.run.seed
-    corpus = open_corpus(config.data, vocab_size=size, seed=seed, tokenizer=tokenizer)
+    corpus = open_corpus(_with_kept(text_settings(config), kept), vocab_size=size, seed=seed, report=report)
     needed = config.evaluation_microbatches * config.microbatch_size
     if corpus.heldout_sequences < needed:
         raise DataError(
@@ -198,13 +230,17 @@ def prepare_corpus(config: RunConfig, tokenizer: Path | None = None) -> Corpus:
     return corpus
 
 
-def prepare_vocabulary(config: RunConfig, tokenizer: Path | None = None) -> Vocabulary:
-    """The tokenizer that the run's text was coded with: `tokenizer`, what the run has kept (`node.run_corpus`), where
-    the settings name none. Raises DataError."""
-    return open_vocabulary(config.data, vocab_size=_ids_of_model(config), tokenizer=tokenizer)
+def prepare_vocabulary(config: RunConfig, kept: Path | None = None) -> Vocabulary:
+    """The tokenizer that the run's text was coded with: `kept` with the run (`node.run_corpus`), where the settings
+    name none. Raises DataError."""
+    return open_vocabulary(_with_kept(text_settings(config), kept), vocab_size=_ids_of_model(config))
+
+
+def _with_kept(settings: DataSection, kept: Path | None) -> DataSection:
+    return settings if settings.tokenizer or not kept else settings.model_copy(update={"tokenizer": kept})
 
 
 def _ids_of_model(config: RunConfig) -> int:
     if _brings_vocabulary(config):
         return resolve_architecture(config).vocab_size
-    return vocabulary_size(config.data, config.model.vocab_size)
+    return vocabulary_size(text_settings(config), config.model.vocab_size)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .checkpoints.manifest import Manifest
 from .config import RunConfig
-from .data import Corpus, DataError
+from .data import Corpus, DataError, Preparing, silently
 from .preparation import prepare_corpus
 
 RECORD, TOKENIZER = "corpus.json", "corpus-tokenizer.json"
@@ -95,9 +95,11 @@ class RunCorpus:
             ) from None
 
 
-def open_run_corpus(config: RunConfig, out: Path, *, resume: bool, changed: bool = False) -> RunCorpus:
+def open_run_corpus(
+    config: RunConfig, out: Path, *, resume: bool, changed: bool = False, report: Preparing = silently
+) -> RunCorpus:
     """Open the text of the run whose records are in `out`, and `corpus_of_run`. Raises DataError."""
-    corpus = prepare_corpus(config, kept_tokenizer(out) if resume else None)
+    corpus = prepare_corpus(config, report, kept=kept_tokenizer(out) if resume else None)
     return corpus_of_run(corpus, config, out, resume=resume, changed=changed)
 
 

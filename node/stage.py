@@ -392,6 +392,10 @@ class Stage:
         alone: a run that was rolled back, in a later generation, has that of an undisturbed one."""
         return sha256_of(self.state_tensors())
 
+    def parameters(self) -> int:
+        """Numbers in this stage's part of the model, without the codec's."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
     def state_bytes(self) -> int:
         """Bytes of weights and optimizer state."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_tensors().values())

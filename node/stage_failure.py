@@ -20,6 +20,7 @@ from ..protocol.errors import ProtocolError
 from ..protocol.header import printable
 from ..protocol.rollback_actions import Side
 from .checkpoints.manifest import CheckpointError
+from .data import SourceLost
 from .links.control_stream import Control
 from .links.dialling import NeighbourMismatch
 from .links.link import LinkLost
@@ -30,6 +31,7 @@ from .stage_state import StateError
 
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
+FAILED += (SourceLost,)
 FAREWELL_S = 5.0  # for all neighbours to be told; one whose connection has just broken dials again within 2 s
 
 

@@ -39,7 +39,7 @@ from .receive_deadline import ReceiveDeadline
 from .run_records import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .run_totals import RunTotals
 from .stage import Stage
-from .worker_thread import Reporter, Worker
+from .worker_thread import Reporter, Worker, in_thread
 
 
 class TrainingLoop:
@@ -262,7 +262,10 @@ class TrainingLoop:
             assert arrival.ids_BS is not None
             return arrival.ids_BS, arrival.received
         assert self.corpus is not None
-        return draw(self.corpus, self.config, kind, step, microbatch), None
+        if not self.corpus.draws_slowly or kind is Kind.EVALUATION:
+            return draw(self.corpus, self.config, kind, step, microbatch), None
+        with self._watch.waiting():  # the loop goes on: a neighbour hears heartbeats while a dataset is waited for
+            return await in_thread("draw", draw, self.corpus, self.config, kind, step, microbatch), None
 
     async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int) -> Arrival:
         with self._watch.waiting():
@@ -334,6 +337,7 @@ class TrainingLoop:
             "end",
             stage=self.stage.index,
             layers=len(self.stage.layers),
+            parameters=self.stage.parameters(),
             steps=self.stage.completed,
             train_s=round(self.totals.train_s, 6),
             cpu_s=round(self.totals.cpu_s, 6),

@@ -32,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from . import textbook
 from .conftest import TinyConfig
+from .corpora import byte_level, save
 from .float64 import assert_clipped_now_and_then, batches_of, recipe_of, settings
 from .in_memory import Outcome, run_in_memory, run_reference
 
@@ -82,6 +83,7 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
         directory.mkdir()
         model.config.to_json_file(directory / "config.json")
         save_file(model.state_dict(), directory / "model.safetensors")
+        save(directory, byte_level())
         return tiny(
             settings(directory, steps)
             | {

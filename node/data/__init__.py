@@ -3,34 +3,45 @@
 What: `data.source` is local files, a streamed Hugging Face dataset, or the embedded default. Only stage 0 opens it; the
 other stages need `vocabulary_size` alone, which trains nothing and reads at most a tokenizer file.
 
-How: documents.py yields texts, tokens.py makes ids of them once and caches both the tokenizer and the ids, corpus.py
-cuts and orders windows; streamed.py does the last two for a dataset that is not on this machine. Why tokenize ahead and
-not while training? A stage of a thin pipeline has compute to spare, but the ids of one corpus are then the same array
-for every run, seed and sequence length, and a batch is a few slices of mapped memory.
+How: documents.py yields texts (of local_files.py, by readers.py), tokens.py makes ids of them once and caches both the
+tokenizer and the ids, corpus.py cuts and orders windows; streamed.py does the last two for a dataset that is not on
+this machine. Why tokenize ahead and not while training? A stage of a thin pipeline has compute to spare, but the ids of
+one corpus are then the same array for every run, seed and sequence length, and a batch is a few slices of mapped
+memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+
+import numpy as np
 
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
-from .documents import DataError, check_source, open_source
+from .documents import check_source, open_source
 from .known_ids import known_ids
+from .local_files import DataError
+from .preparing import Preparing, silently
+from .readers import whole_documents
+from .stream_documents import SourceLost
 from .streamed import open_stream, stream_documents, stream_vocabulary
-from .tokens import Vocabulary, load_vocabulary, read_vocabulary, tokenize_once, wanted_vocabulary
+from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
+from .vocabulary import Vocabulary, copy_tokenizer, dropped_line, read_vocabulary
 
 __all__ = [
     "Corpus",
     "DataError",
+    "Preparing",
+    "SourceLost",
     "Vocabulary",
     "check_source",
+    "copy_tokenizer",
     "open_corpus",
     "open_documents",
     "open_vocabulary",
     "read_vocabulary",
+    "silently",
     "vocabulary_size",
 ]
 
@@ -43,50 +54,54 @@ def vocabulary_size(settings: DataSection, wanted: int | None) -> int:
     return wanted_vocabulary(settings, wanted)
 
 
-def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, tokenizer: Path | None = None) -> Corpus:
+def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Preparing = silently) -> Corpus:
     """Prepare the corpus (once; then from the cache) and open it. Every id is below `vocab_size`, also where the
-    tokenizer has more; of a dataset that is streamed, each is looked at when it is drawn. tokenizer: one to use where
-    the settings name none; else a BPE is trained on the text.
+    tokenizer has more; of a dataset that is streamed, each is looked at when it is drawn.
 
-    Several processes may call this at once. Raises DataError.
+    Several processes may call this at once. `report` is told what is being done. Raises DataError, and SourceLost for a
+    streamed dataset that stayed away.
     """
     if settings.source.startswith("hf:"):
-        return open_stream(settings, vocab_size=vocab_size, seed=seed, tokenizer=tokenizer)
+        return open_stream(settings, vocab_size=vocab_size, seed=seed, report=report)
     directory = cache_directory(settings)
-    source = open_source(settings, directory)
-    vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
+    report("reading the files", 0, 0)
+    source = open_source(settings)
+    vocabulary = load_vocabulary(settings, source, vocab_size, report)
     known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
     if known:
-        known.check_beginning(source.read())
-    train, heldout, digest = tokenize_once(source, vocabulary, directory)
+        known.check_beginning(part.text for part in source.read())
+    train, heldout, found, digest = tokenize_once(source, vocabulary, directory, report)
     if known:
-        known.check(train)
-        known.check(heldout)
-    return LocalCorpus(
+        known.check(np.array([found.largest_id]))
+    corpus = LocalCorpus(
         train,
         heldout,
         name=source.name,
         digest=digest,
-        tokenizer_json=vocabulary.content,
         seed=seed,
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
+    corpus.tokenizer_json = vocabulary.content
+    corpus.found, corpus.line = found, found.line(source.name, vocabulary.end_token, vocabulary.end_said_by)
+    dropped = dropped_line(vocabulary.name, found.dropped, found.characters, found.first_dropped)
+    corpus.warnings = tuple(filter(None, (source.remark, dropped)))
+    return corpus
 
 
-def open_vocabulary(settings: DataSection, *, vocab_size: int, tokenizer: Path | None = None) -> Vocabulary:
-    """The tokenizer of the corpus alone: from its file, `tokenizer` if none is named, from the cache, or trained once.
-    Raises DataError where that needs a text that is not there."""
-    if settings.tokenizer or tokenizer:
-        return load_vocabulary(settings, None, vocab_size, tokenizer)
+def open_vocabulary(settings: DataSection, *, vocab_size: int) -> Vocabulary:
+    """The tokenizer of the corpus alone: from its file, from the cache, or trained once. Raises DataError where that
+    needs a text that is not there."""
+    if settings.tokenizer is not None:
+        return load_vocabulary(settings, None, vocab_size)
     if settings.source.startswith("hf:"):
         return stream_vocabulary(settings, vocab_size)
-    return load_vocabulary(settings, open_source(settings, cache_directory(settings)), vocab_size)
+    return load_vocabulary(settings, open_source(settings), vocab_size)
 
 
 def open_documents(settings: DataSection) -> tuple[str, Callable[[], Iterator[str]]]:
     """What `data.source` is called, and its documents, from the first one again at each call. Raises DataError."""
     if settings.source.startswith("hf:"):
         return settings.source, lambda: stream_documents(settings)
-    source = open_source(settings, cache_directory(settings))
-    return source.name, source.read
+    source = open_source(settings)
+    return source.name, lambda: whole_documents(source.read())

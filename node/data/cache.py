@@ -12,18 +12,22 @@ behind when its process dies, and someone has to guess its age; `flock` ends wit
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..config import DataSection
-from .documents import DataError, first_line
+from .local_files import DataError, expanded, first_line
 
-FORMAT_VERSION = 1  # raise it when the same source would give other tokens or another layout
+FORMAT_VERSION = 2  # raise it when the same source would give other tokens or another layout
+
+_ASIDE = re.compile(r"(.+)\.\d+-\d+-[0-9a-f]+\.aside")
 
 
 def content_key(*parts: object) -> str:
@@ -33,7 +37,7 @@ def content_key(*parts: object) -> str:
 
 def cache_directory(settings: DataSection) -> Path:
     """`data.cache`, else $THINPIPE_CACHE, else ~/.cache/thinpipe."""
-    return Path(settings.cache or os.environ.get("THINPIPE_CACHE") or "~/.cache/thinpipe").expanduser()
+    return expanded(settings.cache or os.environ.get("THINPIPE_CACHE") or "~/.cache/thinpipe")
 
 
 def make_directory(directory: Path) -> None:
@@ -45,9 +49,11 @@ def make_directory(directory: Path) -> None:
 
 
 def _unwritable(directory: Path, error: OSError) -> DataError:
+    remedy = "set data.cache or THINPIPE_CACHE to one that can be written"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room, or set data.cache or THINPIPE_CACHE to a directory that has some"
     return DataError(
-        f"cannot write to the cache directory {directory}: {error.strerror or first_line(error)}; "
-        "set data.cache or THINPIPE_CACHE to one that can be written"
+        f"cannot write to the cache directory {directory}: {error.strerror or first_line(error)}; {remedy}"
     )
 
 
@@ -58,17 +64,19 @@ def build_once(paths: list[Path], is_whole: Callable[[Path], bool], build: Calla
     """
     if all(map(is_whole, paths)):
         return
-    directory = paths[0].parent
-    asides = [path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.aside") for path in paths]
+    directory, first = paths[0].parent, paths[0].name
+    # All begin with the name of their lock, so that whoever finds one left can tell whether its builder lives.
+    asides = [
+        directory / f"{first}.{number}-{os.getpid()}-{secrets.token_hex(4)}.aside" for number in range(len(paths))
+    ]
     make_directory(directory)
     try:
-        with _locked(paths[0].with_name(f"{paths[0].name}.lock")) as locked:
+        with _locked(directory / f"{first}.lock") as locked:
             if all(map(is_whole, paths)):  # another process built it while this one waited
                 return
             if locked:  # then nobody is writing: what lies aside was left by a process that died
-                for path in paths:
-                    for left in directory.glob(f"{path.name}.*.aside"):
-                        left.unlink(missing_ok=True)
+                _remove_asides(directory, first)
+            sweep(directory)
             build(asides)
             for aside, path in zip(asides, paths, strict=True):
                 with aside.open("rb") as file:
@@ -80,6 +88,20 @@ def build_once(paths: list[Path], is_whole: Callable[[Path], bool], build: Calla
         for aside in asides:
             with contextlib.suppress(OSError):
                 aside.unlink(missing_ok=True)
+
+
+def sweep(directory: Path) -> None:
+    """Remove what dead builders of other entries left: those whose lock nobody holds."""
+    for entry in {name[1] for path in directory.glob("*.aside") if (name := _ASIDE.fullmatch(path.name))}:
+        with contextlib.suppress(OSError), (directory / f"{entry}.lock").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_asides(directory, entry)
+
+
+def _remove_asides(directory: Path, entry: str) -> None:
+    for path in directory.glob("*.aside"):
+        if (name := _ASIDE.fullmatch(path.name)) and name[1] == entry:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

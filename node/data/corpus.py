@@ -14,11 +14,13 @@ replacement, which needs no order at all? A third of the corpus would be missed 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 
 import numpy as np
 
-from .documents import DataError
 from .known_ids import KnownIds
+from .local_files import DataError
+from .preparing import Found
 
 
 def random_order(count: int, *key: int) -> np.ndarray:
@@ -31,21 +33,20 @@ class Corpus(ABC):
     """Training batches by (step, microbatch), and a fixed held-out part.
 
     `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
-    `tokenizer_json`: the content of the tokenizer's file. `position` is the step that was asked for last, or sought.
+    `position` is the step that was asked for last, or sought. What its text holds is in `found`, where that is known,
+    and for people in `line`; `warnings` are what they should know before they train on it. `tokenizer_json`: the
+    content of the tokenizer's file.
     """
 
-    def __init__(
-        self,
-        heldout: np.ndarray,
-        *,
-        name: str,
-        digest: str,
-        sequence_length: int,
-        heldout_sequences: int,
-        tokenizer_json: bytes = b"",
-    ):
+    draws_slowly = False  # whether `batch` may wait for something
+    found: Found | None = None
+    line: str = ""
+    warnings: tuple[str, ...] = ()
+    tokenizer_json: bytes = b""
+
+    def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
         self.name = name
-        self.digest, self.tokenizer_json = digest, tokenizer_json
+        self.digest = digest
         self.position = 0
         self.known: KnownIds | None = None  # what to look at of each batch, where that could not be done at once
         self.sequence_length = sequence_length
@@ -91,6 +92,11 @@ class Corpus(ABC):
             raise ValueError(f"cannot seek to step {step}; count from 0")
         self.position = step
 
+    def record(self) -> dict[str, object]:
+        """For the records of a run: what the text was, and what it holds, as far as that is known."""
+        found = {} if self.found is None else asdict(self.found)
+        return {"digest": self.digest, **found}
+
     @abstractmethod
     def _sequences(self, first: int, count: int) -> np.ndarray:
         """Training sequences number `first`..`first + count - 1` of the whole run, int32 (count, T + 1)."""
@@ -109,7 +115,6 @@ class LocalCorpus(Corpus):
         seed: int,
         sequence_length: int,
         heldout_sequences: int,
-        tokenizer_json: bytes = b"",
     ):
         self.windows = (len(train) - 1) // sequence_length
         if self.windows < 1:
@@ -123,7 +128,6 @@ class LocalCorpus(Corpus):
             digest=digest,
             sequence_length=sequence_length,
             heldout_sequences=heldout_sequences,
-            tokenizer_json=tokenizer_json,
         )
         self._train = train
         self._seed = seed

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from .documents import DataError
+from .local_files import DataError
 
 FIRST_CHARACTERS = 2**18
 

@@ -4,10 +4,10 @@ What: `hf:NAME` or `hf:NAME:CONFIG` (NAME may be a local directory that `dataset
 split `train` are taken in blocks of up to 1,024; a block is shuffled under the key (seed, block), joined, and cut into
 windows. Held out are the first documents whose content hashes below the share, and they are never trained on.
 
-How: a block is a unit that can be re-read alone: it starts at a known state of the dataset (file and row, as
-`IterableDataset.state_dict` gives it), carries no ids over to the next, and the number of its windows does not depend
-on its order. Where each block starts is kept beside the tokenizer in the cache, so that a restart opens the right file
-at the right row; without that list the stream is wound forward from its beginning, to the same tokens.
+How: a block is a unit that can be re-read alone: it starts at a known state of the documents (stream_documents.py),
+carries no ids over to the next, and the number of its windows does not depend on its order. While one block is trained
+on, a thread reads the next. Where each block starts is kept beside the tokenizer in the cache, so that a restart opens
+the right file at the right row; without that list the stream is wound forward from its beginning, to the same tokens.
 
 Why not the dataset's own `shuffle(buffer_size=...)`? Its buffer is not part of its state: after a resume it is filled
 anew, and the run sees other tokens than the one that never stopped. The price of blocks is that documents mix within a
@@ -18,7 +18,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import logging
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,16 +32,15 @@ import numpy as np
 from ..config import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
 from .corpus import Corpus, random_order
-from .documents import DataError, Source, files_digest, first_line, is_heldout, quiet_datasets, text_of
+from .documents import Source, files_digest, is_heldout
 from .known_ids import known_ids
-from .tokens import (
-    Vocabulary,
-    batches_of_texts,
-    is_whole_array,
-    load_vocabulary,
-    map_tokens,
-    write_tokens,
-)
+from .local_files import DataError, expanded, files_below, format_of
+from .pieces import pieces
+from .preparing import Preparing, silently
+from .readers import Part
+from .stream_documents import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments
+from .tokens import batches_of_parts, is_whole, load_vocabulary, map_tokens, write_tokens
+from .vocabulary import Vocabulary, dropped_line
 
 _BLOCK_DOCUMENTS = 1024
 _BLOCK_CHARACTERS = 16 * 2**20
@@ -53,125 +56,102 @@ class _BlockStart:
     state: dict[str, Any] | None  # None: the beginning of the dataset
 
 
-def open_stream(settings: DataSection, *, vocab_size: int, seed: int, tokenizer: Path | None = None) -> Corpus:
-    """Open `hf:NAME`; `tokenizer` as in `open_corpus`. Raises DataError when it cannot be reached, has no `train` split
-    or no such field."""
-    stream, source, version = _opened(settings)
-    vocabulary = load_vocabulary(settings, source, vocab_size, tokenizer)
+def open_stream(settings: DataSection, *, vocab_size: int, seed: int, report: Preparing) -> Corpus:
+    """Open `hf:NAME`. Raises DataError when there is no such dataset, no `train` split or no such field; SourceLost."""
+    stream, source, version = _opened(settings, report)
+    vocabulary = load_vocabulary(settings, source, vocab_size, report)
     digest = content_key("streamed tokens", vocabulary.digest, source.digest)
     directory = cache_directory(settings)
     corpus = StreamedCorpus(
-        stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version
+        stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version, report=report
     )
+    corpus.tokenizer_json = vocabulary.content
     corpus.known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
     return corpus
 
 
 def stream_vocabulary(settings: DataSection, vocab_size: int) -> Vocabulary:
     """The tokenizer of `hf:NAME`. Raises DataError as `open_stream` does."""
-    return load_vocabulary(settings, _opened(settings)[1], vocab_size)
+    return load_vocabulary(settings, _opened(settings, silently)[1], vocab_size)
 
 
 def stream_documents(settings: DataSection) -> Iterator[str]:
     """All documents of such a dataset, in its order. Raises DataError, as `open_stream` does."""
-    stream = _opened(settings)[0]
+    stream = _opened(settings, silently)[0]
     stream.rewind(None)
     while (text := stream.next()) is not None:
         if text:
             yield text
 
 
-def _opened(settings: DataSection) -> tuple[_Documents, Source, str]:
-    """The documents, what they are for the tokenizer, and the version of the library that reads them."""
+def _opened(settings: DataSection, report: Preparing) -> tuple[PatientDocuments, Source, str]:
+    """The documents, what they are for the tokenizer, and the version of what reads them."""
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
-    local = Path(name).expanduser()
+    local = expanded(name)
     if name.startswith(("/", "./", "../", "~")) and not local.is_dir():
         raise DataError(f"there is no directory {local}; set data.source to a dataset's directory, or hf:NAME of a hub")
     make_directory(directory)  # else `datasets` reports it, as a fault of the dataset
-    with _reported(settings.source), quiet_datasets() as datasets:
-        builder = datasets.load_dataset_builder(
+    report("asking for the dataset", 0, 0)
+    datasets = _quiet_datasets()
+    builder = Patience(settings.source).do(
+        lambda: datasets.load_dataset_builder(
             str(local) if local.is_dir() else name, config or None, cache_dir=str(directory / "datasets")
         )
-        splits = list(builder.info.splits or {}) or list(builder.config.data_files or {})
-        version = datasets.__version__
+    )
+    files: dict[str, list[str]] = builder.config.data_files or {}
+    splits = list(builder.info.splits or {}) or list(files)
     if splits and "train" not in splits:
         raise DataError(
             f"{settings.source} has no split 'train', only {', '.join(map(str, splits))}; choose another dataset"
         )
-    if local.is_dir():
-        revision = files_digest(sorted(path for path in local.rglob("*") if path.is_file()))
+    kinds = {format_of(Path(each)) for each in files.get("train", [])}
+    if local.is_dir() and len(kinds) == 1 and "text" not in kinds:  # rows of files that are here
+        paths = [Path(each) for each in files["train"]]
+        documents: Documents = FileDocuments(paths, kinds.pop(), settings.text_field, settings.source)
+        version = "files"
     else:
-        revision = str(builder.hash)  # the commit
-    stream = _Documents(lambda: builder.as_streaming_dataset(split="train"), settings.text_field, settings.source)
+        if hasattr(builder.config, "columns"):  # of parquet: the others are not read, nor need they agree
+            builder.config.columns = [settings.text_field]
+        documents = DatasetDocuments(
+            lambda: builder.as_streaming_dataset(split="train"), settings.text_field, settings.source
+        )
+        version = datasets.__version__
+    revision = files_digest(files_below(local)) if local.is_dir() else str(builder.hash)  # the commit
+    stream = PatientDocuments(documents)
     where = "local" if local.is_dir() else name
     source = Source(
         name=settings.source,
         digest=content_key("stream", where, config, revision, settings.text_field),
         size_bytes=0,
-        read=lambda: stream.sample(_SAMPLE_CHARACTERS),
+        read=lambda: _parts(stream.sample(_SAMPLE_CHARACTERS)),
     )
     return stream, source, version
 
 
-@contextlib.contextmanager
-def _reported(source: str) -> Iterator[None]:
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # network, hub, file and parser faults have no common ancestor
-        local = Path(source.removeprefix("hf:").partition(":")[0]).expanduser().is_dir()
-        remedy = "check the files there" if local else "check its name, the network"
-        raise DataError(
-            f"cannot read the dataset {source}: {first_line(error)}; {remedy} and data.text_field"
-        ) from None
+def _quiet_datasets() -> Any:
+    """The `datasets` module, without its log lines and bars: faults are reported once, as a DataError. For good, since
+    a thread may be reading whenever it would be undone."""
+    import datasets
+
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
+    datasets.disable_progress_bars()
+    return datasets
 
 
-class _Documents:
-    """The texts of a streamed dataset from any state that it was in. Raises DataError for faults of any kind."""
-
-    def __init__(self, open_dataset: Callable[[], Any], field: str, source: str):
-        self._open = open_dataset
-        self._field = field
-        self.source = source
-        self._dataset: Any = None
-        self._rows: Iterator[dict[str, Any]] = iter(())
-        self._number = 0
-
-    def rewind(self, state: dict[str, Any] | None) -> None:
-        with _reported(self.source), quiet_datasets():
-            self._dataset = self._open()
-            if state is not None:
-                self._dataset.load_state_dict(state)
-            self._rows = iter(self._dataset)
-            self._number = 0
-
-    def state(self) -> dict[str, Any]:
-        return self._dataset.state_dict()
-
-    def next(self) -> str | None:
-        """The next document, '' for an empty one, None at the end."""
-        with _reported(self.source):
-            record = next(self._rows, None)
-            self._number += 1
-            return None if record is None else text_of(record, self._field, self._number, self.source)
-
-    def sample(self, characters: int) -> Iterator[str]:
-        """Documents from the beginning until that many characters were given."""
-        self.rewind(None)
-        while characters > 0 and (text := self.next()) is not None:
-            if text:
-                characters -= len(text)
-                yield text
+def _parts(texts: Iterable[str]) -> Iterator[Part]:
+    return (Part(piece, last, 0) for text in texts for piece, last in pieces(text))
 
 
 class StreamedCorpus(Corpus):
-    """Windows of a stream. One block is in memory; asking for an earlier or later one reads from its start."""
+    """Windows of a stream. One block is in memory, and the next is read by a thread; asking for an earlier or later one
+    reads from its start. `batch` may wait for the source: do not call it where others would wait too."""
+
+    draws_slowly = True
 
     def __init__(
         self,
-        documents: _Documents,
+        documents: PatientDocuments,
         vocabulary: Vocabulary,
         settings: DataSection,
         *,
@@ -179,96 +159,144 @@ class StreamedCorpus(Corpus):
         seed: int,
         directory: Path,
         version: str,
+        report: Preparing,
     ):
         length = settings.sequence_length
         wanted = settings.heldout_sequences * length + 1
         path = directory / f"heldout-{content_key(digest, wanted)[:32]}.npy"
+        self._documents = documents
+        self._vocabulary = vocabulary
+        self._seed = seed
+        self._warned = False
+        self.line = (
+            f"{documents.source}: read as it is needed, so nobody has counted it; documents end with "
+            f"{vocabulary.end_token} ({vocabulary.end_said_by})"
+        )
 
         def build(asides: list[Path]) -> None:
-            ids = _read_heldout(documents, vocabulary, wanted)
+            ids = self._read_heldout(wanted, report)
             write_tokens(asides[0], [ids], length=len(ids), dtype=vocabulary.dtype)
 
-        build_once([path], is_whole_array, build)
+        build_once([path], is_whole, build)
         super().__init__(
             map_tokens(path),
             name=f"{documents.source} (the documents that hash below the held-out share)",
             digest=digest,
-            tokenizer_json=vocabulary.content,
             sequence_length=length,
             heldout_sequences=settings.heldout_sequences,
         )
-        self._documents = documents
-        self._vocabulary = vocabulary
-        self._seed = seed
-        # the state's layout belongs to the version of `datasets` that wrote it
+        # the state's layout belongs to the version of what wrote it
         key = content_key("blocks", digest, length, version, _BLOCK_DOCUMENTS, _BLOCK_CHARACTERS)
         self._list = directory / f"blocks-{key[:32]}.jsonl"
         self._starts = _load_starts(self._list)
         self._reading: int | None = None  # the block that the open stream stands before
         self._block = -1  # the block whose windows are in memory
         self._windows_NT = np.empty((0, length + 1), dtype=np.int32)
+        self._ahead: tuple[int, Future[np.ndarray]] | None = None  # the block that a thread reads
+        self._loads = threading.Lock()  # one reads at a time
+        self._draws = threading.Lock()  # a draw that nobody waits for any more may still be under way
 
     def _sequences(self, first: int, count: int) -> np.ndarray:
         out_BT = np.empty((count, self.sequence_length + 1), dtype=np.int32)
-        for row in range(count):
-            out_BT[row] = self._window(first + row)
+        with self._draws:
+            for row in range(count):
+                out_BT[row] = self._window(first + row)
         return out_BT
 
     def _window(self, number: int) -> np.ndarray:
         if self._block < 0 or not 0 <= number - self._starts[self._block].first < len(self._windows_NT):
             # the last known start at or before the window; from there on blocks are read and their successors noted
             known = [start.first for start in self._starts]
-            self._load(int(np.searchsorted(known, number, side="right")) - 1)
+            self._take(int(np.searchsorted(known, number, side="right")) - 1)
             while number >= self._starts[self._block].first + len(self._windows_NT):
-                self._load(self._block + 1)
+                self._take(self._block + 1)
         return self._windows_NT[number - self._starts[self._block].first]
 
-    def _load(self, block: int) -> None:
-        start = self._starts[block]
-        if self._reading != block:
-            self._documents.rewind(start.state)
-        texts, characters, text = [], 0, ""
-        while len(texts) < _BLOCK_DOCUMENTS and characters < _BLOCK_CHARACTERS:
-            text = self._documents.next()
-            if text is None:
-                break
-            if text and not is_heldout(text):
-                texts.append(text)
-                characters += len(text)
-        windows = self._cut([texts[place] for place in random_order(len(texts), self._seed, block)])
-        in_epoch = start.in_epoch + len(windows)
-        if text is None:  # the end of the dataset: the next block starts it again, in another order
-            if not in_epoch:
-                raise DataError(
-                    f"{self._documents.source} does not give one training sequence of {self.sequence_length + 1} "
-                    "tokens; give more text or lower data.sequence_length"
-                )
-            following = _BlockStart(first=start.first + len(windows), in_epoch=0, state=None)
-        else:
-            following = _BlockStart(first=start.first + len(windows), in_epoch=in_epoch, state=self._documents.state())
-        self._block, self._windows_NT = block, windows
-        self._reading = None if text is None else block + 1
-        if block + 1 == len(self._starts):
-            self._starts.append(following)
-            _save_start(self._list, block + 1, following)
+    def _take(self, block: int) -> None:
+        """Have its windows, and begin to read those of the next block."""
+        ahead, self._ahead = self._ahead, None
+        self._windows_NT = ahead[1].result() if ahead and ahead[0] == block else self._load(block)
+        self._block = block
+        following: Future[np.ndarray] = Future()
+
+        def read() -> None:
+            try:
+                following.set_result(self._load(block + 1))
+            except BaseException as error:  # for whoever asks for the block; perhaps nobody does
+                following.set_exception(error)
+
+        self._ahead = block + 1, following
+        threading.Thread(target=read, name="read ahead", daemon=True).start()  # it may wait for a network at the end
+
+    def _load(self, block: int) -> np.ndarray:
+        """Windows (N, T + 1) of a block whose start is known; notes that of the next."""
+        with self._loads:
+            start = self._starts[block]
+            if self._reading != block:
+                self._documents.rewind(start.state)
+            self._reading = None
+            texts, characters, text = [], 0, ""
+            while len(texts) < _BLOCK_DOCUMENTS and characters < _BLOCK_CHARACTERS:
+                text = self._documents.next()
+                if text is None:
+                    break
+                if text and not is_heldout(text):
+                    texts.append(text)
+                    characters += len(text)
+            windows = self._cut([texts[place] for place in random_order(len(texts), self._seed, block)])
+            in_epoch = start.in_epoch + len(windows)
+            if text is None:  # the end of the dataset: the next block starts it again, in another order
+                if not in_epoch:
+                    raise DataError(
+                        f"{self._documents.source} does not give one training sequence of {self.sequence_length + 1} "
+                        "tokens; give more text or lower data.sequence_length"
+                    )
+                following = _BlockStart(first=start.first + len(windows), in_epoch=0, state=None)
+            else:
+                state = self._documents.state()
+                following = _BlockStart(first=start.first + len(windows), in_epoch=in_epoch, state=state)
+                self._reading = block + 1
+            if block + 1 == len(self._starts):
+                self._starts.append(following)
+                _save_start(self._list, block + 1, following)
+            return windows
 
     def _cut(self, texts: list[str]) -> np.ndarray:
-        ids = [document for group in batches_of_texts(texts) for document in self._vocabulary.encode(group)]
+        ids = self._encode(texts)
         tokens = np.concatenate(ids) if ids else np.empty(0, dtype=self._vocabulary.dtype)
         length = self.sequence_length
         starts_N1 = np.arange(max(0, (len(tokens) - 1) // length))[:, None] * length
         return tokens[starts_N1 + np.arange(length + 1)].astype(np.int32)
 
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of the documents, in parts, each document with its end."""
+        found, end = [], np.array([self._vocabulary.end_id], dtype=self._vocabulary.dtype)
+        for group in batches_of_parts(_parts(texts)):
+            for part in group:
+                self._warn_of_dropped(part.text)
+            for part, ids in zip(group, self._vocabulary.encode_parts([part.text for part in group]), strict=True):
+                found += [ids, end] if part.ends else [ids]
+        return found
 
-def _read_heldout(documents: _Documents, vocabulary: Vocabulary, wanted: int) -> np.ndarray:
-    """The first `wanted` ids of documents that are held out, fewer where the dataset ends before."""
-    documents.rewind(None)
-    parts, total = [np.empty(0, dtype=vocabulary.dtype)], 0
-    while total < wanted and (text := documents.next()) is not None:
-        if text and is_heldout(text):
-            parts += vocabulary.encode([text])
-            total += len(parts[-1])
-    return np.concatenate(parts)[:wanted]
+    def _warn_of_dropped(self, text: str) -> None:
+        dropped = self._vocabulary.dropped(text, f"a document of {self._documents.source}: {text[:40]!r}")
+        if dropped and not self._warned:
+            self._warned = True
+            line = dropped_line(self._vocabulary.name, dropped, len(text), f"{text[:40]!r}")
+            print(f"thinpipe: warning: {line}", file=sys.stderr, flush=True)
+
+    def _read_heldout(self, wanted: int, report: Preparing) -> np.ndarray:
+        """The first `wanted` ids of documents that are held out, fewer where the dataset ends before."""
+        self._documents.rewind(None)
+        parts, total, characters = [np.empty(0, dtype=self._vocabulary.dtype)], 0, 0
+        while total < wanted and (text := self._documents.next()) is not None:
+            characters += len(text)
+            report("looking for held-out documents", characters, 0)
+            if text and is_heldout(text):
+                ids = self._encode([text])
+                parts += ids
+                total += sum(map(len, ids))
+        return np.concatenate(parts)[:wanted]
 
 
 def _load_starts(path: Path) -> list[_BlockStart]:

@@ -18,8 +18,9 @@ import torch
 from ..checkpoints.assemble import assemble
 from ..config import DataSection
 from ..config_file import load_config
-from ..data import open_documents, open_vocabulary, read_vocabulary
-from ..preparation import prepare_corpus
+from ..data import open_documents, read_vocabulary
+from ..preparation import prepare_corpus, prepare_vocabulary
+from ..run_corpus import kept_tokenizer
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject
@@ -76,13 +77,14 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
     config = load_config(run / "run.toml")
     assembled = assemble(run, step=asked.step, config=config, report=report)
-    vocabulary = open_vocabulary(config.data, vocab_size=assembled.architecture.vocab_size)
+    kept = kept_tokenizer(run)
+    vocabulary = prepare_vocabulary(config, kept)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
     length = config.data.sequence_length
     if asked.length not in (None, length):
         raise EvaluationError(f"--sequence-length {asked.length}: messages of this run are of {length} tokens; omit it")
     if asked.data is None:
-        corpus = prepare_corpus(config)
+        corpus = prepare_corpus(config, kept=kept)
         batches = [
             _whole(corpus.heldout_batch(number, config.microbatch_size))
             for number in range(config.evaluation_microbatches)

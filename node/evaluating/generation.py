@@ -22,6 +22,7 @@ from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
 from ..model.architecture import quiet_transformers
 from ..preparation import prepare_vocabulary
+from ..run_corpus import kept_tokenizer
 from .subject import EvaluationError, load_directory, longest_text, on_device
 
 
@@ -100,7 +101,8 @@ def load(
         return load_directory(target, trusted=trusted, device=device)
     assembled = assemble(target, step=step, report=report)
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
-    words = portable_tokenizer(prepare_vocabulary(assembled.config), assembled.config, longest=longest)
+    vocabulary = prepare_vocabulary(assembled.config, kept_tokenizer(target))
+    words = portable_tokenizer(vocabulary, assembled.config, longest=longest)
     whole = with_boundaries(assembled, plain_model(assembled))
     return on_device(in_memory(whole), device), words
 

@@ -146,7 +146,7 @@ def _losses(
     kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
     try:
-        corpus: Corpus = prepare_corpus(config, kept)
+        corpus: Corpus = prepare_corpus(config, kept=kept)
     except DataError as error:
         return {"loss": None, "loss_with_boundaries": None, "reason": str(error)}
     losses: dict[str, Any] = {"loss": heldout_loss(exported.to(_device(config)), config, corpus)}

@@ -29,7 +29,7 @@ def portable_tokenizer(vocabulary: Vocabulary, config: RunConfig, *, longest: in
     if not config.model.pretrained and tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:
         tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
     end = tokenizer.id_to_token(vocabulary.end_id)
-    special: dict[str, Any] = {"bos_token": end, "pad_token": end, **_published(config.data.tokenizer, tokenizer)}
+    special: dict[str, Any] = {"bos_token": end, "pad_token": end, **_published(vocabulary.path, tokenizer)}
     special["eos_token"] = end
     more = {} if longest is None else {"model_max_length": longest}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special, **more)

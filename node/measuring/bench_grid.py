@@ -260,7 +260,7 @@ class Bench:
 def run_bench(grid: BenchGrid, out: Path, *, quiet: bool) -> dict[str, Any]:
     """The grid's cells, with a line for each and a table at the end, also of what was done before an interruption.
     Raises what PLANNED names, and LocalRunError."""
-    console = Console(stderr=True) if quiet else Console()
+    console = Console(stderr=quiet, markup=False)
     bench = Bench(grid, out, report=lambda line: console.print(line, highlight=False))
     try:
         return bench.run()

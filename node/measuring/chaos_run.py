@@ -85,7 +85,7 @@ def _run_chaos(
             faults,
             stages=stages,
             apart="disk" in kinds,
-            on_event=lambda line: console.print(f"  {line}"),
+            on_event=lambda line: console.print(f"  {line}", markup=False),
             forks=forks,
         )
         write_summary(
@@ -97,7 +97,8 @@ def _run_chaos(
     (out / "chaos.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if not quiet:
         console.print(_table(found))
-        console.print(f"the two runs are in {undisturbed} and {disturbed}, the figures in {out / 'chaos.json'}")
+        where = f"the two runs are in {undisturbed} and {disturbed}, the figures in {out / 'chaos.json'}"
+        console.print(where, markup=False)
     return found, survived(found)
 
 

@@ -212,6 +212,9 @@ class EmulatedStage(Stage):
         del snapshot
         raise StateError(f"stage {self.index} computes nothing (compute.emulate), so there is no state to restore")
 
+    def parameters(self) -> int:
+        return 0
+
     def state_sha256(self) -> str:
         return hashlib.sha256(b"").hexdigest()
 

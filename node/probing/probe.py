@@ -113,7 +113,7 @@ def print_probe(address: str, link: str, seconds: float, *, as_json: bool, secur
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        Console().print(probe_table(found))
+        Console(markup=False).print(probe_table(found))
     for line in found["warnings"]:
         print(f"thinpipe: warning: {line}", file=sys.stderr)
 

@@ -179,6 +179,8 @@ def summarise(run: Path, *, stages: int, width: int, mode: str, of_steps: int | 
         "repeated_steps": sum(record["event"] == "step" for record in by_stage[0]) - len(head),
         "tokens": tokens,
         "tokens_per_step": head[-1]["tokens"],
+        "parameters": sum(end.get("parameters", 0) for end in ends) or None,
+        "data": _data_of(by_stage[0]),
         "first_loss": head[0]["loss"],
         "train_loss": sum(record["loss"] for record in last) / len(last),
         "val_loss": evaluations[-1]["val_loss"] if evaluations else None,
@@ -225,6 +227,12 @@ def _faults(by_stage: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if record["event"] == "fault"
     ]
     return [fault for _, fault in sorted(found, key=lambda each: each[0])]
+
+
+def _data_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the text of the run holds, as the newest process that opened it said."""
+    found = next((record for record in reversed(records) if record["event"] == "data"), None)
+    return found and {key: value for key, value in found.items() if key not in ("event", "time_s")}
 
 
 def _boundaries(ends: list[dict[str, Any]], codecs: list[dict[str, float]]) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ async def in_daemon(work: Callable[[], T]) -> T:
         with suppress(RuntimeError):  # the loop is gone, and with it whoever asked
             loop.call_soon_threadsafe(settle, done)
 
-    threading.Thread(target=job, name="prepares data", daemon=True).start()
+    threading.Thread(target=job, name="data", daemon=True).start()
     return await answer
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..protocol.greeting import NodeIdentity
-from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, ignore_draining, words_for
+from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
@@ -250,7 +250,7 @@ async def _run(
         rebuild=lambda: prepare(config, index)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config, metrics, kept)) if index == 0 else None,
+        open_corpus=(lambda: open_text(config, kept)) if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
@@ -292,12 +292,11 @@ async def _run(
             raise
 
 
-def open_text(config: RunConfig, metrics: MetricsWriter, kept: Path | None) -> Corpus:
-    """The corpus, with what it holds on record, and said. kept: the run's own tokenizer. Raises DataError or
+def open_text(config: RunConfig, kept: Path | None) -> Corpus:
+    """The corpus; how far it is and what it holds are said. kept: the run's own tokenizer. Raises DataError or
     SourceLost."""
     with PreparationDisplay(Console(), config.data.source) as display:
         corpus = prepare_corpus(config, display.report, kept=kept)
-    metrics.write("data", **corpus.record())
     if corpus.line:
         print(corpus.line, flush=True)
     for line in corpus.warnings:
@@ -330,12 +329,11 @@ async def _until_signal(drain: Callable[[], bool]) -> None:
     that one: a scheduler warns by one signal before it sends another, or sends the same to launcher and nodes.)"""
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[int] = loop.create_future()
-    asked, terms = False, 0
+    asked, impatience = False, Impatience()
 
     def told(number: signal.Signals) -> None:
-        nonlocal asked, terms
-        terms += number is signal.SIGTERM
-        at_once = number not in DRAINING or (number is signal.SIGTERM and terms > 1)
+        nonlocal asked
+        at_once = impatience.shown_by(number) or number not in DRAINING
         asked = asked or (not at_once and drain())
         if (at_once or not asked) and not stop.done():
             stop.set_result(number)

@@ -147,6 +147,8 @@ class RecoveryLoop:
                 self._corpus = await self._preparing.run(self._open_corpus, unless=self._end_asked)
                 if self._corpus is None:  # all end, without another step
                     self.control.act(self.machine.end_after(self.machine.completed))
+                else:
+                    self._metrics.write("data", **self._corpus.record())
             if self._joining:
                 link = self.config.link
                 if await self._copies.fetch(

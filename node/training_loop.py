@@ -12,6 +12,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -34,12 +35,13 @@ from .config import RunConfig
 from .data import Corpus
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
+from .long_preparation import in_daemon
 from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
 from .run_records import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .run_totals import RunTotals
 from .stage import Stage
-from .worker_thread import Reporter, Worker, in_thread
+from .worker_thread import Reporter, Worker
 
 
 class TrainingLoop:
@@ -265,7 +267,7 @@ class TrainingLoop:
         if not self.corpus.draws_slowly or kind is Kind.EVALUATION:
             return draw(self.corpus, self.config, kind, step, microbatch), None
         with self._watch.waiting():  # the loop goes on: a neighbour hears heartbeats while a dataset is waited for
-            return await in_thread("draw", draw, self.corpus, self.config, kind, step, microbatch), None
+            return await in_daemon(partial(draw, self.corpus, self.config, kind, step, microbatch)), None
 
     async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int) -> Arrival:
         with self._watch.waiting():

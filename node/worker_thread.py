@@ -22,30 +22,6 @@ T = TypeVar("T")
 Reporter = Callable[[str, str], None]  # (fault code, one line for people)
 
 
-async def in_thread(name: str, work: Callable[..., T], *args: Any) -> T:
-    """The result of `work(*args)`, which may wait for a network, or what it raises. In a thread of its own: one that
-    nobody waits for any more holds nobody up, not even the end of the process."""
-    loop = asyncio.get_running_loop()
-    answer: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if answer.done():  # nobody waits any more
-            return
-        answer.set_exception(error) if error else answer.set_result(cast(T, result))
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work(*args)
-        except BaseException as raised:
-            error = raised
-        with suppress(RuntimeError):  # the loop is gone, and with it whoever asked
-            loop.call_soon_threadsafe(settle, result, error)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await answer
-
-
 class Worker:
     """One thread with a name, a stopwatch row and a trace lane.
 

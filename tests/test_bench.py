@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.codec_words import split_codecs
+from thinpipe.node.measuring import bench_grid
 from thinpipe.node.measuring.bench_grid import BenchGrid
 from thinpipe.sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.reports.bench_report import bench_tables
@@ -198,8 +199,10 @@ REFUSED: list[tuple[list[str], str]] = [
 
 @pytest.mark.parametrize(("arguments", "expected"), REFUSED)
 def test_what_cannot_be_measured_is_refused_before_anything_runs(
-    arguments: list[str], expected: str, tmp_path: Path
+    arguments: list[str], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A test that fails does not start 64 processes.
+    monkeypatch.setattr(bench_grid, "run_cell", lambda *_: pytest.fail("a cell was run"))
     out = tmp_path / "bench"
     result = CliRunner().invoke(app, ["bench", "--out", str(out), *arguments])
     assert result.exit_code == 2, result.output

@@ -23,7 +23,6 @@ from thinpipe.compress.identity import IdentityCodec
 from thinpipe.compress.registry import codec_names
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
-from thinpipe.node.data.tokens import END_OF_TEXT
 from thinpipe.node.export import export as export_module
 from thinpipe.node.export import modeling_thinpipe
 from thinpipe.node.export.export import export_run
@@ -307,7 +306,7 @@ def test_a_published_tokenizer_keeps_its_special_tokens(tiny: TinyConfig, tmp_pa
     train(configure(tiny, "identity", **given), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", END_OF_TEXT)  # what ended documents here
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")  # what ended documents here
     assert tokenizer("alpha")["input_ids"] == raw.encode("alpha", add_special_tokens=False).ids
 
 

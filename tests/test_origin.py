@@ -195,6 +195,7 @@ def test_a_run_from_a_run_needs_nothing_of_it(run: Path, tmp_path: Path) -> None
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer_config.json",  # which token ends a document
     ]
     before = json.loads((out / "summary.json").read_text())
     up("--config", str(out / "run.toml"), "--out", str(out), "--overwrite")

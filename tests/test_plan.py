@@ -11,7 +11,7 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config
-from thinpipe.node.measuring.emulated_machine import EmulatedMachine, times_at
+from thinpipe.node.measuring.emulated_machine import VOCABULARY, EmulatedMachine, times_at
 from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.measuring.plan import with_depth
 from thinpipe.node.measuring.stage_times import times_calibrated
@@ -305,7 +305,9 @@ def test_an_emulated_run_on_record_has_the_model_that_it_emulated(tiny: TinyConf
     found = planned("--from", str(run), "--cut", "auto")
     assert [stage["layers"] for stage in found["stages"]] == [4, 0]  # 32,768 rows are as much as forty layers of these
     told = planned("--from", str(run), "--cut", "2,2")
-    assert told["stages"][0]["forward_s"] == pytest.approx(MICROBATCH_S / 3 / 2)
+    forward_s = [stage["forward_s"] / (MICROBATCH_S / 3) for stage in told["stages"]]
+    layer, head = operations(ran, resolve_architecture(ran)).layer, 2 * VOCABULARY * 64
+    assert forward_s == pytest.approx([1 / 2, 1 + 2 * layer / head])
 
 
 def test_the_cut_and_what_it_gains_are_said() -> None:

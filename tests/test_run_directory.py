@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -21,6 +22,7 @@ from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.measuring.dense_comparison import add_comparison
 from thinpipe.node.resuming import interrupted, newest_common
 from thinpipe.node.run_directory import LOCK, LocalRunError, anchored, await_unserved, claimed
+from thinpipe.sim.launch.end_signals import draining_signals
 from thinpipe.sim.reports.progress import Progress
 from thinpipe.sim.reports.run_console import closing_lines, summary_tables
 from thinpipe.sim.reports.summary import checkpoint_lines, read_records, summarise
@@ -226,3 +228,17 @@ def test_old_progress_is_not_shown(run: Path) -> None:
     (run / "stage-0.jsonl").write_text(text[: text.rfind("\n") + 1])
     record(run, 0, step(2))
     assert (progress.look()[0].completed, progress.look()[0].loss) == (3, 7.0)
+
+
+def test_who_tells_a_process_and_its_group_is_not_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"), draining_signals() as told:
+        for now[0] in (0.0, 0.1):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert told.name == "SIGTERM"
+        now[0] = 3.0
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("a second one is not waited for")

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from thinpipe.node.config_file import merge, parse_config
-from thinpipe.node.data import DataError, SourceLost, readers, stream_documents, streamed
-from thinpipe.node.data.stream_documents import PATIENCE_S, FileDocuments, Patience, PatientDocuments
-from thinpipe.node.node_process import BAD_INPUT, FAILED
+from thinpipe.node.data import DataError, SourceLost, document_streams, readers, streamed
+from thinpipe.node.data.document_streams import PATIENCE_S, FileDocuments, Patience, PatientDocuments
+from thinpipe.node.long_preparation import in_daemon
+from thinpipe.node.preparation import BAD_INPUT
+from thinpipe.node.stage_failure import FAILED
 from thinpipe.node.training_loop import draw
-from thinpipe.node.worker_thread import in_thread
 from thinpipe.protocol.messages import Kind
 
 from .corpora import open_it, texts, write_jsonl
@@ -150,7 +151,7 @@ def test_a_shard_that_goes_and_comes_changes_no_bit(shards, tmp_path, monkeypatc
                 raise FileNotFoundError(2, "No such file or directory")
             yield row
 
-    monkeypatch.setattr(stream_documents, "texts_of", shaky)
+    monkeypatch.setattr(document_streams, "texts_of", shaky)
     clock = Clock()
     monkeypatch.setattr(streamed, "PatientDocuments", lambda documents: PatientDocuments(documents, clock.patience()))
     np.testing.assert_array_equal(batches(open_it(tmp_path, shards), 200), undisturbed)
@@ -218,7 +219,7 @@ def test_a_draw_that_waits_holds_up_no_event_loop(shards, tmp_path):
     corpus._sequences = slow  # pyright: ignore[reportAttributeAccessIssue]
 
     async def train() -> np.ndarray:
-        drawing = asyncio.create_task(in_thread("draw", draw, corpus, config, Kind.ACTIVATION, 0, 1))
+        drawing = asyncio.create_task(in_daemon(lambda: draw(corpus, config, Kind.ACTIVATION, 0, 1)))
         await asyncio.sleep(0)
         assert not drawing.done()
         let_go.set()
@@ -230,7 +231,7 @@ def test_a_draw_that_waits_holds_up_no_event_loop(shards, tmp_path):
 
 def test_a_fault_in_a_thread_reaches_who_waits():
     async def wait() -> None:
-        await in_thread("draw", fail)
+        await in_daemon(fail)
 
     def fail() -> None:
         raise DataError("why")

@@ -19,12 +19,12 @@ import numpy as np
 from ..config import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
+from .document_streams import SourceLost
 from .documents import check_source, open_source
 from .known_ids import known_ids
 from .local_files import DataError
 from .preparing import Preparing, silently
 from .readers import whole_documents
-from .stream_documents import SourceLost
 from .streamed import open_stream, stream_documents, stream_vocabulary
 from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
 from .vocabulary import Vocabulary, copy_tokenizer, dropped_line, read_vocabulary

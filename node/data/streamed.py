@@ -4,7 +4,7 @@ What: `hf:NAME` or `hf:NAME:CONFIG` (NAME may be a local directory that `dataset
 split `train` are taken in blocks of up to 1,024; a block is shuffled under the key (seed, block), joined, and cut into
 windows. Held out are the first documents whose content hashes below the share, and they are never trained on.
 
-How: a block is a unit that can be re-read alone: it starts at a known state of the documents (stream_documents.py),
+How: a block is a unit that can be re-read alone: it starts at a known state of the documents (document_streams.py),
 carries no ids over to the next, and the number of its windows does not depend on its order. While one block is trained
 on, a thread reads the next. Where each block starts is kept beside the tokenizer in the cache, so that a restart opens
 the right file at the right row; without that list the stream is wound forward from its beginning, to the same tokens.
@@ -32,13 +32,13 @@ import numpy as np
 from ..config import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
 from .corpus import Corpus, random_order
+from .document_streams import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments
 from .documents import Source, files_digest, is_heldout
 from .known_ids import known_ids
 from .local_files import DataError, expanded, files_below, format_of
 from .pieces import pieces
 from .preparing import Preparing, silently
 from .readers import Part
-from .stream_documents import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments
 from .tokens import batches_of_parts, is_whole, load_vocabulary, map_tokens, write_tokens
 from .vocabulary import Vocabulary, dropped_line
 

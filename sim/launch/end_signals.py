@@ -11,6 +11,7 @@ body that ends in order, after what is under way; a second SIGTERM does not wait
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 DRAINING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 ENDING = (signal.SIGINT, *DRAINING)
+TOGETHER_S = 0.5
 ANOTHER_ENDED = signal.SIGUSR2  # a launcher to its nodes
 
 
@@ -90,16 +92,29 @@ def end_signals() -> Iterator[EndSignals]:
     told.check()
 
 
+class Impatience:
+    """Whether somebody who asked by SIGTERM asks again: later than TOGETHER_S, since `timeout` and others tell a process
+    and its group at once."""
+
+    def __init__(self) -> None:
+        self._first_s: float | None = None
+
+    def shown_by(self, number: int) -> bool:
+        if number != signal.SIGTERM:
+            return False
+        now = time.monotonic()
+        self._first_s = now if self._first_s is None else self._first_s
+        return now - self._first_s > TOGETHER_S
+
+
 @contextmanager
 def draining_signals() -> Iterator[EndSignals]:
     """Note those of DRAINING while the body runs, which ends in order then; a second SIGTERM is a Ctrl-C."""
-    told, terms = EndSignals(), 0
+    told, impatience = EndSignals(), Impatience()
 
     def note(number: int, frame: FrameType | None) -> None:
-        nonlocal terms
-        terms += number == signal.SIGTERM
         told.note(number, frame)
-        if terms > 1:
+        if impatience.shown_by(number):
             _interrupt(number)
 
     before = _set([each for each in DRAINING if signal.getsignal(each) not in (signal.SIG_IGN, None)], note)

@@ -93,8 +93,8 @@ def end_signals() -> Iterator[EndSignals]:
 
 
 class Impatience:
-    """Whether somebody who asked by SIGTERM asks again: later than TOGETHER_S, since `timeout` and others tell a process
-    and its group at once."""
+    """Whether somebody who asked by SIGTERM asks again: later than TOGETHER_S, since `timeout` and others tell a
+    process and its group at once."""
 
     def __init__(self) -> None:
         self._first_s: float | None = None

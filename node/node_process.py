@@ -26,10 +26,11 @@ from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
-from .checkpoints.manifest import Fingerprint, Manifest
+from .checkpoints.kept_tokenizer import keep_tokenizer
+from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
-from .data import Corpus
+from .data import Corpus, copy_tokenizer
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
@@ -242,6 +243,15 @@ async def _run(
         if record := found.record:
             store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
 
+    def open_corpus() -> Corpus:
+        corpus = open_text(config, kept)
+        if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
+            try:
+                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to))
+            except CheckpointError as error:  # as of any other write there: the run goes on
+                on_fault("checkpoint", str(error))
+        return corpus
+
     recovery_loop = RecoveryLoop(
         config,
         stage,
@@ -250,7 +260,7 @@ async def _run(
         rebuild=lambda: prepare(config, index)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config, kept)) if index == 0 else None,
+        open_corpus=open_corpus if index == 0 else None,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,

@@ -12,7 +12,6 @@ Settings that nobody gives are those of the other run: the same training, on oth
 
 from __future__ import annotations
 
-import hashlib
 import json
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,10 +29,9 @@ from .checkpoints.kept_boundaries import kept_boundaries
 from .codec_start import write_codec_start
 from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
-from .data import DataError, copy_tokenizer
+from .data import DataError, copy_tokenizer, read_vocabulary
 from .export.portable_model import ExportError, plain_model
-from .preparation import check_settings, prepare_vocabulary
-from .run_corpus import kept_tokenizer
+from .preparation import check_codec, check_layers, prepare_vocabulary, resolve_architecture
 from .stage_costs import stage_layers
 
 # Of a run, what is not the next one's.
@@ -55,9 +53,9 @@ class Origin:
     lines: list[str] = field(default_factory=list)
 
     def place(self, directory: Path) -> RunConfig:
-        """Write what the new run begins with into `directory`, which is made; returns its settings, which are checked
-        before the weights are written. Raises ConfigError for a disk that does not take it, and what `BAD_INPUT`
-        names."""
+        """Write what the new run begins with into `directory`, which is made; returns its settings, of which the codec
+        and the cut are checked before the weights are written. Raises ConfigError for a disk that does not take it, and
+        what `BAD_INPUT` names."""
         if self.found is None:
             return self.config
         try:
@@ -66,7 +64,10 @@ class Origin:
             model.config.save_pretrained(directory)
             if self.tokenizer:
                 copy_tokenizer(self.tokenizer, directory)
-            check_settings(self.placed(self.config, directory))
+            placed = self.placed(self.config, directory)
+            architecture = resolve_architecture(placed)
+            check_codec(placed, architecture)
+            check_layers(placed, architecture)
             weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
             save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if _same_codec(self.found.config, self.config):
@@ -159,9 +160,9 @@ def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
         with suppress(DataError):  # its text is gone, and so is what it was
-            lines += _other_tokenizer(source, given, prepare_vocabulary(run, kept_tokenizer(source)).path)
+            lines += _other_tokenizer(source, given, prepare_vocabulary(run, found.tokenizer).path)
     else:
-        tokenizer = prepare_vocabulary(run, kept_tokenizer(source)).path
+        tokenizer = prepare_vocabulary(run, found.tokenizer).path
     first = {
         "model.path": str(source.resolve()),
         "model.pretrained": True,
@@ -204,14 +205,10 @@ def _without_shape(run: RunConfig, found: Assembled, given: dict[str, Any]) -> d
 def _other_tokenizer(source: Path, given: dict[str, Any], own: Path) -> list[str]:
     """A warning, if one is given that is not the model's own."""
     other = Path(given.get("data.tokenizer", own))
-    with suppress(OSError):  # whoever needs it says so
-        if _digest(own) != _digest(other):
+    with suppress(DataError):  # whoever needs it says so
+        if read_vocabulary(own).digest != read_vocabulary(other).digest:
             return [f"data.tokenizer = {other} is not the tokenizer of {source}: the same ids mean other text now"]
     return []
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.expanduser().read_bytes()).hexdigest()
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -231,9 +232,11 @@ def prepare_corpus(config: RunConfig, report: Preparing = silently, *, kept: Pat
 
 
 def prepare_vocabulary(config: RunConfig, kept: Path | None = None) -> Vocabulary:
-    """The tokenizer that the run's text was coded with: `kept` with the run (`node.run_corpus`), where the settings
-    name none. Raises DataError."""
-    return open_vocabulary(_with_kept(text_settings(config), kept), vocab_size=_ids_of_model(config))
+    """The tokenizer that the run's text was coded with: the one that the run has `kept`, or what its settings lead to.
+    Raises DataError."""
+    if kept is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": kept})})
+    return open_vocabulary(text_settings(config), vocab_size=_ids_of_model(config))
 
 
 def _with_kept(settings: DataSection, kept: Path | None) -> DataSection:

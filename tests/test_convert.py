@@ -42,8 +42,8 @@ SMALL: dict[str, Any] = {
 EXACT = {"codec.codec": "fp32", "optim.clip": 0.0}
 CODECS: dict[str, dict[str, Any]] = {
     "mapl, every 3": {**MAPL, "codec.codec": "mapl:r=8,anchors=full,every=3,context=2,ce=4,ch=8"},
-    "mapl, factorized": {**MAPL, "codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,table=1"},
     "resbm": {"codec.codec": "resbm:b=8", "codec.backward": "int4:feedback=true"},
+    "mapl, factorized": {**MAPL, "codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,table=1"},
     "ssn": {"codec.codec": "ssn:k=8"},
 }
 
@@ -149,6 +149,7 @@ def test_without_rounding_the_next_losses_are_those_of_the_run(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.weights.items())
 
 
+@pytest.mark.pairwise(2)
 def test_there_and_back_again_is_the_run_itself(learned: tuple[Path, Ended], tmp_path: Path) -> None:
     """All that a boundary has stays with it, to the bit: momentum, tables, their versions, error feedback."""
     run, unconverted = learned
@@ -169,6 +170,7 @@ def test_there_and_back_again_is_the_run_itself(learned: tuple[Path, Ended], tmp
     assert ended.state_sha256 == unconverted.state_sha256
 
 
+@pytest.mark.pairwise(2)
 def test_a_run_with_a_new_boundary_trains_and_survives_a_loss(learned: tuple[Path, Ended], tmp_path: Path) -> None:
     """Its checkpoints are whole from the first on, though one boundary began later than the other."""
     run, _ = learned

@@ -36,6 +36,7 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 from .test_bad_input import refused
+from .test_model import EXACT
 from .trained_run import shake, train
 
 CONTEXT = "mapl:r=8,context=4,ce=6,ch=10,every=1"
@@ -276,6 +277,15 @@ def test_weights_are_the_stages_own(tiny: TinyConfig, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], own[name]) for name in own)
 
 
+def test_float64_stays(tiny: TinyConfig, tmp_path: Path) -> None:
+    stages = train(configure(tiny, CONTEXT, **{"compute.dtype": "float64"}), tmp_path / "run", after=shake)
+    export_run(tmp_path / "run", tmp_path / "out")
+    wanted_BTV, model = stages_compute(stages, ids_BT := some_ids()), load(tmp_path / "out")
+    assert model.dtype == torch.float64
+    with torch.no_grad():
+        assert (model(ids_BT).logits - wanted_BTV).abs().max() <= 1e-6 * wanted_BTV.abs().max()
+
+
 def test_its_tokenizer_gives_the_ids_that_it_was_trained_on(tiny: TinyConfig, tmp_path: Path) -> None:
     config = configure(tiny, "identity", **{"pipeline.stages": 2})
     train(config, tmp_path / "run")
@@ -330,6 +340,41 @@ def test_gemma_scales_its_embedding(tiny: TinyConfig, tmp_path: Path) -> None:
         assert (load(tmp_path / "out")(ids_BT).logits - wanted_BTV).abs().max() <= TOLERANCE * wanted_BTV.abs().max()
 
 
+@pytest.mark.pairwise(3)
+@pytest.mark.parametrize("stages", [3, 2])
+@pytest.mark.parametrize("name", EXACT)
+def test_every_architecture_that_can_be_cut(name: str, stages: int, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Of two stages, the last has no layer."""
+    architecture = EXACT[name]()
+    architecture.vocab_size = 512
+    architecture.to_json_file(tmp_path / "config.json")
+    given = {"model.path": str(tmp_path), "model.width": None, "model.layers": None, "pipeline.stages": stages}
+    given |= {"pipeline.cut": f"{architecture.num_hidden_layers},0"} if stages == 2 else {}
+    given |= {"model.attention": architecture._attn_implementation}
+    trained = train(configure(tiny, f"{CONTEXT},table=1", **given), tmp_path / "run", after=shake)
+    export_run(tmp_path / "run", tmp_path / "out")
+    wanted_BTV = stages_compute(trained, ids_BT := some_ids())
+    with torch.no_grad():
+        assert (load(tmp_path / "out")(ids_BT).logits - wanted_BTV).abs().max() <= TOLERANCE * wanted_BTV.abs().max()
+
+
+def test_constants_of_the_weights_that_a_run_began_with(tiny: TinyConfig, tmp_path: Path) -> None:
+    """They are no parameters, so no stage saves them."""
+    architecture = EXACT["apertus"]()
+    architecture.vocab_size = 512
+    first: Any = transformers.AutoModelForCausalLM.from_config(architecture)
+    first.model.layers[1].mlp.act_fn.beta.fill_(0.25)
+    first.save_pretrained(tmp_path / "first")
+    given = {"model.path": str(tmp_path / "first"), "model.pretrained": True, "model.width": None, "model.layers": None}
+    stages = train(configure(tiny, "identity", **given), tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "out")
+    wanted_BTV = stages_compute(stages, ids_BT := some_ids())
+    found = load(tmp_path / "out")
+    assert [float(layer.mlp.act_fn.beta) for layer in found.model.layers] == [0.5, 0.25, 0.5, 0.5, 0.5]
+    with torch.no_grad():
+        assert (found(ids_BT).logits - wanted_BTV).abs().max() <= TOLERANCE * wanted_BTV.abs().max()
+
+
 @pytest.mark.parametrize("cut", ["4,0", "0,4"])
 def test_a_stage_without_layers(cut: str, tiny: TinyConfig, tmp_path: Path) -> None:
     """Its boundary lies before the last norm, or behind the embedding."""
@@ -375,20 +420,50 @@ def test_plain_says_what_the_boundaries_are_worth(tiny: TinyConfig, tmp_path: Pa
 
 
 def test_without_the_text_there_is_no_loss_and_a_model(tiny: TinyConfig, tiny_text: Path, tmp_path: Path) -> None:
-    """The tokenizer has to be there."""
-    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
-    text.write_bytes(tiny_text.read_bytes())
-    prepare_vocabulary(tiny()).tokenizer.save(str(tokenizer))
-    train(configure(tiny, "identity", **{"data.source": str(text), "data.tokenizer": str(tokenizer)}), tmp_path / "run")
+    """The tokenizer is beside the checkpoints; where that is gone too, nothing can be made of the ids."""
+    (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
+    config = configure(tiny, "identity", **{"data.source": str(text), "pipeline.stages": 2})
+    train(config, tmp_path / "run")
+    first = told([str(tmp_path / "run"), "--out", str(tmp_path / "first")])
+    assert first["held_out"]["loss"] == pytest.approx(first["held_out"]["loss_recorded"], rel=1e-6)
     text.unlink()
+    second = told([str(tmp_path / "run"), "--out", str(tmp_path / "second")])
+    assert second["held_out"]["loss"] is None
+    assert "no such file or directory" in second["held_out"]["reason"]
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
+
+    (kept := tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer").rename(tmp_path / "moved")
+    line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "third")])
+    assert "no such file or directory" in line
+    moved = ["--set", f"data.tokenizer={tmp_path / 'moved'}"]
+    assert told([str(tmp_path / "run"), "--out", str(tmp_path / "third"), *moved])["parameters"] > 0
+    assert not kept.exists()
+
+
+def test_the_tokenizer_is_the_runs_own_whatever_the_text_is_now(
+    tiny: TinyConfig, tiny_text: Path, tmp_path: Path
+) -> None:
+    (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
+    train(configure(tiny, "identity", **{"data.source": str(text), "pipeline.stages": 2}), tmp_path / "run")
+    told([str(tmp_path / "run"), "--out", str(tmp_path / "first")])
+    text.write_text("quite other words, of which another tokenizer would be made\n" * 2000)
+    told([str(tmp_path / "run"), "--out", str(tmp_path / "second")])
+    files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_what_a_real_swarm_leaves(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = configure(tiny, CONTEXT, **{"pipeline.stages": 2, "codec.forward": "fp32", "codec.backward": "fp32"})
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    given = ["up", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), "--json"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    kept = tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer" / "tokenizer.json"
+    assert kept.read_bytes() == prepare_vocabulary(config).path.read_bytes()
     written = told([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
-    assert written["held_out"]["loss"] is None
-    assert "no such file or directory" in written["held_out"]["reason"]
-    tokenizer.rename(tmp_path / "moved.json")
-    line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "other")])
-    assert "cannot read the tokenizer" in line
-    moved = ["--set", f"data.tokenizer={tmp_path / 'moved.json'}"]
-    assert told([str(tmp_path / "run"), "--out", str(tmp_path / "other"), *moved])["parameters"] > 0
+    assert written["held_out"]["loss"] == pytest.approx(written["held_out"]["loss_recorded"], rel=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +510,7 @@ def test_a_full_disk_leaves_nothing(small_run: Path, tmp_path: Path, monkeypatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(export_module, "_write_weights", full)
-    result = CliRunner().invoke(app, ["export", str(small_run), "--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(app, ["export", str(small_run), "--out", str(tmp_path / "new" / "out")])
     assert result.exit_code == 1
     assert re.fullmatch(r"thinpipe: error: cannot write .*out: No space left on device; .*\n", result.stderr)
     assert not list(tmp_path.iterdir())

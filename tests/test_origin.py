@@ -26,12 +26,13 @@ from .cluster import run_cluster
 from .conftest import TinyConfig
 from .faults_reference import MAPL
 from .in_memory import run_reference
+from .real_faults import records
 from .test_convert import SMALL
 
 CODECS: dict[str, dict[str, Any]] = {
-    "identity": {"codec.codec": "fp32"},
     "mapl": {"codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,context=2,ce=4,ch=8"},
     "resbm": {"codec.codec": "resbm:b=8,anchors=full"},
+    "identity": {"codec.codec": "fp32"},
 }
 
 
@@ -120,6 +121,7 @@ def test_another_codec_begins_untrained(trained: Path, tmp_path: Path) -> None:
     assert line.startswith("codec mapl:r=4 is another than that of")
 
 
+@pytest.mark.pairwise(1)
 def test_a_swarm_that_begins_so_has_the_bits_of_one_process(trained: Path, tmp_path: Path) -> None:
     """Also when all are set back to the first step, which is built from the settings."""
     config = begin_from(trained, {"run.seed": 5, "checkpoint.every": 0}).place(tmp_path / "new")
@@ -127,7 +129,7 @@ def test_a_swarm_that_begins_so_has_the_bits_of_one_process(trained: Path, tmp_p
     reference = run_reference(config, tmp_path / "reference")
     assert ended.losses == reference.losses
     assert ended.state_sha256 == reference.state_sha256
-    first = json.loads((trained / "stage-0.jsonl").read_text().splitlines()[2])["loss"]
+    first = records(trained, 0, "step")[0]["loss"]
     assert ended.losses[0][0] < first  # it has learned something
 
 
@@ -213,14 +215,16 @@ def test_another_tokenizer_is_warned_of_and_must_fit(run: Path, tmp_path: Path) 
     tree = json.loads(own.read_text())
     other, large = tmp_path / "other.json", tmp_path / "large.json"
     other.write_text(json.dumps(tree))
-    first = len(tree["model"]["vocab"])
-    more = [{**tree["added_tokens"][0], "id": first + nth, "content": f"<|{nth}|>"} for nth in range(600 - first)]
-    tree["added_tokens"] += more
+    tree["model"]["vocab"]["<|endoftext|>"] = tree["added_tokens"][0]["id"] = 600
     large.write_text(json.dumps(tree))
+    (tmp_path / "as-published").mkdir()
+    other = shutil.move(other, tmp_path / "as-published" / "tokenizer.json").parent
     said = up("--from", str(run), "--out", str(tmp_path / "new"), "--set", f"data.tokenizer={other}").stdout
     assert f"data.tokenizer = {other} is not the tokenizer of {run}: the same ids mean other text now" in said
     refused = up("--from", str(run), "--out", str(tmp_path / "b"), "--set", f"data.tokenizer={large}", code=2).stderr
-    assert "the corpus has 600 token ids, the model's vocabulary 512; use the model's own tokenizer" in refused
+    assert (
+        "the text has token 600 ('<|endoftext|>'), but the model's vocabulary ends at 511; use the model's" in refused
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from thinpipe.node.checkpoints.kept_tokenizer import keep_tokenizer
 from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
+from thinpipe.node.data import copy_tokenizer
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.preparation import resolve_architecture, state_digest
+from thinpipe.node.preparation import prepare_vocabulary, resolve_architecture, state_digest
 from thinpipe.node.stage import Stage
 
 
@@ -36,6 +38,8 @@ def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> 
         digest = state_digest(config, architecture, stage.token_table_digest)
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
         store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
+        if stage.first:
+            keep_tokenizer(store, lambda to: copy_tokenizer(prepare_vocabulary(config).path, to))
         store.write(stage.snapshot(), generation=0, written_s=0)
 
 

@@ -33,6 +33,7 @@ from ..config import RunConfig
 from ..config_file import load_config
 from ..preparation import resolve_architecture, state_digest
 from ..stage_state import StageSnapshot
+from .kept_tokenizer import kept_tokenizer
 from .manifest import CheckpointError, Fingerprint
 from .store import CheckpointStore
 
@@ -78,6 +79,8 @@ class Assembled:
     optimizer: the optimizers' buffers, `muon.momentum/<name>`, `adamw.exp_avg/<name>`, `adamw.exp_avg_sq/<name>`; the
         codec's own parameters are `codec.stage_1.<name>` and `codec.boundary_0.sender.<name>` there.
     snapshots: by stage, all that its checkpoint holds, as `Stage.restore` takes it.
+    tokenizer: its directory, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
+        `prepare_vocabulary(config, tokenizer)` knows it.
     """
 
     config: RunConfig
@@ -88,6 +91,7 @@ class Assembled:
     boundaries: list[BoundaryState]
     optimizer: dict[str, Tensor]
     snapshots: list[StageSnapshot]
+    tokenizer: Path | None
 
 
 def assemble(
@@ -123,7 +127,7 @@ def assemble(
             if report:
                 report(str(error))
             continue
-        return _joined(config, architecture, snapshots)
+        return _joined(config, architecture, snapshots, kept_tokenizer(directory))
     raise AssertionError("unreachable: `common` is not empty")
 
 
@@ -177,7 +181,9 @@ def _check_configuration(stores: list[CheckpointStore], completed: int, wanted: 
             )
 
 
-def _joined(config: RunConfig, architecture: PretrainedConfig, snapshots: list[StageSnapshot]) -> Assembled:
+def _joined(
+    config: RunConfig, architecture: PretrainedConfig, snapshots: list[StageSnapshot], tokenizer: Path | None
+) -> Assembled:
     weights: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
     for stage, snapshot in enumerate(snapshots):
@@ -200,6 +206,7 @@ def _joined(config: RunConfig, architecture: PretrainedConfig, snapshots: list[S
         ],
         optimizer=optimizer,
         snapshots=snapshots,
+        tokenizer=tokenizer,
     )
 
 

@@ -12,8 +12,10 @@ own, so what is written has been restored once. One stage is in memory at a time
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -26,6 +28,7 @@ from ..stage_costs import stage_layers
 from ..stage_state import StageSnapshot
 from .assemble import Assembled
 from .kept_boundaries import KeptBoundaries, kept_boundaries
+from .kept_tokenizer import keep_tokenizer
 from .manifest import Fingerprint
 from .store import CheckpointStore
 
@@ -66,6 +69,8 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         fingerprint = Fingerprint(run=config.run.name, stages=len(new), configuration=written)
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
         store.write(snapshot, generation=generation, written_s=written_s)
+        if index == 0 and found.tokenizer:
+            keep_tokenizer(store, partial(shutil.copytree, found.tokenizer, dirs_exist_ok=True))
     (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     lines = kept.lines() if any("codec" in name for each in found.snapshots for name in each.tensors) else []
     if config.optim.clip:

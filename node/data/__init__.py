@@ -83,6 +83,7 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
         heldout_sequences=settings.heldout_sequences,
     )
     corpus.tokenizer_json = vocabulary.content
+    corpus.tokenizer = vocabulary.path
     corpus.found, corpus.line = found, found.line(source.name, vocabulary.end_token, vocabulary.end_said_by)
     dropped = dropped_line(vocabulary.name, found.dropped, found.characters, found.first_dropped)
     corpus.warnings = tuple(filter(None, (source.remark, dropped)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 
@@ -34,11 +35,12 @@ class Corpus(ABC):
 
     `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
     `position` is the step that was asked for last, or sought. What its text holds is in `found`, where that is known,
-    and for people in `line`; `warnings` are what they should know before they train on it. `tokenizer_json`: the
-    content of the tokenizer's file.
+    and for people in `line`; `warnings` are what they should know before they train on it. `tokenizer` is the file
+    with which it was coded, if it was; `tokenizer_json`: its content.
     """
 
     draws_slowly = False  # whether `batch` may wait for something
+    tokenizer: Path | None = None
     found: Found | None = None
     line: str = ""
     warnings: tuple[str, ...] = ()

@@ -185,6 +185,7 @@ class StreamedCorpus(Corpus):
             sequence_length=length,
             heldout_sequences=settings.heldout_sequences,
         )
+        self.tokenizer = vocabulary.path
         # the state's layout belongs to the version of what wrote it
         key = content_key("blocks", digest, length, version, _BLOCK_DOCUMENTS, _BLOCK_CHARACTERS)
         self._list = directory / f"blocks-{key[:32]}.jsonl"

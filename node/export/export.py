@@ -11,20 +11,20 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.assemble import Assembled, assemble
+from ..checkpoints.assemble import assemble
 from ..config import ConfigError, RunConfig
-from ..data import Corpus, DataError
+from ..data import Corpus, DataError, Vocabulary
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
 from ..preparation import check_device, prepare_corpus, prepare_vocabulary
-from ..run_corpus import kept_tokenizer
 from . import modeling_thinpipe
 from .heldout_loss import heldout_loss, recorded_loss
 from .portable_model import ExportError, PortableModel, plain_model, with_boundaries
@@ -52,8 +52,7 @@ def export_run(
     """
     check_out(out)
     assembled = assemble(run, step=step, config=config, report=report)
-    kept = kept_tokenizer(run)
-    vocabulary = prepare_vocabulary(assembled.config, kept)
+    vocabulary = prepare_vocabulary(assembled.config, assembled.tokenizer)
     transformers = quiet_transformers()
     without = plain_model(assembled)
     whole = with_boundaries(assembled, without)
@@ -61,15 +60,19 @@ def export_run(
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
     tokenizer = portable_tokenizer(vocabulary, assembled.config, longest=longest)
     _say_tokens(model, tokenizer)
-    aside = out.absolute().with_name(f".{out.absolute().name}-{os.getpid()}")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    final = out.absolute()
+    aside = final.with_name(f".{final.name}-{os.getpid()}")
+    missing = [directory for directory in final.parents if not directory.exists()]
     try:
-        aside.mkdir()
+        aside.mkdir(parents=True)
         files = _write(model, tokenizer, aside)
-        losses = _losses(assembled, model, whole, aside, transformers, kept)
-        os.rename(aside, out.absolute())  # over an empty directory too
+        losses = _losses(_with_tokenizer(assembled.config, vocabulary), model, whole, aside, transformers)
+        os.rename(aside, final)  # over an empty directory too
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # those that hold nothing
+            for directory in missing:
+                directory.rmdir()
     return {
         "run": str(run),
         "step": assembled.completed,
@@ -132,21 +135,20 @@ def _write_weights(weights: dict[str, Tensor], directory: Path) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
+def _with_tokenizer(config: RunConfig, vocabulary: Vocabulary) -> RunConfig:
+    """Held-out text in the ids of the model, whatever tokenizer would be made of the text here."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": vocabulary.path})})
+
+
 def _losses(
-    assembled: Assembled,
-    model: PortableModel,
-    whole: PortableModel,
-    directory: Path,
-    transformers: Any,
-    kept: Path | None,
+    config: RunConfig, model: PortableModel, whole: PortableModel, directory: Path, transformers: Any
 ) -> dict[str, Any]:
     """Of what is in `directory`, and of the whole function where that is another one. A text that is not here leaves
     them open."""
-    config = assembled.config
     kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
     try:
-        corpus: Corpus = prepare_corpus(config, kept=kept)
+        corpus: Corpus = prepare_corpus(config)
     except DataError as error:
         return {"loss": None, "loss_with_boundaries": None, "reason": str(error)}
     losses: dict[str, Any] = {"loss": heldout_loss(exported.to(_device(config)), config, corpus)}

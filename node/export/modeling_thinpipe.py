@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 class ThinpipeConfig(PretrainedConfig):
     """text_config: the decoder's own. boundaries: in order, {"before": the layer that it lies before (the number of
-    layers: before the last norm), "encode" and "decode": {"shapes" of their matrices, "passes"}}. tokens: for each
+    layers: behind the last), "encode" and "decode": {"shapes" of their matrices, "passes"}}. tokens: for each
     stage, the shapes of what it knows of tokens. token_table: whether all stages know one more, frozen row a token."""
 
     model_type = "thinpipe"
@@ -167,10 +167,12 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
         self._looks = config.token_table or any(config.tokens)
         self._marked_BS: Tensor | None = None  # ids of all tokens so far, of the call that is under way
         self._said: dict[int, Tensor | int] = {}  # by stage
-        base = getattr(self.decoder, self.decoder.base_model_prefix)
+        layers = getattr(self.decoder, self.decoder.base_model_prefix).layers
         for number, boundary in enumerate(config.boundaries):
-            place = base.layers[boundary["before"]] if boundary["before"] < len(base.layers) else base.norm
-            place.register_forward_pre_hook(partial(self._cross, number), with_kwargs=True)
+            if boundary["before"] < len(layers):
+                layers[boundary["before"]].register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
+            else:
+                layers[-1].register_forward_hook(partial(self._leave, number))
         self.decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.decoder.register_forward_hook(self._end, with_kwargs=True)
         self.post_init()
@@ -248,15 +250,28 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
             cache.layers.append(held)
         held.append(marked_BS[:, -self._new :])
 
-    def _cross(
-        self, number: int, place: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    def _enter(
+        self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        del place
+        """A boundary before a layer."""
+        del layer
+        if args:
+            return (self._crossed(number, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._crossed(number, kwargs["hidden_states"])}
+
+    def _leave(self, number: int, layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """A boundary behind the last layer."""
+        del layer, args
+        return (
+            (self._crossed(number, output[0]), *output[1:])
+            if isinstance(output, tuple)
+            else self._crossed(number, output)
+        )
+
+    def _crossed(self, number: int, hidden_BTD: Tensor) -> Tensor:
         if self.without_boundaries:
-            return args, kwargs
-        hidden_BTD = args[0] if args else kwargs["hidden_states"]
-        crossed_BTD = self.boundaries[number](hidden_BTD, self._known(number), self._known(number + 1))
-        return ((crossed_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": crossed_BTD})
+            return hidden_BTD
+        return self.boundaries[number](hidden_BTD, self._known(number), self._known(number + 1))
 
     def _known(self, stage: int) -> Tensor | int:
         """What that stage knows of the tokens of this call; both its boundaries ask."""

@@ -24,7 +24,9 @@ from ...compress.codec_interface import Codec, StageContext
 from ...compress.registry import parse_codec
 from ...compress.token_table import token_table
 from ..checkpoints.assemble import Assembled
+from ..model.architecture import was_tied
 from ..model.parts import find_parts
+from ..model.pretrained import read_tensors
 from ..model.slices import skeleton
 from ..stage_costs import stage_layers
 
@@ -72,6 +74,7 @@ def plain_model(assembled: Assembled) -> PortableModel:
         name = find_parts(causal).embedding_weight
         scale = _embedding_scale(causal.get_submodule(name.removesuffix(".weight")), kind)
         weights[name] = weights[name] + _token_table(assembled) / scale
+    weights |= _constants(assembled, causal, weights)
     wanted = _shapes(causal)
     if missing := sorted(wanted.keys() - weights.keys()):
         raise ExportError(f"{kind} keeps '{missing[0]}' outside of its parameters, and no stage saves that")
@@ -175,6 +178,17 @@ def _token_table(assembled: Assembled) -> Tensor:
     )
 
 
+def _constants(assembled: Assembled, causal: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint of this architecture holds beside parameters, and no training changes: as its constructor sets
+    it, or as the weights have it that the run began with. Raises ModelError where those are gone."""
+    settings, dtype = assembled.config.model, _dtype(weights)
+    state = causal.state_dict()
+    found = {name: each for name, each in state.items() if name not in weights and not each.is_meta}
+    if found and settings.pretrained and settings.path:
+        found = read_tensors(causal, settings.path, found, tied=was_tied(assembled.architecture))
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in found.items()}
+
+
 def _embedding_scale(module: torch.nn.Module, kind: str) -> float:
     """What the architecture multiplies a row by when it looks it up."""
     if type(module) is torch.nn.Embedding:
@@ -208,7 +222,10 @@ def _of_one_width(
     if not found:
         return architecture, weights
     if any(there != before or own < there for own, there in found):
-        raise ExportError(f"{architecture.model_type} cannot have the FFNs of this run: {sorted(found)}")
+        raise ExportError(
+            f"{architecture.model_type} cannot be written with FFNs of the widths {sorted({own for own, _ in found})}: "
+            f"its intermediate_size is {before} for all layers"
+        )
     architecture.intermediate_size = max(own for own, _ in found)
     wider = _shapes(skeleton(architecture, torch.float32))
     return architecture, {name: _padded(tensor, wider.get(name, tensor.shape)) for name, tensor in weights.items()}

@@ -13,7 +13,7 @@ goes on; a stage would then train a model that nobody has published.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,19 @@ def load_checkpoint(model: StageModel, directory: Path, *, tied: bool) -> None:
             for name, target in state.items():
                 if stored[name].path == path:
                     target.copy_(tensors.get_tensor(stored[name].name))
+
+
+def read_tensors(causal: Any, directory: Path, names: Collection[str], *, tied: bool) -> dict[str, Tensor]:
+    """These tensors of `directory`/*.safetensors, by their names in the whole model `causal`, which may be on `meta`.
+    Raises ModelError as `load_checkpoint` does."""
+    parts = find_parts(causal)
+    twins = {parts.head_weight: parts.embedding_weight} if tied else {}
+    stored = _fitting(causal, causal.state_dict(keep_vars=True), directory, twins)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        with _opened(stored[name].path) as tensors:
+            found[name] = tensors.get_tensor(stored[name].name)
+    return found
 
 
 def check_checkpoint(config: PretrainedConfig, directory: Path) -> None:

@@ -37,7 +37,7 @@ from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
 from thinpipe.node.config import ConfigError, DataSection
 from thinpipe.node.config_file import parse_override
 from thinpipe.node.data.cache import cache_directory
-from thinpipe.node.local import LocalRunError
+from thinpipe.node.run_directory import LocalRunError
 
 # Of recipes that state no others: the same for every codec, whatever it recommends.
 RATES = {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}

@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Config, Json, Override, configuration, fail, is_own_process, one_arithmetic_thread, run_errors
+from .common import (
+    Config,
+    Json,
+    Override,
+    configuration,
+    fail,
+    is_own_process,
+    may_outlast_its_output,
+    one_arithmetic_thread,
+    run_errors,
+)
 from .options import settings_of, shared, without_auto
 
 # Small, because what is tested is the machinery: a step has to be short beside the start of a process.
@@ -63,6 +73,7 @@ def chaos(
     equal, 1 if not.
     """
     one_arithmetic_thread()
+    may_outlast_its_output()
     from ..sim.launch.fault_injection import KINDS, Kind
 
     named = kinds.split(",")

@@ -45,7 +45,7 @@ def checkpoint_ls(run: Run, as_json: Json = False) -> None:
 def checkpoint_verify(run: Run, as_json: Json = False) -> None:
     """Read every checkpoint and compare its digests with its manifest.
 
-    Exit code 1 if any is damaged, 2 if RUN is not the directory of a run.
+    Exit code 1 if any is damaged, or there is none, 2 if RUN is not the directory of a run.
     """
     if _show_checkpoints(run, as_json, thorough=True):
         raise typer.Exit(1)
@@ -75,8 +75,9 @@ def checkpoint_convert(
     from ..node.checkpoints.assemble import AssembleError, assemble
     from ..node.checkpoints.convert import convert, recut
     from ..node.checkpoints.manifest import CheckpointError
-    from ..node.local import LocalRunError, writable
     from ..node.preparation import BAD_INPUT, check_settings
+    from ..node.run_corpus import carry_corpus
+    from ..node.run_directory import LocalRunError, writable
     from ..node.stage_state import StateError
 
     number = stages or (cut or "").count(",") + 1
@@ -88,6 +89,7 @@ def checkpoint_convert(
         check_settings(config)
         found = assemble(run, step=step, report=lambda line: print(f"thinpipe: {line}", file=sys.stderr))
         lines = convert(found, config, writable(out), written_s=time.time())
+        carry_corpus(run, out)
         done = True
     except (*BAD_INPUT, AssembleError) as error:
         fail(f"{run}: {error}", 2)
@@ -122,7 +124,8 @@ def _settings(run: Path) -> RunConfig:
 
 
 def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
-    """Print what is there. Returns how many are damaged; each has its line on stderr."""
+    """Print what is there. Returns how many faults there are: each that is damaged has its line on stderr, and so has
+    it that there is nothing to verify."""
     settings = _settings(run)
     from ..node.checkpoints.listing import checkpoint_table, list_checkpoints
     from ..node.checkpoints.manifest import CheckpointError
@@ -150,4 +153,7 @@ def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
     damaged = [held["problem"] for row in found for held in row["stages"] if held["state"] == "damaged"]
     for line in damaged:
         print(f"thinpipe: {line}", file=sys.stderr)
+    if thorough and not found:
+        print(f"thinpipe: there is no checkpoint in {directory}, so nothing was verified", file=sys.stderr)
+        return 1
     return len(damaged)

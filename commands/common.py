@@ -55,8 +55,8 @@ class OneLine(TyperGroup):
 def one_line() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
-        fail("interrupted", 130)
+    except KeyboardInterrupt as told:
+        fail(str(told) or "interrupted", 130)
     except _UsageError as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             raise
@@ -98,6 +98,13 @@ Prometheus = Annotated[
 TensorBoard = Annotated[
     bool | None, typer.Option("--tensorboard", help="Also write TensorBoard events, to tensorboard/ in --out. (off)")
 ]
+DataChanged = Annotated[
+    bool,
+    typer.Option(
+        "--data-changed",
+        help="With --resume: go on though the text has changed. Its ids are those of the run's own tokenizer. (off)",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
@@ -126,15 +133,25 @@ def run_as_own_process(main: Callable[[], object]) -> NoReturn:
     """Called by the program itself: what `main` does may be done to the whole process, such as making copies of it, or
     leaving it without tidying up. It is not where a command is called by another program, which may have begun
     anything."""
+    from ..sim.launch.end_signals import end_as_ctrl_c
     from ..sim.launch.process_exit import end_with
 
     global _own_process
     _own_process = True
+    end_as_ctrl_c()  # from the first moment: a command that ends in order when it is told to has not begun yet
     end_with(main)
 
 
 def is_own_process() -> bool:
     return _own_process
+
+
+def may_outlast_its_output() -> None:
+    """For commands that have more to do than to print: they go on where stdout or stderr is full, or not read."""
+    if _own_process:
+        from ..sim.launch.lasting_output import outlast_output
+
+        outlast_output()
 
 
 def configuration(path: Path | None, options: dict[str, Any], overrides: list[str] | None) -> RunConfig:
@@ -168,14 +185,14 @@ def said(path: Path | None, options: dict[str, Any], overrides: list[str] | None
 @contextmanager
 def run_errors(out: Path) -> Iterator[None]:
     """A local run that cannot start, fails or is interrupted ends with one line."""
-    from ..node.local import LocalRunError
+    from ..node.run_directory import LocalRunError
 
     try:
         yield
     except LocalRunError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        fail(f"interrupted; all stages are stopped, the records so far are in {out}", 130)
+    except KeyboardInterrupt as told:
+        fail(f"{str(told) or 'interrupted'}; all stages are stopped, the records so far are in {out}", 130)
 
 
 def run_toml(run: Path, option: str) -> Path:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, Override, fail, one_arithmetic_thread
+from .common import Json, Override, fail, may_outlast_its_output, one_arithmetic_thread
 from .options import settings_of, shared
 
 
@@ -73,14 +73,15 @@ def compare(
     does, leaves its recipe without a loss, and the exit code is 1.
     """
     one_arithmetic_thread()
+    may_outlast_its_output()
     if target is not None and not (math.isfinite(target) and target > 0):
         fail(f"--target: a held-out loss is a number above 0, got {target:g}; omit it for the worst recipe's", 2)
     from ..node.comparing.compare import LINKS, RECIPES, Comparison
     from ..node.comparing.compare import compare as run
     from ..node.comparing.recipe import Recipe
     from ..node.config_file import parse_override
-    from ..node.local import LocalRunError
     from ..node.preparation import BAD_INPUT
+    from ..node.run_directory import LocalRunError
     from ..sim.launch.end_signals import ending_as_ctrl_c
 
     settings = settings_of(steps=steps, model=model, data=data, eval_every=eval_every)

@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from .common import Insecure, Json, KeysDirectory, configuration, fail, one_arithmetic_thread
+from .common import (
+    Insecure,
+    Json,
+    KeysDirectory,
+    configuration,
+    fail,
+    may_outlast_its_output,
+    one_arithmetic_thread,
+)
 
 Joins = Annotated[
     list[str] | None,
@@ -49,6 +57,7 @@ def dht(
     It runs until Ctrl-C. The swarm goes on without it.
     """
     one_arithmetic_thread()
+    may_outlast_its_output()
     run = configuration(config, {}, None) if config else None
     from ..node.addresses import ListenError
     from ..node.config import ConfigError

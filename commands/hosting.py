@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .common import (
+    DataChanged,
     Insecure,
     KeysDirectory,
     Override,
@@ -16,6 +17,7 @@ from .common import (
     TensorBoard,
     configuration,
     fail,
+    may_outlast_its_output,
     one_arithmetic_thread,
 )
 from .discovery import Announce, DhtPort, Joins
@@ -81,6 +83,7 @@ def node(
             help="Resume the stage from its newest checkpoint, in a run that has begun. (off; --join finds out)",
         ),
     ] = False,
+    data_changed: DataChanged = False,
     keys: KeysDirectory = None,
     insecure: Insecure = False,
     prometheus: Prometheus = None,
@@ -93,6 +96,7 @@ def node(
     Either give all addresses (--config, --listen, --next), or join a swarm with --join, which finds everything else.
     """
     one_arithmetic_thread()
+    may_outlast_its_output()
     options = {
         "link.link": link,
         "compute.device": device,
@@ -107,7 +111,8 @@ def node(
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
         wish |= {"keys": keys, "insecure": insecure, "speed": speed}
-        return _join(wish, options, overrides, trace=trace, parent=parent, resume=resume)
+        how = {"trace": trace, "parent": parent, "resume": resume, "data_changed": data_changed}
+        return _join(wish, options, overrides, how)
     for option, given in (
         ("--stage auto", stage == AUTO),
         ("--announce", announce),
@@ -131,8 +136,8 @@ def node(
     if line := recommended_line(settings):
         print(line)
     from ..node.addresses import ListenError
-    from ..node.local import LocalRunError, writable
     from ..node.node_process import Addresses, NodeError, NodeOptions, check_input, run_node
+    from ..node.run_directory import LocalRunError, writable
     from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
 
@@ -144,7 +149,9 @@ def node(
         if security.warning:
             print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
         directory = writable(out or config.parent)
-        how = NodeOptions(out=directory, trace=trace, parent=parent, resume=resume, security=security)
+        how = NodeOptions(
+            out=directory, trace=trace, parent=parent, resume=resume, data_changed=data_changed, security=security
+        )
         run_node(settings, stage, addresses, how)
     except (KeysError, ListenError) as error:
         fail(str(error), 2)
@@ -170,10 +177,7 @@ def _join(
     wish: dict[str, Any],
     options: dict[str, Any],
     overrides: list[str] | None,
-    *,
-    trace: bool,
-    parent: int | None,
-    resume: bool,
+    how: dict[str, Any],
 ) -> None:
     from ..node.addresses import ListenError
     from ..node.config import ConfigError
@@ -195,15 +199,9 @@ def _join(
         fail(str(error), 2)
     from ..node.node_process import Addresses, NodeError, NodeOptions, run_node
 
-    how = NodeOptions(
-        out=joined.out,
-        trace=trace,
-        parent=parent,
-        resume=joined.resume or resume,
-        security=joined.security,
-        membership=joined.membership,
-    )
+    how["resume"] = joined.resume or how["resume"]
+    chosen = NodeOptions(out=joined.out, security=joined.security, membership=joined.membership, **how)
     try:
-        run_node(joined.config, joined.stage, Addresses(listen=joined.listen, next=None), how)
+        run_node(joined.config, joined.stage, Addresses(listen=joined.listen, next=None), chosen)
     except NodeError as error:
         fail(str(error), error.exit_code)

@@ -33,11 +33,13 @@ def summary(
     settings = configuration(run_toml(run, "summary"), {}, None)
     from ..node.measuring.dense_comparison import add_comparison
     from ..node.preparation import BAD_INPUT, resolve_architecture
-    from ..sim.reports.summary import NotEnded, lacking_lines, summarise, write_summary
+    from ..sim.reports.summary import NotEnded, checkpoint_lines, lacking_lines, summarise, write_summary
 
     try:
         width = resolve_architecture(settings).hidden_size
-        found = summarise(run, stages=settings.pipeline.stages, width=width, mode=mode_of(run))
+        found = summarise(
+            run, stages=settings.pipeline.stages, width=width, mode=mode_of(run), of_steps=settings.run.steps
+        )
     except BAD_INPUT as error:
         fail(str(error), 2)
     except NotEnded as error:
@@ -45,7 +47,7 @@ def summary(
     except ValueError as error:
         fail(str(error), 1)
     add_comparison(found, run, settings)
-    for line in lacking_lines(found):
+    for line in (*lacking_lines(found), *checkpoint_lines(found)):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
     if write:
         try:
@@ -61,7 +63,7 @@ def summary(
 
     console = Console(markup=False)
     console.print(*summary_tables(found), sep="\n")
-    for line in closing_lines(found):
+    for line in closing_lines(found, run):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

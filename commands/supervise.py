@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Config, Override, configuration, fail, one_arithmetic_thread, said
+from .common import Config, Override, configuration, fail, may_outlast_its_output, one_arithmetic_thread, said
 from .options import settings_of, shared
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def supervise(
     --standby waits until a stage of RUN is lost, and then serves that stage.
     """
     one_arithmetic_thread()
+    may_outlast_its_output()
     names = [name.strip() for name in peers.split(",") if name.strip()]
     if (stage is None) != standby:
         fail("say which stage to serve: --stage N, or --standby for any that is lost", 2)

@@ -10,6 +10,7 @@ import typer
 
 from .common import (
     Config,
+    DataChanged,
     Json,
     KeysDirectory,
     Override,
@@ -17,6 +18,7 @@ from .common import (
     configuration,
     fail,
     is_own_process,
+    may_outlast_its_output,
     one_arithmetic_thread,
     run_errors,
     run_toml,
@@ -82,6 +84,7 @@ def up(
             "is not given is as in that run: its tokenizer, data, stages, codec, rates. (random weights)",
         ),
     ] = None,
+    data_changed: DataChanged = False,
     restarts: Annotated[
         int, typer.Option(min=0, help="How many times a lost stage is started again. The others wait for it.")
     ] = 0,
@@ -101,6 +104,9 @@ def up(
     ] = None,
     tensorboard: TensorBoard = None,
     parent: Annotated[int | None, typer.Option(hidden=True, help="Be killed when this process is gone.")] = None,
+    lock: Annotated[
+        int | None, typer.Option(hidden=True, help="This descriptor, which was passed on, holds the lock of --out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
@@ -109,6 +115,7 @@ def up(
 
         die_with_parent(parent)
     one_arithmetic_thread()
+    may_outlast_its_output()
     if isolate not in (None, "netns"):
         fail(f"--isolate: there is no '{isolate}'; say netns, or omit it", 2)
     plain, auto = without_auto(schedule)
@@ -132,6 +139,8 @@ def up(
         checkpoint_every=checkpoint_every,
     )
     options |= {"watch.prometheus": prometheus, "watch.tensorboard": tensorboard}
+    if data_changed and resume is None:
+        fail("--data-changed goes with --resume: a new run takes whatever text there is; omit it", 2)
     origin = None
     if from_ is not None:
         if resume is not None:
@@ -173,6 +182,8 @@ def up(
             isolate=isolate is not None,
             keys=keys,
             forks=is_own_process(),
+            data_changed=data_changed,
+            lock=lock,
         )
     if as_json:
         print(json.dumps(summary, indent=2))

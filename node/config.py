@@ -140,7 +140,11 @@ class OptimSection(Section):
     decay_fraction: float = Field(
         default=0.4, ge=0, le=1, description="share of the run, at its end, with a falling rate"
     )
-    clip: float = Field(default=1.0, ge=0, description="gradient norm of one stage; 0: no clipping")
+    clip: float = Field(
+        default=1.0,
+        ge=0,
+        description="gradient norm of one stage, so another number of stages clips otherwise; 0: no clipping",
+    )
     msign_dtype: Literal["float64", "float32", "bfloat16"] = Field(
         default="float32", description="in which Muon computes the sign of a matrix"
     )
@@ -251,7 +255,9 @@ class CheckpointSection(Section):
     keep: int = Field(
         default=3, ge=3, description="newest ones that stay; fewer could leave stages without a common one"
     )
-    directory: Path | None = Field(default=None, description="default: checkpoints in the run's directory")
+    directory: Path | None = Field(
+        default=None, description="a relative one is in the run's directory; default: checkpoints"
+    )
     copy_bytes_max: int = Field(
         default=16 * 2**30,
         ge=0,
@@ -260,7 +266,7 @@ class CheckpointSection(Section):
 
     def path(self, out: Path) -> Path:
         """Where the checkpoints of a run are whose records are in `out`."""
-        return self.directory or out / "checkpoints"
+        return out / self.directory.expanduser() if self.directory else out / "checkpoints"
 
 
 class ComputeSection(Section):

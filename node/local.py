@@ -20,49 +20,40 @@ from rich.console import Console
 
 from ..sim.launch.fork_server import ForkServer
 from ..sim.launch.isolation import isolated
-from ..sim.launch.local_swarm import Progress, SwarmError, Watch, run_swarm
+from ..sim.launch.local_swarm import SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
+from ..sim.reports.progress import Progress
 from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
-from ..sim.reports.summary import lacking_lines, summarise, write_summary
+from ..sim.reports.summary import checkpoint_lines, lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, recommended_line
-from .config_file import dump_config, load_config
+from .config_file import load_config
 from .long_preparation import SAY_AFTER_S
 from .measuring.dense_comparison import add_comparison
 from .measuring.plan import with_depth
 from .one_process import OneProcess
-from .origin import START, Origin
+from .origin import Origin
 from .preload import fork_server
-from .preparation import BAD_INPUT, check_settings, model_line, prepare_corpus
+from .preparation import BAD_INPUT, check_settings, model_line
+from .resuming import check_checkpoints, interrupted
+from .run_corpus import open_run_corpus
+from .run_directory import (
+    LOCK,
+    START,
+    LocalRunError,
+    anchored,
+    await_unserved,
+    claimed,
+    clear,
+    writable,
+    write_settings,
+)
 from .run_length import length_line
 from .security.key_directory import clock, load
 from .stage_failure import FAILED
-
-RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
-RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*", START)
-
-
-class LocalRunError(RuntimeError):
-    """The run cannot start or did not finish; one line says why."""
-
-    def __init__(self, line: str, exit_code: int) -> None:
-        super().__init__(line)
-        self.exit_code = exit_code
-
-
-def writable(directory: Path) -> Path:
-    """Create `directory` and make sure that files can be written in it. Raises LocalRunError."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".probe-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise LocalRunError(f"cannot write in {directory}: {error.strerror}; choose another --out", 2) from None
-    return directory
 
 
 def run_local(
@@ -80,6 +71,8 @@ def run_local(
     isolate: bool = False,
     keys: Path | None = None,
     forks: ForkServer | bool = False,
+    data_changed: bool = False,
+    lock: int | None = None,
 ) -> dict[str, Any]:
     """Run `config` on this machine and return its summary, which is also in `out`. Raises LocalRunError.
 
@@ -88,116 +81,167 @@ def run_local(
     stages are replaced. schedule: one with rtt_ratio=auto, whose depth is found before the first step, for the whole
     run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys:
     of all stages at once, for TLS between them. forks: what nodes are forked from; True: this process, which must not
-    have begun anything, or interpreters where that cannot be; False: interpreters.
+    have begun anything, or interpreters where that cannot be; False: interpreters. data_changed: resume though the text
+    is another one. lock: a descriptor that holds the directory's lock already.
     """
     console = Console(stderr=quiet, markup=False)  # what it says is the user's own words, brackets too
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
     started = False
+    config = anchored(config)
     aside = out / f".{START}-{os.getpid()}"
-    namespaces, isolation, isolated_by = ExitStack(), None, None
+    with ExitStack() as held:
+        isolation, told = None, None
+        try:
+            if origin:
+                _check_room(out, overwrite)
+                config = anchored(origin.place(aside))
+            width = check_settings(config)
+            watch = _watch(config, isolate=isolate)
+            _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
+            if keys is not None:
+                load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
+            _check_room(out, overwrite or resume)
+            begun = (out / "run.toml").exists()
+            if begun:  # who is refused is refused now, and not after the text was prepared
+                _claim(held, out, lock)
+            if resume:
+                check_checkpoints(config, out)
+            if forks is True and not (one_process or isolate):
+                found = fork_server(config)
+                if isinstance(found, ForkServer):
+                    forks = found
+                    held.callback(found.close)
+                else:
+                    print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
+            with PreparationDisplay(console, config.data.source) as preparing:
+                text = open_run_corpus(config, out, resume=resume, changed=data_changed, report=preparing.report)
+            for line in filter(None, (text.corpus.line, model_line(config))):
+                console.print(line, highlight=False, soft_wrap=True)
+            for line in text.corpus.warnings:
+                print(f"thinpipe: warning: {line}", file=sys.stderr)
+            if schedule:
+                with _doing(console, "timing a microbatch"):
+                    config = with_depth(config, schedule)
+                console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False, soft_wrap=True)
+            if isolate:
+                link = LinkProfile.parse(config.link.link)
+                isolation = held.enter_context(isolated(config.pipeline.stages, link))
+                console.print(f"isolated: {isolation}", highlight=False, soft_wrap=True)
+            if not begun:
+                _claim(held, out, lock)
+                _check_room(out, overwrite or resume)  # still: somebody else may have been quicker
+            started = True
+            if not resume:
+                clear(out, keep=config.model.path)
+                text.keep(out)
+            if origin:
+                for line in (*origin.lines, *origin.boundary_lines()):
+                    console.print(line, highlight=False, markup=False, soft_wrap=True)
+                if aside.exists():
+                    aside.rename(out / START)
+                config = origin.placed(config, out / START)
+            if line := recommended_line(config):
+                console.print(line, highlight=False, soft_wrap=True)
+            if resume and (line := length_line(load_config(out / "run.toml"), config)):
+                console.print(line, highlight=False, soft_wrap=True)
+            write_settings(config, out / "run.toml")
+            display = RunDisplay(console, steps=config.run.steps, resumes=0 if resume else None)
+            with display:
+                if one_process:
+                    _run_one_process(config, out, display)
+                else:
+                    told = run_swarm(
+                        out,
+                        stages=config.pipeline.stages,
+                        trace=trace,
+                        resume=resume,
+                        restarts=restarts,
+                        isolation=isolation,
+                        keys=keys,
+                        watch=watch,
+                        forks=forks if isinstance(forks, ForkServer) else None,
+                        node_options={0: ["--data-changed"]} if data_changed else None,
+                        on_progress=display.update,
+                        on_warning=display.warn,
+                    )
+            if trace and not one_process:
+                _draw(out, config.pipeline.stages)
+        except (*BAD_INPUT, KernelLinkError, MetricsAddressError) as error:
+            raise LocalRunError(str(error), 2) from None
+        except SwarmError as error:
+            raise LocalRunError(str(error), error.exit_code) from None
+        except KeyboardInterrupt as error:
+            why = str(error) or "interrupted"
+            raise LocalRunError(interrupted(why, config, out, begun=started, swarm=not one_process), 130) from None
+        except FAILED as error:  # of the one process; a node's are in SwarmError
+            raise LocalRunError(str(error), 1) from None
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+            if not started:  # refused input leaves nothing behind
+                with suppress(OSError):
+                    for directory in missing:
+                        directory.rmdir()
+        mode = "one-process" if one_process else "swarm"
+        try:
+            summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode, of_steps=config.run.steps)
+        except ValueError as error:
+            if told:  # before the first step
+                line = interrupted(f"stopped by {told}", config, out, begun=True, swarm=True)
+                raise LocalRunError(line, 130) from None
+            raise LocalRunError(str(error), 1) from None
+        if isolation:
+            summary["isolation"] = isolation.record()
+        add_comparison(summary, out, config)
+        _report(summary, out, console, told, quiet=quiet)
+    return summary
+
+
+def _report(summary: dict[str, Any], out: Path, console: Console, told: str | None, *, quiet: bool) -> None:
+    """Write it down and say it. told: the signal that ended the run, if one did."""
+    lines = [check["warning"] for check in summary["link_check"]]
+    lines += [*lacking_lines(summary), *checkpoint_lines(summary)]
     try:
-        if origin:
-            _check_room(out, overwrite)
-            config = origin.place(aside)
-        width = check_settings(config)
-        watch = _watch(config, isolate=isolate)
-        if isolate and one_process:
-            raise ConfigError("--isolate: one process has no links to cap; omit --one-process")
-        if one_process and config.compute.emulate:
-            raise ConfigError("compute.emulate: one process has no links to wait for; omit --one-process")
-        if keys is not None:
-            if one_process:
-                raise ConfigError("--keys: one process has no links to secure; omit one of the two")
-            load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
-        _check_room(out, overwrite or resume)
-        if forks is True and not (one_process or isolate):
-            found = fork_server(config)
-            if isinstance(found, ForkServer):
-                forks = found
-                namespaces.callback(found.close)
-            else:
-                print(f"thinpipe: nodes start as interpreters of their own: {found}", file=sys.stderr)
-        with PreparationDisplay(console, config.data.source) as preparing:
-            corpus = prepare_corpus(config, preparing.report)
-        for line in filter(None, (corpus.line, model_line(config))):
-            console.print(line, highlight=False, soft_wrap=True)
-        for line in corpus.warnings:
-            print(f"thinpipe: warning: {line}", file=sys.stderr)
-        if schedule:
-            with _doing(console, "timing a microbatch"):
-                config = with_depth(config, schedule)
-            console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False)
-        if isolate:
-            link = LinkProfile.parse(config.link.link)
-            isolation = namespaces.enter_context(isolated(config.pipeline.stages, link))
-            console.print(f"isolated: {isolation}", highlight=False)
-        started = True
-        if not resume:
-            clear(out, keep=config.model.path)
-        if origin:
-            for line in (*origin.lines, *origin.boundary_lines()):
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
-            if aside.exists():
-                aside.rename(out / START)
-            config = origin.placed(config, out / START)
-        if line := recommended_line(config):
-            console.print(line, highlight=False, soft_wrap=True)
-        if resume and (line := length_line(load_config(out / "run.toml"), config)):
-            console.print(line, highlight=False, soft_wrap=True)
-        _write_settings(config, out / "run.toml")
-        lives = Progress(out, stages=1).look()[0].lives if resume else None
-        display = RunDisplay(console, steps=config.run.steps, resumes=lives)
-        with display:
-            if one_process:
-                _run_one_process(config, out, display)
-            else:
-                run_swarm(
-                    out,
-                    stages=config.pipeline.stages,
-                    trace=trace,
-                    resume=resume,
-                    restarts=restarts,
-                    isolation=isolation,
-                    keys=keys,
-                    watch=watch,
-                    forks=forks if isinstance(forks, ForkServer) else None,
-                    on_progress=display.update,
-                )
-                isolated_by = isolation.record() if isolation else None
-        if trace and not one_process:
-            draw(merge(out, config.pipeline.stages), config.pipeline.stages, out / "trace.png")
-    except (*BAD_INPUT, KernelLinkError, MetricsAddressError) as error:
-        raise LocalRunError(str(error), 2) from None
-    except SwarmError as error:
-        raise LocalRunError(str(error), error.exit_code) from None
-    except FAILED as error:  # of the one process; a node's are in SwarmError
-        raise LocalRunError(str(error), 1) from None
-    finally:
-        namespaces.close()
-        shutil.rmtree(aside, ignore_errors=True)
-        if not started:  # refused input leaves nothing behind
-            with suppress(OSError):
-                for directory in missing:
-                    directory.rmdir()
-    mode = "one-process" if one_process else "swarm"
-    try:
-        summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode)
-    except ValueError as error:
-        raise LocalRunError(str(error), 1) from None
-    if isolated_by:
-        summary["isolation"] = isolated_by
-    add_comparison(summary, out, config)
-    write_summary(out, summary)
-    for line in filter(None, (*(check["warning"] for check in summary["link_check"]), *lacking_lines(summary))):
+        write_summary(out, summary)
+    except OSError as error:
+        lines.append(f"cannot write {out}/summary.json: {error.strerror}; thinpipe summary {out} --write does it later")
+    for line in filter(None, lines):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
     if not quiet:
         for table in summary_tables(summary):
             console.print(table)
-        where = f"everything is in {out}: run.toml, summary.json, one stage-N.jsonl per stage"
-        console.print(where, highlight=False)
-        for line in closing_lines(summary):
+        files = "run.toml, summary.json, one stage-N.jsonl per stage"
+        console.print(f"everything is in {out}: {files}", markup=False, soft_wrap=True)
+    early = told and summary["steps"] < summary["of_steps"]
+    if early:
+        console.print(f"stopped by {told}", highlight=False)
+    if early or not quiet:
+        for line in closing_lines(summary, out)[: 1 if quiet else None]:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-    return summary
+
+
+def _draw(out: Path, stages: int) -> None:
+    try:
+        draw(merge(out, stages), stages, out / "trace.png")
+    except OSError as error:
+        print(f"thinpipe: warning: no timeline in {out}: {error}", file=sys.stderr)
+
+
+def _claim(held: ExitStack, out: Path, lock: int | None) -> None:
+    """Nobody else trains this run from now on. lock: who started this process holds it."""
+    if lock is None:
+        held.enter_context(claimed(out / LOCK))
+    await_unserved(out)
+
+
+def _check_one_process(config: RunConfig, *, isolate: bool, one_process: bool, keys: Path | None) -> None:
+    if not one_process:
+        return
+    if isolate:
+        raise ConfigError("--isolate: one process has no links to cap; omit --one-process")
+    if config.compute.emulate:
+        raise ConfigError("compute.emulate: one process has no links to wait for; omit --one-process")
+    if keys is not None:
+        raise ConfigError("--keys: one process has no links to secure; omit one of the two")
 
 
 @contextmanager
@@ -234,24 +278,6 @@ def _check_room(out: Path, overwrite: bool) -> None:
     writable(out)
     if (out / "run.toml").exists() and not overwrite:
         raise LocalRunError(f"{out} holds a run already; choose another --out, or say --overwrite to replace it", 2)
-
-
-def clear(out: Path, *, keep: Path | None = None) -> None:
-    """Remove what a run leaves in its directory, and nothing else; nor `keep`, if that is in it."""
-    for pattern in RECORDS:
-        for path in out.glob(pattern):
-            if keep and path.resolve() == keep.resolve():
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _write_settings(config: RunConfig, path: Path) -> None:
-    """Whole or not at all: a run cannot be gone on with without them."""
-    if path.exists() and load_config(path) == config:
-        return
-    aside = path.with_name(f".{path.name}-{os.getpid()}")
-    aside.write_text(dump_config(config), encoding="utf-8")
-    aside.replace(path)
 
 
 def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:

@@ -15,18 +15,19 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from ..protocol.greeting import NodeIdentity
+from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
 from .checkpoints.kept_tokenizer import keep_tokenizer
-from .checkpoints.manifest import CheckpointError, Fingerprint
+from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus, copy_tokenizer
@@ -44,6 +45,7 @@ from .preparation import (
     state_digest,
 )
 from .recovery_loop import RecoveryLoop
+from .run_corpus import corpus_of_run, kept_tokenizer
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_failure import FAILED, StageFailed, first_of
@@ -51,6 +53,7 @@ from .watching.views import Watching
 from .worker_thread import Reporter
 
 if TYPE_CHECKING:
+    from .data import Corpus
     from .discovery.membership import Membership
 
 
@@ -67,7 +70,7 @@ class ParentGone(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """SIGTERM or SIGINT."""
+    """A signal that ends the node at once."""
 
 
 EXIT_CODES = {BAD_INPUT: 2, (*FAILED, StageFailed, ParentGone): 1, (Stopped,): 130}
@@ -106,14 +109,16 @@ def _need(address: str | None, missing: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun. security:
-    how it listens and dials. membership: of one that finds the others by the DHT, and knows where the stage below is.
+    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun.
+    data_changed: though the text is another one. security: how it listens and dials. membership: of one that finds the
+    others by the DHT, and knows where the stage below is.
     """
 
     out: Path
     trace: bool = False
     parent: int | None = None
     resume: bool = False
+    data_changed: bool = False
     security: Security = PLAIN
     membership: Membership | None = None
 
@@ -149,13 +154,20 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
             resume=options.resume,
             tls=options.security.keys is not None,
         )
-        asyncio.run(_run(config, stage, addresses, options, metrics, tracer, on_fault))
+        try:
+            asyncio.run(_run(config, stage, addresses, options, metrics, tracer, on_fault))
+            ignore_draining()
+        except KeyboardInterrupt as told:  # before the loop had begun to listen to signals
+            raise Stopped(str(told) or words_for(signal.SIGINT)) from None
         metrics.write("exit", exit_code=0)
     except Exception as error:
         cause = first_of(error)
         exit_code = next((code for kinds, code in EXIT_CODES.items() if isinstance(cause, kinds)), None)
         line = str(cause) or type(cause).__name__
-        metrics.write("fault", code=type(cause).__name__, reason=line)
+        if isinstance(cause, Stopped):  # which is no fault
+            metrics.write("stop", reason=line)
+        else:
+            metrics.write("fault", code=type(cause).__name__, reason=line)
         metrics.write("exit", exit_code=1 if exit_code is None else exit_code)
         if exit_code is None:
             raise  # a bug, with its traceback
@@ -164,7 +176,10 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
         if options.membership:
             options.membership.leave()
         watching.close()
-        tracer.save(out / f"trace-stage-{stage}.json")
+        try:
+            tracer.save(out / f"trace-stage-{stage}.json")
+        except OSError as error:
+            print(f"stage {stage}: warning: no trace is written: {error.strerror}", file=sys.stderr, flush=True)
         metrics.close()
 
 
@@ -203,6 +218,7 @@ async def _run(
     )
     written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
     fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
+    kept = kept_tokenizer(options.out) if index == 0 and options.resume else None
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -217,9 +233,15 @@ async def _run(
     def where() -> str | Where:
         return membership.where(below, on_fault) if membership else addresses.next or ""
 
-    store = CheckpointStore(
-        config.checkpoint.path(options.out), stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
-    )
+    checkpoints = config.checkpoint.path(options.out)
+    store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
+
+    def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
+        given = {"resume": options.resume, "changed": options.data_changed}
+        found = corpus_of_run(corpus, config, options.out, **given).check(manifests)
+        found.keep(options.out)
+        if record := found.record:
+            store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
 
     def on_corpus(corpus: Corpus) -> None:
         tell_of_text(corpus, metrics)
@@ -237,11 +259,12 @@ async def _run(
         rebuild=lambda: prepare(config, index)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config)) if index == 0 else None,
+        open_corpus=(lambda: open_text(config, kept)) if index == 0 else None,
         on_corpus=on_corpus,
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,
+        accept_corpus=accept_corpus,
     )
     async with AsyncExitStack() as open_ends:
         methods = membership.methods(on_fault) if membership else {}
@@ -279,10 +302,11 @@ async def _run(
             raise
 
 
-def open_text(config: RunConfig) -> Corpus:
-    """The corpus, prepared if need be, and said while it is. Raises DataError or SourceLost."""
+def open_text(config: RunConfig, kept: Path | None) -> Corpus:
+    """The corpus, prepared if need be, and said while it is. kept: the run's own tokenizer. Raises DataError or
+    SourceLost."""
     with PreparationDisplay(Console(), config.data.source) as display:
-        return prepare_corpus(config, display.report)
+        return prepare_corpus(config, display.report, kept=kept)
 
 
 def tell_of_text(corpus: Corpus, metrics: MetricsWriter) -> None:
@@ -314,22 +338,24 @@ async def _while_calling(
 
 
 async def _until_signal(drain: Callable[[], bool]) -> None:
-    """Raises Stopped on SIGINT. The first SIGTERM asks to end after the step under way; where that cannot be, and the
-    second time, it is a SIGINT."""
+    """Raises Stopped on SIGINT, and when the launcher says that another stage has ended. SIGTERM, SIGHUP and SIGUSR1
+    ask to end after the step under way; where that cannot be, and for the second SIGTERM, they are as SIGINT. (Only
+    that one: a scheduler warns by one signal before it sends another, or sends the same to launcher and nodes.)"""
     loop = asyncio.get_running_loop()
-    stop: asyncio.Future[str] = loop.create_future()
-    asked = False
+    stop: asyncio.Future[int] = loop.create_future()
+    asked, impatience = False, Impatience()
 
-    def told(name: str) -> None:
+    def told(number: signal.Signals) -> None:
         nonlocal asked
-        if name == "SIGTERM" and not asked and drain():
-            asked = True
-        elif not stop.done():
-            stop.set_result(name)
+        at_once = impatience.shown_by(number) or number not in DRAINING
+        asked = asked or (not at_once and drain())
+        if (at_once or not asked) and not stop.done():
+            stop.set_result(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told, number.name)
-    raise Stopped(f"stopped by {await stop}")
+    for number in (*DRAINING, signal.SIGINT, ANOTHER_ENDED):
+        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            loop.add_signal_handler(number, told, number)
+    raise Stopped(words_for(await stop))
 
 
 async def _watch_parent(parent: int) -> None:

@@ -34,7 +34,6 @@ from .export.portable_model import ExportError, plain_model
 from .preparation import check_codec, check_layers, prepare_vocabulary, resolve_architecture
 from .stage_costs import stage_layers
 
-START = "first-weights"  # in the directory of the new run
 # Of a run, what is not the next one's.
 OWN = {"run": {"extended", "origin", "origin_codec"}, "checkpoint": {"directory"}}
 OWN |= {"model": {"preset", "path", "pretrained", "vocab_size", "layers", "width"}}

@@ -40,6 +40,8 @@ from .stage import Stage
 from .stage_costs import stage_layers
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig
 
 BAD_INPUT = (ConfigError, DataError, ModelError, LinkError, ListenError, NeighbourMismatch, KeysError)
@@ -212,12 +214,14 @@ def _brings_vocabulary(config: RunConfig) -> bool:
     return config.model.path is not None and text_settings(config).tokenizer is not None
 
 
-def prepare_corpus(config: RunConfig, report: Preparing = silently) -> Corpus:
-    """Open the data as stage 0 does; `report` is told what takes time. Raises DataError, also when the held-out set
+def prepare_corpus(config: RunConfig, report: Preparing = silently, *, kept: Path | None = None) -> Corpus:
+    """Open the data as stage 0 does; `report` is told what takes time. kept: the run's own tokenizer, used where the
+    settings name none. Raises DataError, also when the held-out set
     asked for is not there, and SourceLost for a streamed dataset that stayed away."""
     if config.compute.emulate:
         return EmptyCorpus(config)
-    corpus = open_corpus(text_settings(config), vocab_size=_ids_of_model(config), seed=config.run.seed, report=report)
+    size, seed = _ids_of_model(config), config.run.seed
+    corpus = open_corpus(_with_kept(text_settings(config), kept), vocab_size=size, seed=seed, report=report)
     needed = config.evaluation_microbatches * config.microbatch_size
     if corpus.heldout_sequences < needed:
         raise DataError(
@@ -233,6 +237,10 @@ def prepare_vocabulary(config: RunConfig, kept: Path | None = None) -> Vocabular
     if kept is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": kept})})
     return open_vocabulary(text_settings(config), vocab_size=_ids_of_model(config))
+
+
+def _with_kept(settings: DataSection, kept: Path | None) -> DataSection:
+    return settings if settings.tokenizer or not kept else settings.model_copy(update={"tokenizer": kept})
 
 
 def _ids_of_model(config: RunConfig) -> int:

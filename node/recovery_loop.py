@@ -28,9 +28,11 @@ from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
+from ..sim.reports.wording import counted
 from .boundary.endpoints import BoundaryShape
 from .checkpoints.background_writer import CheckpointWriter
 from .checkpoints.copy_service import CopyService
+from .checkpoints.manifest import Manifest
 from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .config import RunConfig
 from .data import Corpus
@@ -59,9 +61,9 @@ class RecoveryLoop:
 
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
     anew, as it is before the first step. `open_corpus`, of stage 0, may take hours, in a thread; `on_corpus` is told
-    of the result. Raises what
-    `node.training_loop.TrainingLoop` and `open_corpus` do, TimeoutError if no new generation is agreed in time, and
-    StageFailed if another stage has failed.
+    of the result. `accept_corpus` is given what it opened and the manifests of the checkpoints that this node could go
+    on from, and raises what is wrong with them. Raises that, what `node.training_loop.TrainingLoop` and `open_corpus`
+    do, TimeoutError if no new generation is agreed in time, and StageFailed if another stage has failed.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class RecoveryLoop:
         metrics: MetricsWriter,
         tracer: Tracer,
         on_fault: Reporter,
+        accept_corpus: Callable[[Corpus, list[Manifest]], None] | None = None,
     ) -> None:
         self.config, self.stage = config, stage
         self.committed = 0  # steps, in the newest checkpoint on disk
@@ -86,6 +89,7 @@ class RecoveryLoop:
         self._identity, self._joining = identity, joining
         self._rebuild, self._store, self._dial = rebuild, store, dial
         self._open_corpus, self._on_corpus, self._corpus = open_corpus, on_corpus, None
+        self._accept_corpus = accept_corpus
         self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._snapshots: dict[int, StageSnapshot] = {}
@@ -153,8 +157,10 @@ class RecoveryLoop:
                     self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
                 ):
                     self._known = await asyncio.to_thread(self._on_disk)
+                self._accept([self._store.manifest(step) for step in self._known])
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
+                self._accept([])
                 self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
@@ -167,6 +173,10 @@ class RecoveryLoop:
             await self._copies.close()
             # What was submitted is written; its records come before the end.
             await asyncio.to_thread(self._writer.close)
+
+    def _accept(self, known: list[Manifest]) -> None:
+        if self._corpus and self._accept_corpus:
+            self._accept_corpus(self._corpus, known)
 
     async def farewell(self, error: Exception) -> None:
         """The node ends with this: record it, and tell the other stages, so that they end with it too. Waits for
@@ -219,7 +229,7 @@ class RecoveryLoop:
                     self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
                 self.control.act(self.machine.end_after(under_way))
             case EndAfter() as end:
-                print(f"the run stops after {end.completed} steps and can be resumed", flush=True)
+                print(f"the run stops after {counted(end.completed, 'step')} and can be resumed", flush=True)
                 if self._node:
                     self._node.end_after(end.completed)
             case End(failure=failure):
@@ -358,7 +368,8 @@ class RecoveryLoop:
             "rollback", generation=start.generation, completed=start.completed, source=where, seconds=seconds
         )
         print(
-            f"generation {start.generation}: goes on after {start.completed} steps, restored from {where}", flush=True
+            f"generation {start.generation}: goes on after {counted(start.completed, 'step')}, restored from {where}",
+            flush=True,
         )
 
     # -- checkpoints --------------------------------------------------------------------------------------------

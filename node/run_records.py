@@ -4,8 +4,12 @@ Progress bar, summary and report all read these records. A record is one line, w
 and flushed at once, so a run that is killed leaves everything up to its last step. Why not a metrics library: a reader
 needs nothing but `json`, and the records outlive the processes.
 
+A disk that is full is not worth a run: what cannot be written waits in memory, up to a limit, and is written in its
+place once there is room. Why not leave it out and go on: the record of the end, without which there is no summary,
+would be the first to be missed.
+
 Record kinds (`event`): start, preparing, data, ready, step, evaluation, checkpoint, copy, view_change, rollback, fault,
-end, failed, exit. Units are in the names. Views of a running node (`node.watching.views`) get the same records.
+stop, end, failed, exit. Units are in the names. Views of a running node (`node.watching.views`) get the same records.
 """
 
 from __future__ import annotations
@@ -14,35 +18,79 @@ import json
 import resource
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
+
+WAITING_MOST = 10_000  # records that a full disk holds up: some 10 MB
 
 
 class MetricsWriter:
-    """Appends records to `stage-<n>.jsonl`."""
+    """Appends records to `stage-<n>.jsonl`. Raises OSError where that cannot be opened, and never later."""
 
     def __init__(
-        self, path: Path, *, append: bool = False, view: Callable[[dict[str, Any]], None] | None = None
+        self,
+        path: Path,
+        *,
+        append: bool = False,
+        view: Callable[[dict[str, Any]], None] | None = None,
+        say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
     ) -> None:
         """append: after the records of the process whose place this one takes, less the one that it broke off in.
-        view: is given each record once it is written."""
-        self._view = view
+        view: is given each record once it is written. say: is told when records cannot be written, and when they
+        can."""
+        self._path, self._view, self._say = path, view, say
+        self._waiting: deque[bytes] = deque()  # lines; of the first one a part may be written already
+        self._lost = 0
+        self._told = False
         with path.open("a+b") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1 if append else 0)
-        self._file: TextIO = path.open("a", encoding="utf-8")  # always: one that was replaced may wake up and write
+        # Always appended: a process that was replaced may wake up and write. Not buffered: what a full disk left in a
+        # buffer would be known to nobody.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time_s": time.time(), **fields}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._waiting.append((json.dumps(record) + "\n").encode())
+        self._write_out()
         if self._view:
             self._view(record)
 
     def close(self) -> None:
+        self._write_out()
+        if self._waiting:
+            self._say(f"{len(self._waiting) + self._lost} records could not be written to {self._path}")
         self._file.close()
+
+    def _write_out(self) -> None:
+        """All that waits, or as much as there is room for."""
+        try:
+            while self._waiting:
+                written = self._file.write(self._waiting[0]) or 0
+                self._waiting[0] = self._waiting[0][written:]
+                if not self._waiting[0]:
+                    self._waiting.popleft()
+        except OSError as error:
+            self._wait(error)
+            return
+        if self._told:
+            self._told = False
+            lost = f", but for {self._lost} that were too many to keep" if self._lost else ""
+            self._say(f"records are written to {self._path} again{lost}")
+
+    def _wait(self, error: OSError) -> None:
+        while len(self._waiting) > WAITING_MOST:
+            del self._waiting[1]  # not the first, which may stand there in part, and the newest say most
+            self._lost += 1
+        if not self._told:
+            self._told = True
+            self._say(
+                f"warning: cannot write records to {self._path}: {error.strerror}; training goes on, and the newest "
+                f"{WAITING_MOST} are kept until there is room"
+            )
 
 
 class Tracer:

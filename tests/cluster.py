@@ -615,7 +615,7 @@ def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
             node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
         )
         patch.setattr(node_process, "CheckpointStore", cluster.store)
-        patch.setattr(node_process, "open_text", lambda _: open_corpus(corpus))
+        patch.setattr(node_process, "open_text", lambda *_: open_corpus(corpus))
         patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 

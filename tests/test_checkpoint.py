@@ -1041,7 +1041,8 @@ def test_what_is_no_run_is_said_in_one_line(verb: str, tiny: TinyConfig, tmp_pat
     assert command(verb, tmp_path)[0] == 2
     (tmp_path / "run.toml").write_text(dump_config(configure(tiny)))
     code, shown, errors = command(verb, tmp_path)
-    assert (code, errors) == (0, "")
+    nothing = f"thinpipe: there is no checkpoint in {tmp_path / 'checkpoints'}, so nothing was verified\n"
+    assert (code, errors) == ((0, "") if verb == "ls" else (1, nothing))
     assert shown.splitlines() == [
         f"no checkpoints in {tmp_path / 'checkpoints'}; set checkpoint.every to have some",
         "the run has not begun: no stage has records here",

@@ -95,7 +95,7 @@ def run_toml(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def endless(run_toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Up]]:
     """Runs that would train for days, one for each way of being ended; they start side by side to save time."""
-    ways = ("a node is killed", "interrupted", "the launcher is killed")
+    ways = ("a node is killed", "interrupted", "the launcher is killed", "SIGUSR1", "SIGHUP")
     runs = {way: start(run_toml, tmp_path_factory.mktemp("run"), "--steps", "1000000") for way in ways}
     try:
         until(lambda: all(run.trains() or run.process.poll() is not None for run in runs.values()), "the first steps")
@@ -130,11 +130,57 @@ def test_ctrl_c_stops_all_stages(endless: dict[str, Up]) -> None:
     run.process.send_signal(signal.SIGINT)
     code, _, errors = run.end()
     assert code == 130
-    assert errors == [f"thinpipe: error: interrupted; all stages are stopped, the records so far are in {run.out}"]
+    (line,) = errors
+    assert re.fullmatch(
+        r"thinpipe: error: interrupted after \d+ of 1000000 steps; all stages are stopped(, and there is no checkpoint "
+        r"yet: it begins anew, with --overwrite|; thinpipe up --resume \S+ goes on after step \d+)",
+        line,
+    )
     assert run.nodes() == []
     for stage in range(STAGES):
         assert (run.out / f"stage-{stage}.log").read_text().endswith("thinpipe: error: stopped by SIGINT\n")
         assert run.steps(stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("warned_by", ["SIGUSR1", "SIGHUP"])
+def test_a_warning_ends_a_run_after_the_step_under_way(endless: dict[str, Up], warned_by: str) -> None:
+    run = endless[warned_by]
+    for node in run.nodes():  # schedulers warn all processes of a job
+        node.send_signal(signal.Signals[warned_by])
+    run.process.send_signal(signal.Signals[warned_by])
+    code, stdout, errors = run.end()
+    assert code == 0, errors
+    assert f"stopped by {warned_by}\n" in stdout
+    done = run.steps(0)
+    assert f"this run ended after {done} of 1000000 steps; thinpipe up --resume {run.out} goes on\n" in stdout
+    for stage in range(STAGES):
+        assert (run.out / "checkpoints" / f"stage-{stage}" / f"step-{done:08d}").is_dir()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("moment", ["begun", "nodes"])
+def test_in_the_first_seconds_too(run_toml: Path, tmp_path: Path, moment: str, name: str) -> None:
+    """As soon as the program can hear it; and when its nodes are there, whatever they have done."""
+    run = start(run_toml, tmp_path / "run", "--steps", "1000000")
+    if moment == "begun":
+        until(lambda: _catches(run.process.pid, signal.Signals[name]), "the program to hear signals")
+    else:
+        until(lambda: (run.out / "stage-1.log").exists(), "the nodes")
+    run.process.send_signal(signal.Signals[name])
+    code, stdout, errors = run.end()
+    if code == 0:  # the nodes were quick, and ended in order
+        assert f"stopped by {name}\n" in stdout
+        return
+    assert code == 130
+    (line,) = errors
+    assert re.match(rf"thinpipe: error: stopped by {name}( before the run began| after 0 of 1000000 steps|$)", line)
+
+
+def _catches(pid: int, number: signal.Signals) -> bool:
+    (caught,) = re.findall(r"^SigCgt:\s*([0-9a-f]+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 @pytest.mark.slow
@@ -265,7 +311,7 @@ def test_what_is_each_machines_own_may_change_when_a_run_goes_on(has_started: Be
     assert started.shared() == before.shared()
     has_started.go_on()
     assert has_started.started[1] == started
-    assert [path.name for path in has_started.run.iterdir()] == ["run.toml"]
+    assert sorted(path.name for path in has_started.run.iterdir()) == ["run.lock", "run.toml"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from thinpipe.node.comparing.recipe import Recipe, check_names
 from thinpipe.node.comparing.recipe_runs import RecipeRun, claimed, run_all
 from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import load_config
-from thinpipe.node.local import LocalRunError
+from thinpipe.node.run_directory import LocalRunError
 from thinpipe.sim.launch import file_lock
 from thinpipe.sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from thinpipe.sim.reports.compare_page import compare_page

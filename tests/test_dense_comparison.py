@@ -146,7 +146,7 @@ def test_a_run_that_cannot_be_simulated_ends_well_and_says_why(
     assert found["dense_simulation"] is found["run_simulation"] is None
     assert found["simulation_left_out"]
     assert fault == "one stage" or found["cut_advice"] is None
-    assert closing_lines(found)[0] == f"not compared with dense bf16: {found['simulation_left_out']}"
+    assert closing_lines(found, Path())[0] == f"not compared with dense bf16: {found['simulation_left_out']}"
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_people_see_it_in_a_pipe_too(width: int, finished: Path) -> None:
     assert "loss by step" in text
     assert "mapl:r=8" in text
     assert width == 80 or "mapl:r=8 (this run)" in text  # which a narrow terminal may break
-    first, last = closing_lines(summary)
+    first, last = closing_lines(summary, Path())
     assert first.startswith("dense bf16 over instant links: ")
     assert first.endswith("(all stages in one process)")
     assert last.startswith("try: thinpipe up ")

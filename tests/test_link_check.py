@@ -249,3 +249,37 @@ def test_a_round_trip_that_is_longer_than_configured_is_said() -> None:
     line = round_trip_warning("round trip", 0.050, 0.080)
     assert line
     assert "50 ms, measured 80 ms (+60.0%" in line
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_what_answers_a_probe_is_counted_as_the_probe(tries: int) -> None:
+    """So the ratio of a run does not depend on how often its links were tried."""
+
+    async def story() -> None:
+        loop = asyncio.get_running_loop()
+        upper, lower = make_link(0, "80mbit,5ms", loop.time), make_link(1, "80mbit,5ms", loop.time)
+        (down_read, down_write), (up_read, up_write) = path("none"), path("none")
+        ends = [
+            asyncio.create_task(upper.attach(up_read, down_write, speaks_first=True, greeting_timeout_s=30)),
+            asyncio.create_task(lower.attach(down_read, up_write, speaks_first=False, greeting_timeout_s=30)),
+        ]
+
+        async def consume() -> None:
+            while True:
+                await lower.receive()
+
+        ends.append(asyncio.create_task(consume()))
+        await asyncio.gather(upper.opened.wait(), lower.opened.wait())
+        greeting = lower.sent["control"]
+        for _ in range(tries):
+            await upper.probe(120)
+        assert (lower.sent["control"], lower.sent["probe"] > 0) == (greeting, True)
+        await upper.send(Message(kind=Kind.ACTIVATION, step=0, microbatch=0, body=bytes(2**16)))
+        await asyncio.sleep(1)
+        assert lower.sent["control"] > greeting
+        for end in ends:
+            end.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
+
+    with asyncio.Runner(loop_factory=JumpingClock) as runner:
+        runner.run(story())

@@ -18,7 +18,8 @@ from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.export.portable_model import plain_model
 from thinpipe.node.model import ModelError
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.origin import START, begin_from
+from thinpipe.node.origin import begin_from
+from thinpipe.node.run_directory import START
 from typer.testing import CliRunner
 
 from .cluster import run_cluster

@@ -159,7 +159,7 @@ def refused_early(monkeypatch: pytest.MonkeyPatch, given: list[str]) -> str:
     def too_late(*_: Any, **__: Any) -> None:
         raise AssertionError("the input is refused too late")
 
-    for name in ("prepare_corpus", "fork_server", "run_swarm"):
+    for name in ("open_run_corpus", "fork_server", "run_swarm"):
         monkeypatch.setattr(f"thinpipe.node.local.{name}", too_late)
     result = CliRunner().invoke(app, ["up", *given])
     assert isinstance(result.exception, SystemExit), result.exception

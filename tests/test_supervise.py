@@ -631,7 +631,9 @@ def test_without_iproute2_the_node_caps_its_links(
 def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
     (tmp_path / "summary.json").mkdir()
-    monkeypatch.setattr("thinpipe.sim.reports.summary.summarise", lambda *_, **__: {"lacking": {}, "mode": "swarm"})
+    monkeypatch.setattr(
+        "thinpipe.sim.reports.summary.summarise", lambda *_, **__: {"lacking": {}, "faults": [], "mode": "swarm"}
+    )
     monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
     done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])
     assert done.exit_code == 2

@@ -19,9 +19,10 @@ from thinpipe.node.links.control_stream import Control
 from thinpipe.node.links.dialling import NeighbourMismatch, dial, dial_control
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import METHOD, listening
-from thinpipe.node.local import LocalRunError, run_local
+from thinpipe.node.local import run_local
 from thinpipe.node.probing.probe_client import ask, visit
 from thinpipe.node.probing.reach import ProbeError
+from thinpipe.node.run_directory import LocalRunError
 from thinpipe.node.security import certificates
 from thinpipe.node.security.handshake_diagnosis import PREFACE
 from thinpipe.node.security.key_directory import init, issue, load

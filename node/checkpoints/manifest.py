@@ -63,6 +63,8 @@ class Fingerprint:
     run: str
     stages: int
     configuration: str | None  # `preparation.state_digest`; None: any, to look at
+    corpus: str = ""  # of stage 0: which tokens it trains on (`node.run_corpus`), written and not compared here
+    tokenizer: str = ""
 
 
 class _Strict(BaseModel):
@@ -87,6 +89,8 @@ class Manifest(_Strict):
     stages: Count
     completed: Count  # steps, and so the position in the data
     generation: Annotated[int, Field(ge=0, lt=2**64)]  # of the run, when it was written
+    corpus: str = Field(pattern=r"^([0-9a-f]{64})?$")  # of stage 0 alone: digests of what it trains on
+    tokenizer: str = Field(pattern=r"^([0-9a-f]{64})?$")
     dictionaries: dict[DictionaryName, _Dictionary]
     file_bytes: Count
     file_sha256: Sha256

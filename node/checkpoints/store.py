@@ -272,6 +272,8 @@ class CheckpointStore:
                 "stages": self.fingerprint.stages,
                 "completed": snapshot.completed,
                 "generation": generation,
+                "corpus": self.fingerprint.corpus,
+                "tokenizer": self.fingerprint.tokenizer,
                 "dictionaries": snapshot.dictionaries,
                 "file_bytes": path.stat().st_size,
                 "file_sha256": digest,

@@ -32,8 +32,8 @@ from ...sim.reports.compare_console import CompareDisplay, compare_lines, compar
 from ...sim.reports.compare_page import compare_page
 from ..config import ConfigError, RunConfig
 from ..data import SourceLost
-from ..local import LocalRunError, writable
 from ..preparation import BAD_INPUT, check_settings, prepare_corpus, resolve_architecture
+from ..run_directory import LocalRunError, writable
 from .loss_curve import Point, curve_of, interval, mean_curve, over_first, steps_to
 from .pace import at_pace, seconds_a_step
 from .recipe import Recipe, check_names

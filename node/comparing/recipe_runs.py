@@ -25,19 +25,19 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...sim.launch import file_lock
 from ...sim.launch.end_signals import EndSignals, end_signals
-from ...sim.launch.local_swarm import STOP_GRACE_S, Progress, node_environment
+from ...sim.launch.local_swarm import STOP_GRACE_S, node_environment
 from ...sim.launch.node_ends import ERROR_PREFIX
+from ...sim.reports.progress import Progress
 from ..config import RunConfig
 from ..config_file import dump_config, load_config
-from ..local import LocalRunError, clear
+from ..run_directory import LOCK, LocalRunError, anchored, claimed, clear
 from .recipe import Recipe
 
 POLL_S = 0.1
@@ -56,7 +56,7 @@ class RecipeRun:
     @classmethod
     def of(cls, recipe: Recipe, seed: int, shared: dict[str, Any], out: Path) -> RecipeRun:
         """Raises ConfigError."""
-        config = recipe.config(shared, seed)
+        config = anchored(recipe.config(shared, seed))
         return cls(recipe=recipe, seed=seed, config=config, directory=out / f"{recipe.name}-seed{seed}")
 
     @property
@@ -101,6 +101,7 @@ class _Process:
         settings.write_text(dump_config(run.config), encoding="utf-8")
         command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
         command += ["--config", str(settings), "--out", str(run.directory), "--parent", str(os.getpid())]
+        command += ["--lock", str(lock)]
         self._progress = Progress(run.directory, stages=run.config.pipeline.stages)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
@@ -128,28 +129,6 @@ class _Process:
         return last.removeprefix(ERROR_PREFIX) if last else f"ended with exit code {code}; see {log}"
 
 
-@contextmanager
-def claimed(lock: Path) -> Iterator[int]:
-    """Hold this lock, in a directory that is made if it is not there; gives its descriptor. Raises LocalRunError, which
-    says who has it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        taken = file_lock.take(lock)
-    except file_lock.LockError as error:
-        raise LocalRunError(str(error), 2) from None
-    if taken is None:
-        line = (
-            f"{lock.parent} is in use by {file_lock.holder(lock)}; choose another --out, or wait until that has ended"
-        )
-        raise LocalRunError(line, 2)
-    try:
-        with suppress(OSError):  # a full disk: then nobody learns who it is
-            file_lock.sign(taken)
-        yield taken
-    finally:
-        os.close(taken)
-
-
 def run_all(
     runs: Sequence[RecipeRun],
     jobs: int,
@@ -175,7 +154,7 @@ def run_all(
     with ExitStack() as held, end_signals() as told:
         for run in runs:
             if run.summary() is None:
-                locks[run] = held.enter_context(claimed(run.directory / "run.lock"))
+                locks[run] = held.enter_context(claimed(run.directory / LOCK))
                 if run.summary() is None:  # still: somebody may just have made it
                     waiting.append(run)
         try:

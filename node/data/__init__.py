@@ -82,6 +82,7 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
+    corpus.tokenizer_json = vocabulary.content
     corpus.tokenizer = vocabulary.path
     corpus.found, corpus.line = found, found.line(source.name, vocabulary.end_token, vocabulary.end_said_by)
     dropped = dropped_line(vocabulary.name, found.dropped, found.characters, found.first_dropped)

@@ -35,8 +35,8 @@ class Corpus(ABC):
 
     `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
     `position` is the step that was asked for last, or sought. What its text holds is in `found`, where that is known,
-    and for people in `line`; `warnings` are what they should know before they train on it.
-    `tokenizer` is the file with which it was coded, if it was.
+    and for people in `line`; `warnings` are what they should know before they train on it. `tokenizer` is the file
+    with which it was coded, if it was; `tokenizer_json`: its content.
     """
 
     draws_slowly = False  # whether `batch` may wait for something
@@ -44,6 +44,7 @@ class Corpus(ABC):
     found: Found | None = None
     line: str = ""
     warnings: tuple[str, ...] = ()
+    tokenizer_json: bytes = b""
 
     def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
         self.name = name

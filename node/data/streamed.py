@@ -65,6 +65,7 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
     corpus = StreamedCorpus(
         stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version, report=report
     )
+    corpus.tokenizer_json = vocabulary.content
     corpus.known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
     return corpus
 
@@ -88,6 +89,8 @@ def _opened(settings: DataSection, report: Preparing) -> tuple[PatientDocuments,
     directory = cache_directory(settings)
     name, _, config = settings.source.removeprefix("hf:").partition(":")
     local = expanded(name)
+    if name.startswith(("/", "./", "../", "~")) and not local.is_dir():
+        raise DataError(f"there is no directory {local}; set data.source to a dataset's directory, or hf:NAME of a hub")
     make_directory(directory)  # else `datasets` reports it, as a fault of the dataset
     report("asking for the dataset", 0, 0)
     datasets = _quiet_datasets()

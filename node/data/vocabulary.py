@@ -46,7 +46,8 @@ _CHARACTERS_SHOWN = 8
 class Vocabulary:
     """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of what both are from.
 
-    path: of the tokenizer.json. name: for people. end_said_by: which file names the end of a document, or "its name".
+    path: of the tokenizer.json, and its content. name: for people. end_said_by: which file names the end of a document,
+    or "its name".
     """
 
     tokenizer: Tokenizer
@@ -54,6 +55,7 @@ class Vocabulary:
     end_id: int
     digest: str
     path: Path = Path("tokenizer.json")
+    content: bytes = b""
     name: str = "the tokenizer"
     end_said_by: str = "its name"
     _spelled: dict[str, bool] = field(default_factory=dict)  # characters that were tried: False: dropped
@@ -140,6 +142,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
         end_id=end,
         digest=digest.hexdigest(),
         path=file,
+        content=content,
         name=name,
         end_said_by=said_by,
     )

@@ -244,7 +244,7 @@ def _from_dht(options: JoinOptions, discovery: Discovery) -> RunRecord | None:
 
 def _room(out: Path, config: RunConfig) -> Path:
     """The directory for this node's records, with the run's configuration in it. Raises ConfigError."""
-    from ..local import LocalRunError, writable
+    from ..run_directory import LocalRunError, writable
 
     try:
         writable(out)

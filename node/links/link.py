@@ -360,6 +360,7 @@ class Link:
             self.received_bytes += framed_bytes(len(raw))
             for event in self.session.receive(raw):
                 if isinstance(event, Received) and not self._rejected:
+                    out.credit_row = "probe" if event.message.kind is Kind.PROBE else "control"
                     self._inbox.append((event.message, event.cost_bytes))
                     self._arrived.set()
                     self._tracer.instant("arrived", self.name)

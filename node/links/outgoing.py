@@ -131,6 +131,7 @@ class Outgoing:
         self.goodbye_leaving = False  # being handed to gRPC
         self.goodbye_sent = False  # handed to gRPC
         self.probing: AcknowledgedRate | None = None  # while filler, and nothing else, is sent
+        self.credit_row = "control"  # or "probe", while what came last is filler: how often it was tried is no training
         self.moved = asyncio.Event()  # something left the queue or the line, or was acknowledged
         self._name = name
         self._chunk_bytes = chunk_bytes
@@ -309,7 +310,7 @@ class Outgoing:
         if item == "credit":
             self._credit_queued = False
             frame = self.session.credit()
-            return frame, {"control": framed_bytes(len(frame))}
+            return frame, {self.credit_row: framed_bytes(len(frame))}
         if item == "goodbye":
             self._goodbye_queued = False
             frame = self.session.goodbye()

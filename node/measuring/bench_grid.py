@@ -29,8 +29,8 @@ from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
 from ..codec_words import codec_settings
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
-from ..local import clear, writable
 from ..preparation import check_codec, check_layers, prepare_corpus, resolve_architecture
+from ..run_directory import clear, writable
 from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
 from .plan import AUTO, PLANNED, check_auto, plan, resolved_schedule

@@ -16,9 +16,10 @@ from ...sim.launch.local_swarm import SwarmError
 from ...sim.reports.summary import summarise, write_summary
 from ..config import RunConfig
 from ..config_file import dump_config, load_config
-from ..local import LocalRunError, clear, run_local, writable
+from ..local import run_local
 from ..preload import fork_server
 from ..preparation import BAD_INPUT, check_settings
+from ..run_directory import LocalRunError, clear, writable
 
 
 def run_chaos(
@@ -87,7 +88,9 @@ def _run_chaos(
             on_event=lambda line: console.print(f"  {line}", markup=False),
             forks=forks,
         )
-        write_summary(disturbed, summarise(disturbed, stages=stages, width=width, mode="swarm"))
+        write_summary(
+            disturbed, summarise(disturbed, stages=stages, width=width, mode="swarm", of_steps=config.run.steps)
+        )
     except (SwarmError, ValueError) as error:
         raise LocalRunError(f"the run did not survive: {error}", 1) from None
     found = report(disturbed, undisturbed, story, stages=stages)

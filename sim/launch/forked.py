@@ -31,6 +31,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from typing import NoReturn
 
+from .end_signals import ANOTHER_ENDED, DRAINING
 from .parent_death import die_with_parent
 from .process_exit import exit_code
 
@@ -79,8 +80,10 @@ def why_not() -> str | None:
 def serve(control: socket.socket) -> NoReturn:
     """Fork a child for each request until the client is gone. Does not return, in the server or in any child."""
     os.setsid()  # a Ctrl-C in the terminal is the client's
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (*DRAINING, ANOTHER_ENDED):  # whoever ends all processes of a job: the client says when this one ends
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # and not SIG_IGN, which its children would keep
     close_all_but(0, 1, 2, control.fileno())
     gc.collect()
     gc.freeze()  # a collection in a child would copy the pages of every object that is shared

@@ -14,20 +14,25 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from ..reports.figures import StageFigures
 from ..reports.metrics_address import MetricsAddress
-from ..reports.record_tail import RecordTail
+from ..reports.progress import Progress
+from .disk_space import DiskSpace
+from .end_signals import ANOTHER_ENDED, DRAINING, EndSignals, draining_signals
 from .fork_server import CannotFork, ForkServer, Process
 from .isolation import PORT, Isolation
 from .node_ends import AGAIN, Failure, exit_reason, failure_of
 
 STOP_GRACE_S = 5.0
 POLL_S = 0.1
+DRAIN_EVERY_S = 1.0
+TOLD_TO_END = (130, *(-number for number in DRAINING))  # exit codes of nodes that were, before they had begun
 TOLD_S = 10.0  # within which all nodes end that were told of a failure
 
 
@@ -93,31 +98,44 @@ def run_swarm(
     keys: Path | None = None,
     watch: Watch | None = None,
     forks: ForkServer | None = None,
+    node_options: Mapping[int, Sequence[str]] | None = None,
     on_progress: Callable[[list[StageFigures]], None] | None = None,
-) -> None:
+    on_warning: Callable[[str], None] | None = None,
+) -> str | None:
     """Start `stages` nodes on `run`/run.toml and wait until all have ended.
 
-    `on_progress` gets, about ten times a second, what the records of every stage say so far. `resume`: go on from the
-    newest checkpoint that all stages have. `restarts`: how often, in all, a stage that was lost is started again, while
-    the others wait for it; or all stages are, after one has failed and ended all; but not twice for the same failure.
-    `disks`, `isolation`, `keys`, `watch`, `forks`: see `Swarm`. Raises SwarmError when a node ends early otherwise,
-    naming it; KeyboardInterrupt passes through. No node is left running either way. SIGTERM ends the run after the step
-    under way.
+    `on_progress` gets, about ten times a second, what the records of every stage have said since now. `on_warning`: a
+    line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
+    stage that was lost is started again, while the others wait for it; or all stages are, after one has failed and
+    ended all; but not twice for the same failure. `disks`, `isolation`, `keys`, `watch`, `forks`, `node_options`: see
+    `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step under way: returns the
+    name of the first that came, None if none did. Raises SwarmError when a node ends early otherwise, naming it, and
+    KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes could end in order. No node
+    is left running either way.
     """
     swarm = Swarm(
-        run, stages=stages, trace=trace, disks=disks, isolation=isolation, keys=keys, watch=watch, forks=forks
+        run,
+        stages=stages,
+        trace=trace,
+        disks=disks,
+        isolation=isolation,
+        keys=keys,
+        watch=watch,
+        forks=forks,
+        node_options=node_options,
     )
-    before = signal.signal(signal.SIGTERM, lambda *_: swarm.drain())
-    try:
-        for stage in range(stages):
-            swarm.start(stage, resume=resume)
-        _watch(swarm, restarts, on_progress)
-    except SwarmError as error:
-        swarm.stop(why=str(error))
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        swarm.stop()
+    progress = Progress(run, stages=stages, from_now=True)
+    with draining_signals() as told:
+        try:
+            for stage in range(stages):
+                swarm.start(stage, resume=resume)
+            _watch(swarm, told, restarts, progress, on_progress, on_warning)
+        except SwarmError as error:
+            swarm.stop(why=str(error))
+            raise
+        finally:
+            swarm.stop()
+    return told.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +158,8 @@ class Swarm:
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
     own; None: one for all. isolation: the namespaces that the nodes run in, which have one each. keys: directory of a
     certificate that names all stages, for TLS between them. watch: who may look at the nodes (nobody). forks: what
-    they are forked from, where that can be; None: each is an interpreter of its own.
+    they are forked from, where that can be; None: each is an interpreter of its own. node_options: further ones of a
+    stage's command line.
     """
 
     def __init__(
@@ -156,7 +175,9 @@ class Swarm:
         keys: Path | None = None,
         watch: Watch | None = None,
         forks: ForkServer | None = None,
+        node_options: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
+        self._node_options = node_options or {}
         self.run, self._disks, self._isolation, self._keys = run, disks, isolation, keys
         self._watch, self._forks = watch or Watch(), forks
         self.nodes: list[NodeProcess | None] = [None] * stages
@@ -174,10 +195,10 @@ class Swarm:
         if stage + 1 < len(self.nodes):
             options += ["--next", f"{self._host(stage + 1)}:{self._next_ports[stage + 1]}"]
         if disk := self.disk(stage):
-            options += ["--set", f"checkpoint.directory={disk}"]
+            options += ["--set", f"checkpoint.directory={disk.absolute()}"]
         if self._trace:
             options.append("--trace")
-        options += self._watch.options(stage)
+        options += [*self._watch.options(stage), *self._node_options.get(stage, ())]
         prefix: list[str] = []
         if self._isolation:
             prefix = self._isolation.network.prefix(stage)
@@ -202,16 +223,17 @@ class Swarm:
         return node.process
 
     def drain(self) -> None:
-        """Ask all to end after the step under way."""
+        """Ask all to end after the step under way. Not by SIGTERM, which whoever ends a whole group of processes sends
+        them besides: a second one would end them at once."""
         self.draining = True
         for node in self.nodes:
             if node and node.process.poll() is None:
-                node.process.terminate()
+                node.process.send_signal(signal.SIGUSR1)
 
     def stop(self, why: str = "") -> None:
-        """Leave none behind; the logs of those that have to be ended say why."""
+        """Leave none behind. why: another stage has ended the run; the logs of those that have to be ended say so."""
         alive = [node for node in (*self.nodes, *self._gone) if node and node.process.poll() is None]
-        _stop(alive)
+        _stop(alive, ANOTHER_ENDED if why else signal.SIGINT)
         for node in alive if why else ():
             with suppress(OSError), node.log.open("a", encoding="utf-8") as log:
                 log.write(f"thinpipe: this stage was ended by the launcher: {why}\n")
@@ -227,7 +249,7 @@ def _start(
     log, environment = run / f"stage-{stage}.log", node_environment()
     records = run / f"stage-{stage}.jsonl"
     records_from = records.stat().st_size if resume and records.exists() else 0
-    with log.open("ab" if resume else "wb") as output:
+    with _log(log, "ab" if resume else "wb") as output:
         log_from = output.tell()
         if forks and not prefix:
             try:
@@ -239,8 +261,9 @@ def _start(
                 )
                 return NodeProcess(stage, process, log, log_from, records_from)
             except (CannotFork, TimeoutError) as error:
-                output.write(f"started as an interpreter of its own: {error}\n".encode())
-                output.flush()
+                with suppress(OSError):
+                    output.write(f"started as an interpreter of its own: {error}\n".encode())
+                    output.flush()
         command = [*prefix, sys.executable, "-m", "thinpipe.cli", *arguments, "--parent", str(os.getpid())]
         process = subprocess.Popen(
             command,
@@ -253,23 +276,23 @@ def _start(
     return NodeProcess(stage, process, log, log_from, records_from)
 
 
-class Progress:
-    """What the records of a run's stages, in one directory, say as they grow."""
-
-    def __init__(self, run: Path, *, stages: int) -> None:
-        self._figures = [StageFigures(stage) for stage in range(stages)]
-        self._tails = [RecordTail(run / f"stage-{stage}.jsonl") for stage in range(stages)]
-
-    def look(self) -> list[StageFigures]:
-        for figures, tail in zip(self._figures, self._tails, strict=True):
-            for record in tail.read():
-                with suppress(KeyError, TypeError, ValueError, AttributeError):  # left by another version: not shown
-                    figures.take(record)
-        return self._figures
+def _log(path: Path, mode: str) -> BinaryIO:
+    """What a node says goes there; nowhere, if no file can be made: a full disk is no reason to lose a stage."""
+    try:
+        return cast(BinaryIO, path.open(mode))
+    except OSError:
+        return open(os.devnull, "wb")
 
 
-def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures]], None] | None) -> None:
-    progress, before = Progress(swarm.run, stages=len(swarm.nodes)), set[Failure]()
+def _watch(
+    swarm: Swarm,
+    told: EndSignals,
+    restarts: int,
+    progress: Progress,
+    on_progress: Callable[[list[StageFigures]], None] | None,
+    on_warning: Callable[[str], None] | None,
+) -> None:
+    space, drain_due_s, before = DiskSpace(swarm.run), 0.0, set[Failure]()
 
     def codes() -> list[int | None]:
         if on_progress:
@@ -277,6 +300,11 @@ def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures
         return [swarm.process(stage).poll() for stage in range(len(swarm.nodes))]
 
     while True:
+        if told.name and time.monotonic() >= drain_due_s:  # and again, to one that was only being made
+            swarm.drain()
+            drain_due_s = time.monotonic() + DRAIN_EVERY_S
+        if on_warning and (line := space.look()):
+            on_warning(line)
         now = codes()
         over = 0 in now  # no stage leaves before all have finished: one that is lost now has nothing left to do
         if not over and any(now):
@@ -286,6 +314,8 @@ def _watch(swarm: Swarm, restarts: int, on_progress: Callable[[list[StageFigures
                 while None in (now := codes()) and time.monotonic() < until:
                     time.sleep(POLL_S)
             lost = [stage for stage, code in enumerate(now) if code]
+            if swarm.draining and failure is None and all(now[stage] in TOLD_TO_END for stage in lost):
+                raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order
             cost = 1 if failure else len(lost)
             again = failure in before
             if again or cost > restarts or 2 in now or swarm.draining:
@@ -307,12 +337,13 @@ def _why(swarm: Swarm, lost: list[int], failure: Failure | None, *, again: bool)
     return f"{line}; {AGAIN}" if again else line
 
 
-def _stop(nodes: list[NodeProcess]) -> None:
+def _stop(nodes: list[NodeProcess], why: signal.Signals) -> None:
     """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
     alive = [node for node in nodes if node.process.poll() is None]
     for node in alive:
-        node.process.send_signal(signal.SIGINT)  # stop now, and not after the step under way
-        node.process.terminate()  # one that only starts may have been born with SIGINT ignored
+        node.process.send_signal(why)  # stop now, and not after the step under way
+        if why is signal.SIGINT:
+            node.process.terminate()  # one that only starts may have been born with SIGINT ignored
     deadline = time.monotonic() + STOP_GRACE_S
     for node in alive:
         try:

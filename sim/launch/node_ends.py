@@ -55,7 +55,10 @@ def exit_reason(stage: int, code: int, log: Path, log_from: int) -> str:
         name = signal.Signals(-code).name
         why = ", by hand or because memory ran out" if name == "SIGKILL" else ""
         return f"stage {stage} was killed by {name}{why}; see {log}"
-    text = log.read_bytes()[log_from:].decode(errors="replace")
+    try:
+        text = log.read_bytes()[log_from:].decode(errors="replace")
+    except OSError:  # a full disk had no room for it
+        text = ""
     words = [line for line in text.splitlines() if line.strip()]
     last = next((line for line in reversed(words) if line.startswith(ERROR_PREFIX)), None)
     if last:

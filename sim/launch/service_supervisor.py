@@ -79,7 +79,9 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit code: 0 when the run has ended, or this process was told to; else the node's last one.
         Raises SupervisorError where a stage's lock cannot be opened."""
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        wanted += [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        before = {number: signal.signal(number, self._on_signal) for number in wanted}
         try:
             return self._run()
         finally:

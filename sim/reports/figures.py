@@ -25,6 +25,7 @@ from .summary import OUTSIDE_RATIO
 RECENT_STEPS = 10  # over which rates and shares are taken
 FAULTS_KEPT = 100
 CODES_MAX = 64  # of faults that are told apart; a peer has a say in them
+CHECKPOINT_FAULT = "checkpoint"
 STATES = ("starting", "training", "halted", "ended", "stopped", "failed")
 STALENESS = {"projector": "staleness", "activations": "activation_staleness", "gradients": "gradient_staleness"}
 
@@ -118,6 +119,7 @@ class StageFigures:
     dictionaries: list[DictionaryFigures] = field(default_factory=list)
     faults: deque[FaultFigures] = field(default_factory=lambda: deque(maxlen=FAULTS_KEPT))
     faults_by_code: Counter[str] = field(default_factory=Counter)
+    unsaved: str = ""  # why the newest checkpoint could not be written, or was damaged; "" once another is there
     _recent: deque[_Step] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _first_step: int | None = None  # the earliest whose bytes are in the counts
     _earlier: dict[Way, LinkFigures] = field(default_factory=dict)  # counted by processes before this one
@@ -151,7 +153,7 @@ class StageFigures:
             case "evaluation":
                 self.val_loss = any_number(record["val_loss"])
             case "checkpoint":
-                self.committed = whole(record["completed"])
+                self.committed, self.unsaved = whole(record["completed"]), ""
             case "view_change":
                 self.state = "halted"
             case "rollback":
@@ -268,6 +270,8 @@ class StageFigures:
         counted = code if code in self.faults_by_code or len(self.faults_by_code) < CODES_MAX else "other"
         self.faults_by_code[counted] += 1
         self.faults.append(FaultFigures(time_s=time_s, code=code, reason=reason))
+        if code == CHECKPOINT_FAULT:
+            self.unsaved = reason
 
 
 def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigures:

@@ -2,9 +2,9 @@
 
 A run has ended when the newest process of every stage wrote its end. It is under way while anybody can still write: the
 process that a stage's records name is there, or, where that is on another machine, its records are recent. Everything
-else has not ended, and only `--resume` brings it further. Why not a lock file: who is killed leaves it behind, and on a
-shared disk nobody can tell whose it is; records name machine and process anyway. `thinpipe top` judges each stage by
-the same rules (`sim.reports.top_data`).
+else has not ended, and only `--resume` brings it further. Why not the lock of whoever trains there: nodes that were
+started by hand hold none, and another machine's disk may know no locks; records name machine and process anyway.
+`thinpipe top` judges each stage by the same rules (`sim.reports.top_data`).
 """
 
 from __future__ import annotations
@@ -66,6 +66,19 @@ def liveness(run: Path, now_s: float) -> Liveness:
         state = "under way" if any(_works(each, now_s) for each in seen) else "not ended"
     steps = max((each.figures.steps or 0 for each in seen), default=0) or None
     return Liveness(state=state, completed=min((row["completed"] for row in rows), default=0), steps=steps, stages=rows)
+
+
+def served_here(run: Path, now_s: float) -> dict[int, int]:
+    """stage -> the process of this machine that serves it, as far as records say. Changes nothing."""
+    try:
+        swarm = Directory(run).look(now_s)
+    except TopError:
+        return {}
+    return {
+        stage: seen.figures.process
+        for stage, seen in sorted(swarm.stages.items())
+        if seen.here and seen.state not in OVER and seen.figures.process
+    }
 
 
 def _row(stage: int, seen: StageView | None) -> dict[str, Any]:

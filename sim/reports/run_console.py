@@ -7,16 +7,23 @@ of the run, so that a log stays readable. Both show the same figures, from the s
 from __future__ import annotations
 
 import math
+import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .figures import StageFigures
 from .loss_chart import POINTS_MIN, LossChart
+from .wording import counted, plain
+
+FAULTS_SHOWN = 5
 
 
 class RunDisplay:
@@ -28,6 +35,7 @@ class RunDisplay:
         self._progress: Progress | None = None
         self._shown = -1
         self._next_line = 0
+        self._unsaved_said = False
         self.text = ""
 
     def __enter__(self) -> RunDisplay:
@@ -49,7 +57,12 @@ class RunDisplay:
             self._progress.stop()
 
     def update(self, stages: Sequence[StageFigures]) -> None:
-        """As of one poll; stage 0 leads. Nothing is shown until all have finished a step."""
+        """As of one poll; stage 0 leads. Nothing is shown until all have finished a step, but for the first checkpoint
+        that could not be written."""
+        for stage in stages:
+            if stage.unsaved and not self._unsaved_said:
+                self._unsaved_said = True
+                self.warn(f"stage {stage.stage}: {stage.unsaved}; training goes on")
         done = stages[0].completed
         if self._resumes is not None:
             restored = stages[0].restored
@@ -66,6 +79,10 @@ class RunDisplay:
         elif done >= self._next_line or done == self._steps:
             self._console.print(f"step {done}/{self._steps}  {self.text}", highlight=False, soft_wrap=True)
             self._next_line = done + max(1, self._steps // 10)
+
+    def warn(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        self._console.print(f"warning: {plain(line)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def _resumed(done: int, steps: int) -> str:
@@ -105,7 +122,9 @@ def _bits_per_s(value: float | None) -> str:
 
 def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
     """Tables of the run, its stages, its links and what was learned there; the loss as a picture; beside dense bf16."""
-    run = Table(title=f"{summary['steps']} steps of {summary['tokens_per_step']} tokens ({summary['mode']})")
+    run = Table(
+        title=f"{_steps(summary)} of {summary['tokens_per_step']} tokens ({summary['mode']})", caption=_in_vain(summary)
+    )
     for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
         run.add_column(column, justify="right")
     ratio, val_loss, per_token = summary["ratio"], summary["val_loss"], summary["bytes_per_token"]
@@ -133,6 +152,8 @@ def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
         way in entry["codec"] for entry in summary["boundaries"] for way in ("activation_usage_1", "gradient_usage_1")
     ):
         tables.append(_codebooks_table(summary))
+    if summary["faults"]:
+        tables.append(_faults_table(summary["faults"]))
     if len(summary["loss_curve"]) >= POINTS_MIN:
         tables.append(LossChart(summary["loss_curve"], summary["evaluations"]))
     if summary["dense_simulation"]:
@@ -140,9 +161,38 @@ def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
     return tables
 
 
-def closing_lines(summary: dict[str, Any]) -> list[str]:
-    """What comes after the tables: dense training over the same link in a line, and what to try next."""
+def _steps(summary: dict[str, Any]) -> str:
+    done, of = summary["steps"], summary.get("of_steps") or summary["steps"]
+    return counted(done, "step") if done >= of else f"{done} of {counted(of, 'step')}"
+
+
+def _in_vain(summary: dict[str, Any]) -> str | None:
+    """What the ratio counts besides the steps that are left."""
+    rewinds, again = len(summary["rollbacks"]), summary.get("repeated_steps", 0)
+    if not rewinds:
+        return None
+    told = f"bytes/token and ratio count what was sent in vain too: {counted(rewinds, 'rewind')} or resumes"
+    return f"{told}, {counted(again, 'step')} done again"
+
+
+def _faults_table(faults: list[dict[str, Any]]) -> Table:
+    """The newest, and how many there were of which kind."""
+    by_code = Counter(fault["code"] for fault in faults)
+    every = ", ".join(f"{count} {plain(code)}" for code, count in by_code.most_common())
+    table = Table(title=f"faults, newest last (of {every})")
+    for column in ("stage", "code", "what"):
+        table.add_column(column)
+    for fault in faults[-FAULTS_SHOWN:]:
+        table.add_row(str(fault["stage"]), Text(plain(fault["code"])), Text(plain(fault["reason"])))
+    return table
+
+
+def closing_lines(summary: dict[str, Any], run: Path) -> list[str]:
+    """What comes after the tables: how a run that ended early goes on; dense training over the same link in a line; and
+    what to try next."""
     lines, dense = [], summary["dense_simulation"]
+    if (of := summary.get("of_steps")) and summary["steps"] < of:
+        lines.append(f"this run ended after {_steps(summary)}; thinpipe up --resume {shlex.quote(str(run))} goes on")
     if dense:
         own = " (all stages in one process)" if summary["mode"] == "one-process" else ""
         lines.append(

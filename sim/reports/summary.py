@@ -2,8 +2,9 @@
 
 The ratio is always `dense bf16 bytes, both ways / all framed bytes, both ways`: the numerator is what an uncompressed
 pipeline would have to move (2 bytes x width x tokens x 2 directions x boundaries), the denominator everything that the
-nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames. Evaluation and
-the probe at the start have rows of their own outside the ratio. Bytes are counted once, where they are sent.
+nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames; also what was
+sent in vain, for steps that a rewind took back (`repeated_steps`). Evaluation and the probe at the start have rows of
+their own outside the ratio. Bytes are counted once, where they are sent.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from .wording import counted
 
 CURVE_POINTS = 200
 OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy")
@@ -124,14 +127,26 @@ def lacking_lines(summary: dict[str, Any]) -> list[str]:
     ]
 
 
+def checkpoint_lines(summary: dict[str, Any]) -> list[str]:
+    """For people: what went wrong with checkpoints; one a stage."""
+    by_stage: dict[int, list[str]] = {}
+    for fault in summary["faults"]:
+        if fault["code"] == "checkpoint":
+            by_stage.setdefault(fault["stage"], []).append(fault["reason"])
+    return [
+        f"stage {stage}: {counted(len(reasons), 'fault')} of checkpoints, the last: {reasons[-1]}"
+        for stage, reasons in sorted(by_stage.items())
+    ]
+
+
 class NotEnded(ValueError):
     """A stage wrote no end: the run is under way, or was broken off."""
 
 
-def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any]:
-    """The content of summary.json. `mode` is "swarm" or "one-process". Raises NotEnded if a stage did not end, and
-    ValueError if nothing was done. Where the records of a stage lack steps, bytes/token and ratio are None: tokens
-    would be counted whose bytes are not."""
+def summarise(run: Path, *, stages: int, width: int, mode: str, of_steps: int | None = None) -> dict[str, Any]:
+    """The content of summary.json. `mode` is "swarm" or "one-process". of_steps: those of a whole run. Raises NotEnded
+    if a stage did not end, and ValueError if nothing was done. Where the records of a stage lack steps, bytes/token and
+    ratio are None: tokens would be counted whose bytes are not."""
     by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
     ends: list[dict[str, Any]] = []
     steps: list[list[dict[str, Any]]] = []
@@ -160,6 +175,8 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
         "state": "ended",
         "mode": mode,
         "steps": len(head),
+        "of_steps": of_steps,
+        "repeated_steps": sum(record["event"] == "step" for record in by_stage[0]) - len(head),
         "tokens": tokens,
         "tokens_per_step": head[-1]["tokens"],
         "parameters": sum(end.get("parameters", 0) for end in ends) or None,
@@ -197,13 +214,19 @@ def summarise(run: Path, *, stages: int, width: int, mode: str) -> dict[str, Any
             for end in ends
         ],
         "rollbacks": [record for record in by_stage[0] if record["event"] == "rollback"],
-        "faults": [
-            {"stage": stage, "code": record["code"], "reason": record["reason"]}
-            for stage, records in enumerate(by_stage)
-            for record in records
-            if record["event"] == "fault"
-        ],
+        "faults": _faults(by_stage),
     }
+
+
+def _faults(by_stage: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of all stages, in the order of time."""
+    found = [
+        (record["time_s"], {"stage": stage, "code": record["code"], "reason": record["reason"]})
+        for stage, records in enumerate(by_stage)
+        for record in records
+        if record["event"] == "fault"
+    ]
+    return [fault for _, fault in sorted(found, key=lambda each: each[0])]
 
 
 def _data_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:

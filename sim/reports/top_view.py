@@ -20,6 +20,7 @@ from rich.text import Text
 
 from .figures import DictionaryFigures, FaultFigures, LinkFigures, StageFigures
 from .top_data import StageView, SwarmView
+from .wording import plain
 
 WIDE_COLUMNS = 140
 FAULTS_SHOWN = 5
@@ -77,6 +78,7 @@ def _swarm(swarm: SwarmView, *, width: int, now_s: float) -> RenderableType:
     tables = _dictionaries(figures)
     faults = _faults(figures)
     notes = [Text(f"stage {stage}: {plain(seen.note)}", "red") for stage, seen in _noted(swarm)]
+    notes += [Text(f"stage {of.stage}: {plain(of.unsaved)}", "red") for of in figures if of.unsaved]
     notes += [Text(plain(note), "red") for note in swarm.notes]
     name = Text(plain(swarm.name), "bold", no_wrap=True, overflow="ellipsis")
     head = [name, _headline(swarm, now_s), _progress(swarm), *notes, Text()]
@@ -271,8 +273,3 @@ def _faults(figures: Sequence[StageFigures]) -> Table | None:
             Text(plain(fault.reason), no_wrap=True, overflow="ellipsis"),
         )
     return table
-
-
-def plain(text: str) -> str:
-    """One line without control characters: what a terminal would obey is drawn as a question mark."""
-    return "".join(each if each.isprintable() else "?" for each in " ".join(text.split()))

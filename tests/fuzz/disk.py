@@ -65,6 +65,8 @@ def sealed(state: bytes) -> Manifest:
             "stages": FINGERPRINT.stages,
             "completed": COMPLETED,
             "generation": 3,
+            "corpus": "c0" * 32,
+            "tokenizer": "",
             "dictionaries": {"table_above": table, "table_below": {"version": None, "digest": ""}},
             "file_bytes": len(state),
             "file_sha256": hashlib.sha256(state).hexdigest(),

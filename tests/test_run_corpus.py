@@ -1,0 +1,147 @@
+"""A run knows its text: other text and another tokenizer are refused by name, wherever stage 0 comes back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from thinpipe.cli import app
+from thinpipe.node.checkpoints.manifest import NOTES, Manifest, seal
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
+from thinpipe.node.data import DataError
+from thinpipe.node.run_corpus import RECORD, TOKENIZER, RunCorpus, open_run_corpus, read_record
+from typer.testing import CliRunner
+
+from .cluster import run_cluster
+from .conftest import TinyConfig
+from .faults_reference import SETTINGS
+
+MORE = "zebra = quagga(zebra, quagga) + zebra\n" * 2000
+
+
+class Text:
+    """A file of text that may change, and a run of it."""
+
+    def __init__(self, tiny: TinyConfig, tiny_text: Path, directory: Path) -> None:
+        self.path, self.out = directory / "text.txt", directory / "run"
+        self.path.write_text(tiny_text.read_text(encoding="utf-8"), encoding="utf-8")
+        self.config: RunConfig = tiny({"data.source": str(self.path), **SETTINGS})
+        self.out.mkdir()
+
+    def change(self) -> None:
+        self.path.write_text(self.path.read_text(encoding="utf-8") + MORE, encoding="utf-8")
+
+    def begin(self) -> RunCorpus:
+        begun = open_run_corpus(self.config, self.out, resume=False)
+        begun.keep(self.out)
+        return begun
+
+    def resume(self, *, changed: bool = False) -> RunCorpus:
+        return open_run_corpus(self.config, self.out, resume=True, changed=changed)
+
+
+@pytest.fixture
+def text(tiny: TinyConfig, tiny_text: Path, tmp_path: Path) -> Text:
+    return Text(tiny, tiny_text, tmp_path)
+
+
+def checkpoint(corpus: str, tokenizer: str) -> Manifest:
+    """After 4 steps, of that text."""
+    return seal(
+        {
+            "format": 1,
+            "notes": NOTES,
+            "run": "run",
+            "configuration": "c0ffee",
+            "stage": 0,
+            "stages": 2,
+            "completed": 4,
+            "generation": 0,
+            "corpus": corpus,
+            "tokenizer": tokenizer,
+            "dictionaries": {},
+            "file_bytes": 0,
+            "file_sha256": "0" * 64,
+            "torch": "2",
+            "written_s": 0,
+        }
+    )
+
+
+def test_the_same_text_is_the_same(text: Text) -> None:
+    begun = text.begin()
+    kept = {name: (text.out / name).read_bytes() for name in (RECORD, TOKENIZER)}
+    again = text.resume()
+    again.keep(text.out)
+    assert again.record == begun.record == read_record(text.out)
+    assert {name: (text.out / name).read_bytes() for name in kept} == kept
+
+
+def test_a_line_more_is_refused_and_goes_on_if_it_is_meant(text: Text) -> None:
+    begun = text.begin()
+    assert begun.record
+    text.change()
+    with pytest.raises(DataError, match=r"data\.source has changed: the run in .* was trained on .*; give it"):
+        text.resume()
+    meant = text.resume(changed=True)
+    assert meant.corpus.digest != begun.corpus.digest
+    assert meant.corpus.tokenizer_json == begun.corpus.tokenizer_json  # or all ids would mean something else
+    assert open_run_corpus(text.config, text.out, resume=False).corpus.tokenizer_json != begun.corpus.tokenizer_json
+    meant.keep(text.out)
+    again = text.resume()  # meant once is meant
+    assert again.record
+    assert again.record.earlier == [begun.record.corpus]
+    again.check([checkpoint(begun.record.corpus, begun.record.tokenizer)])  # of before the change
+
+
+def test_another_tokenizer_is_refused_even_then(text: Text, tmp_path: Path) -> None:
+    text.begin()
+    text.change()
+    other = tmp_path / "tokenizer.json"
+    other.write_bytes(open_run_corpus(text.config, tmp_path, resume=False).corpus.tokenizer_json)
+    data = text.config.data.model_copy(update={"tokenizer": other})
+    text.config = text.config.model_copy(update={"data": data})
+    with pytest.raises(DataError, match=r"the tokenizer is not the run's: .* here, .* in .*corpus\.json"):
+        text.resume(changed=True)
+
+
+def test_checkpoints_say_what_they_were_trained_on(text: Text) -> None:
+    begun = text.begin()
+    assert begun.record
+    other, own = "f" * 64, begun.record
+    assert begun.check([checkpoint(own.corpus, own.tokenizer)]).record == own
+    with pytest.raises(DataError, match=r"the checkpoint after 4 steps is of the text with digest ffffffffffff"):
+        begun.check([checkpoint(own.corpus, own.tokenizer), checkpoint(other, own.tokenizer)])
+    with pytest.raises(DataError, match=r"ffffffffffff in the checkpoint after 4 steps"):
+        begun.check([checkpoint(own.corpus, other)])
+    found = RunCorpus(corpus=begun.corpus, record=own, changed=True).check([checkpoint(other, own.tokenizer)])
+    assert found.record
+    assert found.record.earlier == [other]
+
+
+def test_stage_0_of_another_text_on_another_machine_is_refused(text: Text) -> None:
+    """It has the checkpoint, and nothing else of the run."""
+    run_cluster(text.config, text.out, [], hurry=True)
+    for name in (RECORD, TOKENIZER):
+        (text.out / name).unlink()
+    text.change()
+    with pytest.raises(DataError, match=r"the tokenizer is not the run's: .* in the checkpoint after 6 steps"):
+        run_cluster(text.config, text.out, [], resume=True, hurry=True)
+
+
+def test_up_refuses_before_anything_starts(text: Text) -> None:
+    text.begin()
+    (text.out / "run.toml").write_text(dump_config(text.config))
+    text.change()
+    result = CliRunner().invoke(app, ["up", "--resume", str(text.out)])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "data.source has changed" in result.stderr
+    assert "--data-changed" in result.stderr
+
+
+def test_a_damaged_record_is_named(text: Text) -> None:
+    text.begin()
+    (text.out / RECORD).write_text("{")
+    with pytest.raises(DataError, match=r"corpus\.json is damaged; remove it"):
+        text.resume()

@@ -1,0 +1,244 @@
+"""A run's directory: one program at a time, whole paths, and no resumption of what is not there."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from thinpipe.cli import app
+from thinpipe.node.checkpoints.manifest import Fingerprint
+from thinpipe.node.checkpoints.store import CheckpointStore
+from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.measuring.dense_comparison import add_comparison
+from thinpipe.node.resuming import interrupted, newest_common
+from thinpipe.node.run_directory import LOCK, LocalRunError, anchored, await_unserved, claimed
+from thinpipe.sim.launch.end_signals import draining_signals
+from thinpipe.sim.reports.progress import Progress
+from thinpipe.sim.reports.run_console import closing_lines, summary_tables
+from thinpipe.sim.reports.summary import checkpoint_lines, read_records, summarise
+from typer.testing import CliRunner
+
+from .conftest import TinyConfig
+from .test_checkpoint import small
+
+STAGES = 2
+
+
+@pytest.fixture
+def run(tiny: TinyConfig, tmp_path: Path) -> Path:
+    """Of two stages, begun."""
+    (tmp_path / "run.toml").write_text(dump_config(tiny({"pipeline.stages": STAGES, "run.steps": 9})))
+    return tmp_path
+
+
+def record(run: Path, stage: int, *events: dict[str, Any]) -> None:
+    with (run / f"stage-{stage}.jsonl").open("a") as file:
+        for event in events:
+            file.write(json.dumps({"time_s": time.time(), **event}) + "\n")
+
+
+def step(number: int) -> dict[str, Any]:
+    spent = dict.fromkeys(("seconds", "compute_s", "codec_s", "wait_s"), 1.0)
+    return {"event": "step", "step": number, "loss": 9.0 - number, "tokens": 10, "sent_bytes": {}, **spent}
+
+
+def up(*options: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["up", *options])
+    return result.exit_code, result.stderr
+
+
+def checkpoint(directory: Path, stage: int, *steps: int) -> None:
+    store = CheckpointStore(
+        directory, stage=stage, fingerprint=Fingerprint(run="run", stages=STAGES, configuration="c0ffee")
+    )
+    for completed in steps:
+        store.write(small(completed), generation=0, written_s=0)
+
+
+# -- one at a time -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--resume", "{run}"], ["--overwrite", "--out", "{run}"]])
+def test_a_run_that_somebody_trains_is_refused(run: Path, options: list[str]) -> None:
+    before = sorted(run.iterdir())
+    with claimed(run / LOCK):
+        code, said = up(*(option.format(run=run) for option in options))
+    assert code == 2
+    assert said == (
+        f"thinpipe: error: {run} is in use by process {os.getpid()}; choose another --out, or wait until that has "
+        "ended\n"
+    )
+    assert sorted(run.iterdir()) == [run / LOCK, *before]
+
+
+def test_who_is_second_in_a_new_directory_is_refused_too(tiny: TinyConfig, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(dump_config(tiny()))
+    with claimed(tmp_path / "run" / LOCK):
+        code, said = up("--config", str(tmp_path / "settings.toml"), "--out", str(tmp_path / "run"), "--one-process")
+    assert (code, "in use by process" in said) == (2, True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+
+
+def test_a_lock_that_was_passed_on_is_held(tiny: TinyConfig, tmp_path: Path) -> None:
+    """As `thinpipe compare` passes it on to the runs that it makes."""
+    (tmp_path / "settings.toml").write_text(dump_config(tiny({"run.steps": 1})))
+    with claimed(tmp_path / "run" / LOCK) as lock:
+        options = ["--config", str(tmp_path / "settings.toml"), "--out", str(tmp_path / "run"), "--one-process"]
+        assert up(*options, "--lock", str(lock)) == (0, "")
+        assert "1 step of 256 tokens (one-process)" in shown(
+            json.loads((tmp_path / "run" / "summary.json").read_text())
+        )
+        with pytest.raises(LocalRunError), claimed(tmp_path / "run" / LOCK):
+            pass  # it is still this one's
+
+
+def shown(summary: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(*summary_tables(summary), sep="\n")
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def test_nodes_that_nobody_launched_are_seen(run: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    record(run, 1, {"event": "start", "stages": STAGES, "host": socket.gethostname(), "process": sleeper.pid})
+    with pytest.raises(LocalRunError, match=rf"in use: stage 1 by process {sleeper.pid}, still after 0 s; end that"):
+        await_unserved(run, wait_s=0)
+    sleeper.kill()
+    sleeper.wait()
+    await_unserved(run, wait_s=0)
+
+
+# -- what there is to go on from -------------------------------------------------------------------------------------
+
+
+def test_steps_without_a_checkpoint_are_not_begun_again(run: Path) -> None:
+    for stage in range(STAGES):
+        record(run, stage, step(0), step(1))
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    checkpoint(run / "checkpoints", 0, 2)  # and the other stage has none
+    code, said = up("--resume", str(run))
+    assert code == 2
+    assert f"--resume {run}: 2 steps done are on record, but {run / 'checkpoints'} has no checkpoint that all" in said
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_copy_of_a_neighbour_is_something_to_go_on_from(run: Path) -> None:
+    config = load_config(run / "run.toml")
+    checkpoint(run / "checkpoints", 0, 2, 4)
+    assert newest_common(config, run) is None
+    checkpoint(run / "checkpoints" / "copies", 1, 2)
+    assert newest_common(config, run) == 2
+    checkpoint(run / "checkpoints", 1, 4)
+    assert newest_common(config, run) == 4
+
+
+def test_checkpoints_are_where_the_run_is(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny({"checkpoint.directory": "saved"})
+    monkeypatch.chdir(tmp_path)
+    assert config.checkpoint.path(Path("runs/a")) == Path("runs/a/saved")
+    assert tiny({"checkpoint.directory": "/saved"}).checkpoint.path(Path("runs/a")) == Path("/saved")
+
+
+def test_paths_are_whole(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows").mkdir()
+    relative = tiny({"data.source": "text.txt", "data.tokenizer": "t.json", "data.cache": "c", "model.path": "m"})
+    whole = anchored(relative)
+    assert whole.data.source == str(tmp_path / "text.txt")
+    assert (whole.data.tokenizer, whole.data.cache) == (tmp_path / "t.json", tmp_path / "c")
+    assert whole.model.path == tmp_path / "m"
+    assert whole.digest() == relative.digest()
+    for source, anchor in {
+        "stdlib": "stdlib",
+        "hf:owner/name": "hf:owner/name",
+        "hf:rows": f"hf:{tmp_path}/rows",
+        "hf:rows:part": f"hf:{tmp_path}/rows:part",
+    }.items():
+        assert anchored(tiny({"data.source": source})).data.source == anchor
+
+
+# -- words ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_end_says_how_far_and_how_it_goes_on(run: Path) -> None:
+    config = load_config(run / "run.toml")
+    for stage in range(STAGES):
+        record(run, stage, step(0), step(1), step(2))
+    said = interrupted("stopped by SIGTERM", config, run, begun=True, swarm=True)
+    assert said.startswith("stopped by SIGTERM after 3 of 9 steps; all stages are stopped, and there is no checkpoint")
+    for stage in range(STAGES):
+        checkpoint(run / "checkpoints", stage, 2)
+    said = interrupted("interrupted", config, run, begun=True, swarm=True)
+    assert said == (
+        f"interrupted after 3 of 9 steps; all stages are stopped; thinpipe up --resume {run} goes on after step 2"
+    )
+    assert "one process writes no checkpoints" in interrupted("interrupted", config, run, begun=True, swarm=False)
+    assert "before the run began; nothing was changed" in interrupted("no", config, run, begun=False, swarm=True)
+
+
+def test_the_tables_say_what_was_in_vain_and_what_went_wrong(tiny: TinyConfig, tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text(dump_config(tiny({"run.steps": 2, "pipeline.stages": 2})))
+    options = ["--config", str(tmp_path / "settings.toml"), "--out", str(tmp_path / "run"), "--one-process"]
+    assert up(*options) == (0, "")
+    for name, again in (("step", {"step": 1}), ("rollback", {"generation": 1, "completed": 1})):
+        kept = [found for found in read_records(tmp_path / "run" / "stage-0.jsonl") if found["event"] == "step"][-1]
+        record(tmp_path / "run", 0, {**(kept if name == "step" else {}), **again, "event": name})
+    faults = [{"event": "fault", "code": "checkpoint", "reason": f"no space {number}\x1b[2J"} for number in range(7)]
+    record(tmp_path / "run", 1, *faults)
+    end = [found for found in read_records(tmp_path / "run" / "stage-0.jsonl") if found["event"] == "end"][-1]
+    record(tmp_path / "run", 0, end)
+    summary = summarise(tmp_path / "run", stages=2, width=64, mode="swarm", of_steps=5)
+    add_comparison(summary, tmp_path / "run", tiny({"run.steps": 2, "pipeline.stages": 2}))
+    text = shown(summary)
+    assert "2 of 5 steps of 256 tokens (swarm)" in text
+    assert "count what was sent in vain too: 1 rewind or resumes, 1 step done again" in " ".join(text.split())
+    assert "faults, newest last (of 7 checkpoint)" in text
+    assert "no space 6?[2J" in text
+    assert "no space 1" not in text
+    assert checkpoint_lines(summary) == ["stage 1: 7 faults of checkpoints, the last: no space 6\x1b[2J"]
+    assert closing_lines(summary, tmp_path / "a run")[0] == (
+        f"this run ended after 2 of 5 steps; thinpipe up --resume '{tmp_path}/a run' goes on"
+    )
+
+
+def test_old_progress_is_not_shown(run: Path) -> None:
+    record(run, 0, step(0), step(1))
+    with (run / "stage-0.jsonl").open("a") as file:
+        file.write('{"event": "st')  # broken off, and cut off by who goes on
+    progress = Progress(run, stages=STAGES, from_now=True)
+    assert progress.look()[0].loss is None
+    text = (run / "stage-0.jsonl").read_text()
+    (run / "stage-0.jsonl").write_text(text[: text.rfind("\n") + 1])
+    record(run, 0, step(2))
+    assert (progress.look()[0].completed, progress.look()[0].loss) == (3, 7.0)
+
+
+def test_who_tells_a_process_and_its_group_is_not_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with draining_signals() as told:
+        for now[0] in (0.0, 0.1):
+            signal.raise_signal(signal.SIGTERM)
+        assert told.name == "SIGTERM"
+        now[0] = 3.0
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            signal.raise_signal(number)
+        with pytest.raises(KeyboardInterrupt, match="stopped by SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)

@@ -35,6 +35,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
+from .published import tokenizer
 from .test_bad_input import refused
 from .test_model import EXACT
 from .trained_run import shake, train
@@ -365,6 +366,7 @@ def test_constants_of_the_weights_that_a_run_began_with(tiny: TinyConfig, tmp_pa
     first: Any = transformers.AutoModelForCausalLM.from_config(architecture)
     first.model.layers[1].mlp.act_fn.beta.fill_(0.25)
     first.save_pretrained(tmp_path / "first")
+    tokenizer().save(str(tmp_path / "first" / "tokenizer.json"))
     given = {"model.path": str(tmp_path / "first"), "model.pretrained": True, "model.width": None, "model.layers": None}
     stages = train(configure(tiny, "identity", **given), tmp_path / "run")
     export_run(tmp_path / "run", tmp_path / "out")

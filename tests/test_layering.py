@@ -27,7 +27,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "watching": set(),
     "links": {"checkpoints", "security"},
     "measuring": {"boundary", "data", "links", "model"},
-    "comparing": {"measuring"},
+    "comparing": {"data", "measuring"},
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},
     "export": {"checkpoints", "data", "model"},

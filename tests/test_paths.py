@@ -49,7 +49,7 @@ def test_a_run_between_brackets_and_tildes(home, tiny: TinyConfig):
     result = CliRunner().invoke(app, ["up", "--one-process", *given])
     assert result.exit_code == 0, result.output
     said = result.stdout.replace("\n", "")
-    assert f"{given[1].removeprefix('--data=')}: 400 documents, " in said
+    assert f"{docs.parent}: 400 documents, " in said
     assert f"everything is in {out}: run.toml" in said
     summary = json.loads((out / "summary.json").read_text())
     assert summary["data"]["documents"] == 400

@@ -157,7 +157,7 @@ def settings(tiny: TinyConfig, tmp_path: Path) -> Callable[..., Path]:
 def test_a_reader_that_goes_away_ends_no_run(options: list[str], settings: Callable[..., Path], tmp_path: Path) -> None:
     run = start(settings(run__steps=20), tmp_path / "run", *options)
     assert run.process.stdout
-    assert run.process.stdout.readline().startswith("step ")
+    assert any(line.startswith("step ") for line in iter(run.process.stdout.readline, ""))
     run.process.stdout.close()
     assert run.process.stderr
     with run.process.stderr as stderr:
@@ -221,7 +221,7 @@ def test_checkpoints_that_fail_are_in_the_end_table(
     code, shown, errors = run.end()
     assert code == 0, errors
     (said,) = [line for line in shown.splitlines() if line.startswith("warning: stage ")]
-    assert "cannot write the checkpoint" in said
+    assert f"cannot write {small_disk}" in said  # the tokenizer's directory, or a checkpoint
     assert "faults, newest last" in shown
     assert any("faults of checkpoints, the last: cannot write" in line for line in errors)
     summary = subprocess.run(

@@ -102,9 +102,9 @@ def checkpoint_convert(
             _remove(out, missing)
     for line in lines:
         print(line)
-    print(
-        f"{config.pipeline.stages} stages after {found.completed} steps are in {out}; go on: thinpipe up --resume {out}"
-    )
+    stages = "1 stage" if config.pipeline.stages == 1 else f"{config.pipeline.stages} stages"
+    steps = "1 step" if found.completed == 1 else f"{found.completed} steps"
+    print(f"{stages} after {steps}: {out}; go on: thinpipe up --resume {out}")
 
 
 def _remove(out: Path, missing: list[Path]) -> None:

@@ -54,7 +54,7 @@ OPTIONS = {  # of `thinpipe up`; other settings are spelled with --set
     "run.eval_every": "--eval-every",
     "run.seed": "--seed",
 }
-SAYS_NOTHING = ("run.name", "checkpoint.", "watch.")  # of what a run computes or how fast
+SAYS_NOTHING = ("run.name", "run.extended", "checkpoint.", "watch.")  # of what a run computes or how fast
 
 
 def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> None:

@@ -135,7 +135,7 @@ def test_without_rounding_the_next_losses_are_those_of_the_run(
     """Bit for bit, and the weights at the end: no tensor is summed in another order because of where a stage ends."""
     run, unconverted = exact
     said = converted(run, tmp_path / "other", *cut)
-    assert f"after {DONE} steps are in {tmp_path / 'other'}; go on: thinpipe up --resume" in " ".join(said.split())
+    assert f"after {DONE} steps: {tmp_path / 'other'}; go on: thinpipe up --resume" in " ".join(said.split())
     assert "boundary" not in said  # nothing is learned there
     assert "clipped" not in said
     ended = go_on(tmp_path / "other")

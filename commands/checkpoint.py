@@ -102,9 +102,9 @@ def checkpoint_convert(
             _remove(out, missing)
     for line in lines:
         print(line)
-    stages = "1 stage" if config.pipeline.stages == 1 else f"{config.pipeline.stages} stages"
-    steps = "1 step" if found.completed == 1 else f"{found.completed} steps"
-    print(f"{stages} after {steps}: {out}; go on: thinpipe up --resume {out}")
+    parts = "1 stage" if config.pipeline.stages == 1 else f"{config.pipeline.stages} stages"
+    done_steps = "1 step" if found.completed == 1 else f"{found.completed} steps"
+    print(f"{parts} after {done_steps}: {out}; go on: thinpipe up --resume {out}")
 
 
 def _remove(out: Path, missing: list[Path]) -> None:

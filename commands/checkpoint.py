@@ -88,8 +88,8 @@ def checkpoint_convert(
         config = recut(settings, **asked)
         check_settings(config)
         found = assemble(run, step=step, report=lambda line: print(f"thinpipe: {line}", file=sys.stderr))
-        lines = convert(found, config, writable(out), written_s=time.time())
-        carry_corpus(run, out)
+        carry_corpus(run, writable(out))
+        lines = convert(found, config, out, written_s=time.time())
         done = True
     except (*BAD_INPUT, AssembleError) as error:
         fail(f"{run}: {error}", 2)

@@ -40,6 +40,8 @@ def export(
         from ..node.discovery.shared_config import LOCAL, differences
 
         fail(f"--set: {differences(settings, own)}; a run's model is what it is: only {LOCAL} may change", 2)
+    from safetensors import SafetensorError
+
     from ..node.checkpoints.manifest import CheckpointError
     from ..node.export.export import export_run
     from ..node.export.portable_model import ExportError
@@ -52,8 +54,9 @@ def export(
         written = export_run(run, out, step=step, plain=plain, config=settings, report=report)
     except (ExportError, CheckpointError, *BAD_INPUT) as error:
         fail(str(error), 2)
-    except OSError as error:
-        fail(f"cannot write {out}: {error.strerror or error}; choose another --out", 1)
+    except (OSError, SafetensorError) as error:
+        cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        fail(f"cannot write {out}: {cause}; choose another --out", 1)
     print(json.dumps(written, indent=2) if as_json else _told(written))
 
 

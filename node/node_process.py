@@ -247,7 +247,7 @@ async def _run(
         tell_of_text(corpus, metrics)
         if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
             try:
-                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to))
+                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to), anew=not options.resume)
             except CheckpointError as error:  # as of any other write there: the run goes on
                 on_fault("checkpoint", str(error))
 

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoints.listing import list_checkpoints
 from .config import ConfigError, RunConfig
 from .learning_rate import RateSchedule
+from .resuming import newest_common
 
 
 def steps_done(config: RunConfig, out: Path) -> int:
-    """After how many steps the run in `out` can go on, by the manifests of its checkpoints; 0 without any that all
-    stages have. Raises CheckpointError for a directory that cannot be listed."""
-    directory, stages = config.checkpoint.path(out), config.pipeline.stages
-    rows = list_checkpoints(directory, run=config.run.name, stages=stages, thorough=False)
-    return max((row["step"] for row in rows if row["resumable"]), default=0)
+    """After how many steps the run in `out` can go on, by the manifests of its checkpoints and of neighbours' copies; 0
+    without any that all stages have. Raises CheckpointError for a directory that cannot be listed."""
+    return newest_common(config, out) or 0
 
 
 def with_length(config: RunConfig, done: int, steps: int) -> RunConfig:

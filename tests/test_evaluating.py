@@ -23,6 +23,7 @@ from thinpipe.node.evaluating.choices import Question, read_questions, score
 from thinpipe.node.evaluating.generation import Sampling, generate, load
 from thinpipe.node.evaluating.subject import Directory, EvaluationError
 from thinpipe.node.evaluating.text_loss import Batch, bytes_of_ids, loss_sum, text_loss, windows
+from thinpipe.node.export.export import export_run
 from thinpipe.node.export.heldout_loss import recorded_loss
 from thinpipe.node.preparation import prepare_vocabulary
 from typer.testing import CliRunner
@@ -222,6 +223,27 @@ def test_a_line_that_is_no_question_is_named(line: bytes, fault: str, tmp_path: 
 
 
 # Writing
+
+
+def test_a_run_ends_texts_with_what_ends_its_documents(run: Path) -> None:
+    """Llama's configuration names id 2, which is any token of a tokenizer that was trained on the text."""
+    model, words = load(run, step=None, trusted=False, device="cpu", report=print)
+    assert words.eos_token == "<|endoftext|>"
+    assert model.generation_config.eos_token_id == words.eos_token_id
+
+
+def test_an_export_runs_no_code_but_its_own(run: Path, tmp_path: Path) -> None:
+    """Whatever its config.json names beside the file that is compared."""
+    export_run(run, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    config["auto_map"] = dict.fromkeys(config["auto_map"], f"{elsewhere}--evil.Evil")
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    model, _ = load(tmp_path / "out", step=None, trusted=False, device="cpu", report=print)
+    assert type(model).__module__ == "thinpipe.node.export.modeling_thinpipe"
+    assert not (tmp_path / "ran").exists()
 
 
 def continued(target: Path, text: str, **options: Any) -> str:

@@ -148,6 +148,16 @@ def test_a_run_that_was_stopped_early_is_one_of_the_new_length(tiny: TinyConfig,
     run_cluster(config, tmp_path / "run", [Drain(at=Frame(number=70), stage=0)])
     done = steps_done(config, tmp_path / "run")
     assert 0 < done <= 5
+    checkpoints = config.checkpoint.path(tmp_path / "run")
+    (checkpoints / "stage-1").rename(tmp_path / "lost")
+    copies = checkpoints / "copies" / "stage-1"
+    kept = copies.exists()
+    if not kept:
+        shutil.copytree(tmp_path / "lost", copies)
+    assert steps_done(config, tmp_path / "run") == done  # a neighbour has a copy
+    if not kept:
+        shutil.rmtree(copies)
+    (tmp_path / "lost").rename(checkpoints / "stage-1")
     assert with_length(config, done, 14) == longer
     ended = run_cluster(longer, tmp_path / "run", [], resume=True)
     assert ended.rollbacks[-1]["completed"] == done

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,20 @@ def test_a_fault_ahead_is_said_when_its_block_is_due(shards, tmp_path):
     np.testing.assert_array_equal(corpus.batch(0, 0, microbatches=1, batch_size=1), first)
     with pytest.raises(DataError, match=r"train-4\.jsonl line 1 is not valid JSON"):
         batches(corpus, 200)
+
+
+def test_a_source_that_was_away_while_it_was_read_ahead_is_asked_again(shards, tmp_path):
+    wanted = batches(open_it(tmp_path, shards), 40)
+    corpus = open_it(tmp_path, shards)
+    assert isinstance(corpus, streamed.StreamedCorpus)
+    corpus.batch(0, 0, microbatches=1, batch_size=1)
+    assert corpus._ahead
+    block, ahead = corpus._ahead
+    ahead.exception(timeout=30)
+    gave_up: Future[np.ndarray] = Future()
+    gave_up.set_exception(SourceLost("away"))
+    corpus._ahead, corpus._reading = (block, gave_up), None
+    np.testing.assert_array_equal(batches(corpus, 40), wanted)
 
 
 def test_two_draws_at_once_give_what_each_gives_alone(shards, tmp_path):

@@ -39,7 +39,7 @@ def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> 
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
         store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
         if stage.first:
-            keep_tokenizer(store, lambda to: copy_tokenizer(prepare_vocabulary(config).path, to))
+            keep_tokenizer(store, lambda to: copy_tokenizer(prepare_vocabulary(config).path, to), anew=True)
         store.write(stage.snapshot(), generation=0, written_s=0)
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,7 @@ class Assembled:
     snapshots: by stage, all that its checkpoint holds, as `Stage.restore` takes it.
     tokenizer: its directory, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
         `prepare_vocabulary(config, tokenizer)` knows it.
+    text: digests of the tokens and of the tokenizer that stage 0 trained on, as its checkpoint has them; "": unknown.
     """
 
     config: RunConfig
@@ -92,6 +93,7 @@ class Assembled:
     optimizer: dict[str, Tensor]
     snapshots: list[StageSnapshot]
     tokenizer: Path | None
+    text: tuple[str, str]
 
 
 def assemble(
@@ -127,7 +129,9 @@ def assemble(
             if report:
                 report(str(error))
             continue
-        return _joined(config, architecture, snapshots, kept_tokenizer(directory))
+        head = stores[0].manifest(completed)
+        found = _joined(config, architecture, snapshots, kept_tokenizer(directory))
+        return replace(found, text=(head.corpus, head.tokenizer))
     raise AssertionError("unreachable: `common` is not empty")
 
 
@@ -207,6 +211,7 @@ def _joined(
         optimizer=optimizer,
         snapshots=snapshots,
         tokenizer=tokenizer,
+        text=("", ""),
     )
 
 

@@ -29,7 +29,7 @@ from ..stage_state import StageSnapshot
 from .assemble import Assembled
 from .kept_boundaries import KeptBoundaries, kept_boundaries
 from .kept_tokenizer import keep_tokenizer
-from .manifest import Fingerprint
+from .manifest import CheckpointError, Fingerprint
 from .store import CheckpointStore
 
 # The parts of a stage's state that belong to its lower boundary, and to its upper one (`StageState`).
@@ -66,12 +66,18 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         snapshot = _filled(stage.untrained(found.completed), found, kept, index)
         stage.restore(snapshot)
         written = state_digest(config, found.architecture, stage.token_table_digest)
-        fingerprint = Fingerprint(run=config.run.name, stages=len(new), configuration=written)
+        corpus, tokenizer = found.text if index == 0 else ("", "")
+        fingerprint = Fingerprint(
+            run=config.run.name, stages=len(new), configuration=written, corpus=corpus, tokenizer=tokenizer
+        )
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
         store.write(snapshot, generation=generation, written_s=written_s)
         if index == 0 and found.tokenizer:
-            keep_tokenizer(store, partial(shutil.copytree, found.tokenizer, dirs_exist_ok=True))
-    (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
+            keep_tokenizer(store, partial(shutil.copytree, found.tokenizer, dirs_exist_ok=True), anew=True)
+    try:
+        (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}/run.toml: {error.strerror}; make room there") from None
     lines = kept.lines() if any("codec" in name for each in found.snapshots for name in each.tensors) else []
     if config.optim.clip:
         lines.append(

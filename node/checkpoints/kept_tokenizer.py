@@ -20,11 +20,11 @@ from .store import CheckpointStore
 TOKENIZER = "tokenizer"  # a directory
 
 
-def keep_tokenizer(store: CheckpointStore, write: Callable[[Path], object]) -> None:
-    """Have its files written into a directory beside the checkpoints of `store`, unless the run that wrote those has
-    left its own. Raises CheckpointError for a disk that does not take them."""
+def keep_tokenizer(store: CheckpointStore, write: Callable[[Path], object], *, anew: bool) -> None:
+    """Have its files written into a directory beside the checkpoints of `store`. anew: by a run that begins; one that
+    goes on leaves what is there. Raises CheckpointError for a disk that does not take them."""
     there = store.directory / TOKENIZER
-    if there.exists() and store.numbers():
+    if not anew and there.exists() and store.numbers():
         return
     aside = store.directory / f".{TOKENIZER}-{os.getpid()}"
     try:

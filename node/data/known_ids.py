@@ -37,7 +37,15 @@ class KnownIds:
         """Raises DataError as `check` does, for the first documents of a text."""
         left = FIRST_CHARACTERS
         for text in documents:
-            self.check(np.array(self.tokenizer.encode(text[:left], add_special_tokens=False).ids))
+            try:
+                ids = self.tokenizer.encode(text[:left], add_special_tokens=False).ids
+            except Exception as error:  # the library raises nothing narrower
+                said = " ".join(str(error).split())
+                raise DataError(
+                    f"the tokenizer cannot spell the text: {said}; choose one that has an unknown token or falls back "
+                    "to bytes"
+                ) from None
+            self.check(np.array(ids))
             left -= len(text)
             if left <= 0:
                 return

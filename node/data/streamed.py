@@ -32,7 +32,7 @@ import numpy as np
 from ..config import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
 from .corpus import Corpus, random_order
-from .document_streams import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments
+from .document_streams import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments, SourceLost
 from .documents import Source, files_digest, is_heldout
 from .known_ids import known_ids
 from .local_files import DataError, expanded, files_below, format_of
@@ -216,6 +216,8 @@ class StreamedCorpus(Corpus):
     def _take(self, block: int) -> None:
         """Have its windows, and begin to read those of the next block."""
         ahead, self._ahead = self._ahead, None
+        if ahead and ahead[1].done() and isinstance(ahead[1].exception(), SourceLost):
+            ahead = None  # that was when it was read ahead; it may be back since
         self._windows_NT = ahead[1].result() if ahead and ahead[0] == block else self._load(block)
         self._block = block
         following: Future[np.ndarray] = Future()

@@ -86,7 +86,7 @@ def ask_all_rendezvous(
         if not waited:
             say(f"{line}; waits {wait_s:g} s for it")
         waited = True
-        sleep(min(ASK_AGAIN_S, until_s - clock()))
+        sleep(max(0.0, min(ASK_AGAIN_S, until_s - clock())))
     for error in failed:
         say(f"warning: {error}")
     for answer in found:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...protocol.messages import Kind
 from ..boundary.endpoints import Encoded, ReceivedTensor
 from ..checkpoints.assemble import Assembled
+from ..export.export import usable_device
 from ..stage import Stage
 
 if TYPE_CHECKING:
@@ -69,8 +70,15 @@ class Chain:
 
 
 def _untaught(config: RunConfig) -> RunConfig:
-    """Weights come from the checkpoints, so those that the run began with need not be there any more."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"pretrained": False})})
+    """Weights and codecs come from the checkpoints, so what the run began with need not be there any more; nor need the
+    run's device and compiler."""
+    compute = {"device": str(usable_device(config)), "compile": False, "activation_checkpointing": False}
+    changed = {
+        "model": config.model.model_copy(update={"pretrained": False}),
+        "compute": config.compute.model_copy(update=compute),
+        "run": config.run.model_copy(update={"origin_codec": ""}),
+    }
+    return config.model_copy(update=changed)
 
 
 def _inputs(ids_BS: np.ndarray) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..checkpoints.assemble import assemble
-from ..export.export import in_memory
+from ..export.export import in_memory, say_tokens
 from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
 from ..model.architecture import quiet_transformers
@@ -105,6 +105,7 @@ def load(
         prepare_vocabulary(assembled.config, assembled.tokenizer), assembled.config, longest=longest
     )
     whole = with_boundaries(assembled, plain_model(assembled))
+    say_tokens(whole, words)
     return on_device(in_memory(whole), device), words
 
 

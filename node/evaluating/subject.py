@@ -83,9 +83,12 @@ def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any,
     """The model and the tokenizer in `directory`, as transformers loads them. Raises EvaluationError."""
     check_directory(directory)
     transformers = quiet_transformers()
-    options = {"local_files_only": True, "trust_remote_code": trusted or is_ours(directory)}
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trusted}
+    # What an export brings is loaded from here: config.json might name other code than the file beside it.
+    ours = not trusted and is_ours(directory)
+    kind = modeling_thinpipe.ThinpipeForCausalLM if ours else transformers.AutoModelForCausalLM
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **options)
+        model = kind.from_pretrained(directory, dtype=torch.float32, **options)
         words = transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, **options)
     except Exception as error:  # transformers raises whatever its parts raise
         remedy = "is it a whole directory of Hugging Face's layout?"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..checkpoints.assemble import assemble
 from ..config import ConfigError, RunConfig
-from ..data import Corpus, DataError, Vocabulary
+from ..data import Corpus, DataError, SourceLost, Vocabulary
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
@@ -59,7 +59,7 @@ def export_run(
     model = without if plain else whole
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
     tokenizer = portable_tokenizer(vocabulary, assembled.config, longest=longest)
-    _say_tokens(model, tokenizer)
+    say_tokens(model, tokenizer)
     final = out.absolute()
     aside = final.with_name(f".{final.name}-{os.getpid()}")
     missing = [directory for directory in final.parents if not directory.exists()]
@@ -101,7 +101,7 @@ def check_out(out: Path) -> None:
         raise ExportError(f"--out {out} {what}; choose a new one")
 
 
-def _say_tokens(model: PortableModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def say_tokens(model: PortableModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Where a text begins and ends, in the configurations too. Not what pads: an embedding does not train that row."""
     for config in (model.config, model.config.get_text_config()):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -149,18 +149,18 @@ def _losses(
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
     try:
         corpus: Corpus = prepare_corpus(config)
-    except DataError as error:
+    except (DataError, SourceLost) as error:
         return {"loss": None, "loss_with_boundaries": None, "reason": str(error)}
-    losses: dict[str, Any] = {"loss": heldout_loss(exported.to(_device(config)), config, corpus)}
+    losses: dict[str, Any] = {"loss": heldout_loss(exported.to(usable_device(config)), config, corpus)}
     losses["loss_with_boundaries"] = losses["loss"]
     if whole.boundaries != model.boundaries:
         del exported
         exported = in_memory(whole)
-        losses["loss_with_boundaries"] = heldout_loss(exported.to(_device(config)), config, corpus)
+        losses["loss_with_boundaries"] = heldout_loss(exported.to(usable_device(config)), config, corpus)
     return {**losses, "reason": None}
 
 
-def _device(config: RunConfig) -> torch.device:
+def usable_device(config: RunConfig) -> torch.device:
     """The run's, if this machine has it."""
     try:
         check_device(config)

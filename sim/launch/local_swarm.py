@@ -33,7 +33,7 @@ STOP_GRACE_S = 5.0
 POLL_S = 0.1
 DRAIN_EVERY_S = 1.0
 TOLD_TO_END = (130, *(-number for number in DRAINING))  # exit codes of nodes that were, before they had begun
-TOLD_S = 10.0  # within which all nodes end that were told of a failure
+TOLD_S = 60.0  # within which all nodes end that were told of a failure; a large checkpoint may be under way
 
 
 class SwarmError(RuntimeError):
@@ -230,6 +230,11 @@ class Swarm:
             if node and node.process.poll() is None:
                 node.process.send_signal(signal.SIGUSR1)
 
+    def kill(self, stages: list[int]) -> None:
+        for process in map(self.process, stages):
+            process.kill()
+            process.wait()
+
     def stop(self, why: str = "") -> None:
         """Leave none behind. why: another stage has ended the run; the logs of those that have to be ended say so."""
         alive = [node for node in (*self.nodes, *self._gone) if node and node.process.poll() is None]
@@ -313,6 +318,8 @@ def _watch(
                 until = time.monotonic() + TOLD_S
                 while None in (now := codes()) and time.monotonic() < until:
                     time.sleep(POLL_S)
+                swarm.kill([stage for stage, code in enumerate(now) if code is None])
+                now = codes()
             lost = [stage for stage, code in enumerate(now) if code]
             if swarm.draining and failure is None and all(now[stage] in TOLD_TO_END for stage in lost):
                 raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order

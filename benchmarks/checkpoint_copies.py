@@ -17,8 +17,9 @@ from collections import defaultdict
 from pathlib import Path
 
 from efficiency import steady
-from thinpipe.node.config import CheckpointSection, CodecSection, LinkSection, OptimSection, RunConfig, RunSection
+from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
+from thinpipe.node.config_sections import CheckpointSection, CodecSection, LinkSection, OptimSection, RunSection
 from thinpipe.sim.launch.local_swarm import run_swarm
 from thinpipe.sim.reports.summary import read_records
 

@@ -23,7 +23,7 @@ import torch
 from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.compress.codec_interface import BoundaryContext, StageContext
 from thinpipe.compress.registry import parse_codec
-from thinpipe.node.config import ModelSection
+from thinpipe.node.config_sections import ModelSection
 from thinpipe.node.model import build_stage, resolve_model
 from torch import Tensor
 

@@ -34,8 +34,9 @@ import installed_text
 from thinpipe.node.comparing.loss_curve import interval, over_first
 from thinpipe.node.comparing.recipe import METAVAR, Recipe, check_names
 from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
-from thinpipe.node.config import ConfigError, DataSection
+from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import parse_override
+from thinpipe.node.config_sections import DataSection
 from thinpipe.node.data.cache import cache_directory
 from thinpipe.node.run_directory import LocalRunError
 

@@ -17,7 +17,7 @@ import time
 from contextlib import nullcontext
 
 import torch
-from thinpipe.node.config import ModelSection
+from thinpipe.node.config_sections import ModelSection
 from thinpipe.node.model import StageModel, build_stage, resolve_model
 from torch import Tensor
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .config import OptimSection
+from .config_sections import OptimSection
 
 
 def rate_factor(settings: OptimSection, step: int, total_steps: int) -> float:

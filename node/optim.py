@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.matrix_sign import msign
-from .config import OptimSection
+from .config_sections import OptimSection
 from .learning_rate import RateSchedule
 
 MSIGN_STEPS = 5  # K. Jordan's Muon post; the Polar Express table (compress/matrix_sign.py) reaches 1 ± 0.124 with them

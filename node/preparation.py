@@ -20,7 +20,8 @@ from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
-from .config import ConfigError, DataSection, RunConfig
+from .config import ConfigError, RunConfig
+from .config_sections import DataSection
 from .constrained_stage import check_architecture
 from .data import Corpus, DataError, Preparing, Vocabulary, open_corpus, open_vocabulary, silently, vocabulary_size
 from .links.dialling import NeighbourMismatch

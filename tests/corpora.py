@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from thinpipe.node.config import DataSection
+from thinpipe.node.config_sections import DataSection
 from thinpipe.node.data import DataError, open_corpus
 from thinpipe.node.data.corpus import Corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

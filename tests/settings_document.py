@@ -1,6 +1,6 @@
 """docs/settings.md from the settings themselves: `python -m tests.settings_document` writes its tables.
 
-Name, default and bounds of a setting are the code's (`node/config.py`), and so is what is said of it: the description
+Name, default and bounds of a setting are the code's (`node/config_sections.py`), and so is what is said of it: the description
 of its pydantic field. A setting without one is an error, and so is a section that the document lacks: the document
 cannot fall behind. The text around the tables is written by hand.
 """
@@ -76,7 +76,9 @@ def tables() -> dict[str, list[tuple[str, ...]]]:
         found[section] = [HEADING]
         for name, field in settings.model_fields.items():
             if not field.description:
-                raise ValueError(f"node/config.py says nothing of {section}.{name}: give its Field a description")
+                raise ValueError(
+                    f"node/config_sections.py says nothing of {section}.{name}: give its Field a description"
+                )
             cells = (
                 f"`{section}.{name}`",
                 _default(field.default, name),

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from thinpipe.node.config import DataSection
+from thinpipe.node.config_sections import DataSection
 from thinpipe.node.data import (
     DataError,
     cache,
@@ -429,7 +429,7 @@ CONCURRENT = """
 import hashlib, sys
 import datasets
 from thinpipe.node.data import tokens
-from thinpipe.node.config import DataSection
+from thinpipe.node.config_sections import DataSection
 from thinpipe.node.data import open_corpus
 
 train = tokens._train

@@ -92,7 +92,7 @@ def test_a_document_in_many_parts_is_one(tmp_path, monkeypatch):
 
 PEAK = """
 import resource, sys
-from thinpipe.node.config import DataSection
+from thinpipe.node.config_sections import DataSection
 from thinpipe.node.data import open_corpus
 
 section = DataSection(source=sys.argv[1], cache=sys.argv[2], tokenizer=sys.argv[3], sequence_length=16)

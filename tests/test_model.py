@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from thinpipe.node.config import ModelSection
+from thinpipe.node.config_sections import ModelSection
 from thinpipe.node.model import (
     PRESETS,
     ModelError,

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from thinpipe.node.config import OptimSection
+from thinpipe.node.config_sections import OptimSection
 from thinpipe.node.optim import (
     MissingGradient,
     NonFiniteGradient,

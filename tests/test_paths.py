@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from thinpipe.cli import app
-from thinpipe.node.config import CheckpointSection, DataSection, ModelSection
 from thinpipe.node.config_file import dump_config, read_toml
+from thinpipe.node.config_sections import CheckpointSection, DataSection, ModelSection
 from thinpipe.node.data.local_files import expanded
 from typer.testing import CliRunner
 

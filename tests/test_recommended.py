@@ -9,8 +9,9 @@ from typing import Any, get_args
 import pytest
 from thinpipe.compress.recommended_rates import OptimizerSetting
 from thinpipe.compress.registry import codec_names, format_names, parse_codec
-from thinpipe.node.config import CodecSection, OptimSection, RunConfig, recommended, recommended_line
+from thinpipe.node.config import RunConfig, recommended, recommended_line
 from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
+from thinpipe.node.config_sections import CodecSection, OptimSection
 
 PLAIN = OptimSection()
 MAPL = parse_codec("mapl").codec.recommended

@@ -22,8 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 from thinpipe.cli import app
-from thinpipe.node.config import ConfigError, WatchSection
+from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import dump_config, parse_config
+from thinpipe.node.config_sections import WatchSection
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.watching import prometheus_server, tensorboard_events
 from thinpipe.node.watching.prometheus_server import Exporter

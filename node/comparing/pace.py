@@ -10,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from ...protocol.schedule import ScheduleError
-from ..config import CodecSection, ConfigError
+from ..config import ConfigError
 from ..config_file import merge, parse_config
+from ..config_sections import CodecSection
 from ..measuring.emulated_machine import EmulatedMachine
 from ..measuring.plan import AUTO, PLANNED, planned
 from ..preparation import resolve_architecture

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..config import DataSection
+from ..config_sections import DataSection
 from .cache import cache_directory
 from .corpus import Corpus, LocalCorpus
 from .document_streams import SourceLost

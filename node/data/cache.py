@@ -22,7 +22,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..config import DataSection
+from ..config_sections import DataSection
 from .local_files import DataError, expanded, first_line
 
 FORMAT_VERSION = 2  # raise it when the same source would give other tokens or another layout

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config import DataSection
+from ..config_sections import DataSection
 from .local_files import DataError, expanded, left_out_line, local_files
 from .pieces import pieces
 from .readers import Part, read_documents

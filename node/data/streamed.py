@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DataSection
+from ..config_sections import DataSection
 from .cache import build_once, cache_directory, content_key, make_directory
 from .corpus import Corpus, random_order
 from .document_streams import DatasetDocuments, Documents, FileDocuments, Patience, PatientDocuments, SourceLost

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.lib.format import header_data_from_array_1_0, write_array_header_1_0
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ..config import DataSection
+from ..config_sections import DataSection
 from .cache import build_once, cache_directory, content_key
 from .documents import HELDOUT_SHARE, HeldoutRule, Source
 from .local_files import DataError

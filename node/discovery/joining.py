@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
 from ...protocol.stage_choice import fitting
 from ..addresses import ListenError, check_listen, is_loopback
-from ..config import ConfigError, LinkSection, RunConfig
+from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, load_config, merge, parse_config
+from ..config_sections import LinkSection
 from ..security.key_directory import KeysError
 from ..security.policy import Security, choose
 from .claiming import LOOK_AGAIN_S, Environment, take_stage

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..checkpoints.assemble import assemble
-from ..config import DataSection
 from ..config_file import load_config
+from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
 from ..preparation import prepare_corpus, prepare_vocabulary
 from .chain import Chain

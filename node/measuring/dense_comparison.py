@@ -20,8 +20,9 @@ from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
-from ..config import CodecSection, RunConfig
+from ..config import RunConfig
 from ..config_file import parse_config
+from ..config_sections import CodecSection
 from ..preparation import resolve_architecture
 from ..stage_costs import stage_layers
 from .cut_advice import advice_line, cut_advice

@@ -15,7 +15,8 @@ import numpy as np
 
 from ...sim.links.pipeline import StageTimes
 from ...sim.reports.summary import read_records
-from ..config import CodecSection, ConfigError, RunConfig
+from ..config import ConfigError, RunConfig
+from ..config_sections import CodecSection
 from ..stage_costs import operations, stage_layers
 from .emulated_machine import EmulatedMachine
 from .machine_speed import machine_speed

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import ModelSection
+from ..config_sections import ModelSection
 from .lean import import_common
 
 if TYPE_CHECKING:

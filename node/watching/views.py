@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...sim.reports.metrics_address import MetricsAddress, MetricsAddressError
-from ..config import WatchSection
+from ..config_sections import WatchSection
 
 
 class View(Protocol):

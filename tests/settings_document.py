@@ -1,9 +1,8 @@
 """docs/settings.md from the settings themselves: `python -m tests.settings_document` writes its tables.
 
-Name, default and bounds of a setting are the code's (`node/config_sections.py`), and so is what is said of it: the description
-of its pydantic field. A setting without one is an error, and so is a section that the document lacks: the document
-cannot fall behind. The text around the tables is written by hand.
-"""
+Name, default and bounds of a setting are the code's (`node/config_sections.py`), and so is what is said of it: the
+description of its pydantic field. A setting without one is an error, and so is a section that the document lacks: the
+document cannot fall behind. The text around the tables is written by hand."""
 
 from __future__ import annotations
 

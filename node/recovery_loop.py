@@ -5,10 +5,8 @@ crosses over is the stage's state, restored from a snapshot. So whatever a loss 
 partial gradient, an unpacked tensor) is gone with its generation and needs no rule of its own. Why not repair the links
 in place: each of those leftovers would be a case, and the order of two cases another one.
 
-Snapshots: after every `checkpoint.every` steps the state is copied; the newest copies stay in memory, because a
-process that survives a loss restores from there. Each also goes to disk in the background, because a process that
-replaces a lost one restores from that.
-The step after 0 needs neither: a stage can be built anew from the run's settings.
+Snapshots: after every `checkpoint.every` steps the state is copied (`checkpoints.restore_points`). After 0 steps none
+is needed: a stage can be built anew from the run's settings.
 """
 
 from __future__ import annotations
@@ -30,9 +28,9 @@ from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
 from ..sim.reports.wording import counted
 from .boundary.endpoints import BoundaryShape
-from .checkpoints.background_writer import CheckpointWriter
 from .checkpoints.copy_service import CopyService
 from .checkpoints.manifest import Manifest
+from .checkpoints.restore_points import RestorePoints
 from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .config import RunConfig
 from .data import Corpus
@@ -51,7 +49,6 @@ from .training_loop import TrainingLoop
 from .worker_thread import Reporter, Worker
 
 TIDY_EVERY = 100  # steps, where there are no checkpoints
-IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
 Dial = Callable[[Link], Coroutine[Any, Any, None]]
 
@@ -92,14 +89,13 @@ class RecoveryLoop:
         self._accept_corpus = accept_corpus
         self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
-        self._snapshots: dict[int, StageSnapshot] = {}
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
         self._end_asked = asyncio.Event()
         self._node: TrainingLoop | None = None
         self._training: asyncio.Task[None] | None = None
         self._totals = RunTotals()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._writer = CheckpointWriter(store, on_written=self._written, on_error=self._unwritten)
+        self._points = RestorePoints(store, on_written=self._written, on_error=self._unwritten)
         profile = LinkProfile.parse(config.link.link)
         self._known = known = (
             store.newest_intact(HELD_TIMES * store.keep, report=partial(on_fault, "checkpoint")) if joining else []
@@ -156,7 +152,7 @@ class RecoveryLoop:
                 if await self._copies.fetch(
                     self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
                 ):
-                    self._known = await asyncio.to_thread(self._on_disk)
+                    self._known = await self._points.on_disk()
                 self._accept([self._store.manifest(step) for step in self._known])
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
@@ -172,7 +168,7 @@ class RecoveryLoop:
             await self._break_off()
             await self._copies.close()
             # What was submitted is written; its records come before the end.
-            await asyncio.to_thread(self._writer.close)
+            await self._points.close()
 
     def _accept(self, known: list[Manifest]) -> None:
         if self._corpus and self._accept_corpus:
@@ -215,7 +211,7 @@ class RecoveryLoop:
                 self._store.floor = self.machine.heartbeats.copied_by_all
                 await self._break_off()
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
-                offered = {*self._snapshots, *await asyncio.to_thread(self._on_disk)}
+                offered = await self._points.offered()
                 self._metrics.write(
                     "view_change", generation=self.machine.generation, seconds=round(time.monotonic() - began, 6)
                 )
@@ -252,7 +248,7 @@ class RecoveryLoop:
         assert self._training
         training, self._training = self._training, None
         training.result()
-        if self.config.checkpoint.every and self.stage.completed not in self._snapshots:
+        if self.config.checkpoint.every and self.stage.completed not in self._points:
             await self._keep(await asyncio.to_thread(self.stage.snapshot))
         await self._written_out()  # a stage says that it has finished only when nothing is left to write
         # Whoever has not been met on the control stream yet is waited for too: it may need to be told of the end.
@@ -260,7 +256,7 @@ class RecoveryLoop:
         return False
 
     async def _written_out(self) -> None:
-        await asyncio.to_thread(self._writer.flush, self.config.link.replacement_timeout_s)
+        await self._points.flush(self.config.link.replacement_timeout_s)
 
     def _late(self, timeout_s: float | None) -> str:
         missing = [f"{side} ({self._peer(side)})" for side, peer in self.machine.peers.items() if peer is None]
@@ -342,27 +338,20 @@ class RecoveryLoop:
             await asyncio.to_thread(give_back_free_memory)
 
     async def _keep(self, snapshot: StageSnapshot) -> None:
-        """In memory now, on disk soon."""
         self._store.floor = self.machine.heartbeats.copied_by_all
-        self._snapshots[snapshot.completed] = snapshot
-        for old in sorted(self._snapshots)[:-IN_MEMORY]:
-            del self._snapshots[old]
-        await asyncio.to_thread(self._writer.submit, snapshot, generation=self.machine.generation)
+        await self._points.keep(snapshot, generation=self.machine.generation)
 
     async def _restore(self, start: Start) -> None:
         """Bring the stage to where it was after `start.completed` steps."""
         began = time.monotonic()
-        snapshot = self._snapshots.get(start.completed)
-        where = "memory"
-        if snapshot is None and start.completed:
-            snapshot, where = await asyncio.to_thread(self._store.load, start.completed), "disk"
+        snapshot, where = await self._points.find(start.completed)
         if snapshot is None:
-            self.stage, where = await asyncio.to_thread(self._rebuild), "settings"
+            self.stage = await asyncio.to_thread(self._rebuild)
         else:
             await asyncio.to_thread(self.stage.restore, snapshot)
         self.stage.set_generation(start.generation)
         self._copies.written(start.completed)  # what comes after it is not to be copied any more
-        self._snapshots = {step: kept for step, kept in self._snapshots.items() if step <= start.completed}
+        self._points.forget_after(start.completed)
         seconds = round(time.monotonic() - began, 6)
         self._metrics.write(
             "rollback", generation=start.generation, completed=start.completed, source=where, seconds=seconds
@@ -373,10 +362,6 @@ class RecoveryLoop:
         )
 
     # -- checkpoints --------------------------------------------------------------------------------------------
-
-    def _on_disk(self) -> list[int]:
-        """What can be restored from disk, newest first; what is damaged is reported and left out."""
-        return self._store.newest_intact(HELD_TIMES * self._store.keep, report=self._unwritten)
 
     def _written(self, completed: int, size: int, seconds: float) -> None:
         record = partial(self._metrics.write, "checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))

@@ -28,6 +28,7 @@ import grpc
 import grpc.aio
 import pytest
 from thinpipe.node import long_preparation, recovery_loop
+from thinpipe.node.checkpoints import restore_points
 from thinpipe.node.links.transport import CONTROL_METHOD
 from thinpipe.node.worker_thread import Worker
 from thinpipe.protocol.messages import Head
@@ -163,7 +164,7 @@ class _Selector(selectors.DefaultSelector):
         return []
 
 
-class LateWriter(recovery_loop.CheckpointWriter):
+class LateWriter(restore_points.CheckpointWriter):
     """Writes as its parent does, one snapshot at a time and some time after it was given, but in the loop."""
 
     _writing: asyncio.Task[None] | None = None
@@ -222,7 +223,7 @@ def without_threads(patch: pytest.MonkeyPatch) -> list[Worker]:
     patch.setattr(long_preparation, "in_daemon", in_loop)
     patch.setattr(Worker, "__init__", remembered)
     patch.setattr(Worker, "run", run)
-    patch.setattr(recovery_loop, "CheckpointWriter", LateWriter)
+    patch.setattr(restore_points, "CheckpointWriter", LateWriter)
     return workers
 
 

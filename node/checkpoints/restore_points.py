@@ -1,0 +1,74 @@
+"""What a stage can be set back to: its newest snapshots in memory, and its checkpoints on disk.
+
+A process that survives the loss of another stage restores from memory; one that replaces a lost stage has only the
+disk. Each snapshot goes to both, to disk in the background. Why memory at all: a step is done again in less time than a
+checkpoint is read, and the newest one may not be written yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from ..stage_state import StageSnapshot
+from .background_writer import CheckpointWriter
+from .store import HELD_TIMES, CheckpointStore
+
+IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
+
+
+class RestorePoints:
+    """Of one stage, by completed steps. All that may take a while is done in a thread.
+
+    on_written: (completed steps, bytes, seconds) of each checkpoint, and on_error: a line for each that could not be
+    written, or is damaged; both are called in other threads.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        on_written: Callable[[int, int, float], None],
+        on_error: Callable[[str], None],
+    ) -> None:
+        self.store = store
+        self._on_error = on_error
+        self._writer = CheckpointWriter(store, on_written=on_written, on_error=on_error)
+        self._in_memory: dict[int, StageSnapshot] = {}
+
+    def __contains__(self, completed: int) -> bool:
+        """Whether it is in memory."""
+        return completed in self._in_memory
+
+    async def keep(self, snapshot: StageSnapshot, *, generation: int) -> None:
+        """In memory now, on disk soon."""
+        self._in_memory[snapshot.completed] = snapshot
+        for old in sorted(self._in_memory)[:-IN_MEMORY]:
+            del self._in_memory[old]
+        await asyncio.to_thread(self._writer.submit, snapshot, generation=generation)
+
+    async def find(self, completed: int) -> tuple[StageSnapshot | None, str]:
+        """The state after so many steps, and where it was; after 0 steps none is needed. Raises CheckpointError."""
+        if snapshot := self._in_memory.get(completed):
+            return snapshot, "memory"
+        return (await asyncio.to_thread(self.store.load, completed), "disk") if completed else (None, "settings")
+
+    def forget_after(self, completed: int) -> None:
+        """What is in memory of later steps, which are going to be done again."""
+        self._in_memory = {step: kept for step, kept in self._in_memory.items() if step <= completed}
+
+    async def on_disk(self) -> list[int]:
+        """What can be restored from disk, newest first; what is damaged is reported and left out."""
+        return await asyncio.to_thread(self.store.newest_intact, HELD_TIMES * self.store.keep, report=self._on_error)
+
+    async def offered(self) -> set[int]:
+        """All that this stage can be set back to."""
+        return {*self._in_memory, *await self.on_disk()}
+
+    async def flush(self, timeout_s: float) -> None:
+        """What was kept is on disk, or so long has passed."""
+        await asyncio.to_thread(self._writer.flush, timeout_s)
+
+    async def close(self) -> None:
+        """Of what was kept, all is written."""
+        await asyncio.to_thread(self._writer.close)

@@ -6,6 +6,7 @@ second tears, spoils and swaps what is on disk, and lets the writing process die
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -37,6 +38,7 @@ from thinpipe.node.checkpoints.manifest import (
     ForeignCheckpoint,
     read_manifest,
 )
+from thinpipe.node.checkpoints.restore_points import RestorePoints
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, parse_config
@@ -1078,3 +1080,19 @@ def test_no_pickle_is_near() -> None:
         imports = [line for line in source.splitlines() if "import" in line]
         assert not [line for line in imports if "pickle" in line]
         assert "torch.load" not in source
+
+
+def test_a_stage_goes_back_to_memory_or_disk_and_forgets_what_comes_after(tmp_path: Path) -> None:
+    async def story() -> None:
+        points = RestorePoints(store_of(tmp_path), on_written=lambda *_: None, on_error=pytest.fail)
+        for completed in (1, 2, 3):
+            await points.keep(small(completed), generation=0)
+        await points.flush(30)
+        assert [completed in points for completed in (1, 2, 3)] == [False, True, True]
+        assert await points.offered() == {1, 2, 3}
+        assert [(await points.find(completed))[1] for completed in (0, 1, 2)] == ["settings", "disk", "memory"]
+        points.forget_after(2)
+        assert [completed in points for completed in (1, 2, 3)] == [False, True, False]
+        await points.close()
+
+    asyncio.run(story())

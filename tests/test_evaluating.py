@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -194,9 +195,55 @@ def test_choices_are_scored_as_each_by_itself(directory: Path) -> None:
     assert found.error(0.5) == 0.25
     long = Question(context="", choices=("x " * 90, "y"), answer=0)
     with pytest.raises(
-        EvaluationError, match=r"the choice 'x x .*\.\.\.' has \d+ tokens, and the model's context is 64"
+        EvaluationError, match=r"a question: the choice \"x x .*\.\.\.\" has \d+ tokens, and the model's context is 64"
     ):
         score(subject, [long])
+
+
+class Dropping:
+    """A model with a tokenizer that knows three letters and drops all others, as some that are published do."""
+
+    begin_id, context, ids = 0, 8, 4
+
+    def __init__(self, logit: float = 0.0) -> None:
+        self.tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 1, "b": 2, "c": 3}, []))
+        self._logit = logit
+
+    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return torch.full((*ids_BT.shape, self.ids), self._logit)
+
+
+@pytest.mark.parametrize("context", ["", "a ", "z"])
+@pytest.mark.parametrize("choice", ["zz", " ", "\n"])
+def test_a_choice_without_a_token_is_named(context: str, choice: str, tmp_path: Path) -> None:
+    """Where it stands alone a row would be empty, and behind a context it would be scored by that one's last token."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"context": context, "choices": ["a", "b"], "answer": 0}]
+    rows.append({"context": context, "choices": ["a", choice], "answer": 0})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    questions = read_questions(path)
+    assert score(Dropping(), questions[:1]).questions == 1
+    fault = f"{path} line 2: the choice {json.dumps(choice)} has no token, so it has no score: the tokenizer drops all"
+    with pytest.raises(EvaluationError, match=re.escape(fault)):
+        score(Dropping(), questions)
+
+
+def test_a_context_may_be_empty_or_dropped() -> None:
+    for context in ("", "  ", "zz"):
+        assert score(Dropping(), [Question(context=context, choices=("a", "bc"), answer=0)]).right == 1.0
+
+
+def test_a_text_that_a_tokenizer_refuses_is_named() -> None:
+    subject = Dropping()
+    subject.tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1}))
+    fault = r'q\.jsonl line 3: the tokenizer cannot encode "b": .*UNK.*; mend or remove it'
+    with pytest.raises(EvaluationError, match=fault):
+        score(subject, [Question(context="", choices=("a", "b"), answer=0, where="q.jsonl line 3")])
+
+
+def test_scores_of_a_damaged_model_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="the scores are not finite: the model's weights are damaged"):
+        score(Dropping(math.nan), [Question(context="", choices=("a", "b"), answer=0)])
 
 
 BAD_LINES = [
@@ -211,6 +258,8 @@ BAD_LINES = [
     (b'{"context": "", "choices": ["a", "b"], "answer": 2}', r"line 2: 'answer' has to be .*, from 0 to 1, not 2"),
     (b'{"context": "", "choices": ["a", "b"], "answer": -1}', r"line 2: 'answer' has to be .*, not -1"),
     (b'{"context": "", "choices": ["a", "b"], "answer": true}', r"line 2: 'answer' has to be .*, not true"),
+    (b'{"context": "\\ud800", "choices": ["a", "b"], "answer": 0}', r'line 2: "\\ud800" has half a surrogate pair'),
+    (b'{"context": "", "choices": ["a", "b\\udc00"], "answer": 0}', r'line 2: "b\\udc00" has half a surrogate pair'),
 ]
 
 
@@ -324,7 +373,7 @@ REFUSED = [
     ),
     (
         ["eval", "{wide}", "--choices", "{dir}/added.jsonl"],
-        r"the text has token 320 \('<added 0>'\), but the model's vocabulary ends at 319; leave it out",
+        r"added\.jsonl line 1: the text has token 320 \('<added 0>'\), but the model's vocabulary ends at 319; leave",
     ),
     (["generate", "{llama}", "text", "--step", "1"], r"--step goes with a run, and .* has no run\.toml; omit it"),
 ]

@@ -27,10 +27,12 @@ from thinpipe.node.evaluating.text_loss import Batch, bytes_of_ids, loss_sum, te
 from thinpipe.node.export.export import export_run
 from thinpipe.node.export.heldout_loss import recorded_loss
 from thinpipe.node.preparation import prepare_vocabulary
+from thinpipe.node.run_corpus import RECORD
 from typer.testing import CliRunner
 
 from .conftest import TINY, WORDS, TinyConfig
 from .published import SHAPES, save
+from .test_bad_input import refused
 from .trained_run import shake, train
 
 CODECS = {
@@ -109,6 +111,27 @@ def test_the_tables_say_what_was_measured(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("after step 3 on the held-out part of", "as trained, rounded", "without rounding", "3 questions"):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize("known", ["record", "checkpoint"])
+def test_other_text_in_the_place_of_the_run_s_is_refused(
+    known: str, tiny: TinyConfig, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Its held-out part is not the one that the run was measured on. Any text can be named, and is measured."""
+    (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
+    train(tiny({"pipeline.stages": 2, "data.source": str(text)}), tmp_path / "run")
+    before = asked("eval", tmp_path / "run")
+    says = rf"the run in {tmp_path}/run was trained on {text}, digest [0-9a-f]{{12}}"
+    if known == "checkpoint":
+        (tmp_path / "run" / RECORD).unlink()
+        says = r"the checkpoint after 3 steps is of the text with digest [0-9a-f]{12}"
+    text.write_text(tiny_text.read_text() + "one line more\n")
+    line = refused(["eval", str(tmp_path / "run")])
+    remedy = "put the run's own there, or say which one to measure on with --data"
+    assert re.search(f"data.source has changed: {says}, here is {text}, digest [0-9a-f]{{12}}; {remedy}", line), line
+    assert asked("eval", tmp_path / "run", "--data", text)["text"][0]["tokens"] > before["text"][0]["tokens"]
+    text.write_bytes(tiny_text.read_bytes())
+    assert asked("eval", tmp_path / "run") == before
 
 
 # Text

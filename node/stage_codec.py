@@ -16,6 +16,7 @@ from torch import nn
 from ..compress.codec_interface import BoundaryCodec, BoundaryContext, Codec, StageContext
 from ..compress.registry import parse_codec
 from ..compress.token_table import token_table
+from .averaging.stage_averager import rounding_seed
 from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
 from .constrained_stage import check_constrained
@@ -62,10 +63,10 @@ def known_tokens(codec: Codec, context: StageContext, model: StageModel) -> tupl
 
 
 def boundary_of(
-    config: RunConfig, context: StageContext, boundary: int, tokens: nn.Module | None
+    config: RunConfig, context: StageContext, boundary: int, tokens: nn.Module | None, lane: int
 ) -> tuple[BoundaryCodec, BoundaryContext, BoundaryShape]:
     """A boundary as the configuration says it is; each end builds its own and uses one half of it. tokens: what the
-    stage knows of them."""
+    stage knows of them. lane: each rounds by numbers of its own."""
     codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
     of_boundary = BoundaryContext(
         seed=context.seed,
@@ -82,6 +83,7 @@ def boundary_of(
         microbatch_size=config.microbatch_size,
         sequence_length=config.data.sequence_length,
         microbatches=config.pipeline.microbatches,
+        seed=rounding_seed(config.run.seed, lane),
     )
     return codec, of_boundary, shape
 

@@ -15,12 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..protocol.global_norm import norm_message, sum_of_squares_in
 from ..protocol.messages import Kind, Message
 from ..protocol.schedule import (
     Backward,
+    BroadcastNorm,
     Evaluate,
     Forward,
     InputGradient,
+    ReduceNorm,
     WeightGradient,
     get_schedule,
     interleave,
@@ -58,6 +61,7 @@ class OneProcess:
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
         self._mail: Mail = {}
+        self._squares: dict[int, float] = {}  # by stage, in a step whose gradients are clipped by the global norm
         self._cpu_s = 0.0
         self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
         self._watching: list[Watching] = []
@@ -77,7 +81,7 @@ class OneProcess:
         config = self.config
         for metrics in self._metrics[:1]:
             metrics.write("data", **self.corpus.record())
-        schedule = get_schedule(config.pipeline.schedule)
+        schedule = config.training_schedule
         losses, val_loss, train_s = [], float("nan"), 0.0
         for step in range(config.run.steps):
             started, cpu = time.perf_counter(), time.process_time()
@@ -92,10 +96,14 @@ class OneProcess:
                         self._backward(index, step, action.microbatch, split=True)
                     case WeightGradient():
                         self._weight_gradient(index, action.microbatch)
+                    case ReduceNorm():
+                        self._reduce_norm(index, step)
+                    case BroadcastNorm():
+                        self._broadcast_norm(index, step)
                     case _:
-                        half = self._table_gradient(index, step)
+                        half, squares = self._table_gradient(index, step), self._squares.pop(index, None)
                         with self.watches[index].measure("compute"):
-                            loss, stats = self.stages[index].finish(step, half)
+                            loss, stats = self.stages[index].finish(step, half, squares)
                         self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started, cpu)
             train_s += time.perf_counter() - started
             self._cpu_s += time.process_time() - cpu
@@ -152,6 +160,21 @@ class OneProcess:
     def _weight_gradient(self, index: int, microbatch: int) -> None:
         with self.watches[index].measure("compute"):
             self.stages[index].weight_gradient(microbatch)
+
+    def _reduce_norm(self, index: int, step: int) -> None:
+        stage = self.stages[index]
+        below = 0.0 if stage.last else sum_of_squares_in(self._take(index, Kind.GRADIENT_NORM))
+        with self.watches[index].measure("compute"):
+            self._squares[index] = stage.sum_of_squares(step, below)
+        if not stage.first:
+            self._send(index, index - 1, norm_message(step, self._squares[index]))
+
+    def _broadcast_norm(self, index: int, step: int) -> None:
+        stage = self.stages[index]
+        if not stage.first:
+            self._squares[index] = sum_of_squares_in(self._take(index, Kind.GRADIENT_NORM))
+        if not stage.last:
+            self._send(index, index + 1, norm_message(step, self._squares[index]))
 
     def _table_gradient(self, index: int, step: int) -> Tensor | None:
         stage = self.stages[index]

@@ -291,17 +291,28 @@ class Stage:
         table = self.downstream_endpoint and self.downstream_endpoint.table
         return bool(table) and gradient_due(table.table, step)
 
-    def finish(self, step: int, table_gradient: Tensor | None = None) -> tuple[float, OptimStats]:
+    def sum_of_squares(self, step: int, below: float = 0.0) -> float:
+        """Of the step's gradients, once they are all there, added to the sum of all stages below."""
+        self._check_paid(step)
+        return self.optimizer.sum_of_squares(step, below)
+
+    def _check_paid(self, step: int) -> None:
+        assert not self._owed, f"stage {self.index} ends step {step} without the weight gradients of {list(self._owed)}"
+
+    def finish(
+        self, step: int, table_gradient: Tensor | None = None, sum_of_squares: float | None = None
+    ) -> tuple[float, OptimStats]:
         """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did.
 
-        `table_gradient`: the receiver's half for the table below, where `awaits_gradient` says so.
+        `table_gradient`: the receiver's half for the table below, where `awaits_gradient` says so. `sum_of_squares`:
+        of all stages' gradients, where these are clipped by the global norm.
         """
         tokens = self.config.tokens_per_step
-        assert not self._owed, f"stage {self.index} ends step {step} without the weight gradients of {list(self._owed)}"
+        self._check_paid(step)
         self._begun, self._backwards = False, 0
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
-        stats = self.optimizer.step(step, tokens)  # first: it refuses gradients that are not finite
+        stats = self.optimizer.step(step, tokens, sum_of_squares)  # first: it refuses gradients that are not finite
         table = self.downstream_endpoint and self.downstream_endpoint.table
         if table and moves_after(table.table, step):
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)

@@ -167,7 +167,6 @@ class TrainingLoop:
         loss, grad_norm = float("nan"), 0.0
         while await self._may_begin(step := self.stage.completed):
             self.under_way = step + 1
-            table_gradient: Tensor | None = None
             squares: float | None = None  # by whose sum gradients are clipped; None: the stage's own
             for action in schedule.actions(
                 stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
@@ -182,15 +181,15 @@ class TrainingLoop:
                     case WeightGradient(microbatch=microbatch):
                         await self._compute.run(f"weight gradient {microbatch}", self.stage.weight_gradient, microbatch)
                     case ReduceNorm():
-                        table_gradient = await self._table_gradient(step)  # it comes first
+                        await self._gather(step)  # what comes first
                         squares = await self._reduce_norm(step)
                     case BroadcastNorm():
                         assert squares is not None
                         squares = await self._broadcast_norm(step, squares)
                     case _:
                         if squares is None:
-                            table_gradient = await self._table_gradient(step)
-                        loss, grad_norm = await self._finish(step, table_gradient, squares)
+                            await self._gather(step)
+                        loss, grad_norm = await self._finish(step, squares)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
@@ -240,11 +239,12 @@ class TrainingLoop:
                 later = port.pack_queue.submit(lambda: table.pack_gradient(half, step))
                 await self._to_above.put("pack projector gradient", later)
 
-    async def _table_gradient(self, step: int) -> Tensor | None:
-        """The receiver's half for the table below, where it is due."""
+    async def _gather(self, step: int) -> None:
+        """The last of the step's gradients: the receiver's half of the table's below, where it is due."""
+        table_gradient = None
         if self._from_below and self.stage.awaits_gradient(step):
-            return (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
-        return None
+            table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
+        await self._compute.run("gather", self.stage.gather, step, table_gradient)
 
     async def _reduce_norm(self, step: int) -> float:
         """The sum of squares of this stage's gradients and of all below, which the stage above is told."""
@@ -264,9 +264,9 @@ class TrainingLoop:
             await self._to_below.put("gradient norm", partial(norm_message, step, squares))
         return squares
 
-    async def _finish(self, step: int, table_gradient: Tensor | None, squares: float | None) -> tuple[float, float]:
+    async def _finish(self, step: int, squares: float | None) -> tuple[float, float]:
         """(mean loss, gradient norm) of the step that ends here."""
-        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, table_gradient, squares)
+        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, squares)
         self._measures = await self._compute.run("measures", self.stage.measures)
         return loss, stats.grad_norm
 
@@ -357,8 +357,10 @@ class TrainingLoop:
         )
 
 
-def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:
-    """The ids (B, T+1) of one microbatch of training or held-out text."""
+def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int, lane: int = 0) -> np.ndarray:
+    """The ids (B, T+1) of one microbatch of training or held-out text. Lanes take turns at the batches of the text, so
+    that none is read twice."""
     if kind is Kind.EVALUATION:
         return corpus.heldout_batch(microbatch, config.microbatch_size)
-    return corpus.batch(step, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)
+    turn = step * config.lanes.count + lane
+    return corpus.batch(turn, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)

@@ -181,14 +181,15 @@ class EmulatedStage(Stage):
         assert isinstance(self.upstream_endpoint, SizedUpstreamEndpoint)
         return self.upstream_endpoint.sizes
 
+    def gather(self, step: int, table_gradient: Tensor | None) -> None:
+        del step, table_gradient
+
     def sum_of_squares(self, step: int, below: float = 0.0) -> float:
         del step
         return below
 
-    def finish(
-        self, step: int, table_gradient: Tensor | None = None, sum_of_squares: float | None = None
-    ) -> tuple[float, OptimStats]:
-        del table_gradient, sum_of_squares
+    def finish(self, step: int, sum_of_squares: float | None = None) -> tuple[float, OptimStats]:
+        del sum_of_squares
         self._last(self.times.step_s)
         self.losses.clear()
         self._gradients = 0

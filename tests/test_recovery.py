@@ -112,7 +112,7 @@ def test_a_killed_stage_comes_back_where_gradients_are_clipped_by_one_norm(
     short = tiny({**SETTINGS, **norm, "run.steps": 40})
     (tmp_path / "run.toml").write_text(dump_config(short))
     run = tmp_path / "run"
-    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "1")
+    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "2")
     carry_out(run, [Kill(at=Done(stage=0, steps=4), stage=1), Kill(at=Done(stage=0, steps=12), stage=0)])
     summary = ended(process)
     undisturbed = run_reference(short, tmp_path / "reference")

@@ -26,7 +26,8 @@ from ..sim.links.tc import KernelLinkError
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from ..sim.reports.progress import Progress
-from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
+from ..sim.reports.run_console import closing_lines, summary_tables
+from ..sim.reports.run_display import RunDisplay
 from ..sim.reports.summary import checkpoint_lines, lacking_lines, summarise, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, recommended_line

@@ -79,7 +79,7 @@ def await_unserved(run: Path, wait_s: float = ORPHANS_S) -> None:
     deadline = time.monotonic() + wait_s
     while serving := served_here(run, time.time()):
         if time.monotonic() >= deadline:
-            told = ", ".join(f"stage {stage} by process {process}" for stage, process in serving.items())
+            told = ", ".join(f"{name} by process {process}" for name, process in serving.items())
             line = f"{run} is in use: {told}, still after {wait_s:g} s; end that first, or choose another --out"
             raise LocalRunError(line, 2)
         time.sleep(POLL_S)

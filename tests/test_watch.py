@@ -33,7 +33,7 @@ from thinpipe.node.watching.views import Watching
 from thinpipe.sim.reports.figures import CODES_MAX, DictionaryFigures, LinkFigures, StageFigures
 from thinpipe.sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError, families, read_figures
-from thinpipe.sim.reports.run_console import describe
+from thinpipe.sim.reports.run_display import describe
 from thinpipe.sim.reports.summary import read_records, summarise
 from typer.testing import CliRunner
 

@@ -27,6 +27,7 @@ START = "first-weights"  # of a run that begins from another one (`node.origin`)
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
 RECORDS += ("corpus.json", "corpus-tokenizer.json", START)
+RECORDS += tuple(f"lane-*/{records}" for records in RECORDS)
 ORPHANS_S = 10.0  # nodes look for their launcher twice a second, and end after what they compute
 POLL_S = 0.1
 
@@ -37,6 +38,13 @@ class LocalRunError(RuntimeError):
     def __init__(self, line: str, exit_code: int) -> None:
         super().__init__(line)
         self.exit_code = exit_code
+
+
+def lane_directory(out: Path, lane: int, lanes: int) -> Path:
+    """Where a lane keeps what a run of one lane keeps in `out`; made if it is not there."""
+    directory = out if lanes == 1 else out / f"lane-{lane}"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
 
 
 def writable(directory: Path) -> Path:

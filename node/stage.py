@@ -21,14 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compress.anchors import Anchors
+from ..compress.byte_format import CodecError
 from ..compress.codec_interface import BoundaryCodec, BoundaryContext, StageContext
 from ..compress.registry import parse_codec
 from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
+from .averaging.averager import Averager, Place
+from .averaging.modes import parse_averaging
+from .averaging.stage_averager import rounding_seed, stage_averager
 from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
-from .config import RunConfig
+from .config import ConfigError, RunConfig
 from .constrained_stage import check_constrained, constrain
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
@@ -58,9 +62,9 @@ class Stage:
     last column is a target only; z (B, T, W).
     """
 
-    def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int) -> None:
+    def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int, lane: int = 0) -> None:
         self.config = config
-        self.index = index
+        self.index, self.lane = index, lane
         self.first, self.last = index == 0, index == config.pipeline.stages - 1
         self.device = torch.device(config.compute.device)
         compute_dtype = DTYPES[config.compute.dtype]
@@ -106,10 +110,13 @@ class Stage:
         self.optimizer = StageOptimizer(
             self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended
         )
+        self._table_gradient: Tensor | None = None  # of the table below, whole, from `gather` to the step
+        self.averager = self._averager()
         self._state = StageState(
             stage=index,
             trained=self._trained(),
             optimizer=self.optimizer,
+            averager=self.averager,
             tokens=self.tokens,
             receiver=None if self.first else self.receiver,
             sender=None if self.last else self.sender,
@@ -189,8 +196,29 @@ class Stage:
             microbatch_size=config.microbatch_size,
             sequence_length=config.data.sequence_length,
             microbatches=config.pipeline.microbatches,
+            seed=rounding_seed(config.run.seed, self.lane),
         )
         return codec, context, shape
+
+    def _averager(self) -> Averager | None:
+        """What this stage does in rounds, if there are other lanes. Raises ConfigError for a mode that does not fit."""
+        config = self.config
+        if config.lanes.count == 1:
+            return None
+        table = self.downstream_endpoint and self.downstream_endpoint.table
+        learned = table.table if table and table.table.every else None
+        try:
+            return stage_averager(
+                parse_averaging(config.lanes.average),
+                Place(stage=self.index, lane=self.lane, lanes=config.lanes.count, seed=config.run.seed),
+                steps=config.run.steps,
+                parameters=self._trained(),
+                sender=self.sender if learned else None,
+                table_moves=lambda step: learned is not None and moves_after(learned, step),
+                table_gradient=lambda: self._table_gradient,
+            )
+        except CodecError as error:
+            raise ConfigError(f"lanes.average: {error}") from None
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._autocast:
@@ -291,21 +319,29 @@ class Stage:
         table = self.downstream_endpoint and self.downstream_endpoint.table
         return bool(table) and gradient_due(table.table, step)
 
-    def finish(self, step: int, table_gradient: Tensor | None = None) -> tuple[float, OptimStats]:
-        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did.
+    def gather(self, step: int, table_gradient: Tensor | None) -> None:
+        """Before `finish`: the whole gradient of the table below, of which `table_gradient` is the receiver's half,
+        where `awaits_gradient` says so."""
+        table = self.downstream_endpoint and self.downstream_endpoint.table
+        if table and moves_after(table.table, step):
+            self._table_gradient = self.sender.take_gradient(table_gradient)
 
-        `table_gradient`: the receiver's half for the table below, where `awaits_gradient` says so.
-        """
+    def finish(self, step: int) -> tuple[float, OptimStats]:
+        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did."""
         tokens = self.config.tokens_per_step
         assert not self._owed, f"stage {self.index} ends step {step} without the weight gradients of {list(self._owed)}"
         self._begun, self._backwards = False, 0
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
-        stats = self.optimizer.step(step, tokens)  # first: it refuses gradients that are not finite
+        averages = self.averager is not None and self.averager.mode.of_gradients
+        lanes = self.config.lanes.count if averages else 1  # whose tokens the gradients are sums of
+        stats = self.optimizer.step(step, lanes * tokens)  # first: it refuses gradients that are not finite
         table = self.downstream_endpoint and self.downstream_endpoint.table
         if table and moves_after(table.table, step):
+            assert self._table_gradient is not None, f"stage {self.index} ends step {step} without `gather`"
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
-            self.sender.learn(table_gradient, rate=rate)
+            self.sender.learn(self._table_gradient, rate=rate)
+            self._table_gradient = None
         self.completed = step + 1
         return loss, stats
 
@@ -376,7 +412,7 @@ class Stage:
         self._saved.clear()
         self._owed.clear()
         self.losses.clear()
-        self._begun, self._backwards = False, 0
+        self._begun, self._backwards, self._table_gradient = False, 0, None
         self.completed = snapshot.completed
 
     def set_generation(self, generation: int) -> None:

@@ -232,7 +232,8 @@ class TrainingLoop:
         table_gradient = None
         if self._from_below and self.stage.awaits_gradient(step):
             table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
-        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, table_gradient)
+        await self._compute.run("gather", self.stage.gather, step, table_gradient)
+        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
         self._measures = await self._compute.run("measures", self.stage.measures)
         return loss, stats.grad_norm
 
@@ -351,8 +352,10 @@ class TrainingLoop:
         )
 
 
-def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:
-    """The ids (B, T+1) of one microbatch of training or held-out text."""
+def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int, lane: int = 0) -> np.ndarray:
+    """The ids (B, T+1) of one microbatch of training or held-out text. Lanes take turns at the batches of the text, so
+    that none is read twice."""
     if kind is Kind.EVALUATION:
         return corpus.heldout_batch(microbatch, config.microbatch_size)
-    return corpus.batch(step, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)
+    turn = step * config.lanes.count + lane
+    return corpus.batch(turn, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)

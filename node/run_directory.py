@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..sim.launch import file_lock
+from ..sim.reports.lanes import lane_path
 from ..sim.reports.liveness import served_here
 from .config import RunConfig
 from .config_file import dump_config, load_config
@@ -42,7 +43,7 @@ class LocalRunError(RuntimeError):
 
 def lane_directory(out: Path, lane: int, lanes: int) -> Path:
     """Where a lane keeps what a run of one lane keeps in `out`; made if it is not there."""
-    directory = out if lanes == 1 else out / f"lane-{lane}"
+    directory = lane_path(out, lane, lanes)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -100,6 +101,10 @@ def clear(out: Path, *, keep: Path | None = None) -> None:
             if keep and path.resolve() == keep.resolve():
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for lane in out.glob("lane-*"):
+        for directory in (*lane.glob("*"), lane):  # such as `checkpoints`
+            with suppress(OSError):  # it holds something else too
+                directory.rmdir()
 
 
 def write_settings(config: RunConfig, path: Path) -> None:

@@ -80,8 +80,11 @@ class RunDisplay:
 
 
 def _heads(stages: Sequence[StageFigures]) -> list[StageFigures]:
-    """Stage 0 of every lane."""
-    return [stage for stage in stages if stage.stage == 0]
+    """The first stage of every lane."""
+    heads: dict[int, StageFigures] = {}
+    for stage in stages:
+        heads.setdefault(stage.lane, stage)
+    return list(heads.values())
 
 
 def _resumed(restored: Sequence[int], steps: int) -> list[str]:

@@ -43,6 +43,8 @@ def up(
     schedule: Annotated[str | None, shared("--schedule", "1f1b")] = None,
     cut: Annotated[str | None, shared("--cut", "auto")] = None,
     speeds: Annotated[str | None, shared("--speeds", "alike")] = None,
+    lanes: Annotated[int | None, shared("--lanes", "1")] = None,
+    average: Annotated[str | None, shared("--average", "outer")] = None,
     microbatches: Annotated[int | None, shared("--microbatches", "8")] = None,
     batch_size: Annotated[int | None, shared("--batch-size", "16")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "128")] = None,
@@ -109,7 +111,7 @@ def up(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
+    """Train on this machine: one process per stage (and lane), joined by rate-limited links and watched to the end."""
     if parent is not None:  # before the imports, which take seconds
         from ..sim.launch.parent_death import die_with_parent
 
@@ -131,6 +133,8 @@ def up(
         schedule=plain,
         cut=cut,
         speeds=speeds,
+        lanes=lanes,
+        average=average,
         microbatches=microbatches,
         batch_size=batch_size,
         sequence_length=sequence_length,

@@ -20,6 +20,7 @@ from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
+from ...sim.reports.lanes import lane_path
 from ..config import RunConfig
 from ..config_file import parse_config
 from ..config_sections import CodecSection
@@ -49,6 +50,8 @@ OPTIONS = {  # of `thinpipe up`; other settings are spelled with --set
     "link.link": "--link",
     "run.steps": "--steps",
     "pipeline.schedule": "--schedule",
+    "lanes.count": "--lanes",
+    "lanes.average": "--average",
     "pipeline.microbatches": "--microbatches",
     "pipeline.batch_size": "--batch-size",
     "data.sequence_length": "--sequence-length",
@@ -64,13 +67,14 @@ def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> Non
     `run`."""
     found: dict[str, Any] = dict.fromkeys(("run_simulation", "dense_simulation", "learned_simulation"))
     found |= {"simulation_left_out": None, "cut_advice": None}
+    chain = lane_path(run, 0, config.lanes.count)  # lanes are alike, and each is simulated by itself
     try:
-        found |= _simulations(run, config)
+        found |= _simulations(chain, config)
     except Exception as error:  # the run has ended well, whatever this is
         found["simulation_left_out"] = " ".join(str(error).split()) or type(error).__name__
     if summary["mode"] == "swarm":
         with suppress(Exception):  # neither does the advice
-            found["cut_advice"] = _advice(summary, run, config)
+            found["cut_advice"] = _advice(summary, chain, config)
     summary |= found
     summary["try_next"] = _try_next(summary, run, config)
 
@@ -102,7 +106,7 @@ def _advice(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str, 
     if config.compute.emulate and not EmulatedMachine.parse(config.compute.emulate).knows_cuts:
         return None
     found = cut_advice(config, resolve_architecture(config), times_measured(run, config))
-    shares = [stage["compute_share"] for stage in summary["stages"]]
+    shares = [stage["compute_share"] for stage in summary["stages"][: config.pipeline.stages]]
     return {**found, "line": advice_line(found, shares)}
 
 

@@ -133,6 +133,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     """[steps done, loss] where all lanes have one, in order."""
-    by_step = [{step: loss for step, loss in curve} for curve in curves]
+    by_step = [{point[0]: point[1] for point in curve} for curve in curves]
     common = sorted(set.intersection(*(set(curve) for curve in by_step)))
     return [[step, sum(curve[step] for curve in by_step) / len(by_step)] for step in common]

@@ -124,9 +124,12 @@ def closing_lines(summary: dict[str, Any], run: Path) -> list[str]:
         lines.append(f"this run ended after {_steps(summary)}; thinpipe up --resume {shlex.quote(str(run))} goes on")
     if dense:
         own = " (all stages in one process)" if summary["mode"] == "one-process" else ""
+        each, rate = "", summary["tokens_per_s"]
+        if lanes := summary.get("lanes"):
+            each, rate = " a lane", sum(lane["tokens_per_s"] for lane in lanes) / len(lanes)
         lines.append(
-            f"dense bf16 over {_link(dense['link'])}: {dense['tokens_per_s']:,.0f} tokens/s (simulated), "
-            f"this run: {summary['tokens_per_s']:,.0f}{own}"
+            f"dense bf16 over {_link(dense['link'])}: {dense['tokens_per_s']:,.0f} tokens/s{each} (simulated), "
+            f"this run: {rate:,.0f}{each}{own}"
         )
     else:
         lines.append(f"not compared with dense bf16: {summary['simulation_left_out']}")
@@ -142,8 +145,9 @@ def _link(link: str) -> str:
 def _comparison_table(summary: dict[str, Any]) -> Table:
     run, dense, learned = (summary[f"{whose}_simulation"] for whose in ("run", "dense", "learned"))
     rows = [(run, "this run"), *([(learned, "")] if learned else []), *([(dense, "")] if dense != run else [])]
+    each = ", of one lane" if "lanes" in summary else ""
     table = Table(
-        title="tokens/s by codec and link (simulated, not measured)",
+        title=f"tokens/s by codec and link{each} (simulated, not measured)",
         caption="of stages that take this run's times; a link that is slower than the last rate is the bottleneck",
     )
     links = [_link(link) for link in (run["link"], run["thinner_link"]) if link]

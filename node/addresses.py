@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 
@@ -18,6 +19,34 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise ListenError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def lateral_addresses(given: Sequence[str], lane: int, lanes: int) -> dict[int, str]:
+    """By lane, of LANE=host:port each: where a stage's nodes in the lower lanes listen. Raises ListenError for what is
+    none, for a lane that is not lower than `lane`, one that is given twice, and for one that is missing."""
+    found: dict[int, str] = {}
+    for text in given:
+        number, equals, address = text.partition("=")
+        if not (equals and number.isascii() and number.isdecimal()):
+            raise ListenError(f"'{text}' is not LANE=host:port, such as 0=stage2.example:7002")
+        split_address(address)
+        other = int(number)
+        if other >= lanes:
+            raise ListenError(f"--lateral {text}: there is no lane {other}; the run has {lanes}, from 0")
+        if other >= lane:
+            why = "which is this node's own" if other == lane else "whose node dials this one"
+            raise ListenError(
+                f"--lateral {text}: that is lane {other}, {why}; name the lanes below {lane} only, or omit it"
+            )
+        if other in found:
+            raise ListenError(f"--lateral names lane {other} twice, at {found[other]} and {address}; omit one")
+        found[other] = address
+    if missing := [str(other) for other in range(lane) if other not in found]:
+        raise ListenError(
+            f"a node of lane {lane} dials its stage in every lower lane: say where those of lane {', '.join(missing)} "
+            f"listen, --lateral {missing[0]}=host:port"
+        )
+    return found
 
 
 def check_listen(address: str) -> None:

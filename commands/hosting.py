@@ -56,8 +56,8 @@ def node(
         str | None, typer.Option("--next", help="host:port of the next stage, such as stage2.example:7002.")
     ] = None,
     lane: Annotated[
-        int, typer.Option(min=0, help="Lane to serve the stage in, counted from 0, in a run that has several.")
-    ] = 0,
+        int | None, typer.Option(min=0, help="Lane to serve the stage in, counted from 0, in a run that has several.")
+    ] = None,
     lateral: Annotated[
         list[str] | None,
         typer.Option(
@@ -117,7 +117,7 @@ def node(
             fail("--speed goes with --stage auto, which chooses a stage by it; omit one of the two", 2)
         if next_:
             fail("--next and --join contradict each other: the DHT says where the stage below is; omit one", 2)
-        if lane or lateral:
+        if lane is not None or lateral:
             fail("--lane and --lateral do not go with --join, which finds the nodes of one lane; give all addresses", 2)
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
@@ -143,6 +143,9 @@ def node(
     from ..node.config import ConfigError
     from ..node.run_lanes import check_lane, of_lane
 
+    if lane is None and settings.lanes.count > 1:
+        fail(f"the run has {settings.lanes.count} lanes: say which one this node is in, --lane N, from 0", 2)
+    lane = lane or 0
     try:
         check_lane(settings, lane)
     except ConfigError as error:

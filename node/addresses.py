@@ -35,9 +35,7 @@ def lateral_addresses(given: Sequence[str], lane: int, lanes: int) -> dict[int, 
             raise ListenError(f"--lateral {text}: there is no lane {other}; the run has {lanes}, from 0")
         if other >= lane:
             why = "which is this node's own" if other == lane else "whose node dials this one"
-            raise ListenError(
-                f"--lateral {text}: that is lane {other}, {why}; name the lanes below {lane} only, or omit it"
-            )
+            raise ListenError(f"--lateral {text}: that is lane {other}, {why}; name lanes below {lane} only")
         if other in found:
             raise ListenError(f"--lateral names lane {other} twice, at {found[other]} and {address}; omit one")
         found[other] = address

@@ -115,9 +115,9 @@ def _need(address: str | None, missing: str) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
     """How a node runs that is nobody else's business. out: for its records and checkpoints. run: the run's own
-    directory, where that is another one because there are lanes. lane: which of them it is in. resume: take the stage's place in a run that has begun.
-    data_changed: though the text is another one. security: how it listens and dials. membership: of one that finds the
-    others by the DHT, and knows where the stage below is.
+    directory, where that is another one because there are lanes. lane: which of them it is in. resume: take the stage's
+    place in a run that has begun. data_changed: though the text is another one. security: how it listens and dials.
+    membership: of one that finds the others by the DHT, and knows where the stage below is.
     """
 
     out: Path

@@ -1,9 +1,9 @@
 """One lane of a run, as a run of its own: its directory, and its settings there.
 
 In a run of several lanes each has a directory with what a run of one has in its own (`sim.reports.lanes`). So all that
-works on the records or checkpoints of one chain, and knows nothing of lanes, is given that directory and these settings:
-an export, an evaluation, a new run that begins from this one. Lanes end with the same weights, so one is as good to take
-out as another; before the end they differ, and the user may choose.
+works on the records or checkpoints of one chain, and knows nothing of lanes, is given that directory and these
+settings: an export, an evaluation, a new run that begins from this one. Lanes end with the same weights, so one is as
+good to take out as another; before the end they differ, and the user may choose.
 
 Where checkpoints are kept elsewhere (`checkpoint.directory`, as a whole path), each lane has a directory there too, or
 they would write over each other's.

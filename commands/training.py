@@ -21,6 +21,7 @@ from .common import (
     may_outlast_its_output,
     one_arithmetic_thread,
     run_errors,
+    run_of,
     run_toml,
     said,
 )
@@ -150,7 +151,7 @@ def up(
         if resume is not None:
             fail("--from begins a new run, --resume goes on with one; omit one of the two", 2)
         out = out or Path("runs/latest")
-        if out.resolve() == from_.resolve():
+        if out.resolve() in (from_.resolve(), run_of(from_, None)[0].resolve()):
             fail(f"--from {from_}: the new run would replace it; choose another --out", 2)
         origin = _begun_from(from_, said(config, options, overrides))
         settings = origin.config

@@ -22,12 +22,6 @@ from .config import ConfigError, RunConfig
 from .config_file import load_config
 
 
-def one_lane(config: RunConfig, what: str) -> None:
-    """Raises ConfigError for a run of several lanes, which `what` cannot take."""
-    if config.lanes.count > 1:
-        raise ConfigError(f"{what}: the run has {config.lanes.count} lanes, and it takes one; set lanes.count = 1")
-
-
 def check_lane(config: RunConfig, lane: int) -> None:
     """Raises ConfigError for a lane that the run does not have."""
     count = config.lanes.count
@@ -68,20 +62,20 @@ def chosen_lane(
     config: RunConfig | None = None,
     step: int | None = None,
     report: Callable[[str], None] | None = None,
-) -> tuple[RunConfig, Path]:
-    """Of the lane that is asked for; where none is, of the first of which all stages have a checkpoint (after `step`
-    steps), which `report` is told. config: in the place of run.toml. Raises ConfigError."""
+) -> tuple[int, RunConfig, Path]:
+    """The lane that is asked for, or where none is the first of which all stages have a checkpoint (after `step` steps),
+    which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
     config = config or load_config(run / "run.toml")
     if lane is not None:
         check_lane(config, lane)
-        return of_lane(config, run, lane)
+        return lane, *of_lane(config, run, lane)
     lanes = all_lanes(config, run)
     if len(lanes) == 1:
-        return lanes[0]
+        return 0, *lanes[0]
     chosen = next((number for number, place in enumerate(lanes) if _complete(*place, step)), 0)
     if report:
-        report(f"lane {chosen} of {len(lanes)}; --lane takes another")
-    return lanes[chosen]
+        report(f"lane {chosen} of {len(lanes)} is taken; {run}/lane-N names another")
+    return chosen, *lanes[chosen]
 
 
 def _complete(config: RunConfig, directory: Path, step: int | None) -> bool:

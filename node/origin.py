@@ -109,9 +109,9 @@ class Origin:
 
 
 def begin_from(source: Path, given: dict[str, Any]) -> Origin:
-    """A new run from `source`, a run, a lane of one, or a model, with these settings (`section.key` -> value). Raises ConfigError for what is neither a
-    run nor a model, and for settings of another model; CheckpointError for a run without whole checkpoints; DataError
-    for a tokenizer that is not there."""
+    """A new run from `source`, a run, a lane of one, or a model, with these settings (`section.key` -> value). Raises
+    ConfigError for what is neither a run nor a model, and for settings of another model; CheckpointError for a run
+    without whole checkpoints; DataError for a tokenizer that is not there."""
     # What a whole run.toml says of its own beginning is no wish.
     given = {name: value for name, value in given.items() if name not in NO_WISH}
     source, lane = found_run(source, None)

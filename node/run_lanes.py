@@ -63,8 +63,8 @@ def chosen_lane(
     step: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> tuple[int, RunConfig, Path]:
-    """The lane that is asked for, or where none is the first of which all stages have a checkpoint (after `step` steps),
-    which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
+    """The lane that is asked for, or where none is the first of which all stages have a checkpoint (after `step`
+    steps), which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
     config = config or load_config(run / "run.toml")
     if lane is not None:
         check_lane(config, lane)

@@ -36,7 +36,8 @@ Progress = Callable[[int], None]  # windows so far
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What to measure. data: the text, by the names that data.source has; None: the run's held-out part. choices: a
-    file of questions. step: of a run's checkpoint; None: the newest. lane: of a run, as `run_lanes.chosen_lane`. length: of windows; None: as trained."""
+    file of questions. step: of a run's checkpoint; None: the newest. lane: of a run, as `run_lanes.chosen_lane`.
+    length: of windows; None: as trained."""
 
     data: str | None = None
     text_field: str = "text"

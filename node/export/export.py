@@ -49,8 +49,8 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the model of `run` to `out`, a new or empty directory; returns what was written, for people and scripts.
 
-    plain: without boundaries, whether or not they do anything. lane: as `run_lanes.chosen_lane`. The rest as `assemble`.
-    Raises ExportError, what these two raise, and OSError where `out` cannot be written.
+    plain: without boundaries, whether or not they do anything. lane: as `run_lanes.chosen_lane`. The rest as
+    `assemble`. Raises ExportError, what these two raise, and OSError where `out` cannot be written.
     """
     check_out(out)
     _, config, place = chosen_lane(run, lane, config=config, step=step, report=report)

@@ -49,6 +49,7 @@ from .run_directory import (
     LocalRunError,
     anchored,
     await_unserved,
+    check_no_checkpoints,
     claimed,
     clear,
     writable,
@@ -109,6 +110,8 @@ def run_local(
                 _claim(held, out, lock)
             if resume:
                 check_checkpoints(config, out)
+            elif not one_process:
+                check_no_checkpoints(config, out)
             if forks is True and not (one_process or isolate):
                 found = fork_server(config)
                 if isinstance(found, ForkServer):

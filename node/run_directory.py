@@ -5,6 +5,10 @@ One program at a time trains the run of a directory. It holds `run.lock`, which 
 killed live for a moment longer, and those that were started by hand have no launcher. So whoever has the lock also
 looks for processes that the records name, and waits a little for them to end. Why not the records alone: two programs
 that start together would both find none.
+
+Checkpoints may be elsewhere (`checkpoint.directory`). A run that begins must find none there: a stage that is started
+again goes on from the newest, whosever it is. Only what is in the run's directory is removed for another run, because
+what is elsewhere may be all that is left of one.
 """
 
 from __future__ import annotations
@@ -20,8 +24,10 @@ from typing import Any
 from ..sim.launch import file_lock
 from ..sim.reports.lanes import lane_path
 from ..sim.reports.liveness import served_here
-from .config import RunConfig
+from .checkpoints.store import COPIES
+from .config import ConfigError, RunConfig
 from .config_file import dump_config, load_config
+from .run_lanes import all_lanes
 
 LOCK = "run.lock"
 START = "first-weights"  # of a run that begins from another one (`node.origin`)
@@ -96,15 +102,43 @@ def await_unserved(run: Path, wait_s: float = ORPHANS_S) -> None:
 
 def clear(out: Path, *, keep: Path | None = None) -> None:
     """Remove what a run leaves in its directory, and nothing else; nor `keep`, if that is in it."""
-    for pattern in RECORDS:
-        for path in out.glob(pattern):
-            if keep and path.resolve() == keep.resolve():
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _left_in(out):
+        if keep and path.resolve() == keep.resolve():
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for lane in out.glob("lane-*"):
         for directory in (*lane.glob("*"), lane):  # such as `checkpoints`
             with suppress(OSError):  # it holds something else too
                 directory.rmdir()
+
+
+def _left_in(out: Path) -> list[Path]:
+    found = [path for pattern in RECORDS for path in out.glob(pattern)]
+    with suppress(ConfigError):  # there is none, or it is another version's
+        for config, place in all_lanes(load_config(out / "run.toml"), out):
+            saved = config.checkpoint.path(place)
+            if Path(os.path.abspath(saved)).is_relative_to(os.path.abspath(out)):
+                found += _checkpoints(saved)
+    return found
+
+
+def _checkpoints(saved: Path) -> list[Path]:
+    return [path for path in (*sorted(saved.glob("stage-*")), saved / COPIES) if path.is_dir()]
+
+
+def check_no_checkpoints(config: RunConfig, out: Path) -> None:
+    """Raises LocalRunError where a new run in `out` would find another one's, after `clear`."""
+    removed = {path.resolve() for path in _left_in(out)}
+    for own, place in all_lanes(config, out):
+        saved = own.checkpoint.path(place)
+        for path in _checkpoints(saved):
+            if path.resolve() not in removed and any(path.rglob("step-*")):
+                line = (
+                    f"checkpoint.directory {saved} holds another run's checkpoints, such as {path.name}; a new run "
+                    "would go on from them, and none but those in --out are removed for it: choose another directory, "
+                    "or remove them"
+                )
+                raise LocalRunError(line, 2)
 
 
 def write_settings(config: RunConfig, path: Path) -> None:

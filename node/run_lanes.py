@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..sim.reports.lanes import lane_path
-from .checkpoints.listing import list_checkpoints
+from .checkpoints.listing import steps_held
 from .checkpoints.manifest import CheckpointError
 from .config import ConfigError, RunConfig
 from .config_file import load_config
@@ -79,9 +79,9 @@ def chosen_lane(
 
 
 def _complete(config: RunConfig, directory: Path, step: int | None) -> bool:
-    saved, stages = config.checkpoint.path(directory), config.pipeline.stages
     try:
-        rows = list_checkpoints(saved, run=config.run.name, stages=stages, thorough=False)
+        held = steps_held(config.checkpoint.path(directory), run=config.run.name, stages=config.pipeline.stages)
     except CheckpointError:
         return False
-    return any(row["resumable"] and step in (None, row["step"]) for row in rows)
+    common = set.intersection(*map(set, held))
+    return bool(common) if step is None else step in common

@@ -130,9 +130,7 @@ class TrainingLoop:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s + grace_s):
                         await link.opened.wait()
-                waits = self._deadline.was_preparing(timeout_s) or (
-                    self._generation and self._deadline.extend(timeout_s)
-                )
+                waits = self._deadline.excused(timeout_s) or (self._generation and self._deadline.extend(timeout_s))
                 if not (link.opened.is_set() or waits):
                     raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
         most_s = self.config.link.replacement_timeout_s if self._generation else timeout_s  # who is lost now comes back

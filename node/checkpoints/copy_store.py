@@ -10,7 +10,7 @@ from ...protocol.copy_transfer import PARTS_AHEAD_MOST, Sending
 from ...protocol.rollback import STEPS_LISTED_MAX
 from .copy_receiver import CopyReceiver, Incoming
 from .manifest import CheckpointError, Manifest
-from .store import CheckpointStore
+from .store import COPIES, CheckpointStore
 
 QUEUED_MAX = PARTS_AHEAD_MOST + 16  # frames from one neighbour that wait for the disk
 
@@ -21,7 +21,7 @@ class CopyStore:
     def __init__(self, stage: int, own: CheckpointStore, bytes_max: int) -> None:
         directory = own.directory.parent
         self.stage = stage
-        self.store = CheckpointStore(directory / "copies", stage=stage, fingerprint=own.fingerprint)
+        self.store = CheckpointStore(directory / COPIES, stage=stage, fingerprint=own.fingerprint)
         # Where it writes itself, if both see the same directory.
         self._shared = CheckpointStore(directory, stage=stage, fingerprint=own.fingerprint)
         self._bytes_max = bytes_max

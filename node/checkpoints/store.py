@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ..stage_state import StageSnapshot
 
 STATE = "state.safetensors"
+COPIES = "copies"  # of neighbours' checkpoints, a directory beside those of this machine's stages
 HELD_TIMES = 4  # times `keep`: more than so many are not held for copies that fall behind
 KEEP_MIN = 3  # neighbours are a checkpoint apart at most, and the newest may be damaged
 

@@ -24,6 +24,7 @@ from ..reports.figures import StageFigures
 from ..reports.lanes import lane_path
 from ..reports.metrics_address import MetricsAddress
 from ..reports.progress import Progress
+from ..reports.record_tail import whole_bytes
 from .disk_space import DiskSpace
 from .end_signals import ANOTHER_ENDED, DRAINING, EndSignals, draining_signals
 from .fork_server import CannotFork, ForkServer, Process
@@ -47,8 +48,8 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class NodeProcess:
-    """A process that serves a stage, of one of so many lanes. log_from, records_from: what its log and its records held
-    before it."""
+    """A process that serves a stage, of one of so many lanes. log_from, records_from: where what it says begins in its
+    log and its records."""
 
     stage: int
     process: Process
@@ -116,11 +117,11 @@ def run_swarm(
     `on_progress` gets, about ten times a second, what the records of every stage have said since now. `on_warning`: a
     line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
     stage that was lost is started again, while the others wait for it; or all of its lane are, after one has failed and
-    ended them; but not twice for the same failure. `disks`, `isolation`, `keys`, `watch`, `forks`, `node_options`: see
-    `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step under way: returns the
-    name of the first that came, None if none did. Raises SwarmError when a node ends early otherwise, naming it, and
-    KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes could end in order. No node
-    is left running either way.
+    ended them; but not twice for a failure that replays. `disks`, `isolation`, `keys`, `watch`, `forks`,
+    `node_options`: see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step
+    under way: returns the name of the first that came, None if none did. Raises SwarmError when a node ends early
+    otherwise, naming it, and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes
+    could end in order. No node is left running either way.
     """
     swarm = Swarm(
         run,
@@ -290,7 +291,7 @@ def _start(
         own.mkdir(exist_ok=True)
     log, environment = own / f"stage-{stage}.log", node_environment()
     records = own / f"stage-{stage}.jsonl"
-    records_from = records.stat().st_size if resume and records.exists() else 0
+    records_from = whole_bytes(records) if resume else 0
     with _log(log, "ab" if resume else "wb") as output:
         log_from = output.tell()
         if forks and not prefix:
@@ -369,7 +370,7 @@ def _watch(
                 raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order
             cost = 1 if failure else len(lost)
             bad = any(now[node] == 2 for node in lost)
-            again = failure is not None and (lane, failure) in before
+            again = failure is not None and failure.replays and (lane, failure) in before
             if again or cost > restarts or bad or swarm.draining:
                 raise SwarmError(_why(swarm, lost, failure, again=again), 2 if bad else 1)
             restarts -= cost

@@ -31,8 +31,11 @@ from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
 from .data import DataError, copy_tokenizer, read_vocabulary
 from .export.portable_model import ExportError, plain_model
-from .preparation import check_codec, check_layers, prepare_vocabulary, resolve_architecture
-from .run_lanes import chosen_lane, found_run
+from .lane_choice import chosen_lane
+from .preparation import check_codec, check_layers, resolve_architecture
+from .run_corpus import vocabulary_of_run
+from .run_directory import with_start
+from .run_lanes import found_run
 from .stage_costs import stage_layers
 
 # Of a run, what is not the next one's.
@@ -54,13 +57,13 @@ class Origin:
     lines: list[str] = field(default_factory=list)
 
     def place(self, directory: Path) -> RunConfig:
-        """Write what the new run begins with into `directory`, which is made; returns its settings, of which the codec
+        """Write what the new run begins with into `directory`, new or empty; returns its settings, of which the codec
         and the cut are checked before the weights are written. Raises ConfigError for a disk that does not take it, and
         what `BAD_INPUT` names."""
         if self.found is None:
             return self.config
         try:
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
             if self.tokenizer:
@@ -116,7 +119,7 @@ def begin_from(source: Path, given: dict[str, Any]) -> Origin:
     given = {name: value for name, value in given.items() if name not in NO_WISH}
     source, lane = found_run(source, None)
     if (source / "run.toml").is_file():
-        run = load_config(source / "run.toml")
+        run = with_start(load_config(source / "run.toml"), source)
         return _from_run(source, lane, run, _without_path(given, source, run.model.path))
     given = _without_path(given, source)
     if (source / "config.json").is_file():
@@ -163,9 +166,9 @@ def _from_run(source: Path, lane: int | None, run: RunConfig, given: dict[str, A
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
         with suppress(DataError):  # its text is gone, and so is what it was
-            lines += _other_tokenizer(source, given, prepare_vocabulary(run, found.tokenizer).path)
+            lines += _other_tokenizer(source, given, vocabulary_of_run(source, found).path)
     else:
-        tokenizer = prepare_vocabulary(run, found.tokenizer).path
+        tokenizer = vocabulary_of_run(source, found).path
     first = {
         "model.path": str(source.resolve()),
         "model.pretrained": True,

@@ -12,14 +12,10 @@ they would write over each other's.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from ..sim.reports.lanes import lane_path
-from .checkpoints.listing import steps_held
-from .checkpoints.manifest import CheckpointError
 from .config import ConfigError, RunConfig
-from .config_file import load_config
 
 
 def check_lane(config: RunConfig, lane: int) -> None:
@@ -53,35 +49,3 @@ def found_run(named: Path, lane: int | None) -> tuple[Path, int | None]:
     if lane not in (None, int(match[1])):
         raise ConfigError(f"--lane {lane}, but {named} is lane {match[1]}; omit one of the two")
     return named.parent, int(match[1])
-
-
-def chosen_lane(
-    run: Path,
-    lane: int | None,
-    *,
-    config: RunConfig | None = None,
-    step: int | None = None,
-    report: Callable[[str], None] | None = None,
-) -> tuple[int, RunConfig, Path]:
-    """The lane that is asked for, or where none is the first of which all stages have a checkpoint (after `step`
-    steps), which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
-    config = config or load_config(run / "run.toml")
-    if lane is not None:
-        check_lane(config, lane)
-        return lane, *of_lane(config, run, lane)
-    lanes = all_lanes(config, run)
-    if len(lanes) == 1:
-        return 0, *lanes[0]
-    chosen = next((number for number, place in enumerate(lanes) if _complete(*place, step)), 0)
-    if report:
-        report(f"lane {chosen} of {len(lanes)} is taken; {run}/lane-N names another")
-    return chosen, *lanes[chosen]
-
-
-def _complete(config: RunConfig, directory: Path, step: int | None) -> bool:
-    try:
-        held = steps_held(config.checkpoint.path(directory), run=config.run.name, stages=config.pipeline.stages)
-    except CheckpointError:
-        return False
-    common = set.intersection(*map(set, held))
-    return bool(common) if step is None else step in common

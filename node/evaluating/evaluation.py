@@ -18,8 +18,9 @@ import torch
 from ..checkpoints.assemble import assemble
 from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
-from ..preparation import prepare_corpus, prepare_vocabulary
-from ..run_lanes import chosen_lane
+from ..lane_choice import chosen_lane
+from ..preparation import prepare_corpus
+from ..run_corpus import check_trained_on, vocabulary_of_run
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject, check_directory, check_ids
@@ -78,7 +79,7 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
     lane, config, place = chosen_lane(run, asked.lane, step=asked.step, report=report)
     assembled = assemble(place, step=asked.step, config=config, report=report)
-    vocabulary = prepare_vocabulary(config, assembled.tokenizer)
+    vocabulary = vocabulary_of_run(run, assembled)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id, lane=lane)
     length = config.data.sequence_length
     if asked.length not in (None, length):
@@ -86,6 +87,7 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
     if asked.data is None:
         own = config.data.model_copy(update={"tokenizer": vocabulary.path})  # whatever would be made of the text here
         corpus = prepare_corpus(config.model_copy(update={"data": own}))
+        check_trained_on(corpus, run, assembled, "put the run's own there, or say which one to measure on with --data")
         batches = [
             _whole(corpus.heldout_batch(number, config.microbatch_size))
             for number in range(config.evaluation_microbatches)

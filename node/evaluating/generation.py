@@ -20,9 +20,9 @@ from ..checkpoints.assemble import assemble
 from ..export.export import in_memory, say_tokens
 from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
+from ..lane_choice import chosen_lane
 from ..model.architecture import quiet_transformers
-from ..preparation import prepare_vocabulary
-from ..run_lanes import chosen_lane
+from ..run_corpus import vocabulary_of_run
 from .subject import EvaluationError, check_directory, load_directory, longest_text, on_device
 
 
@@ -110,9 +110,7 @@ def load(
     _, config, place = chosen_lane(target, lane, step=step, report=report)
     assembled = assemble(place, step=step, config=config, report=report)
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
-    words = portable_tokenizer(
-        prepare_vocabulary(assembled.config, assembled.tokenizer), assembled.config, longest=longest
-    )
+    words = portable_tokenizer(vocabulary_of_run(target, assembled), assembled.config, longest=longest)
     whole = with_boundaries(assembled, plain_model(assembled))
     say_tokens(whole, words)
     return on_device(in_memory(whole), device), words

@@ -161,7 +161,7 @@ def run_local(
                 console.print(line, highlight=False, soft_wrap=True)
             write_settings(config, out / "run.toml")
             resumes = 0 if resume else None
-            display = RunDisplay(console, steps=config.run.steps, resumes=resumes, in_turns=one_process)
+            display = RunDisplay(console, steps=config.run.steps, resumes=resumes)
             with display:
                 if one_process:
                     _run_one_process(config, out, display)

@@ -233,8 +233,8 @@ class Swarm:
             options += ["--keys", str(self._keys)]
         elif self._isolation:  # addresses that leave a namespace, but not this machine
             options.append("--insecure")
-        place = (lane, self.lanes, stage)
-        self.nodes[node] = _start(self.run, place, prefix, options, resume=resume, forks=self._forks)
+        where = {"lane": lane, "lanes": self.lanes}
+        self.nodes[node] = _start(self.run, stage, prefix, options, resume=resume, forks=self._forks, **where)
 
     def _host(self, node: int) -> str:
         return self._isolation.network.addresses[node] if self._isolation else "127.0.0.1"
@@ -273,16 +273,17 @@ class Swarm:
 
 def _start(
     run: Path,
-    place: tuple[int, int, int],
+    stage: int,
     prefix: list[str],
     options: list[str],
     *,
     resume: bool,
-    forks: ForkServer | None = None,
+    forks: ForkServer | None,
+    lane: int,
+    lanes: int,
 ) -> NodeProcess:
-    """place: lane, of how many, and stage. `prefix`: a command that becomes the node, in the same process; so that one
-    has to be started."""
-    lane, lanes, stage = place
+    """`prefix`: a command that becomes the node, in the same process; so that one has to be started. lane: of how many
+    `lanes`."""
     arguments = ["node", "--config", str(run / "run.toml"), "--stage", str(stage), "--out", str(run), *options]
     if resume:
         arguments.append("--resume")

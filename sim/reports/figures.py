@@ -16,6 +16,7 @@ checks stages, times and quantities for plausible values (quantities.py).
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -328,6 +329,15 @@ class StageFigures:
         self.faults.append(FaultFigures(time_s=time_s, code=code, reason=reason))
         if code == CHECKPOINT_FAULT:
             self.unsaved = reason
+
+
+def together(heads: Iterable[StageFigures]) -> float:
+    """Tokens/s of lanes, of a stage of each: they work beside each other, but in one process, where no node has
+    started, one after the other."""
+    of = [(head.tokens_per_s, head.lives) for head in heads if head.tokens_per_s]
+    if any(lives for _, lives in of):
+        return sum(rate for rate, _ in of)
+    return len(of) / sum(1 / rate for rate, _ in of) if of else 0.0
 
 
 def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigures:

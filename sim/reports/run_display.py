@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .figures import StageFigures
+from .figures import StageFigures, together
 from .lanes import node_name
 from .wording import plain
 
 
 class RunDisplay:
     """Use as a context manager; call `update` with the figures of all stages. resumes: of a run that goes on, how many
-    processes of stage 0 were there before; from which step it goes on is said when the next one knows. in_turns: lanes
-    do not work beside each other, but one after the other."""
+    processes of stage 0 were there before; from which step it goes on is said when the next one knows."""
 
-    def __init__(self, console: Console, *, steps: int, resumes: int | None = None, in_turns: bool = False) -> None:
-        self._console, self._steps, self._resumes, self._in_turns = console, steps, resumes, in_turns
+    def __init__(self, console: Console, *, steps: int, resumes: int | None = None) -> None:
+        self._console, self._steps, self._resumes = console, steps, resumes
         self._progress: Progress | None = None
         self._shown = -1
         self._next_line = 0
@@ -67,7 +66,7 @@ class RunDisplay:
         if any(stage.loss is None for stage in stages) or done == self._shown:
             return
         self._shown = done
-        self.text = describe(stages, in_turns=self._in_turns)
+        self.text = describe(stages)
         if self._progress:
             self._progress.update(self._task, completed=done, description=self.text)
         elif done >= self._next_line or done == self._steps:
@@ -101,13 +100,12 @@ def _resumes_after(done: int, steps: int) -> str:
     return f"resumes after step {done} of {steps}{nothing}"
 
 
-def describe(stages: Sequence[StageFigures], *, in_turns: bool = False) -> str:
+def describe(stages: Sequence[StageFigures]) -> str:
     """`loss 5.123  1520 tokens/s  1051 bytes/token  ratio 0.97x`, of all processes that a stage has had; of several
-    lanes the mean loss, the tokens/s of all together (in_turns: where only one works at a time), and what crosses
-    between them."""
+    lanes the mean loss, the tokens/s of all together, and what crosses between them."""
     heads = _heads(stages)
     loss = sum(head.loss or 0.0 for head in heads) / len(heads)
-    text = f"loss {loss:.3f}  {together([head.tokens_per_s for head in heads], in_turns=in_turns):.0f} tokens/s"
+    text = f"loss {loss:.3f}  {together(heads):.0f} tokens/s"
     moved, tokens = sum(stage.moved_bytes for stage in stages), sum(head.dense_tokens for head in heads)
     if moved and tokens:
         ratio = sum(stage.dense_bytes for stage in stages) / moved
@@ -117,11 +115,3 @@ def describe(stages: Sequence[StageFigures], *, in_turns: bool = False) -> str:
         if (averaging := sum(stage.averaging_bytes for stage in stages)) and tokens:
             text += f"  averaging {averaging / tokens:.0f} bytes/token"
     return text
-
-
-def together(rates: Sequence[float | None], *, in_turns: bool = False) -> float:
-    """The rate of lanes that work beside each other, or one after the other."""
-    known = [rate for rate in rates if rate]
-    if not in_turns:
-        return sum(known)
-    return len(known) / sum(1 / rate for rate in known) if known else 0.0

@@ -60,10 +60,10 @@ class SwarmView:
     """Stages that belong together, of one lane. notes: what could not be read."""
 
     name: str
-    lane: int = 0
-    lanes: int = 1
     stages: dict[int, StageView] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    lane: int = 0
+    lanes: int = 1
 
     @property
     def size(self) -> int:
@@ -118,7 +118,7 @@ class Directory:
         return found
 
     def look(self, now_s: float) -> SwarmView:
-        swarm = SwarmView(str(self._records), self._lane, self._lanes)
+        swarm = SwarmView(str(self._records), lane=self._lane, lanes=self._lanes)
         for stage, path in sorted(self._paths().items()):
             figures = self._fold(stage, path)
             swarm.stages[stage] = _seen(figures, now_s)

@@ -19,7 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from .figures import LATERAL, DictionaryFigures, FaultFigures, LinkFigures, StageFigures
+from .figures import LATERAL, DictionaryFigures, FaultFigures, LinkFigures, StageFigures, together
 from .top_data import StageView, SwarmView
 from .wording import plain
 
@@ -86,13 +86,13 @@ def _of_all(lanes: Sequence[SwarmView]) -> Text:
     heads = [head for lane in lanes if (head := _head(lane))]
     figures = [seen.figures for lane in lanes for seen in lane.stages.values()]
     losses = [head.loss for head in heads if head.loss is not None]
-    rates = [head.tokens_per_s for head in heads if head.tokens_per_s is not None]
+    rate = together(heads)
     rounds = [of.round.number for of in figures if of.round]
     sent, tokens = sum(of.averaging_bytes for of in figures), sum(head.dense_tokens for head in heads)
     said = [
         f"{lanes[0].lanes} lanes" + (f", {len(lanes)} of them seen" if len(lanes) < lanes[0].lanes else ""),
         f"loss {sum(losses) / len(losses):.4f}" if losses else None,
-        f"{sum(rates):,.0f} tokens/s" if rates else None,
+        f"{rate:,.0f} tokens/s" if rate else None,
         f"averaging {sent / tokens:,.1f} bytes/token" if sent and tokens else None,
         f"round {min(rounds)}" if rounds else None,
     ]

@@ -278,9 +278,9 @@ def _start(
     options: list[str],
     *,
     resume: bool,
-    forks: ForkServer | None,
-    lane: int,
-    lanes: int,
+    forks: ForkServer | None = None,
+    lane: int = 0,
+    lanes: int = 1,
 ) -> NodeProcess:
     """`prefix`: a command that becomes the node, in the same process; so that one has to be started. lane: of how many
     `lanes`."""

@@ -334,8 +334,8 @@ class StageFigures:
 def together(heads: Iterable[StageFigures]) -> float:
     """Tokens/s of lanes, of a stage of each: they work beside each other, but in one process, where no node has
     started, one after the other."""
-    of = [(head.tokens_per_s, head.lives) for head in heads if head.tokens_per_s]
-    if any(lives for _, lives in of):
+    of = [(head.tokens_per_s, head.process) for head in heads if head.tokens_per_s]
+    if any(process is not None for _, process in of):
         return sum(rate for rate, _ in of)
     return len(of) / sum(1 / rate for rate, _ in of) if of else 0.0
 

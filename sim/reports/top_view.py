@@ -66,8 +66,8 @@ class Bar:
 def frame(swarms: Sequence[SwarmView], *, width: int, now_s: float) -> RenderableType:
     """All of it, for so many columns; now_s: seconds since 1970. Above the lanes of one run a line on all of them."""
     parts: list[RenderableType] = []
-    for _, together in itertools.groupby(swarms, key=_run_of_lanes):
-        lanes = list(together)
+    for _, of_one in itertools.groupby(swarms, key=_run_of_lanes):
+        lanes = list(of_one)
         if lanes[0].lanes > 1:
             parts += [_of_all(lanes), Text()]
         for swarm in lanes:

@@ -49,6 +49,7 @@ from .preparation import (
 )
 from .recovery_loop import RecoveryLoop
 from .run_corpus import corpus_of_run, kept_tokenizer
+from .run_lanes import check_may_be_processes
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_failure import FAILED, StageFailed, first_of
@@ -105,6 +106,7 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int =
         if stage < config.pipeline.stages - 1:
             missing = f"stage {stage} has a stage below it: say where that is, --next host:port"
             split_address(_need(addresses.next, missing))
+        check_may_be_processes(config)
     except BAD_INPUT as error:
         raise NodeError(str(error), 2) from None
 

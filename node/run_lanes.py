@@ -26,6 +26,15 @@ def check_lane(config: RunConfig, lane: int) -> None:
         raise ConfigError(f"--lane {lane}: the run has {told}")
 
 
+def check_may_be_processes(config: RunConfig) -> None:
+    """Raises ConfigError where nodes would have to average with other lanes, which they cannot yet."""
+    if config.lanes.count > 1:
+        raise ConfigError(
+            f"lanes.count = {config.lanes.count}: nodes do not average with other lanes yet; run all lanes in one "
+            "process, thinpipe up --one-process"
+        )
+
+
 def of_lane(config: RunConfig, run: Path, lane: int) -> tuple[RunConfig, Path]:
     """The settings and the directory of lane `lane` of the run in `run`."""
     lanes, directory = config.lanes.count, config.checkpoint.directory

@@ -121,6 +121,7 @@ UP = [
     ),
     (["--prometheus", "a..b:9100"], r"watch\.prometheus: 'a\.\.b:9100': no machine can be known as 'a\.\.b'; check"),
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
+    (["--lanes", "2"], r"lanes\.count = 2: nodes do not average with other lanes yet; .* thinpipe up --one-process"),
     (["--lanes", "0"], r"lanes\.count: .*greater than or equal to 1 \(got 0\)"),
     (
         ["--lanes", "2", "--average", "outr"],

@@ -170,6 +170,13 @@ def test_a_round_without_a_lane_is_counted(run: Path) -> None:
     assert averaging_lines(summary_of(run)) == ["1 round of 2 without all lanes"]
 
 
+def test_lanes_that_never_averaged_are_said(run: Path) -> None:
+    for path in run.glob("lane-*/*.jsonl"):
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if '"round"' not in line))
+    (line,) = averaging_lines(summary_of(run))
+    assert line.startswith("no round is on record")
+
+
 def test_faults_are_of_all_lanes_in_the_order_of_time(run: Path) -> None:
     for lane, at_s in ((0, 108.0), (1, 107.0)):
         write(run, lane, 1, {"event": "fault", "time_s": at_s, "code": "checkpoint", "reason": f"disk {lane}"})

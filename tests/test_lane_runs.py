@@ -206,7 +206,7 @@ REFUSALS: list[tuple[list[str], str]] = [
     ),
     (
         ["supervise", "{new}", "--stage", "0", "--peers", "a:1,b:2", "--set", "lanes.count=2"],
-        "supervise takes runs of one",
+        "supervise takes",
     ),
     (["plan", "--from", "{run}"], "plan takes runs of one lane, and this one has 2; set lanes.count = 1"),
     (["chaos", "--config", "{run}/run.toml", "--out", "{new}"], "chaos takes runs of one lane, and this one has 2"),

@@ -27,8 +27,9 @@ class Nodes:
     """Scripts in the place of nodes, which write what nodes write. `plot`: for each life of a node, what it does; the
     stages of the second lane follow those of the first. replays: what fails is the computation.
 
-    fails: it fails. told: it ends because stage 1 has failed. hears: the same a little later than it. ends: well. later:
-    the same, after the others. waits: until it is told to end. alone: it fails, and nobody was told. dies: by SIGKILL.
+    fails: it fails. told: it ends because stage 1 has failed. hears: the same a little later than it. ends: well.
+    later: the same, after the others. waits: until it is told to end. alone: it fails, and nobody was told. dies: by
+    SIGKILL.
     """
 
     def __init__(self, run: Path, plot: dict[int, list[str]], reasons: list[str], *, replays: bool) -> None:
@@ -157,6 +158,29 @@ def test_the_logs_of_those_that_the_launcher_ends_say_why(tmp_path: Path, monkey
     for stage in (0, 2):
         last = (tmp_path / f"stage-{stage}.log").read_text().splitlines()[-1]
         assert last == f"thinpipe: this stage was ended by the launcher: {said}"
+
+
+def test_nodes_of_lanes_are_told_where_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node dials its stage in the lower lanes, and listens for the stage above and for the higher lanes."""
+    given: dict[tuple[int, int], list[str]] = {}
+
+    def start(_: Path, stage: int, __: list[str], options: list[str], *, lane: int, **___: object) -> None:
+        given[lane, stage] = options[: options.index("--prometheus")]
+
+    monkeypatch.setattr(local_swarm, "_start", start)
+    swarm = local_swarm.Swarm(tmp_path, stages=2, lanes=3, ports=[10, 11, 20, 21, 30, 31])
+    for node in range(6):
+        swarm.start(node, resume=False)
+    assert [swarm.of_lane(lane) for lane in range(3)] == [range(2), range(2, 4), range(4, 6)]
+    here = "127.0.0.1"
+    assert {place: " ".join(options) for place, options in given.items()} == {
+        (0, 0): f"--listen {here}:10 --next {here}:11 --lane 0",
+        (0, 1): f"--listen {here}:11 --lane 0",
+        (1, 0): f"--listen {here}:20 --next {here}:21 --lane 1 --lateral 0={here}:10",
+        (1, 1): f"--listen {here}:21 --lane 1 --lateral 0={here}:11",
+        (2, 0): f"--next {here}:31 --lane 2 --lateral 0={here}:10 --lateral 1={here}:20",
+        (2, 1): f"--listen {here}:31 --lane 2 --lateral 0={here}:11 --lateral 1={here}:21",
+    }
 
 
 def test_a_failure_in_one_lane_is_nothing_to_the_stages_of_the_other(

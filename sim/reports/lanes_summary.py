@@ -88,6 +88,8 @@ def averaging_lines(summary: dict[str, Any]) -> list[str]:
         f"{each['round']}, so they are not one model from then on; begin again from a checkpoint before it"
         for each in found["disagreements"][:1]
     ]
+    if not found["rounds"]:
+        lines.append("no round is on record: the lanes have averaged nothing, and each is a model of its own")
     if found["incomplete_rounds"]:
         lines.append(f"{counted(found['incomplete_rounds'], 'round')} of {found['rounds']} without all lanes")
     return lines
@@ -123,6 +125,8 @@ def _averaging(records: Sequence[Sequence[Sequence[dict[str, Any]]]], sent: int,
 def wait_words(summary: dict[str, Any]) -> str:
     """Which node waited longest for the others' contributions, and how long."""
     most = max(summary["averaging"]["waited"], key=lambda each: each["wait_s"])
+    if not most["wait_s"]:
+        return "-"
     return f"{most['wait_s']:.1f} s ({node_name(most['stage'], most['lane'], len(summary['lanes']))})"
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from ..protocol.heartbeat_figures import HeartbeatAggregate
@@ -54,8 +54,8 @@ async def in_daemon(work: Callable[[], T]) -> T:
 class LongPreparation:
     """Who prepares its data, this stage or another one, as far as is known here."""
 
-    def __init__(self, stage: int, figures: HeartbeatAggregate, metrics: MetricsWriter) -> None:
-        self._stage, self._figures, self._metrics = stage, figures, metrics
+    def __init__(self, stage: int, figures: HeartbeatAggregate, metrics: MetricsWriter, *, lanes: int = 1) -> None:
+        self._stage, self._figures, self._metrics, self._lanes = stage, figures, metrics, lanes
         self._last_s = float("-inf")  # when somebody was known to
 
     async def run(self, work: Callable[[], T], unless: asyncio.Event) -> T | None:
@@ -70,6 +70,15 @@ class LongPreparation:
             self._figures.preparing = False
             for job in jobs:
                 job.cancel()
+
+    @contextmanager
+    def held_up(self) -> Iterator[None]:
+        """This stage waits for something outside of the chain meanwhile, and its neighbours are to wait for it."""
+        self._figures.preparing = True
+        try:
+            yield
+        finally:
+            self._figures.preparing = False
 
     def ago_s(self) -> float:
         """How long ago a stage was last known to prepare its data; 0: one does."""
@@ -99,5 +108,10 @@ class LongPreparation:
 
     def _line(self, who: int, seconds: float) -> str:
         if who == self._stage:
-            return f"stage {who} prepares its data, {seconds:.0f} s so far; the other stages wait for it"
-        return f"stage {self._stage} waits for stage {who}, which prepares its data, {seconds:.0f} s so far"
+            return f"stage {who} {self._does(who)}, {seconds:.0f} s so far; the other stages wait for it"
+        return f"stage {self._stage} waits for stage {who}, which {self._does(who)}, {seconds:.0f} s so far"
+
+    def _does(self, who: int) -> str:
+        if self._lanes == 1:
+            return "prepares its data"
+        return "waits for another lane" if who else "prepares its data or waits for another lane"

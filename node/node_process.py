@@ -13,9 +13,9 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from rich.console import Console
 from ..compress.byte_format import CodecError
 from ..protocol.greeting import NodeIdentity
 from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore_draining, words_for
+from ..sim.links.shaper import LinkProfile
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
@@ -32,6 +33,9 @@ from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus, copy_tokenizer
+from .lanes.lateral_link import LateralSettings
+from .lanes.lateral_links import LateralLinks
+from .link_settings import heartbeat_timeout_s
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
@@ -81,13 +85,15 @@ EXIT_CODES = {BAD_INPUT: 2, (*FAILED, StageFailed, ParentGone): 1, (Stopped,): 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """Where this node listens for the stage above (None: it has none) and where the stage below is."""
+    """Where this node listens for the stage above and for higher lanes (None: it has neither), where the stage below
+    is, and where its own stage is in each lower lane."""
 
     listen: str | None
     next: str | None
+    lateral: Mapping[int, str] = field(default_factory=dict)
 
 
-def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
+def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int = 0) -> None:
     """Raises NodeError for what can be seen to be wrong before minutes go into building the stage: its addresses (one
     that it needs and does not have, a port that is taken), the device, the codec, the link."""
     try:
@@ -96,6 +102,9 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
         check_link(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
+            check_listen(_need(addresses.listen, missing))
+        elif lane < config.lanes.count - 1:
+            missing = f"stage 0 of lane {lane} is dialled by higher lanes: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
         if stage < config.pipeline.stages - 1:
             missing = f"stage {stage} has a stage below it: say where that is, --next host:port"
@@ -112,12 +121,15 @@ def _need(address: str | None, missing: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun.
-    data_changed: though the text is another one. security: how it listens and dials. membership: of one that finds the
-    others by the DHT, and knows where the stage below is.
+    """How a node runs that is nobody else's business. out: for its records and checkpoints. run: the run's own
+    directory, where that is another one because there are lanes. lane: which of them it is in. resume: take the stage's
+    place in a run that has begun. data_changed: though the text is another one. security: how it listens and dials.
+    membership: of one that finds the others by the DHT, and knows where the stage below is.
     """
 
     out: Path
+    run: Path | None = None
+    lane: int = 0
     trace: bool = False
     parent: int | None = None
     resume: bool = False
@@ -149,11 +161,14 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
             stage=stage,
             run=config.run.name,
             stages=config.pipeline.stages,
+            lane=options.lane,
+            lanes=config.lanes.count,
             steps=config.run.steps,
             host=socket.gethostname(),
             process=os.getpid(),
             listen=addresses.listen,
             next=addresses.next,
+            lateral={str(lane): address for lane, address in addresses.lateral.items()},
             resume=options.resume,
             tls=options.security.keys is not None,
         )
@@ -190,7 +205,8 @@ def _records(config: RunConfig, stage: int, options: NodeOptions) -> tuple[Watch
     """Who watches, and where the node's records go. Raises NodeError for a port that is taken or a file that cannot be
     written."""
     try:
-        watching = Watching(config.watch, options.out, stage=stage, replaces=options.resume)
+        lanes = {"lane": options.lane, "lanes": config.lanes.count}
+        watching = Watching(config.watch, options.out, stage=stage, **lanes, replaces=options.resume)
     except MetricsAddressError as error:
         raise NodeError(str(error), 2) from None
     path = options.out / f"stage-{stage}.jsonl"
@@ -211,7 +227,7 @@ async def _run(
     on_fault: Reporter,
 ) -> None:
     link = config.link
-    stage, digest = prepare(config, index)
+    stage, digest = prepare(config, index, options.lane)
     if index == 0:
         _write_costs(config, metrics)
     identity = NodeIdentity(
@@ -220,10 +236,13 @@ async def _run(
         stage=index,
         stages=config.pipeline.stages,
         incarnation=options.membership.record.incarnation if options.membership else secrets.randbits(63),
+        lane=options.lane,
+        lanes=config.lanes.count,
     )
     written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
     fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
-    kept = kept_tokenizer(options.out) if index == 0 and options.resume else None
+    home = options.run or options.out  # which has the record of the text
+    kept = kept_tokenizer(home) if index == 0 and options.resume else None
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -243,8 +262,8 @@ async def _run(
 
     def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
         given = {"resume": options.resume, "changed": options.data_changed}
-        found = corpus_of_run(corpus, config, options.out, **given).check(manifests)
-        found.keep(options.out)
+        found = corpus_of_run(corpus, config, home, **given).check(manifests)
+        found.keep(home)
         if record := found.record:
             store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
 
@@ -256,12 +275,31 @@ async def _run(
             except CheckpointError as error:  # as of any other write there: the run goes on
                 on_fault("checkpoint", str(error))
 
+    lateral = None
+    if stage.averager:
+        settings = LateralSettings(
+            contribution_bytes=stage.averager.bytes_of,
+            profile=LinkProfile.parse(link.link),
+            silence_s=heartbeat_timeout_s(LinkProfile.parse(link.link), link.chunk_bytes),
+            greeting_timeout_s=link.greeting_timeout_s,
+            deadline_s=link.replacement_timeout_s,
+            heartbeat=lambda: recovery_loop.heartbeat(),
+            seed=config.run.seed,
+        )
+        lateral = LateralLinks(
+            identity=identity,
+            addresses=addresses.lateral,
+            directory=options.out / "rounds" / f"stage-{index}",
+            settings=settings,
+            report=on_fault,
+            security=security,
+        )
     recovery_loop = RecoveryLoop(
         config,
         stage,
         identity,
         joining=options.resume,
-        rebuild=lambda: prepare(config, index)[0],
+        rebuild=lambda: prepare(config, index, options.lane)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
         open_corpus=(lambda: open_text(config, kept)) if index == 0 else None,
@@ -270,9 +308,12 @@ async def _run(
         tracer=tracer,
         on_fault=on_fault,
         accept_corpus=accept_corpus,
+        lateral=lateral,
     )
     async with AsyncExitStack() as open_ends:
         methods = membership.methods(on_fault) if membership else {}
+        if lateral:
+            methods["Rounds"] = lateral.handler
         if stage.upstream_endpoint:
             assert addresses.listen
             serving = listening(
@@ -283,6 +324,7 @@ async def _run(
                 control=recovery_loop.control,
                 security=security,
                 more=methods,
+                more_streams=config.lanes.count - 1,
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
@@ -294,6 +336,9 @@ async def _run(
         if options.parent is not None:
             endless.append(_watch_parent(options.parent))
         work = recovery_loop.run()
+        if lateral:
+            open_ends.push_async_callback(lateral.close)
+            work = _while_calling(work, lateral.run(), lambda: link.greeting_timeout_s)
         if stage.downstream_endpoint:
             calling = dial_control(where(), recovery_loop.control, **waits)
             said = recovery_loop.control.said_last_word

@@ -153,8 +153,9 @@ def check_layers(config: RunConfig, architecture: PretrainedConfig) -> None:
         check_architecture(codec, architecture, config.run.seed)
 
 
-def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
-    """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
+def prepare(config: RunConfig, stage: int, lane: int = 0) -> tuple[Stage, str]:
+    """Build stage `stage` of lane `lane`; returns it and the digest that its neighbours must share. Raises what
+    BAD_INPUT names."""
     check_device(config)
     check_codec(config)
     check_lanes(config)
@@ -167,7 +168,7 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     check_sliceable(architecture, stage_layers(config, architecture))
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
-    built = Stage(config, architecture, stage)
+    built = Stage(config, architecture, stage, lane)
     return built, run_digest(config, architecture, built.token_table_digest)
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..protocol.control_messages import CopyFrame, CopyPart
+from ..protocol.control_messages import CopyFrame, CopyPart, Heartbeat
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
@@ -35,6 +35,8 @@ from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .config import RunConfig
 from .data import Corpus
 from .free_memory import give_back_free_memory
+from .lanes.lateral_links import LateralLinks
+from .lanes.rounds import Rounds
 from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link
@@ -80,6 +82,7 @@ class RecoveryLoop:
         tracer: Tracer,
         on_fault: Reporter,
         accept_corpus: Callable[[Corpus, list[Manifest]], None] | None = None,
+        lateral: LateralLinks | None = None,
     ) -> None:
         self.config, self.stage = config, stage
         self.committed = 0  # steps, in the newest checkpoint on disk
@@ -112,7 +115,8 @@ class RecoveryLoop:
             sent=self._sent,
         )
         self._farewell = Farewell(self.control, metrics)
-        self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics)
+        self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics, lanes=identity.lanes)
+        self._rounds = lateral and Rounds(lateral, metrics, held_up=self._preparing.held_up)
         self._pause = ProcessPause()
         self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
@@ -164,6 +168,8 @@ class RecoveryLoop:
                 self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
+            if self._rounds:
+                await self._rounds.finish()
         except Exception as error:
             await self.farewell(error)
             raise
@@ -240,6 +246,16 @@ class RecoveryLoop:
                 return True
         return False
 
+    def heartbeat(self) -> Heartbeat:
+        """What other lanes are told of this one."""
+        of_chain = self.machine.heartbeats
+        return Heartbeat(
+            generation=self.machine.generation,
+            completed_steps=self.machine.completed,
+            missing=of_chain.missing,
+            preparing=of_chain.prepares,
+        )
+
     def _say_end(self) -> None:
         """Say after which step the run stops, if it does, as soon as that can be known: who takes a stage's place does
         not know how many are done before all have said, and stage 0 may be asked to end while it still prepares its
@@ -313,7 +329,10 @@ class RecoveryLoop:
             totals=self._totals,
             deadline=self._deadline,
             last=self.machine.end,
+            rounds=self._rounds,
         )
+        if self._rounds and self.stage.averager:
+            self._rounds.begin(self.stage.averager, self.stage.completed, self._points.oldest)
         self.link_above = above
         self._training = asyncio.create_task(self._train(self._node, below))
 
@@ -386,6 +405,8 @@ class RecoveryLoop:
         self._in_loop(record)
         self.committed = completed
         self._in_loop(partial(self._copies.written, completed))
+        if self._rounds and self.stage.averager:
+            self._in_loop(partial(self._rounds.forget, self.stage.averager, self._points.oldest))
 
     def _held_at_buddy(self, completed: int) -> None:
         self.machine.heartbeats.copied = completed

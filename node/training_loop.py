@@ -35,6 +35,7 @@ from ..sim.reports.summary import dense_bytes_one_way
 from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .data import Corpus
+from .lanes.rounds import Rounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .long_preparation import in_daemon
@@ -73,12 +74,13 @@ class TrainingLoop:
         totals: RunTotals | None = None,
         deadline: ReceiveDeadline | None = None,
         last: int | None = None,
+        rounds: Rounds | None = None,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
         self._generation, self._on_completed = generation, on_completed
         self._last = config.run.steps if last is None else min(last, config.run.steps)
         self.under_way = stage.completed  # steps that are completed once the present one is
-        self.above, self.below = above, below
+        self.above, self.below, self._rounds = above, below, rounds
         self._metrics = metrics
         self.totals = totals or RunTotals()
         self._deadline = deadline or ReceiveDeadline(fixed_s=config.link.progress_timeout_s)
@@ -188,6 +190,7 @@ class TrainingLoop:
                         if squares is None:
                             await self._gather(step)
                         loss, grad_norm = await self._finish(step, squares)
+            await self._hold_rounds(step + 1, of_gradients=False)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
@@ -243,6 +246,13 @@ class TrainingLoop:
         if self._from_below and self.stage.awaits_gradient(step):
             table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
         await self._compute.run("gather", self.stage.gather, step, table_gradient)
+        await self._hold_rounds(step + 1, of_gradients=True)
+
+    async def _hold_rounds(self, completed: int, *, of_gradients: bool) -> None:
+        """Those that are due with other lanes, if there are any."""
+        averager = self.stage.averager
+        if self._rounds and averager and averager.mode.of_gradients == of_gradients:
+            await self._rounds.hold(averager, completed, self._compute, self._watch)
 
     async def _reduce_norm(self, step: int) -> float:
         """The sum of squares of this stage's gradients and of all below, which the stage above is told."""
@@ -296,10 +306,13 @@ class TrainingLoop:
             assert arrival.ids_BS is not None
             return arrival.ids_BS, arrival.received
         assert self.corpus is not None
+        drawn = partial(draw, self.corpus, self.config, kind, step, microbatch, self.stage.lane)
         if not self.corpus.draws_slowly or kind is Kind.EVALUATION:
-            return draw(self.corpus, self.config, kind, step, microbatch), None
+            return drawn(), None
         with self._watch.waiting():  # the loop goes on: a neighbour hears heartbeats while a dataset is waited for
-            return await in_daemon(partial(draw, self.corpus, self.config, kind, step, microbatch)), None
+            return await in_daemon(
+                partial(draw, self.corpus, self.config, kind, step, microbatch, self.stage.lane)
+            ), None
 
     async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int) -> Arrival:
         with self._watch.waiting():
@@ -329,9 +342,11 @@ class TrainingLoop:
             cpu_s=round(cpu_s, 6),
             loop_cpu_s=round(lap.thread_cpu_s, 6),
             tokens_per_s=round(tokens / seconds, 3),
-            sent_bytes={link.name: dict(link.sent) for link in self._links},
+            sent_bytes={link.name: dict(link.sent) for link in self._links}
+            | (self._rounds.sent_bytes() if self._rounds else {}),
             dense_bytes=len(self._links) * dense_bytes_one_way(width=self.stage.width, tokens=tokens),
-            links=[self.totals.step_record(link, seconds) for link in self._links],
+            links=[self.totals.step_record(link, seconds) for link in self._links]
+            + (self._rounds.step_records(seconds) if self._rounds else []),
             rss_bytes=rss_bytes(),
             codec=self._measures,
             dictionaries=self.stage.dictionaries(),
@@ -351,7 +366,7 @@ class TrainingLoop:
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self.stage.state_bytes(),
             state_sha256=self.stage.state_sha256(),
-            links=[self.totals.record(link) for link in self._links],
+            links=[self.totals.record(link) for link in self._links] + (self._rounds.records() if self._rounds else []),
         )
 
 

@@ -14,6 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,11 @@ class RoundUsed:
     digest: str
     norm: float
 
+    def record(self) -> dict[str, Any]:
+        """Fields of a record `round`."""
+        own = {"members": self.members, "digest": self.digest, "norm": self.norm}
+        return {"number": self.round.number, "fragment": self.round.fragment, **own}
+
 
 class Averager(ABC):
     """The rounds of one stage. moved: called after weights were changed from here."""
@@ -69,6 +75,10 @@ class Averager(ABC):
     @abstractmethod
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         """Move the weights by all contributions, by lane, in order. Returns the norm of their mean."""
+
+    def bytes_of(self, number: int) -> int:
+        """`contribution_bytes` of round `number`, for links, which may ask for any: past the last one, 1."""
+        return self.contribution_bytes(self.plan.round(number)) if number < self.plan.count else 1
 
     def under_way(self, completed: int) -> dict[Round, bytes]:
         """What this lane has contributed to the rounds that are made and not used once `completed` steps are."""

@@ -40,6 +40,13 @@ class RestorePoints:
         """Whether it is in memory."""
         return completed in self._in_memory
 
+    @property
+    def oldest(self) -> int:
+        """No rollback leads further back than to after so many steps. One checkpoint alone may be one that a neighbour
+        lacks; of two, neighbours are at most one apart."""
+        steps = self.store.steps()
+        return min(steps) if len(steps) > 1 else 0
+
     async def keep(self, snapshot: StageSnapshot, *, generation: int) -> None:
         """In memory now, on disk soon."""
         self._in_memory[snapshot.completed] = snapshot

@@ -107,7 +107,11 @@ class LateralLink:
     @property
     def name(self) -> str:
         mine, peer = sorted((self.session.identity.lane, self.lane))
-        return f"lanes {mine}-{peer} of stage {self.session.identity.stage}"
+        return f"lateral {self.session.identity.stage}: lane {mine}-{peer}"
+
+    @property
+    def profile(self) -> LinkProfile:
+        return self._settings.profile
 
     @property
     def greeting_timeout_s(self) -> float:
@@ -143,7 +147,7 @@ class LateralLink:
         """Wait for the peer's contribution. Raises TimeoutError, which says for whom and for how long, when nothing was
         heard for the deadline, or what has made this link fail."""
         waiting_for = f"lane {self.lane}'s contribution to round {round}"
-        await self._until(lambda: round in self.received.kept, waiting_for)
+        await self._until(lambda: round in self.received.kept, waiting_for, goes_on=lambda: not self._peer_done)
 
     async def until_finished(self) -> None:
         """Wait until the peer needs nothing more either; the same errors."""
@@ -152,12 +156,19 @@ class LateralLink:
             async with asyncio.timeout(LAST_WORD_S):
                 await self._said_all.wait()
 
-    async def _until(self, there: Callable[[], bool], waiting_for: str) -> None:
+    async def _until(
+        self, there: Callable[[], bool], waiting_for: str, *, goes_on: Callable[[], bool] = lambda: True
+    ) -> None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         while not there():
             if self.failure:
                 raise self.failure
+            if not goes_on():
+                raise TimeoutError(
+                    f"stage {self.session.identity.stage}: lane {self.lane} has ended without {waiting_for}; start it "
+                    "again with --resume, and this one too"
+                )
             due_s = max(began_s, self._heard_s) + self._settings.deadline_s
             if loop.time() >= due_s:
                 raise TimeoutError(self._late(waiting_for, loop.time() - began_s))

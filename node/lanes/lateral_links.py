@@ -96,6 +96,11 @@ class LateralLinks:
         self._broken.add_done_callback(lambda broken: broken.exception())  # seen, if `run` is over by then
         self._closing = False
 
+    @property
+    def links(self) -> list[LateralLink]:
+        """By lane, in order."""
+        return list(self._links.values())
+
     # -- for the training loop ----------------------------------------------------------------------------------------
 
     def publish(self, round: int, contribution: bytes) -> asyncio.Task[None]:

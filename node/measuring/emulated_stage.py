@@ -123,6 +123,7 @@ class EmulatedStage(Stage):
         machine = EmulatedMachine.parse(config.compute.emulate)
         self.layers = machine.layers(config, architecture)[index]
         self.times = machine.times(config, architecture)[index]
+        self.averager, self.lane = None, 0
         self.completed = 0
         self.losses: dict[int, float] = {}
         self._gradients = 0  # microbatches of this step whose input gradient is there

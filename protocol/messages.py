@@ -52,6 +52,7 @@ class Kind(IntEnum):
     EVALUATION_LOSS = 4
     PROJECTOR_GRADIENT = 6  # the receiver's half of the gradient of a learned projector, once a step
     PROBE = 5  # filler that measures the link; the receiver drops it
+    GRADIENT_NORM = 7  # a sum of squares on its way up, or the total on its way down (protocol/global_norm.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -253,6 +253,7 @@ KINDS: dict[Kind, Row] = {
     Kind.EVALUATION_LOSS: ("up", "nothing", "sum over all evaluated tokens"),
     Kind.PROBE: ("both", "filler, dropped by the receiver", "0"),
     Kind.PROJECTOR_GRADIENT: ("up", "the receiver's half of a projector's gradient, once a step", "0"),
+    Kind.GRADIENT_NORM: ("both", "the body: a sum of squares, float64, once a step", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
 

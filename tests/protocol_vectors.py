@@ -39,6 +39,7 @@ from thinpipe.protocol.dictionary import Publisher
 from thinpipe.protocol.dictionary_delta import Delta, DictionarySpec, Version, encode_delta, join_deltas
 from thinpipe.protocol.dictionary_selection import Policy, select
 from thinpipe.protocol.errors import Fault
+from thinpipe.protocol.global_norm import NORM
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import encode_header
 from thinpipe.protocol.messages import (
@@ -138,6 +139,12 @@ def all_frames() -> dict[str, Frame]:
             generation=0,
             data=b"",
             head=Head(kind=Kind.EVALUATION_LOSS, step=1, microbatch=0, loss_sum=12.25),
+        ),
+        "chunk of a gradient norm": Chunk(
+            sequence=7,
+            generation=1,
+            data=NORM.pack(0.1),
+            head=Head(kind=Kind.GRADIENT_NORM, step=12, microbatch=0, body_bytes=8),
         ),
         "chunk of a change of a dictionary": Chunk(
             sequence=LARGEST,

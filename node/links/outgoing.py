@@ -39,6 +39,7 @@ ROW = {
     Kind.EVALUATION_LOSS: "evaluation",
     Kind.PROBE: "probe",
     Kind.PROJECTOR_GRADIENT: "projector_gradient",
+    Kind.GRADIENT_NORM: "gradient_norm",
 }
 APART = ("evaluation", "probe")  # counted whole, outside the ratio
 

@@ -242,8 +242,8 @@ def greetings(data: bytes) -> Ends:
 
 def _check_kin(peer: Greeting | None) -> None:
     """Whoever was let in said what the stage above says."""
-    said = peer and (peer.run_id, peer.configuration, peer.stages, peer.stage, peer.protocol_version)
-    if said != (MINE.run_id, MINE.configuration, MINE.stages, ABOVE.stage, PROTOCOL_VERSION):
+    said = peer and (peer.run_id, peer.configuration, peer.stages, peer.stage, peer.lane, peer.protocol_version)
+    if said != (MINE.run_id, MINE.configuration, MINE.stages, ABOVE.stage, MINE.lane, PROTOCOL_VERSION):
         raise Finding(f"{peer} was let in")
 
 

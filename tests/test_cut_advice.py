@@ -14,11 +14,13 @@ import pytest
 from thinpipe.cli import app
 from thinpipe.node.local import run_local
 from thinpipe.node.measuring.pipeline_costs import pipeline_costs
+from thinpipe.node.measuring.plan import plan
+from thinpipe.node.measuring.stage_times import times_recut
 from thinpipe.node.preparation import resolve_architecture
-from thinpipe.sim.links.pipeline import Boundary
+from thinpipe.sim.links.pipeline import Boundary, StageTimes
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.links.stage_work import Operations
-from thinpipe.sim.reports.cut_advice import PipelineCosts, advice_on_record, advise
+from thinpipe.sim.reports.cut_advice import PipelineCosts, advice_on_record, advise, cut_advice
 from thinpipe.sim.reports.figures import StageFigures
 from thinpipe.sim.reports.summary import read_records
 from thinpipe.sim.reports.top_data import look, sources
@@ -111,6 +113,23 @@ def test_costs_are_read_as_they_were_written() -> None:
     for link in ("none", "300mbit,25ms", "80mbit,50ms,jitter=2ms,burst=64kb"):
         costs = replace(COSTS, boundary=replace(COSTS.boundary, link=LinkProfile.parse(link)))
         assert PipelineCosts.of(json.loads(json.dumps(costs.record()))) == costs
+
+
+@pytest.mark.parametrize("clip_norm", ["stage", "global"])
+def test_a_gain_is_that_of_plan(clip_norm: str, tiny: TinyConfig) -> None:
+    """A round trip for the norm of all stages included, which no cut saves."""
+    settings = {"pipeline.stages": 2, "pipeline.schedule": "zb", "link.link": "100mbit,200ms"}
+    settings |= {"optim.clip_norm": clip_norm}
+    config, other = (tiny({**settings, "pipeline.cut": cut}) for cut in ("1,3", "4,0"))
+    architecture = resolve_architecture(config)
+    times = [StageTimes(forward_s=each, backward_s=2 * each) for each in (0.01, 0.5)]
+    costs = pipeline_costs(config, architecture)
+    assert costs
+    found = cut_advice(costs, times)
+    assert found["best_layers"] == [4, 0]
+    moved = times_recut(config, other, architecture, times)
+    before, after = (plan(*each)[0] for each in ((config, architecture, times), (other, architecture, moved)))
+    assert found["gain"] == pytest.approx(after["tokens_per_s"] / before["tokens_per_s"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from thinpipe.node.local import run_local
 from thinpipe.node.model import ModelError
 from thinpipe.node.preparation import ConfigError, prepare, prepare_corpus
 from thinpipe.node.stage import Stage
+from thinpipe.node.stage_codec import stage_context
 from thinpipe.sim.reports.summary import read_records
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -62,9 +63,15 @@ def test_the_subspace_has_the_same_bits_everywhere() -> None:
 GOLDEN = ["-0x1.052f4b9c4a652p-4", "-0x1.d5da1aada9a13p-1", "-0x1.590d6958847a8p-2", "0x1.ed9c1597cdc58p-3"]
 
 
+def subspace_of(stage: Stage) -> Tensor | None:
+    """Of a stage whose codec is ssn:k=8."""
+    context = stage_context(stage.config, stage.index, stage.model, dtype=stage.dtype)
+    return parse_codec("ssn:k=8").codec.frozen(context)
+
+
 def test_neighbours_compare_the_subspace_where_there_is_no_table(tiny: TinyConfig) -> None:
     stage = prepare(tiny({"pipeline.stages": 2, "codec.codec": "ssn:k=8,table=0"}), 1)[0]
-    u = parse_codec("ssn:k=8").codec.frozen(stage._context(stage.model))
+    u = subspace_of(stage)
     assert u is not None
     assert stage.token_table_digest == hashlib.sha256(u.numpy().tobytes()).hexdigest()
 
@@ -98,7 +105,7 @@ def test_what_crosses_stays_whole_while_it_trains(steps: int, dtype: str, tiny: 
 
 def test_writers_are_what_dense_training_starts_from(tiny: TinyConfig) -> None:
     narrow, dense = (prepare(tiny({"pipeline.stages": 2, "codec.codec": codec}), 0)[0] for codec in ("ssn:k=8", "fp32"))
-    u = parse_codec("ssn:k=8").codec.frozen(narrow._context(narrow.model))
+    u = subspace_of(narrow)
     assert u is not None
     whole = dict(dense.model.full_names())
     replaced = {name for name, _ in narrow.model.full_names() if ".inner." in name}
@@ -212,7 +219,7 @@ def in_float64(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_it_is_one_model_without_boundaries(steps: int, in_float64: Callable[[int], RunConfig], tmp_path: Path) -> None:
     config = in_float64(steps)
     stages = [prepare(config, index)[0] for index in range(4)]
-    u = parse_codec("ssn:k=8").codec.frozen(stages[0]._context(stages[0].model))
+    u = subspace_of(stages[0])
     assert u is not None
     plain = without_boundaries(stages, u, free=1)
     got = run_in_memory(config, tmp_path / "run")

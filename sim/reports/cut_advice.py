@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...protocol.schedule import get_schedule
+from ...protocol.global_norm import WithGlobalNorm
+from ...protocol.schedule import Schedule, get_schedule
 from ..links.pipeline import Boundary, StageTimes, simulate
 from ..links.shaper import LinkProfile
 from ..links.stage_work import Operations, StageWorkError, best_cut, measured_speeds, measured_times, with_other_work
@@ -43,6 +44,12 @@ class PipelineCosts:
     microbatches: int
     boundary: Boundary
 
+    @property
+    def training_schedule(self) -> Schedule:
+        """With the gradient norm, where stages agree on one."""
+        schedule = get_schedule(self.schedule)
+        return WithGlobalNorm(schedule) if self.boundary.norm_bytes else schedule
+
     def record(self) -> dict[str, Any]:
         """As JSON holds it, for the records."""
         return {
@@ -53,6 +60,7 @@ class PipelineCosts:
             "microbatches": self.microbatches,
             "forward_bytes": self.boundary.forward_bytes,
             "backward_bytes": self.boundary.backward_bytes,
+            "norm_bytes": self.boundary.norm_bytes,
             "link": str(self.boundary.link),
         }
 
@@ -73,6 +81,7 @@ class PipelineCosts:
             boundary=Boundary(
                 forward_bytes=_count(record["forward_bytes"]),
                 backward_bytes=_count(record["backward_bytes"]),
+                norm_bytes=_count(record["norm_bytes"]),
                 link=LinkProfile.parse(str(record["link"])),
             ),
         )
@@ -106,7 +115,7 @@ def _best(costs: PipelineCosts, times: tuple[StageTimes, ...]) -> tuple[tuple[in
     moved = with_other_work(times, work, costs.operations.of_stages(best))
     before_s, after_s = (
         simulate(
-            get_schedule(costs.schedule),
+            costs.training_schedule,
             of_stages,
             [costs.boundary] * (len(best) - 1),
             microbatches=costs.microbatches,

@@ -435,7 +435,7 @@ def test_one_that_comes_damaged_is_asked_for_again_and_not_for_ever(tmp_path: Pa
                 path.with_name(f"1-{1:016x}").write_bytes(right)
                 waiting = asyncio.create_task(taker.take(1))
         await attached(taker, giver, Connection(None))
-        with pytest.raises(ContributionError, match="lane 0's contribution to round 1 came damaged 3 times"):
+        with pytest.raises(ContributionError, match="lanes 0-1 of stage 1: the contribution to round 1 came damaged 3"):
             await waiting
 
     story(job())
@@ -482,7 +482,7 @@ def test_a_full_disk_ends_the_node_with_one_line(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(Path, "rename", full)
         upper, _ = await attached(taker, giver, Connection(None))
         assert isinstance(upper, ContributionError)
-        assert str(upper).startswith("the contribution to round 0 cannot be written to ")
+        assert str(upper).startswith("lanes 0-1 of stage 1: the contribution to round 0 cannot be written to ")
         assert str(upper).endswith("No space left on device; make room there")
         with pytest.raises(ContributionError, match="cannot be written"):
             await giver.give(1)

@@ -4,8 +4,8 @@ A `LateralLink` joins the pure rules (`protocol.round_session`), two directories
 with its link model. It outlives connections: `attach` runs one until it ends, and the next one goes on where the disks
 say that it stopped. Reading and writing are two coroutines given by the transport.
 
-What comes is written a few parts at a time, and acknowledged when it is written, so neither end holds more than a
-window in memory, whatever a contribution has. While the disk works nothing more is read from this peer.
+What comes is acknowledged when it is written (lateral_arrivals.py), so neither end holds more than a window in memory,
+whatever a contribution has. While the disk works nothing more is read from this peer.
 
 A heartbeat a second says that this node lives, how far it is, and what its lane waits for. A peer that says nothing for
 `silence_s` counts as gone and is dialled again; who waits for it learns how long ago it was heard.
@@ -18,26 +18,21 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from ...protocol.control_messages import Heartbeat
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
 from ...protocol.messages import Greeting
-from ...protocol.round_messages import RoundPart
 from ...protocol.round_session import PartCame, PeerAlive, PeerDone, PeerGreeted, PeerMoved, RoundSession
-from ...protocol.round_transfer import Contribution, ContributionBytes, PartRange
+from ...protocol.round_transfer import ContributionBytes, PartRange
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import LinkProfile
 from ..links.control_stream import HEARTBEAT_EVERY_S
 from ..links.link import LAST_WORD_S, Read
 from ..links.outgoing import Write, part_bytes_for
 from .contribution_store import ContributionError, ContributionStore
+from .lateral_arrivals import LateralArrivals
 from .lateral_outgoing import Kind, LateralOutgoing, window_bytes_for
-
-DAMAGED_MAX = 3  # of one round, before it is no accident any more
-
-T = TypeVar("T")
 
 
 class LateralLinkEnded(ConnectionError):
@@ -86,7 +81,7 @@ class LateralLink:
         )
         self.lane = peer_lane
         self.outgoing = LateralOutgoing(profile, seed=settings.seed)
-        self.received = received
+        self.received, self.arrivals = received, LateralArrivals(received)
         self.received_bytes: Counter[Kind] = Counter()  # framed
         self.connections = 0  # on which the peer greeted
         self.heartbeat: Heartbeat | None = None  # the peer's last one
@@ -97,9 +92,6 @@ class LateralLink:
         self._finishing = self._peer_done = False
         self._attached = asyncio.Lock()
         self._end: asyncio.Future[None] | None = None  # ends the present connection
-        self._job: asyncio.Future[Any] | None = None  # of a thread, on the disk
-        self._coming: list[RoundPart] = []  # not written yet, all of one round
-        self._damaged: Counter[int] = Counter()
         self._greeted, self._news, self._sendable = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._moved = asyncio.Event()  # replaced whenever there is something that somebody may wait for
         self._said_all = asyncio.Event()  # the goodbye was handed to gRPC
@@ -205,11 +197,6 @@ class LateralLink:
         if self._end is not None and not self._end.done():
             self._end.set_exception(why)
 
-    async def settle(self) -> None:
-        """Wait for what is being written."""
-        if self._job is not None and not self._job.done():
-            await asyncio.wait([self._job])
-
     # -- for the transport --------------------------------------------------------------------------------------------
 
     async def attach(self, read: Read, write: Write, *, speaks_first: bool) -> None:
@@ -219,10 +206,9 @@ class LateralLink:
         ContributionError for this node's own disk, or what `read` and `write` raise.
         """
         async with self._attached:
-            await self.settle()
+            await self.arrivals.begin_connection()
             out, session = self.outgoing, self.session
             self._end = asyncio.get_running_loop().create_future()
-            self._coming.clear()
             self._greeted.clear()
             self._said_all.clear()
             out.begin_connection()
@@ -251,6 +237,9 @@ class LateralLink:
             except ConnectionError as error:
                 self.fault = str(error)
                 raise
+            except ContributionError as error:
+                self.fail(ContributionError(f"{self.name}: {error}"))
+                raise self.failure or error from None
             finally:
                 if not self.finished:
                     self.fault = self.fault or "the last connection broke"
@@ -282,7 +271,7 @@ class LateralLink:
                 event = session.receive(raw)
             except RemoteProtocolError:
                 if (changed := session.receiver.changed) is not None:
-                    await self._begin_again(changed)
+                    await self.arrivals.begin_again(changed)
                 raise
             kind: Kind = "averaging" if isinstance(event, PartCame) else "control"
             self.received_bytes[kind] += framed_bytes(len(raw))
@@ -298,50 +287,17 @@ class LateralLink:
                     self._sendable.set()
                     self._on_peer_moved()
                 case PartCame(part=part):
-                    self._coming.append(part)
+                    self.arrivals.add(part)
                     if session.receiver.write_due:
-                        await self._write()
+                        await self.arrivals.write()
+                        session.receiver.written()
+                        if not self._finishing:
+                            self.outgoing.push(session.received())
                 case PeerDone():
                     self._peer_done = True
                 case None:
                     pass
             self._notify()
-
-    async def _write(self) -> None:
-        """What has come goes onto the disk, and then it is acknowledged."""
-        parts, self._coming = self._coming, []
-        first = parts[0]
-        made = Contribution(total_bytes=first.total_bytes, xxh3=first.contribution_xxh3)
-        datas = [part.data for part in parts]
-        whole = await self._on_disk(self.received.append, first.round, made, first.offset, datas)
-        if whole is None:
-            await self._begin_again(first.round)
-            line = f"the contribution to round {first.round} does not have its checksum; it is asked for again"
-            raise RemoteProtocolError(Fault.PAYLOAD, line)
-        if whole:
-            self.received.keep(first.round, made)
-        self.session.receiver.written()
-        if not self._finishing:
-            self.outgoing.push(self.session.received())
-
-    async def _begin_again(self, round: int) -> None:
-        """What has come of a contribution is of no use. The same one several times is no accident."""
-        await self._on_disk(self.received.drop_partial)
-        self._damaged[round] += 1
-        if self._damaged[round] >= DAMAGED_MAX:
-            self.fail(
-                ContributionError(
-                    f"{self.name}: lane {self.lane}'s contribution to round {round} came damaged {DAMAGED_MAX} times; "
-                    "look at the disk and the memory there"
-                )
-            )
-
-    async def _on_disk(self, work: Callable[..., T], *arguments: object) -> T:
-        """A job on a thread. It runs on if the connection ends; the next one waits for it (`settle`)."""
-        job = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-        job.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if nobody waits any more
-        self._job = job
-        return await asyncio.shield(job)
 
     async def _tell(self) -> None:
         """Say where this node is, and whatever has changed of that."""
@@ -360,7 +316,7 @@ class LateralLink:
             before = receiver.forget_before
             if before is not None and not receiver.asked:
                 bytes_of = self._settings.contribution_bytes
-                position, xxh3 = await self._on_disk(self.received.lacking, before, bytes_of)
+                position, xxh3 = await self.arrivals.lacking(before, bytes_of)
                 if receiver.forget_before == before and not self._finishing:
                     out.push(self.session.wanted(position, xxh3))
                 continue

@@ -196,7 +196,7 @@ class LateralLinks:
         for link in self._links.values():
             link.end(LateralLinkEnded("this node leaves"))
         for link in self._links.values():
-            await link.settle()
+            await link.arrivals.settle()
         await asyncio.gather(*self._jobs, return_exceptions=True)
 
     async def handler(self, _: object, context: grpc.aio.ServicerContext) -> None:

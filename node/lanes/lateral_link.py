@@ -84,6 +84,7 @@ class LateralLink:
         self.received, self.arrivals = received, LateralArrivals(received)
         self.received_bytes: Counter[Kind] = Counter()  # framed
         self.connections = 0  # on which the peer greeted
+        self.waited_for = 0  # how many wait for the peer now
         self.heartbeat: Heartbeat | None = None  # the peer's last one
         self.fault: str | None = None  # why the last connection ended, or there is none
         self.failure: Exception | None = None  # no connection can mend this link
@@ -100,6 +101,19 @@ class LateralLink:
     def name(self) -> str:
         mine, peer = sorted((self.session.identity.lane, self.lane))
         return f"lanes {mine}-{peer} of stage {self.session.identity.stage}"
+
+    @property
+    def state(self) -> str:
+        """How the peer's lane is, as far as is known here, for people."""
+        if not self.session.greeted:
+            return f"lane {self.lane} is not connected ({self.fault or 'it was not there yet'})"
+        if (beat := self.heartbeat) is None:
+            return f"lane {self.lane} has just connected"
+        if beat.preparing:
+            return f"lane {self.lane}: its stage {beat.preparing - 1} prepares its data"
+        if beat.missing:
+            return f"lane {self.lane}: its stage {beat.missing - 1} is missing"
+        return f"lane {self.lane} has completed {beat.completed_steps} steps"
 
     @property
     def greeting_timeout_s(self) -> float:
@@ -147,15 +161,19 @@ class LateralLink:
     async def _until(self, there: Callable[[], bool], waiting_for: str) -> None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        while not there():
-            if self.failure:
-                raise self.failure
-            due_s = max(began_s, self._heard_s) + self._settings.deadline_s
-            if loop.time() >= due_s:
-                raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
-                    await self._moved.wait()
+        self.waited_for += 1
+        try:
+            while not there():
+                if self.failure:
+                    raise self.failure
+                due_s = max(began_s, self._heard_s) + self._settings.deadline_s
+                if loop.time() >= due_s:
+                    raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(due_s):
+                        await self._moved.wait()
+        finally:
+            self.waited_for -= 1
 
     def _late(self, waiting_for: str, waited_s: float) -> str:
         stage, why = self.session.identity.stage, self.fault or "there was no connection"
@@ -277,7 +295,8 @@ class LateralLink:
             self.received_bytes[kind] += framed_bytes(len(raw))
             match event:
                 case PeerGreeted():
-                    self._peer_done, self.connections, self.fault = False, self.connections + 1, None
+                    self._peer_done, self.connections = False, self.connections + 1
+                    self.fault = self.heartbeat = None
                     if answers:
                         self.outgoing.push(session.greeting(self._settings.heartbeat()))
                     self._greeted.set()

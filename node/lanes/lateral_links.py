@@ -99,8 +99,9 @@ class LateralLinks:
     # -- for the training loop ----------------------------------------------------------------------------------------
 
     def publish(self, round: int, contribution: bytes) -> asyncio.Task[None]:
-        """Give this node's contribution to all peers. It may be given again, after a step that was done again, if it is
-        the same. It is sent at once; the task ends when the disk knows of it, for who wants to rely on that.
+        """Give this node's contribution to all peers. It may be given again if it is the same: after a step that was
+        done again, and by a process that goes on from a checkpoint of which the round was under way (its disk may be
+        new). It is sent at once; the task ends when the disk knows of it, for who wants to rely on that.
 
         Raises LocalProtocolError for another length than the configuration says. What goes wrong later ends `run`.
         """
@@ -153,6 +154,10 @@ class LateralLinks:
             link.finish()
         for link in self._links.values():
             await link.until_finished()
+
+    def waits_for(self) -> str:
+        """For whom `contributions` or `finish` waits now, and how that lane is, for people; "" if for nobody."""
+        return "; ".join(link.state for link in self._links.values() if link.waited_for)
 
     def figures(self) -> LateralFigures:
         sent: Counter[Kind] = Counter()
@@ -223,6 +228,8 @@ class LateralLinks:
     async def serve(self, read: Read, write: Write, context: grpc.aio.ServicerContext | None = None) -> None:
         """One connection that a peer opened, to its end. Raises what `LateralLink.attach` does."""
         greeting_timeout_s = self._settings.greeting_timeout_s
+        if self._closing:
+            raise LateralLinkEnded("this node leaves")
         try:
             async with asyncio.timeout(greeting_timeout_s):  # who says nothing takes nobody's place
                 first = await read()

@@ -377,6 +377,25 @@ def test_a_lane_that_lives_is_waited_for_and_one_that_falls_silent_is_not(tmp_pa
     story(job())
 
 
+def test_a_lane_that_has_ended_early_is_not_waited_for_however_long_it_lives(tmp_path: Path) -> None:
+    async def job() -> None:
+        early, late = (Lane(lane, tmp_path) for lane in (0, 1))
+        for lane in (early, late):
+            lane.links.forget_before(0)
+        async with joined(late, early):
+            await early.give(0)
+            ending = asyncio.create_task(early.links.finish())
+            await asyncio.sleep(2 * DEADLINE_S)
+            assert (await late.take(0))[0] == content(0, 0)
+            words = r"lane 0's contribution to round 1, and nothing came of it for 60 s \(it needs nothing more itself"
+            with pytest.raises(TimeoutError, match=words):
+                await late.take(1)
+        with pytest.raises(TimeoutError, match="for the end of lane 1, and nothing was heard of it for 60 s"):
+            await ending
+
+    story(job())
+
+
 def test_people_learn_who_is_waited_for(tmp_path: Path) -> None:
     async def job() -> None:
         lower, upper = (Lane(lane, tmp_path) for lane in (0, 1))
@@ -454,8 +473,11 @@ def test_what_a_node_must_not_do_is_refused_at_once(tmp_path: Path) -> None:
         lane = Lane(0, tmp_path)
         with pytest.raises(LocalProtocolError, match="3 bytes to round 2, which has 600000"):
             lane.links.publish(2, b"abc")
-        with pytest.raises(LocalProtocolError, match="before forget_before was called"):
+        with pytest.raises(LocalProtocolError, match="round 0 is not asked for: forget_before was not called"):
             await lane.take(0)
+        lane.links.forget_before(3)
+        with pytest.raises(LocalProtocolError, match="round 2 is not asked for: before 3"):
+            await lane.take(2)
         with pytest.raises(ValueError, match="lane 1 of 2 dials all lower ones, addresses are of none"):
             Lane(1, tmp_path, addresses={})
 

@@ -89,7 +89,7 @@ class LateralLink:
         self.fault: str | None = None  # why the last connection ended, or there is none
         self.failure: Exception | None = None  # no connection can mend this link
         self._own, self._settings, self._on_peer_moved = own, settings, on_peer_moved
-        self._heard_s = float("-inf")
+        self._heard_s = self._part_s = float("-inf")  # when a frame came last, and a part of a contribution
         self._finishing = self._peer_done = False
         self._attached = asyncio.Lock()
         self._end: asyncio.Future[None] | None = None  # ends the present connection
@@ -147,7 +147,7 @@ class LateralLink:
 
     async def until_received(self, round: int) -> None:
         """Wait for the peer's contribution. Raises TimeoutError, which says for whom and for how long, when nothing was
-        heard for the deadline, or what has made this link fail."""
+        heard for the deadline, or, of a peer that needs nothing more, no contribution; or what made this link fail."""
         waiting_for = f"lane {self.lane}'s contribution to round {round}"
         await self._until(lambda: round in self.received.kept, waiting_for)
 
@@ -166,7 +166,7 @@ class LateralLink:
             while not there():
                 if self.failure:
                     raise self.failure
-                due_s = max(began_s, self._heard_s) + self._settings.deadline_s
+                due_s = max(began_s, self._part_s if self._peer_done else self._heard_s) + self._settings.deadline_s
                 if loop.time() >= due_s:
                     raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
                 with suppress(TimeoutError):
@@ -178,6 +178,8 @@ class LateralLink:
     def _late(self, waiting_for: str, waited_s: float) -> str:
         stage, why = self.session.identity.stage, self.fault or "there was no connection"
         silent = f"nothing was heard of it for {self._settings.deadline_s:g} s ({why})"
+        if self._peer_done:
+            silent = f"nothing came of it for {self._settings.deadline_s:g} s (it needs nothing more itself)"
         return (
             f"stage {stage}: waited {waited_s:.0f} s for {waiting_for}, and {silent}; is stage {stage} of lane "
             f"{self.lane} running? If it was lost, start it again with --resume"
@@ -306,6 +308,7 @@ class LateralLink:
                     self._sendable.set()
                     self._on_peer_moved()
                 case PartCame(part=part):
+                    self._part_s = self._heard_s
                     self.arrivals.add(part)
                     if session.receiver.write_due:
                         await self.arrivals.write()

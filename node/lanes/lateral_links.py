@@ -88,8 +88,7 @@ class LateralLinks:
             for line in store.restore():
                 report("contribution", line)
         self._waited_s = 0.0
-        self._forgotten = 0  # before this, no peer asks for what is this node's
-        self._begun = False
+        self._needed_from: int | None = None  # None: this node has not said yet where it is
         self._writing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what ends this node
@@ -119,8 +118,9 @@ class LateralLinks:
         Waits for each peer as long as it shows life. Raises TimeoutError, which says for which lane, stage and round
         and how long, when nothing was heard of it for the deadline; and whatever else ends `run`.
         """
-        if not self._begun:
-            raise LocalProtocolError(Fault.UNEXPECTED, "nothing is asked for before forget_before was called")
+        if self._needed_from is None or round < self._needed_from:
+            known = "forget_before was not called" if self._needed_from is None else f"before {self._needed_from}"
+            raise LocalProtocolError(Fault.UNEXPECTED, f"round {round} is not asked for: {known}")
         began_s = asyncio.get_running_loop().time()
         for link in self._links.values():
             link.need(round)
@@ -135,7 +135,7 @@ class LateralLinks:
         """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
         that it may be set back to. To be said once before anything is asked for (0 where a run begins), then whenever a
         checkpoint makes more of it true."""
-        self._begun = True
+        self._needed_from = max(round, self._needed_from or 0)
         for link in self._links.values():
             link.forget_before(round)
             if dropped := link.received.unkeep(round):
@@ -266,11 +266,13 @@ class LateralLinks:
 
     def _drop_own(self) -> None:
         """A peer has moved: it may have been the last that could ask for something."""
-        forgotten = min(link.session.sender.forget_before for link in self._links.values())
-        if forgotten > self._forgotten:
-            self._forgotten = forgotten
-            if dropped := self._own.unkeep(forgotten):
-                self._begin(asyncio.to_thread(self._own.remove, dropped))
+        if dropped := self._own.unkeep(self._forgotten):
+            self._begin(asyncio.to_thread(self._own.remove, dropped))
+
+    @property
+    def _forgotten(self) -> int:
+        """No peer will ask for an earlier one of this node's."""
+        return min(link.session.sender.forget_before for link in self._links.values())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def job() -> None:

@@ -12,7 +12,7 @@ the receiver names its place again, and what it has is not sent twice.
 
 Two more numbers ride on those frames. `forget_before` is a promise never to ask for earlier rounds again, so that the
 sender may drop them. `granted_before` bounds what comes unasked: nothing of a round that is much later than the one
-that the receiver is at. Neither is ever taken back.
+that the receiver is at. Neither is taken back while a connection lasts.
 
 Why not as messages of the tensors' session: that one numbers what belongs to one generation of one lane, keeps it in
 memory, and ends when a process does. A contribution has tens of megabytes, outlives both, and is on a disk anyway.
@@ -74,21 +74,19 @@ class RoundSender:
         self.reset()
 
     def reset(self) -> None:
-        """A connection has ended: what it agreed on is void, but for the promise."""
+        """A connection has ended, and with it what it agreed on; the promise holds until the next one."""
         self._next: Position | None = None  # None: the peer has not said where it is
         self._granted_before = 0
         self.unacknowledged_bytes = 0
         self._under_way: deque[tuple[Position, int]] = deque()  # where each part ends, and its bytes
 
     def wanted(self, frame: RoundsWanted) -> None:
-        """The peer says where it is. Raises RemoteProtocolError if it cannot be there, or breaks its promise."""
-        if frame.round < self.forget_before:
-            promise = f"none before {self.forget_before} would be"
-            raise RemoteProtocolError(Fault.RESUME, f"round {frame.round} is asked for, after a promise that {promise}")
+        """The peer says where it is. Raises RemoteProtocolError if it cannot be there."""
         if frame.offset and frame.offset >= (total := self._contribution_bytes(frame.round)):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"byte {frame.offset} of round {frame.round} of {total} bytes")
         self._next = self.acknowledged = (frame.round, frame.offset)
-        self._told(frame)
+        # Who was here before may have been another process, or a stranger that knew how to greet: this one counts.
+        self._granted_before, self.forget_before = frame.granted_before, frame.forget_before
 
     def received(self, frame: RoundsReceived) -> None:
         """The peer has got so far. Raises RemoteProtocolError for a place where no part ends that was sent."""
@@ -103,9 +101,6 @@ class RoundSender:
         while self._under_way and self._under_way[0][0] <= position:
             self.unacknowledged_bytes -= self._under_way.popleft()[1]
         self.acknowledged = position
-        self._told(frame)
-
-    def _told(self, frame: RoundsWanted | RoundsReceived) -> None:
         self._granted_before = max(self._granted_before, frame.granted_before)
         self.forget_before = max(self.forget_before, frame.forget_before)
 

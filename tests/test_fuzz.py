@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from thinpipe.node.checkpoints.manifest import MANIFEST, MANIFEST_BYTES_MAX, CheckpointError, read_manifest
-from thinpipe.protocol import dictionary, dictionary_delta, messages
+from thinpipe.protocol import dictionary, dictionary_delta, messages, round_session
 from thinpipe.protocol.errors import RemoteProtocolError
 
 from .fuzz import judge as judging
@@ -169,6 +169,7 @@ def nothing(*_: object) -> None:
         ("greetings", messages, "check_text"),
         ("deltas", dictionary_delta, "check_indices"),
         ("deltas", dictionary_delta, "check_delta"),
+        ("rounds", round_session, "check_lateral"),
     ],
 )
 def test_a_check_that_is_left_out_is_found(

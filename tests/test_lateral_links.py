@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime
@@ -15,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from thinpipe.node.addresses import ListenError, lane_addresses
 from thinpipe.node.lanes.contribution_store import ContributionError
 from thinpipe.node.lanes.lateral_link import LateralLink, LateralSettings
 from thinpipe.node.lanes.lateral_links import LateralLinks
@@ -30,6 +32,7 @@ from thinpipe.protocol.messages import encode_frame
 from thinpipe.protocol.round_messages import RoundPart
 from thinpipe.protocol.round_session import LIMITS, decode_frame
 from thinpipe.protocol.round_transfer import Contribution
+from thinpipe.sim.launch.local_swarm import free_ports
 from thinpipe.sim.links.proxy import Proxy
 from thinpipe.sim.links.shaper import LinkProfile
 
@@ -38,6 +41,7 @@ from .in_memory import Connection
 from .links import make_link
 from .virtual import JumpingClock
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGE, STAGES = 1, 3
 ROUND_BYTES = 600_000
 DEADLINE_S, SILENCE_S = 60.0, 8.0
@@ -67,13 +71,14 @@ class Lane:
         self.directory = directory / f"node-{lane}"
         self.faults: list[str] = []
         self.completed = 0
+        self.others: dict[str, int] = {}
         settings = LateralSettings(
             contribution_bytes=lambda _: size,
             profile=LinkProfile.parse(profile),
             silence_s=SILENCE_S,
             greeting_timeout_s=5.0,
             deadline_s=DEADLINE_S,
-            heartbeat=lambda: Heartbeat(generation=0, completed_steps=self.completed),
+            heartbeat=lambda: Heartbeat(generation=0, completed_steps=self.completed, **self.others),
         )
         self.links = LateralLinks(
             identity=identity(
@@ -371,6 +376,85 @@ def test_a_lane_that_lives_is_waited_for_and_one_that_falls_silent_is_not(tmp_pa
     story(job())
 
 
+def test_a_lane_that_has_ended_early_is_not_waited_for_however_long_it_lives(tmp_path: Path) -> None:
+    async def job() -> None:
+        early, late = (Lane(lane, tmp_path) for lane in (0, 1))
+        for lane in (early, late):
+            lane.links.forget_before(0)
+        async with joined(late, early):
+            await early.give(0)
+            ending = asyncio.create_task(early.links.finish())
+            await asyncio.sleep(2 * DEADLINE_S)
+            assert (await late.take(0))[0] == content(0, 0)
+            words = r"lane 0's contribution to round 1, and nothing came of it for 60 s \(it needs nothing more itself"
+            with pytest.raises(TimeoutError, match=words):
+                await late.take(1)
+        with pytest.raises(TimeoutError, match="for the end of lane 1, and nothing was heard of it for 60 s"):
+            await ending
+
+    story(job())
+
+
+def test_people_learn_who_is_waited_for(tmp_path: Path) -> None:
+    async def job() -> None:
+        lower, upper = (Lane(lane, tmp_path) for lane in (0, 1))
+        upper.links.forget_before(0)
+        assert upper.links.waits_for() == ""
+        waiting = asyncio.create_task(upper.take(0))
+        await asyncio.sleep(0)
+        assert upper.links.waits_for() == "lane 0 is not connected (it was not there yet)"
+        lower.others = {"preparing": 1}
+        async with joined(upper, lower):
+            await asyncio.sleep(0.5)
+            assert upper.links.waits_for() == "lane 0: its stage 0 prepares its data"
+            lower.others = {"missing": 3}
+            await asyncio.sleep(1)
+            assert upper.links.waits_for() == "lane 0: its stage 2 is missing"
+            lower.others, lower.completed = {}, 9
+            await asyncio.sleep(1)
+            assert upper.links.waits_for() == "lane 0 has completed 9 steps"
+            await lower.give(0)
+            await waiting
+            assert upper.links.waits_for() == ""
+
+    story(job())
+
+
+def test_a_peer_that_takes_nothing_is_given_up(tmp_path: Path) -> None:
+    """It says that it lives, and reads nothing."""
+
+    async def job() -> None:
+        lower, upper = (Lane(lane, tmp_path) for lane in (0, 1))
+        beats = [lower[1].session.greeting(Heartbeat(generation=0, completed_steps=0))]
+
+        async def read() -> bytes:
+            if not beats:
+                await asyncio.sleep(1)
+            return beats.pop() if beats else encode_frame(Heartbeat(generation=0, completed_steps=0))
+
+        async def write(_: bytes) -> None:
+            await asyncio.Event().wait()
+
+        with pytest.raises(ConnectionError, match="64 frames wait for a peer that takes none"):
+            await upper[0].attach(read, write, speaks_first=True)
+        assert now() == pytest.approx(65, abs=3)
+
+    story(job())
+
+
+def test_a_node_that_leaves_serves_nobody_more(tmp_path: Path) -> None:
+    async def job() -> None:
+        lower, upper = (Lane(lane, tmp_path) for lane in (0, 1))
+        connection = Connection(None)
+        ends = attached(upper, lower, connection)
+        await asyncio.sleep(1)
+        await lower.links.close()
+        assert [str(error) for error in await ends][1] == "this node leaves"
+        assert "this node leaves" in str((await attached(upper, lower, Connection(None)))[1])
+
+    story(job())
+
+
 def test_a_peer_that_says_nothing_takes_nobody_s_place(tmp_path: Path) -> None:
     async def job() -> None:
         lane = Lane(0, tmp_path)
@@ -388,8 +472,11 @@ def test_what_a_node_must_not_do_is_refused_at_once(tmp_path: Path) -> None:
         lane = Lane(0, tmp_path)
         with pytest.raises(LocalProtocolError, match="3 bytes to round 2, which has 600000"):
             lane.links.publish(2, b"abc")
-        with pytest.raises(LocalProtocolError, match="before forget_before was called"):
+        with pytest.raises(LocalProtocolError, match="round 0 is not asked for: forget_before was not called"):
             await lane.take(0)
+        lane.links.forget_before(3)
+        with pytest.raises(LocalProtocolError, match="round 2 is not asked for: before 3"):
+            await lane.take(2)
         with pytest.raises(ValueError, match="lane 1 of 2 dials all lower ones, addresses are of none"):
             Lane(1, tmp_path, addresses={})
 
@@ -435,7 +522,7 @@ def test_one_that_comes_damaged_is_asked_for_again_and_not_for_ever(tmp_path: Pa
                 path.with_name(f"1-{1:016x}").write_bytes(right)
                 waiting = asyncio.create_task(taker.take(1))
         await attached(taker, giver, Connection(None))
-        with pytest.raises(ContributionError, match="lane 0's contribution to round 1 came damaged 3 times"):
+        with pytest.raises(ContributionError, match="lanes 0-1 of stage 1: the contribution to round 1 came damaged 3"):
             await waiting
 
     story(job())
@@ -482,7 +569,7 @@ def test_a_full_disk_ends_the_node_with_one_line(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(Path, "rename", full)
         upper, _ = await attached(taker, giver, Connection(None))
         assert isinstance(upper, ContributionError)
-        assert str(upper).startswith("the contribution to round 0 cannot be written to ")
+        assert str(upper).startswith("lanes 0-1 of stage 1: the contribution to round 0 cannot be written to ")
         assert str(upper).endswith("No space left on device; make room there")
         with pytest.raises(ContributionError, match="cannot be written"):
             await giver.give(1)
@@ -515,30 +602,6 @@ def test_the_same_process_takes_its_own_place_and_another_one_does_not(tmp_path:
         await second
 
     story(job())
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["0=a:1"], "lane 2 dials all lower lanes: say where 1 is, as LANE=HOST:PORT"),
-        ([], "lane 2 dials all lower lanes: say where 0, 1 is, as LANE=HOST:PORT"),
-        (["0=a:1", "a:2"], "'a:2' is not LANE=HOST:PORT, such as 0=127.0.0.1:7001"),
-        (["-1=a:1"], "'-1=a:1' is not LANE=HOST:PORT, such as 0=127.0.0.1:7001"),
-        (["0=a", "1=b:1"], "'a' is not host:port, such as 127.0.0.1:7001"),
-        (["0=a:1", "1=b:1", "2=c:1"], "'2=c:1': lane 2 is not below lane 2, which dials lower lanes only"),
-        (["0=a:1", "00=b:1"], "'00=b:1': lane 0 comes twice"),
-    ],
-    ids=str,
-)
-def test_addresses_of_lanes_that_are_none_are_refused(words: list[str], line: str) -> None:
-    with pytest.raises(ListenError) as caught:
-        lane_addresses(words, 2)
-    assert str(caught.value) == line
-
-
-def test_addresses_of_lanes_are_read() -> None:
-    assert lane_addresses(["1=b:2", "0=[::1]:1"], 2) == {0: "[::1]:1", 1: "b:2"}
-    assert lane_addresses([], 0) == {}
 
 
 # -- at random --------------------------------------------------------------------------------------------------------
@@ -685,12 +748,12 @@ def test_three_lanes_over_grpc(tmp_path: Path) -> None:
     run(job())
 
 
-def test_a_connection_that_is_cut_in_the_middle_of_a_contribution(tmp_path: Path, free_port: int) -> None:
+def test_a_connection_that_is_cut_in_the_middle_of_a_contribution(tmp_path: Path) -> None:
     async def job() -> None:
         size, profile = 6_000_000, "300mbit,5ms"
         giver = Lane(0, tmp_path, profile=profile, size=size)
         async with listening_lane(giver) as address:
-            with Proxy(address, port=free_port) as proxy:
+            with Proxy(address, port=free_ports(1)[0]) as proxy:
                 taker = Lane(1, tmp_path, profile=profile, size=size, addresses={0: proxy.address})
                 taker.links.forget_before(0)
                 async with running(giver, taker):
@@ -711,15 +774,6 @@ def test_a_connection_that_is_cut_in_the_middle_of_a_contribution(tmp_path: Path
 def partial(lane: Lane) -> bytes:
     paths = [*(lane.directory / "lane-0").glob(".partial-*"), *(lane.directory / "lane-0").glob("0-*")]
     return paths[0].read_bytes() if paths else b""
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def test_a_node_without_lanes_refuses_by_name(tmp_path: Path) -> None:
@@ -806,3 +860,45 @@ def test_who_goes_on_with_other_parts_is_refused_and_the_node_lives(tmp_path: Pa
             await asyncio.gather(lower.train(range(1)), upper.train(range(1)))
 
     story(job())
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_processes_that_are_killed_at_any_moment_go_on(tmp_path: Path) -> None:
+    """Five kills in 16 rounds, each in the middle of whatever the process did."""
+    chance, rounds, ports = random.Random(3), 16, free_ports(2)
+    processes: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(lane: int) -> None:
+        log = (tmp_path / f"log-{lane}").open("ab")
+        command = [sys.executable, "-m", "tests.lateral_process", str(lane), str(tmp_path)]
+        command += [str(ports[lane]), str(ports[0]), str(rounds)]
+        processes[lane] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        log.close()
+
+    def said(lane: int) -> str:
+        return (tmp_path / f"log-{lane}").read_text()
+
+    try:
+        for lane in (0, 1):
+            start(lane)
+        deadline = time.monotonic() + 120
+        for kill in range(5):
+            while said(0).count("round ") + said(1).count("round ") < 6 * (kill + 1) - 4:
+                assert time.monotonic() < deadline, said(0) + said(1)
+                time.sleep(0.01)
+            time.sleep(chance.random() / 10)  # a round takes as long
+            victim = chance.choice([0, 1])
+            processes[victim].kill()
+            processes[victim].wait()
+            start(victim)
+        for lane in (0, 1):
+            assert processes[lane].wait(deadline - time.monotonic()) == 0, said(lane)
+            assert said(lane).endswith("through\n")
+            assert "Traceback" not in said(lane)
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.protocol.control_messages import Drain, Heartbeat
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
+from thinpipe.protocol.greeting import check_greeting
 from thinpipe.protocol.messages import Chunk, Credit, Frame, Goodbye, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted
 from thinpipe.protocol.round_session import (
@@ -437,18 +438,19 @@ def test_an_acknowledgement_where_no_part_ends_is_refused(raw: bytes) -> None:
     assert caught.value.fault is Fault.OUT_OF_ORDER
 
 
-def test_a_promise_is_kept() -> None:
-    session = greeted()
+def test_a_promise_lasts_until_the_next_request() -> None:
+    """Who made it may have been a stranger that knew how to greet."""
+    session = greeted(kept={round: content(0, round) for round in range(2, 6)})
     session.receive(wanted(4, forget_before=3))
-    for round, fine in ((2, False), (3, True)):
-        session.connect()
-        session.receive(End(1).greet()[0])
-        if fine:
-            session.receive(wanted(round))
-            continue
-        with pytest.raises(RemoteProtocolError, match="round 2 is asked for, after a promise that none before 3") as e:
-            session.receive(wanted(round))
-        assert e.value.fault is Fault.RESUME
+    session.receive(received(4, forget_before=1))  # while the connection lasts it is not taken back
+    assert session.sender.forget_before == 3
+    session.disconnect()
+    assert session.sender.forget_before == 3
+    session.connect()
+    session.receive(End(1).greet()[0])
+    session.receive(wanted(2, forget_before=2))
+    assert session.sender.forget_before == 2
+    assert session.parts(1)[0].round == 2
 
 
 @pytest.mark.parametrize(
@@ -473,6 +475,14 @@ def test_another_node_is_refused(other: dict[str, Any], fault: Fault, words: str
     assert caught.value.fault is fault
     end.greet()
     end.session.receive(End(1).greet()[0])
+
+
+def test_a_neighbour_of_another_lane_is_refused() -> None:
+    mine, above = (identity(stage, 4, lane=1, lanes=2) for stage in (2, 1))
+    check_greeting(above.greeting(), mine, 1)
+    with pytest.raises(RemoteProtocolError, match=r"neighbour's lane: stage 2 expects 1, the peer .* says 0") as e:
+        check_greeting(replace(above, lane=0).greeting(), mine, 1)
+    assert e.value.fault is Fault.LANE
 
 
 FRAMES: dict[type[Frame], bytes] = {

@@ -4,8 +4,8 @@ A `LateralLink` joins the pure rules (`protocol.round_session`), two directories
 with its link model. It outlives connections: `attach` runs one until it ends, and the next one goes on where the disks
 say that it stopped. Reading and writing are two coroutines given by the transport.
 
-What comes is written a few parts at a time, and acknowledged when it is written, so neither end holds more than a
-window in memory, whatever a contribution has. While the disk works nothing more is read from this peer.
+What comes is acknowledged when it is written (lateral_arrivals.py), so neither end holds more than a window in memory,
+whatever a contribution has. While the disk works nothing more is read from this peer.
 
 A heartbeat a second says that this node lives, how far it is, and what its lane waits for. A peer that says nothing for
 `silence_s` counts as gone and is dialled again; who waits for it learns how long ago it was heard.
@@ -18,26 +18,21 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 from ...protocol.control_messages import Heartbeat
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
 from ...protocol.messages import Greeting
-from ...protocol.round_messages import RoundPart
 from ...protocol.round_session import PartCame, PeerAlive, PeerDone, PeerGreeted, PeerMoved, RoundSession
-from ...protocol.round_transfer import Contribution, ContributionBytes, PartRange
+from ...protocol.round_transfer import ContributionBytes, PartRange
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import LinkProfile
 from ..links.control_stream import HEARTBEAT_EVERY_S
 from ..links.link import LAST_WORD_S, Read
 from ..links.outgoing import Write, part_bytes_for
 from .contribution_store import ContributionError, ContributionStore
+from .lateral_arrivals import LateralArrivals
 from .lateral_outgoing import Kind, LateralOutgoing, window_bytes_for
-
-DAMAGED_MAX = 3  # of one round, before it is no accident any more
-
-T = TypeVar("T")
 
 
 class LateralLinkEnded(ConnectionError):
@@ -86,20 +81,18 @@ class LateralLink:
         )
         self.lane = peer_lane
         self.outgoing = LateralOutgoing(profile, seed=settings.seed)
-        self.received = received
+        self.received, self.arrivals = received, LateralArrivals(received)
         self.received_bytes: Counter[Kind] = Counter()  # framed
         self.connections = 0  # on which the peer greeted
+        self.waited_for = 0  # how many wait for the peer now
         self.heartbeat: Heartbeat | None = None  # the peer's last one
         self.fault: str | None = None  # why the last connection ended, or there is none
         self.failure: Exception | None = None  # no connection can mend this link
         self._own, self._settings, self._on_peer_moved = own, settings, on_peer_moved
-        self._heard_s = float("-inf")
+        self._heard_s = self._part_s = float("-inf")  # when a frame came last, and a part of a contribution
         self._finishing = self._peer_done = False
         self._attached = asyncio.Lock()
         self._end: asyncio.Future[None] | None = None  # ends the present connection
-        self._job: asyncio.Future[Any] | None = None  # of a thread, on the disk
-        self._coming: list[RoundPart] = []  # not written yet, all of one round
-        self._damaged: Counter[int] = Counter()
         self._greeted, self._news, self._sendable = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._moved = asyncio.Event()  # replaced whenever there is something that somebody may wait for
         self._said_all = asyncio.Event()  # the goodbye was handed to gRPC
@@ -112,6 +105,19 @@ class LateralLink:
     @property
     def profile(self) -> LinkProfile:
         return self._settings.profile
+
+    @property
+    def state(self) -> str:
+        """How the peer's lane is, as far as is known here, for people."""
+        if not self.session.greeted:
+            return f"lane {self.lane} is not connected ({self.fault or 'it was not there yet'})"
+        if (beat := self.heartbeat) is None:
+            return f"lane {self.lane} has just connected"
+        if beat.preparing:
+            return f"lane {self.lane}: its stage {beat.preparing - 1} prepares its data"
+        if beat.missing:
+            return f"lane {self.lane}: its stage {beat.missing - 1} is missing"
+        return f"lane {self.lane} has completed {beat.completed_steps} steps"
 
     @property
     def greeting_timeout_s(self) -> float:
@@ -145,9 +151,9 @@ class LateralLink:
 
     async def until_received(self, round: int) -> None:
         """Wait for the peer's contribution. Raises TimeoutError, which says for whom and for how long, when nothing was
-        heard for the deadline, or what has made this link fail."""
+        heard for the deadline, or, of a peer that needs nothing more, no contribution; or what made this link fail."""
         waiting_for = f"lane {self.lane}'s contribution to round {round}"
-        await self._until(lambda: round in self.received.kept, waiting_for, goes_on=lambda: not self._peer_done)
+        await self._until(lambda: round in self.received.kept, waiting_for)
 
     async def until_finished(self) -> None:
         """Wait until the peer needs nothing more either; the same errors."""
@@ -156,29 +162,28 @@ class LateralLink:
             async with asyncio.timeout(LAST_WORD_S):
                 await self._said_all.wait()
 
-    async def _until(
-        self, there: Callable[[], bool], waiting_for: str, *, goes_on: Callable[[], bool] = lambda: True
-    ) -> None:
+    async def _until(self, there: Callable[[], bool], waiting_for: str) -> None:
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        while not there():
-            if self.failure:
-                raise self.failure
-            if not goes_on():
-                raise TimeoutError(
-                    f"stage {self.session.identity.stage}: lane {self.lane} has ended without {waiting_for}; start it "
-                    "again with --resume, and this one too"
-                )
-            due_s = max(began_s, self._heard_s) + self._settings.deadline_s
-            if loop.time() >= due_s:
-                raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
-            with suppress(TimeoutError):
-                async with asyncio.timeout_at(due_s):
-                    await self._moved.wait()
+        self.waited_for += 1
+        try:
+            while not there():
+                if self.failure:
+                    raise self.failure
+                due_s = max(began_s, self._part_s if self._peer_done else self._heard_s) + self._settings.deadline_s
+                if loop.time() >= due_s:
+                    raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(due_s):
+                        await self._moved.wait()
+        finally:
+            self.waited_for -= 1
 
     def _late(self, waiting_for: str, waited_s: float) -> str:
         stage, why = self.session.identity.stage, self.fault or "there was no connection"
         silent = f"nothing was heard of it for {self._settings.deadline_s:g} s ({why})"
+        if self._peer_done:
+            silent = f"nothing came of it for {self._settings.deadline_s:g} s (it needs nothing more itself)"
         return (
             f"stage {stage}: waited {waited_s:.0f} s for {waiting_for}, and {silent}; is stage {stage} of lane "
             f"{self.lane} running? If it was lost, start it again with --resume"
@@ -216,11 +221,6 @@ class LateralLink:
         if self._end is not None and not self._end.done():
             self._end.set_exception(why)
 
-    async def settle(self) -> None:
-        """Wait for what is being written."""
-        if self._job is not None and not self._job.done():
-            await asyncio.wait([self._job])
-
     # -- for the transport --------------------------------------------------------------------------------------------
 
     async def attach(self, read: Read, write: Write, *, speaks_first: bool) -> None:
@@ -230,10 +230,9 @@ class LateralLink:
         ContributionError for this node's own disk, or what `read` and `write` raise.
         """
         async with self._attached:
-            await self.settle()
+            await self.arrivals.begin_connection()
             out, session = self.outgoing, self.session
             self._end = asyncio.get_running_loop().create_future()
-            self._coming.clear()
             self._greeted.clear()
             self._said_all.clear()
             out.begin_connection()
@@ -262,6 +261,9 @@ class LateralLink:
             except ConnectionError as error:
                 self.fault = str(error)
                 raise
+            except ContributionError as error:
+                self.fail(ContributionError(f"{self.name}: {error}"))
+                raise self.failure or error from None
             finally:
                 if not self.finished:
                     self.fault = self.fault or "the last connection broke"
@@ -293,13 +295,14 @@ class LateralLink:
                 event = session.receive(raw)
             except RemoteProtocolError:
                 if (changed := session.receiver.changed) is not None:
-                    await self._begin_again(changed)
+                    await self.arrivals.begin_again(changed)
                 raise
             kind: Kind = "averaging" if isinstance(event, PartCame) else "control"
             self.received_bytes[kind] += framed_bytes(len(raw))
             match event:
                 case PeerGreeted():
-                    self._peer_done, self.connections, self.fault = False, self.connections + 1, None
+                    self._peer_done, self.connections = False, self.connections + 1
+                    self.fault = self.heartbeat = None
                     if answers:
                         self.outgoing.push(session.greeting(self._settings.heartbeat()))
                     self._greeted.set()
@@ -309,50 +312,18 @@ class LateralLink:
                     self._sendable.set()
                     self._on_peer_moved()
                 case PartCame(part=part):
-                    self._coming.append(part)
+                    self._part_s = self._heard_s
+                    self.arrivals.add(part)
                     if session.receiver.write_due:
-                        await self._write()
+                        await self.arrivals.write()
+                        session.receiver.written()
+                        if not self._finishing:
+                            self.outgoing.push(session.received())
                 case PeerDone():
                     self._peer_done = True
                 case None:
                     pass
             self._notify()
-
-    async def _write(self) -> None:
-        """What has come goes onto the disk, and then it is acknowledged."""
-        parts, self._coming = self._coming, []
-        first = parts[0]
-        made = Contribution(total_bytes=first.total_bytes, xxh3=first.contribution_xxh3)
-        datas = [part.data for part in parts]
-        whole = await self._on_disk(self.received.append, first.round, made, first.offset, datas)
-        if whole is None:
-            await self._begin_again(first.round)
-            line = f"the contribution to round {first.round} does not have its checksum; it is asked for again"
-            raise RemoteProtocolError(Fault.PAYLOAD, line)
-        if whole:
-            self.received.keep(first.round, made)
-        self.session.receiver.written()
-        if not self._finishing:
-            self.outgoing.push(self.session.received())
-
-    async def _begin_again(self, round: int) -> None:
-        """What has come of a contribution is of no use. The same one several times is no accident."""
-        await self._on_disk(self.received.drop_partial)
-        self._damaged[round] += 1
-        if self._damaged[round] >= DAMAGED_MAX:
-            self.fail(
-                ContributionError(
-                    f"{self.name}: lane {self.lane}'s contribution to round {round} came damaged {DAMAGED_MAX} times; "
-                    "look at the disk and the memory there"
-                )
-            )
-
-    async def _on_disk(self, work: Callable[..., T], *arguments: object) -> T:
-        """A job on a thread. It runs on if the connection ends; the next one waits for it (`settle`)."""
-        job = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-        job.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if nobody waits any more
-        self._job = job
-        return await asyncio.shield(job)
 
     async def _tell(self) -> None:
         """Say where this node is, and whatever has changed of that."""
@@ -371,7 +342,7 @@ class LateralLink:
             before = receiver.forget_before
             if before is not None and not receiver.asked:
                 bytes_of = self._settings.contribution_bytes
-                position, xxh3 = await self._on_disk(self.received.lacking, before, bytes_of)
+                position, xxh3 = await self.arrivals.lacking(before, bytes_of)
                 if receiver.forget_before == before and not self._finishing:
                     out.push(self.session.wanted(position, xxh3))
                 continue

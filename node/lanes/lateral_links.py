@@ -88,8 +88,7 @@ class LateralLinks:
             for line in store.restore():
                 report("contribution", line)
         self._waited_s = 0.0
-        self._forgotten = 0  # before this, no peer asks for what is this node's
-        self._begun = False
+        self._needed_from: int | None = None  # None: this node has not said yet where it is
         self._writing = asyncio.Lock()
         self._jobs: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what ends this node
@@ -104,8 +103,9 @@ class LateralLinks:
     # -- for the training loop ----------------------------------------------------------------------------------------
 
     def publish(self, round: int, contribution: bytes) -> asyncio.Task[None]:
-        """Give this node's contribution to all peers. It may be given again, after a step that was done again, if it is
-        the same. It is sent at once; the task ends when the disk knows of it, for who wants to rely on that.
+        """Give this node's contribution to all peers. It may be given again if it is the same: after a step that was
+        done again, and by a process that goes on from a checkpoint of which the round was under way (its disk may be
+        new). It is sent at once; the task ends when the disk knows of it, for who wants to rely on that.
 
         Raises LocalProtocolError for another length than the configuration says. What goes wrong later ends `run`.
         """
@@ -123,8 +123,9 @@ class LateralLinks:
         Waits for each peer as long as it shows life. Raises TimeoutError, which says for which lane, stage and round
         and how long, when nothing was heard of it for the deadline; and whatever else ends `run`.
         """
-        if not self._begun:
-            raise LocalProtocolError(Fault.UNEXPECTED, "nothing is asked for before forget_before was called")
+        if self._needed_from is None or round < self._needed_from:
+            known = "forget_before was not called" if self._needed_from is None else f"before {self._needed_from}"
+            raise LocalProtocolError(Fault.UNEXPECTED, f"round {round} is not asked for: {known}")
         began_s = asyncio.get_running_loop().time()
         for link in self._links.values():
             link.need(round)
@@ -139,7 +140,7 @@ class LateralLinks:
         """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
         that it may be set back to. To be said once before anything is asked for (0 where a run begins), then whenever a
         checkpoint makes more of it true."""
-        self._begun = True
+        self._needed_from = max(round, self._needed_from or 0)
         for link in self._links.values():
             link.forget_before(round)
             if dropped := link.received.unkeep(round):
@@ -158,6 +159,10 @@ class LateralLinks:
             link.finish()
         for link in self._links.values():
             await link.until_finished()
+
+    def waits_for(self) -> str:
+        """For whom `contributions` or `finish` waits now, and how that lane is, for people; "" if for nobody."""
+        return "; ".join(link.state for link in self._links.values() if link.waited_for)
 
     def figures(self) -> LateralFigures:
         sent: Counter[Kind] = Counter()
@@ -201,7 +206,7 @@ class LateralLinks:
         for link in self._links.values():
             link.end(LateralLinkEnded("this node leaves"))
         for link in self._links.values():
-            await link.settle()
+            await link.arrivals.settle()
         await asyncio.gather(*self._jobs, return_exceptions=True)
 
     async def handler(self, _: object, context: grpc.aio.ServicerContext) -> None:
@@ -228,6 +233,8 @@ class LateralLinks:
     async def serve(self, read: Read, write: Write, context: grpc.aio.ServicerContext | None = None) -> None:
         """One connection that a peer opened, to its end. Raises what `LateralLink.attach` does."""
         greeting_timeout_s = self._settings.greeting_timeout_s
+        if self._closing:
+            raise LateralLinkEnded("this node leaves")
         try:
             async with asyncio.timeout(greeting_timeout_s):  # who says nothing takes nobody's place
                 first = await read()
@@ -264,11 +271,13 @@ class LateralLinks:
 
     def _drop_own(self) -> None:
         """A peer has moved: it may have been the last that could ask for something."""
-        forgotten = min(link.session.sender.forget_before for link in self._links.values())
-        if forgotten > self._forgotten:
-            self._forgotten = forgotten
-            if dropped := self._own.unkeep(forgotten):
-                self._begin(asyncio.to_thread(self._own.remove, dropped))
+        if dropped := self._own.unkeep(self._forgotten):
+            self._begin(asyncio.to_thread(self._own.remove, dropped))
+
+    @property
+    def _forgotten(self) -> int:
+        """No peer will ask for an earlier one of this node's."""
+        return min(link.session.sender.forget_before for link in self._links.values())
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def job() -> None:

@@ -69,7 +69,8 @@ class LateralOutgoing:
         """What waited for an earlier connection is void."""
         self._queue: WireQueue[_Item] = WireQueue()
         self._line: deque[_InFlight] = deque()
-        self._control = self._bulk = 0  # frames in the queue
+        self._control = 0  # frames of that kind which were not handed to gRPC
+        self._queued_parts = 0
 
     def push(self, frame: bytes, kind: Kind = "control") -> None:
         """Queue a frame. Raises ConnectionError where the peer takes nothing."""
@@ -77,7 +78,7 @@ class LateralOutgoing:
         if control:
             self._control += 1
         else:
-            self._bulk += 1
+            self._queued_parts += 1
         if self._control > QUEUED_CONTROL_MAX:
             raise ConnectionError(f"{QUEUED_CONTROL_MAX} frames wait for a peer that takes none")
         now_s = asyncio.get_running_loop().time()
@@ -86,7 +87,7 @@ class LateralOutgoing:
 
     async def until_short(self) -> None:
         """Wait while enough parts of contributions are queued."""
-        while self._bulk > QUEUED_PARTS:
+        while self._queued_parts > QUEUED_PARTS:
             await self._until_moved()
 
     async def until_sent(self) -> None:
@@ -117,10 +118,7 @@ class LateralOutgoing:
                 await asyncio.sleep(free_s - loop.time())
                 continue
             entry = self._queue.pop(at_s=free_s)
-            if entry.control:
-                self._control -= 1
-            else:
-                self._bulk -= 1
+            self._queued_parts -= not entry.control
             passage = self.shaper.admit(entry.nbytes, entry.enqueued_s)
             self._line.append(_InFlight(entry.item, entry.enqueued_s, passage))
             self._deliver.set()
@@ -138,6 +136,7 @@ class LateralOutgoing:
                 await asyncio.sleep(delay_s)
             await write(flight.item.frame)
             self._line.popleft()
+            self._control -= flight.item.kind == "control"
             nbytes = framed_bytes(len(flight.item.frame))
             left_s = loop.time() - self.shaper.profile.latency_s  # really, and not ideally: a missed cap must show
             self.sent[flight.item.kind] += nbytes

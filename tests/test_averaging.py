@@ -44,6 +44,7 @@ def test_every_fragment_takes_its_turn_and_has_the_last_word(drawn: tuple[Outer,
                 assert under_way.pop(each.fragment) == each.number
         for each in plan.made_at(completed):
             assert each.number == number
+            assert plan.round(number) == each
             assert each.fragment not in under_way, "two rounds of one fragment at a time"
             assert each.made == completed <= each.used <= steps
             under_way[each.fragment] = number
@@ -58,6 +59,8 @@ def test_every_fragment_takes_its_turn_and_has_the_last_word(drawn: tuple[Outer,
         assert {f: plan.made_of(f, completed) for f in made_of} == made_of
     assert not under_way
     assert number == plan.count
+    with pytest.raises(IndexError):
+        plan.round(number)
     assert {each.fragment for each in plan.made_at(steps)} == set(range(mode.fragments))
 
 

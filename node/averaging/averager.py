@@ -70,6 +70,10 @@ class Averager(ABC):
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         """Move the weights by all contributions, by lane, in order. Returns the norm of their mean."""
 
+    def under_way(self, completed: int) -> dict[Round, bytes]:
+        """What this lane has contributed to the rounds that are made and not used once `completed` steps are."""
+        return {round_: self._own[round_.fragment] for round_ in self.plan.under_way(completed)}
+
     @torch.no_grad()
     def contribute(self, round_: Round) -> bytes:
         """The bytes to give to the others. Raises CodecError for what is not finite."""

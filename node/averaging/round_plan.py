@@ -79,6 +79,14 @@ class RoundPlan:
         """Rounds of the whole run."""
         return self._regular + self.fragments - (self._steps % self._stride == 0)
 
+    def round(self, number: int) -> Round:
+        """That one. Raises IndexError past the last."""
+        if not 0 <= number < self.count:
+            raise IndexError(f"no round {number}: the run has {self.count}")
+        if number < self._regular:
+            return self._round(number)
+        return next(each for each in self.made_at(self._steps) if each.number == number)
+
     def _round(self, number: int) -> Round:
         made = (number + 1) * self._stride
         used = min(made + self._delay, self._steps)

@@ -49,6 +49,9 @@ from .run_directory import (
     check_no_checkpoints,
     claimed,
     clear,
+    hold_aside,
+    sweep,
+    with_start,
     writable,
     write_settings,
 )
@@ -93,9 +96,14 @@ def run_local(
     with ExitStack() as held:
         isolation, told = None, None
         try:
+            sweep(out)
             if origin:
                 _check_room(out, overwrite)
+                if origin.found:
+                    held.callback(os.close, hold_aside(aside))
                 config = anchored(origin.place(aside))
+            elif resume:
+                config = with_start(config, out)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)

@@ -5,7 +5,8 @@ with the old one every id means something else: the loss rises, and nothing fail
 text, is another one in another version of Python. So stage 0 writes `corpus.json`, with the digests of the tokens and
 of the tokenizer, and keeps the tokenizer itself (`corpus-tokenizer.json`). Its checkpoints name both digests too, for
 a stage that comes back on another machine has nothing else. A run that is resumed uses the tokenizer that was kept.
-Other text is refused unless the user says that it is meant (`--data-changed`); another tokenizer always is.
+Other text is refused unless the user says that it is meant (`--data-changed`); another tokenizer always is. Whoever
+measures the run on its held-out text (`check_trained_on`) compares the same two digests by the same function.
 
 Why not in the digest that neighbours compare: only stage 0 reads the data.
 """
@@ -19,17 +20,25 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .checkpoints.manifest import Manifest
 from .config import RunConfig
-from .data import Corpus, DataError, Preparing, silently
-from .preparation import prepare_corpus
+from .data import Corpus, DataError, Preparing, Vocabulary, silently
+from .preparation import prepare_corpus, prepare_vocabulary
+
+if TYPE_CHECKING:
+    from .checkpoints.assemble import Assembled
 
 RECORD, TOKENIZER = "corpus.json", "corpus-tokenizer.json"
+RESUMED = "give it as it was, or say --data-changed to go on with this one and the run's own tokenizer"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AnotherText(DataError):
+    """The text is not the one that the run was trained on, and the tokenizer is."""
 
 
 class CorpusRecord(BaseModel):
@@ -68,14 +77,14 @@ class RunCorpus:
             assert record
             if not found.tokenizer:  # made by who does not read the text
                 continue
-            if found.tokenizer != record.tokenizer:
-                raise _another_tokenizer(f"the checkpoint after {found.completed} steps", found.tokenizer, record)
-            if found.corpus in (record.corpus, *record.earlier):
-                continue
-            there = f"the checkpoint after {found.completed} steps is of the text with digest {found.corpus[:12]}"
-            if not self.changed:
-                raise _another_text(there, record)
-            record = record.model_copy(update={"earlier": [*record.earlier, found.corpus]})
+            try:
+                _compare(record, _of_checkpoint(found.corpus, found.tokenizer, found.completed))
+            except AnotherText:
+                if found.corpus in record.earlier:
+                    continue
+                if not self.changed:
+                    raise
+                record = record.model_copy(update={"earlier": [*record.earlier, found.corpus]})
         return replace(self, record=record)
 
     def keep(self, out: Path) -> None:
@@ -109,17 +118,44 @@ def corpus_of_run(corpus: Corpus, config: RunConfig, out: Path, *, resume: bool,
     kept = read_record(out) if resume else None
     if not corpus.digest:
         return RunCorpus(corpus=corpus, record=None)
-    digest = hashlib.sha256(corpus.tokenizer_json).hexdigest()
-    version = platform.python_version()
-    record = CorpusRecord(source=config.data.source, python=version, corpus=corpus.digest, tokenizer=digest)
+    record = _record(corpus, config)
     if kept:
-        if kept.tokenizer != record.tokenizer:
-            raise _another_tokenizer(f"{out}/{RECORD}", kept.tokenizer, record)
-        if kept.corpus != record.corpus and not changed:
-            raise _another_text(f"the run in {out} was trained on {kept.title}", record)
+        try:
+            _compare(record, _of_record(kept, out))
+        except AnotherText:
+            if not changed:
+                raise
         before = dict.fromkeys([*kept.earlier, kept.corpus])
         record = record.model_copy(update={"earlier": [each for each in before if each != record.corpus]})
     return RunCorpus(corpus=corpus, record=record, changed=changed)
+
+
+def check_trained_on(corpus: Corpus, run: Path, found: Assembled, remedy: str) -> None:
+    """Raises AnotherText unless `corpus`, as the settings of the run in `run` lead to it now, is what its checkpoint
+    was trained on, and DataError where the tokenizer is not. What the checkpoint says counts, else what is kept beside
+    the run; where nobody knows, nothing is compared. remedy: what to do, in words."""
+    kept = read_record(run)
+    if found.text[1] and not (kept and (kept.corpus, kept.tokenizer) == found.text):
+        there = _of_checkpoint(*found.text, found.completed)
+    elif kept:
+        there = _of_record(kept, run)
+    else:
+        return
+    _compare(_record(corpus, found.config), there, remedy)
+
+
+def vocabulary_of_run(run: Path, found: Assembled) -> Vocabulary:
+    """The tokenizer of the run in `run`: the one that is beside its checkpoints or its records, or what its settings
+    lead to. Raises DataError where that is another one than its checkpoint names: without the first two it is trained
+    anew, on whatever text is here."""
+    config, kept = found.config, found.tokenizer
+    if kept is None and config.data.tokenizer is None and not config.model.pretrained:
+        kept = kept_tokenizer(run)
+    vocabulary = prepare_vocabulary(config, kept)
+    here = hashlib.sha256(vocabulary.content).hexdigest()
+    if found.text[1] and here != found.text[1]:
+        raise _another_tokenizer(here, _of_checkpoint(*found.text, found.completed))
+    return vocabulary
 
 
 def read_record(out: Path) -> CorpusRecord | None:
@@ -155,15 +191,48 @@ def carry_corpus(run: Path, out: Path) -> None:
         raise DataError(f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out") from None
 
 
-def _another_text(there: str, record: CorpusRecord) -> DataError:
-    return DataError(
-        f"data.source has changed: {there}, here is {record.title}; give it as it was, or say --data-changed to go on "
-        "with this one and the run's own tokenizer"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stated:
+    """What something that is kept says of the run's text. where: the thing; line: what it says, for people."""
+
+    corpus: str
+    tokenizer: str
+    where: str
+    line: str
+
+
+def _of_checkpoint(corpus: str, tokenizer: str, completed: int) -> _Stated:
+    where = f"the checkpoint after {completed} steps"
+    line = f"{where} is of the text with digest {corpus[:12]}"
+    return _Stated(corpus=corpus, tokenizer=tokenizer, where=where, line=line)
+
+
+def _of_record(kept: CorpusRecord, run: Path) -> _Stated:
+    line = f"the run in {run} was trained on {kept.title}"
+    return _Stated(corpus=kept.corpus, tokenizer=kept.tokenizer, where=f"{run}/{RECORD}", line=line)
+
+
+def _record(corpus: Corpus, config: RunConfig) -> CorpusRecord:
+    """Of an open corpus, whatever the run was trained on."""
+    return CorpusRecord(
+        source=config.data.source,
+        python=platform.python_version(),
+        corpus=corpus.digest,
+        tokenizer=hashlib.sha256(corpus.tokenizer_json).hexdigest(),
     )
 
 
-def _another_tokenizer(where: str, wanted: str, record: CorpusRecord) -> DataError:
+def _compare(here: CorpusRecord, there: _Stated, remedy: str = RESUMED) -> None:
+    """The one place where a text is held against what a run says of its own. Raises DataError for another tokenizer,
+    else AnotherText for another text."""
+    if here.tokenizer != there.tokenizer:
+        raise _another_tokenizer(here.tokenizer, there)
+    if here.corpus != there.corpus:
+        raise AnotherText(f"data.source has changed: {there.line}, here is {here.title}; {remedy}")
+
+
+def _another_tokenizer(here: str, there: _Stated) -> DataError:
     return DataError(
-        f"the tokenizer is not the run's: {record.tokenizer[:12]} here, {wanted[:12]} in {where}, so ids would mean "
+        f"the tokenizer is not the run's: {here[:12]} here, {there.tokenizer[:12]} in {there.where}, so ids would mean "
         f"other tokens than the weights were trained on; put the run's {TOKENIZER} and {RECORD} into this directory"
     )

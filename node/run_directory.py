@@ -13,6 +13,7 @@ what is elsewhere may be all that is left of one.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
@@ -130,6 +131,68 @@ def check_no_checkpoints(config: RunConfig, out: Path) -> None:
                 "them"
             )
             raise LocalRunError(line, 2)
+
+
+def hold_aside(directory: Path) -> int:
+    """Make the directory, in which something large is written before it gets its name, and hold it as one that is in
+    use; returns the descriptor, which the kernel closes for who is killed. Raises LocalRunError."""
+    try:
+        directory.mkdir(parents=True)
+        held = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalRunError(f"cannot write in {directory}: {error.strerror}; choose another --out", 2) from None
+    with suppress(OSError):  # a disk that cannot lock a directory: there nothing is swept either
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return held
+
+
+def sweep(out: Path) -> None:
+    """Remove what `up --from` made aside in `out` and was killed before it had its name."""
+    for left in out.glob(f".{START}-*"):
+        with suppress(OSError):
+            held = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(held)
+
+
+def with_start(config: RunConfig, run: Path) -> RunConfig:
+    """The settings of the run in `run`, which name its first weights where they are now: in that directory, if it was
+    moved. Raises ConfigError where they are gone."""
+    named = config.model.path
+    if named is None or not config.model.pretrained or (named / "config.json").is_file():
+        return config
+    if named.name == START and (run / START / "config.json").is_file():
+        return _started_from(config, run / START)
+    began = f" from {config.run.origin}" if config.run.origin else ""
+    raise ConfigError(
+        f"{named} is not there, and the run in {run} began{began} with what it held; bring it back, or set model.path "
+        f"in {run}/run.toml to where it is now"
+    )
+
+
+def carry_start(config: RunConfig, run: Path, out: Path) -> RunConfig:
+    """What the run in `run` began with is in `out` too, for the same run in another form; returns its settings there.
+    Weights that lie outside of `run` stay where they are. Raises ConfigError for a disk that does not take them."""
+    named = config.model.path
+    if named is None or not config.model.pretrained or named.resolve() != (run / START).resolve():
+        return config
+    try:
+        shutil.copytree(named, out / START)
+    except (OSError, shutil.Error) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"cannot write {out / START}: {cause}; make room there, or choose another --out") from None
+    return _started_from(config, out / START)
+
+
+def _started_from(config: RunConfig, start: Path) -> RunConfig:
+    """The same with its first weights there, and its tokenizer if that was among them."""
+    data, named = config.data, config.model.path
+    if data.tokenizer is not None and data.tokenizer.parent == named:
+        data = data.model_copy(update={"tokenizer": start.resolve() / data.tokenizer.name})
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": start.resolve()}), "data": data})
 
 
 def write_settings(config: RunConfig, path: Path) -> None:

@@ -75,7 +75,7 @@ def test_the_union_of_the_stages(trained: tuple[Path, list[Stage]]) -> None:
         assert torch.equal(held.table, below.receiver._table)
         assert torch.equal(held.master, above.sender.master)
     names = {name.partition("/")[2] for name in found.optimizer}
-    trained = {name for stage in stages for name, _ in stage._trained()}
+    trained = {name for stage in stages for name, _ in stage.trained}
     assert names == trained >= own.keys()
     stages[1].restore(found.snapshots[1])  # as a stage of the same cut takes it
 

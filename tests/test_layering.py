@@ -27,6 +27,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "security": set(),
     "watching": set(),
     "links": {"checkpoints", "security"},
+    "lanes": {"checkpoints", "links", "security"},
     "measuring": {"boundary", "data", "links", "model"},
     "comparing": {"data", "measuring"},
     "probing": {"links", "measuring", "model", "security"},
@@ -37,7 +38,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
 # And rooms of sim, in which nothing lies outside of a room.
 MAY_IMPORT_IN_SIM: dict[str, set[str]] = {
     "links": set(),
-    "reports": set(),
+    "reports": {"links"},
     "launch": {"links", "reports"},
 }
 SANS_IO = {"torch", "asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "subprocess"}

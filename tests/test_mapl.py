@@ -224,7 +224,7 @@ def test_an_interior_stage_has_one_table_for_both_sides(tiny: TinyConfig) -> Non
     assert isinstance(stage.sender, MaplEncoder)
     assert isinstance(stage.receiver, MaplDecoder)
     assert stage.sender._tokens is stage.receiver._tokens is stage.tokens
-    names = [name for name, _ in stage._trained() if name.startswith("codec")]
+    names = [name for name, _ in stage.trained if name.startswith("codec")]
     assert names == ["codec.stage_1.weight"]
 
 

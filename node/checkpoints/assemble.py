@@ -33,6 +33,7 @@ from ...protocol.greeting import TABLE_DIGEST
 from ..config import RunConfig
 from ..config_file import load_config
 from ..preparation import resolve_architecture, state_digest
+from ..run_directory import with_start
 from ..stage_state import StageSnapshot
 from .kept_tokenizer import kept_tokenizer
 from .manifest import CheckpointError, Fingerprint
@@ -80,7 +81,7 @@ class Assembled:
         codec's own parameters are `codec.stage_1.<name>` and `codec.boundary_0.sender.<name>` there.
     snapshots: by stage, all that its checkpoint holds, as `Stage.restore` takes it.
     tokenizer: its directory, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
-        `prepare_vocabulary(config, tokenizer)` knows it.
+        `run_corpus.vocabulary_of_run` knows it.
     text: digests of the tokens and of the tokenizer that stage 0 trained on, as its checkpoint has them; "": unknown.
     """
 
@@ -111,7 +112,7 @@ def assemble(
     Raises AssembleError, or the CheckpointError of one file, where that is not there; ConfigError, ModelError and
     DataError for a run.toml, a model or a tokenizer that cannot be read.
     """
-    config = config or load_config(run / "run.toml")
+    config = with_start(config or load_config(run / "run.toml"), run)
     architecture = resolve_architecture(config)
     directory = config.checkpoint.path(run)
     fingerprint = Fingerprint(run=config.run.name, configuration=None, stages=config.pipeline.stages)

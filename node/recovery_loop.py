@@ -156,12 +156,7 @@ class RecoveryLoop:
                 else:  # all end, without another step
                     self.control.act(self.machine.end_after(self.machine.completed))
             if self._joining:
-                link = self.config.link
-                if await self._copies.fetch(
-                    self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
-                ):
-                    self._known = await self._points.on_disk()
-                self._accept([self._store.manifest(step) for step in self._known])
+                await self._fetch_copies()
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
                 self._accept([])
@@ -181,6 +176,14 @@ class RecoveryLoop:
             # What was submitted is written; its records come before the end.
             await self._points.close()
 
+    async def _fetch_copies(self) -> None:
+        """What this disk lacks and the buddy has of this stage's checkpoints. Raises what is wrong with all of them."""
+        link = self.config.link
+        limits = {"deadline_s": link.connect_timeout_s, "replacement_s": link.replacement_timeout_s}
+        if await self._copies.fetch(self._known, **limits):
+            self._known = await self._points.on_disk()
+        self._accept([self._store.manifest(step) for step in self._known])
+
     def _accept(self, known: list[Manifest]) -> None:
         if self._corpus and self._accept_corpus:
             self._accept_corpus(self._corpus, known)
@@ -195,6 +198,8 @@ class RecoveryLoop:
         self._effects.put_nowait(effect)
         if isinstance(effect, ChooseEnd):
             self._end_asked.set()
+        elif isinstance(effect, End):
+            self._copies.give_up()
 
     async def _next(self) -> bool:
         """Wait for whatever comes first and do it; True when this node may leave."""
@@ -222,6 +227,8 @@ class RecoveryLoop:
                 self._store.floor = self.machine.heartbeats.copied_by_all
                 await self._break_off()
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
+                if not (self._joining or self.machine.generation or self.machine.completed):
+                    await self._fetch_copies()  # a machine that is new to a run which had begun, as it shows now
                 offered = await self._points.offered()
                 self._metrics.write(
                     "view_change", generation=self.machine.generation, seconds=round(time.monotonic() - began, 6)

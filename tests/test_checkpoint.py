@@ -1070,6 +1070,7 @@ def test_help_is_helpful(words: tuple[str, ...]) -> None:
 def test_a_listing_waits_for_no_tensor_library(run_directory: Path) -> None:
     program = (
         "import sys; from thinpipe.cli import app\n"
+        "import thinpipe.node.checkpoints.lost\n"  # which stays for days in `supervise`
         f"app(['checkpoint', 'verify', {str(run_directory)!r}], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -528,6 +528,22 @@ def test_a_buddy_that_comes_late_is_waited_for(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_run_that_is_over_waits_for_no_copies(tmp_path: Path) -> None:
+    async def story() -> None:
+        node = NodeUnderTest(1, tmp_path)
+        async with nodes(node):
+            assert node.copies._restore
+            heard = node.copies._restore.heard
+            heard.set()
+            bringing = asyncio.create_task(node.fetch([], replacement_s=1e6))
+            await until(lambda: not heard.is_set())  # it waits
+            node.copies.give_up()
+            assert not await bringing
+            assert not node.faults
+
+    asyncio.run(story())
+
+
 def test_patience_is_for_the_buddy_and_not_for_anybody(tmp_path: Path) -> None:
     """What comes from the other side meanwhile does not lengthen it."""
 

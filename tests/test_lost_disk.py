@@ -53,7 +53,7 @@ class Machines:
     @contextmanager
     def running(self, stage: int, *options: str, name: str = "") -> Iterator[Process]:
         out = self.directory(stage, name)
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         arguments = ["node", "--config", str(self.root / "run.toml")]
         arguments += ["--stage", str(stage), "--out", str(out), *options]
         if stage:
@@ -99,3 +99,28 @@ def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp
     buddy = lost + 1 if lost < STAGES - 1 else lost - 1
     links = machines.records(buddy, "end", names[buddy])[-1]["links"]
     assert sum(link["sent_bytes"].get("checkpoint_copy", 0) for link in links) > 0  # what came back, at least
+
+
+@pytest.mark.slow
+def test_a_new_machine_goes_on_with_the_others_though_nobody_told_it_that_the_run_has_begun(
+    config: RunConfig, tmp_path: Path
+) -> None:
+    """All machines are started again by services after a power cut, and one of them with another disk: it is started as
+    for a new run, and all would begin again with it."""
+    undisturbed = run_reference(config, tmp_path / "reference")
+    machines = Machines(config, tmp_path)
+    with ExitStack() as stack:
+        processes = [stack.enter_context(machines.running(stage)) for stage in range(STAGES)]
+        until(lambda: len([each for each in machines.records(1, "copy") if each["bytes"]]) >= 2, "two copies")
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    shutil.rmtree(machines.directory(1))
+    with ExitStack() as stack:
+        options = [["--resume"], [], ["--resume"]]
+        processes = [stack.enter_context(machines.running(stage, *options[stage])) for stage in range(STAGES)]
+        for stage, process in enumerate(processes):
+            assert process.wait(END_S) == 0, (tmp_path / f"machine-{stage}.log").read_text()
+    for stage in range(STAGES):
+        assert machines.records(stage, "end")[-1]["state_sha256"] == undisturbed.state_sha256[stage]
+        assert [each["completed"] > 0 for each in machines.records(stage, "rollback")] == [True]

@@ -367,7 +367,7 @@ def test_it_says_after_which_step_a_stage_goes_on(
     steps = {1: "goes on after 1 step", 20: "goes on after 20 steps"}
     begins = "begins again with step 1: there is no checkpoint that all stages have"
     assert said[:2] == [
-        "stage 0 has been started before; it goes on from what all stages have",
+        "stage 0 has been started before, and is resumed",
         f"stage 0 {steps.get(completed, begins)}",
     ]
     assert not [line for line in said[2:] if "goes on" in line]

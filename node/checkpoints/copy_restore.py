@@ -2,8 +2,9 @@
 lacks.
 
 This comes first, because the process says only once from which steps it could go on. It waits as long as data arrives.
-It also waits for a buddy that is not there, because without it no stage could go on anyway. It gives up on a buddy that
-is there but silent: the run can still go on from an older step, or from the first.
+It also waits for a buddy that is not there, because without it no stage could go on anyway, unless the run is over
+meanwhile. It gives up on a buddy that is there but silent: the run can still go on from an older step, or from the
+first.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class CopyRestore:
         self.came: set[int] = set()  # of these
         self.completing = False  # one of these is being read once more, and may take its time
         self.heard = asyncio.Event()
+        self._over = False
         self._stage, self._sessions = store.stage, sessions
         self._side: Side = side
         self._peer = store.stage + (1 if side == "below" else -1)
@@ -51,6 +53,11 @@ class CopyRestore:
     def _check(self, manifest: Manifest) -> None:
         if manifest.completed not in self.wanted:
             raise CheckpointError("it was not asked for")
+
+    def give_up(self) -> None:
+        """Nobody will need what is still to come."""
+        self._over = True
+        self.heard.set()
 
     async def fetch(self, have: list[int], *, deadline_s: float, replacement_s: float) -> bool:
         """As `CopyService.fetch`."""
@@ -63,7 +70,7 @@ class CopyRestore:
 
     async def _fetch(self, have: list[int], deadline_s: float, replacement_s: float) -> None:
         asked: tuple[CopySession, int] | None = None
-        while True:
+        while not self._over:
             self.heard.clear()
             session = self._sessions.get(self._side)
             if session and session.held is not None:

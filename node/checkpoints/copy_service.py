@@ -144,6 +144,11 @@ class CopyService:
         await asyncio.to_thread(sweep_incoming, self._store.directory.parent)
         return await self._restore.fetch(have, deadline_s=deadline_s, replacement_s=replacement_s)
 
+    def give_up(self) -> None:
+        """The run is over: what is fetched now is not waited for any more."""
+        if self._restore:
+            self._restore.give_up()
+
     def _peer(self, side: Side) -> int:
         return self._stage + (1 if side == "below" else -1)
 

@@ -222,7 +222,7 @@ class Supervisor:
         resume = began(assignment.run, stage)
         tail, newest = RecordTail(records, offset=whole_bytes(records) if resume else 0), None
         if resume:
-            self._say(f"stage {stage} has been started before; it goes on from what all stages have")
+            self._say(f"stage {stage} has been started before, and is resumed")
         self._moved_s, longest_s, shown = time.monotonic() + STARTING_S - PROGRESS_S, 0.0, None
         restored = False
         if self._told:

@@ -105,6 +105,10 @@ DataChanged = Annotated[
         help="With --resume: go on though the text has changed. Its ids are those of the run's own tokenizer. (off)",
     ),
 ]
+Lane = Annotated[
+    int | None,
+    typer.Option("--lane", min=0, help="Lane of a run that has several. (the first with a whole checkpoint)"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 
 
@@ -195,7 +199,21 @@ def run_errors(out: Path) -> Iterator[None]:
         fail(f"{str(told) or 'interrupted'}; all stages are stopped, the records so far are in {out}", 130)
 
 
+def run_of(named: Path, lane: int | None) -> tuple[Path, int | None]:
+    """The run that the user means, and which lane of it: `runs/demo/lane-1` is lane 1 of `runs/demo`. Ends with 2 where
+    it cannot be both."""
+    from ..node.config import ConfigError
+    from ..node.run_lanes import found_run
+
+    try:
+        return found_run(named, lane)
+    except ConfigError as error:
+        fail(str(error), 2)
+
+
 def run_toml(run: Path, option: str) -> Path:
     if not (run / "run.toml").is_file():
+        if (run.parent / "run.toml").is_file() and run.name.startswith("lane-"):
+            fail(f"{option} {run}: that is one lane of the run in {run.parent}; give that", 2)
         fail(f"{option} {run}: there is no run.toml, so no run to go on with; give the --out of the run", 2)
     return run / "run.toml"

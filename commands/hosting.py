@@ -55,6 +55,15 @@ def node(
     next_: Annotated[
         str | None, typer.Option("--next", help="host:port of the next stage, such as stage2.example:7002.")
     ] = None,
+    lane: Annotated[
+        int | None, typer.Option(min=0, help="Lane to serve the stage in, counted from 0, in a run that has several.")
+    ] = None,
+    lateral: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="LANE=host:port of the same stage in a lower lane, such as 0=stage2.example:7002. Repeat it for each."
+        ),
+    ] = None,
     join: Joins = None,
     announce: Announce = None,
     dht_port: DhtPort = None,
@@ -108,6 +117,8 @@ def node(
             fail("--speed goes with --stage auto, which chooses a stage by it; omit one of the two", 2)
         if next_:
             fail("--next and --join contradict each other: the DHT says where the stage below is; omit one", 2)
+        if lane is not None or lateral:
+            fail("--lane and --lateral do not go with --join, which finds the nodes of one lane; give all addresses", 2)
         wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
         wish |= {"keys": keys, "insecure": insecure, "speed": speed}
@@ -129,31 +140,53 @@ def node(
         fail(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
+    from ..node.config import ConfigError
+    from ..node.run_lanes import check_lane, check_may_be_processes, of_lane
+
+    if lane is None and settings.lanes.count > 1:
+        fail(f"the run has {settings.lanes.count} lanes: say which one this node is in, --lane N, from 0", 2)
+    lane = lane or 0
+    try:
+        check_lane(settings, lane)
+    except ConfigError as error:
+        fail(str(error), 2)
     if check:
         return _check(settings, stage)
     from ..node.config import recommended_line
 
     if line := recommended_line(settings):
         print(line)
-    from ..node.addresses import ListenError
+    from ..node.addresses import ListenError, lateral_addresses
     from ..node.node_process import Addresses, NodeError, NodeOptions, check_input, run_node
     from ..node.run_directory import LocalRunError, writable
     from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
 
-    addresses = Addresses(listen=listen, next=next_)
     try:
-        check_input(settings, stage, addresses)
+        others = lateral_addresses(lateral or [], lane, settings.lanes.count)
+        addresses = Addresses(listen=listen, next=next_, lateral=others)
+        check_input(settings, stage, addresses, lane)
         name, who = settings.run.name, [stage]
+        for address in others.values():
+            choose(keys, insecure=insecure, dial=address, dial_option="--lateral", run=name, stages=who)
         security = choose(keys, insecure=insecure, listen=listen, dial=next_, run=name, stages=who)
         if security.warning:
             print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
-        directory = writable(out or config.parent)
+        check_may_be_processes(settings)
+        home = writable(out or config.parent)
+        settings, directory = of_lane(settings, home, lane)
         how = NodeOptions(
-            out=directory, trace=trace, parent=parent, resume=resume, data_changed=data_changed, security=security
+            out=writable(directory),
+            run=home,
+            lane=lane,
+            trace=trace,
+            parent=parent,
+            resume=resume,
+            data_changed=data_changed,
+            security=security,
         )
         run_node(settings, stage, addresses, how)
-    except (KeysError, ListenError) as error:
+    except (ConfigError, KeysError, ListenError) as error:
         fail(str(error), 2)
     except (NodeError, LocalRunError) as error:
         fail(str(error), error.exit_code)

@@ -27,6 +27,8 @@ HELP = {
     "--link": "Rate limit and delay of every link, in each direction: rate,latency such as 300mbit,25ms; or none.",
     "--cut": "Layers of each stage, such as 3,3,2,0; auto: by speed; equal.",
     "--speeds": "Speed of each stage's machine, relative, such as 1,1,0.5,0.25.",
+    "--lanes": "Number of lanes: replicas of the whole chain of stages, each with its own part of the data.",
+    "--average": "How lanes become one model: gradients, outer:every=20,lr=0.7,... or sparta:p=0.05,every=10,...",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
     "depth by simulation.",
@@ -43,6 +45,8 @@ SETTING = {
     "link": "link.link",
     "cut": "pipeline.cut",
     "speeds": "pipeline.speeds",
+    "lanes": "lanes.count",
+    "average": "lanes.average",
     "steps": "run.steps",
     "schedule": "pipeline.schedule",
     "microbatches": "pipeline.microbatches",

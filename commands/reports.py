@@ -24,7 +24,8 @@ def summary(
 ) -> None:
     """Print the summary of a run from its records: losses, tokens/s, bytes, links, a digest of each stage's state.
 
-    Use it for nodes that `up` did not start. If each machine has its own directory, copy every stage-N.jsonl into one.
+    Use it for nodes that `up` did not start. If each machine has its own directory, copy every stage-N.jsonl into one
+    (of a run of several lanes, into lane-0, lane-1, ... in it).
     A run that is under way, or was broken off, has no summary yet: exit code 1, with what each stage does (--json:
     "state"). If records of a lost machine are missing, a line says so, and bytes/token and ratio are unknown. Exit code
     2 if RUN is not the directory of a run.
@@ -33,12 +34,19 @@ def summary(
     settings = configuration(run_toml(run, "summary"), {}, None)
     from ..node.measuring.dense_comparison import add_comparison
     from ..node.preparation import BAD_INPUT, resolve_architecture
-    from ..sim.reports.summary import NotEnded, checkpoint_lines, lacking_lines, summarise, write_summary
+    from ..sim.reports.lanes import lane_path
+    from ..sim.reports.lanes_summary import averaging_lines, summarise_run
+    from ..sim.reports.summary import NotEnded, checkpoint_lines, lacking_lines, write_summary
 
     try:
         width = resolve_architecture(settings).hidden_size
-        found = summarise(
-            run, stages=settings.pipeline.stages, width=width, mode=mode_of(run), of_steps=settings.run.steps
+        found = summarise_run(
+            run,
+            lanes=settings.lanes.count,
+            stages=settings.pipeline.stages,
+            width=width,
+            mode=mode_of(lane_path(run, 0, settings.lanes.count)),
+            of_steps=settings.run.steps,
         )
     except BAD_INPUT as error:
         fail(str(error), 2)
@@ -47,7 +55,7 @@ def summary(
     except ValueError as error:
         fail(str(error), 1)
     add_comparison(found, run, settings)
-    for line in (*lacking_lines(found), *checkpoint_lines(found)):
+    for line in (*lacking_lines(found), *checkpoint_lines(found), *averaging_lines(found)):
         print(f"thinpipe: warning: {line}", file=sys.stderr)
     if write:
         try:

@@ -21,6 +21,7 @@ from .common import (
     may_outlast_its_output,
     one_arithmetic_thread,
     run_errors,
+    run_of,
     run_toml,
     said,
 )
@@ -43,6 +44,8 @@ def up(
     schedule: Annotated[str | None, shared("--schedule", "1f1b")] = None,
     cut: Annotated[str | None, shared("--cut", "auto")] = None,
     speeds: Annotated[str | None, shared("--speeds", "alike")] = None,
+    lanes: Annotated[int | None, shared("--lanes", "1")] = None,
+    average: Annotated[str | None, shared("--average", "outer")] = None,
     microbatches: Annotated[int | None, shared("--microbatches", "8")] = None,
     batch_size: Annotated[int | None, shared("--batch-size", "16")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "128")] = None,
@@ -109,7 +112,7 @@ def up(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train on this machine: one process per stage, joined by rate-limited links and watched to the end."""
+    """Train on this machine: one process per stage (and lane), joined by rate-limited links and watched to the end."""
     if parent is not None:  # before the imports, which take seconds
         from ..sim.launch.parent_death import die_with_parent
 
@@ -131,6 +134,8 @@ def up(
         schedule=plain,
         cut=cut,
         speeds=speeds,
+        lanes=lanes,
+        average=average,
         microbatches=microbatches,
         batch_size=batch_size,
         sequence_length=sequence_length,
@@ -146,7 +151,7 @@ def up(
         if resume is not None:
             fail("--from begins a new run, --resume goes on with one; omit one of the two", 2)
         out = out or Path("runs/latest")
-        if out.resolve() == from_.resolve():
+        if out.resolve() in (from_.resolve(), run_of(from_, None)[0].resolve()):
             fail(f"--from {from_}: the new run would replace it; choose another --out", 2)
         origin = _begun_from(from_, said(config, options, overrides))
         settings = origin.config

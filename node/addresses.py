@@ -21,21 +21,29 @@ def split_address(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def lane_addresses(words: Sequence[str], lane: int) -> dict[int, str]:
-    """Where the nodes of a stage in the lanes below `lane` are, of words such as 0=host:port: one for each, in any
-    order. Raises ListenError."""
+def lateral_addresses(given: Sequence[str], lane: int, lanes: int) -> dict[int, str]:
+    """By lane, of LANE=host:port each: where a stage's nodes in the lower lanes listen. Raises ListenError for what is
+    none, for a lane that is not lower than `lane`, one that is given twice, and for one that is missing."""
     found: dict[int, str] = {}
-    for word in words:
-        number, equals, address = word.partition("=")
+    for text in given:
+        number, equals, address = text.partition("=")
         if not (equals and number.isascii() and number.isdecimal()):
-            raise ListenError(f"'{word}' is not LANE=HOST:PORT, such as 0=127.0.0.1:7001")
+            raise ListenError(f"'{text}' is not LANE=host:port, such as 0=stage2.example:7002")
         split_address(address)
-        if int(number) >= lane or int(number) in found:
-            why = "comes twice" if int(number) in found else f"is not below lane {lane}, which dials lower lanes only"
-            raise ListenError(f"'{word}': lane {int(number)} {why}")
-        found[int(number)] = address
+        other = int(number)
+        if other >= lanes:
+            raise ListenError(f"--lateral {text}: there is no lane {other}; the run has {lanes}, from 0")
+        if other >= lane:
+            why = "which is this node's own" if other == lane else "whose node dials this one"
+            raise ListenError(f"--lateral {text}: that is lane {other}, {why}; name lanes below {lane} only")
+        if other in found:
+            raise ListenError(f"--lateral names lane {other} twice, at {found[other]} and {address}; omit one")
+        found[other] = address
     if missing := [str(other) for other in range(lane) if other not in found]:
-        raise ListenError(f"lane {lane} dials all lower lanes: say where {', '.join(missing)} is, as LANE=HOST:PORT")
+        raise ListenError(
+            f"a node of lane {lane} dials its stage in every lower lane: say where those of lane {', '.join(missing)} "
+            f"listen, --lateral {missing[0]}=host:port"
+        )
     return dict(sorted(found.items()))
 
 

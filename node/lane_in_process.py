@@ -30,8 +30,10 @@ from ..protocol.schedule import (
     interleave,
 )
 from ..sim.links.shaper import LinkProfile
+from ..sim.reports.lanes import is_lateral, other_lane
 from ..sim.reports.metrics_address import MetricsAddress
 from ..sim.reports.summary import dense_bytes_one_way
+from .averaging.averager import RoundUsed
 from .boundary.endpoints import Encoded
 from .config import RunConfig
 from .data import Corpus
@@ -59,6 +61,7 @@ class LaneInProcess:
         self.stages = [Stage(config, architecture, index, lane) for index in range(config.pipeline.stages)]
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
+        self.sent_to_lanes: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
         self._mail: Mail = {}
         self._squares: dict[int, float] = {}  # by stage, in a step whose gradients are clipped by the global norm
         self._cpu_s = self._train_s = 0.0
@@ -73,9 +76,11 @@ class LaneInProcess:
         """Of one stage, with those who look at them."""
         settings = self.config.watch
         if settings.prometheus:
-            own = MetricsAddress.parse(settings.prometheus).of_stage(index)
+            first = MetricsAddress.parse(settings.prometheus)
+            own = first.of_node(index, self.lane, self.config.pipeline.stages)
             settings = settings.model_copy(update={"prometheus": str(own)})
-        self._watching.append(Watching(settings, out, stage=index))
+        lanes = self.config.lanes.count
+        self._watching.append(Watching(settings, out, stage=index, lane=self.lane, lanes=lanes))
         return MetricsWriter(out / f"stage-{index}.jsonl", view=self._watching[-1].take)
 
     def work(self, step: int) -> list[tuple[int, Action]]:
@@ -225,13 +230,26 @@ class LaneInProcess:
             cpu_s=round(cpu_s / len(self.stages), 6),  # an equal share each
             loop_cpu_s=0.0,  # there is no event loop
             tokens_per_s=round(tokens / seconds, 3),
-            sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
+            sent_bytes={name: dict(rows) for name, rows in (self.sent[index] | self.sent_to_lanes[index]).items()},
             dense_bytes=len(self.sent[index]) * dense_bytes_one_way(width=self.stages[index].width, tokens=tokens),
             rss_bytes=rss_bytes(),
             codec=self.stages[index].measures(),
             dictionaries=self.stages[index].dictionaries(),
             **self.watches[index].take(),
         )
+
+    def give(self, index: int, contribution: bytes) -> None:
+        """Stage `index` gives all other lanes what it contributes to a round; counted without what frames add."""
+        for other in range(self.config.lanes.count):
+            if other != self.lane:
+                ends = sorted((self.lane, other))
+                rows = self.sent_to_lanes[index].setdefault(f"lateral {index}: lane {ends[0]}-{ends[1]}", Counter())
+                rows["averaging"] += len(contribution)
+
+    def record_round(self, index: int, used: RoundUsed) -> None:
+        """What stage `index` made of a round. Nobody had to be waited for."""
+        if self._metrics:
+            self._metrics[index].write("round", **used.record(), waited_s=0.0)
 
     def close(self) -> None:
         """Close the records, also of a run that failed."""
@@ -240,8 +258,9 @@ class LaneInProcess:
 
     def end(self) -> None:
         """Write the records' last lines."""
+        all_sent = [down | across for down, across in zip(self.sent, self.sent_to_lanes, strict=True)]
         for stage, metrics, watch, sent in zip(
-            self.stages, self._metrics, self.watches, self.sent, strict=bool(self._metrics)
+            self.stages, self._metrics, self.watches, all_sent, strict=bool(self._metrics)
         ):
             metrics.write(
                 "end",
@@ -255,16 +274,19 @@ class LaneInProcess:
                 peak_rss_bytes=peak_rss_bytes(),
                 state_bytes=stage.state_bytes(),
                 state_sha256=stage.state_sha256(),
-                links=[_link_record(stage.index, name, rows) for name, rows in sent.items()],
+                links=[_link_record(stage.index, self.lane, name, rows) for name, rows in sent.items()],
             )
             metrics.close()
 
 
-def _link_record(stage: int, name: str, rows: Counter[str]) -> dict[str, object]:
-    boundary = int(name.removeprefix("boundary ").partition("-")[0])
+def _link_record(stage: int, lane: int, name: str, rows: Counter[str]) -> dict[str, object]:
+    if is_lateral(name):
+        way: dict[str, object] = {"peer_lane": other_lane(name, lane)}
+    else:
+        boundary = int(name.removeprefix("boundary ").partition("-")[0])
+        way = {"boundary": boundary, "direction": "forward" if boundary == stage else "backward"}
     return {
-        "boundary": boundary,
-        "direction": "forward" if boundary == stage else "backward",
+        **way,
         "link": "none",
         "configured_bits_per_s": None,
         "measured_bits_per_s": None,

@@ -23,11 +23,14 @@ from ..sim.launch.isolation import isolated
 from ..sim.launch.local_swarm import SwarmError, Watch, run_swarm
 from ..sim.links.shaper import LinkProfile
 from ..sim.links.tc import KernelLinkError
+from ..sim.reports.lanes import lane_path
+from ..sim.reports.lanes_summary import averaging_lines, summarise_run
 from ..sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from ..sim.reports.progress import Progress
-from ..sim.reports.run_console import RunDisplay, closing_lines, summary_tables
-from ..sim.reports.summary import checkpoint_lines, lacking_lines, summarise, write_summary
+from ..sim.reports.run_console import closing_lines, summary_tables
+from ..sim.reports.run_display import RunDisplay
+from ..sim.reports.summary import checkpoint_lines, lacking_lines, write_summary
 from ..sim.reports.trace import draw, merge
 from .config import ConfigError, RunConfig, recommended_line
 from .config_file import load_config
@@ -55,6 +58,7 @@ from .run_directory import (
     writable,
     write_settings,
 )
+from .run_lanes import check_may_be_processes
 from .run_length import length_line
 from .security.key_directory import clock, load
 from .stage_failure import FAILED
@@ -106,6 +110,8 @@ def run_local(
                 config = with_start(config, out)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
+            if not one_process:
+                check_may_be_processes(config)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
             if keys is not None:
                 load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
@@ -136,7 +142,8 @@ def run_local(
                 console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False, soft_wrap=True)
             if isolate:
                 link = LinkProfile.parse(config.link.link)
-                isolation = held.enter_context(isolated(config.pipeline.stages, link))
+                nodes = config.lanes.count * config.pipeline.stages
+                isolation = held.enter_context(isolated(nodes, link))
                 console.print(f"isolated: {isolation}", highlight=False, soft_wrap=True)
             if not begun:
                 _claim(held, out, lock)
@@ -156,7 +163,8 @@ def run_local(
             if resume and (line := length_line(load_config(out / "run.toml"), config)):
                 console.print(line, highlight=False, soft_wrap=True)
             write_settings(config, out / "run.toml")
-            display = RunDisplay(console, steps=config.run.steps, resumes=0 if resume else None)
+            resumes = 0 if resume else None
+            display = RunDisplay(console, steps=config.run.steps, resumes=resumes)
             with display:
                 if one_process:
                     _run_one_process(config, out, display)
@@ -164,6 +172,7 @@ def run_local(
                     told = run_swarm(
                         out,
                         stages=config.pipeline.stages,
+                        lanes=config.lanes.count,
                         trace=trace,
                         resume=resume,
                         restarts=restarts,
@@ -175,8 +184,8 @@ def run_local(
                         on_progress=display.update,
                         on_warning=display.warn,
                     )
-            if trace and not one_process:
-                _draw(out, config.pipeline.stages)
+            for lane in range(config.lanes.count) if trace and not one_process else ():
+                _draw(lane_path(out, lane, config.lanes.count), config.pipeline.stages)
         except (*BAD_INPUT, KernelLinkError, MetricsAddressError) as error:
             raise LocalRunError(str(error), 2) from None
         except SwarmError as error:
@@ -194,7 +203,14 @@ def run_local(
                         directory.rmdir()
         mode = "one-process" if one_process else "swarm"
         try:
-            summary = summarise(out, stages=config.pipeline.stages, width=width, mode=mode, of_steps=config.run.steps)
+            summary = summarise_run(
+                out,
+                lanes=config.lanes.count,
+                stages=config.pipeline.stages,
+                width=width,
+                mode=mode,
+                of_steps=config.run.steps,
+            )
         except ValueError as error:
             if told:  # before the first step
                 line = interrupted(f"stopped by {told}", config, out, begun=True, swarm=True)
@@ -210,7 +226,7 @@ def run_local(
 def _report(summary: dict[str, Any], out: Path, console: Console, told: str | None, *, quiet: bool) -> None:
     """Write it down and say it. told: the signal that ended the run, if one did."""
     lines = [check["warning"] for check in summary["link_check"]]
-    lines += [*lacking_lines(summary), *checkpoint_lines(summary)]
+    lines += [*lacking_lines(summary), *checkpoint_lines(summary), *averaging_lines(summary)]
     try:
         write_summary(out, summary)
     except OSError as error:
@@ -221,6 +237,8 @@ def _report(summary: dict[str, Any], out: Path, console: Console, told: str | No
         for table in summary_tables(summary):
             console.print(table)
         files = "run.toml, summary.json, one stage-N.jsonl per stage"
+        if lanes := summary.get("lanes"):
+            files = f"run.toml, summary.json, and in lane-0 to lane-{len(lanes) - 1} one stage-N.jsonl per stage"
         console.print(f"everything is in {out}: {files}", markup=False, soft_wrap=True)
     early = told and summary["steps"] < summary["of_steps"]
     if early:
@@ -280,8 +298,8 @@ def _watch(config: RunConfig, *, isolate: bool) -> Watch:
             "watch the records with thinpipe top"
         )
     if first:
-        for stage in range(config.pipeline.stages):
-            first.of_stage(stage).check_free()
+        for node in range(config.lanes.count * config.pipeline.stages):
+            first.of_stage(node).check_free()
     return Watch(prometheus=first, tensorboard=config.watch.tensorboard)
 
 
@@ -293,7 +311,7 @@ def _check_room(out: Path, overwrite: bool) -> None:
 
 def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
     reference = OneProcess(config, out)
-    progress = Progress(out, stages=config.pipeline.stages)
+    progress = Progress(out, stages=config.pipeline.stages, lanes=config.lanes.count)
 
     def show(step: int, loss: float) -> None:
         del step, loss

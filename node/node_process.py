@@ -13,9 +13,9 @@ import secrets
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,13 +81,15 @@ EXIT_CODES = {BAD_INPUT: 2, (*FAILED, StageFailed, ParentGone): 1, (Stopped,): 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Addresses:
-    """Where this node listens for the stage above (None: it has none) and where the stage below is."""
+    """Where this node listens for the stage above and for higher lanes (None: it has neither), where the stage below
+    is, and where its own stage is in each lower lane."""
 
     listen: str | None
     next: str | None
+    lateral: Mapping[int, str] = field(default_factory=dict)
 
 
-def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
+def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int = 0) -> None:
     """Raises NodeError for what can be seen to be wrong before minutes go into building the stage: its addresses (one
     that it needs and does not have, a port that is taken), the device, the codec, the link."""
     try:
@@ -96,6 +98,9 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses) -> None:
         check_link(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
+            check_listen(_need(addresses.listen, missing))
+        elif lane < config.lanes.count - 1:
+            missing = f"stage 0 of lane {lane} is dialled by higher lanes: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
         if stage < config.pipeline.stages - 1:
             missing = f"stage {stage} has a stage below it: say where that is, --next host:port"
@@ -112,12 +117,15 @@ def _need(address: str | None, missing: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeOptions:
-    """How a node runs that is nobody else's business. resume: take the stage's place in a run that has begun.
-    data_changed: though the text is another one. security: how it listens and dials. membership: of one that finds the
-    others by the DHT, and knows where the stage below is.
+    """How a node runs that is nobody else's business. out: for its records and checkpoints. run: the run's own
+    directory, where that is another one because there are lanes. lane: which of them it is in. resume: take the stage's
+    place in a run that has begun. data_changed: though the text is another one. security: how it listens and dials.
+    membership: of one that finds the others by the DHT, and knows where the stage below is.
     """
 
     out: Path
+    run: Path | None = None
+    lane: int = 0
     trace: bool = False
     parent: int | None = None
     resume: bool = False
@@ -149,11 +157,14 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
             stage=stage,
             run=config.run.name,
             stages=config.pipeline.stages,
+            lane=options.lane,
+            lanes=config.lanes.count,
             steps=config.run.steps,
             host=socket.gethostname(),
             process=os.getpid(),
             listen=addresses.listen,
             next=addresses.next,
+            lateral={str(lane): address for lane, address in addresses.lateral.items()},
             resume=options.resume,
             tls=options.security.keys is not None,
         )
@@ -190,7 +201,8 @@ def _records(config: RunConfig, stage: int, options: NodeOptions) -> tuple[Watch
     """Who watches, and where the node's records go. Raises NodeError for a port that is taken or a file that cannot be
     written."""
     try:
-        watching = Watching(config.watch, options.out, stage=stage, replaces=options.resume)
+        lanes = {"lane": options.lane, "lanes": config.lanes.count}
+        watching = Watching(config.watch, options.out, stage=stage, **lanes, replaces=options.resume)
     except MetricsAddressError as error:
         raise NodeError(str(error), 2) from None
     path = options.out / f"stage-{stage}.jsonl"
@@ -223,7 +235,8 @@ async def _run(
     )
     written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
     fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
-    kept = kept_tokenizer(options.out) if index == 0 and options.resume else None
+    home = options.run or options.out  # which has the record of the text
+    kept = kept_tokenizer(home) if index == 0 and options.resume else None
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -243,8 +256,8 @@ async def _run(
 
     def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
         given = {"resume": options.resume, "changed": options.data_changed}
-        found = corpus_of_run(corpus, config, options.out, **given).check(manifests)
-        found.keep(options.out)
+        found = corpus_of_run(corpus, config, home, **given).check(manifests)
+        found.keep(home)
         if record := found.record:
             store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
 

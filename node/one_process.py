@@ -76,15 +76,20 @@ class OneProcess:
                 if round_.made < completed:
                     self._use(held, round_)
             for round_ in held[0].plan.made_at(completed):
-                self._given[index, round_.number] = {each.place.lane: each.contribute(round_) for each in held}
+                given = {each.place.lane: each.contribute(round_) for each in held}
+                for lane in self.lanes:
+                    lane.give(index, given[lane.lane])
+                self._given[index, round_.number] = given
             for round_ in used:
                 if round_.made == completed:
                     self._use(held, round_)
 
     def _use(self, averagers: list[Averager], round_: Round) -> None:
-        given = self._given.pop((averagers[0].place.stage, round_.number))
-        for each in averagers:
-            each.use(round_, {lane: body for lane, body in given.items() if lane != each.place.lane})
+        index = averagers[0].place.stage
+        given = self._given.pop((index, round_.number))
+        for each, own in zip(averagers, self.lanes, strict=True):
+            used = each.use(round_, {lane: body for lane, body in given.items() if lane != own.lane})
+            own.record_round(index, used)
 
     def close(self) -> None:
         """Close the records, also of a run that failed."""

@@ -20,6 +20,7 @@ from .checkpoints.manifest import CheckpointError
 from .config import RunConfig
 from .preparation import resolve_architecture, state_digest
 from .run_directory import LocalRunError
+from .run_lanes import all_lanes
 
 
 def newest_common(config: RunConfig, out: Path) -> int | None:
@@ -62,17 +63,18 @@ def check_checkpoints(config: RunConfig, out: Path) -> None:
     done = max((stage["completed"] for stage in liveness(out, time.time()).stages), default=0)
     if not done:
         return
-    try:
-        newest = newest_common(config, out)
-    except CheckpointError as error:
-        raise LocalRunError(str(error), 2) from None
-    if newest is None:
-        directory, steps = config.checkpoint.path(out), counted(done, "step")
-        raise LocalRunError(
-            f"--resume {out}: {steps} done are on record, but {directory} has no checkpoint that all stages have; set "
-            "checkpoint.directory to where they are, or begin anew with --overwrite",
-            2,
-        )
+    for own, place in all_lanes(config, out):
+        try:
+            newest = newest_common(own, place)
+        except CheckpointError as error:
+            raise LocalRunError(str(error), 2) from None
+        if newest is None:
+            directory, steps = own.checkpoint.path(place), counted(done, "step")
+            raise LocalRunError(
+                f"--resume {out}: {steps} done are on record, but {directory} has no checkpoint that all stages have; "
+                "set checkpoint.directory to where they are, or begin anew with --overwrite",
+                2,
+            )
 
 
 def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, swarm: bool) -> str:
@@ -85,9 +87,10 @@ def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, swarm: b
     if not swarm:
         return f"{line}, and one process writes no checkpoints: it begins anew, with --overwrite"
     try:
-        newest = newest_common(config, out)
+        newest = [newest_common(*lane) for lane in all_lanes(config, out)]
     except CheckpointError as error:
         return f"{line}; {error}"
-    if newest is None:
+    after = [step for step in newest if step is not None]
+    if len(after) < len(newest):
         return f"{line}, and there is no checkpoint yet: it begins anew, with --overwrite"
-    return f"{line}; thinpipe up --resume {where} goes on after step {newest}"
+    return f"{line}; thinpipe up --resume {where} goes on after step {min(after)}"

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from ..sim.launch import file_lock
+from ..sim.reports.lanes import lane_path
 from ..sim.reports.liveness import served_here
 from .checkpoints.store import COPIES
 from .config import ConfigError, RunConfig
 from .config_file import dump_config, load_config
+from .run_lanes import all_lanes
 
 LOCK = "run.lock"
 START = "first-weights"  # of a run that begins from another one (`node.origin`)
@@ -48,7 +50,7 @@ class LocalRunError(RuntimeError):
 
 def lane_directory(out: Path, lane: int, lanes: int) -> Path:
     """Where a lane keeps what a run of one lane keeps in `out`; made if it is not there."""
-    directory = out if lanes == 1 else out / f"lane-{lane}"
+    directory = lane_path(out, lane, lanes)
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -93,7 +95,7 @@ def await_unserved(run: Path, wait_s: float = ORPHANS_S) -> None:
     deadline = time.monotonic() + wait_s
     while serving := served_here(run, time.time()):
         if time.monotonic() >= deadline:
-            told = ", ".join(f"stage {stage} by process {process}" for stage, process in serving.items())
+            told = ", ".join(f"{name} by process {process}" for name, process in serving.items())
             line = f"{run} is in use: {told}, still after {wait_s:g} s; end that first, or choose another --out"
             raise LocalRunError(line, 2)
         time.sleep(POLL_S)
@@ -105,14 +107,19 @@ def clear(out: Path, *, keep: Path | None = None) -> None:
         if keep and path.resolve() == keep.resolve():
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for lane in out.glob("lane-*"):
+        for directory in (*lane.glob("*"), lane):  # such as `checkpoints`
+            with suppress(OSError):  # it holds something else too
+                directory.rmdir()
 
 
 def _left_in(out: Path) -> list[Path]:
     found = [path for pattern in RECORDS for path in out.glob(pattern)]
     with suppress(ConfigError):  # there is none, or it is another version's
-        saved = load_config(out / "run.toml").checkpoint.path(out)
-        if Path(os.path.abspath(saved)).is_relative_to(os.path.abspath(out)):
-            found += _checkpoints(saved)
+        for config, place in all_lanes(load_config(out / "run.toml"), out):
+            saved = config.checkpoint.path(place)
+            if Path(os.path.abspath(saved)).is_relative_to(os.path.abspath(out)):
+                found += _checkpoints(saved)
     return found
 
 
@@ -122,15 +129,17 @@ def _checkpoints(saved: Path) -> list[Path]:
 
 def check_no_checkpoints(config: RunConfig, out: Path) -> None:
     """Raises LocalRunError where a new run in `out` would find another one's, after `clear`."""
-    saved, removed = config.checkpoint.path(out), {path.resolve() for path in _left_in(out)}
-    for path in _checkpoints(saved):
-        if path.resolve() not in removed and any(path.rglob("step-*")):
-            line = (
-                f"checkpoint.directory {saved} holds another run's checkpoints, such as {path.name}; a new run would "
-                "go on from them, and none but those in --out are removed for it: choose another directory, or remove "
-                "them"
-            )
-            raise LocalRunError(line, 2)
+    removed = {path.resolve() for path in _left_in(out)}
+    for own, place in all_lanes(config, out):
+        saved = own.checkpoint.path(place)
+        for path in _checkpoints(saved):
+            if path.resolve() not in removed and any(path.rglob("step-*")):
+                line = (
+                    f"checkpoint.directory {saved} holds another run's checkpoints, such as {path.name}; a new run "
+                    "would go on from them, and none but those in --out are removed for it: choose another directory, "
+                    "or remove them"
+                )
+                raise LocalRunError(line, 2)
 
 
 def hold_aside(directory: Path) -> int:

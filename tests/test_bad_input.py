@@ -121,6 +121,16 @@ UP = [
     ),
     (["--prometheus", "a..b:9100"], r"watch\.prometheus: 'a\.\.b:9100': no machine can be known as 'a\.\.b'; check"),
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
+    (["--lanes", "2"], r"lanes\.count = 2: nodes do not average with other lanes yet; .* thinpipe up --one-process"),
+    (["--lanes", "0"], r"lanes\.count: .*greater than or equal to 1 \(got 0\)"),
+    (
+        ["--lanes", "2", "--average", "outr"],
+        r"lanes\.average: unknown averaging 'outr'; the nearest .* is 'outer'",
+    ),
+    (
+        ["--lanes", "2", "--average", "outer:every=0"],
+        r"lanes\.average: averaging 'outer': every=0 has to be at",
+    ),
 ]
 
 NODE = [
@@ -145,6 +155,34 @@ NODE = [
         ["--stage", "1", "--listen", "203.0.113.1:7001"],
         r"cannot listen on 203\.0\.113\.1:7001: .*choose another",
     ),
+    (["--stage", "0", "--next", "127.0.0.1:1", "--lane", "1"], r"--lane 1: the run has 1 lane, so only 0"),
+    (["--stage", "0", "--next", "127.0.0.1:1", "--lateral", "0=127.0.0.1:1"], r"that is lane 0, .* this node's own"),
+    (["--stage", "0", "--join", "127.0.0.1:1", "--lane", "0"], r"--lane and --lateral do not go with --join"),
+]
+
+OF_THREE_LANES = ["--stage", "0", "--next", "127.0.0.1:1", "--set", "lanes.count=3"]
+NODE += [
+    ([*OF_THREE_LANES, *more], expected)
+    for more, expected in (
+        ([], r"the run has 3 lanes: say which one this node is in, --lane N, from 0"),
+        (["--lane", "3"], r"--lane 3: the run has 3 lanes, so 0 to 2"),
+        (["--lane", "0"], r"stage 0 of lane 0 is dialled by higher lanes: say where it listens, --listen host:port"),
+        (["--lane", "1", "--lateral", "127.0.0.1:1"], r"'127\.0\.0\.1:1' is not LANE=host:port, such as 0=stage2"),
+        (["--lane", "1", "--lateral", "0=127.0.0.1"], r"'127\.0\.0\.1' is not host:port"),
+        (["--lane", "1", "--lateral", "3=127.0.0.1:1"], r"--lateral 3=.*: there is no lane 3; the run has 3, from 0"),
+        (["--lane", "1", "--lateral", "1=127.0.0.1:1"], r"that is lane 1, which is this node's own; .* below 1 only"),
+        (["--lane", "1", "--lateral", "2=127.0.0.1:1"], r"that is lane 2, whose node dials this one"),
+        (["--lane", "2", *["--lateral", "0=127.0.0.1:1"] * 2], r"--lateral names lane 0 twice, at .* and .*; omit one"),
+        (
+            ["--lane", "2", "--lateral", "0=127.0.0.1:1"],
+            r"lane 2 dials its stage in every lower lane: say where those of lane 1 listen, --lateral 1=host:port",
+        ),
+        (["--lane", "0", "--listen", "127.0.0.1:0"], r"nodes do not average with other lanes yet; .* up --one-process"),
+        (
+            ["--lane", "2", "--lateral", "0=192.0.2.1:1", "--lateral", "1=127.0.0.1:1"],
+            r"--lateral 192.*needs --keys",
+        ),
+    )
 ]
 
 PROBE = [

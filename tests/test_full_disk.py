@@ -22,7 +22,7 @@ from thinpipe.node.run_records import MetricsWriter
 from thinpipe.sim.launch.disk_space import DiskSpace
 from thinpipe.sim.launch.lasting_output import LastingStream
 from thinpipe.sim.reports.figures import StageFigures
-from thinpipe.sim.reports.run_console import RunDisplay
+from thinpipe.sim.reports.run_display import RunDisplay
 from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig

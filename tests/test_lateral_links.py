@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from thinpipe.node.addresses import ListenError, lane_addresses
 from thinpipe.node.lanes.contribution_store import ContributionError
 from thinpipe.node.lanes.lateral_link import LateralLink, LateralSettings
 from thinpipe.node.lanes.lateral_links import LateralLinks
@@ -515,30 +514,6 @@ def test_the_same_process_takes_its_own_place_and_another_one_does_not(tmp_path:
         await second
 
     story(job())
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (["0=a:1"], "lane 2 dials all lower lanes: say where 1 is, as LANE=HOST:PORT"),
-        ([], "lane 2 dials all lower lanes: say where 0, 1 is, as LANE=HOST:PORT"),
-        (["0=a:1", "a:2"], "'a:2' is not LANE=HOST:PORT, such as 0=127.0.0.1:7001"),
-        (["-1=a:1"], "'-1=a:1' is not LANE=HOST:PORT, such as 0=127.0.0.1:7001"),
-        (["0=a", "1=b:1"], "'a' is not host:port, such as 127.0.0.1:7001"),
-        (["0=a:1", "1=b:1", "2=c:1"], "'2=c:1': lane 2 is not below lane 2, which dials lower lanes only"),
-        (["0=a:1", "00=b:1"], "'00=b:1': lane 0 comes twice"),
-    ],
-    ids=str,
-)
-def test_addresses_of_lanes_that_are_none_are_refused(words: list[str], line: str) -> None:
-    with pytest.raises(ListenError) as caught:
-        lane_addresses(words, 2)
-    assert str(caught.value) == line
-
-
-def test_addresses_of_lanes_are_read() -> None:
-    assert lane_addresses(["1=b:2", "0=[::1]:1"], 2) == {0: "[::1]:1", 1: "b:2"}
-    assert lane_addresses([], 0) == {}
 
 
 # -- at random --------------------------------------------------------------------------------------------------------

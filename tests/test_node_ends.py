@@ -13,6 +13,7 @@ from thinpipe.node.run_records import MetricsWriter
 from thinpipe.sim.launch import local_swarm
 from thinpipe.sim.launch.local_swarm import NodeProcess, SwarmError, run_swarm
 from thinpipe.sim.launch.node_ends import Failure, failure_in
+from thinpipe.sim.reports.lanes import lane_path
 from thinpipe.sim.reports.record_tail import whole_bytes
 from typer.testing import CliRunner
 
@@ -23,22 +24,28 @@ STAGES = 3
 
 
 class Nodes:
-    """Scripts in the place of nodes, which write what nodes write. `plot`: for each life of a stage, what it does.
-    replays: what fails is the computation.
+    """Scripts in the place of nodes, which write what nodes write. `plot`: for each life of a node, what it does; the
+    stages of the second lane follow those of the first. replays: what fails is the computation.
 
     fails: it fails. told: it ends because stage 1 has failed. hears: the same a little later than it. ends: well.
-    waits: until it is told to end. alone: it fails, and nobody was told. dies: by SIGKILL.
+    later: the same, after the others. waits: until it is told to end. alone: it fails, and nobody was told. dies: by
+    SIGKILL.
     """
 
     def __init__(self, run: Path, plot: dict[int, list[str]], reasons: list[str], *, replays: bool) -> None:
         self.run, self.plot, self.reasons, self.replays = run, plot, reasons, replays
-        self.lives = [0] * STAGES
+        self.lives = [0] * len(plot)
 
-    def start(self, run: Path, stage: int, *_: object, resume: bool, **__: object) -> NodeProcess:
-        life, self.lives[stage] = self.lives[stage], self.lives[stage] + 1
+    def start(
+        self, run: Path, stage: int, *_: object, resume: bool, lane: int, lanes: int, **__: object
+    ) -> NodeProcess:
+        node = lane * STAGES + stage
+        life, self.lives[node] = self.lives[node], self.lives[node] + 1
         assert resume == bool(life)
-        todo, log = self.plot[stage][life], run / f"stage-{stage}.log"
-        path = run / f"stage-{stage}.jsonl"
+        own = lane_path(run, lane, lanes)
+        own.mkdir(exist_ok=True)
+        todo, log = self.plot[node][life], own / f"stage-{stage}.log"
+        path = own / f"stage-{stage}.jsonl"
         records_from = whole_bytes(path)
         reason = self.reasons[min(life, len(self.reasons) - 1)]
         failed = {"event": "failed", "stage": 1, "completed_steps": 4, "reason": reason, "told": todo != "alone"}
@@ -55,6 +62,8 @@ if {todo!r} in ("fails", "hears", "told", "alone"):
     sys.exit(1)
 if {todo!r} == "dies":
     os.kill(os.getpid(), signal.SIGKILL)
+if {todo!r} == "later":
+    time.sleep(1)
 if {todo!r} == "waits":
     time.sleep(60)
 """
@@ -62,7 +71,7 @@ if {todo!r} == "waits":
             log_from = output.tell()
             command = [sys.executable, "-S", "-c", program]
             process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
-        return NodeProcess(stage, process, log, log_from, records_from)
+        return NodeProcess(stage, process, log, log_from, records_from, lane, lanes)
 
 
 def outcome(
@@ -79,7 +88,7 @@ def outcome(
     patch.setattr(local_swarm, "_start", nodes.start)
     patch.setattr(local_swarm, "POLL_S", 0.02)
     try:
-        run_swarm(tmp_path, stages=STAGES, restarts=restarts)
+        run_swarm(tmp_path, stages=STAGES, lanes=len(plot) // STAGES, restarts=restarts)
     except SwarmError as error:
         return str(error), nodes.lives
     return "", nodes.lives
@@ -149,6 +158,53 @@ def test_the_logs_of_those_that_the_launcher_ends_say_why(tmp_path: Path, monkey
     for stage in (0, 2):
         last = (tmp_path / f"stage-{stage}.log").read_text().splitlines()[-1]
         assert last == f"thinpipe: this stage was ended by the launcher: {said}"
+
+
+def test_nodes_of_lanes_are_told_where_the_others_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node dials its stage in the lower lanes, and listens for the stage above and for the higher lanes."""
+    given: dict[tuple[int, int], list[str]] = {}
+
+    def start(_: Path, stage: int, __: list[str], options: list[str], *, lane: int, **___: object) -> None:
+        given[lane, stage] = options[: options.index("--prometheus")]
+
+    monkeypatch.setattr(local_swarm, "_start", start)
+    swarm = local_swarm.Swarm(tmp_path, stages=2, lanes=3, ports=[10, 11, 20, 21, 30, 31])
+    for node in range(6):
+        swarm.start(node, resume=False)
+    assert [swarm.of_lane(lane) for lane in range(3)] == [range(2), range(2, 4), range(4, 6)]
+    here = "127.0.0.1"
+    assert {place: " ".join(options) for place, options in given.items()} == {
+        (0, 0): f"--listen {here}:10 --next {here}:11 --lane 0",
+        (0, 1): f"--listen {here}:11 --lane 0",
+        (1, 0): f"--listen {here}:20 --next {here}:21 --lane 1 --lateral 0={here}:10",
+        (1, 1): f"--listen {here}:21 --lane 1 --lateral 0={here}:11",
+        (2, 0): f"--next {here}:31 --lane 2 --lateral 0={here}:10 --lateral 1={here}:20",
+        (2, 1): f"--listen {here}:31 --lane 2 --lateral 0={here}:11 --lateral 1={here}:21",
+    }
+
+
+def test_a_failure_in_one_lane_is_nothing_to_the_stages_of_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only its own lane ends with it and is started again. The other one goes on, whatever it waits for."""
+    second = {3: ["told", "ends"], 4: ["fails", "ends"], 5: ["hears", "ends"]}
+    plot = {0: ["later"], 1: ["later"], 2: ["later"], **second}
+    assert outcome(tmp_path, monkeypatch, plot, restarts=1) == ("", [1, 1, 1, 2, 2, 2])
+
+
+def test_the_lane_of_a_stage_that_is_lost_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = {**{node: ["waits"] for node in range(6)}, 4: ["dies"]}
+    said, _ = outcome(tmp_path, monkeypatch, plot, restarts=0)
+    assert said.startswith("lane 1: stage 1 was killed by SIGKILL")
+    assert f"see {tmp_path}/lane-1/stage-1.log" in said
+    last = (tmp_path / "lane-0" / "stage-2.log").read_text().splitlines()[-1]
+    assert last == f"thinpipe: this stage was ended by the launcher: {said}"
+
+
+def test_the_same_failure_in_another_lane_is_not_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fails = {0: ["told", "ends"], 1: ["fails", "ends"], 2: ["hears", "ends"]}
+    plot = {**fails, **{node + STAGES: plan for node, plan in fails.items()}}
+    assert outcome(tmp_path, monkeypatch, plot, restarts=2) == ("", [2] * 6)
 
 
 @pytest.mark.parametrize("torn", ["", '{"event": "step", "codec": "' + "x" * 5000])

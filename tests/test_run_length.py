@@ -19,7 +19,7 @@ from thinpipe.node.learning_rate import RateSchedule
 from thinpipe.node.run_length import length_line, steps_done, with_length
 from thinpipe.node.stage_state import StageSnapshot
 from thinpipe.sim.reports.figures import StageFigures
-from thinpipe.sim.reports.run_console import RunDisplay
+from thinpipe.sim.reports.run_display import RunDisplay
 from typer.testing import CliRunner
 
 from .cluster import run_cluster

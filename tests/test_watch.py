@@ -33,7 +33,7 @@ from thinpipe.node.watching.views import Watching
 from thinpipe.sim.reports.figures import CODES_MAX, DictionaryFigures, LinkFigures, StageFigures
 from thinpipe.sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from thinpipe.sim.reports.prometheus_metrics import MetricsFormatError, families, read_figures
-from thinpipe.sim.reports.run_console import describe
+from thinpipe.sim.reports.run_display import describe
 from thinpipe.sim.reports.summary import read_records, summarise
 from typer.testing import CliRunner
 
@@ -354,7 +354,7 @@ def recorded(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_what_is_served_over_http_is_what_the_records_say(recorded: Path) -> None:
     records = read_records(recorded / "stage-1.jsonl")
-    exporter = Exporter(1, MetricsAddress.parse("0"))
+    exporter = Exporter(StageFigures(1), MetricsAddress.parse("0"))
     try:
         for record in records:
             exporter.take(record)
@@ -400,7 +400,7 @@ def test_the_ratio_of_all_stages_is_the_summarys(recorded: Path) -> None:
 def test_strangers_cost_nothing_but_their_own_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prometheus_server, "CONNECTION_S", 2.0)
     monkeypatch.setattr(prometheus_server._Handler, "timeout", 1.5)
-    exporter = Exporter(1, MetricsAddress.parse("127.0.0.1:0"))
+    exporter = Exporter(StageFigures(1), MetricsAddress.parse("127.0.0.1:0"))
     where = (exporter.endpoint.host, exporter.endpoint.port)
     with closing(exporter), ExitStack() as open_ends:
         exporter.take(step(0, sent=10))

@@ -14,6 +14,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,11 @@ class RoundUsed:
     members: list[int]
     digest: str
     norm: float
+
+    def record(self) -> dict[str, Any]:
+        """Fields of a record `round`."""
+        own = {"members": self.members, "digest": self.digest, "norm": self.norm}
+        return {"number": self.round.number, "fragment": self.round.fragment, **own}
 
 
 class Averager(ABC):

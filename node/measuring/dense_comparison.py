@@ -20,6 +20,7 @@ from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
 from ...sim.reports.cut_advice import MICROBATCHES_MAX, advice_on_record
+from ...sim.reports.lanes import lane_path
 from ..config import RunConfig
 from ..config_file import parse_config
 from ..config_sections import CodecSection
@@ -46,6 +47,8 @@ OPTIONS = {  # of `thinpipe up`; other settings are spelled with --set
     "link.link": "--link",
     "run.steps": "--steps",
     "pipeline.schedule": "--schedule",
+    "lanes.count": "--lanes",
+    "lanes.average": "--average",
     "pipeline.microbatches": "--microbatches",
     "pipeline.batch_size": "--batch-size",
     "data.sequence_length": "--sequence-length",
@@ -61,13 +64,14 @@ def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> Non
     `run`."""
     found: dict[str, Any] = dict.fromkeys(("run_simulation", "dense_simulation", "learned_simulation"))
     found |= {"simulation_left_out": None, "cut_advice": None}
+    chain = lane_path(run, 0, config.lanes.count)  # lanes are alike, and each is simulated by itself
     try:
-        found |= _simulations(run, config)
+        found |= _simulations(chain, config)
     except Exception as error:  # the run has ended well, whatever this is
         found["simulation_left_out"] = " ".join(str(error).split()) or type(error).__name__
     if summary["mode"] == "swarm":
-        shares = [stage["compute_share"] for stage in summary["stages"]]
-        found["cut_advice"] = advice_on_record(run, shares)
+        shares = [stage["compute_share"] for stage in summary["stages"][: config.pipeline.stages]]
+        found["cut_advice"] = advice_on_record(chain, shares)
     summary |= found
     summary["try_next"] = _try_next(summary, run, config)
 

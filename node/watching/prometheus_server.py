@@ -32,10 +32,11 @@ IDLE_S = 5.0  # without a byte of either
 
 
 class Exporter:
-    """Serves one stage's figures at `endpoint` from now on. Raises MetricsAddressError where that cannot be had."""
+    """Serves one stage's figures, which begin with `figures`, at `endpoint` from now on. Raises MetricsAddressError
+    where that cannot be had."""
 
-    def __init__(self, stage: int, endpoint: MetricsAddress) -> None:
-        self._figures, self._lock = StageFigures(stage), threading.Lock()
+    def __init__(self, figures: StageFigures, endpoint: MetricsAddress) -> None:
+        self._figures, self._lock = figures, threading.Lock()
         registry = CollectorRegistry()
         registry.register(self)  # pyright: ignore[reportArgumentType] (it has `collect`, which is all of a Collector)
         ProcessCollector(registry=registry)

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...sim.reports.figures import StageFigures
+from ...sim.reports.lanes import node_name
 from ...sim.reports.metrics_address import MetricsAddress, MetricsAddressError
 from ..config_sections import WatchSection
 
@@ -24,10 +26,20 @@ class View(Protocol):
 
 
 class Watching:
-    """The views of one stage. replaces: it takes a lost one's place. Raises MetricsAddressError."""
+    """The views of one stage, in one of so many lanes. replaces: it takes a lost one's place. Raises
+    MetricsAddressError."""
 
-    def __init__(self, settings: WatchSection, out: Path, *, stage: int, replaces: bool = False) -> None:
-        self._stage = stage
+    def __init__(
+        self,
+        settings: WatchSection,
+        out: Path,
+        *,
+        stage: int,
+        lane: int = 0,
+        lanes: int = 1,
+        replaces: bool = False,
+    ) -> None:
+        self._stage, self._lane, self._lanes = stage, lane, lanes
         self._views: list[View] = []
         if settings.prometheus:
             self._serve(settings.prometheus, replaces)
@@ -38,13 +50,15 @@ class Watching:
         from .prometheus_server import Exporter
 
         try:
-            exporter = Exporter(self._stage, MetricsAddress.parse(address))
+            figures = StageFigures(self._stage, lane=self._lane, lanes=self._lanes)
+            exporter = Exporter(figures, MetricsAddress.parse(address))
         except MetricsAddressError as error:
             if not replaces:
                 raise
             self._say(f"{error}; goes on without")
             return
-        print(f"stage {self._stage} serves its figures at http://{exporter.endpoint}/metrics", flush=True)
+        name = node_name(self._stage, self._lane, self._lanes)
+        print(f"{name} serves its figures at http://{exporter.endpoint}/metrics", flush=True)
         self._views.append(exporter)
 
     def _write(self, directory: Path) -> None:
@@ -72,4 +86,4 @@ class Watching:
                 self._say(f"{type(view).__name__}: {error!r}")
 
     def _say(self, line: str) -> None:
-        print(f"stage {self._stage}: warning: {line}", file=sys.stderr, flush=True)
+        print(f"{node_name(self._stage, self._lane, self._lanes)}: warning: {line}", file=sys.stderr, flush=True)

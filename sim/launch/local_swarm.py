@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from ..reports.figures import StageFigures
+from ..reports.lanes import lane_path
 from ..reports.metrics_address import MetricsAddress
 from ..reports.progress import Progress
 from ..reports.record_tail import whole_bytes
@@ -47,18 +48,25 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class NodeProcess:
-    """A process that serves a stage. log_from, records_from: where what it says begins in its log and its records."""
+    """A process that serves a stage, of one of so many lanes. log_from, records_from: where what it says begins in its
+    log and its records."""
 
     stage: int
     process: Process
     log: Path
     log_from: int = 0
     records_from: int = 0
+    lane: int = 0
+    lanes: int = 1
 
     @property
     def why(self) -> str:
         """Why it ended."""
-        return exit_reason(self.stage, self.process.poll() or 0, self.log, self.log_from)
+        return self.in_lane(exit_reason(self.stage, self.process.poll() or 0, self.log, self.log_from))
+
+    def in_lane(self, line: str) -> str:
+        """What is said of a stage, and where there are lanes of which."""
+        return line if self.lanes == 1 else f"lane {self.lane}: {line}"
 
     @property
     def failure(self) -> Failure | None:
@@ -91,6 +99,7 @@ def run_swarm(
     run: Path,
     *,
     stages: int,
+    lanes: int = 1,
     trace: bool = False,
     resume: bool = False,
     restarts: int = 0,
@@ -103,20 +112,21 @@ def run_swarm(
     on_progress: Callable[[list[StageFigures]], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> str | None:
-    """Start `stages` nodes on `run`/run.toml and wait until all have ended.
+    """Start `stages` nodes for each of `lanes` on `run`/run.toml and wait until all have ended.
 
     `on_progress` gets, about ten times a second, what the records of every stage have said since now. `on_warning`: a
     line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
-    stage that was lost is started again, while the others wait for it; or all stages are, after one has failed and
-    ended all; but not twice for a failure that replays. `disks`, `isolation`, `keys`, `watch`, `forks`, `node_options`:
-    see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step under way: returns
-    the name of the first that came, None if none did. Raises SwarmError when a node ends early otherwise, naming it,
-    and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes could end in order. No
-    node is left running either way.
+    stage that was lost is started again, while the others wait for it; or all of its lane are, after one has failed and
+    ended them; but not twice for a failure that replays. `disks`, `isolation`, `keys`, `watch`, `forks`,
+    `node_options`: see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step
+    under way: returns the name of the first that came, None if none did. Raises SwarmError when a node ends early
+    otherwise, naming it, and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes
+    could end in order. No node is left running either way.
     """
     swarm = Swarm(
         run,
         stages=stages,
+        lanes=lanes,
         trace=trace,
         disks=disks,
         isolation=isolation,
@@ -125,11 +135,11 @@ def run_swarm(
         forks=forks,
         node_options=node_options,
     )
-    progress = Progress(run, stages=stages, from_now=True)
+    progress = Progress(run, stages=stages, lanes=lanes, from_now=True)
     with draining_signals() as told:
         try:
-            for stage in range(stages):
-                swarm.start(stage, resume=resume)
+            for node in range(len(swarm.nodes)):
+                swarm.start(node, resume=resume)
             _watch(swarm, told, restarts, progress, on_progress, on_warning)
         except SwarmError as error:
             swarm.stop(why=str(error))
@@ -141,19 +151,20 @@ def run_swarm(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watch:
-    """Who may look at the nodes. prometheus: where stage 0 serves its figures, each further stage one port further."""
+    """Who may look at the nodes. prometheus: where the first serves its figures, each further one a port further."""
 
     prometheus: MetricsAddress | None = None
     tensorboard: bool = False
 
-    def options(self, stage: int) -> list[str]:
-        """Of the command line of `stage`, whatever run.toml says."""
-        where = str(self.prometheus.of_stage(stage)) if self.prometheus else "none"
+    def options(self, node: int) -> list[str]:
+        """Of that node's command line, whatever run.toml says."""
+        where = str(self.prometheus.of_stage(node)) if self.prometheus else "none"
         return ["--prometheus", where, *(["--tensorboard"] if self.tensorboard else [])]
 
 
 class Swarm:
-    """The node processes of a run on this machine. A stage keeps its port, whichever process serves it.
+    """The node processes of a run on this machine. A stage keeps its port, whichever process serves it. Nodes are
+    numbered: the stages of lane 0, then those of lane 1. So where there is one lane, a node's number is its stage.
 
     ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
@@ -168,6 +179,7 @@ class Swarm:
         run: Path,
         *,
         stages: int,
+        lanes: int = 1,
         trace: bool = False,
         ports: list[int] | None = None,
         next_ports: list[int] | None = None,
@@ -181,47 +193,61 @@ class Swarm:
         self._node_options = node_options or {}
         self.run, self._disks, self._isolation, self._keys = run, disks, isolation, keys
         self._watch, self._forks = watch or Watch(), forks
-        self.nodes: list[NodeProcess | None] = [None] * stages
-        self.ports = ports or ([PORT] * stages if isolation else free_ports(stages))
+        self._stages, self.lanes = stages, lanes
+        self.nodes: list[NodeProcess | None] = [None] * (lanes * stages)
+        self.ports = ports or ([PORT] * len(self.nodes) if isolation else free_ports(len(self.nodes)))
         self._next_ports = next_ports or self.ports
         self.draining = False  # nobody is started again
         self._trace = trace
         self._gone: list[NodeProcess] = []  # replaced, but perhaps still there
 
-    def start(self, stage: int, *, resume: bool) -> None:
-        """Start stage `stage`, in the place of the process that had it, if there was one."""
-        if before := self.nodes[stage]:
+    def of_lane(self, lane: int) -> range:
+        """Its nodes."""
+        return range(lane * self._stages, (lane + 1) * self._stages)
+
+    def start(self, node: int, *, resume: bool) -> None:
+        """Start that node, in the place of the process that was it, if there was one."""
+        if before := self.nodes[node]:
             self._gone.append(before)
-        options = ["--listen", f"{self._host(stage)}:{self.ports[stage]}"] if stage else []
-        if stage + 1 < len(self.nodes):
-            options += ["--next", f"{self._host(stage + 1)}:{self._next_ports[stage + 1]}"]
+        lane, stage = divmod(node, self._stages)
+        options: list[str] = []
+        if stage or lane + 1 < self.lanes:  # who is in a higher lane dials too
+            options += ["--listen", f"{self._host(node)}:{self.ports[node]}"]
+        if stage + 1 < self._stages:
+            options += ["--next", f"{self._host(node + 1)}:{self._next_ports[node + 1]}"]
+        if self.lanes > 1:
+            options += ["--lane", str(lane)]
+        for lower in range(lane):
+            there = lower * self._stages + stage
+            options += ["--lateral", f"{lower}={self._host(there)}:{self.ports[there]}"]
         if disk := self.disk(stage):
             options += ["--set", f"checkpoint.directory={disk.absolute()}"]
         if self._trace:
             options.append("--trace")
-        options += [*self._watch.options(stage), *self._node_options.get(stage, ())]
+        options += [*self._watch.options(node), *self._node_options.get(stage, ())]
         prefix: list[str] = []
         if self._isolation:
-            prefix = self._isolation.network.prefix(stage)
+            prefix = self._isolation.network.prefix(node)
             options += ["--link", str(self._isolation.link)]
         if self._keys:
             options += ["--keys", str(self._keys)]
         elif self._isolation:  # addresses that leave a namespace, but not this machine
             options.append("--insecure")
-        self.nodes[stage] = _start(self.run, stage, prefix, options, resume=resume, forks=self._forks)
+        where = {"lane": lane, "lanes": self.lanes}
+        self.nodes[node] = _start(self.run, stage, prefix, options, resume=resume, forks=self._forks, **where)
 
-    def _host(self, stage: int) -> str:
-        return self._isolation.network.addresses[stage] if self._isolation else "127.0.0.1"
+    def _host(self, node: int) -> str:
+        return self._isolation.network.addresses[node] if self._isolation else "127.0.0.1"
 
     def disk(self, stage: int) -> Path | None:
         """Where that stage keeps its checkpoints, and copies for its neighbours, if not with all others."""
         return self._disks / f"stage-{stage}" if self._disks else None
 
-    def process(self, stage: int) -> Process:
-        """The one that serves `stage` now."""
-        node = self.nodes[stage]
-        assert node
-        return node.process
+    def process(self, node: int) -> Process:
+        """The one that is that node now."""
+        found = self.nodes[node]
+        assert found
+        return found.process
 
     def drain(self) -> None:
         """Ask all to end after the step under way. Not by SIGTERM, which whoever ends a whole group of processes sends
@@ -231,8 +257,8 @@ class Swarm:
             if node and node.process.poll() is None:
                 node.process.send_signal(signal.SIGUSR1)
 
-    def kill(self, stages: list[int]) -> None:
-        for process in map(self.process, stages):
+    def kill(self, nodes: list[int]) -> None:
+        for process in map(self.process, nodes):
             process.kill()
             process.wait()
 
@@ -246,14 +272,26 @@ class Swarm:
 
 
 def _start(
-    run: Path, stage: int, prefix: list[str], options: list[str], *, resume: bool, forks: ForkServer | None = None
+    run: Path,
+    stage: int,
+    prefix: list[str],
+    options: list[str],
+    *,
+    resume: bool,
+    forks: ForkServer | None = None,
+    lane: int = 0,
+    lanes: int = 1,
 ) -> NodeProcess:
-    """`prefix`: a command that becomes the node, in the same process; so that one has to be started."""
+    """`prefix`: a command that becomes the node, in the same process; so that one has to be started. lane: of how many
+    `lanes`."""
     arguments = ["node", "--config", str(run / "run.toml"), "--stage", str(stage), "--out", str(run), *options]
     if resume:
         arguments.append("--resume")
-    log, environment = run / f"stage-{stage}.log", node_environment()
-    records = run / f"stage-{stage}.jsonl"
+    own = lane_path(run, lane, lanes)
+    with suppress(OSError):  # then the node says so
+        own.mkdir(exist_ok=True)
+    log, environment = own / f"stage-{stage}.log", node_environment()
+    records = own / f"stage-{stage}.jsonl"
     records_from = whole_bytes(records) if resume else 0
     with _log(log, "ab" if resume else "wb") as output:
         log_from = output.tell()
@@ -265,7 +303,7 @@ def _start(
                     stderr=output.fileno(),
                     environment=environment,
                 )
-                return NodeProcess(stage, process, log, log_from, records_from)
+                return NodeProcess(stage, process, log, log_from, records_from, lane, lanes)
             except (CannotFork, TimeoutError) as error:
                 with suppress(OSError):
                     output.write(f"started as an interpreter of its own: {error}\n".encode())
@@ -279,7 +317,7 @@ def _start(
             env=environment,
             start_new_session=True,
         )
-    return NodeProcess(stage, process, log, log_from, records_from)
+    return NodeProcess(stage, process, log, log_from, records_from, lane, lanes)
 
 
 def _log(path: Path, mode: str) -> BinaryIO:
@@ -298,12 +336,12 @@ def _watch(
     on_progress: Callable[[list[StageFigures]], None] | None,
     on_warning: Callable[[str], None] | None,
 ) -> None:
-    space, drain_due_s, before = DiskSpace(swarm.run), 0.0, set[Failure]()
+    space, drain_due_s, before = DiskSpace(swarm.run), 0.0, set[tuple[int, Failure]]()
 
     def codes() -> list[int | None]:
         if on_progress:
             on_progress(progress.look())
-        return [swarm.process(stage).poll() for stage in range(len(swarm.nodes))]
+        return [swarm.process(node).poll() for node in range(len(swarm.nodes))]
 
     while True:
         if told.name and time.monotonic() >= drain_due_s:  # and again, to one that was only being made
@@ -312,36 +350,45 @@ def _watch(
         if on_warning and (line := space.look()):
             on_warning(line)
         now = codes()
-        over = 0 in now  # no stage leaves before all have finished: one that is lost now has nothing left to do
-        if not over and any(now):
-            failure = next(filter(None, (node.failure for node in swarm.nodes if node and node.process.poll())), None)
+        all_over = True
+        for lane in range(swarm.lanes):  # what happens in a lane is nothing to the stages of another
+            own = swarm.of_lane(lane)
+            # No stage leaves before all of its lane have finished: one that is lost now has nothing left to do.
+            over = any(now[node] == 0 for node in own)
+            all_over = all_over and over
+            if over or not any(now[node] for node in own):
+                continue
+            ended = (swarm.nodes[node] for node in own if swarm.process(node).poll())
+            failure = next(filter(None, (node.failure for node in ended if node)), None)
             if failure and failure.told:
                 until = time.monotonic() + TOLD_S
-                while None in (now := codes()) and time.monotonic() < until:
+                while any((now := codes())[node] is None for node in own) and time.monotonic() < until:
                     time.sleep(POLL_S)
-                swarm.kill([stage for stage, code in enumerate(now) if code is None])
+                swarm.kill([node for node in own if now[node] is None])
                 now = codes()
-            lost = [stage for stage, code in enumerate(now) if code]
-            if swarm.draining and failure is None and all(now[stage] in TOLD_TO_END for stage in lost):
+            lost = [node for node in own if now[node]]
+            if swarm.draining and failure is None and all(now[node] in TOLD_TO_END for node in lost):
                 raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order
             cost = 1 if failure else len(lost)
-            again = failure is not None and failure.replays and failure in before
-            if again or cost > restarts or 2 in now or swarm.draining:
-                raise SwarmError(_why(swarm, lost, failure, again=again), 2 if 2 in now else 1)
+            bad = any(now[node] == 2 for node in lost)
+            again = failure is not None and failure.replays and (lane, failure) in before
+            if again or cost > restarts or bad or swarm.draining:
+                raise SwarmError(_why(swarm, lost, failure, again=again), 2 if bad else 1)
             restarts -= cost
-            before |= {failure} if failure else set()
-            for stage in lost:
-                swarm.start(stage, resume=True)
-        if over and None not in now:
+            before |= {(lane, failure)} if failure else set()
+            for node in lost:
+                swarm.start(node, resume=True)
+        if all_over and None not in now:
             return
         time.sleep(POLL_S)
 
 
 def _why(swarm: Swarm, lost: list[int], failure: Failure | None, *, again: bool) -> str:
     """Of the stage that began it, if that can be told, and else of the first one that ended."""
-    blamed = swarm.nodes[failure.stage if failure and failure.stage in lost else lost[0]]
-    assert blamed
-    line = blamed.why if failure is None or failure.stage in lost else str(failure)
+    ended = [node for each in lost if (node := swarm.nodes[each])]
+    blamed = next((node for node in ended if failure and node.stage == failure.stage), None)
+    first = blamed or ended[0]
+    line = first.why if failure is None or blamed else first.in_lane(str(failure))
     return f"{line}; {AGAIN}" if again else line
 
 

@@ -16,11 +16,13 @@ checks stages, times and quantities for plausible values (quantities.py).
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .cut_advice import PipelineCosts
-from .quantities import any_number, moment, quantity, stage_count, stage_number, whole
+from .lanes import is_lateral, other_lane
+from .quantities import any_number, lane_number, moment, quantity, stage_count, stage_number, whole
 from .summary import OUTSIDE_RATIO
 
 RECENT_STEPS = 10  # over which rates and shares are taken
@@ -30,12 +32,14 @@ CHECKPOINT_FAULT = "checkpoint"
 STATES = ("starting", "training", "halted", "ended", "stopped", "failed")
 STALENESS = {"projector": "staleness", "activations": "activation_staleness", "gradients": "gradient_staleness"}
 
-Way = tuple[int, str]  # boundary, direction
+LATERAL = "lateral"
+Way = tuple[int, str]  # boundary and direction; of a link to another lane that lane, and LATERAL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkFigures:
-    """One direction of a boundary, of which this stage is the sender. None: not capped here, or not measured.
+    """One direction of a boundary, or of a lateral link, of which this stage is the sender. None: not capped here, or
+    not measured.
 
     at_start: filler alone. measured: while the queue was not empty. used: by training, over the last steps. received:
     what came the other way.
@@ -76,6 +80,16 @@ class FaultFigures:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFigures:
+    """The last round in which lanes averaged at this stage. members: lanes that gave something. norm: of the mean."""
+
+    number: int
+    fragment: int
+    members: int
+    norm: float
+
+
 @dataclass(frozen=True, slots=True)
 class _Step:
     seconds: float
@@ -90,6 +104,8 @@ class StageFigures:
     """None: not known (yet). *_s: seconds since the process began. *_share: of the time of the last steps."""
 
     stage: int
+    lane: int = 0
+    lanes: int = 1
     run: str = ""
     stages: int | None = None
     steps: int | None = None
@@ -120,6 +136,9 @@ class StageFigures:
     costs: PipelineCosts | None = None  # of the whole run; stage 0 knows them
     links: dict[Way, LinkFigures] = field(default_factory=dict)
     dictionaries: list[DictionaryFigures] = field(default_factory=list)
+    round: RoundFigures | None = None
+    rounds: int = 0  # used by this process; those of steps that were done again twice
+    round_wait_s: float = 0.0  # for contributions of other lanes
     faults: deque[FaultFigures] = field(default_factory=lambda: deque(maxlen=FAULTS_KEPT))
     faults_by_code: Counter[str] = field(default_factory=Counter)
     unsaved: str = ""  # why the newest checkpoint could not be written, or was damaged; "" once another is there
@@ -133,10 +152,16 @@ class StageFigures:
         """Sent in training, as the ratio has it."""
         return sum(
             count
-            for link in self.links.values()
+            for (_, direction), link in self.links.items()
             for kind, count in link.sent_bytes.items()
-            if kind not in OUTSIDE_RATIO
+            if direction != LATERAL and kind not in OUTSIDE_RATIO
         )
+
+    @property
+    def averaging_bytes(self) -> int:
+        """Sent to other lanes, all of it."""
+        lateral = [link for (_, direction), link in self.links.items() if direction == LATERAL]
+        return sum(count for link in lateral for count in link.sent_bytes.values())
 
     @property
     def ratio(self) -> float | None:
@@ -169,6 +194,8 @@ class StageFigures:
                 self.state = "halted"
             case "rollback":
                 self._rollback(record)
+            case "round":
+                self._round(record)
             case "fault":
                 self._fault(time_s, str(record["code"]), str(record["reason"]))
             case "end":
@@ -187,6 +214,8 @@ class StageFigures:
             "stages": _maybe(stage_count, record.get("stages")),
             "steps": _maybe(whole, record.get("steps")),
             "process": _maybe(whole, record.get("process")),
+            "lane": lane_number(record.get("lane", self.lane)),
+            "lanes": lane_number(record.get("lanes", self.lanes) - 1) + 1,
         }
         for name, value in known.items():
             setattr(self, name, value)
@@ -251,8 +280,7 @@ class StageFigures:
         """What this record says of each, on top of what is known."""
         found: dict[Way, LinkFigures] = {}
         for name, rows in record["sent_bytes"].items():
-            boundary = stage_number(int(name.removeprefix("boundary ").partition("-")[0]))
-            way = (boundary, "forward" if boundary == self.stage else "backward")
+            way = self._named(name)
             sent = Counter(self._earlier.get(way, LinkFigures()).sent_bytes)
             sent.update({str(kind): whole(count) for kind, count in rows.items()})
             found[way] = replace(self.links.get(way, LinkFigures()), sent_bytes=dict(sent))
@@ -265,6 +293,23 @@ class StageFigures:
                 received_bytes=self._earlier.get(way, LinkFigures()).received_bytes + whole(link["received_bytes"]),
             )
         return found
+
+    def _named(self, name: str) -> Way:
+        """Of `boundary 0-1` or `lateral 0: lane 0-1`. Raises ValueError for what is neither."""
+        if is_lateral(name):
+            return other_lane(name, self.lane), LATERAL
+        boundary = stage_number(int(name.removeprefix("boundary ").partition("-")[0]))
+        return boundary, "forward" if boundary == self.stage else "backward"
+
+    def _round(self, record: dict[str, Any]) -> None:
+        found = RoundFigures(
+            number=whole(record["number"]),
+            fragment=whole(record["fragment"]),
+            members=len({lane_number(lane) for lane in record["members"]}),
+            norm=any_number(record["norm"]),
+        )
+        waited_s = quantity(record["waited_s"])
+        self.round, self.rounds, self.round_wait_s = found, self.rounds + 1, self.round_wait_s + waited_s
 
     def _rollback(self, record: dict[str, Any]) -> None:
         generation, completed = whole(record["generation"]), whole(record["completed"])
@@ -286,6 +331,15 @@ class StageFigures:
             self.unsaved = reason
 
 
+def together(heads: Iterable[StageFigures]) -> float:
+    """Tokens/s of lanes, of a stage of each: they work beside each other, but in one process, where no node has
+    started, one after the other."""
+    of = [(head.tokens_per_s, head.process) for head in heads if head.tokens_per_s]
+    if any(process is not None for _, process in of):
+        return sum(rate for rate, _ in of)
+    return len(of) / sum(1 / rate for rate, _ in of) if of else 0.0
+
+
 def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigures:
     name, end = str(said["dictionary"]), str(said["end"])
     version = None
@@ -303,6 +357,8 @@ def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigure
 
 
 def _way(link: dict[str, Any]) -> Way:
+    if "peer_lane" in link:
+        return lane_number(link["peer_lane"]), LATERAL
     direction = str(link["direction"])
     if direction not in ("forward", "backward"):
         raise ValueError(direction)

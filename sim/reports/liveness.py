@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .top_data import OVER, Directory, StageView, TopError
+from .lanes import node_name
+from .top_data import OVER, StageView, TopError, directories
 
 State = Literal["not begun", "under way", "ended", "not ended"]
 STARTING_S = 1800.0  # without a record: a node elsewhere that is only starting says nothing for long
@@ -22,7 +23,8 @@ STARTING_S = 1800.0  # without a record: a node elsewhere that is only starting 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Liveness:
     """completed: steps that every stage has done, of `steps` (None: not known). stages: {"stage", "state", "completed",
-    "note"} each, where there is anything to say; state is as in `thinpipe top`, or "no records"."""
+    "note"} each, where there is anything to say; state is as in `thinpipe top`, or "no records". In a run of several
+    lanes each has its "lane" too, and those of lane 0 come first."""
 
     state: State
     completed: int
@@ -44,7 +46,7 @@ class Liveness:
         }
         of = "" if self.steps is None else f" of {self.steps}"
         told = ", ".join(
-            f"stage {stage['stage']} {stage['state']}" + (f": {stage['note']}" if stage["note"] else "")
+            f"{_name(stage)} {stage['state']}" + (f": {stage['note']}" if stage["note"] else "")
             for stage in self.stages
         )
         return f"{words[self.state]}, after {self.completed}{of} steps ({told})"
@@ -53,11 +55,15 @@ class Liveness:
 def liveness(run: Path, now_s: float) -> Liveness:
     """Of the run whose run.toml and records are in `run`; now_s: seconds since 1970. Changes nothing."""
     try:
-        swarm = Directory(run).look(now_s)
+        swarms = [directory.look(now_s) for directory in directories(run)]
     except TopError:
         return Liveness(state="not begun", completed=0, steps=None, stages=[])
-    rows = [_row(stage, swarm.stages.get(stage)) for stage in range(swarm.size)]
-    seen = swarm.stages.values()
+    rows = [
+        {**({"lane": lane} if len(swarms) > 1 else {}), **_row(stage, swarm.stages.get(stage))}
+        for lane, swarm in enumerate(swarms)
+        for stage in range(max(each.size for each in swarms))
+    ]
+    seen = [each for swarm in swarms for each in swarm.stages.values()]
     if not seen:
         state: State = "not begun"
     elif all(row["state"] == "ended" for row in rows):
@@ -68,17 +74,23 @@ def liveness(run: Path, now_s: float) -> Liveness:
     return Liveness(state=state, completed=min((row["completed"] for row in rows), default=0), steps=steps, stages=rows)
 
 
-def served_here(run: Path, now_s: float) -> dict[int, int]:
-    """stage -> the process of this machine that serves it, as far as records say. Changes nothing."""
+def served_here(run: Path, now_s: float) -> dict[str, int]:
+    """The stages that processes of this machine serve, by name, and which do, as far as records say. Changes
+    nothing."""
     try:
-        swarm = Directory(run).look(now_s)
+        swarms = [directory.look(now_s) for directory in directories(run)]
     except TopError:
         return {}
     return {
-        stage: seen.figures.process
+        node_name(stage, lane, len(swarms)): seen.figures.process
+        for lane, swarm in enumerate(swarms)
         for stage, seen in sorted(swarm.stages.items())
         if seen.here and seen.state not in OVER and seen.figures.process
     }
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"stage {row['stage']} of lane {row['lane']}" if "lane" in row else f"stage {row['stage']}"
 
 
 def _row(stage: int, seen: StageView | None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The address at which a node serves its figures over HTTP, spelled alike in settings, options and readers.
 
 `9100` is a port that only this machine can reach, because others should see a run's losses only if somebody says so.
-`0.0.0.0:9100` serves them to all. In a swarm on one machine, stage N uses the port plus N.
+`0.0.0.0:9100` serves them to all. In a swarm on one machine, stage N uses the port plus N, and the stages of the next
+lane the ports behind those.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class MetricsAddress:
         if port > 65535:
             raise MetricsAddressError(f"port {self.port} + {stage} for stage {stage} is past 65535; choose a lower one")
         return MetricsAddress(self.host, port)
+
+    def of_node(self, stage: int, lane: int, stages: int) -> MetricsAddress:
+        """That of stage `stage` in lane `lane`, of lanes with so many stages, where this is stage 0's of lane 0. Raises
+        as `of_stage`."""
+        return self.of_stage(lane * stages + stage)
 
     def check_free(self) -> None:
         """Raises MetricsAddressError unless this machine could listen here now."""

@@ -3,7 +3,8 @@ it.
 
 Names follow Prometheus' own rules: `thinpipe_` first, the base unit last (bytes and seconds, so a link's rate is in
 bytes a second), `_total` for what only grows in a process. Labels: `stage` everywhere; `boundary` as `0-1`, `direction`
-`forward` or `backward`, `kind` of bytes as in the summary, `dictionary`, `end` (owner or replica), `code` of faults.
+`forward` or `backward`, `kind` of bytes as in the summary, `dictionary`, `end` (owner or replica), `code` of faults. In
+a run of several lanes `lane` everywhere too, and `peer_lane` of what crosses to another one.
 
 Writing and reading are in one module, because a name that only one of them knew would be a lost figure. What comes over
 HTTP is not trusted: `read_figures` refuses by name what it cannot use, and its answer is no larger than
@@ -20,8 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .figures import STATES, DictionaryFigures, FaultFigures, LinkFigures, StageFigures, Way
-from .quantities import any_number, moment, quantity, stage_count, stage_number, whole
+from .figures import LATERAL, STATES, DictionaryFigures, FaultFigures, LinkFigures, RoundFigures, StageFigures, Way
+from .quantities import any_number, lane_number, moment, quantity, stage_count, stage_number, whole
 
 PREFIX = "thinpipe_"
 BITS = 8
@@ -33,6 +34,10 @@ COUNTERS = {
     "compute_seconds": ("compute_s", "Seconds in which this stage computed"),
     "encode_seconds": ("encode_s", "Seconds in which it packed and unpacked, beside the compute"),
     "wait_seconds": ("wait_s", "Seconds in which it had nothing to compute with"),
+}
+LANE_COUNTERS = {
+    "rounds": ("rounds", "Rounds of averaging that were used, those of steps that were done again twice"),
+    "round_wait_seconds": ("round_wait_s", "Seconds in which this stage waited for contributions of other lanes"),
 }
 GAUGES = {
     "stages": ("stages", "Stages of the run"),
@@ -61,6 +66,7 @@ KINDS = {  # of attributes; the others are quantities
     "stages": stage_count,
     "last_record_s": moment,
     **dict.fromkeys(("steps", "completed", "committed", "generation", "tokens", "rss_bytes", "dense_bytes"), whole),
+    "rounds": whole,
     **dict.fromkeys(("loss", "val_loss", "grad_norm"), any_number),
 }
 VERSION = ("generation", "step", "microbatch", "number")
@@ -73,6 +79,16 @@ class MetricsFormatError(ValueError):
 
 def families(figures: StageFigures) -> Iterator[Metric]:
     """All of it, as prometheus_client's metrics."""
+    if figures.lanes == 1:
+        yield from _of_stage(figures)
+        return
+    for family in (*_of_stage(figures), *_of_lane(figures)):
+        lane = {"lane": str(figures.lane)}
+        family.samples = [sample._replace(labels={**lane, **sample.labels}) for sample in family.samples]
+        yield family
+
+
+def _of_stage(figures: StageFigures) -> Iterator[Metric]:
     stage = str(figures.stage)
     info = {"run": figures.run, "host": figures.host, "process": str(figures.process or "")}
     yield InfoMetricFamily(f"{PREFIX}node", "Which process this is", {"stage": stage, **info})
@@ -98,18 +114,43 @@ def families(figures: StageFigures) -> Iterator[Metric]:
     yield last
 
 
+def _of_lane(figures: StageFigures) -> Iterator[Metric]:
+    """What there is only beside other lanes."""
+    stage = str(figures.stage)
+    yield _filled(GaugeMetricFamily(f"{PREFIX}lanes", "Lanes of the run", labels=["stage"]), [stage], figures.lanes)
+    for name, (attribute, words) in LANE_COUNTERS.items():
+        yield _filled(CounterMetricFamily(PREFIX + name, words, labels=["stage"]), [stage], getattr(figures, attribute))
+    newest = figures.round
+    words = "Number of the newest round that was used, from 0"
+    yield _filled(GaugeMetricFamily(f"{PREFIX}round", words, labels=["stage"]), [stage], newest and newest.number)
+    words = "Lanes that took part in it"
+    family = GaugeMetricFamily(f"{PREFIX}round_members", words, labels=["stage"])
+    yield _filled(family, [stage], newest and newest.members)
+    labels = ["stage", "peer_lane"]
+    words = "Framed bytes sent to another lane, by kind"
+    sent = CounterMetricFamily(f"{PREFIX}lateral_sent_bytes", words, labels=[*labels, "kind"])
+    came = CounterMetricFamily(f"{PREFIX}lateral_received_bytes", "Framed bytes from another lane", labels=labels)
+    for (peer, direction), link in figures.links.items():
+        if direction == LATERAL:
+            for kind, count in link.sent_bytes.items():
+                sent.add_metric([stage, str(peer), kind], count)
+            came.add_metric([stage, str(peer)], link.received_bytes)
+    yield from (sent, came)
+
+
 def _of_links(figures: StageFigures) -> Iterator[Metric]:
     labels = ["stage", "boundary", "direction"]
+    boundaries = {way: link for way, link in figures.links.items() if way[1] != LATERAL}
     for name, (attribute, words) in LINK_GAUGES.items():
         rates = GaugeMetricFamily(PREFIX + name, words, labels=labels)
-        for way, link in figures.links.items():
+        for way, link in boundaries.items():
             rate = getattr(link, attribute)
             _filled(rates, _labels(figures, way), None if rate is None else rate / BITS)
         yield rates
     trips = GaugeMetricFamily(f"{PREFIX}link_round_trip_seconds", "Of the greetings at the start", labels=labels)
     sent = CounterMetricFamily(f"{PREFIX}sent_bytes", "Framed bytes sent, by kind", labels=[*labels, "kind"])
     came = CounterMetricFamily(f"{PREFIX}received_bytes", "Framed bytes received", labels=labels)
-    for (boundary, direction), link in figures.links.items():
+    for (boundary, direction), link in boundaries.items():
         names = _labels(figures, (boundary, direction))
         _filled(trips, names, link.round_trip_s)
         for kind, count in link.sent_bytes.items():
@@ -145,7 +186,7 @@ def _filled(family: Any, labels: list[str], value: float | None) -> Metric:
 
 
 def read_figures(text: str) -> list[StageFigures]:
-    """The stages of which this speaks, by stage; what a fault's reason was is not told this way.
+    """The stages of which this speaks, by lane and stage; what a fault's reason was is not told this way.
 
     Raises MetricsFormatError for what no node serves.
     """
@@ -162,30 +203,35 @@ def read_figures(text: str) -> list[StageFigures]:
         raise
     except Exception as error:  # whatever a parser of text makes of text that is none
         raise MetricsFormatError(f"not Prometheus' text, or not thinpipe's: {error!r}"[:200]) from None
-    if not reader.stages:
+    if not reader.nodes:
         raise MetricsFormatError("no figures of thinpipe in it")
-    return [reader.done(stage) for stage in sorted(reader.stages)]
+    return [reader.done(node) for node in sorted(reader.nodes)]
+
+
+Node = tuple[int, int]  # lane, stage
 
 
 class _Reader:
     """Puts samples together again."""
 
     def __init__(self) -> None:
-        self.stages: dict[int, StageFigures] = {}
-        self._fault_times: dict[tuple[int, str], float] = {}
-        self._versions: dict[tuple[int, int, str, str], dict[str, int]] = {}
-        self._stale: dict[tuple[int, int, str, str], float] = {}
+        self.nodes: dict[Node, StageFigures] = {}
+        self._fault_times: dict[tuple[Node, str], float] = {}
+        self._versions: dict[tuple[Node, int, str, str], dict[str, int]] = {}
+        self._stale: dict[tuple[Node, int, str, str], float] = {}
 
     def take(self, name: str, labels: dict[str, str], value: float) -> None:
-        stage = stage_number(int(labels["stage"]))
-        figures = self.stages.setdefault(stage, StageFigures(stage))
+        node = lane_number(int(labels.get("lane", 0))), stage_number(int(labels["stage"]))
+        figures = self.nodes.setdefault(node, StageFigures(node[1], lane=node[0]))
         plain = name.removesuffix("_total")
         if name == "node_info":
             figures.run, figures.host = labels["run"], labels["host"]
             figures.process = int(labels["process"]) if labels["process"] else None
         elif name == "state" and value == 1 and labels["state"] in STATES:
             figures.state = labels["state"]
-        elif table := COUNTERS.get(plain) or GAUGES.get(name):
+        elif name == "lanes":
+            figures.lanes = lane_number(value - 1) + 1
+        elif table := COUNTERS.get(plain) or LANE_COUNTERS.get(plain) or GAUGES.get(name):
             attribute, _ = table
             setattr(figures, attribute, KINDS.get(attribute, quantity)(value))
         elif name in LINK_GAUGES:
@@ -199,12 +245,17 @@ class _Reader:
             boundary, direction = _boundary(labels), labels["direction"]
             before = figures.links.get((boundary, direction), LinkFigures()).sent_bytes
             self._link(figures, labels, sent_bytes={**before, labels["kind"]: whole(value)})
+        elif name.startswith("lateral_"):
+            self._lateral(figures, name, labels, whole(value))
+        elif name in ("round", "round_members"):
+            newest = figures.round or RoundFigures(number=0, fragment=0, members=0, norm=0.0)
+            figures.round = replace(newest, **{"number" if name == "round" else "members": whole(value)})
         elif name == "faults_total":
             figures.faults_by_code[labels["code"]] = whole(value)
         elif name == "fault_timestamp_seconds":
-            self._fault_times[stage, labels["code"]] = moment(value)
+            self._fault_times[node, labels["code"]] = moment(value)
         elif name.startswith("dictionary_"):
-            key = (stage, _boundary(labels), labels["dictionary"], labels["end"])
+            key = (node, _boundary(labels), labels["dictionary"], labels["end"])
             if name == "dictionary_staleness_ratio":
                 self._stale[key] = any_number(value)
             else:
@@ -214,9 +265,17 @@ class _Reader:
         way = (_boundary(labels), labels["direction"])
         figures.links[way] = replace(figures.links.get(way, LinkFigures()), **values)
 
-    def done(self, stage: int) -> StageFigures:
-        figures = self.stages[stage]
-        times = sorted((time_s, code) for (of, code), time_s in self._fault_times.items() if of == stage)
+    def _lateral(self, figures: StageFigures, name: str, labels: dict[str, str], count: int) -> None:
+        way = (lane_number(int(labels["peer_lane"])), LATERAL)
+        before = figures.links.get(way, LinkFigures())
+        if name == "lateral_sent_bytes_total":
+            figures.links[way] = replace(before, sent_bytes={**before.sent_bytes, labels["kind"]: count})
+        elif name == "lateral_received_bytes_total":
+            figures.links[way] = replace(before, received_bytes=count)
+
+    def done(self, node: Node) -> StageFigures:
+        figures = self.nodes[node]
+        times = sorted((time_s, code) for (of, code), time_s in self._fault_times.items() if of == node)
         for time_s, code in times:
             count = figures.faults_by_code[code]
             figures.faults.append(FaultFigures(time_s=time_s, code=code, reason=f"{count} of this kind, the last then"))
@@ -224,7 +283,7 @@ class _Reader:
             of, boundary, dictionary, end = key
             parts = self._versions.get(key, {})
             version = tuple(parts.get(part, 0) for part in VERSION) if parts else None
-            if of == stage:
+            if of == node:
                 figures.dictionaries.append(
                     DictionaryFigures(
                         boundary=boundary,

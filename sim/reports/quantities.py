@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 STAGES_MAX = 1024  # of a run, as its configuration has it
+LANES_MAX = 64
 TIME_MAX_S = 253_402_300_800.0  # the year 10000: further on, calendars end
 QUANTITY_MAX = 2.0**63  # bytes, bits a second, seconds, counts
 
@@ -48,3 +49,10 @@ def stage_number(value: Any) -> int:
 def stage_count(value: Any) -> int:
     """Of a run. Raises as `quantity` does."""
     return stage_number(whole(value) - 1) + 1
+
+
+def lane_number(value: Any) -> int:
+    """Of a lane. Raises as `quantity` does."""
+    if not 0 <= (number := whole(value)) < LANES_MAX:
+        raise ValueError(f"there is no lane {number}, of {LANES_MAX} at most")
+    return number

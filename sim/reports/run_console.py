@@ -1,119 +1,24 @@
-"""What a run prints on the console: a live progress bar while it trains, and a table at its end.
-
-On a terminal the bar is redrawn in place; where the output is a file or a pipe, a plain line is written at each tenth
-of the run, so that a log stays readable. Both show the same figures, from the same records that stay on disk.
-"""
+"""What is printed of a run when it is over: tables of its summary, and lines on what to do next. What is printed while
+it trains is in `sim.reports.run_display`."""
 
 from __future__ import annotations
 
 import math
 import shlex
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .figures import StageFigures
+from .lanes_summary import wait_words
 from .loss_chart import POINTS_MIN, LossChart
 from .wording import counted, plain
 
 FAULTS_SHOWN = 5
-
-
-class RunDisplay:
-    """Use as a context manager; call `update` with the figures of all stages. resumes: of a run that goes on, how many
-    processes of stage 0 were there before; from which step it goes on is said when the next one knows."""
-
-    def __init__(self, console: Console, *, steps: int, resumes: int | None = None) -> None:
-        self._console, self._steps, self._resumes = console, steps, resumes
-        self._progress: Progress | None = None
-        self._shown = -1
-        self._next_line = 0
-        self._unsaved_said = False
-        self.text = ""
-
-    def __enter__(self) -> RunDisplay:
-        if self._console.is_terminal:
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-            )
-            self._progress = Progress(*columns, console=self._console)
-            self._progress.start()
-            self._task = self._progress.add_task("starting the stages", total=self._steps)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
-
-    def update(self, stages: Sequence[StageFigures]) -> None:
-        """As of one poll; stage 0 leads. Nothing is shown until all have finished a step, but for the first checkpoint
-        that could not be written."""
-        for stage in stages:
-            if stage.unsaved and not self._unsaved_said:
-                self._unsaved_said = True
-                self.warn(f"stage {stage.stage}: {stage.unsaved}; training goes on")
-        done = stages[0].completed
-        if self._resumes is not None:
-            restored = stages[0].restored
-            if stages[0].lives <= self._resumes or restored is None:
-                return  # what is known is of the processes before
-            self._resumes, self._shown = None, restored
-            self._console.print(_resumed(restored, self._steps), highlight=False, soft_wrap=True)
-        if any(stage.loss is None for stage in stages) or done == self._shown:
-            return
-        self._shown = done
-        self.text = describe(stages)
-        if self._progress:
-            self._progress.update(self._task, completed=done, description=self.text)
-        elif done >= self._next_line or done == self._steps:
-            self._console.print(f"step {done}/{self._steps}  {self.text}", highlight=False, soft_wrap=True)
-            self._next_line = done + max(1, self._steps // 10)
-
-    def warn(self, line: str) -> None:
-        """A line that stays, above the bar."""
-        self._console.print(f"warning: {plain(line)}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-def _resumed(done: int, steps: int) -> str:
-    if not done:
-        return f"begins again with step 1 of {steps}: there is no checkpoint that all stages have"
-    nothing = "" if done < steps else "; nothing is left to do: more --steps go on"
-    return f"resumes after step {done} of {steps}{nothing}"
-
-
-def describe(stages: Sequence[StageFigures]) -> str:
-    """`loss 5.123  1520 tokens/s  1051 bytes/token  ratio 0.97x`, of all processes that a stage has had."""
-    head = stages[0]
-    text = f"loss {head.loss:.3f}  {head.tokens_per_s or 0:.0f} tokens/s"
-    moved = sum(stage.moved_bytes for stage in stages)
-    if moved and head.dense_tokens:
-        ratio = sum(stage.dense_bytes for stage in stages) / moved
-        text += f"  {moved / head.dense_tokens:.0f} bytes/token  ratio {ratio:.2f}x"
-    return text
-
-
-def throttled(show: Callable[[list[dict[str, Any]]], None], every_s: float = 0.1) -> Callable[..., None]:
-    """For callers that report each step: at most one update in `every_s`, the first and every later due one."""
-    last = 0.0
-
-    def call(records: list[dict[str, Any]], *, final: bool = False) -> None:
-        nonlocal last
-        if final or time.monotonic() - last >= every_s:
-            last = time.monotonic()
-            show(records)
-
-    return call
+FIGURES = ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16")
 
 
 def _bits_per_s(value: float | None) -> str:
@@ -122,28 +27,23 @@ def _bits_per_s(value: float | None) -> str:
 
 def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
     """Tables of the run, its stages, its links and what was learned there; the loss as a picture; beside dense bf16."""
-    run = Table(
-        title=f"{_steps(summary)} of {summary['tokens_per_step']} tokens ({summary['mode']})", caption=_in_vain(summary)
-    )
-    for column in ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16"):
+    lanes = len(summary.get("lanes", [None]))
+    mode = summary["mode"] if lanes == 1 else f"{summary['mode']}, {lanes} lanes: means and sums"
+    run = Table(title=f"{_steps(summary)} of {summary['tokens_per_step']} tokens ({mode})", caption=_in_vain(summary))
+    for column in FIGURES:
         run.add_column(column, justify="right")
-    ratio, val_loss, per_token = summary["ratio"], summary["val_loss"], summary["bytes_per_token"]
-    run.add_row(
-        f"{summary['first_loss']:.3f} -> {summary['train_loss']:.3f}",
-        "-" if val_loss is None else f"{val_loss:.4f}",
-        f"{summary['tokens_per_s']:.0f}",
-        "unknown" if per_token is None else f"{per_token:.1f}",
-        "unknown" if per_token is None else "-" if ratio is None else f"{ratio:.3f}x",
-    )
+    run.add_row(*_figures(summary))
     stages = Table(title="stages")
-    for column in ("stage", "layers", "computes", "compute", "codec", "waiting", "peak memory", "state"):
+    of_lane = ["lane"] if lanes > 1 else []
+    for column in (*of_lane, "stage", "layers", "computes", "compute", "codec", "waiting", "peak memory", "state"):
         stages.add_column(column, justify="right")
     for index, stage in enumerate(summary["stages"]):
         seconds = [f"{stage[name]:.1f} s" for name in ("compute_s", "codec_s", "wait_s")]
         memory = f"{stage['peak_rss_bytes'] / 2**20:.0f} MiB"
         layers, share = str(stage["layers"]), f"{stage['compute_share']:.0%}"
-        stages.add_row(str(index), layers, share, *seconds, memory, stage["state_sha256"][:12])
-    tables: list[RenderableType] = [run, stages]
+        name = [str(stage["lane"]), str(stage["stage"])] if lanes > 1 else [str(index)]
+        stages.add_row(*name, layers, share, *seconds, memory, stage["state_sha256"][:12])
+    tables: list[RenderableType] = [run, *(_lanes_tables(summary) if lanes > 1 else []), stages]
     if summary["boundaries"]:
         tables.append(_links_table(summary))
     if any("orthonormality_error_master" in entry["codec"] for entry in summary["boundaries"]):
@@ -159,6 +59,34 @@ def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
     if summary["dense_simulation"]:
         tables.append(_comparison_table(summary))
     return tables
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
+    """The cells of FIGURES, of a run or of a lane."""
+    ratio, val_loss, per_token = found["ratio"], found["val_loss"], found["bytes_per_token"]
+    return [
+        f"{found['first_loss']:.3f} -> {found['train_loss']:.3f}",
+        "-" if val_loss is None else f"{val_loss:.4f}",
+        f"{found['tokens_per_s']:.0f}",
+        "unknown" if per_token is None else f"{per_token:.1f}",
+        "unknown" if per_token is None else "-" if ratio is None else f"{ratio:.3f}x",
+    ]
+
+
+def _lanes_tables(summary: dict[str, Any]) -> list[RenderableType]:
+    """Each lane's figures, and what the averaging between them took."""
+    lanes = Table(title="lanes")
+    for column in ("lane", *FIGURES):
+        lanes.add_column(column, justify="right")
+    for found in summary["lanes"]:
+        lanes.add_row(str(found["lane"]), *_figures(found))
+    averaging = Table(title="averaging between lanes", caption="bytes of all lateral links, beside the ratio")
+    for column in ("rounds", "bytes", "bytes/token", "longest wait"):
+        averaging.add_column(column, justify="right")
+    found = summary["averaging"]
+    size = f"{found['bytes'] / 1e6:.2f} MB"
+    averaging.add_row(str(found["rounds"]), size, f"{found['bytes_per_token']:.1f}", wait_words(summary))
+    return [lanes, averaging]
 
 
 def _steps(summary: dict[str, Any]) -> str:
@@ -183,7 +111,8 @@ def _faults_table(faults: list[dict[str, Any]]) -> Table:
     for column in ("stage", "code", "what"):
         table.add_column(column)
     for fault in faults[-FAULTS_SHOWN:]:
-        table.add_row(str(fault["stage"]), Text(plain(fault["code"])), Text(plain(fault["reason"])))
+        name = f"{fault['stage']} of lane {fault['lane']}" if "lane" in fault else str(fault["stage"])
+        table.add_row(name, Text(plain(fault["code"])), Text(plain(fault["reason"])))
     return table
 
 
@@ -195,9 +124,12 @@ def closing_lines(summary: dict[str, Any], run: Path) -> list[str]:
         lines.append(f"this run ended after {_steps(summary)}; thinpipe up --resume {shlex.quote(str(run))} goes on")
     if dense:
         own = " (all stages in one process)" if summary["mode"] == "one-process" else ""
+        each, rate = "", summary["tokens_per_s"]
+        if lanes := summary.get("lanes"):
+            each, rate = " a lane", sum(lane["tokens_per_s"] for lane in lanes) / len(lanes)
         lines.append(
-            f"dense bf16 over {_link(dense['link'])}: {dense['tokens_per_s']:,.0f} tokens/s (simulated), "
-            f"this run: {summary['tokens_per_s']:,.0f}{own}"
+            f"dense bf16 over {_link(dense['link'])}: {dense['tokens_per_s']:,.0f} tokens/s{each} (simulated), "
+            f"this run: {rate:,.0f}{each}{own}"
         )
     else:
         lines.append(f"not compared with dense bf16: {summary['simulation_left_out']}")
@@ -213,8 +145,9 @@ def _link(link: str) -> str:
 def _comparison_table(summary: dict[str, Any]) -> Table:
     run, dense, learned = (summary[f"{whose}_simulation"] for whose in ("run", "dense", "learned"))
     rows = [(run, "this run"), *([(learned, "")] if learned else []), *([(dense, "")] if dense != run else [])]
+    each = ", of one lane" if "lanes" in summary else ""
     table = Table(
-        title="tokens/s by codec and link (simulated, not measured)",
+        title=f"tokens/s by codec and link{each} (simulated, not measured)",
         caption="of stages that take this run's times; a link that is slower than the last rate is the bottleneck",
     )
     links = [_link(link) for link in (run["link"], run["thinner_link"]) if link]
@@ -231,6 +164,12 @@ def _comparison_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def _boundary(entry: dict[str, Any]) -> str:
+    """`0-1`, or where there are lanes `lane 1: 0-1`."""
+    of_lane = f"lane {entry['lane']}: " if "lane" in entry else ""
+    return f"{of_lane}{entry['boundary']}-{entry['boundary'] + 1}"
+
+
 def _projectors_table(summary: dict[str, Any]) -> Table:
     projectors = Table(title="learned projections", caption="at the last step; distance from the manifold in ‖AᵀA - I‖")
     for column in ("boundary", "distance, as learned", "as shipped", "moved", "lost by projecting", "anchors"):
@@ -240,7 +179,7 @@ def _projectors_table(summary: dict[str, Any]) -> Table:
         if "orthonormality_error_master" not in figures:  # no step of that stage is on record
             continue
         projectors.add_row(
-            f"{entry['boundary']}-{entry['boundary'] + 1}",
+            _boundary(entry),
             f"{figures['orthonormality_error_master']:.1e}",
             f"{figures['orthonormality_error_shipped']:.1e}",
             f"{math.degrees(figures['angle_moved_rad']):.3f}°",
@@ -264,7 +203,7 @@ def _codebooks_table(summary: dict[str, Any]) -> Table:
             levels = [name.removeprefix("usage_") for name in figures if name.startswith("usage_")]
             if levels:
                 codebooks.add_row(
-                    f"{entry['boundary']}-{entry['boundary'] + 1}",
+                    _boundary(entry),
                     f"{way}s",
                     ", ".join(f"{figures[f'usage_{level}']:.0%}" for level in levels),
                     ", ".join(f"{figures[f'perplexity_{level}']:.0f}" for level in levels),
@@ -282,13 +221,17 @@ def _links_table(summary: dict[str, Any]) -> Table:
     )
     for column in ("boundary", "configured", "at start", "measured", "used", "bytes"):
         links.add_column(column, justify="right")
-    at_start = {(check["boundary"], check["direction"]): check for check in summary["link_check"]}
+    at_start = {
+        (check.get("lane"), check["boundary"], check["direction"]): check
+        for check in summary["link_check"]
+        if "boundary" in check
+    }
     for entry in summary["boundaries"]:
         for direction in ("forward", "backward"):
-            way, check = entry[direction], at_start.get((entry["boundary"], direction))
+            way, check = entry[direction], at_start.get((entry.get("lane"), entry["boundary"], direction))
             used = way["utilisation"]
             links.add_row(
-                f"{entry['boundary']}-{entry['boundary'] + 1} {direction}",
+                f"{_boundary(entry)} {direction}",
                 _bits_per_s(way["configured_bits_per_s"]),
                 _bits_per_s(check and check["measured_bits_per_s"]) + (" (!)" if check and check["warning"] else ""),
                 _bits_per_s(way["measured_bits_per_s"]),

@@ -3,8 +3,9 @@
 The ratio is always `dense bf16 bytes, both ways / all framed bytes, both ways`: the numerator is what an uncompressed
 pipeline would have to move (2 bytes x width x tokens x 2 directions x boundaries), the denominator everything that the
 nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames; also what was
-sent in vain, for steps that a rewind took back (`repeated_steps`). Evaluation and the probe at the start have rows of
-their own outside the ratio. Bytes are counted once, where they are sent.
+sent in vain, for steps that a rewind took back (`repeated_steps`). Evaluation, the probe at the start and all that
+lanes send each other (`averaging`) have rows of their own outside the ratio: a dense pipeline would send none of it.
+Bytes are counted once, where they are sent. A run of several lanes: `sim.reports.lanes_summary`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .lanes import is_lateral, node_name
 from .wording import counted
 
 CURVE_POINTS = 200
-OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy")
+AVERAGING = "averaging"
+OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy", AVERAGING)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -44,9 +47,14 @@ def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:
     """Sum of the newest `sent_bytes` of several stages' records; they are running totals."""
     total: Counter[str] = Counter()
     for record in records:
-        for rows in record["sent_bytes"].values():
-            total.update(rows)
+        for name, rows in record["sent_bytes"].items():
+            total.update(_rows(rows, lateral=is_lateral(name)))
     return total
+
+
+def _rows(rows: dict[str, int], *, lateral: bool) -> dict[str, int]:
+    """Bytes by kind; whatever crosses a lateral link is there for the averaging, the acknowledgements too."""
+    return {AVERAGING: sum(rows.values())} if lateral else rows
 
 
 def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -79,7 +87,7 @@ def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
         elif record["event"] == "end":
             newest = Counter()
             for link in record["links"]:
-                newest.update(link["sent_bytes"])
+                newest.update(_rows(link["sent_bytes"], lateral="peer_lane" in link))
     total.update(newest)
     return total
 
@@ -117,10 +125,15 @@ def lacking(steps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     ]
 
 
+def name_of(summary: dict[str, Any], entry: dict[str, Any]) -> str:
+    """Of the node that an entry of the summary is about: `stage 2`, or `stage 2 of lane 0`."""
+    return node_name(entry["stage"], entry.get("lane", 0), len(summary.get("lanes", [None])))
+
+
 def lacking_lines(summary: dict[str, Any]) -> list[str]:
     """For people, who count steps from 1; one a stage."""
     return [
-        f"stage {found['stage']}: its records have {found['steps']} of {found['of_steps']} steps"
+        f"{name_of(summary, found)}: its records have {found['steps']} of {found['of_steps']} steps"
         + ("" if found["first_step"] is None else f", the first is step {found['first_step'] + 1}")
         + "; what it sent in the others was not kept, so bytes/token and ratio are unknown"
         for found in summary["lacking"]
@@ -129,13 +142,14 @@ def lacking_lines(summary: dict[str, Any]) -> list[str]:
 
 def checkpoint_lines(summary: dict[str, Any]) -> list[str]:
     """For people: what went wrong with checkpoints; one a stage."""
-    by_stage: dict[int, list[str]] = {}
+    by_node: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for fault in summary["faults"]:
         if fault["code"] == "checkpoint":
-            by_stage.setdefault(fault["stage"], []).append(fault["reason"])
+            by_node.setdefault((fault.get("lane", 0), fault["stage"]), []).append(fault)
     return [
-        f"stage {stage}: {counted(len(reasons), 'fault')} of checkpoints, the last: {reasons[-1]}"
-        for stage, reasons in sorted(by_stage.items())
+        f"{name_of(summary, faults[-1])}: {counted(len(faults), 'fault')} of checkpoints, the last: "
+        f"{faults[-1]['reason']}"
+        for _, faults in sorted(by_node.items())
     ]
 
 
@@ -147,7 +161,19 @@ def summarise(run: Path, *, stages: int, width: int, mode: str, of_steps: int | 
     """The content of summary.json. `mode` is "swarm" or "one-process". of_steps: those of a whole run. Raises NotEnded
     if a stage did not end, and ValueError if nothing was done. Where the records of a stage lack steps, bytes/token and
     ratio are None: tokens would be counted whose bytes are not."""
-    by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
+    return summary_of(records_of(run, stages), run, width=width, mode=mode, of_steps=of_steps)
+
+
+def records_of(run: Path, stages: int) -> list[list[dict[str, Any]]]:
+    """Of every stage, in order."""
+    return [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
+
+
+def summary_of(
+    by_stage: list[list[dict[str, Any]]], run: Path, *, width: int, mode: str, of_steps: int | None
+) -> dict[str, Any]:
+    """The same of records that were read from `run`."""
+    stages = len(by_stage)
     ends: list[dict[str, Any]] = []
     steps: list[list[dict[str, Any]]] = []
     for stage, records in enumerate(by_stage):
@@ -214,19 +240,19 @@ def summarise(run: Path, *, stages: int, width: int, mode: str, of_steps: int | 
             for end in ends
         ],
         "rollbacks": [record for record in by_stage[0] if record["event"] == "rollback"],
-        "faults": _faults(by_stage),
+        "faults": [fault for _, fault in faults_of(by_stage)],
     }
 
 
-def _faults(by_stage: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Of all stages, in the order of time."""
+def faults_of(by_stage: list[list[dict[str, Any]]]) -> list[tuple[float, dict[str, Any]]]:
+    """Of all stages, each with when it was (seconds since 1970), in that order."""
     found = [
         (record["time_s"], {"stage": stage, "code": record["code"], "reason": record["reason"]})
         for stage, records in enumerate(by_stage)
         for record in records
         if record["event"] == "fault"
     ]
-    return [fault for _, fault in sorted(found, key=lambda each: each[0])]
+    return sorted(found, key=lambda each: each[0])
 
 
 def _data_of(records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -246,7 +272,7 @@ def _boundaries(ends: list[dict[str, Any]], codecs: list[dict[str, float]]) -> l
             link["direction"]: {key: value for key, value in link.items() if key not in ("boundary", "direction")}
             for end in ends
             for link in end["links"]
-            if link["boundary"] == boundary
+            if link.get("boundary") == boundary
         }
         busier = max(ways.values(), key=lambda way: sum(way["sent_bytes"].values()))
         boundaries.append(

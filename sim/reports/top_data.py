@@ -2,8 +2,8 @@
 
 A directory is read as it grows (`sim.reports.record_tail`); a node is asked for its figures, each by a thread of its
 own, so that one that does not answer delays no other. Both end in the same `StageFigures`. A swarm whose stages are
-spread over several directories or nodes is put together again: what has the same run's name and the same number of
-stages, and no stage twice, is one swarm.
+spread over several directories or nodes is put together again: what has the same run's name, lane and number of stages,
+and no stage twice, is one swarm. So each lane of a run of several is one.
 
 The answer of a node is not trusted: it is read up to a limit, under a deadline, and drawn as plain text.
 """
@@ -25,6 +25,7 @@ import psutil
 
 from .cut_advice import advise
 from .figures import StageFigures
+from .lanes import lane_path, lanes_of
 from .metrics_address import MetricsAddress, MetricsAddressError
 from .prometheus_metrics import MetricsFormatError, read_figures
 from .quantities import STAGES_MAX, stage_count, whole
@@ -56,11 +57,13 @@ class StageView:
 
 @dataclass(slots=True)
 class SwarmView:
-    """Stages that belong together. notes: what could not be read."""
+    """Stages that belong together, of one lane. notes: what could not be read."""
 
     name: str
     stages: dict[int, StageView] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    lane: int = 0
+    lanes: int = 1
 
     @property
     def size(self) -> int:
@@ -92,10 +95,11 @@ class MetricsSource(Protocol):
 
 
 class Directory:
-    """The records in one directory. Raises TopError for what holds none of a run."""
+    """The records of a run, or of one of its lanes, in one directory. Raises TopError for what holds none of a run."""
 
-    def __init__(self, run: Path) -> None:
-        self._run = run
+    def __init__(self, run: Path, *, lane: int = 0, lanes: int = 1) -> None:
+        self._run, self._lane, self._lanes = run, lane, lanes
+        self._records = lane_path(run, lane, lanes)
         if not run.is_dir():
             raise TopError(f"{run}: there is no such directory; name the --out of a run")
         self._stages, self._steps = _settings(run)
@@ -107,28 +111,29 @@ class Directory:
 
     def _paths(self) -> dict[int, Path]:
         found = {}
-        for path in self._run.glob("stage-*.jsonl"):
+        for path in self._records.glob("stage-*.jsonl"):
             number = path.stem.removeprefix("stage-")
             if number.isascii() and number.isdecimal() and int(number) < STAGES_MAX:
                 found[int(number)] = path
         return found
 
     def look(self, now_s: float) -> SwarmView:
-        swarm = SwarmView(str(self._run))
+        swarm = SwarmView(str(self._records), lane=self._lane, lanes=self._lanes)
         for stage, path in sorted(self._paths().items()):
             figures = self._fold(stage, path)
             swarm.stages[stage] = _seen(figures, now_s)
             bad = self._tails[stage].unreadable + self._refused.get(stage, 0)
             if bad:
                 swarm.notes.append(f"{path.name}: {bad} lines are no records and are passed over")
+            swarm.lane, swarm.lanes = figures.lane, figures.lanes  # of a lane's directory by itself, they say it alone
         return swarm
 
     def _fold(self, stage: int, path: Path) -> StageFigures:
         tail = self._tails.setdefault(stage, RecordTail(path))
-        replacements, figures = self._figures.get(stage, (-1, StageFigures(stage)))
+        replacements, figures = self._figures.get(stage, (-1, self._unknown(stage)))
         for record in tail.read():
             if tail.replacements != replacements:  # another run has taken its place
-                replacements, figures = tail.replacements, StageFigures(stage)
+                replacements, figures = tail.replacements, self._unknown(stage)
                 self._stages, self._steps = _settings(self._run)
                 self._refused[stage] = 0
             try:
@@ -139,6 +144,15 @@ class Directory:
         figures.steps = figures.steps or self._steps
         self._figures[stage] = (replacements, figures)
         return figures
+
+    def _unknown(self, stage: int) -> StageFigures:
+        return StageFigures(stage, lane=self._lane, lanes=self._lanes)
+
+
+def directories(run: Path) -> list[Directory]:
+    """One for each lane of the run in `run`. Raises TopError for what holds none."""
+    lanes = lanes_of(run)
+    return [Directory(run, lane=lane, lanes=lanes) for lane in range(lanes)]
 
 
 def _settings(run: Path) -> tuple[int | None, int | None]:
@@ -210,6 +224,7 @@ class ScrapedNode:
         figures, problem = self._figures, self._problem
         for each in figures:
             note = "does not answer any more" if problem else _silence(each, now_s)
+            swarm.lane, swarm.lanes = each.lane, each.lanes
             swarm.stages[each.stage] = StageView(figures=each, state=each.state, note=note)
         if problem:
             swarm.notes.append(f"{self._endpoint}: {problem}")
@@ -261,12 +276,12 @@ def sources(runs: Iterable[Path], addresses: Iterable[str]) -> list[MetricsSourc
         endpoints = [MetricsAddress.parse(address) for address in addresses]
     except MetricsAddressError as error:
         raise TopError(f"--prometheus: {error}") from None
-    directories: list[MetricsSource] = [Directory(run) for run in runs]
+    on_disk: list[MetricsSource] = [directory for run in runs for directory in directories(run)]
     nodes = [ScrapedNode(endpoint) for endpoint in endpoints]
     deadline = time.monotonic() + ANSWER_S
     for node in nodes:
         node.wait(max(0.0, deadline - time.monotonic()))
-    return [*directories, *nodes]
+    return [*on_disk, *nodes]
 
 
 def look(watched: Iterable[MetricsSource], now_s: float) -> list[SwarmView]:
@@ -288,4 +303,4 @@ def _belongs(part: SwarmView, swarm: SwarmView) -> bool:
     if not (part.stages and swarm.stages):
         return False
     of = [{(seen.figures.run, seen.figures.stages) for seen in each.stages.values()} for each in (part, swarm)]
-    return of[0] == of[1] and not part.stages.keys() & swarm.stages.keys()
+    return of[0] == of[1] and part.lane == swarm.lane and not part.stages.keys() & swarm.stages.keys()

@@ -6,6 +6,7 @@ terminal's height. Whatever nodes and their peers have said is drawn as plain te
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from .figures import DictionaryFigures, FaultFigures, LinkFigures, StageFigures
+from .figures import LATERAL, DictionaryFigures, FaultFigures, LinkFigures, StageFigures, together
 from .top_data import StageView, SwarmView
 from .wording import plain
 
@@ -62,12 +63,40 @@ class Bar:
             yield Segment(character, Style.parse(colour))
 
 
-def frame(swarms: Iterable[SwarmView], *, width: int, now_s: float) -> RenderableType:
-    """All of it, for so many columns; now_s: seconds since 1970."""
+def frame(swarms: Sequence[SwarmView], *, width: int, now_s: float) -> RenderableType:
+    """All of it, for so many columns; now_s: seconds since 1970. Above the lanes of one run a line on all of them."""
     parts: list[RenderableType] = []
-    for swarm in swarms:
-        parts += [_swarm(swarm, width=width, now_s=now_s), Text()]
+    for _, of_one in itertools.groupby(swarms, key=_run_of_lanes):
+        lanes = list(of_one)
+        if lanes[0].lanes > 1:
+            parts += [_of_all(lanes), Text()]
+        for swarm in lanes:
+            parts += [_swarm(swarm, width=width, now_s=now_s), Text()]
     return Group(*parts[:-1])
+
+
+def _run_of_lanes(swarm: SwarmView) -> tuple[str, int]:
+    """What lanes of one run have in common; a run of one lane has it with no other."""
+    head = _head(swarm)
+    return (head.run, swarm.lanes) if head and swarm.lanes > 1 else (swarm.name, id(swarm))
+
+
+def _of_all(lanes: Sequence[SwarmView]) -> Text:
+    """Mean loss, tokens/s of all together, and what the averaging took."""
+    heads = [head for lane in lanes if (head := _head(lane))]
+    figures = [seen.figures for lane in lanes for seen in lane.stages.values()]
+    losses = [head.loss for head in heads if head.loss is not None]
+    rate = together(heads)
+    rounds = [of.round.number for of in figures if of.round]
+    sent, tokens = sum(of.averaging_bytes for of in figures), sum(head.dense_tokens for head in heads)
+    said = [
+        f"{lanes[0].lanes} lanes" + (f", {len(lanes)} of them seen" if len(lanes) < lanes[0].lanes else ""),
+        f"loss {sum(losses) / len(losses):.4f}" if losses else None,
+        f"{rate:,.0f} tokens/s" if rate else None,
+        f"averaging {sent / tokens:,.1f} bytes/token" if sent and tokens else None,
+        f"round {min(rounds)}" if rounds else None,
+    ]
+    return Text("  ".join(each for each in said if each), "bold", no_wrap=True, overflow="ellipsis")
 
 
 def _swarm(swarm: SwarmView, *, width: int, now_s: float) -> RenderableType:
@@ -178,8 +207,8 @@ def _share(value: float | None) -> str:
 
 
 def _links(figures: Sequence[StageFigures]) -> Table | None:
-    found = [(way, link) for of in figures for way, link in of.links.items()]
-    found.sort(key=lambda each: (each[0][0], each[0][1] != "forward"))
+    found = [(way, link, of) for of in figures for way, link in of.links.items()]
+    found.sort(key=lambda each: (each[0][1] == LATERAL, each[0][0], each[0][1] != "forward"))
     if not found:
         return None
     table = _table(
@@ -194,11 +223,12 @@ def _links(figures: Sequence[StageFigures]) -> Table | None:
     )
     table.expand = True
     table.columns[1].ratio, table.columns[1].justify = 1, "left"
-    for (boundary, direction), link in found:
+    for (boundary, direction), link, of in found:
         ends = (boundary, boundary + 1) if direction == "forward" else (boundary + 1, boundary)
+        name = f"{of.stage} → lane {boundary}" if direction == LATERAL else f"{ends[0]} → {ends[1]}"
         measured = link.measured_bits_per_s or link.at_start_bits_per_s
         table.add_row(
-            f"{ends[0]} → {ends[1]}",
+            name,
             _link_bar(link, measured),
             "-" if link.share is None else f"{link.share:.1%}",
             *map(_megabits, (link.configured_bits_per_s, measured, link.used_bits_per_s)),

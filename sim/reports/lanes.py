@@ -1,0 +1,50 @@
+"""What reports have to know of lanes: where the records of each are, what nodes and links of them are called.
+
+A lane is a whole chain of stages with its own part of the data. In the directory of a run of several, each lane has a
+directory `lane-N` with what a run of one lane has in its own: records, logs, checkpoints. What is of the run as a whole
+(settings, summary, lock, text) stands once, above them. So all that reads or writes one chain works on one directory,
+however many lanes there are, and a run of one lane looks as if there were no such thing.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from .quantities import LANES_MAX, lane_number
+
+_LATERAL = re.compile(r"lateral (?P<stage>[0-9]{1,4}): lane (?P<one>[0-9]{1,2})-(?P<other>[0-9]{1,2})")
+
+
+def lane_path(run: Path, lane: int, lanes: int) -> Path:
+    """Where lane `lane` of the run in `run` keeps its records."""
+    return run if lanes == 1 else run / f"lane-{lane}"
+
+
+def lanes_of(run: Path) -> int:
+    """How many the run has, by its run.toml; 1 where that does not say it."""
+    try:
+        tree = tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))
+        return lane_number(tree["lanes"]["count"] - 1) + 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1
+
+
+def node_name(stage: int, lane: int, lanes: int) -> str:
+    """`stage 2`, and where there are several lanes `stage 2 of lane 0`."""
+    return f"stage {stage}" if lanes == 1 else f"stage {stage} of lane {lane}"
+
+
+def is_lateral(name: str) -> bool:
+    """Whether a link of that name joins two lanes, as `lateral 2: lane 0-1` does, and not two stages."""
+    return name.startswith("lateral ")
+
+
+def other_lane(name: str, own: int) -> int:
+    """The lane at the other end of the lateral link of that name. Raises ValueError for what is none of lane `own`."""
+    found = _LATERAL.fullmatch(name)
+    ends = [lane_number(int(found[end])) for end in ("one", "other")] if found else []
+    if own not in ends or ends[0] == ends[1]:
+        raise ValueError(f"'{name}' is no lateral link of lane {own}, of {LANES_MAX} lanes at most")
+    return ends[1 - ends.index(own)]

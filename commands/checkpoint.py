@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, configuration, fail, from_home, one_arithmetic_thread, said
+from .common import Json, configuration, fail, from_home, one_arithmetic_thread, run_of, said
 from .options import settings_of, shared
 
 if TYPE_CHECKING:
@@ -27,27 +27,28 @@ checkpoint = typer.Typer(
 )
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run: its --out, which holds run.toml.")]
+OfLane = Annotated[int | None, typer.Option("--lane", min=0, help="Only this lane, of a run that has several. (all)")]
 
 
 @checkpoint.command("ls")
 @from_home
-def checkpoint_ls(run: Run, as_json: Json = False) -> None:
+def checkpoint_ls(run: Run, lane: OfLane = None, as_json: Json = False) -> None:
     """List the checkpoints by step: which stages have one, and whether the run can resume from it.
 
     Only manifests and file lengths are checked; `verify` also reads the tensors. A line says whether the run is under
     way, has ended or was broken off: while it is under way, new checkpoints come and old ones go.
     """
-    _show_checkpoints(run, as_json, thorough=False)
+    _show_checkpoints(run, lane, as_json, thorough=False)
 
 
 @checkpoint.command("verify")
 @from_home
-def checkpoint_verify(run: Run, as_json: Json = False) -> None:
+def checkpoint_verify(run: Run, lane: OfLane = None, as_json: Json = False) -> None:
     """Read every checkpoint and compare its digests with its manifest.
 
     Exit code 1 if any is damaged, or there is none, 2 if RUN is not the directory of a run.
     """
-    if _show_checkpoints(run, as_json, thorough=True):
+    if _show_checkpoints(run, lane, as_json, thorough=True):
         raise typer.Exit(1)
 
 
@@ -72,6 +73,12 @@ def checkpoint_convert(
     """
     one_arithmetic_thread()
     settings = _settings(run)
+    from ..node.config import ConfigError, check_one_lane
+
+    try:
+        check_one_lane(settings, f"{run}: checkpoint convert")
+    except ConfigError as error:
+        fail(str(error), 2)
     asked = _asked(said(None, settings_of(stages=stages, cut=cut, speeds=speeds), overrides))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {out}: it is there already, and not empty; choose another directory", 2)
@@ -146,37 +153,63 @@ def _settings(run: Path) -> RunConfig:
     return configuration(run / "run.toml", {}, None)
 
 
-def _show_checkpoints(run: Path, as_json: bool, *, thorough: bool) -> int:
-    """Print what is there. Returns how many faults there are: each that is damaged has its line on stderr, and so has
-    it that there is nothing to verify."""
+def _show_checkpoints(run: Path, lane: int | None, as_json: bool, *, thorough: bool) -> int:
+    """Print what is there, of all lanes or of one. Returns how many faults there are: each that is damaged has its line
+    on stderr, and so has it that there is nothing to verify."""
+    run, lane = run_of(run, lane)
     settings = _settings(run)
-    from ..node.checkpoints.listing import checkpoint_table, list_checkpoints
     from ..node.checkpoints.manifest import CheckpointError
-
-    directory = settings.checkpoint.path(run)
-    try:
-        found = list_checkpoints(directory, run=settings.run.name, stages=settings.pipeline.stages, thorough=thorough)
-    except CheckpointError as error:
-        fail(str(error), 1)
+    from ..node.config import ConfigError
+    from ..node.run_lanes import check_lane, of_lane
     from ..sim.reports.liveness import liveness
 
+    try:
+        if lane is not None:
+            check_lane(settings, lane)
+        lanes = range(settings.lanes.count) if lane is None else [lane]
+        found = [_listed(*of_lane(settings, run, each), thorough=thorough) for each in lanes]
+    except ConfigError as error:
+        fail(str(error), 2)
+    except CheckpointError as error:
+        fail(str(error), 1)
     alive = liveness(run, time.time())
     if as_json:
-        tree = {"directory": str(directory), "verified": thorough, "run": alive.record(), "checkpoints": found}
-        print(json.dumps(tree, indent=2))
-    elif not found:
-        print(f"no checkpoints in {directory}; set checkpoint.every to have some")
+        head = {"verified": thorough, "run": alive.record()}
+        several = {"lanes": [{"lane": each, **of_lane} for each, of_lane in zip(lanes, found, strict=True)]}
+        print(json.dumps({**head, **(found[0] if settings.lanes.count == 1 else several)}, indent=2))
     else:
-        from rich.console import Console
-
-        Console(markup=False).print(checkpoint_table(found))
-    if not as_json:
+        for each, of_lane in zip(lanes, found, strict=True):
+            _print_checkpoints(of_lane, f"checkpoints of lane {each}" if settings.lanes.count > 1 else "checkpoints")
         more = "; checkpoints come and go" if alive.state == "under way" else ""
         print(f"the run {alive.line()}{more}")
-    damaged = [held["problem"] for row in found for held in row["stages"] if held["state"] == "damaged"]
+    return sum(_faults(of_lane, thorough=thorough) for of_lane in found)
+
+
+def _listed(settings: RunConfig, directory: Path, *, thorough: bool) -> dict[str, Any]:
+    """{"directory", "checkpoints"} of a chain of stages. Raises CheckpointError."""
+    from ..node.checkpoints.listing import list_checkpoints
+
+    saved = settings.checkpoint.path(directory)
+    rows = list_checkpoints(saved, run=settings.run.name, stages=settings.pipeline.stages, thorough=thorough)
+    return {"directory": str(saved), "checkpoints": rows}
+
+
+def _print_checkpoints(found: dict[str, Any], title: str) -> None:
+    if not found["checkpoints"]:
+        print(f"no checkpoints in {found['directory']}; set checkpoint.every to have some")
+        return
+    from rich.console import Console
+
+    from ..node.checkpoints.listing import checkpoint_table
+
+    Console(markup=False).print(checkpoint_table(found["checkpoints"], title))
+
+
+def _faults(found: dict[str, Any], *, thorough: bool) -> int:
+    damaged = [held["problem"] for row in found["checkpoints"] for held in row["stages"] if held["state"] == "damaged"]
     for line in damaged:
         print(f"thinpipe: {line}", file=sys.stderr)
-    if thorough and not found:
-        print(f"thinpipe: there is no checkpoint in {directory}, so nothing was verified", file=sys.stderr)
+    if thorough and not found["checkpoints"]:
+        print(f"thinpipe: there is no checkpoint in {found['directory']}, so nothing was verified", file=sys.stderr)
         return 1
     return len(damaged)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Json, Override, configuration, fail
+from .common import Json, Lane, Override, configuration, fail, run_of
 
 
 def export(
@@ -19,6 +19,7 @@ def export(
         int | None,
         typer.Option("--step", min=0, help="After so many steps. (the newest that all stages have a checkpoint of)"),
     ] = None,
+    lane: Lane = None,
     plain: Annotated[
         bool,
         typer.Option("--plain", help="An ordinary checkpoint, without boundaries; prints what that costs. (off)"),
@@ -32,6 +33,7 @@ def export(
     directory has a file that computes them, and loads with trust_remote_code=True, without thinpipe. The held-out loss
     of what was written is printed beside the one that the run recorded.
     """
+    run, lane = run_of(run, lane)
     if not (run / "run.toml").is_file():
         fail(f"{run} is not the directory of a run: it holds no run.toml; name the --out of a run", 2)
     own = configuration(run / "run.toml", {}, None)
@@ -51,7 +53,7 @@ def export(
         print(f"thinpipe: {line}", file=sys.stderr)
 
     try:
-        written = export_run(run, out, step=step, plain=plain, config=settings, report=report)
+        written = export_run(run, out, step=step, lane=lane, plain=plain, config=settings, report=report)
     except (ExportError, CheckpointError, *BAD_INPUT) as error:
         fail(str(error), 2)
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Json, fail, one_arithmetic_thread
+from .common import Json, Lane, fail, one_arithmetic_thread, run_of
 
 Target = Annotated[
     Path, typer.Argument(metavar="RUN|DIR", help="A run (its --out), or a model's directory with its config.json.")
@@ -45,6 +45,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Tokens in a window of text. (as trained; of a directory 1024 or less)")
     ] = None,
     step: Step = None,
+    lane: Lane = None,
     device: Device = "cpu",
     trust_code: Trust = False,
     as_json: Json = False,
@@ -62,11 +63,13 @@ def evaluate(
     from ..node.evaluating.subject import EvaluationError
     from ..node.preparation import BAD_INPUT
 
+    target, lane = run_of(target, lane)
     asked = Asked(
         data=data,
         text_field=text_field,
         choices=choices,
         step=step,
+        lane=lane,
         length=sequence_length,
         trusted=trust_code,
         device=device,
@@ -101,6 +104,7 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the draws.")] = 1,
     step: Step = None,
+    lane: Lane = None,
     device: Device = "cpu",
     trust_code: Trust = False,
 ) -> None:
@@ -116,13 +120,15 @@ def generate(
     from ..node.export.portable_model import ExportError
     from ..node.preparation import BAD_INPUT
 
+    target, lane = run_of(target, lane)
+
     def write(part: str) -> None:
         print(part, end="", flush=True)
 
     try:
         sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         sampling.check(text)
-        model, words = load(target, step=step, trusted=trust_code, device=device, report=_warn)
+        model, words = load(target, step=step, lane=lane, trusted=trust_code, device=device, report=_warn)
         sampling.check_fits(model, words, text)
         write(text)
         go_on(model, words, text, sampling, write)

@@ -74,7 +74,7 @@ def plan(
         batch_size=batch_size,
         sequence_length=sequence_length,
     )
-    from ..node.config import ConfigError
+    from ..node.config import ConfigError, check_one_lane
     from ..node.measuring.emulated_machine import EmulatedMachine
     from ..node.measuring.plan import PLANNED, planned
 
@@ -90,6 +90,7 @@ def plan(
         config = run_toml(measured, "--from")
     settings = configuration(config, {**(emulated.settings() if emulated else {}), **given}, overrides)
     try:
+        check_one_lane(settings, "plan")
         spec = schedule or settings.pipeline.schedule
         figures, simulated = planned(settings, emulated, measured, schedule=spec, rule=rule)
     except PLANNED as error:

@@ -121,6 +121,7 @@ def supervise(
     there = run / "run.toml"
     settings = configuration(config or (there if there.is_file() else None), given, sets)
     from ..node.addresses import ListenError, split_address
+    from ..node.config import ConfigError, check_one_lane
     from ..sim.launch.privileges import become, known
     from ..sim.launch.service_supervisor import Assignment, Supervisor
     from ..sim.launch.stage_lock import SupervisorError
@@ -134,6 +135,7 @@ def supervise(
     try:
         for name in names:
             split_address(name)
+        check_one_lane(settings, "supervise")
         profile = LinkProfile.parse(settings.link.link)
         given_here = said(config, given, sets)
         if user:  # from here on, what can be refused is refused before an interface is capped
@@ -165,7 +167,7 @@ def supervise(
             restarts=restarts,
         )
         code = Supervisor(assignment).run()
-    except (LinkError, ListenError, SupervisorError) as error:
+    except (ConfigError, LinkError, ListenError, SupervisorError) as error:
         fail(str(error), 2)
     if code:
         raise typer.Exit(code)

@@ -31,9 +31,11 @@ from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
 from .data import DataError, copy_tokenizer, read_vocabulary
 from .export.portable_model import ExportError, plain_model
+from .lane_choice import chosen_lane
 from .preparation import check_codec, check_layers, resolve_architecture
 from .run_corpus import vocabulary_of_run
 from .run_directory import with_start
+from .run_lanes import found_run
 from .stage_costs import stage_layers
 
 # Of a run, what is not the next one's.
@@ -110,14 +112,15 @@ class Origin:
 
 
 def begin_from(source: Path, given: dict[str, Any]) -> Origin:
-    """A new run from `source`, with these settings (`section.key` -> value). Raises ConfigError for what is neither a
-    run nor a model, and for settings of another model; CheckpointError for a run without whole checkpoints; DataError
-    for a tokenizer that is not there."""
+    """A new run from `source`, a run, a lane of one, or a model, with these settings (`section.key` -> value). Raises
+    ConfigError for what is neither a run nor a model, and for settings of another model; CheckpointError for a run
+    without whole checkpoints; DataError for a tokenizer that is not there."""
     # What a whole run.toml says of its own beginning is no wish.
     given = {name: value for name, value in given.items() if name not in NO_WISH}
+    source, lane = found_run(source, None)
     if (source / "run.toml").is_file():
         run = with_start(load_config(source / "run.toml"), source)
-        return _from_run(source, run, _without_path(given, source, run.model.path))
+        return _from_run(source, lane, run, _without_path(given, source, run.model.path))
     given = _without_path(given, source)
     if (source / "config.json").is_file():
         return _from_directory(source, given)
@@ -155,9 +158,10 @@ def _without_path(given: dict[str, Any], *own: Path | None) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("model.path", "model.preset")}
 
 
-def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
+def _from_run(source: Path, lane: int | None, run: RunConfig, given: dict[str, Any]) -> Origin:
     report: list[str] = []
-    found = assemble(source, report=report.append)
+    _, own, place = chosen_lane(source, lane, config=run, report=report.append)
+    found = assemble(place, config=own, report=report.append)
     given = _without_shape(run, found, given)
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
@@ -168,7 +172,7 @@ def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     first = {
         "model.path": str(source.resolve()),
         "model.pretrained": True,
-        "run.origin": f"{source} after {found.completed} steps",
+        "run.origin": f"{place} after {found.completed} steps",
     }
     if tokenizer:
         first["data.tokenizer"] = str(tokenizer)

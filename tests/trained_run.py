@@ -16,34 +16,37 @@ from thinpipe.node.data import copy_tokenizer
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import prepare_vocabulary, resolve_architecture, state_digest
 from thinpipe.node.run_corpus import open_run_corpus
+from thinpipe.node.run_lanes import of_lane
 from thinpipe.node.stage import Stage
 
 
 def train(config: RunConfig, out: Path, *, after: Callable[[list[Stage]], None] | None = None) -> list[Stage]:
-    """Train `config` and write checkpoints after its last step; returns the stages as they stand. `after`: what is done
-    to them before that."""
+    """Train `config` and write checkpoints after its last step, of all lanes; returns the stages of the first as they
+    stand. `after`: what is done to those of each before that."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     reference = OneProcess(config, out)
     reference.train()
     reference.close()
-    if after:
-        after(reference.stages)
-    write_checkpoints(config, out, reference.stages)
+    for lane in reference.lanes:
+        if after:
+            after(lane.stages)
+        write_checkpoints(config, out, lane.stages, lane.lane)
     return reference.stages
 
 
-def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> None:
+def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage], lane: int = 0) -> None:
     """As each stage of a swarm would write its own, after the steps that are done."""
     architecture = resolve_architecture(config)
     text = open_run_corpus(config, out, resume=False)
     text.keep(out)
+    own, place = of_lane(config, out, lane)
     for stage in stages:
         digest = state_digest(config, architecture, stage.token_table_digest)
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
         if stage.first and text.record:
             fingerprint = replace(fingerprint, corpus=text.record.corpus, tokenizer=text.record.tokenizer)
-        store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
+        store = CheckpointStore(own.checkpoint.path(place), stage=stage.index, fingerprint=fingerprint)
         if stage.first:
             keep_tokenizer(store, lambda to: copy_tokenizer(prepare_vocabulary(config).path, to), anew=True)
         store.write(stage.snapshot(), generation=0, written_s=0)

@@ -42,7 +42,7 @@ from .store import COPIES, CheckpointStore
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_WEIGHT, _CODEC = "weight/", "codec/"
+_WEIGHT, _CODEC, _ROUNDS = "weight/", "codec/", "lanes/"  # of rounds: each stage's own, and no part of the model
 _STEPS_LISTED = 5
 
 
@@ -227,7 +227,7 @@ def _joined(
     optimizer: dict[str, Tensor] = {}
     for stage, snapshot in enumerate(snapshots):
         for name, tensor in snapshot.tensors.items():
-            if name.startswith(_CODEC) or name.startswith(f"{_WEIGHT}codec."):
+            if name.startswith((_CODEC, _ROUNDS, f"{_WEIGHT}codec.")):
                 continue
             target, key = (weights, name.removeprefix(_WEIGHT)) if name.startswith(_WEIGHT) else (optimizer, name)
             if key in target:

@@ -61,9 +61,9 @@ def steps_held(directory: Path, *, run: str, stages: int) -> list[dict[int, set[
     return [dict(of_stage) for of_stage in found]
 
 
-def checkpoint_table(rows: list[dict[str, Any]]) -> Table:
-    """`survey` as a table: a row for each step, a column for each stage."""
-    table = Table(title="checkpoints")
+def checkpoint_table(rows: list[dict[str, Any]], title: str = "checkpoints") -> Table:
+    """`list_checkpoints` as a table: a row for each step, a column for each stage."""
+    table = Table(title=title)
     table.add_column("step", justify="right")
     for held in rows[0]["stages"]:
         table.add_column(f"stage {held['stage']}", justify="right")

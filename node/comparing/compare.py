@@ -30,7 +30,7 @@ from ... import __version__
 from ...sim.links.shaper import LinkError, LinkProfile
 from ...sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from ...sim.reports.compare_page import compare_page
-from ..config import ConfigError, RunConfig
+from ..config import ConfigError, RunConfig, check_one_lane
 from ..data import SourceLost
 from ..preparation import BAD_INPUT, check_settings, prepare_corpus, resolve_architecture
 from ..run_directory import LocalRunError, writable
@@ -149,6 +149,7 @@ def _planned(
     for recipe, of in runs.items():
         try:
             check_settings(of[0].config)
+            check_one_lane(of[0].config, "compare")
             plans[recipe.name] = {
                 link: seconds_a_step(of[0].config.codec, link, asked.pace, asked.schedule)
                 for link in dict.fromkeys(links)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
 from ...protocol.stage_choice import fitting
 from ..addresses import ListenError, check_listen, is_loopback
-from ..config import ConfigError, RunConfig
+from ..config import ConfigError, RunConfig, check_one_lane
 from ..config_file import dump_config, load_config, merge, parse_config
 from ..config_sections import LinkSection
 from ..security.key_directory import KeysError
@@ -100,6 +100,7 @@ def join(options: JoinOptions) -> JoinResult:
         check_device(config)
         check_codec(config)
         check_link(config)
+        check_one_lane(config, "--join")
         among = _may_serve(options, config, security)
         out = _room(options.out or Path("runs") / config.run.name, config)
         held, has_started = _hold(options, config, run, here.endpoint, among, member)

@@ -31,12 +31,13 @@ LARGEST_CONTEXT = 2**20  # of architectures that name none
 
 
 class Chain:
-    """The stages of an assembled run. A `Subject` without rounding; `rounded_logits` are with it."""
+    """The stages of an assembled run, or of one of its lanes. A `Subject` without rounding; `rounded_logits` are with
+    it."""
 
-    def __init__(self, found: Assembled, tokenizer: Tokenizer, *, begin_id: int) -> None:
+    def __init__(self, found: Assembled, tokenizer: Tokenizer, *, begin_id: int, lane: int = 0) -> None:
         torch.set_num_threads(1)
         config = _untaught(found.config)
-        self.stages = [Stage(config, found.architecture, index) for index in range(config.pipeline.stages)]
+        self.stages = [Stage(config, found.architecture, index, lane) for index in range(config.pipeline.stages)]
         for stage, snapshot in zip(self.stages, found.snapshots, strict=True):
             stage.restore(snapshot)
         self.config = config

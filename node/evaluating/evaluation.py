@@ -18,6 +18,7 @@ import torch
 from ..checkpoints.assemble import assemble
 from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
+from ..lane_choice import chosen_lane
 from ..preparation import prepare_corpus
 from ..run_corpus import check_trained_on, vocabulary_of_run
 from .chain import Chain
@@ -36,12 +37,14 @@ Progress = Callable[[int], None]  # windows so far
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """What to measure. data: the text, by the names that data.source has; None: the run's held-out part. choices: a
-    file of questions. step: of a run's checkpoint; None: the newest. length: of windows; None: as trained."""
+    file of questions. step: of a run's checkpoint; None: the newest. lane: of a run, as `run_lanes.chosen_lane`.
+    length: of windows; None: as trained."""
 
     data: str | None = None
     text_field: str = "text"
     choices: Path | None = None
     step: int | None = None
+    lane: int | None = None
     length: int | None = None
     trusted: bool = False
     device: str = "cpu"
@@ -74,10 +77,10 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 
 
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
-    assembled = assemble(run, step=asked.step, report=report)
-    config = assembled.config
+    lane, config, place = chosen_lane(run, asked.lane, step=asked.step, report=report)
+    assembled = assemble(place, step=asked.step, config=config, report=report)
     vocabulary = vocabulary_of_run(run, assembled)
-    chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
+    chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id, lane=lane)
     length = config.data.sequence_length
     if asked.length not in (None, length):
         raise EvaluationError(f"--sequence-length {asked.length}: messages of this run are of {length} tokens; omit it")
@@ -115,8 +118,9 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
 
 def _directory(directory: Path, asked: Asked, *, with_text: bool) -> tuple[Subject, dict[str, Any]]:
     check_directory(directory)
-    if asked.step is not None:
-        raise EvaluationError(f"--step goes with a run, and {directory} has no run.toml; omit it")
+    for option, given in (("--step", asked.step), ("--lane", asked.lane)):
+        if given is not None:
+            raise EvaluationError(f"{option} goes with a run, and {directory} has no run.toml; omit it")
     if with_text and asked.data is None:
         raise EvaluationError(f"{directory} is no run and has no held-out text of its own; give one with --data")
     subject = Directory(directory, trusted=asked.trusted, device=asked.device)

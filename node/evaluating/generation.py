@@ -20,6 +20,7 @@ from ..checkpoints.assemble import assemble
 from ..export.export import in_memory, say_tokens
 from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
+from ..lane_choice import chosen_lane
 from ..model.architecture import quiet_transformers
 from ..run_corpus import vocabulary_of_run
 from .subject import EvaluationError, check_directory, load_directory, longest_text, on_device
@@ -90,16 +91,24 @@ def generate(model: Any, words: Any, text: str, sampling: Sampling, write: Calla
 
 
 def load(
-    target: Path, *, step: int | None, trusted: bool, device: str, report: Callable[[str], None]
+    target: Path,
+    *,
+    step: int | None,
+    trusted: bool,
+    device: str,
+    report: Callable[[str], None],
+    lane: int | None = None,
 ) -> tuple[Any, Any]:
     """The model and tokenizer of a run, as its export would have them but in memory, or of a directory. Raises
     EvaluationError, ExportError and what `checkpoints.assemble` names."""
     if not (target / "run.toml").is_file():
         check_directory(target)
-        if step is not None:
-            raise EvaluationError(f"--step goes with a run, and {target} has no run.toml; omit it")
+        for option, given in (("--step", step), ("--lane", lane)):
+            if given is not None:
+                raise EvaluationError(f"{option} goes with a run, and {target} has no run.toml; omit it")
         return load_directory(target, trusted=trusted, device=device)
-    assembled = assemble(target, step=step, report=report)
+    _, config, place = chosen_lane(target, lane, step=step, report=report)
+    assembled = assemble(place, step=step, config=config, report=report)
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
     words = portable_tokenizer(vocabulary_of_run(target, assembled), assembled.config, longest=longest)
     whole = with_boundaries(assembled, plain_model(assembled))

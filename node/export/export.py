@@ -21,6 +21,7 @@ from torch import Tensor
 from ..checkpoints.assemble import Assembled, assemble
 from ..config import ConfigError, RunConfig
 from ..data import Corpus, DataError, SourceLost, Vocabulary
+from ..lane_choice import chosen_lane
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
@@ -42,17 +43,19 @@ def export_run(
     out: Path,
     *,
     step: int | None = None,
+    lane: int | None = None,
     plain: bool = False,
     config: RunConfig | None = None,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write the model of `run` to `out`, a new or empty directory; returns what was written, for people and scripts.
 
-    plain: without boundaries, whether or not they do anything. The rest as `assemble`. Raises ExportError, what
-    `assemble` raises, and OSError where `out` cannot be written.
+    plain: without boundaries, whether or not they do anything. lane: as `run_lanes.chosen_lane`. The rest as
+    `assemble`. Raises ExportError, what these two raise, and OSError where `out` cannot be written.
     """
     check_out(out)
-    assembled = assemble(run, step=step, config=config, report=report)
+    _, config, place = chosen_lane(run, lane, config=config, step=step, report=report)
+    assembled = assemble(place, step=step, config=config, report=report)
     vocabulary = vocabulary_of_run(run, assembled)
     transformers = quiet_transformers()
     without = plain_model(assembled)
@@ -87,7 +90,7 @@ def export_run(
         "held_out": {
             "sequences": assembled.config.evaluation_microbatches * assembled.config.microbatch_size,
             "sequence_length": assembled.config.data.sequence_length,
-            "loss_recorded": recorded_loss(run, assembled.completed),
+            "loss_recorded": recorded_loss(place, assembled.completed),
             **losses,
         },
     }

@@ -28,7 +28,7 @@ from ...sim.links.shaper import LinkProfile
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
 from ...sim.reports.cut_advice import advice_line, cut_advice
 from ..codec_words import codec_settings
-from ..config import ConfigError, RunConfig
+from ..config import ConfigError, RunConfig, check_one_lane
 from ..config_file import dump_config, merge, parse_config
 from ..preparation import check_codec, check_layers, prepare_corpus, resolve_architecture
 from ..run_directory import clear, writable
@@ -144,6 +144,7 @@ class Bench:
             config = cell.config(cell.schedule.removesuffix(AUTO), 1)
             architecture = resolve_architecture(config)
             check_codec(config, architecture)
+            check_one_lane(config, "bench")
             if cell.emulated:
                 EmulatedMachine.parse(cell.mode).layers(config, architecture)
             else:

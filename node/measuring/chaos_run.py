@@ -14,7 +14,7 @@ from ...sim.launch.fault_injection import Kind, disturb, plan, plan_every, repor
 from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.reports.summary import summarise, write_summary
-from ..config import RunConfig
+from ..config import ConfigError, RunConfig, check_one_lane
 from ..config_file import dump_config, load_config
 from ..local import run_local
 from ..preload import fork_server
@@ -38,6 +38,10 @@ def run_chaos(
     many as it takes, instead of `count` spread over the steps. schedule: one with rtt_ratio=auto, whose depth is found
     once, for both runs. forks: nodes are copies of this process, which must not have begun anything. Raises
     LocalRunError."""
+    try:
+        check_one_lane(config, "chaos")
+    except ConfigError as error:
+        raise LocalRunError(str(error), 2) from None
     with ExitStack() as held:
         server = None
         if forks:

@@ -185,7 +185,7 @@ def node(
             security=security,
         )
         run_node(settings, stage, addresses, how)
-    except (KeysError, ListenError) as error:
+    except (ConfigError, KeysError, ListenError) as error:
         fail(str(error), 2)
     except (NodeError, LocalRunError) as error:
         fail(str(error), error.exit_code)

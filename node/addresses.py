@@ -44,7 +44,7 @@ def lateral_addresses(given: Sequence[str], lane: int, lanes: int) -> dict[int, 
             f"a node of lane {lane} dials its stage in every lower lane: say where those of lane {', '.join(missing)} "
             f"listen, --lateral {missing[0]}=host:port"
         )
-    return found
+    return dict(sorted(found.items()))
 
 
 def check_listen(address: str) -> None:

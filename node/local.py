@@ -58,7 +58,6 @@ from .run_directory import (
     writable,
     write_settings,
 )
-from .run_lanes import check_may_be_processes
 from .run_length import length_line
 from .security.key_directory import clock, load
 from .stage_failure import FAILED
@@ -110,8 +109,6 @@ def run_local(
                 config = with_start(config, out)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
-            if not one_process:
-                check_may_be_processes(config)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
             if keys is not None:
                 load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))

@@ -200,6 +200,20 @@ def test_contributions_cross_both_ways_at_the_link_s_rate(profile: str, tmp_path
     story(job(), hurry=True)
 
 
+def test_where_the_kernel_caps_the_interface_nothing_is_shaped(tmp_path: Path) -> None:
+    async def job() -> None:
+        lanes = [Lane(lane, tmp_path, profile="2mbit,50ms,kernel=all") for lane in (0, 1)]
+        for lane in lanes:
+            lane.links.forget_before(0)
+        async with joined(lanes[1], lanes[0]):
+            await asyncio.gather(*(lane.train(range(3)) for lane in lanes))
+        assert now() == 0  # 7 s at the rate that the kernel would see to
+        for lane in lanes:
+            assert sum(lane.links.figures().sent_bytes.values()) > 3 * ROUND_BYTES
+
+    story(job(), hurry=True)
+
+
 def test_a_cut_costs_no_more_than_what_was_under_way(tmp_path: Path) -> None:
     async def job() -> None:
         giver, taker = (Lane(lane, tmp_path, profile="80mbit,25ms", size=8_000_000) for lane in (0, 1))

@@ -252,11 +252,15 @@ class Stage:
         table = self.downstream_endpoint and self.downstream_endpoint.table
         return bool(table) and gradient_due(table.table, step)
 
+    def gathers(self, step: int) -> bool:
+        """Whether `gather` has to come before `finish`: the table below moves."""
+        table = self.downstream_endpoint and self.downstream_endpoint.table
+        return bool(table) and moves_after(table.table, step)
+
     def gather(self, step: int, table_gradient: Tensor | None) -> None:
         """Before `finish`: the whole gradient of the table below, of which `table_gradient` is the receiver's half,
         where `awaits_gradient` says so."""
-        table = self.downstream_endpoint and self.downstream_endpoint.table
-        if table and moves_after(table.table, step):
+        if self.gathers(step):
             self._table_gradient = self.sender.take_gradient(table_gradient)
 
     def sum_of_squares(self, step: int, below: float = 0.0) -> float:
@@ -278,8 +282,7 @@ class Stage:
         averages = self.averager is not None and self.averager.mode.of_gradients
         lanes = self.config.lanes.count if averages else 1  # whose tokens the gradients are sums of
         stats = self.optimizer.step(step, lanes * tokens, sum_of_squares)  # first: it refuses what is not finite
-        table = self.downstream_endpoint and self.downstream_endpoint.table
-        if table and moves_after(table.table, step):
+        if self.gathers(step):
             assert self._table_gradient is not None, f"stage {self.index} ends step {step} without `gather`"
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
             self.sender.learn(self._table_gradient, rate=rate)

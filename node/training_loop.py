@@ -245,7 +245,8 @@ class TrainingLoop:
         table_gradient = None
         if self._from_below and self.stage.awaits_gradient(step):
             table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
-        await self._compute.run("gather", self.stage.gather, step, table_gradient)
+        if self.stage.gathers(step):
+            await self._compute.run("gather", self.stage.gather, step, table_gradient)
         await self._hold_rounds(step + 1, of_gradients=True)
 
     async def _hold_rounds(self, completed: int, *, of_gradients: bool) -> None:

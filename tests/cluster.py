@@ -620,8 +620,8 @@ def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
         patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
-        def watched(config: RunConfig, stage: int) -> tuple[Stage, str]:
-            built, digest = prepare(config, stage)
+        def watched(config: RunConfig, stage: int, lane: int) -> tuple[Stage, str]:
+            built, digest = prepare(config, stage, lane)
             return cluster.watch(built), digest
 
         patch.setattr(node_process, "prepare", watched)

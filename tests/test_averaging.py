@@ -15,6 +15,7 @@ from thinpipe.node.averaging.gradients import GradientAverager
 from thinpipe.node.averaging.modes import Gradients, Outer, Sparta, parse_averaging
 from thinpipe.node.averaging.round_plan import Round, RoundPlan
 from thinpipe.node.averaging.stage_averager import rounding_seed, stage_averager
+from thinpipe.node.optim import NonFiniteGradient
 from torch import Tensor, nn
 
 SHAPES = [(40, 24), (7,), (24, 40), (300,)]
@@ -343,6 +344,16 @@ def test_lanes_round_at_random_apart():
     assert rounding_seed(5, 0) == 5
     assert len({rounding_seed(5, lane) for lane in range(64)}) == 64
     assert all(0 <= rounding_seed(2**63 - 1, lane) < 2**63 for lane in range(64))
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    lane = Lane("gradients:format=int8", 0)
+    lane.gradients()
+    gradient = lane.parameters[3][1].grad
+    assert gradient is not None
+    gradient[5] = float("nan")
+    with pytest.raises(NonFiniteGradient, match="step 0: the gradient of 'w3' is not finite"):
+        lane.averager.contribute(lane.averager.plan.made_at(1)[0])
 
 
 def test_a_gradient_that_is_not_there_is_named():

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ...compress.byte_format import CodecError, is_finite
 from ...compress.registry import parse_format
-from ..optim import MissingGradient
+from ..optim import MissingGradient, NonFiniteGradient
 from .averager import Averager, Place
 from .fragments import Rows, row_shape
 from .modes import Gradients
@@ -60,12 +61,25 @@ class GradientAverager(Averager):
 
     def _packed(self, round_: Round) -> bytes:
         key = self._key(round_, self.place.lane)
-        body = bytes(self._format.pack_training(self._gradients().read(), key).body)
+        try:
+            body = bytes(self._format.pack_training(self._gradients().read(), key).body)
+        except CodecError as error:
+            raise self._named(error, round_) from None
         if not self._has_table(round_):
             return body
         gradient = self._table_gradient()
         assert gradient is not None
         return body + bytes(self._table_format.pack(gradient, self._key(round_, self.place.lane, 1)).body)
+
+    def _named(self, error: CodecError, round_: Round) -> Exception:
+        """The optimizer's own word where a gradient is not finite; numbers that only the format cannot hold are its."""
+        for name, parameter in self._parameters:
+            if parameter.grad is not None and not is_finite(parameter.grad):
+                return NonFiniteGradient(
+                    f"step {round_.made - 1}: the gradient of '{name}' is not finite; resume from the last checkpoint "
+                    "with a lower learning rate or a higher precision"
+                )
+        return error
 
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         cut = self._format.body_bytes(self._shape)

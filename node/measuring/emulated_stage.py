@@ -182,6 +182,10 @@ class EmulatedStage(Stage):
         assert isinstance(self.upstream_endpoint, SizedUpstreamEndpoint)
         return self.upstream_endpoint.sizes
 
+    def gathers(self, step: int) -> bool:
+        del step
+        return False
+
     def gather(self, step: int, table_gradient: Tensor | None) -> None:
         del step, table_gradient
 

@@ -1,0 +1,84 @@
+"""Lanes as processes, over links of their own: the bits of lanes in one process, whatever is lost on the way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
+from thinpipe.node.one_process import OneProcess
+
+from .conftest import TinyConfig
+from .real_faults import Done, Kill, carry_out, records
+from .test_recovery import Up, ended, up  # noqa: F401 (a fixture)
+
+GRID = {"lanes.count": 2, "pipeline.stages": 2, "run.steps": 12, "checkpoint.every": 4}
+MODES = {
+    "gradients": ("mapl:r=8,every=2", "gradients:format=int8", {"optim.clip": 0.1, "optim.clip_norm": "global"}),
+    "outer": ("mapl:r=8,every=2", "outer:every=3", {}),
+    "fragments": ("resbm:b=8", "outer:every=4,fragments=2,delay=3,format=topk:k=16", {"pipeline.schedule": "zb"}),
+    "sparta": ("ssn:k=8", "sparta:p=0.2,every=2,delay=1", {}),
+}
+
+
+def digests(config: RunConfig) -> list[list[str]]:
+    """Of each lane's stages, in one process."""
+    run = OneProcess(config)
+    run.train()
+    return [[stage.state_sha256() for stage in lane.stages] for lane in run.lanes]
+
+
+def ends(run: Path, config: RunConfig) -> list[list[str]]:
+    """The same of the processes, from their records."""
+    lanes, stages = range(config.lanes.count), range(config.pipeline.stages)
+    return [[records(run / f"lane-{lane}", stage, "end")[-1]["state_sha256"] for stage in stages] for lane in lanes]
+
+
+def started(up: Up, config: RunConfig, tmp_path: Path, *options: str) -> tuple[Any, Path]:  # noqa: F811
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run = tmp_path / "run"
+    return up("--config", str(tmp_path / "run.toml"), "--out", str(run), *options), run
+
+
+@pytest.mark.parametrize(
+    "mode", ["outer", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "outer")]
+)
+def test_processes_are_one_process(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:  # noqa: F811
+    codec, average, more = MODES[mode]
+    config = tiny({**GRID, **more, "codec.codec": codec, "lanes.average": average})
+    process, run = started(up, config, tmp_path)
+    summary = ended(process)
+    assert ends(run, config) == digests(config)
+    assert summary["averaging"]
+    rounds = [records(run / f"lane-{lane}", 1, "round") for lane in range(2)]
+    assert [each["digest"] for each in rounds[0]] == [each["digest"] for each in rounds[1]]
+    assert all(each["members"] == [0, 1] for each in rounds[0])
+    sent = records(run / "lane-0", 1, "end")[-1]["links"][-1]
+    assert sent["peer_lane"] == 1
+    assert sent["sent_bytes"]["averaging"] > 0
+
+
+@pytest.mark.slow
+def test_three_lanes_over_thin_links(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:  # noqa: F811
+    config = tiny({**GRID, "lanes.count": 3, "lanes.average": "outer:every=3,delay=1", "link.link": "20mbit,5ms"})
+    process, run = started(up, config, tmp_path)
+    ended(process)
+    assert ends(run, config) == digests(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["gradients", "fragments"])
+def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:  # noqa: F811
+    """The tail of lane 1 is killed, then the head of lane 0: each lane goes back by itself, and does its rounds again."""
+    codec, average, more = MODES[mode]
+    config = tiny({**GRID, **more, "run.steps": 40, "codec.codec": codec, "lanes.average": average})
+    process, run = started(up, config, tmp_path, "--restarts", "2")
+    carry_out(run / "lane-1", [Kill(at=Done(stage=0, steps=6), stage=1)])
+    carry_out(run / "lane-0", [Kill(at=Done(stage=0, steps=18), stage=0)])
+    ended(process)
+    assert ends(run, config) == digests(config)
+    starts = [[len(records(run / f"lane-{lane}", stage, "start")) for stage in range(2)] for lane in range(2)]
+    assert starts == [[2, 1], [1, 2]]
+    assert [len(records(run / f"lane-{lane}", 1 - lane, "rollback")) for lane in range(2)] == [1, 1]

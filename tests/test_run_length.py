@@ -16,6 +16,7 @@ from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, load_config, parse_config
 from thinpipe.node.learning_rate import RateSchedule
+from thinpipe.node.preparation import resolve_architecture, state_digest
 from thinpipe.node.run_length import length_line, steps_done, with_length
 from thinpipe.node.stage_state import StageSnapshot
 from thinpipe.sim.reports.figures import StageFigures
@@ -181,7 +182,8 @@ def test_nodes_go_on_with_whatever_length_their_run_toml_has(config: RunConfig, 
 def has_done(config: RunConfig, run: Path, steps: list[int]) -> None:
     """`run` with run.toml, and checkpoints of all its stages that look whole."""
     (run / "run.toml").write_text(dump_config(config))
-    fingerprint = Fingerprint(run=config.run.name, stages=config.pipeline.stages, configuration="c")
+    digest = state_digest(config, resolve_architecture(config))
+    fingerprint = Fingerprint(run=config.run.name, stages=config.pipeline.stages, configuration=digest)
     for stage in range(config.pipeline.stages):
         store = CheckpointStore(run / "checkpoints", stage=stage, fingerprint=fingerprint)
         for step in steps:

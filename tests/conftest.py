@@ -4,12 +4,13 @@ whether the kernel caps links here."""
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from .real_up import Up, started
 from .tiers import check_alone, split_tiers
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
         return parse_config(merge({}, {**tiny_settings, **(overrides or {})}))
 
     return make
+
+
+@pytest.fixture
+def up() -> Iterator[Up]:
+    """`thinpipe up` with these options, as a process."""
+    yield from started()
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from thinpipe.node.one_process import OneProcess
 
 from .conftest import TinyConfig
 from .real_faults import Done, Kill, carry_out, records
-from .test_recovery import Up, ended, up  # noqa: F401 (a fixture)
+from .real_up import Up, ended
 
 GRID = {"lanes.count": 2, "pipeline.stages": 2, "run.steps": 12, "checkpoint.every": 4}
 MODES = {
@@ -36,7 +36,7 @@ def ends(run: Path, config: RunConfig) -> list[list[str]]:
     return [[records(run / f"lane-{lane}", stage, "end")[-1]["state_sha256"] for stage in stages] for lane in lanes]
 
 
-def started(up: Up, config: RunConfig, tmp_path: Path, *options: str) -> tuple[Any, Path]:  # noqa: F811
+def started(up: Up, config: RunConfig, tmp_path: Path, *options: str) -> tuple[Any, Path]:
     (tmp_path / "run.toml").write_text(dump_config(config))
     run = tmp_path / "run"
     return up("--config", str(tmp_path / "run.toml"), "--out", str(run), *options), run
@@ -45,7 +45,7 @@ def started(up: Up, config: RunConfig, tmp_path: Path, *options: str) -> tuple[A
 @pytest.mark.parametrize(
     "mode", ["outer", *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES if mode != "outer")]
 )
-def test_processes_are_one_process(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:  # noqa: F811
+def test_processes_are_one_process(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:
     codec, average, more = MODES[mode]
     config = tiny({**GRID, **more, "codec.codec": codec, "lanes.average": average})
     process, run = started(up, config, tmp_path)
@@ -61,7 +61,7 @@ def test_processes_are_one_process(up: Up, tiny: TinyConfig, tmp_path: Path, mod
 
 
 @pytest.mark.slow
-def test_three_lanes_over_thin_links(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_three_lanes_over_thin_links(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny({**GRID, "lanes.count": 3, "lanes.average": "outer:every=3,delay=1", "link.link": "20mbit,5ms"})
     process, run = started(up, config, tmp_path)
     ended(process)
@@ -70,8 +70,8 @@ def test_three_lanes_over_thin_links(up: Up, tiny: TinyConfig, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["gradients", "fragments"])
-def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:  # noqa: F811
-    """The tail of lane 1 is killed, then the head of lane 0: each lane goes back by itself, and does its rounds again."""
+def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:
+    """The tail of lane 1 is killed, then the head of lane 0: a lane goes back by itself, and does its rounds again."""
     codec, average, more = MODES[mode]
     config = tiny({**GRID, **more, "run.steps": 40, "codec.codec": codec, "lanes.average": average})
     process, run = started(up, config, tmp_path, "--restarts", "2")

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .in_memory import Outcome, run_reference
 from .real_faults import carry_out, records, unwritten
 from .real_node import until
 from .real_swarm import Process
+from .real_up import END_S, Up, ended
 
 STEPS = 60  # of 30 ms: the last fault comes after 24 and is over after about 36
 SETTINGS = {
@@ -34,9 +35,6 @@ SETTINGS = {
     "codec.forward": "rvq:groups=2,codes=16,delta=drift/4",
     "codec.backward": "rvq:groups=4,codes=8,levels=1,delta=random/2",
 }
-END_S = 180.0
-
-Up = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +45,6 @@ def config(tiny: TinyConfig) -> RunConfig:
 @pytest.fixture(scope="module")
 def undisturbed(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_reference(config, tmp_path_factory.mktemp("reference"))
-
-
-@pytest.fixture
-def up() -> Iterator[Up]:
-    """Starts `thinpipe up` with these options; whatever still runs at the test's end is ended."""
-    started: list[subprocess.Popen[str]] = []
-
-    def start(*options: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "thinpipe.cli", "up", "--json", *options]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        started.append(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()  # the nodes watch it
-        process.communicate()
-
-
-def ended(process: subprocess.Popen[str], code: int = 0) -> dict[str, Any]:
-    stdout, stderr = process.communicate(timeout=END_S)
-    assert process.returncode == code, stderr
-    return json.loads(stdout) if stdout else {}
 
 
 def states(summary: dict[str, Any]) -> list[str]:

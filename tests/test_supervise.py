@@ -711,7 +711,8 @@ def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatc
     (tmp_path / "run.toml").write_text("[pipeline]\nstages = 2\n[model]\nvocab_size = 512\n")
     (tmp_path / "summary.json").mkdir()
     monkeypatch.setattr(
-        "thinpipe.sim.reports.summary.summarise", lambda *_, **__: {"lacking": {}, "faults": [], "mode": "swarm"}
+        "thinpipe.sim.reports.lanes_summary.summarise_run",
+        lambda *_, **__: {"lacking": {}, "faults": [], "mode": "swarm", "stages": []},
     )
     monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
     done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])

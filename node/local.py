@@ -39,13 +39,14 @@ from .origin import Origin
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, model_line
 from .resuming import check_checkpoints, interrupted
-from .run_corpus import open_run_corpus
+from .run_corpus import check_named_tokenizer, open_run_corpus
 from .run_directory import (
     LOCK,
     START,
     LocalRunError,
     anchored,
     await_unserved,
+    check_outlives,
     claimed,
     clear,
     writable,
@@ -95,12 +96,16 @@ def run_local(
             if origin:
                 _check_room(out, overwrite)
                 config = anchored(origin.place(aside))
+            if resume:
+                check_named_tokenizer(config, out)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
             if keys is not None:
                 load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
             _check_room(out, overwrite or resume)
+            if not resume:
+                check_outlives(config, out)
             begun = (out / "run.toml").exists()
             if begun:  # who is refused is refused now, and not after the text was prepared
                 _claim(held, out, lock)

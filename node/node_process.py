@@ -26,11 +26,11 @@ from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
-from .checkpoints.kept_tokenizer import keep_tokenizer
+from .checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
-from .data import Corpus, copy_tokenizer
+from .data import Corpus
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
@@ -45,7 +45,7 @@ from .preparation import (
     state_digest,
 )
 from .recovery_loop import RecoveryLoop
-from .run_corpus import corpus_of_run, kept_tokenizer
+from .run_corpus import check_named_tokenizer, corpus_of_run
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_failure import FAILED, StageFailed, first_of
@@ -208,6 +208,8 @@ async def _run(
     on_fault: Reporter,
 ) -> None:
     link = config.link
+    if index == 0 and options.resume:
+        check_named_tokenizer(config, options.out)
     stage, digest = prepare(config, index)
     identity = NodeIdentity(
         run_id=config.run.name,
@@ -218,7 +220,6 @@ async def _run(
     )
     written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
     fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
-    kept = kept_tokenizer(options.out) if index == 0 and options.resume else None
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -236,18 +237,17 @@ async def _run(
     checkpoints = config.checkpoint.path(options.out)
     store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
 
+    def open_data() -> Corpus:
+        return open_text(config, kept_tokenizer(checkpoints) if options.resume else None)
+
     def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
         given = {"resume": options.resume, "changed": options.data_changed}
         found = corpus_of_run(corpus, config, options.out, **given).check(manifests)
         found.keep(options.out)
         if record := found.record:
             store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
-
-    def on_corpus(corpus: Corpus) -> None:
-        tell_of_text(corpus, metrics)
-        if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
             try:
-                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to), anew=not options.resume)
+                keep_tokenizer(checkpoints, corpus.tokenizer_files)
             except CheckpointError as error:  # as of any other write there: the run goes on
                 on_fault("checkpoint", str(error))
 
@@ -259,8 +259,8 @@ async def _run(
         rebuild=lambda: prepare(config, index)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config, kept)) if index == 0 else None,
-        on_corpus=on_corpus,
+        open_corpus=open_data if index == 0 else None,
+        on_corpus=lambda corpus: tell_of_text(corpus, metrics),
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,

@@ -141,6 +141,12 @@ class RecoveryLoop:
         self._loop = asyncio.get_running_loop()
         watching = asyncio.create_task(self._preparing.watch())
         try:
+            if self._joining:  # first: the tokenizer may come with a copy
+                link = self.config.link
+                if await self._copies.fetch(
+                    self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
+                ):
+                    self._known = await self._points.on_disk()
             if self._open_corpus:
                 self._corpus = await self._preparing.run(self._open_corpus, unless=self._end_asked)
                 if self._corpus:
@@ -148,11 +154,6 @@ class RecoveryLoop:
                 else:  # all end, without another step
                     self.control.act(self.machine.end_after(self.machine.completed))
             if self._joining:
-                link = self.config.link
-                if await self._copies.fetch(
-                    self._known, deadline_s=link.connect_timeout_s, replacement_s=link.replacement_timeout_s
-                ):
-                    self._known = await self._points.on_disk()
                 self._accept([self._store.manifest(step) for step in self._known])
                 self.control.act(self.machine.stopped(set(self._known)))
             else:

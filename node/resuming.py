@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..sim.reports.liveness import liveness
 from ..sim.reports.wording import counted
+from .checkpoints.kept_tokenizer import COPIES
 from .checkpoints.listing import list_checkpoints
 from .checkpoints.manifest import CheckpointError
 from .config import RunConfig
@@ -26,7 +27,7 @@ def newest_common(config: RunConfig, out: Path) -> int | None:
     stages = config.pipeline.stages
     found: list[set[int]] = [set() for _ in range(stages)]
     directory = config.checkpoint.path(out)
-    for place in (directory, directory / "copies"):
+    for place in (directory, directory / COPIES):
         for row in list_checkpoints(place, run=config.run.name, stages=stages, thorough=False):
             for held in row["stages"]:
                 if held["state"] == "ok":

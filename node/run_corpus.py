@@ -3,9 +3,10 @@
 A tokenizer is trained on the text, so one more line of it may be another tokenizer, and to weights that were trained
 with the old one every id means something else: the loss rises, and nothing fails. Python's own library, the default
 text, is another one in another version of Python. So stage 0 writes `corpus.json`, with the digests of the tokens and
-of the tokenizer, and keeps the tokenizer itself (`corpus-tokenizer.json`). Its checkpoints name both digests too, for
-a stage that comes back on another machine has nothing else. A run that is resumed uses the tokenizer that was kept.
-Other text is refused unless the user says that it is meant (`--data-changed`); another tokenizer always is.
+of the tokenizer, and keeps the tokenizer itself beside its checkpoints (`checkpoints.kept_tokenizer`). Those name both
+digests too, for a stage that comes back on another machine has nothing else. A run that is resumed uses the tokenizer
+that was kept, unless its settings name one. Other text is refused unless the user says that it is meant
+(`--data-changed`); another tokenizer always is.
 
 Why not in the digest that neighbours compare: only stage 0 reads the data.
 """
@@ -23,12 +24,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .checkpoints.kept_tokenizer import FIRST, TOKENIZER, kept_tokenizer
 from .checkpoints.manifest import Manifest
 from .config import RunConfig
-from .data import Corpus, DataError, Preparing, silently
+from .data import Corpus, DataError, Preparing, read_vocabulary, silently
 from .preparation import prepare_corpus
 
-RECORD, TOKENIZER = "corpus.json", "corpus-tokenizer.json"
+RECORD = "corpus.json"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -58,6 +60,7 @@ class RunCorpus:
 
     corpus: Corpus
     record: CorpusRecord | None  # None: nobody reads the ids (an emulated run)
+    remedy: str  # for another tokenizer than the run's
     changed: bool = False
 
     def check(self, manifests: Iterable[Manifest]) -> RunCorpus:
@@ -69,7 +72,8 @@ class RunCorpus:
             if not found.tokenizer:  # made by who does not read the text
                 continue
             if found.tokenizer != record.tokenizer:
-                raise _another_tokenizer(f"the checkpoint after {found.completed} steps", found.tokenizer, record)
+                where = f"the checkpoint after {found.completed} steps"
+                raise _another_tokenizer(where, found.tokenizer, record, self.remedy)
             if found.corpus in (record.corpus, *record.earlier):
                 continue
             there = f"the checkpoint after {found.completed} steps is of the text with digest {found.corpus[:12]}"
@@ -79,27 +83,24 @@ class RunCorpus:
         return replace(self, record=record)
 
     def keep(self, out: Path) -> None:
-        """Write the record and the tokenizer into the run's directory. Raises DataError."""
+        """Write the record into the run's directory. Raises DataError."""
         if self.record is None:
             return
-        rows = {TOKENIZER: self.corpus.tokenizer_json, RECORD: (self.record.model_dump_json(indent=1) + "\n").encode()}
+        content = (self.record.model_dump_json(indent=1) + "\n").encode()
+        path, aside = out / RECORD, out / f".{RECORD}-{os.getpid()}"
         try:
-            for name, content in rows.items():  # the record last: it says that the tokenizer is there
-                path, aside = out / name, out / f".{name}-{os.getpid()}"
-                if not path.exists() or path.read_bytes() != content:
-                    aside.write_bytes(content)
-                    aside.replace(path)
+            if not path.exists() or path.read_bytes() != content:
+                aside.write_bytes(content)
+                aside.replace(path)
         except OSError as error:
-            raise DataError(
-                f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out"
-            ) from None
+            raise DataError(f"cannot write {path}: {error.strerror}; make room, or choose another --out") from None
 
 
 def open_run_corpus(
     config: RunConfig, out: Path, *, resume: bool, changed: bool = False, report: Preparing = silently
 ) -> RunCorpus:
     """Open the text of the run whose records are in `out`, and `corpus_of_run`. Raises DataError."""
-    corpus = prepare_corpus(config, report, kept=kept_tokenizer(out) if resume else None)
+    corpus = prepare_corpus(config, report, kept=kept_tokenizer(config.checkpoint.path(out)) if resume else None)
     return corpus_of_run(corpus, config, out, resume=resume, changed=changed)
 
 
@@ -107,19 +108,41 @@ def corpus_of_run(corpus: Corpus, config: RunConfig, out: Path, *, resume: bool,
     """An open corpus as that of the run whose records are in `out`. resume: what was kept there has to agree with it.
     Raises DataError."""
     kept = read_record(out) if resume else None
+    remedy = _remedy(config, out)
     if not corpus.digest:
-        return RunCorpus(corpus=corpus, record=None)
-    digest = hashlib.sha256(corpus.tokenizer_json).hexdigest()
+        return RunCorpus(corpus=corpus, record=None, remedy=remedy)
+    digest = hashlib.sha256(corpus.tokenizer_files["tokenizer.json"]).hexdigest()
     version = platform.python_version()
     record = CorpusRecord(source=config.data.source, python=version, corpus=corpus.digest, tokenizer=digest)
     if kept:
         if kept.tokenizer != record.tokenizer:
-            raise _another_tokenizer(f"{out}/{RECORD}", kept.tokenizer, record)
+            raise _another_tokenizer(f"{out}/{RECORD}", kept.tokenizer, record, remedy)
         if kept.corpus != record.corpus and not changed:
             raise _another_text(f"the run in {out} was trained on {kept.title}", record)
         before = dict.fromkeys([*kept.earlier, kept.corpus])
         record = record.model_copy(update={"earlier": [each for each in before if each != record.corpus]})
-    return RunCorpus(corpus=corpus, record=record, changed=changed)
+    return RunCorpus(corpus=corpus, record=record, remedy=remedy, changed=changed)
+
+
+def check_named_tokenizer(config: RunConfig, out: Path) -> None:
+    """Raises DataError where the settings name a tokenizer that cannot be read, and the run in `out` has kept it."""
+    if (named := config.data.tokenizer) is None or kept_tokenizer(config.checkpoint.path(out)) is None:
+        return
+    try:
+        read_vocabulary(named)
+    except DataError as error:
+        raise DataError(f"{str(error).removesuffix('; check data.tokenizer')}; {_remedy(config, out)}") from None
+
+
+def _remedy(config: RunConfig, out: Path) -> str:
+    """For a tokenizer that is not the run's."""
+    checkpoints = config.checkpoint.path(out)
+    if kept := kept_tokenizer(checkpoints):
+        return f"the run has kept its own: set data.tokenizer={kept}"
+    there = checkpoints / FIRST / TOKENIZER
+    if config.data.tokenizer is not None:
+        return f"set data.tokenizer to what it was when the run began; {there}, where it was kept, is gone or damaged"
+    return f"bring the directory {there} from where the run was begun"
 
 
 def read_record(out: Path) -> CorpusRecord | None:
@@ -135,22 +158,11 @@ def read_record(out: Path) -> CorpusRecord | None:
         raise DataError(f"{path} is damaged; remove it, and checkpoints alone say what the text was") from None
 
 
-def kept_tokenizer(out: Path) -> Path | None:
-    """The tokenizer of the run in `out`, if it is there and whole; None where it was lost, so that one has to be
-    trained again and compared. Raises DataError."""
-    record, path = read_record(out), out / TOKENIZER
-    try:
-        return path if record and hashlib.sha256(path.read_bytes()).hexdigest() == record.tokenizer else None
-    except OSError:
-        return None
-
-
 def carry_corpus(run: Path, out: Path) -> None:
     """What is kept in `run` is so in `out`, for the same run in another form. Raises DataError."""
     try:
-        for name in (TOKENIZER, RECORD):
-            if (run / name).exists():
-                shutil.copyfile(run / name, out / name)
+        if (run / RECORD).exists():
+            shutil.copyfile(run / RECORD, out / RECORD)
     except OSError as error:
         raise DataError(f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out") from None
 
@@ -162,8 +174,8 @@ def _another_text(there: str, record: CorpusRecord) -> DataError:
     )
 
 
-def _another_tokenizer(where: str, wanted: str, record: CorpusRecord) -> DataError:
+def _another_tokenizer(where: str, wanted: str, record: CorpusRecord, remedy: str) -> DataError:
     return DataError(
         f"the tokenizer is not the run's: {record.tokenizer[:12]} here, {wanted[:12]} in {where}, so ids would mean "
-        f"other tokens than the weights were trained on; put the run's {TOKENIZER} and {RECORD} into this directory"
+        f"other tokens than the weights were trained on; {remedy}"
     )

@@ -19,14 +19,14 @@ from typing import Any
 
 from ..sim.launch import file_lock
 from ..sim.reports.liveness import served_here
-from .config import RunConfig
+from .config import ConfigError, RunConfig
 from .config_file import dump_config, load_config
 
 LOCK = "run.lock"
 START = "first-weights"  # of a run that begins from another one (`node.origin`)
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
-RECORDS += ("corpus.json", "corpus-tokenizer.json", START)
+RECORDS += ("corpus.json", START)
 ORPHANS_S = 10.0  # nodes look for their launcher twice a second, and end after what they compute
 POLL_S = 0.1
 
@@ -87,11 +87,23 @@ def await_unserved(run: Path, wait_s: float = ORPHANS_S) -> None:
 
 def clear(out: Path, *, keep: Path | None = None) -> None:
     """Remove what a run leaves in its directory, and nothing else; nor `keep`, if that is in it."""
-    for pattern in RECORDS:
-        for path in out.glob(pattern):
-            if keep and path.resolve() == keep.resolve():
-                continue
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in _left(out, keep):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def check_outlives(config: RunConfig, out: Path) -> None:
+    """Raises ConfigError for a tokenizer that `clear` would remove before the run that it is for begins."""
+    named = config.data.tokenizer
+    for path in _left(out, config.model.path):
+        if named and named.resolve().is_relative_to(path.resolve()):
+            raise ConfigError(
+                f"data.tokenizer = {named} is a part of the run that would be replaced; copy it to another place first"
+            )
+
+
+def _left(out: Path, keep: Path | None) -> list[Path]:
+    found = [path for pattern in RECORDS for path in out.glob(pattern)]
+    return [path for path in found if not (keep and path.resolve() == keep.resolve())]
 
 
 def write_settings(config: RunConfig, path: Path) -> None:

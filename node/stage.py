@@ -102,6 +102,8 @@ class Stage:
             tokens=self.tokens,
             sender=None if self.last else self.sender,
             receiver=None if self.first else self.receiver,
+            below=self.downstream_endpoint,
+            above=self.upstream_endpoint,
         )
         self.optimizer = StageOptimizer(
             self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended

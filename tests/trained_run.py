@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,7 +13,6 @@ from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
-from thinpipe.node.data import copy_tokenizer
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import prepare_vocabulary, resolve_architecture, state_digest
 from thinpipe.node.stage import Stage
@@ -37,9 +38,11 @@ def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> 
     for stage in stages:
         digest = state_digest(config, architecture, stage.token_table_digest)
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
-        store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
         if stage.first:
-            keep_tokenizer(store, lambda to: copy_tokenizer(prepare_vocabulary(config).path, to), anew=True)
+            vocabulary = prepare_vocabulary(config)
+            keep_tokenizer(config.checkpoint.path(out), vocabulary.files())
+            fingerprint = replace(fingerprint, tokenizer=hashlib.sha256(vocabulary.content).hexdigest())
+        store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
         store.write(stage.snapshot(), generation=0, written_s=0)
 
 

@@ -19,11 +19,12 @@ only make the stages that the run had.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -31,18 +32,19 @@ from torch import Tensor
 from ...protocol.greeting import TABLE_DIGEST
 from ..config import RunConfig
 from ..config_file import load_config
-from ..preparation import resolve_architecture, state_digest
+from ..data import DataError, Vocabulary
+from ..preparation import prepare_vocabulary, resolve_architecture, state_digest
 from ..stage_state import StageSnapshot
-from .kept_tokenizer import kept_tokenizer
+from .kept_tokenizer import COPIES, kept_tokenizer
 from .manifest import CheckpointError, Fingerprint
 from .store import CheckpointStore
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-COPIES = "copies"  # of a neighbour's checkpoints, in the same directory
 _WEIGHT, _CODEC = "weight/", "codec/"
 _STEPS_LISTED = 5
+Codebook = Literal["activations", "gradients"]
 
 
 class AssembleError(CheckpointError):
@@ -56,6 +58,8 @@ class BoundaryState:
     table: the learned table (entries, width) that both ends compute with, as it was shipped last; for MAPL the
     projector (D, R). None where the codec has none. master: what its owner has learned since (None: no table).
     sender, receiver: the parameters of the two halves, by their names in `Codec.encoder` and `Codec.decoder`.
+    codebooks: of the byte formats of both directions, where they have one and it was shipped: what its owner has
+        learned (`ByteFormat.state_tensors`), and beside it "shipped", which both ends code with.
     """
 
     boundary: int
@@ -63,6 +67,7 @@ class BoundaryState:
     master: Tensor | None
     sender: dict[str, Tensor]
     receiver: dict[str, Tensor]
+    codebooks: dict[Codebook, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -80,7 +85,7 @@ class Assembled:
         codec's own parameters are `codec.stage_1.<name>` and `codec.boundary_0.sender.<name>` there.
     snapshots: by stage, all that its checkpoint holds, as `Stage.restore` takes it.
     tokenizer: its directory, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
-        `prepare_vocabulary(config, tokenizer)` knows it.
+        `vocabulary` knows it.
     text: digests of the tokens and of the tokenizer that stage 0 trained on, as its checkpoint has them; "": unknown.
     """
 
@@ -94,6 +99,19 @@ class Assembled:
     snapshots: list[StageSnapshot]
     tokenizer: Path | None
     text: tuple[str, str]
+
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer that the run's text was coded with: kept, or else made again. Raises DataError, also where that
+        is another one."""
+        found = prepare_vocabulary(self.config, self.tokenizer)
+        digest, wanted = hashlib.sha256(found.content).hexdigest(), self.text[1]
+        if wanted and digest != wanted:
+            raise DataError(
+                f"{found.name} is not the run's: {digest[:12]} here, {wanted[:12]} in the checkpoints, so ids would "
+                "mean other tokens than the weights were trained on; bring the directory stage-0/tokenizer, beside "
+                "those checkpoints, from where the run was begun"
+            )
+        return found
 
 
 def assemble(
@@ -112,8 +130,11 @@ def assemble(
     DataError for a run.toml, a model or a tokenizer that cannot be read.
     """
     config = config or load_config(run / "run.toml")
-    architecture = resolve_architecture(config)
     directory = config.checkpoint.path(run)
+    tokenizer = kept_tokenizer(directory)
+    if tokenizer and config.data.tokenizer:  # what is named may be gone, or be another one by now
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer})})
+    architecture = resolve_architecture(config)
     fingerprint = Fingerprint(run=config.run.name, configuration=None, stages=config.pipeline.stages)
     held = [_held(directory, stage, fingerprint) for stage in range(config.pipeline.stages)]
     _check_present(directory, held, step)
@@ -130,7 +151,7 @@ def assemble(
                 report(str(error))
             continue
         head = stores[0].manifest(completed)
-        found = _joined(config, architecture, snapshots, kept_tokenizer(directory))
+        found = _joined(config, architecture, snapshots, tokenizer)
         return replace(found, text=(head.corpus, head.tokenizer))
     raise AssertionError("unreachable: `common` is not empty")
 
@@ -232,7 +253,17 @@ def _boundary(boundary: int, above: StageSnapshot, below: StageSnapshot) -> Boun
         master=master,
         sender=_under(above, f"{_WEIGHT}codec.boundary_{boundary}.sender."),
         receiver=_under(below, f"{_WEIGHT}codec.boundary_{boundary}.receiver."),
+        codebooks={
+            "activations": _codebook(above, "activation_codebook_below"),
+            "gradients": _codebook(below, "gradient_codebook_above"),
+        },
     )
+
+
+def _codebook(owner: StageSnapshot, name: str) -> dict[str, Tensor]:
+    held = _under(owner, f"{_CODEC}{name}/")
+    held.pop("version", None)
+    return held if "shipped" in held else {}  # not of a boundary that was made by a conversion and not used yet
 
 
 def _under(snapshot: StageSnapshot, prefix: str) -> dict[str, Tensor]:

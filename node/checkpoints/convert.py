@@ -12,16 +12,15 @@ own, so what is written has been restored once. One stage is in memory at a time
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
+from ..data import read_vocabulary
 from ..preparation import state_digest
 from ..stage import Stage
 from ..stage_costs import stage_layers
@@ -73,7 +72,7 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
         store.write(snapshot, generation=generation, written_s=written_s)
         if index == 0 and found.tokenizer:
-            keep_tokenizer(store, partial(shutil.copytree, found.tokenizer, dirs_exist_ok=True), anew=True)
+            keep_tokenizer(config.checkpoint.path(out), read_vocabulary(found.tokenizer).files())
     try:
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:

@@ -9,6 +9,7 @@ from ...protocol.control_messages import CopyFrame
 from ...protocol.copy_transfer import PARTS_AHEAD_MOST, Sending
 from ...protocol.rollback import STEPS_LISTED_MAX
 from .copy_receiver import CopyReceiver, Incoming
+from .kept_tokenizer import COPIES
 from .manifest import CheckpointError, Manifest
 from .store import CheckpointStore
 
@@ -21,16 +22,16 @@ class CopyStore:
     def __init__(self, stage: int, own: CheckpointStore, bytes_max: int) -> None:
         directory = own.directory.parent
         self.stage = stage
-        self.store = CheckpointStore(directory / "copies", stage=stage, fingerprint=own.fingerprint)
+        self.store = CheckpointStore(directory / COPIES, stage=stage, fingerprint=own.fingerprint)
         # Where it writes itself, if both see the same directory.
         self._shared = CheckpointStore(directory, stage=stage, fingerprint=own.fingerprint)
         self._bytes_max = bytes_max
         self.receiver = CopyReceiver(self.store, check=self._check, supersede=True, directory=directory)
 
     def _check(self, manifest: Manifest) -> None:
-        if manifest.file_bytes > self._bytes_max:
+        if manifest.copy_bytes > self._bytes_max:
             raise CheckpointError(
-                f"it has {manifest.file_bytes} bytes, checkpoint.copy_bytes_max there is {self._bytes_max}"
+                f"it has {manifest.copy_bytes} bytes, checkpoint.copy_bytes_max there is {self._bytes_max}"
             )
 
     def steps(self) -> tuple[int, ...]:

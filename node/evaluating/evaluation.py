@@ -19,7 +19,7 @@ from ..checkpoints.assemble import assemble
 from ..config_file import load_config
 from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
-from ..preparation import prepare_corpus, prepare_vocabulary
+from ..preparation import prepare_corpus
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject, check_directory, check_ids
@@ -76,7 +76,7 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
     config = load_config(run / "run.toml")
     assembled = assemble(run, step=asked.step, config=config, report=report)
-    vocabulary = prepare_vocabulary(config, assembled.tokenizer)
+    config, vocabulary = assembled.config, assembled.vocabulary()
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
     length = config.data.sequence_length
     if asked.length not in (None, length):

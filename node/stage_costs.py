@@ -20,6 +20,7 @@ import torch
 from ..compress.registry import parse_codec
 from .config import RunConfig
 from .model.architecture import with_layers
+from .model.parts import in_layer
 from .model.slices import skeleton
 from .model.stage_cut import balanced_cut, equal_cut, layer_ranges, least_layers, stated_cut
 
@@ -55,7 +56,7 @@ class Operations:
 def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
     """Without a codec. Raises ModelError for an architecture that cannot be built."""
     one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
-    matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and ".layers." in name)
+    matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and in_layer(name))
     width, heads = architecture.hidden_size, architecture.num_attention_heads
     heads_width = heads * (getattr(architecture, "head_dim", None) or width // heads)
     return Operations(

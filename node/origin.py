@@ -32,6 +32,7 @@ from .config_file import load_config, merge, parse_config
 from .data import DataError, Vocabulary, read_vocabulary
 from .export.portable_model import ExportError, plain_model
 from .preparation import check_codec, check_layers, resolve_architecture
+from .run_corpus import vocabulary_of_run
 from .stage_costs import stage_layers
 
 # Of a run, what is not the next one's.
@@ -162,9 +163,9 @@ def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
         with suppress(DataError):  # its text is gone, and so is what it was
-            lines += _other_tokenizer(source, given, found.vocabulary().path)
+            lines += _other_tokenizer(source, given, vocabulary_of_run(found).path)
     else:
-        tokenizer = found.vocabulary()
+        tokenizer = vocabulary_of_run(found)
         if not run.model.pretrained:  # from here on it would be taken for what the weights have always known
             tokenizer = tokenizer.bare()
     first = {

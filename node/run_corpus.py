@@ -20,15 +20,18 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .checkpoints.kept_tokenizer import FIRST, TOKENIZER, kept_tokenizer
 from .checkpoints.manifest import Manifest
 from .config import RunConfig
-from .data import Corpus, DataError, Preparing, read_vocabulary, silently
-from .preparation import prepare_corpus
+from .data import Corpus, DataError, Preparing, Vocabulary, read_vocabulary, silently
+from .preparation import prepare_corpus, prepare_vocabulary
+
+if TYPE_CHECKING:
+    from .checkpoints.assemble import Assembled
 
 RECORD = "corpus.json"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -143,6 +146,20 @@ def _remedy(config: RunConfig, out: Path) -> str:
     if config.data.tokenizer is not None:
         return f"set data.tokenizer to what it was when the run began; {there}, where it was kept, is gone or damaged"
     return f"bring the directory {there} from where the run was begun"
+
+
+def vocabulary_of_run(found: Assembled) -> Vocabulary:
+    """The tokenizer that the text of a run was coded with: the one that it keeps, or else one that is made again.
+    Raises DataError, also where that is another one."""
+    vocabulary = prepare_vocabulary(found.config, found.tokenizer)
+    digest, wanted = hashlib.sha256(vocabulary.content).hexdigest(), found.text[1]
+    if wanted and digest != wanted:
+        raise DataError(
+            f"{vocabulary.name} is not the run's: {digest[:12]} here, {wanted[:12]} in the checkpoints, so ids would "
+            f"mean other tokens than the weights were trained on; bring the directory {FIRST}/{TOKENIZER} to those "
+            "checkpoints from where the run was begun"
+        )
+    return vocabulary
 
 
 def read_record(out: Path) -> CorpusRecord | None:

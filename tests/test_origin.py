@@ -22,6 +22,7 @@ from thinpipe.node.model import ModelError
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.origin import begin_from
 from thinpipe.node.preparation import prepare_vocabulary
+from thinpipe.node.run_corpus import vocabulary_of_run
 from thinpipe.node.run_directory import START
 from thinpipe.node.training_loop import draw
 from thinpipe.protocol.messages import Kind
@@ -102,7 +103,7 @@ def test_the_first_tensors_are_coded_as_the_run_would_have_coded_them(trained: P
     microbatch is coded with what the first one taught the codebook."""
     found = assemble(trained)
     config = begin_from(trained, {"optim.muon_lr": 0.003}).place(tmp_path / "new")
-    new, was = OneProcess(config), Chain(found, found.vocabulary().tokenizer, begin_id=0)
+    new, was = OneProcess(config), Chain(found, vocabulary_of_run(found).tokenizer, begin_id=0)
     for index in range(config.pipeline.stages):
         new._forward(index, 0, 0, Kind.ACTIVATION)
     ids_BS = draw(new.corpus, config, Kind.ACTIVATION, 0, 0)
@@ -162,7 +163,7 @@ def test_what_a_tokenizer_adds_by_itself_is_not_what_weights_know(tiny: TinyConf
         source = tmp_path / name
         (source / "run.toml").write_text(dump_config(new))
         found = assemble(source)
-        words = portable_tokenizer(found.vocabulary(), found.config, longest=None)
+        words = portable_tokenizer(vocabulary_of_run(found), found.config, longest=None)
         assert words(text)["input_ids"] == plain, name
 
 

@@ -19,7 +19,6 @@ only make the stages that the run had.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,8 +31,7 @@ from torch import Tensor
 from ...protocol.greeting import TABLE_DIGEST
 from ..config import RunConfig
 from ..config_file import load_config
-from ..data import DataError, Vocabulary
-from ..preparation import prepare_vocabulary, resolve_architecture, state_digest
+from ..preparation import resolve_architecture, state_digest
 from ..stage_state import StageSnapshot
 from .kept_tokenizer import COPIES, kept_tokenizer
 from .manifest import CheckpointError, Fingerprint
@@ -85,7 +83,7 @@ class Assembled:
         codec's own parameters are `codec.stage_1.<name>` and `codec.boundary_0.sender.<name>` there.
     snapshots: by stage, all that its checkpoint holds, as `Stage.restore` takes it.
     tokenizer: its directory, which stage 0 leaves beside its checkpoints; None where it is not there. Either way
-        `vocabulary` knows it.
+        `run_corpus.vocabulary_of_run` knows it.
     text: digests of the tokens and of the tokenizer that stage 0 trained on, as its checkpoint has them; "": unknown.
     """
 
@@ -99,19 +97,6 @@ class Assembled:
     snapshots: list[StageSnapshot]
     tokenizer: Path | None
     text: tuple[str, str]
-
-    def vocabulary(self) -> Vocabulary:
-        """The tokenizer that the run's text was coded with: kept, or else made again. Raises DataError, also where that
-        is another one."""
-        found = prepare_vocabulary(self.config, self.tokenizer)
-        digest, wanted = hashlib.sha256(found.content).hexdigest(), self.text[1]
-        if wanted and digest != wanted:
-            raise DataError(
-                f"{found.name} is not the run's: {digest[:12]} here, {wanted[:12]} in the checkpoints, so ids would "
-                "mean other tokens than the weights were trained on; bring the directory stage-0/tokenizer, beside "
-                "those checkpoints, from where the run was begun"
-            )
-        return found
 
 
 def assemble(

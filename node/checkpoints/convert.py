@@ -20,14 +20,13 @@ from torch import Tensor
 
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
-from ..data import read_vocabulary
 from ..preparation import state_digest
 from ..stage import Stage
 from ..stage_costs import stage_layers
 from ..stage_state import StageSnapshot
 from .assemble import Assembled
 from .kept_boundaries import KeptBoundaries, kept_boundaries
-from .kept_tokenizer import keep_tokenizer
+from .kept_tokenizer import keep_tokenizer, read_kept
 from .manifest import CheckpointError, Fingerprint
 from .store import CheckpointStore
 
@@ -72,7 +71,7 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
         store.write(snapshot, generation=generation, written_s=written_s)
         if index == 0 and found.tokenizer:
-            keep_tokenizer(config.checkpoint.path(out), read_vocabulary(found.tokenizer).files())
+            keep_tokenizer(config.checkpoint.path(out), read_kept(found.tokenizer))
     try:
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:

@@ -38,7 +38,7 @@ def keep_tokenizer(checkpoints: Path, files: Mapping[str, bytes]) -> None:
     for a disk that does not take them."""
     there = checkpoints / FIRST / TOKENIZER
     with suppress(OSError):
-        if _read(there) == dict(files):
+        if read_kept(there) == dict(files):
             return
 
     def write(aside: Path) -> None:
@@ -81,7 +81,7 @@ def beside(stage: Path) -> dict[str, Beside]:
     """What goes with a copy of a checkpoint in this stage's directory: the tokenizer's files, by name; none for a stage
     that keeps no tokenizer. Raises CheckpointError."""
     try:
-        found = _read(stage / TOKENIZER)
+        found = read_kept(stage / TOKENIZER)
     except OSError as error:
         raise CheckpointError(f"cannot read {stage / TOKENIZER}: {error.strerror}") from None
     return {
@@ -108,7 +108,8 @@ def take_beside(source: IO[bytes], wanted: Mapping[BesideName, Beside], stage: P
         _put(stage / TOKENIZER, write)
 
 
-def _read(there: Path) -> dict[str, bytes]:
+def read_kept(there: Path) -> dict[str, bytes]:
+    """The files of `kept_tokenizer`, by name. Raises OSError."""
     paths = [there / name for name in get_args(BesideName)]
     return {path.name: path.read_bytes() for path in paths if path.exists()}
 

@@ -20,6 +20,7 @@ from ..config_file import load_config
 from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
 from ..preparation import prepare_corpus
+from ..run_corpus import vocabulary_of_run
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject, check_directory, check_ids
@@ -76,7 +77,7 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
     config = load_config(run / "run.toml")
     assembled = assemble(run, step=asked.step, config=config, report=report)
-    config, vocabulary = assembled.config, assembled.vocabulary()
+    config, vocabulary = assembled.config, vocabulary_of_run(assembled)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
     length = config.data.sequence_length
     if asked.length not in (None, length):

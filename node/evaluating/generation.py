@@ -21,6 +21,7 @@ from ..export.export import in_memory, say_tokens
 from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
 from ..model.architecture import quiet_transformers
+from ..run_corpus import vocabulary_of_run
 from .subject import EvaluationError, check_directory, load_directory, longest_text, on_device
 
 
@@ -100,7 +101,7 @@ def load(
         return load_directory(target, trusted=trusted, device=device)
     assembled = assemble(target, step=step, report=report)
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
-    words = portable_tokenizer(assembled.vocabulary(), assembled.config, longest=longest)
+    words = portable_tokenizer(vocabulary_of_run(assembled), assembled.config, longest=longest)
     whole = with_boundaries(assembled, plain_model(assembled))
     say_tokens(whole, words)
     return on_device(in_memory(whole), device), words

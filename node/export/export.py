@@ -25,6 +25,7 @@ from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
 from ..preparation import check_device, prepare_corpus
+from ..run_corpus import vocabulary_of_run
 from . import modeling_thinpipe
 from .heldout_loss import heldout_loss, recorded_loss
 from .portable_model import ExportError, PortableModel, plain_model, with_boundaries
@@ -52,7 +53,7 @@ def export_run(
     """
     check_out(out)
     assembled = assemble(run, step=step, config=config, report=report)
-    vocabulary = assembled.vocabulary()
+    vocabulary = vocabulary_of_run(assembled)
     transformers = quiet_transformers()
     without = plain_model(assembled)
     whole = with_boundaries(assembled, without)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import Json, configuration, fail, from_home, one_arithmetic_thread
-from .options import shared
+from .common import Json, configuration, fail, from_home, one_arithmetic_thread, said
+from .options import settings_of, shared
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
@@ -62,14 +62,17 @@ def checkpoint_convert(
     step: Annotated[
         int | None, typer.Option(min=1, help="Steps completed. (the newest that all stages have intact)")
     ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="What else goes with the stages: pipeline.microbatches=16, pipeline.schedule=zb."),
+    ] = None,
 ) -> None:
     """Make the same run with other stages: weights, optimizer, position in the data, and what codecs learned at
     boundaries that stay between the same layers. `thinpipe up --resume OUT` goes on with it.
     """
     one_arithmetic_thread()
     settings = _settings(run)
-    if stages is None and (cut is None or "," not in cut):
-        fail("say how many stages: --stages N, or --cut with the layers of each, such as --cut 3,3,2", 2)
+    asked = _asked(said(None, settings_of(stages=stages, cut=cut, speeds=speeds), overrides))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {out}: it is there already, and not empty; choose another directory", 2)
     from ..node.checkpoints.assemble import AssembleError, assemble
@@ -77,18 +80,17 @@ def checkpoint_convert(
     from ..node.checkpoints.manifest import CheckpointError
     from ..node.preparation import BAD_INPUT, check_settings
     from ..node.run_corpus import carry_corpus
-    from ..node.run_directory import LocalRunError, writable
+    from ..node.run_directory import LocalRunError, carry_start, with_start, writable
     from ..node.stage_state import StateError
 
-    number = stages or (cut or "").count(",") + 1
-    asked: dict[str, Any] = {"stages": number, "cut": cut or "auto", "speeds": speeds or ""}
     missing = [each for each in (out, *out.parents) if not each.exists()]
     done = False
     try:
-        config = recut(settings, **asked)
+        config = recut(with_start(settings, run), asked)
         check_settings(config)
         found = assemble(run, step=step, report=lambda line: print(f"thinpipe: {line}", file=sys.stderr))
         carry_corpus(run, writable(out))
+        config = carry_start(config, run, out)
         lines = convert(found, config, out, written_s=time.time())
         done = True
     except (*BAD_INPUT, AssembleError) as error:
@@ -105,6 +107,27 @@ def checkpoint_convert(
     parts = "1 stage" if config.pipeline.stages == 1 else f"{config.pipeline.stages} stages"
     done_steps = "1 step" if found.completed == 1 else f"{found.completed} steps"
     print(f"{parts} after {done_steps}: {out}; go on: thinpipe up --resume {out}")
+
+
+def _asked(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the new cut, with the number of stages; ends with 2 for what is no part of a cut."""
+    from ..node.checkpoints.convert import CUT_SETTINGS
+    from ..node.config_file import known_keys
+
+    if foreign := [name for name in given if name in known_keys() and name not in CUT_SETTINGS]:
+        fail(
+            f"--set {', '.join(foreign)}: a converted run is the same run, so only what goes with its stages may "
+            f"change here ({', '.join(CUT_SETTINGS)}); thinpipe up --resume takes settings of each machine, and a new "
+            "run, up --from, any other",
+            2,
+        )
+    if "pipeline.stages" in given:
+        return given
+    cut = given.get("pipeline.cut", "")
+    counts = cut if isinstance(cut, list) else str(cut).split(",")
+    if len(counts) < 2:
+        fail("say how many stages: --stages N, or --cut with the layers of each, such as --cut 3,3,2", 2)
+    return {**given, "pipeline.stages": len(counts)}
 
 
 def _remove(out: Path, missing: list[Path]) -> None:

@@ -11,6 +11,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -151,6 +152,8 @@ def supervise(
                     _uncap()
                 raise
         shared, own = _agree(there, settings, given_here)
+        if not (standby or any("checkpoint.directory" in word for word in (*own, *node_words))):
+            _check_checkpoints(shared, run)
         node = ["--link", str(profile), *own, *node_words]
         assignment = Assignment(
             run=run,
@@ -208,6 +211,19 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     if done.returncode:
         last = [f"the check of the settings ended with {done.returncode}", *done.stderr.strip().splitlines()][-1]
         fail(last.removeprefix(ERROR_PREFIX), 2 if done.returncode == 2 else 1)
+
+
+def _check_checkpoints(config: RunConfig, run: Path) -> None:
+    """End with 2 where they are lost, and the run would begin again with its first step."""
+    from ..node.checkpoints.lost import lost_line
+    from ..node.checkpoints.manifest import CheckpointError
+
+    try:
+        line = lost_line(config, run, time.time())
+    except CheckpointError as error:
+        line = str(error)
+    if line:
+        fail(line, 2)
 
 
 def _cap(profile: LinkProfile, who: str, *, must: bool) -> LinkProfile:

@@ -212,8 +212,8 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     steps = given.pop("run.steps", None)
     settings = configuration(path, given, None)
     from ..node.checkpoints.manifest import CheckpointError
-    from ..node.config import ConfigError
     from ..node.discovery.shared_config import LOCAL, differences
+    from ..node.preparation import BAD_INPUT
     from ..node.run_length import steps_done, with_length
 
     if settings.digest() != own.digest():
@@ -227,7 +227,7 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     wanted = configuration(path, {"run.steps": steps, "run.extended": []}, None).run.steps  # if it is a number of steps
     try:
         return with_length(settings, steps_done(settings, run), wanted)
-    except ConfigError as error:
+    except BAD_INPUT as error:
         fail(f"--resume {run}: {error}", 2)
     except CheckpointError as error:
         fail(str(error), 2)

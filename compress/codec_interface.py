@@ -67,13 +67,23 @@ class Encoder(BoundaryModule):
 
     @property
     def master(self) -> Tensor:
-        """The learned table as it is now (entries, width). Raises CodecError in a half that has none, as the next two
-        methods do: `Codec.table` says beforehand whether there is one."""
+        """The learned table as it is now (entries, width). Raises CodecError in a half that has none, as the next
+        three methods do: `Codec.table` says beforehand whether there is one."""
         raise without_table(self)
 
-    def learn(self, gradient: Tensor | None, *, rate: float) -> None:
-        """One step of the table with the gradient gathered here and the receiver's half. `rate`: of matrices, now."""
+    def take_gradient(self, received: Tensor | None) -> Tensor:
+        """The whole gradient of the table (entries, width): this half's part, gathered since the last call, and what
+        was `received` of the other's."""
+        del received
+        raise without_table(self)
+
+    def learn(self, gradient: Tensor, *, rate: float) -> None:
+        """One step of the table with its whole gradient. `rate`: of matrices, now."""
         del gradient, rate
+        raise without_table(self)
+
+    def averaged(self) -> None:
+        """The master was changed from outside, as the mean of several: bring it back to where it may be."""
         raise without_table(self)
 
     def measures(self) -> dict[str, float]:

@@ -35,13 +35,22 @@ from .byte_format import CodecError, LearnedTable
 from .codec_interface import BoundaryContext, Codec, Decoder, Encoder, StageContext, check_table_scale
 from .energy_survey import EnergySurvey
 from .registry import register_codec
-from .stiefel import SPEL, Constraint, longest_step, orthonormality_error, random_orthonormal, subspace_angle
+from .stiefel import (
+    SPEL,
+    Constraint,
+    longest_step,
+    orthonormality_error,
+    random_orthonormal,
+    retract,
+    subspace_angle,
+)
 
 Projector = Literal["spel", "grassmann", "free", "fixed"]
 Start = Literal["own", "shared"]
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
 CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "grassmann", "free": "none"}
+_STEPS_BACK = 6  # of the retraction, from further off than a step of SPEL goes: from 0.5 to rounding
 _STREAM = 0x4D41504C  # "MAPL": keeps the first projector's draws apart from every other use of the seed
 
 
@@ -68,6 +77,7 @@ class MaplEncoder(Encoder):
         self._first = first.clone()
         self._master = first.to(context.device).requires_grad_(projector in CONSTRAINTS)
         self._shipped = self._master.detach().clone()
+        self._on_manifold = projector in ("spel", "grassmann")
         self._tokens = context.tokens
         self._boundary = context.boundary
         self._every = every
@@ -102,15 +112,29 @@ class MaplEncoder(Encoder):
                 self._survey.see(x_BTD)
         return z_BTR
 
-    def learn(self, gradient: Tensor | None, *, rate: float) -> None:
-        if self._spel is None:
-            return
-        before = self._master.detach().clone()
+    def take_gradient(self, received: Tensor | None) -> Tensor:
         own = self._shipped.grad
         if own is None:
             raise CodecError("the projector is stepped before anything was encoded with it")
         self._shipped.grad = None
-        self._master.grad = own if gradient is None else own + gradient
+        return own if received is None else own + received
+
+    @torch.no_grad()
+    def averaged(self) -> None:
+        if self._on_manifold:
+            try:
+                self._master.copy_(retract(self._master, _STEPS_BACK))
+            except ValueError as error:
+                raise CodecError(
+                    f"the projectors of boundary {self._boundary} have gone too far apart to be averaged ({error}); "
+                    "average more often"
+                ) from None
+
+    def learn(self, gradient: Tensor, *, rate: float) -> None:
+        if self._spel is None:
+            return
+        before = self._master.detach().clone()
+        self._master.grad = gradient
         self._spel.param_groups[0]["lr"] = self._rate * rate * self._every
         try:
             self._spel.step()

@@ -20,6 +20,7 @@ from .config_sections import (
     CodecSection,
     ComputeSection,
     DataSection,
+    LanesSection,
     LinkSection,
     ModelSection,
     OptimSection,
@@ -43,6 +44,7 @@ class RunConfig(Section):
     optim: OptimSection = OptimSection()
     codec: CodecSection = CodecSection()
     pipeline: PipelineSection = PipelineSection()
+    lanes: LanesSection = LanesSection()
     link: LinkSection = LinkSection()
     compute: ComputeSection = ComputeSection()
     checkpoint: CheckpointSection = CheckpointSection()

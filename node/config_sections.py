@@ -195,6 +195,17 @@ class PipelineSection(Section):
         return spec
 
 
+class LanesSection(Section):
+    """Replicas of the whole chain of stages, each with its own part of the data."""
+
+    count: int = Field(default=1, ge=1, le=64, description="lanes: how many nodes each stage has")
+    average: str = Field(
+        default="outer",
+        description="how lanes become one model: gradients; outer:every=20,lr=0.7,momentum=0.9,fragments=1,delay=0,"
+        "format=int4; sparta:p=0.05,every=10",
+    )
+
+
 class LinkSection(Section):
     """The thin link and the buffers around it."""
 

@@ -46,9 +46,13 @@ from .run_directory import (
     LocalRunError,
     anchored,
     await_unserved,
+    check_no_checkpoints,
     check_outlives,
     claimed,
     clear,
+    hold_aside,
+    sweep,
+    with_start,
     writable,
     write_settings,
 )
@@ -93,10 +97,14 @@ def run_local(
     with ExitStack() as held:
         isolation, told = None, None
         try:
+            sweep(out)
             if origin:
                 _check_room(out, overwrite)
+                if origin.found:
+                    held.callback(os.close, hold_aside(aside))
                 config = anchored(origin.place(aside))
-            if resume:
+            elif resume:
+                config = with_start(config, out)
                 check_named_tokenizer(config, out)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
@@ -111,6 +119,8 @@ def run_local(
                 _claim(held, out, lock)
             if resume:
                 check_checkpoints(config, out)
+            elif not one_process:
+                check_no_checkpoints(config, out)
             if forks is True and not (one_process or isolate):
                 found = fork_server(config)
                 if isinstance(found, ForkServer):

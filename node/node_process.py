@@ -14,13 +14,14 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ..compress.byte_format import CodecError
 from ..protocol.greeting import NodeIdentity
 from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
@@ -34,6 +35,8 @@ from .data import Corpus
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
+from .measuring.pipeline_costs import pipeline_costs
+from .model import ModelError
 from .preparation import (
     BAD_INPUT,
     check_codec,
@@ -211,6 +214,8 @@ async def _run(
     if index == 0 and options.resume:
         check_named_tokenizer(config, options.out)
     stage, digest = prepare(config, index)
+    if index == 0:
+        _write_costs(config, metrics)
     identity = NodeIdentity(
         run_id=config.run.name,
         configuration=digest,
@@ -300,6 +305,13 @@ async def _run(
         except Exception as error:  # also of what runs beside the stage
             await recovery_loop.farewell(error)
             raise
+
+
+def _write_costs(config: RunConfig, metrics: MetricsWriter) -> None:
+    """What readers need to advise another cut. An advice is not worth a run, so who cannot tell writes nothing."""
+    with suppress(ModelError, CodecError):
+        if costs := pipeline_costs(config, resolve_architecture(config)):
+            metrics.write("costs", **costs.record())
 
 
 def open_text(config: RunConfig, kept: Path | None) -> Corpus:

@@ -1,245 +1,92 @@
-"""The reference: every stage in this process, one thread, no links.
+"""The reference: every stage of every lane in this process, one thread, no links.
 
 The same `Stage` objects, the same packed messages and the same order of everything that changes state as in the swarm,
-so the two must agree bit for bit. Bytes are counted as the link would count them (tensor, ids, envelope, framing);
-acknowledgements need a link and are not part of it.
+so the two must agree bit for bit. Lanes take turns, each a whole step; then they hold the rounds that are due.
 """
 
 from __future__ import annotations
 
-import time
-from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..protocol.messages import Kind, Message
-from ..protocol.schedule import (
-    Backward,
-    Evaluate,
-    Forward,
-    InputGradient,
-    WeightGradient,
-    get_schedule,
-    interleave,
-)
-from ..sim.links.shaper import LinkProfile
-from ..sim.reports.metrics_address import MetricsAddress
-from ..sim.reports.summary import dense_bytes_one_way
-from .boundary.endpoints import Encoded
+from .averaging.averager import Averager
+from .averaging.round_plan import Round
 from .config import RunConfig
-from .links.outgoing import chunk_bytes_for
-from .measuring.message_sizes import accounted
+from .lane_in_process import LaneInProcess
 from .model import check_sliceable
-from .preparation import check_codec, check_device, prepare_corpus, resolve_architecture
-from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
+from .preparation import check_codec, check_device, check_lanes, prepare_corpus, resolve_architecture
+from .run_directory import lane_directory
 from .stage import Stage
 from .stage_costs import stage_layers
-from .training_loop import draw
-from .watching.views import Watching
-
-Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
 
 
 class OneProcess:
-    """All stages of a run. Raises what `node.preparation.BAD_INPUT` names when the configuration cannot be served."""
+    """All lanes of a run. Raises what `node.preparation.BAD_INPUT` names when the configuration cannot be served."""
 
     def __init__(self, config: RunConfig, out: Path | None = None) -> None:
         torch.set_num_threads(1)
         check_device(config)
+        check_lanes(config)
         self.config = config
         architecture = resolve_architecture(config)
         check_codec(config, architecture)
         check_sliceable(architecture, stage_layers(config, architecture))
         self.corpus = prepare_corpus(config)
-        self.stages = [Stage(config, architecture, index) for index in range(config.pipeline.stages)]
-        self.watches = [Stopwatch() for _ in self.stages]
-        self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
-        self._mail: Mail = {}
-        self._cpu_s = 0.0
-        self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
-        self._watching: list[Watching] = []
-        self._metrics = [self._records(out, stage.index) for stage in self.stages] if out else []
+        count = config.lanes.count
+        self.lanes = [
+            LaneInProcess(config, architecture, self.corpus, lane, out and lane_directory(out, lane, count))
+            for lane in range(count)
+        ]
+        self._given: dict[tuple[int, int], dict[int, bytes]] = {}  # (stage, round) -> lane -> contribution
 
-    def _records(self, out: Path, index: int) -> MetricsWriter:
-        """Of one stage, with those who look at them."""
-        settings = self.config.watch
-        if settings.prometheus:
-            own = MetricsAddress.parse(settings.prometheus).of_stage(index)
-            settings = settings.model_copy(update={"prometheus": str(own)})
-        self._watching.append(Watching(settings, out, stage=index))
-        return MetricsWriter(out / f"stage-{index}.jsonl", view=self._watching[-1].take)
+    @property
+    def stages(self) -> list[Stage]:
+        """Those of the first lane."""
+        return self.lanes[0].stages
 
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
-        """Run all steps; returns the training losses and the final held-out loss."""
-        config = self.config
-        for metrics in self._metrics[:1]:
-            metrics.write("data", **self.corpus.record())
-        schedule = get_schedule(config.pipeline.schedule)
-        losses, val_loss, train_s = [], float("nan"), 0.0
-        for step in range(config.run.steps):
-            started, cpu = time.perf_counter(), time.process_time()
-            loss = float("nan")
-            for index, action in interleave(schedule, len(self.stages), config.pipeline.microbatches):
-                match action:
-                    case Forward():
-                        self._forward(index, step, action.microbatch, Kind.ACTIVATION)
-                    case Backward():
-                        self._backward(index, step, action.microbatch)
-                    case InputGradient():
-                        self._backward(index, step, action.microbatch, split=True)
-                    case WeightGradient():
-                        self._weight_gradient(index, action.microbatch)
-                    case _:
-                        half = self._table_gradient(index, step)
-                        with self.watches[index].measure("compute"):
-                            loss, stats = self.stages[index].finish(step, half)
-                        self._record(index, step, loss, stats.grad_norm, time.perf_counter() - started, cpu)
-            train_s += time.perf_counter() - started
-            self._cpu_s += time.process_time() - cpu
-            losses.append(loss)
+        """Run all steps; returns the training losses and the final held-out loss, both of the first lane."""
+        run, losses, val_loss = self.config.run, [], float("nan")
+        for step in range(run.steps):
+            rest = [lane.work(step) for lane in self.lanes]
+            self._hold_rounds(step + 1, of_gradients=True)
+            ended = [lane.finish(step, actions) for lane, actions in zip(self.lanes, rest, strict=True)]
+            self._hold_rounds(step + 1, of_gradients=False)
+            losses.append(ended[0])
             if on_step:
-                on_step(step, loss)
-            due = config.run.eval_every and (step + 1) % config.run.eval_every == 0
-            if due or step + 1 == config.run.steps:
-                val_loss = self._evaluate(step)
-        self._end(train_s)
+                on_step(step, ended[0])
+            due = run.eval_every and (step + 1) % run.eval_every == 0
+            if due or step + 1 == run.steps:
+                evaluated = [lane.evaluate(step) for lane in self.lanes]
+                val_loss = evaluated[0]
+        for lane in self.lanes:
+            lane.end()
         return losses, val_loss
 
-    def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
-        """One forward (training or evaluation) of one stage; returns the loss sum if it is the last stage's."""
-        stage, watch = self.stages[index], self.watches[index]
-        if stage.upstream_endpoint:
-            with watch.measure("codec"):
-                ids_BS, received = stage.upstream_endpoint.unpack_activation(self._take(index, kind))
-        else:
-            ids_BS, received = draw(self.corpus, self.config, kind, step, microbatch), None
-        with watch.measure("compute"):
-            evaluating = kind is Kind.EVALUATION
-            out = stage.evaluate(ids_BS, received) if evaluating else stage.forward(step, microbatch, ids_BS, received)
-        if not isinstance(out, Encoded):
-            return out or 0.0
-        assert stage.downstream_endpoint
-        with watch.measure("codec"):
-            message = stage.downstream_endpoint.pack_activation(out, ids_BS, step, microbatch, kind)
-        self._send(index, index + 1, message)
-        return 0.0
+    def _hold_rounds(self, completed: int, *, of_gradients: bool) -> None:
+        for index in range(self.config.pipeline.stages):
+            averagers = [lane.stages[index].averager for lane in self.lanes]
+            held = [each for each in averagers if each and each.mode.of_gradients == of_gradients]
+            if not held:
+                return
+            used = held[0].plan.used_at(completed)
+            for round_ in used:
+                if round_.made < completed:
+                    self._use(held, round_)
+            for round_ in held[0].plan.made_at(completed):
+                self._given[index, round_.number] = {each.place.lane: each.contribute(round_) for each in held}
+            for round_ in used:
+                if round_.made == completed:
+                    self._use(held, round_)
 
-    def _backward(self, index: int, step: int, microbatch: int, *, split: bool = False) -> None:
-        """`split`: leave the weight gradients out."""
-        stage, watch = self.stages[index], self.watches[index]
-        dz_out, loss_sum = None, None
-        if stage.downstream_endpoint:
-            message = self._take(index, Kind.GRADIENT)
-            loss_sum = message.loss_sum
-            with watch.measure("codec"):
-                dz_out = stage.downstream_endpoint.unpack_gradient(message)
-        with watch.measure("compute"):
-            dz_in = (stage.input_gradient if split else stage.backward)(microbatch, dz_out, loss_sum)
-        if stage.upstream_endpoint:
-            assert dz_in is not None
-            with watch.measure("codec"):
-                message = stage.upstream_endpoint.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
-            self._send(index, index - 1, message)
-            if (half := stage.gradient_to_send(step)) is not None:
-                assert stage.upstream_endpoint.table
-                with watch.measure("codec"):
-                    message = stage.upstream_endpoint.table.pack_gradient(half, step)
-                self._send(index, index - 1, message)
-
-    def _weight_gradient(self, index: int, microbatch: int) -> None:
-        with self.watches[index].measure("compute"):
-            self.stages[index].weight_gradient(microbatch)
-
-    def _table_gradient(self, index: int, step: int) -> Tensor | None:
-        stage = self.stages[index]
-        if not stage.awaits_gradient(step):
-            return None
-        assert stage.downstream_endpoint
-        assert stage.downstream_endpoint.table
-        with self.watches[index].measure("codec"):
-            return stage.downstream_endpoint.table.unpack_gradient(self._take(index, Kind.PROJECTOR_GRADIENT))
-
-    def _evaluate(self, step: int) -> float:
-        count, loss_sum = self.config.evaluation_microbatches, 0.0
-        for index, action in interleave(get_schedule("evaluation"), len(self.stages), count):
-            assert isinstance(action, Evaluate)
-            loss_sum += self._forward(index, step, action.microbatch, Kind.EVALUATION)
-        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
-        for metrics in self._metrics:
-            metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
-        return loss_sum / tokens
-
-    def _send(self, sender: int, receiver: int, message: Message) -> None:
-        self._mail.setdefault((receiver, message.kind), deque()).append(message)
-        name = f"boundary {min(sender, receiver)}-{max(sender, receiver)}"
-        rows = self.sent[sender].setdefault(name, Counter())
-        for key, value in accounted(message, self._chunk_bytes).items():
-            rows[key] += value
-
-    def _take(self, receiver: int, kind: Kind) -> Message:
-        return self._mail[receiver, kind].popleft()
-
-    def _record(self, index: int, step: int, loss: float, grad_norm: float, seconds: float, cpu_began: float) -> None:
-        if not self._metrics:
-            return
-        tokens = self.config.tokens_per_step
-        self._metrics[index].write(
-            "step",
-            step=step,
-            loss=loss,
-            grad_norm=grad_norm,
-            tokens=tokens,
-            seconds=round(seconds, 6),
-            cpu_s=round((time.process_time() - cpu_began) / len(self.stages), 6),  # an equal share each
-            loop_cpu_s=0.0,  # there is no event loop
-            tokens_per_s=round(tokens / seconds, 3),
-            sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
-            dense_bytes=len(self.sent[index]) * dense_bytes_one_way(width=self.stages[index].width, tokens=tokens),
-            rss_bytes=rss_bytes(),
-            codec=self.stages[index].measures(),
-            dictionaries=self.stages[index].dictionaries(),
-            **self.watches[index].take(),
-        )
+    def _use(self, averagers: list[Averager], round_: Round) -> None:
+        given = self._given.pop((averagers[0].place.stage, round_.number))
+        for each in averagers:
+            each.use(round_, {lane: body for lane, body in given.items() if lane != each.place.lane})
 
     def close(self) -> None:
         """Close the records, also of a run that failed."""
-        for each in (*self._metrics, *self._watching):
-            each.close()
-
-    def _end(self, train_s: float) -> None:
-        for stage, metrics, watch, sent in zip(
-            self.stages, self._metrics, self.watches, self.sent, strict=bool(self._metrics)
-        ):
-            metrics.write(
-                "end",
-                stage=stage.index,
-                layers=len(stage.layers),
-                parameters=stage.parameters(),
-                steps=self.config.run.steps,
-                train_s=round(train_s, 6),
-                cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each
-                **watch.total,
-                peak_rss_bytes=peak_rss_bytes(),
-                state_bytes=stage.state_bytes(),
-                state_sha256=stage.state_sha256(),
-                links=[_link_record(stage.index, name, rows) for name, rows in sent.items()],
-            )
-            metrics.close()
-
-
-def _link_record(stage: int, name: str, rows: Counter[str]) -> dict[str, object]:
-    boundary = int(name.removeprefix("boundary ").partition("-")[0])
-    return {
-        "boundary": boundary,
-        "direction": "forward" if boundary == stage else "backward",
-        "link": "none",
-        "configured_bits_per_s": None,
-        "measured_bits_per_s": None,
-        "busy_s": 0.0,
-        "utilisation": None,
-        "sent_bytes": dict(rows),
-        "received_bytes": 0,
-    }
+        for lane in self.lanes:
+            lane.close()

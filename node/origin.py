@@ -33,6 +33,7 @@ from .data import DataError, Vocabulary, read_vocabulary
 from .export.portable_model import ExportError, plain_model
 from .preparation import check_codec, check_layers, resolve_architecture
 from .run_corpus import vocabulary_of_run
+from .run_directory import with_start
 from .stage_costs import stage_layers
 
 # Of a run, what is not the next one's.
@@ -54,13 +55,13 @@ class Origin:
     lines: list[str] = field(default_factory=list)
 
     def place(self, directory: Path) -> RunConfig:
-        """Write what the new run begins with into `directory`, which is made; returns its settings, of which the codec
+        """Write what the new run begins with into `directory`, new or empty; returns its settings, of which the codec
         and the cut are checked before the weights are written. Raises ConfigError for a disk that does not take it, and
         what `BAD_INPUT` names."""
         if self.found is None:
             return self.config
         try:
-            directory.mkdir(parents=True)
+            directory.mkdir(parents=True, exist_ok=True)
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
             if self.tokenizer:
@@ -117,7 +118,7 @@ def begin_from(source: Path, given: dict[str, Any]) -> Origin:
     # What a whole run.toml says of its own beginning is no wish.
     given = {name: value for name, value in given.items() if name not in NO_WISH}
     if (source / "run.toml").is_file():
-        run = load_config(source / "run.toml")
+        run = with_start(load_config(source / "run.toml"), source)
         return _from_run(source, run, _without_path(given, source, run.model.path))
     given = _without_path(given, source)
     if (source / "config.json").is_file():
@@ -163,9 +164,9 @@ def _from_run(source: Path, run: RunConfig, given: dict[str, Any]) -> Origin:
     lines, tokenizer = report, None
     if "data.tokenizer" in given:
         with suppress(DataError):  # its text is gone, and so is what it was
-            lines += _other_tokenizer(source, given, vocabulary_of_run(found).path)
+            lines += _other_tokenizer(source, given, vocabulary_of_run(source, found).path)
     else:
-        tokenizer = vocabulary_of_run(found)
+        tokenizer = vocabulary_of_run(source, found)
         if not run.model.pretrained:  # from here on it would be taken for what the weights have always known
             tokenizer = tokenizer.bare()
     first = {

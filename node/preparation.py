@@ -20,6 +20,7 @@ from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile
 from .addresses import ListenError
+from .averaging.modes import parse_averaging
 from .config import ConfigError, RunConfig
 from .config_sections import DataSection
 from .constrained_stage import check_architecture
@@ -105,11 +106,24 @@ def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None)
         )
 
 
+def check_lanes(config: RunConfig) -> None:
+    """Raises ConfigError for a way to average that there is not."""
+    if config.lanes.count == 1:
+        return
+    try:
+        parse_averaging(config.lanes.average)
+    except CodecError as error:
+        raise ConfigError(f"lanes.average: {error}") from None
+    if config.compute.emulate:
+        raise ConfigError("compute.emulate: a stage that computes nothing has nothing to average; set lanes.count = 1")
+
+
 def check_settings(config: RunConfig) -> int:
     """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
     check_device(config)
     check_codec(config)
     check_link(config)
+    check_lanes(config)
     architecture = resolve_architecture(config)
     check_codec(config, architecture)
     check_model(config, architecture)
@@ -143,6 +157,7 @@ def prepare(config: RunConfig, stage: int) -> tuple[Stage, str]:
     """Build stage `stage`; returns it and the digest that its neighbours must share. Raises what BAD_INPUT names."""
     check_device(config)
     check_codec(config)
+    check_lanes(config)
     architecture = resolve_architecture(config)
     check_codec(config, architecture)
     check_layers(config, architecture)

@@ -7,7 +7,8 @@ link. Before the first round is done no such time is known, so there is a minimu
 
 While any stage of the run is missing, however far away, no neighbour can be blamed for being late: the wait begins
 again when all are there. A stage that is there and prepares its data (stage 0 tokenises a large corpus for hours) is
-waited for as long as it says so. Why not one constant: what is generous on a laptop is short for a stage of billions of
+waited for as long as it says so. And where this process itself was paused (`node.process_pause`), nobody knows who
+would have been late. Why not one constant: what is generous on a laptop is short for a stage of billions of
 parameters.
 """
 
@@ -24,7 +25,8 @@ TIMES = 10.0  # the longest round so far
 class ReceiveDeadline:
     """transfer_s: what a step's bytes take on a link. fixed_s: the user's own deadline instead of a computed one.
     missing_s: for how long somebody has been missing (0: nobody is), and how long ago the last such time ended.
-    prepared_ago_s: how long ago a stage was last known to prepare its data (0: one does)."""
+    prepared_ago_s: how long ago a stage was last known to prepare its data (0: one does). paused_ago_s: how long ago
+    the last pause of this process ended."""
 
     def __init__(
         self,
@@ -34,16 +36,17 @@ class ReceiveDeadline:
         replacement_s: float = 1800.0,
         missing_s: Callable[[], tuple[float, float]] = lambda: (0.0, float("inf")),
         prepared_ago_s: Callable[[], float] = lambda: float("inf"),
+        paused_ago_s: Callable[[], float] = lambda: float("inf"),
     ) -> None:
         self._transfer_s, self._fixed_s, self._replacement_s = transfer_s, fixed_s, replacement_s
-        self._missing_s, self._prepared_ago_s = missing_s, prepared_ago_s
+        self._missing_s, self._prepared_ago_s, self._paused_ago_s = missing_s, prepared_ago_s, paused_ago_s
         self._longest_s = 0.0
 
     def observe(self, seconds: float) -> None:
-        """A round of work (a step, an evaluation) is done. One in which somebody was missing, or prepared its data,
+        """A round of work (a step, an evaluation) is done. One in which somebody was missing, or that is `excused`,
         says nothing of work."""
         since_s, ago_s = self._missing_s()
-        if since_s or ago_s < seconds or self.was_preparing(seconds):
+        if since_s or ago_s < seconds or self.excused(seconds):
             return
         self._longest_s = max(seconds, self._longest_s)
 
@@ -56,12 +59,12 @@ class ReceiveDeadline:
 
     def extend(self, waited_s: float) -> bool:
         """After a wait of `waited_s` without a message: whether to wait again, because a stage is or was missing, or
-        prepares its data."""
-        if self.was_preparing(waited_s):
+        all are `excused`."""
+        if self.excused(waited_s):
             return True
         since_s, ago_s = self._missing_s()
         return since_s < self._replacement_s if since_s else ago_s < waited_s
 
-    def was_preparing(self, waited_s: float) -> bool:
-        """Whether, in the last so many seconds, a stage has prepared its data."""
-        return self._prepared_ago_s() < waited_s
+    def excused(self, waited_s: float) -> bool:
+        """Whether, in the last so many seconds, a stage has prepared its data, or this process was paused."""
+        return self._prepared_ago_s() < waited_s or self._paused_ago_s() < waited_s

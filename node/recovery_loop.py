@@ -39,6 +39,7 @@ from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts
 from .links.control_stream import Control, Wanted
 from .links.link import Link
 from .long_preparation import LongPreparation
+from .process_pause import ProcessPause
 from .receive_deadline import ReceiveDeadline
 from .run_records import MetricsWriter, Tracer
 from .run_totals import RunTotals
@@ -91,6 +92,7 @@ class RecoveryLoop:
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
         self._end_asked = asyncio.Event()
+        self._said_end: int | None = None
         self._node: TrainingLoop | None = None
         self._training: asyncio.Task[None] | None = None
         self._totals = RunTotals()
@@ -111,12 +113,14 @@ class RecoveryLoop:
         )
         self._farewell = Farewell(self.control, metrics)
         self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics)
+        self._pause = ProcessPause()
         self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
             fixed_s=config.link.progress_timeout_s,
             replacement_s=config.link.replacement_timeout_s,
             missing_s=self.control.missing_s,
             prepared_ago_s=self._preparing.ago_s,
+            paused_ago_s=self._pause.ago_s,
         )
         # Between two generations there are no links.
         self._idle_wires = {side: Shaper(profile.applied) for side in self._sent}
@@ -139,7 +143,7 @@ class RecoveryLoop:
     async def run(self) -> None:
         """Returns when every stage has finished."""
         self._loop = asyncio.get_running_loop()
-        watching = asyncio.create_task(self._preparing.watch())
+        watching = [asyncio.create_task(each.watch()) for each in (self._preparing, self._pause)]
         try:
             if self._joining:  # first: the tokenizer may come with a copy
                 link = self.config.link
@@ -165,7 +169,8 @@ class RecoveryLoop:
             await self.farewell(error)
             raise
         finally:
-            watching.cancel()
+            for each in watching:
+                each.cancel()
             await self._break_off()
             await self._copies.close()
             # What was submitted is written; its records come before the end.
@@ -196,7 +201,7 @@ class RecoveryLoop:
         done, _ = await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             wanted.cancel()
-            if self._deadline.was_preparing(timeout_s or 0.0):
+            if self._deadline.excused(timeout_s or 0.0):
                 return False
             if self.machine.phase is not RollbackPhase.RUNNING:
                 raise TimeoutError(self._late(timeout_s))
@@ -219,6 +224,7 @@ class RecoveryLoop:
                 self.control.act(self.machine.stopped(offered))
             case Start() as start:
                 await self._restore(start)
+                self._say_end()
                 self._begin(start)
             case ChooseEnd():
                 under_way = self._node.under_way if self._node else self.machine.completed
@@ -226,7 +232,7 @@ class RecoveryLoop:
                     self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
                 self.control.act(self.machine.end_after(under_way))
             case EndAfter() as end:
-                print(f"the run stops after {counted(end.completed, 'step')} and can be resumed", flush=True)
+                self._say_end()
                 if self._node:
                     self._node.end_after(end.completed)
             case End(failure=failure):
@@ -234,6 +240,18 @@ class RecoveryLoop:
             case Leave():
                 return True
         return False
+
+    def _say_end(self) -> None:
+        """Say after which step the run stops, if it does, as soon as that can be known: who takes a stage's place does
+        not know how many are done before all have said, and stage 0 may be asked to end while it still prepares its
+        data."""
+        machine = self.machine
+        if machine.end is None or machine.phase is not RollbackPhase.RUNNING:
+            return
+        last = max(machine.end, machine.completed)
+        if last != self._said_end:
+            self._said_end = last
+            print(f"the run stops after {counted(last, 'step')} and can be resumed", flush=True)
 
     def drain(self) -> bool:
         """End after the step under way, and all others too. False if that cannot be arranged, because who would have

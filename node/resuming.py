@@ -3,7 +3,7 @@
 Only what all stages have of one step can be gone on from. Without such a checkpoint all stages would begin again at
 step 0, with new weights, and write into the old records. That is right within a run, where the others wait for a stage
 that came back before its first checkpoint; for a whole run that somebody asks to be resumed it is a fault: the
-checkpoints are elsewhere, or are lost.
+checkpoints are elsewhere, or are lost. So it is where they were written under other settings: each stage refuses those.
 """
 
 from __future__ import annotations
@@ -12,27 +12,49 @@ import shlex
 import time
 from pathlib import Path
 
+from ..protocol.greeting import TABLE_DIGEST
 from ..sim.reports.liveness import liveness
 from ..sim.reports.wording import counted
-from .checkpoints.kept_tokenizer import COPIES
-from .checkpoints.listing import list_checkpoints
+from .checkpoints.listing import steps_held
 from .checkpoints.manifest import CheckpointError
 from .config import RunConfig
+from .preparation import resolve_architecture, state_digest
 from .run_directory import LocalRunError
 
 
 def newest_common(config: RunConfig, out: Path) -> int | None:
-    """The newest step of which every stage has a checkpoint, or its neighbour a copy; None if there is none. Looks at
-    manifests and lengths alone. Raises CheckpointError."""
-    stages = config.pipeline.stages
-    found: list[set[int]] = [set() for _ in range(stages)]
+    """The newest step of which every stage has a checkpoint, or its neighbour a copy, under these settings; None if
+    there is none. Looks at manifests and lengths alone. Raises CheckpointError for a directory that cannot be listed,
+    and where stages have steps in common, but all under other settings; and what `preparation.BAD_INPUT` names."""
     directory = config.checkpoint.path(out)
-    for place in (directory, directory / COPIES):
-        for row in list_checkpoints(place, run=config.run.name, stages=stages, thorough=False):
-            for held in row["stages"]:
-                if held["state"] == "ok":
-                    found[held["stage"]].add(row["step"])
-    return max(set.intersection(*found), default=None)
+    found = steps_held(directory, run=config.run.name, stages=config.pipeline.stages)
+    common = sorted(set.intersection(*map(set, found)), reverse=True)
+    wanted = state_digest(config, resolve_architecture(config)) if common else ""
+    for step in common:
+        alike = set.intersection(*(of_stage[step] for of_stage in found))
+        if wanted in map(_settings, alike):
+            return step
+    if common:
+        raise CheckpointError(_of_others([of_stage[common[0]] for of_stage in found], common[0], wanted, directory))
+    return None
+
+
+def _of_others(found: list[set[str]], step: int, wanted: str, directory: Path) -> str:
+    """What is wrong with the stages' checkpoints after that step, which no configuration has in common."""
+    others = {stage: each for stage, each in enumerate(found) if wanted not in {_settings(one) for one in each}}
+    told = f"the checkpoints after {counted(step, 'step')} in {directory} cannot be gone on from"
+    if not others:
+        return f"{told}: the stages' token tables differ; remove those of the stages that were copied from elsewhere"
+    stage, there = next(iter(others.items()))
+    whose = "all" if len(others) == len(found) else f"that of stage {stage}"
+    return (
+        f"{told}: {whose} of other settings, configuration hash {_settings(min(there))[:12]}… there, {wanted[:12]}… "
+        "here; use the run.toml and the version that they were written with, or set checkpoint.directory to this run's"
+    )
+
+
+def _settings(configuration: str) -> str:
+    return configuration.partition(TABLE_DIGEST)[0]
 
 
 def check_checkpoints(config: RunConfig, out: Path) -> None:
@@ -64,8 +86,8 @@ def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, swarm: b
         return f"{line}, and one process writes no checkpoints: it begins anew, with --overwrite"
     try:
         newest = newest_common(config, out)
-    except CheckpointError:
-        newest = None
+    except CheckpointError as error:
+        return f"{line}; {error}"
     if newest is None:
         return f"{line}, and there is no checkpoint yet: it begins anew, with --overwrite"
     return f"{line}; thinpipe up --resume {where} goes on after step {newest}"

@@ -6,7 +6,8 @@ text, is another one in another version of Python. So stage 0 writes `corpus.jso
 of the tokenizer, and keeps the tokenizer itself beside its checkpoints (`checkpoints.kept_tokenizer`). Those name both
 digests too, for a stage that comes back on another machine has nothing else. A run that is resumed uses the tokenizer
 that was kept, unless its settings name one. Other text is refused unless the user says that it is meant
-(`--data-changed`); another tokenizer always is.
+(`--data-changed`); another tokenizer always is. Whoever measures the run on its held-out text (`check_trained_on`)
+compares the same two digests by the same function.
 
 Why not in the digest that neighbours compare: only stage 0 reads the data.
 """
@@ -34,7 +35,12 @@ if TYPE_CHECKING:
     from .checkpoints.assemble import Assembled
 
 RECORD = "corpus.json"
+RESUMED = "give it as it was, or say --data-changed to go on with this one and the run's own tokenizer"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class AnotherText(DataError):
+    """The text is not the one that the run was trained on, and the tokenizer is."""
 
 
 class CorpusRecord(BaseModel):
@@ -63,7 +69,7 @@ class RunCorpus:
 
     corpus: Corpus
     record: CorpusRecord | None  # None: nobody reads the ids (an emulated run)
-    remedy: str  # for another tokenizer than the run's
+    own: str  # where the run's own tokenizer is, in words
     changed: bool = False
 
     def check(self, manifests: Iterable[Manifest]) -> RunCorpus:
@@ -74,15 +80,14 @@ class RunCorpus:
             assert record
             if not found.tokenizer:  # made by who does not read the text
                 continue
-            if found.tokenizer != record.tokenizer:
-                where = f"the checkpoint after {found.completed} steps"
-                raise _another_tokenizer(where, found.tokenizer, record, self.remedy)
-            if found.corpus in (record.corpus, *record.earlier):
-                continue
-            there = f"the checkpoint after {found.completed} steps is of the text with digest {found.corpus[:12]}"
-            if not self.changed:
-                raise _another_text(there, record)
-            record = record.model_copy(update={"earlier": [*record.earlier, found.corpus]})
+            try:
+                _compare(record, _of_checkpoint(found.corpus, found.tokenizer, found.completed), own=self.own)
+            except AnotherText:
+                if found.corpus in record.earlier:
+                    continue
+                if not self.changed:
+                    raise
+                record = record.model_copy(update={"earlier": [*record.earlier, found.corpus]})
         return replace(self, record=record)
 
     def keep(self, out: Path) -> None:
@@ -111,20 +116,19 @@ def corpus_of_run(corpus: Corpus, config: RunConfig, out: Path, *, resume: bool,
     """An open corpus as that of the run whose records are in `out`. resume: what was kept there has to agree with it.
     Raises DataError."""
     kept = read_record(out) if resume else None
-    remedy = _remedy(config, out)
+    own = _own_tokenizer(config, out)
     if not corpus.digest:
-        return RunCorpus(corpus=corpus, record=None, remedy=remedy)
-    digest = hashlib.sha256(corpus.tokenizer_files["tokenizer.json"]).hexdigest()
-    version = platform.python_version()
-    record = CorpusRecord(source=config.data.source, python=version, corpus=corpus.digest, tokenizer=digest)
+        return RunCorpus(corpus=corpus, record=None, own=own)
+    record = _record(corpus, config)
     if kept:
-        if kept.tokenizer != record.tokenizer:
-            raise _another_tokenizer(f"{out}/{RECORD}", kept.tokenizer, record, remedy)
-        if kept.corpus != record.corpus and not changed:
-            raise _another_text(f"the run in {out} was trained on {kept.title}", record)
+        try:
+            _compare(record, _of_record(kept, out), own=own)
+        except AnotherText:
+            if not changed:
+                raise
         before = dict.fromkeys([*kept.earlier, kept.corpus])
         record = record.model_copy(update={"earlier": [each for each in before if each != record.corpus]})
-    return RunCorpus(corpus=corpus, record=record, remedy=remedy, changed=changed)
+    return RunCorpus(corpus=corpus, record=record, own=own, changed=changed)
 
 
 def check_named_tokenizer(config: RunConfig, out: Path) -> None:
@@ -134,11 +138,11 @@ def check_named_tokenizer(config: RunConfig, out: Path) -> None:
     try:
         read_vocabulary(named)
     except DataError as error:
-        raise DataError(f"{str(error).removesuffix('; check data.tokenizer')}; {_remedy(config, out)}") from None
+        raise DataError(f"{str(error).removesuffix('; check data.tokenizer')}; {_own_tokenizer(config, out)}") from None
 
 
-def _remedy(config: RunConfig, out: Path) -> str:
-    """For a tokenizer that is not the run's."""
+def _own_tokenizer(config: RunConfig, out: Path) -> str:
+    """Where that of the run in `out` is, for who has another one."""
     checkpoints = config.checkpoint.path(out)
     if kept := kept_tokenizer(checkpoints):
         return f"the run has kept its own: set data.tokenizer={kept}"
@@ -148,17 +152,28 @@ def _remedy(config: RunConfig, out: Path) -> str:
     return f"bring the directory {there} from where the run was begun"
 
 
-def vocabulary_of_run(found: Assembled) -> Vocabulary:
-    """The tokenizer that the text of a run was coded with: the one that it keeps, or else one that is made again.
-    Raises DataError, also where that is another one."""
+def check_trained_on(corpus: Corpus, run: Path, found: Assembled, remedy: str) -> None:
+    """Raises AnotherText unless `corpus`, as the settings of the run in `run` lead to it now, is what its checkpoint
+    was trained on, and DataError where the tokenizer is not. What the checkpoint says counts, else what is kept beside
+    the run; where nobody knows, nothing is compared. remedy: what to do, in words."""
+    kept = read_record(run)
+    if found.text[1] and not (kept and (kept.corpus, kept.tokenizer) == found.text):
+        there = _of_checkpoint(*found.text, found.completed)
+    elif kept:
+        there = _of_record(kept, run)
+    else:
+        return
+    _compare(_record(corpus, found.config), there, remedy, own=_own_tokenizer(found.config, run))
+
+
+def vocabulary_of_run(run: Path, found: Assembled) -> Vocabulary:
+    """The tokenizer of the run in `run`: the one that it keeps, or what its settings lead to. Raises DataError where
+    that is another one than its checkpoint names: without the first it is trained anew, on whatever text is here."""
     vocabulary = prepare_vocabulary(found.config, found.tokenizer)
-    digest, wanted = hashlib.sha256(vocabulary.content).hexdigest(), found.text[1]
-    if wanted and digest != wanted:
-        raise DataError(
-            f"{vocabulary.name} is not the run's: {digest[:12]} here, {wanted[:12]} in the checkpoints, so ids would "
-            f"mean other tokens than the weights were trained on; bring the directory {FIRST}/{TOKENIZER} to those "
-            "checkpoints from where the run was begun"
-        )
+    here = hashlib.sha256(vocabulary.content).hexdigest()
+    if found.text[1] and here != found.text[1]:
+        there = _of_checkpoint(*found.text, found.completed)
+        raise _another_tokenizer(here, there, _own_tokenizer(found.config, run))
     return vocabulary
 
 
@@ -184,15 +199,48 @@ def carry_corpus(run: Path, out: Path) -> None:
         raise DataError(f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out") from None
 
 
-def _another_text(there: str, record: CorpusRecord) -> DataError:
-    return DataError(
-        f"data.source has changed: {there}, here is {record.title}; give it as it was, or say --data-changed to go on "
-        "with this one and the run's own tokenizer"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stated:
+    """What something that is kept says of the run's text. where: the thing; line: what it says, for people."""
+
+    corpus: str
+    tokenizer: str
+    where: str
+    line: str
+
+
+def _of_checkpoint(corpus: str, tokenizer: str, completed: int) -> _Stated:
+    where = f"the checkpoint after {completed} steps"
+    line = f"{where} is of the text with digest {corpus[:12]}"
+    return _Stated(corpus=corpus, tokenizer=tokenizer, where=where, line=line)
+
+
+def _of_record(kept: CorpusRecord, run: Path) -> _Stated:
+    line = f"the run in {run} was trained on {kept.title}"
+    return _Stated(corpus=kept.corpus, tokenizer=kept.tokenizer, where=f"{run}/{RECORD}", line=line)
+
+
+def _record(corpus: Corpus, config: RunConfig) -> CorpusRecord:
+    """Of an open corpus, whatever the run was trained on."""
+    return CorpusRecord(
+        source=config.data.source,
+        python=platform.python_version(),
+        corpus=corpus.digest,
+        tokenizer=hashlib.sha256(corpus.tokenizer_files["tokenizer.json"]).hexdigest(),
     )
 
 
-def _another_tokenizer(where: str, wanted: str, record: CorpusRecord, remedy: str) -> DataError:
+def _compare(here: CorpusRecord, there: _Stated, remedy: str = RESUMED, *, own: str) -> None:
+    """The one place where a text is held against what a run says of its own. own: where the run's own tokenizer is.
+    Raises DataError for another tokenizer, else AnotherText for another text, with that remedy."""
+    if here.tokenizer != there.tokenizer:
+        raise _another_tokenizer(here.tokenizer, there, own)
+    if here.corpus != there.corpus:
+        raise AnotherText(f"data.source has changed: {there.line}, here is {here.title}; {remedy}")
+
+
+def _another_tokenizer(here: str, there: _Stated, own: str) -> DataError:
     return DataError(
-        f"the tokenizer is not the run's: {record.tokenizer[:12]} here, {wanted[:12]} in {where}, so ids would mean "
-        f"other tokens than the weights were trained on; {remedy}"
+        f"the tokenizer is not the run's: {here[:12]} here, {there.tokenizer[:12]} in {there.where}, so ids would mean "
+        f"other tokens than the weights were trained on; {own}"
     )

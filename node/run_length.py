@@ -17,7 +17,7 @@ from .resuming import newest_common
 
 def steps_done(config: RunConfig, out: Path) -> int:
     """After how many steps the run in `out` can go on, by the manifests of its checkpoints and of neighbours' copies; 0
-    without any that all stages have. Raises CheckpointError for a directory that cannot be listed."""
+    without any that all stages have. Raises what `resuming.newest_common` does."""
     return newest_common(config, out) or 0
 
 

@@ -8,8 +8,9 @@ A disk that is full is not worth a run: what cannot be written waits in memory, 
 place once there is room. Why not leave it out and go on: the record of the end, without which there is no summary,
 would be the first to be missed.
 
-Record kinds (`event`): start, preparing, data, ready, step, evaluation, checkpoint, copy, view_change, rollback, fault,
-stop, end, failed, exit. Units are in the names. Views of a running node (`node.watching.views`) get the same records.
+Record kinds (`event`): start, costs, preparing, data, ready, step, evaluation, checkpoint, copy, view_change, rollback,
+fault, stop, end, failed, exit. Units are in the names. Views of a running node (`node.watching.views`) get the same
+records.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,21 +17,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compress.anchors import Anchors
-from ..compress.codec_interface import BoundaryCodec, BoundaryContext, StageContext
+from ..compress.byte_format import CodecError
 from ..compress.registry import parse_codec
-from ..compress.token_table import token_table
 from ..protocol.schedule import get_schedule, splits_backward
-from .boundary.endpoints import BoundaryShape, DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
+from .averaging.averager import Averager, Place
+from .averaging.modes import parse_averaging
+from .averaging.stage_averager import stage_averager
+from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
-from .config import RunConfig
-from .constrained_stage import check_constrained, constrain
+from .config import ConfigError, RunConfig
+from .constrained_stage import constrain
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
+from .stage_codec import boundary_of, known_tokens, stage_context, trained_parameters
 from .stage_costs import stage_layers
 from .stage_state import StageSnapshot, StageState, StateError, sha256_of
 
@@ -58,9 +60,9 @@ class Stage:
     last column is a target only; z (B, T, W).
     """
 
-    def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int) -> None:
+    def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int, lane: int = 0) -> None:
         self.config = config
-        self.index = index
+        self.index, self.lane = index, lane
         self.first, self.last = index == 0, index == config.pipeline.stages - 1
         self.device = torch.device(config.compute.device)
         compute_dtype = DTYPES[config.compute.dtype]
@@ -86,35 +88,34 @@ class Stage:
         self.width = self.model.width
         self.upstream_endpoint: UpstreamEndpoint | None = None
         self.downstream_endpoint: DownstreamEndpoint | None = None
-        self.token_table_digest, self.tokens = self._tokens()
+        context = stage_context(config, index, self.model, dtype=self.dtype)
+        self.token_table_digest, self.tokens = known_tokens(self._codec, context, self.model)
         if not self.first:
-            codec, context, shape = self._boundary(index - 1)
-            self.receiver = codec.codec.decoder(context).to(self.device, self.dtype)
+            codec, of_boundary, shape = boundary_of(config, context, index - 1, self.tokens, lane)
+            self.receiver = codec.codec.decoder(of_boundary).to(self.device, self.dtype)
             self.upstream_endpoint = UpstreamEndpoint(shape, dtype=self.dtype, device=self.device)
         if not self.last:
-            codec, context, shape = self._boundary(index)
-            self.sender = codec.codec.encoder(context).to(self.device, self.dtype)
+            codec, of_boundary, shape = boundary_of(config, context, index, self.tokens, lane)
+            self.sender = codec.codec.encoder(of_boundary).to(self.device, self.dtype)
             self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
-        begin_with(
-            config,
-            stage_layers(config, architecture),
-            index,
-            tokens=self.tokens,
-            sender=None if self.last else self.sender,
-            receiver=None if self.first else self.receiver,
-            below=self.downstream_endpoint,
-            above=self.upstream_endpoint,
-        )
+        receiver, sender = None if self.first else self.receiver, None if self.last else self.sender
+        layers = stage_layers(config, architecture)
+        ends = {"below": self.downstream_endpoint, "above": self.upstream_endpoint}
+        begin_with(config, layers, index, tokens=self.tokens, sender=sender, receiver=receiver, **ends)
+        self.trained = trained_parameters(index, self.model, tokens=self.tokens, receiver=receiver, sender=sender)
         self.optimizer = StageOptimizer(
-            self._trained(), config.optim, total_steps=config.run.steps, extended=config.run.extended
+            self.trained, config.optim, total_steps=config.run.steps, extended=config.run.extended
         )
+        self._table_gradient: Tensor | None = None  # of the table below, whole, from `gather` to the step
+        self.averager = self._averager()
         self._state = StageState(
             stage=index,
-            trained=self._trained(),
+            trained=self.trained,
             optimizer=self.optimizer,
+            averager=self.averager,
             tokens=self.tokens,
-            receiver=None if self.first else self.receiver,
-            sender=None if self.last else self.sender,
+            receiver=receiver,
+            sender=sender,
             ends={name: end for port in self._ports for name, end in port.ends.items()},
             memories={name: memory for port in self._ports for name, memory in port.memories.items()},
         )
@@ -129,70 +130,29 @@ class Stage:
     def _ports(self) -> list[UpstreamEndpoint | DownstreamEndpoint]:
         return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
 
-    def _context(self, model: StageModel) -> StageContext:
-        return StageContext(
-            seed=self.config.run.seed,
-            stage=self.index,
-            width=model.width,
-            vocab_size=model.vocab_size,
-            dtype=self.dtype,
-            device=self.device,
-        )
-
     def _constrain(self, model: StageModel) -> None:
-        context = replace(self._context(model), device="cpu")  # where weights are made
-        constrain(self._codec, model, context, self._all_layers)
+        context = stage_context(self.config, self.index, model, dtype=self.dtype)
+        constrain(self._codec, model, replace(context, device="cpu"), self._all_layers)  # where weights are made
 
-    def _tokens(self) -> tuple[str, nn.Module | None]:
-        """The digest of what is frozen and generated, which all stages must share ("" where there is nothing), and what
-        the codec knows of tokens on this stage. Raises ModelError for a stage that the codec does not fit."""
-        codec, context = self._codec, self._context(self.model)
-        table_VD = None
-        if codec.table_scale:
-            table_VD = token_table(
-                context.seed, context.vocab_size, context.width, codec.table_scale, dtype=self.dtype, device=self.device
-            )
-            if self.first:
-                self.model.token_table_VD = table_VD
-        if codec.constrains:
-            check_constrained(codec, self.model, context, table_VD)
-        shared = [each for each in (table_VD, codec.frozen(context)) if each is not None]
-        digest = hashlib.sha256(b"".join(each.cpu().numpy().tobytes() for each in shared)).hexdigest() if shared else ""
-        return digest, codec.tokens(context, table_VD) if self.config.pipeline.stages > 1 else None
-
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        """What the stage's optimizer moves: the model, what the codec knows of tokens, and the halves' own networks."""
-        named = self.model.full_names()
-        if self.tokens is not None:
-            named += self.tokens.named_parameters(prefix=f"codec.stage_{self.index}")
-        if not self.first:
-            named += self.receiver.named_parameters(prefix=f"codec.boundary_{self.index - 1}.receiver")
-        if not self.last:
-            named += self.sender.named_parameters(prefix=f"codec.boundary_{self.index}.sender")
-        first_names = {id(parameter): name for name, parameter in reversed(named)}
-        return [each for each in named if first_names[id(each[1])] == each[0]]  # both halves hold the tokens' module
-
-    def _boundary(self, boundary: int) -> tuple[BoundaryCodec, BoundaryContext, BoundaryShape]:
-        """A boundary as the configuration says it is; each end builds its own and uses one half of it."""
+    def _averager(self) -> Averager | None:
+        """What this stage does in rounds, if there are other lanes. Raises ConfigError for a mode that does not fit."""
         config = self.config
-        codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward)
-        context = BoundaryContext(
-            seed=config.run.seed,
-            boundary=boundary,
-            width=self.model.width,
-            vocab_size=self.model.vocab_size,
-            dtype=self.dtype,
-            device=self.device,
-            tokens=self.tokens,
-        )
-        shape = BoundaryShape.of(
-            codec,
-            context,
-            microbatch_size=config.microbatch_size,
-            sequence_length=config.data.sequence_length,
-            microbatches=config.pipeline.microbatches,
-        )
-        return codec, context, shape
+        if config.lanes.count == 1:
+            return None
+        table = self.downstream_endpoint and self.downstream_endpoint.table
+        learned = table.table if table and table.table.every else None
+        try:
+            return stage_averager(
+                parse_averaging(config.lanes.average),
+                Place(stage=self.index, lane=self.lane, lanes=config.lanes.count, seed=config.run.seed),
+                steps=config.run.steps,
+                parameters=self.trained,
+                sender=self.sender if learned else None,
+                table_moves=lambda step: learned is not None and moves_after(learned, step),
+                table_gradient=lambda: self._table_gradient,
+            )
+        except CodecError as error:
+            raise ConfigError(f"lanes.average: {error}") from None
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._autocast:
@@ -293,21 +253,29 @@ class Stage:
         table = self.downstream_endpoint and self.downstream_endpoint.table
         return bool(table) and gradient_due(table.table, step)
 
-    def finish(self, step: int, table_gradient: Tensor | None = None) -> tuple[float, OptimStats]:
-        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did.
+    def gather(self, step: int, table_gradient: Tensor | None) -> None:
+        """Before `finish`: the whole gradient of the table below, of which `table_gradient` is the receiver's half,
+        where `awaits_gradient` says so."""
+        table = self.downstream_endpoint and self.downstream_endpoint.table
+        if table and moves_after(table.table, step):
+            self._table_gradient = self.sender.take_gradient(table_gradient)
 
-        `table_gradient`: the receiver's half for the table below, where `awaits_gradient` says so.
-        """
+    def finish(self, step: int) -> tuple[float, OptimStats]:
+        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did."""
         tokens = self.config.tokens_per_step
         assert not self._owed, f"stage {self.index} ends step {step} without the weight gradients of {list(self._owed)}"
         self._begun, self._backwards = False, 0
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
-        stats = self.optimizer.step(step, tokens)  # first: it refuses gradients that are not finite
+        averages = self.averager is not None and self.averager.mode.of_gradients
+        lanes = self.config.lanes.count if averages else 1  # whose tokens the gradients are sums of
+        stats = self.optimizer.step(step, lanes * tokens)  # first: it refuses gradients that are not finite
         table = self.downstream_endpoint and self.downstream_endpoint.table
         if table and moves_after(table.table, step):
+            assert self._table_gradient is not None, f"stage {self.index} ends step {step} without `gather`"
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
-            self.sender.learn(table_gradient, rate=rate)
+            self.sender.learn(self._table_gradient, rate=rate)
+            self._table_gradient = None
         self.completed = step + 1
         return loss, stats
 
@@ -378,7 +346,7 @@ class Stage:
         self._saved.clear()
         self._owed.clear()
         self.losses.clear()
-        self._begun, self._backwards = False, 0
+        self._begun, self._backwards, self._table_gradient = False, 0, None
         self.completed = snapshot.completed
 
     def set_generation(self, generation: int) -> None:

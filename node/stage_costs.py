@@ -12,45 +12,22 @@ From the same settings every node finds the same numbers, so that no two have to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..compress.registry import parse_codec
+from ..sim.links import stage_work
+from ..sim.links.stage_work import Operations, StageWorkError
 from .config import RunConfig
-from .model.architecture import with_layers
+from .model.architecture import ModelError, with_layers
 from .model.parts import in_layer
 from .model.slices import skeleton
-from .model.stage_cut import balanced_cut, equal_cut, layer_ranges, least_layers, stated_cut
+from .model.stage_cut import equal_cut, layer_ranges, stated_cut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Operations:
-    """Of the forward pass, a token."""
-
-    layer_weights: float  # of a layer's matrices
-    attention: float  # of a layer's products without weights
-    head: float
-    codec_end: float  # of one end of a boundary
-
-    @property
-    def layer(self) -> float:
-        return self.layer_weights + self.attention
-
-    def of_ends(self, stages: int) -> list[float]:
-        """What each stage does besides its layers."""
-        last = stages - 1
-        return [
-            ((stage > 0) + (stage < last)) * self.codec_end + (stage == last) * self.head for stage in range(stages)
-        ]
-
-    def of_stages(self, counts: Sequence[int]) -> list[float]:
-        """Of stages with so many layers."""
-        return [count * self.layer + of_end for count, of_end in zip(counts, self.of_ends(len(counts)), strict=True)]
 
 
 def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
@@ -92,17 +69,12 @@ def best_cut(
     config: RunConfig, architecture: PretrainedConfig, costs: Operations, at_speeds: Sequence[float]
 ) -> list[int]:
     """Layers of each stage for machines of these speeds, whatever `pipeline.cut` says. Raises ModelError."""
-    layers, stages = architecture.num_hidden_layers, len(at_speeds)
-    wanted = parse_codec(config.codec.codec).codec.last_layers(architecture.hidden_size)
     # More than there are: `Codec.check_layers` says so.
-    last = min(wanted, max(1, layers - (stages - 2)))
-    return balanced_cut(
-        layers,
-        of_layer=costs.layer,
-        of_ends=costs.of_ends(stages),
-        speeds=at_speeds,
-        least=least_layers(stages, last=last),
-    )
+    last_layers = parse_codec(config.codec.codec).codec.last_layers(architecture.hidden_size)
+    try:
+        return stage_work.best_cut(architecture.num_hidden_layers, costs, at_speeds, last_layers=last_layers)
+    except StageWorkError as error:
+        raise ModelError(str(error)) from None
 
 
 def best_order(config: RunConfig, architecture: PretrainedConfig) -> list[float]:

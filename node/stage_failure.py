@@ -4,9 +4,11 @@ A stage that fails tells its neighbours why before it leaves (`protocol.rollback
 within seconds with that reason as their last line. Why the others do not wait for a replacement, as they do for a stage
 that was killed: a value that is not finite, a disk that is broken or a bug would meet the next process too, and nobody
 who looks at another machine would learn of it. Nothing is lost by it: all start again with --resume, from the newest
-common checkpoint. Who starts them again (`thinpipe up --restarts`, `thinpipe supervise`) does so once for one failure.
+common checkpoint. Who starts them again (`thinpipe up --restarts`, `thinpipe supervise`) does so once for one failure
+of the computation, which replays as exactly as all that it computes, and more often where what is around it failed.
 
-The record `failed` is for them: which stage, after how many steps, why, and whether the others were told.
+The record `failed` is for them: which stage, after how many steps, why, whether the others were told, and whether it
+replays.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .checkpoints.manifest import CheckpointError
 from .data import SourceLost
 from .links.control_stream import Control
 from .links.dialling import NeighbourMismatch
-from .links.link import LinkLost
+from .links.link import LinkLost, LinkOffCap
 from .optim import OptimizerError
 from .preparation import BAD_INPUT
 from .run_records import MetricsWriter
@@ -32,6 +34,9 @@ from .stage_state import StateError
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
 FAILED += (SourceLost,)
+# Not the computation, which is the same each time, but what is around it: a neighbour (TimeoutError is an OSError), a
+# disk, a source of data, memory that others use too.
+AROUND = (OSError, MemoryError, LinkOffCap, CheckpointError, SourceLost)
 FAREWELL_S = 5.0  # for all neighbours to be told; one whose connection has just broken dials again within 2 s
 
 
@@ -76,9 +81,11 @@ class Farewell:
             return
         self._said = True
         cause, machine = first_of(error), self._control.machine
+        reason, replays = reason_of(cause), not isinstance(cause, AROUND)
         if not isinstance(cause, UNTOLD):
-            self._control.act(machine.fail(reason_of(cause)))
-        own = Failed(stage=machine.identity.stage, completed_steps=machine.completed, reason=reason_of(cause))
+            self._control.act(machine.fail(reason, replays=replays))
+        stage, completed = machine.identity.stage, machine.completed
+        own = Failed(stage=stage, completed_steps=completed, reason=reason, replays=replays)
         with suppress(OSError):  # a full disk may be why
             self._metrics.write("failed", **asdict(machine.failure or own), told=machine.failure is not None)
         await self._control.tell_failure(there, FAREWELL_S)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..compress.byte_format import CodecError
 from ..compress.codec_interface import Decoder, Encoder
 from ..protocol.errors import LocalProtocolError
+from .averaging.averager import Averager
 from .boundary.pack_memory import PackMemory
 from .boundary.table_snapshot import DictionaryEnd, TableSnapshot
 from .optim import StageOptimizer
@@ -50,7 +51,8 @@ class StageState:
 
     trained: what the optimizer moves. tokens: what the codec knows of tokens, parts of which may be frozen. The halves
     of the two boundaries. ends: of the dictionaries at both, of which "table_above" and "table_below" are what those
-    halves work with. memories: of byte formats, of what they packed.
+    halves work with. memories: of byte formats, of what they packed. averager: of rounds with the other
+    lanes, if there are any.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class StageState:
         stage: int,
         trained: list[tuple[str, nn.Parameter]],
         optimizer: StageOptimizer,
+        averager: Averager | None,
         tokens: nn.Module | None,
         receiver: Decoder | None,
         sender: Encoder | None,
@@ -67,6 +70,7 @@ class StageState:
     ) -> None:
         self._stage = stage
         self._trained, self._optimizer, self._tokens = trained, optimizer, tokens
+        self._averager = averager
         self._receiver, self._sender = receiver, sender
         self._ends, self._memories = ends, memories
 
@@ -75,14 +79,16 @@ class StageState:
         parts = {name: half.state_tensors() for name, half in self._halves.items()}
         parts |= {name: end.state_tensors(completed) for name, end in self._ends.items()}
         parts |= {name: memory.state_tensors() for name, memory in self._memories.items()}
-        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
+        rounds = self._averager.state_tensors() if self._averager else {}
+        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()}) | _of_rounds(rounds)
 
     def layout(self, completed: int, *, unsent: Collection[str] = ()) -> dict[str, Tensor]:
         """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing. unsent: the
         dictionaries of boundaries that were made after some steps, of which nothing was sent yet."""
         all_parts = self._halves | self._ends | self._memories
         parts = {name: part.state_layout(0 if name in unsent else completed) for name, part in all_parts.items()}
-        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()})
+        rounds = self._averager.state_layout(completed) if self._averager else {}
+        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()}) | _of_rounds(rounds)
 
     def untrained(self, completed: int) -> StageSnapshot:
         """The state after `completed` steps in which this stage, as it was built, had no part: its moments are zero,
@@ -119,6 +125,10 @@ class StageState:
             for name, frozen in self._frozen_tokens().items():
                 frozen.copy_(tensors[f"codec/tokens/{name}"])
         self._optimizer.load_state_tensors({name: tensors[name] for name in self._optimizer.state_tensors()})
+        if self._averager:
+            names = {name for name in tensors if name.startswith(_ROUNDS)}
+            rounds = {name.removeprefix(_ROUNDS): tensors[name] for name in names}
+            self._averager.load_state_tensors(rounds, snapshot.completed)
         tables = {name: end.restore(held[name], _part(tensors, name)) for name, end in self._ends.items()}
         for name, memory in self._memories.items():
             memory.restore(_part(tensors, name))
@@ -188,6 +198,13 @@ def sha256_of(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+_ROUNDS = "lanes/"
+
+
+def _of_rounds(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{_ROUNDS}{name}": tensor for name, tensor in tensors.items()}
 
 
 def _joined(parts: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:

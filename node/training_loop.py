@@ -130,9 +130,7 @@ class TrainingLoop:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s + grace_s):
                         await link.opened.wait()
-                waits = self._deadline.was_preparing(timeout_s) or (
-                    self._generation and self._deadline.extend(timeout_s)
-                )
+                waits = self._deadline.excused(timeout_s) or (self._generation and self._deadline.extend(timeout_s))
                 if not (link.opened.is_set() or waits):
                     raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
         most_s = self.config.link.replacement_timeout_s if self._generation else timeout_s  # who is lost now comes back
@@ -232,7 +230,8 @@ class TrainingLoop:
         table_gradient = None
         if self._from_below and self.stage.awaits_gradient(step):
             table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
-        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, table_gradient)
+        await self._compute.run("gather", self.stage.gather, step, table_gradient)
+        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
         self._measures = await self._compute.run("measures", self.stage.measures)
         return loss, stats.grad_norm
 
@@ -351,8 +350,10 @@ class TrainingLoop:
         )
 
 
-def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int) -> np.ndarray:
-    """The ids (B, T+1) of one microbatch of training or held-out text."""
+def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int, lane: int = 0) -> np.ndarray:
+    """The ids (B, T+1) of one microbatch of training or held-out text. Lanes take turns at the batches of the text, so
+    that none is read twice."""
     if kind is Kind.EVALUATION:
         return corpus.heldout_batch(microbatch, config.microbatch_size)
-    return corpus.batch(step, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)
+    turn = step * config.lanes.count + lane
+    return corpus.batch(turn, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)

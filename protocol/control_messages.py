@@ -23,6 +23,7 @@ from .header import check_text
 STEP_MAX = 2**48
 LISTED_MAX = 1024  # stages, or steps, that one frame names
 PART_BYTES_MAX = 256 * 1024  # of a part of a state
+FLAGS = ("replays",)  # 0 or 1
 BYTES_MAX = {"data": PART_BYTES_MAX, "manifest": 64 * 1024}
 
 
@@ -92,11 +93,16 @@ class LastStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failed:
-    """That stage has failed after so many completed steps, and so the run ends: all leave, and can say why."""
+    """That stage has failed after so many completed steps, and so the run ends: all leave, and can say why.
+
+    replays: the computation failed, so whoever comes to that step again fails so, too; else what is around it did (a
+    disk, a source of data), which may pass.
+    """
 
     stage: int
     completed_steps: int
     reason: str
+    replays: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +199,8 @@ def encode_control(frame: ControlFrame) -> bytes:
         before = pb.CopyPart(stage=frame.stage, completed_steps=frame.completed_steps, offset=frame.offset)
         return around_data("copy_part", before, frame.data, pb.CopyPart(xxh3=part_checksum(frame)))
     name = _NAMES[type(frame)]
-    body = CONTROL[name][1](**{field.name: getattr(frame, field.name) for field in fields(frame)})
+    values = {field.name: getattr(frame, field.name) for field in fields(frame)}
+    body = CONTROL[name][1](**{each: int(value) if each in FLAGS else value for each, value in values.items()})
     return pb.Frame(**{name: body}).SerializeToString()
 
 
@@ -232,6 +239,10 @@ def _bounded(name: str, value: Any) -> Any:
         if len(value) > BYTES_MAX[name]:
             raise RemoteProtocolError(Fault.OVERSIZED, f"{len(value)} bytes of {name}, at most {BYTES_MAX[name]}")
         return value
+    if name in FLAGS:
+        if value > 1:
+            raise RemoteProtocolError(Fault.MALFORMED, f"{name} is {value}, and can be 0 or 1")
+        return bool(value)
     numbers = (value,) if isinstance(value, int) else tuple(value)
     if len(numbers) > LISTED_MAX:
         raise RemoteProtocolError(Fault.OVERSIZED, f"{len(numbers)} {name} in a frame, at most {LISTED_MAX}")

@@ -221,13 +221,14 @@ class Rollback:
         self._finished_here = True
         return self._advance()
 
-    def fail(self, reason: str) -> list[Effect]:
-        """This stage itself has failed, for this reason (printable, of bounded length), and leaves. No effect from a
-        process that is no member, after the end, or where another stage has failed already."""
+    def fail(self, reason: str, *, replays: bool) -> list[Effect]:
+        """This stage itself has failed, for this reason (printable, of bounded length), and leaves. replays: whoever
+        comes to this step again will fail so, too. No effect from a process that is no member, after the end, or where
+        another stage has failed already."""
         if self.failure or self.joining or self.phase is RollbackPhase.FINISHED:
             return []
-        stage = self.identity.stage
-        self.failure = failure = Failed(stage=stage, completed_steps=self.completed, reason=reason)
+        stage, completed = self.identity.stage, self.completed
+        self.failure = failure = Failed(stage=stage, completed_steps=completed, reason=reason, replays=replays)
         return [*self._tell("above", failure), *self._tell("below", failure)]
 
     def drain(self) -> list[Effect]:

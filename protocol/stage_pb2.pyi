@@ -197,14 +197,16 @@ class LastStep(_message.Message):
     def __init__(self, completed_steps: _Optional[int] = ...) -> None: ...
 
 class Failed(_message.Message):
-    __slots__ = ("stage", "completed_steps", "reason")
+    __slots__ = ("stage", "completed_steps", "reason", "replays")
     STAGE_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    REPLAYS_FIELD_NUMBER: _ClassVar[int]
     stage: int
     completed_steps: int
     reason: str
-    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    replays: int
+    def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ..., replays: _Optional[int] = ...) -> None: ...
 
 class CopiesHeld(_message.Message):
     __slots__ = ("stage", "steps")

@@ -167,6 +167,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "stage": "the stage that has failed; the sender, or beyond it",
         "completed_steps": "steps that it had completed",
         "reason": "text; one line for people to read",
+        "replays": "1: the computation failed, so it fails again at that step; 0: something around it, which may pass",
     },
     "CopiesHeld": {"stage": _COPY, "steps": "completed steps of all copies that the sender has, falling"},
     "CopyOffer": {"stage": _COPY, "completed_steps": _COMPLETED, "manifest": "describes the file: length, SHA-256"},

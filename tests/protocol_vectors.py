@@ -158,7 +158,8 @@ def all_frames() -> dict[str, Frame]:
         "all_finished": AllFinished(),
         "drain": Drain(),
         "last step": LastStep(completed_steps=2**48 - 1),
-        "failed": Failed(stage=2, completed_steps=12, reason="the gradient is not finite"),
+        "failed": Failed(stage=2, completed_steps=12, reason="the gradient is not finite", replays=True),
+        "failed, by what may pass": Failed(stage=0, completed_steps=12, reason="the source is away"),
         "copies held": CopiesHeld(stage=2, steps=(12, 10)),
         "copies held: none": CopiesHeld(stage=2, steps=()),
         "copy offer": CopyOffer(stage=2, completed_steps=12, manifest=b"{}\n"),
@@ -178,7 +179,7 @@ def values_of(frame: Any) -> dict[str, Any]:
             value = values_of(value)
         elif field.name == "codec_header":
             value = encode_header("", value)
-        elif field.name in ("joining", "acknowledge", "kind"):
+        elif field.name in ("joining", "acknowledge", "kind", "replays"):
             value = int(value)
         values[field.name] = value
     return values

@@ -10,7 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from thinpipe.node.checkpoints.assemble import AssembleError, assemble
-from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint, ForeignCheckpoint, read_manifest
+from thinpipe.node.checkpoints.manifest import (
+    MANIFEST,
+    CheckpointError,
+    Fingerprint,
+    ForeignCheckpoint,
+    read_manifest,
+)
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.stage import Stage
@@ -69,7 +75,7 @@ def test_the_union_of_the_stages(trained: tuple[Path, list[Stage]]) -> None:
         assert torch.equal(held.table, below.receiver._table)
         assert torch.equal(held.master, above.sender.master)
     names = {name.partition("/")[2] for name in found.optimizer}
-    trained = {name for stage in stages for name, _ in stage._trained()}
+    trained = {name for stage in stages for name, _ in stage.trained}
     assert names == trained >= own.keys()
     stages[1].restore(found.snapshots[1])  # as a stage of the same cut takes it
 
@@ -113,6 +119,29 @@ def test_a_neighbours_copy_will_do(run: Path) -> None:
     (directory / "stage-1").rename(directory / "copies" / "stage-1")
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(assemble(run).weights[name], whole.weights[name])
+
+
+def test_a_copy_takes_the_place_of_what_is_damaged(run: Path) -> None:
+    """Its own was looked at first, and hid the copy."""
+    directory = run / "checkpoints"
+    whole = {name: each.clone() for name, each in assemble(run).weights.items()}
+    shutil.copytree(directory / "stage-1", directory / "copies" / "stage-1")
+    own, copy = place(run, 1, STEPS + 1), directory / "copies" / "stage-1" / f"step-{STEPS + 1:08d}"
+    spoil(own)
+    said: list[str] = []
+    found = assemble(run, report=said.append)
+    assert found.completed == STEPS + 1
+    assert all(torch.equal(found.weights[name], whole[name]) for name in whole)
+    (line,) = said
+    assert line.startswith(f"{own / STATE} is damaged: it has the digest ")
+    assert line.endswith(f" was written; the copy {copy} is taken instead")
+    (own / MANIFEST).write_text("{}")
+    assert assemble(run, step=STEPS + 1, report=said.append).completed == STEPS + 1
+    assert said[1].startswith(f"{own / MANIFEST} is damaged: ")
+    spoil(copy)
+    with pytest.raises(CheckpointError, match=rf"{own / MANIFEST} is damaged"):  # what is its own is named
+        assemble(run, step=STEPS + 1)
+    assert assemble(run, report=said.append).completed == STEPS
 
 
 def test_what_is_missing_is_named(run: Path) -> None:

@@ -42,7 +42,8 @@ from thinpipe.node.checkpoints.restore_points import RestorePoints
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, parse_config
-from thinpipe.node.one_process import OneProcess
+from thinpipe.node.lane_in_process import LaneInProcess
+from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.node.stage_state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind, Message
@@ -86,8 +87,12 @@ def configure(tiny: TinyConfig, codec: str = f"{PUBLISHED},r=8", **more: Any) ->
 # -- a run that can be stopped anywhere ----------------------------------------------------------------------------
 
 
-class Run(OneProcess):
+class Run(LaneInProcess):
     """One process that takes a step, or only its first actions, when told to."""
+
+    def __init__(self, config: RunConfig) -> None:
+        torch.set_num_threads(1)
+        super().__init__(config, resolve_architecture(config), prepare_corpus(config), 0, None)
 
     def act(self, step: int, actions: int | None = None) -> float:
         """The step's loss, or nan after the first `actions` of it."""
@@ -105,7 +110,8 @@ class Run(OneProcess):
                 case WeightGradient():
                     self._weight_gradient(index, action.microbatch)
                 case _:
-                    loss, _ = self.stages[index].finish(step, self._table_gradient(index, step))
+                    self.stages[index].gather(step, self._table_gradient(index, step))
+                    loss, _ = self.stages[index].finish(step)
         return loss if actions is None else float("nan")
 
     def actions(self) -> int:

@@ -128,7 +128,16 @@ def test_what_becomes_of_each_boundary_is_said() -> None:
 # -- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", [["--stages", "3"], ["--stages", "1", "--cut", "4"], ["--cut", "0,4,0"]], ids=str)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        ["--stages", "3"],
+        ["--stages", "1", "--cut", "4"],
+        ["--cut", "0,4,0"],
+        ["--set", "pipeline.cut=[0,4,0]", "--set", "pipeline.schedule=1f1b:rtt_ratio=2"],
+    ],
+    ids=str,
+)
 def test_without_rounding_the_next_losses_are_those_of_the_run(
     cut: list[str], exact: tuple[Path, Ended], tmp_path: Path
 ) -> None:
@@ -184,6 +193,35 @@ def test_a_run_with_a_new_boundary_trains_and_survives_a_loss(learned: tuple[Pat
     assert disturbed.state_sha256 == ended.state_sha256
 
 
+def test_more_microbatches_train_on_the_same_sequences(exact: tuple[Path, Ended], tmp_path: Path) -> None:
+    """So the losses are those of the run, but for the order in which they are summed."""
+    run, unconverted = exact
+    more = ("--set", "pipeline.microbatches=4", "--set", "pipeline.speeds=1,1,2")
+    said = converted(run, tmp_path / "other", "--stages", "3", *more)
+    assert "a step is computed in 4 parts and not in 2: what is summed is rounded otherwise" in said
+    pipeline = load_config(tmp_path / "other" / "run.toml").pipeline
+    assert (pipeline.microbatches, pipeline.speeds) == (4, (1.0, 1.0, 2.0))
+    ended = go_on(tmp_path / "other")
+    assert ended.losses[0] == pytest.approx(unconverted.losses[0][DONE:], rel=1e-3)
+    assert ended.losses[0] != unconverted.losses[0][DONE:]
+
+
+@pytest.mark.parametrize("cut", ["1,1,2", "1,3"])
+def test_error_feedback_keeps_the_size_of_a_microbatch(cut: str, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Where a boundary goes on: a new one has nothing to carry."""
+    ended_run(tiny(SMALL | CODECS["resbm"]), tmp_path / "run")
+    options = ["checkpoint", "convert", str(tmp_path / "run"), "--out", str(tmp_path / "other"), "--cut", cut]
+    done = CliRunner().invoke(app, [*options, "--set", "pipeline.microbatches=4"])
+    if cut == "1,3":
+        assert done.exit_code == 0, done.output
+        go_on(tmp_path / "other")
+        return
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+    assert "byte format 'int4' carries what it left out of a microbatch of 2 sequences" in done.stderr
+    assert "leave pipeline.microbatches = 2" in done.stderr
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_stays_is_what_was_learned_there(tiny: TinyConfig, tmp_path: Path) -> None:
     settings = SMALL | CODECS["mapl, every 3"] | {"pipeline.stages": 3, "pipeline.cut": "1,1,2"}
     ended_run(tiny(settings), tmp_path / "run")
@@ -214,6 +252,15 @@ def test_what_stays_is_what_was_learned_there(tiny: TinyConfig, tmp_path: Path) 
         (["--cut", "2,2"], "its 2 stages have 2,2 layers already; choose another --stages or --cut"),
         (["--stages", "3", "--step", "99"], "stage 0 has no checkpoint after 99 steps"),
         (["--stages", "3", "--speeds", "1,2"], "pipeline.speeds = 1,2 is for 2 stages, but pipeline.stages = 3"),
+        (["--stages", "3", "--set", "pipeline.speeds=[1,2]"], "pipeline.speeds = 1,2 is for 2 stages, but"),
+        (["--set", "pipeline.cut=auto"], "say how many stages: --stages N, or --cut with the layers of each"),
+        (["--stages", "3", "--set", "pipeline.microbatches=3"], "pipeline.microbatches = 3 does not divide"),
+        (["--stages", "3", "--set", "pipeline.schedule=2f2b"], "unknown schedule '2f2b'; the nearest known one is"),
+        (["--stages", "3", "--set", "pipeline.batch_size=8"], "--set pipeline.batch_size: a converted run is the same"),
+        (["--stages", "3", "--set", "link.link=80mbit"], "--set link.link: a converted run is the same run, so only"),
+        (["--stages", "3", "--set", "optim.clip=2", "--set", "run.seed=2"], "--set optim.clip, run.seed: a converted"),
+        (["--stages", "3", "--set", "pipeline.cuts=2"], "unknown setting 'pipeline.cuts'; the nearest known one is"),
+        (["--stages", "3", "--set", "microbatches"], "--set wants section.key=value, got 'microbatches'"),
     ],
     ids=str,
 )

@@ -12,13 +12,16 @@ from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.measuring import dense_comparison
-from thinpipe.node.measuring.cut_advice import advice_line, cut_advice
 from thinpipe.node.measuring.dense_comparison import add_comparison
+from thinpipe.node.measuring.pipeline_costs import pipeline_costs
 from thinpipe.node.measuring.plan import plan
-from thinpipe.node.measuring.stage_times import measured_speeds, times_measured, times_recut
+from thinpipe.node.measuring.stage_times import times_measured, times_recut
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.node.stage_costs import operations
 from thinpipe.sim.links.pipeline import StageTimes
+from thinpipe.sim.links.stage_work import StageWorkError, measured_speeds
+from thinpipe.sim.reports import cut_advice as cut_advice_module
+from thinpipe.sim.reports.cut_advice import PipelineCosts, advice_line, cut_advice
 from thinpipe.sim.reports.run_console import closing_lines, summary_tables
 from typer.testing import CliRunner
 
@@ -28,12 +31,21 @@ MICROBATCH_S = 0.02
 MAPL = {"codec.codec": "mapl:r=8", "optim.muon_lr": 0.01, "optim.adamw_lr": 0.02}
 
 
+def costs_of(config: RunConfig) -> PipelineCosts:
+    found = pipeline_costs(config, resolve_architecture(config))
+    assert found
+    return found
+
+
 def recorded(run: Path, config: RunConfig, *, steps: int = 3) -> Path:
     """Records of stages that take MICROBATCH_S for each microbatch."""
     run.mkdir(parents=True)
+    costs = pipeline_costs(config, resolve_architecture(config))
+    head = [json.dumps({"event": "costs", **costs.record()})] if costs else []
     step = {"event": "step", "compute_s": MICROBATCH_S * config.pipeline.microbatches, "codec_s": 0.0}
     for stage in range(config.pipeline.stages):
-        (run / f"stage-{stage}.jsonl").write_text(f"{json.dumps(step)}\n" * steps)
+        lines = [*(head if stage == 0 else []), *[json.dumps(step)] * steps]
+        (run / f"stage-{stage}.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return run
 
 
@@ -141,7 +153,8 @@ def test_a_run_that_cannot_be_simulated_ends_well_and_says_why(
     if fault == "broken":
         (run / "stage-1.jsonl").write_text('{"event": "step"}\n' * 3)
     if fault == "large":
-        monkeypatch.setattr(dense_comparison, "MICROBATCHES_MAX", 7)
+        for module in (dense_comparison, cut_advice_module):
+            monkeypatch.setattr(module, "MICROBATCHES_MAX", 7)
     found = compared(run, config)
     assert found["dense_simulation"] is found["run_simulation"] is None
     assert found["simulation_left_out"]
@@ -197,7 +210,7 @@ def test_a_slow_stage_is_told_which_cut_would_help(tiny: TinyConfig) -> None:
     work = operations(config, architecture).of_stages([2, 2])
     slow = (1, 4)
     times = [StageTimes(forward_s=each * by, backward_s=2 * each * by) for each, by in zip(work, slow, strict=True)]
-    advice = cut_advice(config, architecture, times)
+    advice = cut_advice(costs_of(config), times)
     assert advice["layers"] == [2, 2]
     assert advice["best_layers"] == [4, 0]
     assert advice["gain"] > 1.5
@@ -207,7 +220,7 @@ def test_a_slow_stage_is_told_which_cut_would_help(tiny: TinyConfig) -> None:
         "(simulated)"
     )
     alike = [StageTimes(forward_s=each, backward_s=2 * each) for each in work]
-    assert advice_line(cut_advice(config, architecture, alike), [0.9, 0.9]) is None
+    assert advice_line(cut_advice(costs_of(config), alike), [0.9, 0.9]) is None
 
 
 @pytest.mark.parametrize(
@@ -240,7 +253,7 @@ def test_a_stage_without_work_or_time_says_nothing_of_its_machine() -> None:
     assert measured_speeds([0.0, 3.0, 3.0], times(9.0, 1.0, 2.0)) == [0.75, 1.0, 0.5]
     assert measured_speeds([3.0, 3.0, 3.0], times(0.0, 1.0, 2.0)) == [0.75, 1.0, 0.5]
     for work in ([0.0, 0.0], [3.0, 3.0]):
-        with pytest.raises(ConfigError, match="no stage computed anything, so nothing is known of the machines; name"):
+        with pytest.raises(StageWorkError, match="no stage computed anything, so nothing is known of the machines"):
             measured_speeds(work, times(0.0, 0.0))
 
 

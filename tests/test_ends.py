@@ -113,7 +113,7 @@ def test_all_end_with_the_reason_of_the_one_that_fails(
     in_one_place(ended.lines, stage, words)
     for records in ended.records:
         (found,) = [record for record in records if record["event"] == "failed"]
-        assert (found["stage"], found["told"]) == (stage, True)
+        assert (found["stage"], found["told"], found["replays"]) == (stage, True, kind != "disk")
         assert words in found["reason"]
         assert found["completed_steps"] == 3 if phase is not Phase.SNAPSHOT else found["completed_steps"] in (3, 4)
 
@@ -162,12 +162,12 @@ def chain(*, joining: int | None = None) -> list[Rollback]:
 
 def test_the_reason_goes_both_ways_and_is_passed_on() -> None:
     machines = chain()
-    failure = Failed(stage=1, completed_steps=0, reason="no such luck")
-    assert machines[1].fail("no such luck") == [
+    failure = Failed(stage=1, completed_steps=0, reason="no such luck", replays=True)
+    assert machines[1].fail("no such luck", replays=True) == [
         Send(side="above", frame=failure),
         Send(side="below", frame=failure),
     ]
-    assert machines[1].fail("and another") == []
+    assert machines[1].fail("and another", replays=True) == []
     assert machines[0].receive("below", failure) == [End(failure=failure)]
     other = chain()
     assert other[1].receive("below", Failed(stage=2, completed_steps=0, reason="x")) == [
@@ -178,7 +178,7 @@ def test_the_reason_goes_both_ways_and_is_passed_on() -> None:
 
 def test_whoever_connects_to_a_stage_that_has_failed_is_told_unless_it_begins_anew() -> None:
     machines = chain()
-    machines[1].fail("no such luck")
+    machines[1].fail("no such luck", replays=False)
     machines[1].part("above")
     failure = Failed(stage=1, completed_steps=0, reason="no such luck")
     assert machines[1].meet("above", machines[0].greeting()) == [Send(side="above", frame=failure)]
@@ -191,7 +191,7 @@ def test_whoever_connects_to_a_stage_that_has_failed_is_told_unless_it_begins_an
 def test_a_process_that_is_no_member_cannot_end_the_run() -> None:
     """A replacement with the wrong settings, or without a disk: the others wait for a better one."""
     machines = chain(joining=1)
-    assert machines[1].fail("no disk") == []
+    assert machines[1].fail("no disk", replays=False) == []
     for machine, side in ((machines[0], "below"), (machines[2], "above")):
         with pytest.raises(RemoteProtocolError, match="by a process in no generation") as refused:
             machine.receive(side, Failed(stage=1, completed_steps=0, reason="no disk"))  # pyright: ignore[reportArgumentType]
@@ -261,6 +261,22 @@ def test_a_run_that_is_told_to_end_does_not_wait_for_its_data(
     ended = run_cluster(tiny(SETTINGS), tmp_path, faults, open_corpus=takes(4000))
     assert ended.seconds < 60
     assert ended.losses == [[], [], []]
+    assert_equal(run_cluster(tiny(SETTINGS), tmp_path, [], resume=True), undisturbed)
+
+
+@pytest.mark.parametrize("stage", range(STAGES))
+def test_a_resumed_run_that_is_told_to_end_before_its_data_are_there_says_what_it_had_done(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: int
+) -> None:
+    """Stage 0 has no text by then, and knows of no step but its own checkpoints'; all go on from what all have."""
+    run_cluster(tiny(SETTINGS), tmp_path, [Drain(at=Frame(number=120), stage=0)])
+    done = {line for line in capsys.readouterr().out.splitlines() if "can be resumed" in line}
+    (said,) = done
+    assert said != "the run stops after 0 steps and can be resumed"
+    faults: list[Mishap] = [Drain(at=Frame(number=40), stage=stage)]
+    ended = run_cluster(tiny(SETTINGS), tmp_path, faults, resume=True, open_corpus=takes(4000))
+    assert ended.seconds < 60
+    assert [line for line in capsys.readouterr().out.splitlines() if "can be resumed" in line] == [said] * STAGES
     assert_equal(run_cluster(tiny(SETTINGS), tmp_path, [], resume=True), undisturbed)
 
 

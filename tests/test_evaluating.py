@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
@@ -26,10 +27,12 @@ from thinpipe.node.evaluating.text_loss import Batch, bytes_of_ids, loss_sum, te
 from thinpipe.node.export.export import export_run
 from thinpipe.node.export.heldout_loss import recorded_loss
 from thinpipe.node.preparation import prepare_vocabulary
+from thinpipe.node.run_corpus import RECORD
 from typer.testing import CliRunner
 
 from .conftest import TINY, WORDS, TinyConfig
 from .published import SHAPES, save
+from .test_bad_input import refused
 from .trained_run import shake, train
 
 CODECS = {
@@ -108,6 +111,27 @@ def test_the_tables_say_what_was_measured(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for words in ("after step 3 on the held-out part of", "as trained, rounded", "without rounding", "3 questions"):
         assert words in result.stdout
+
+
+@pytest.mark.parametrize("known", ["record", "checkpoint"])
+def test_other_text_in_the_place_of_the_run_s_is_refused(
+    known: str, tiny: TinyConfig, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Its held-out part is not the one that the run was measured on. Any text can be named, and is measured."""
+    (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
+    train(tiny({"pipeline.stages": 2, "data.source": str(text)}), tmp_path / "run")
+    before = asked("eval", tmp_path / "run")
+    says = rf"the run in {tmp_path}/run was trained on {text}, digest [0-9a-f]{{12}}"
+    if known == "checkpoint":
+        (tmp_path / "run" / RECORD).unlink()
+        says = r"the checkpoint after 3 steps is of the text with digest [0-9a-f]{12}"
+    text.write_text(tiny_text.read_text() + "one line more\n")
+    line = refused(["eval", str(tmp_path / "run")])
+    remedy = "put the run's own there, or say which one to measure on with --data"
+    assert re.search(f"data.source has changed: {says}, here is {text}, digest [0-9a-f]{{12}}; {remedy}", line), line
+    assert asked("eval", tmp_path / "run", "--data", text)["text"][0]["tokens"] > before["text"][0]["tokens"]
+    text.write_bytes(tiny_text.read_bytes())
+    assert asked("eval", tmp_path / "run") == before
 
 
 # Text
@@ -194,9 +218,55 @@ def test_choices_are_scored_as_each_by_itself(directory: Path) -> None:
     assert found.error(0.5) == 0.25
     long = Question(context="", choices=("x " * 90, "y"), answer=0)
     with pytest.raises(
-        EvaluationError, match=r"the choice 'x x .*\.\.\.' has \d+ tokens, and the model's context is 64"
+        EvaluationError, match=r"a question: the choice \"x x .*\.\.\.\" has \d+ tokens, and the model's context is 64"
     ):
         score(subject, [long])
+
+
+class Dropping:
+    """A model with a tokenizer that knows three letters and drops all others, as some that are published do."""
+
+    begin_id, context, ids = 0, 8, 4
+
+    def __init__(self, logit: float = 0.0) -> None:
+        self.tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 1, "b": 2, "c": 3}, []))
+        self._logit = logit
+
+    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return torch.full((*ids_BT.shape, self.ids), self._logit)
+
+
+@pytest.mark.parametrize("context", ["", "a ", "z"])
+@pytest.mark.parametrize("choice", ["zz", " ", "\n"])
+def test_a_choice_without_a_token_is_named(context: str, choice: str, tmp_path: Path) -> None:
+    """Where it stands alone a row would be empty, and behind a context it would be scored by that one's last token."""
+    path = tmp_path / "questions.jsonl"
+    rows = [{"context": context, "choices": ["a", "b"], "answer": 0}]
+    rows.append({"context": context, "choices": ["a", choice], "answer": 0})
+    path.write_text("\n".join(map(json.dumps, rows)))
+    questions = read_questions(path)
+    assert score(Dropping(), questions[:1]).questions == 1
+    fault = f"{path} line 2: the choice {json.dumps(choice)} has no token, so it has no score: the tokenizer drops all"
+    with pytest.raises(EvaluationError, match=re.escape(fault)):
+        score(Dropping(), questions)
+
+
+def test_a_context_may_be_empty_or_dropped() -> None:
+    for context in ("", "  ", "zz"):
+        assert score(Dropping(), [Question(context=context, choices=("a", "bc"), answer=0)]).right == 1.0
+
+
+def test_a_text_that_a_tokenizer_refuses_is_named() -> None:
+    subject = Dropping()
+    subject.tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1}))
+    fault = r'q\.jsonl line 3: the tokenizer cannot encode "b": .*UNK.*; mend or remove it'
+    with pytest.raises(EvaluationError, match=fault):
+        score(subject, [Question(context="", choices=("a", "b"), answer=0, where="q.jsonl line 3")])
+
+
+def test_scores_of_a_damaged_model_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="the scores are not finite: the model's weights are damaged"):
+        score(Dropping(math.nan), [Question(context="", choices=("a", "b"), answer=0)])
 
 
 BAD_LINES = [
@@ -211,6 +281,8 @@ BAD_LINES = [
     (b'{"context": "", "choices": ["a", "b"], "answer": 2}', r"line 2: 'answer' has to be .*, from 0 to 1, not 2"),
     (b'{"context": "", "choices": ["a", "b"], "answer": -1}', r"line 2: 'answer' has to be .*, not -1"),
     (b'{"context": "", "choices": ["a", "b"], "answer": true}', r"line 2: 'answer' has to be .*, not true"),
+    (b'{"context": "\\ud800", "choices": ["a", "b"], "answer": 0}', r'line 2: "\\ud800" has half a surrogate pair'),
+    (b'{"context": "", "choices": ["a", "b\\udc00"], "answer": 0}', r'line 2: "b\\udc00" has half a surrogate pair'),
 ]
 
 
@@ -324,7 +396,7 @@ REFUSED = [
     ),
     (
         ["eval", "{wide}", "--choices", "{dir}/added.jsonl"],
-        r"the text has token 320 \('<added 0>'\), but the model's vocabulary ends at 319; leave it out",
+        r"added\.jsonl line 1: the text has token 320 \('<added 0>'\), but the model's vocabulary ends at 319; leave",
     ),
     (["generate", "{llama}", "text", "--step", "1"], r"--step goes with a run, and .* has no run\.toml; omit it"),
 ]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from thinpipe.node.receive_deadline import LEAST_S
 
 from .cluster import Ended, run_cluster
 from .conftest import TinyConfig
@@ -224,6 +225,23 @@ def test_a_replaced_head_or_tail_wakes_up(tiny: TinyConfig, undisturbed: Outcome
     ((sleeper, words),) = ended.fenced
     assert sleeper == stage
     assert ("replaced" if stage == 0 else "TimeoutError") in words
+
+
+# Each is paused while it waits for what another one computes: the head for gradients, those below for activations.
+ASLEEP = [(0, During(stage=2, phase=Phase.MID_BACKWARD, step=STEP))]
+ASLEEP += [(stage, During(stage=0, phase=Phase.BEFORE_SEND, step=STEP)) for stage in (1, 2)]
+
+
+@pytest.mark.parametrize(("stage", "at"), ASLEEP)
+def test_who_is_paused_for_longer_than_it_would_wait_goes_on(
+    tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, stage: int, at: During
+) -> None:
+    """On waking all its timers are due, before it has read what came; the others have waited for it."""
+    fault = Pause(at=at, stage=stage, seconds=3 * LEAST_S)
+    ended = run_cluster(tiny(SETTINGS), tmp_path, [fault])
+    assert_equal(ended, undisturbed)
+    assert ended.happened == [fault]
+    assert (ended.generations, ended.starts) == (1, [1] * STAGES)
 
 
 @pytest.mark.pairwise(1)

@@ -19,6 +19,7 @@ MAY_IMPORT = {
 }
 # Rooms of node: which other rooms of node each may import. All may import the modules that lie in node itself.
 MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
+    "averaging": set(),
     "boundary": set(),
     "checkpoints": set(),
     "data": set(),
@@ -36,7 +37,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
 # And rooms of sim, in which nothing lies outside of a room.
 MAY_IMPORT_IN_SIM: dict[str, set[str]] = {
     "links": set(),
-    "reports": set(),
+    "reports": {"links"},
     "launch": {"links", "reports"},
 }
 SANS_IO = {"torch", "asyncio", "grpc", "socket", "time", "random", "secrets", "threading", "subprocess"}

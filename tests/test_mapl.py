@@ -224,7 +224,7 @@ def test_an_interior_stage_has_one_table_for_both_sides(tiny: TinyConfig) -> Non
     assert isinstance(stage.sender, MaplEncoder)
     assert isinstance(stage.receiver, MaplDecoder)
     assert stage.sender._tokens is stage.receiver._tokens is stage.tokens
-    names = [name for name, _ in stage._trained() if name.startswith("codec")]
+    names = [name for name, _ in stage.trained if name.startswith("codec")]
     assert names == ["codec.stage_1.weight"]
 
 
@@ -454,7 +454,7 @@ def test_a_projector_that_cannot_be_stepped_says_which(ends: tuple[Stage, Stage]
     messages(upper, 1)
     upper.sender.shipped.grad = torch.full((64, 8), torch.inf)  # pyright: ignore
     with pytest.raises(CodecError, match="the projector of boundary 0 cannot be stepped"):
-        upper.sender.learn(None, rate=0.02)
+        upper.sender.learn(upper.sender.take_gradient(None), rate=0.02)
 
 
 def test_autocast_leaves_the_projector_alone(tiny: TinyConfig) -> None:

@@ -119,7 +119,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(Refusal, code=PRINTABLE, reason=PRINTABLE),
     st.builds(Goodbye),
     st.builds(Heartbeat, generation=STEPS, completed_steps=STEPS, missing=U32, copied_steps=STEPS, preparing=U32),
-    st.builds(Failed, stage=U32, completed_steps=STEPS, reason=PRINTABLE),
+    st.builds(Failed, stage=U32, completed_steps=STEPS, reason=PRINTABLE, replays=st.booleans()),
     st.builds(StartViewChange, generation=STEPS),
     st.builds(
         CopiesHeld, stage=U32, steps=st.sets(STEPS, max_size=64).map(lambda steps: tuple(sorted(steps, reverse=True)))
@@ -180,6 +180,7 @@ def chunk_pb(**head: Any) -> pb.Frame:
         (pb.Frame(failed=pb.Failed(reason="a\x1b[31m")), Fault.MALFORMED),
         (pb.Frame(failed=pb.Failed(reason="x" * 513)), Fault.OVERSIZED),
         (pb.Frame(failed=pb.Failed(completed_steps=2**48)), Fault.MALFORMED),
+        (pb.Frame(failed=pb.Failed(replays=2)), Fault.MALFORMED),
     ],
     ids=lambda value: str(value).split("{")[0].strip(),
 )

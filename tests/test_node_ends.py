@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 from thinpipe.cli import app
+from thinpipe.node.run_records import MetricsWriter
 from thinpipe.sim.launch import local_swarm
 from thinpipe.sim.launch.local_swarm import NodeProcess, SwarmError, run_swarm
 from thinpipe.sim.launch.node_ends import Failure, failure_in
+from thinpipe.sim.reports.record_tail import whole_bytes
 from typer.testing import CliRunner
 
 from .real_faults import records
@@ -22,13 +24,14 @@ STAGES = 3
 
 class Nodes:
     """Scripts in the place of nodes, which write what nodes write. `plot`: for each life of a stage, what it does.
+    replays: what fails is the computation.
 
     fails: it fails. told: it ends because stage 1 has failed. hears: the same a little later than it. ends: well.
     waits: until it is told to end. alone: it fails, and nobody was told. dies: by SIGKILL.
     """
 
-    def __init__(self, run: Path, plot: dict[int, list[str]], reasons: list[str]) -> None:
-        self.run, self.plot, self.reasons = run, plot, reasons
+    def __init__(self, run: Path, plot: dict[int, list[str]], reasons: list[str], *, replays: bool) -> None:
+        self.run, self.plot, self.reasons, self.replays = run, plot, reasons, replays
         self.lives = [0] * STAGES
 
     def start(self, run: Path, stage: int, *_: object, resume: bool, **__: object) -> NodeProcess:
@@ -36,9 +39,10 @@ class Nodes:
         assert resume == bool(life)
         todo, log = self.plot[stage][life], run / f"stage-{stage}.log"
         path = run / f"stage-{stage}.jsonl"
-        records_from = path.stat().st_size if path.exists() else 0
+        records_from = whole_bytes(path)
         reason = self.reasons[min(life, len(self.reasons) - 1)]
         failed = {"event": "failed", "stage": 1, "completed_steps": 4, "reason": reason, "told": todo != "alone"}
+        failed["replays"] = self.replays
         line = reason if todo in ("fails", "alone") else f"stage 1 failed after 4 steps: {reason}"
         program = f"""
 import json, os, signal, sys, time
@@ -68,9 +72,10 @@ def outcome(
     *,
     restarts: int,
     reasons: tuple[str, ...] = ("not finite",),
+    replays: bool = True,
 ) -> tuple[str, list[int]]:
     """With which words the launcher ends, "" if well, and how many lives each stage had."""
-    nodes = Nodes(tmp_path, plot, list(reasons))
+    nodes = Nodes(tmp_path, plot, list(reasons), replays=replays)
     patch.setattr(local_swarm, "_start", nodes.start)
     patch.setattr(local_swarm, "POLL_S", 0.02)
     try:
@@ -101,6 +106,17 @@ def test_a_failure_that_replays_alike_is_not_repeated(tmp_path: Path, monkeypatc
     assert lives == [2, 2, 2]
 
 
+def test_what_may_pass_is_tried_again_though_it_reads_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source of data that was away at two starts may be there at the third."""
+    plot = {0: ["told"] * 3 + ["ends"], 1: ["fails"] * 3 + ["ends"], 2: ["hears"] * 3 + ["ends"]}
+    assert outcome(tmp_path, monkeypatch, plot, restarts=3, reasons=("away",), replays=False) == ("", [4, 4, 4])
+
+
+def test_what_may_pass_is_tried_as_often_as_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said, lives = outcome(tmp_path, monkeypatch, ALL_FAIL, restarts=2, reasons=("away",), replays=False)
+    assert (said, lives) == ("stage 1 ended: away", [3, 3, 3])
+
+
 def test_all_that_end_with_one_failure_are_started_again_for_the_price_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,14 +130,16 @@ def test_failures_that_differ_are_tried_as_often_as_was_said(tmp_path: Path, mon
     assert lives == [3, 3, 3]
 
 
+@pytest.mark.parametrize("replays", [True, False])
 def test_others_stay_while_one_is_started_again_that_failed_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replays: bool
 ) -> None:
     """A replacement that cannot begin tells nobody, and costs the others nothing."""
-    plot = {0: ["waits"], 1: ["dies", "alone", "alone"], 2: ["waits"]}
-    said, lives = outcome(tmp_path, monkeypatch, plot, restarts=9, reasons=("", "no disk"))
-    assert said == "stage 1 ended: no disk; it failed in the same way before, so it is not started again"
-    assert lives == [1, 3, 1]
+    plot = {0: ["waits"], 1: ["dies", *["alone"] * 4], 2: ["waits"]}
+    said, lives = outcome(tmp_path, monkeypatch, plot, restarts=4, reasons=("", "no table"), replays=replays)
+    again = "; it failed in the same way before, so it is not started again" if replays else ""
+    assert said == f"stage 1 ended: no table{again}"
+    assert lives == [1, 3 if replays else 5, 1]
 
 
 def test_the_logs_of_those_that_the_launcher_ends_say_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,10 +151,29 @@ def test_the_logs_of_those_that_the_launcher_ends_say_why(tmp_path: Path, monkey
         assert last == f"thinpipe: this stage was ended by the launcher: {said}"
 
 
+@pytest.mark.parametrize("torn", ["", '{"event": "step", "codec": "' + "x" * 5000])
+def test_a_record_that_was_broken_off_hides_no_failure(tmp_path: Path, torn: str) -> None:
+    """Whoever takes the place of a process that was killed cuts off the record in which it broke off, and writes where
+    that began."""
+    path = tmp_path / "stage-1.jsonl"
+    path.write_text('{"event": "start"}\n' + torn)
+    started = local_swarm._start(tmp_path, 1, ["/bin/true"], [], resume=True)
+    started.process.wait()
+    writer = MetricsWriter(path, append=True)
+    writer.write("start", stage=1)
+    assert started.failure is None
+    writer.write("failed", stage=1, completed_steps=4, reason="not finite", told=True, replays=True)
+    writer.close()
+    assert started.failure == Failure(stage=1, completed_steps=4, reason="not finite", told=True, replays=True)
+
+
 def test_only_the_newest_failure_counts() -> None:
-    first, second = (Failure(stage=1, completed_steps=n, reason="x", told=True) for n in (4, 9))
+    first, second = (Failure(stage=1, completed_steps=n, reason="x", told=True, replays=True) for n in (4, 9))
     said = [{"event": "failed", "stage": f.stage, "completed_steps": f.completed_steps} for f in (first, second)]
-    lines = [{"event": "start"}, *({**each, "reason": "x", "told": True, "time_s": 1.0} for each in said)]
+    lines = [
+        {"event": "start"},
+        *({**each, "reason": "x", "told": True, "replays": True, "time_s": 1.0} for each in said),
+    ]
     assert failure_in(lines) == second
     assert failure_in(lines[:1]) is None
     assert str(second) == "stage 1 failed after 9 steps: x"

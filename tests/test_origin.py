@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -23,7 +24,7 @@ from thinpipe.node.one_process import OneProcess
 from thinpipe.node.origin import begin_from
 from thinpipe.node.preparation import prepare_vocabulary
 from thinpipe.node.run_corpus import vocabulary_of_run
-from thinpipe.node.run_directory import START
+from thinpipe.node.run_directory import START, hold_aside
 from thinpipe.node.training_loop import draw
 from thinpipe.protocol.messages import Kind
 from tokenizers.processors import TemplateProcessing
@@ -103,7 +104,7 @@ def test_the_first_tensors_are_coded_as_the_run_would_have_coded_them(trained: P
     microbatch is coded with what the first one taught the codebook."""
     found = assemble(trained)
     config = begin_from(trained, {"optim.muon_lr": 0.003}).place(tmp_path / "new")
-    new, was = OneProcess(config), Chain(found, vocabulary_of_run(found).tokenizer, begin_id=0)
+    new, was = OneProcess(config).lanes[0], Chain(found, vocabulary_of_run(trained, found).tokenizer, begin_id=0)
     for index in range(config.pipeline.stages):
         new._forward(index, 0, 0, Kind.ACTIVATION)
     ids_BS = draw(new.corpus, config, Kind.ACTIVATION, 0, 0)
@@ -163,7 +164,7 @@ def test_what_a_tokenizer_adds_by_itself_is_not_what_weights_know(tiny: TinyConf
         source = tmp_path / name
         (source / "run.toml").write_text(dump_config(new))
         found = assemble(source)
-        words = portable_tokenizer(vocabulary_of_run(found), found.config, longest=None)
+        words = portable_tokenizer(vocabulary_of_run(source, found), found.config, longest=None)
         assert words(text)["input_ids"] == plain, name
 
 
@@ -290,6 +291,59 @@ def test_a_run_from_a_run_needs_nothing_of_it(run: Path, tmp_path: Path) -> None
     up("--from", str(out / START), "--config", str(out / "run.toml"), "--out", str(tmp_path / "third"))
     third = json.loads((tmp_path / "third" / "summary.json").read_text())
     assert third["stages"][0]["state_sha256"] == before["stages"][0]["state_sha256"]
+
+
+@pytest.fixture
+def begun(trained: Path, tmp_path: Path) -> Path:
+    """A run of a swarm that began from another one."""
+    out = tmp_path / "begun"
+    config = begin_from(trained, {"run.steps": 2, "checkpoint.every": 1}).place(out / START)
+    run_cluster(config, out, [], hurry=True)
+    (out / "run.toml").write_text(dump_config(config))
+    return out
+
+
+@pytest.mark.pairwise(1)
+def test_a_converted_run_has_what_it_began_with(begun: Path, tmp_path: Path) -> None:
+    """So the run that it was made of may go."""
+    other = tmp_path / "other"
+    done = CliRunner().invoke(app, ["checkpoint", "convert", str(begun), "--out", str(other), "--cut", "1,1,2"])
+    assert done.exit_code == 0, done.output
+    files = {path.name: path.read_bytes() for path in (begun / START).iterdir()}
+    shutil.rmtree(begun)
+    assert {path.name: path.read_bytes() for path in (other / START).iterdir()} == files
+    config = load_config(other / "run.toml")
+    assert (config.model.path, config.data.tokenizer) == (other / START, other / START / "tokenizer.json")
+    longer = config.model_copy(update={"run": config.run.model_copy(update={"steps": 3})})
+    ended = run_cluster(longer, other, [], resume=True)
+    assert len(ended.losses[0]) == 1
+
+
+@pytest.mark.pairwise(1)
+def test_a_run_that_was_moved_is_found_with_its_first_weights(begun: Path, tmp_path: Path) -> None:
+    moved = begun.rename(tmp_path / "moved")
+    assert assemble(moved).config.model.path == moved / START
+    up("--from", str(moved), "--out", str(tmp_path / "new"), "--steps", "1")
+    shutil.rmtree(moved / START)
+    for command in (["checkpoint", "convert", "--stages", "3"], ["up", "--one-process", "--from"], ["export"]):
+        done = CliRunner().invoke(app, [*command, str(moved), "--out", str(tmp_path / "other")])
+        assert (done.exit_code, done.stderr.count("\n")) == (2, 1), done.output
+        assert f"{begun / START} is not there, and the run in {moved} began from " in done.stderr
+        assert "bring it back, or set model.path in" in done.stderr
+        assert not (tmp_path / "other").exists()
+
+
+def test_what_a_killed_command_left_is_swept(run: Path, tmp_path: Path) -> None:
+    """And not what another one is about to write."""
+    left, used = (tmp_path / f".{START}-{number}" for number in (1, 2))
+    os.close(hold_aside(left))
+    (left / "model.safetensors").write_text("half")
+    held = hold_aside(used)
+    up("--from", str(run), "--out", str(tmp_path), "--steps", "1")
+    assert (left.exists(), used.exists()) == (False, True)
+    os.close(held)
+    up("--from", str(run), "--out", str(tmp_path), "--steps", "1", "--overwrite")
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_another_tokenizer_is_warned_of_and_must_fit(run: Path, tmp_path: Path) -> None:

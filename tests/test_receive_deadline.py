@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from thinpipe.node.links.control_stream import LIMITS, Control
 from thinpipe.node.links.outgoing import Write
+from thinpipe.node.process_pause import PAUSE_S, ProcessPause
 from thinpipe.node.receive_deadline import LEAST_S, TIMES, ReceiveDeadline
 from thinpipe.protocol.control_messages import CopyPart, Heartbeat
 from thinpipe.protocol.errors import RemoteProtocolError
@@ -201,3 +202,47 @@ def test_alive_comes_between_other_frames_too() -> None:
     asyncio.run(story())
     assert sum(isinstance(frame, CopyPart) for frame in said) > 50
     assert sum(isinstance(frame, Heartbeat) for frame in said) in range(6, 13)  # ten seconds
+
+
+def test_a_pause_of_this_process_excuses_everybody() -> None:
+    """A wait in which it was paused says nothing of others, whenever in it that was; nor does such a round of work."""
+
+    async def story() -> None:
+        clock, pause = Clock(0.0), ProcessPause()
+        deadline = ReceiveDeadline(fixed_s=60.0, paused_ago_s=pause.ago_s)
+
+        def awake(seconds: int, *, late_s: float = 0.0) -> None:
+            for _ in range(seconds):
+                clock.now_s += 1.0 + late_s
+                pause.ago_s()
+
+        awake(100, late_s=PAUSE_S - 1)  # a busy machine
+        assert not deadline.extend(60.0)
+        clock.now_s += 4000.0
+        assert deadline.extend(60.0)  # the timer of the wait rings before that of the watch
+        deadline.observe(4001.0)
+        awake(59)
+        assert deadline.extend(60.0)  # it would have been due a moment after waking
+        awake(1)
+        assert not deadline.extend(60.0)
+        computed = ReceiveDeadline(paused_ago_s=pause.ago_s)
+        computed.observe(61.0)
+        assert computed.timeout_s == LEAST_S
+        computed.observe(50.0)
+        assert computed.timeout_s == TIMES * 50
+
+    asyncio.run(story())
+
+
+def test_it_is_looked_for_all_the_time() -> None:
+    async def story() -> None:
+        clock, pause = Clock(0.0), ProcessPause()
+        watching = asyncio.create_task(pause.watch())
+        await asyncio.sleep(0)
+        for clock.now_s in (1.0, 2.0, 500.0, 501.0):
+            for _ in range(5):
+                await asyncio.sleep(0)
+        assert pause.ago_s() == 1.0
+        watching.cancel()
+
+    asyncio.run(story())

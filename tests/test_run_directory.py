@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,12 +17,22 @@ from typing import Any
 import pytest
 from rich.console import Console
 from thinpipe.cli import app
-from thinpipe.node.checkpoints.manifest import Fingerprint
+from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
+from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.measuring.dense_comparison import add_comparison
+from thinpipe.node.preparation import resolve_architecture, state_digest
 from thinpipe.node.resuming import interrupted, newest_common
-from thinpipe.node.run_directory import LOCK, LocalRunError, anchored, await_unserved, claimed
+from thinpipe.node.run_directory import (
+    LOCK,
+    LocalRunError,
+    anchored,
+    await_unserved,
+    check_no_checkpoints,
+    claimed,
+    clear,
+)
 from thinpipe.sim.launch.end_signals import draining_signals
 from thinpipe.sim.reports.progress import Progress
 from thinpipe.sim.reports.run_console import closing_lines, summary_tables
@@ -57,9 +68,11 @@ def up(*options: str) -> tuple[int, str]:
     return result.exit_code, result.stderr
 
 
-def checkpoint(directory: Path, stage: int, *steps: int) -> None:
+def checkpoint(directory: Path, stage: int, *steps: int, of: RunConfig, table: str = "") -> None:
+    """As a run of these settings leaves them. table: digest of the token table that the stage generated."""
+    written = state_digest(of, resolve_architecture(of), table)
     store = CheckpointStore(
-        directory, stage=stage, fingerprint=Fingerprint(run="run", stages=STAGES, configuration="c0ffee")
+        directory, stage=stage, fingerprint=Fingerprint(run="run", stages=STAGES, configuration=written)
     )
     for completed in steps:
         store.write(small(completed), generation=0, written_s=0)
@@ -132,7 +145,7 @@ def test_steps_without_a_checkpoint_are_not_begun_again(run: Path) -> None:
     for stage in range(STAGES):
         record(run, stage, step(0), step(1))
     before = {path: path.read_bytes() for path in run.iterdir()}
-    checkpoint(run / "checkpoints", 0, 2)  # and the other stage has none
+    checkpoint(run / "checkpoints", 0, 2, of=load_config(run / "run.toml"))  # and the other stage has none
     code, said = up("--resume", str(run))
     assert code == 2
     assert f"--resume {run}: 2 steps done are on record, but {run / 'checkpoints'} has no checkpoint that all" in said
@@ -141,12 +154,94 @@ def test_steps_without_a_checkpoint_are_not_begun_again(run: Path) -> None:
 
 def test_a_copy_of_a_neighbour_is_something_to_go_on_from(run: Path) -> None:
     config = load_config(run / "run.toml")
-    checkpoint(run / "checkpoints", 0, 2, 4)
+    checkpoint(run / "checkpoints", 0, 2, 4, of=config)
     assert newest_common(config, run) is None
-    checkpoint(run / "checkpoints" / "copies", 1, 2)
+    checkpoint(run / "checkpoints" / "copies", 1, 2, of=config)
     assert newest_common(config, run) == 2
-    checkpoint(run / "checkpoints", 1, 4)
+    checkpoint(run / "checkpoints", 1, 4, of=config)
     assert newest_common(config, run) == 4
+
+
+def test_checkpoints_of_other_settings_are_no_common_step(run: Path, tiny: TinyConfig) -> None:
+    """Whoever is resumed takes its own settings' alone; so stages that have others are not taken as one run."""
+    config = load_config(run / "run.toml")
+    other = tiny({"pipeline.stages": STAGES, "run.steps": 9, "run.seed": 2})
+    saved = run / "checkpoints"
+    checkpoint(saved, 0, 2, 4, of=config)
+    checkpoint(saved, 1, 2, of=config)
+    checkpoint(saved / "copies", 1, 4, of=other)
+    assert newest_common(config, run) == 2
+    checkpoint(saved, 1, 4, of=config)  # its own is right, and the copy does not matter
+    assert newest_common(config, run) == 4
+    longer = tiny({"pipeline.stages": STAGES, "run.steps": 90})
+    assert newest_common(longer, run) == 4
+    for each in (saved, saved / "copies"):
+        shutil.rmtree(each / "stage-1")
+    checkpoint(saved, 1, 2, 4, of=other)
+    words = "that of stage 1 of other settings, configuration hash .{12}… there, .{12}… here; use the run.toml"
+    with pytest.raises(CheckpointError, match=f"after 4 steps in {saved} cannot be gone on from: {words}"):
+        newest_common(config, run)
+    with pytest.raises(CheckpointError, match="that of stage 0 of other settings"):
+        newest_common(other, run)
+    with pytest.raises(CheckpointError, match="all of other settings"):
+        newest_common(tiny({"pipeline.stages": STAGES, "run.seed": 3}), run)
+    shutil.rmtree(saved / "stage-1")
+    checkpoint(saved, 1, 4, of=config, table="beef")
+    with pytest.raises(CheckpointError, match="the stages' token tables differ"):
+        newest_common(config, run)
+
+
+def test_a_run_whose_settings_were_changed_by_hand_does_not_begin_anew(run: Path) -> None:
+    """Its stages would all refuse their checkpoints, and agree on step 0."""
+    for stage in range(STAGES):
+        record(run, stage, step(0), step(1))
+        checkpoint(run / "checkpoints", stage, 2, of=load_config(run / "run.toml"))
+    text = (run / "run.toml").read_text()
+    (run / "run.toml").write_text(text.replace("seed = 1\n", "seed = 2\n"))
+    code, said = up("--resume", str(run))
+    assert (code, said.count("\n")) == (2, 1)
+    assert "the checkpoints after 2 steps in" in said
+    assert "all of other settings" in said
+    said = interrupted("interrupted", load_config(run / "run.toml"), run, begun=True, swarm=True)
+    assert "after 2 of 9 steps; all stages are stopped; the checkpoints after 2 steps in" in said
+
+
+@pytest.mark.parametrize("options", [["--overwrite"], []])
+def test_a_new_run_finds_no_checkpoints_of_another(tmp_path: Path, tiny: TinyConfig, options: list[str]) -> None:
+    """Where they are not in --out nobody knows whose they are, so they are not removed, either."""
+    saved, run = tmp_path / "saved", tmp_path / "run"
+    run.mkdir()
+    config = tiny({"pipeline.stages": STAGES, "checkpoint.directory": str(saved)})
+    (tmp_path / "settings.toml").write_text(dump_config(config))
+    if options:
+        (run / "run.toml").write_text(dump_config(config))
+        record(run, 0, step(0))
+    checkpoint(saved / "copies", 1, 2, of=config)
+    before = sorted(tmp_path.rglob("*"))
+    code, said = up("--config", str(tmp_path / "settings.toml"), "--out", str(run), *options)
+    assert (code, said.count("\n")) == (2, 1), said
+    assert f"checkpoint.directory {saved} holds another run's checkpoints, such as copies; a new run" in said
+    assert [path for path in sorted(tmp_path.rglob("*")) if path.name != LOCK] == before
+
+
+@pytest.mark.parametrize("directory", ["saved", ".", "{run}/deep/saved", None])
+def test_another_run_removes_all_checkpoints_in_its_directory(
+    run: Path, tiny: TinyConfig, directory: str | None
+) -> None:
+    name = directory and directory.format(run=run)
+    config = tiny({"pipeline.stages": STAGES, "checkpoint.directory": name})
+    (run / "run.toml").write_text(dump_config(config))
+    saved = config.checkpoint.path(run)
+    checkpoint(saved, 0, 2, of=config)
+    checkpoint(saved / "copies", 1, 2, of=config)
+    (saved / "mine").mkdir()
+    check_no_checkpoints(config, run)
+    clear(run)
+    assert not list(run.rglob("step-*"))
+    assert (saved / "mine").exists()
+    checkpoint(saved, 0, 2, of=config)
+    with pytest.raises(LocalRunError, match="holds another run's"):
+        check_no_checkpoints(tiny({"checkpoint.directory": str(saved)}), run / "elsewhere")
 
 
 def test_checkpoints_are_where_the_run_is(tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +279,7 @@ def test_an_end_says_how_far_and_how_it_goes_on(run: Path) -> None:
     said = interrupted("stopped by SIGTERM", config, run, begun=True, swarm=True)
     assert said.startswith("stopped by SIGTERM after 3 of 9 steps; all stages are stopped, and there is no checkpoint")
     for stage in range(STAGES):
-        checkpoint(run / "checkpoints", stage, 2)
+        checkpoint(run / "checkpoints", stage, 2, of=config)
     said = interrupted("interrupted", config, run, begun=True, swarm=True)
     assert said == (
         f"interrupted after 3 of 9 steps; all stages are stopped; thinpipe up --resume {run} goes on after step 2"

@@ -12,9 +12,10 @@ from thinpipe.node import preparation
 from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.model import ModelError, partition, resolve_model
-from thinpipe.node.model.stage_cut import balanced_cut, equal_cut, layer_ranges, least_layers, stated_cut
+from thinpipe.node.model.stage_cut import equal_cut, layer_ranges, stated_cut
 from thinpipe.node.preparation import run_digest
 from thinpipe.node.stage_costs import operations, stage_layers
+from thinpipe.sim.links.stage_work import balanced_cut, least_layers
 
 COSTS = st.floats(0.0, 8.0)
 SPEEDS = st.floats(0.1, 4.0)

@@ -20,6 +20,8 @@ import pytest
 import typer
 from thinpipe.cli import app
 from thinpipe.commands import reports, supervise
+from thinpipe.node.checkpoints.manifest import Fingerprint
+from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.sim.launch import privileges, service_supervisor, stage_lock
 from thinpipe.sim.launch.local_swarm import free_ports, node_environment
@@ -32,6 +34,7 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
+from .test_checkpoint import small
 
 DEADLINE_S = 150.0
 STEPS = 120
@@ -150,11 +153,12 @@ def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
         for process in made.processes.values():
             process.send_signal(signal.SIGTERM)
         assert set(made.codes().values()) == {0}
-        assert (ended_after(made.run, 0) or STEPS) < STEPS
+        done = ended_after(made.run, 0) or STEPS
+        assert done < STEPS
         for stage in range(2):
             made.start(f"stage-{stage}", "--stage", str(stage))
         assert set(made.codes().values()) == {0}
-        assert "goes on from its newest checkpoint" in made.log("stage-1")
+        assert f"stage 1 goes on after {done} steps" in made.log("stage-1")
         assert made.digests() == reference
 
 
@@ -289,21 +293,34 @@ def test_the_last_step_is_said_of_a_node_that_has_just_ended(tmp_path: Path, mon
     assert said[0] == "step 2/2  loss 3.500  9 tokens/s"
 
 
-def failing(run: Path, *reasons: str) -> list[str]:
+def failing(run: Path, *reasons: str, replays: bool = True) -> list[str]:
     """A node in whose stead a script writes what one writes that fails: each life with the next of these reasons, and
     the last one for ever."""
     program = f"""
 import json, pathlib, sys
 records, reasons = pathlib.Path({str(run / "stage-0.jsonl")!r}), {list(reasons)!r}
-lives = records.read_text().count("start") if records.exists() else 0
-failed = {{"event": "failed", "stage": 1, "completed_steps": 4, "told": True}}
+text = records.read_text() if records.exists() else ""
+lives, text = text.count("start"), text[: text.rfind(chr(10)) + 1]
+failed = {{"event": "failed", "stage": 1, "completed_steps": 4, "told": True, "replays": {replays}}}
 failed["reason"] = reasons[min(lives, len(reasons) - 1)]
+records.write_text(text)
 with records.open("a") as file:
     for record in ({{"event": "start"}}, failed):
         file.write(json.dumps(record) + "\\n")
 sys.exit(1)
 """
     return [sys.executable, "-S", "-c", program]
+
+
+def kept_until_it_gives_up(run: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> list[str]:
+    """What the supervisor of stage 0 says, three restarts being allowed, of this in the place of a node."""
+    monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: command)
+    monkeypatch.setattr(service_supervisor, "PAUSE_FIRST_S", 0.0)
+    monkeypatch.setattr(service_supervisor, "POLL_S", DEADLINE_S)
+    said: list[str] = []
+    assignment = Assignment(run=run, stage=0, peers=["a:1", "b:2"], steps=9, restarts=3)
+    assert Supervisor(assignment, said.append).run() == 1
+    return said
 
 
 @pytest.mark.parametrize(
@@ -314,15 +331,77 @@ def test_what_fails_alike_is_not_started_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reasons: list[str], lives: int
 ) -> None:
     """Whichever stage it was. Another failure may be gone the next time, as often as --restarts says."""
-    monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: failing(tmp_path, *reasons))
-    monkeypatch.setattr(service_supervisor, "PAUSE_FIRST_S", 0.0)
-    monkeypatch.setattr(service_supervisor, "POLL_S", DEADLINE_S)
-    said: list[str] = []
-    assignment = Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=9, restarts=3)
-    assert Supervisor(assignment, said.append).run() == 1
+    said = kept_until_it_gives_up(tmp_path, monkeypatch, failing(tmp_path, *reasons))
     assert (tmp_path / "stage-0.jsonl").read_text().count("start") == lives
     alike = f"stage 1 failed after 4 steps: {reasons[min(lives, len(reasons)) - 1]}; it failed in the same way before"
     assert said[-1].startswith(alike) == (lives < 4), said
+
+
+def test_what_may_pass_is_started_again_as_often_as_was_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = kept_until_it_gives_up(tmp_path, monkeypatch, failing(tmp_path, "the source is away", replays=False))
+    assert (tmp_path / "stage-0.jsonl").read_text().count("start") == 4
+    assert said[-1] == "stage 0: its node was ended with exit code 1, and was restarted 3 times already"
+
+
+def test_a_record_that_was_broken_off_hides_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever takes the place of a process that was killed writes where its last record began."""
+    records = tmp_path / "stage-0.jsonl"
+    records.write_text('{"event": "data"}\n{"event": "step", "codec": "' + "x" * 5000)
+    kept_until_it_gives_up(tmp_path, monkeypatch, failing(tmp_path, "not finite"))
+    assert records.read_text().count("start") == 2
+
+
+@pytest.mark.parametrize("completed", [0, 1, 20])
+def test_it_says_after_which_step_a_stage_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, completed: int
+) -> None:
+    """The records hold a rollback of an earlier life, and the node writes two."""
+    records = tmp_path / "stage-0.jsonl"
+    records.write_text('{"event": "start"}\n{"event": "rollback", "completed": 7}\n')
+    words = "".join(json.dumps({"event": "rollback", "completed": each}) + "\n" for each in (completed, 5))
+    program = f"open({str(records)!r}, 'a').write({words!r})"
+    monkeypatch.setattr(Supervisor, "_command", lambda *_, **__: [sys.executable, "-S", "-c", program])
+    monkeypatch.setattr(service_supervisor, "POLL_S", DEADLINE_S)
+    said: list[str] = []
+    assert Supervisor(Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=40), said.append).run() == 0
+    steps = {1: "goes on after 1 step", 20: "goes on after 20 steps"}
+    begins = "begins again with step 1: there is no checkpoint that all stages have"
+    assert said[:2] == [
+        "stage 0 has been started before; it goes on from what all stages have",
+        f"stage 0 {steps.get(completed, begins)}",
+    ]
+    assert not [line for line in said[2:] if "goes on" in line]
+
+
+@pytest.mark.parametrize("what", ["lost", "lost in part", "there", "there as a copy", "none yet", "elsewhere", "done"])
+def test_a_run_whose_checkpoints_are_lost_does_not_begin_again(
+    tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """One that was lost before its first checkpoint does, by itself; and where a stage is alone it asks its
+    neighbour."""
+    config = tiny({"pipeline.stages": 2})
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    for stage in range(1 if what == "elsewhere" else 2):
+        done = [{"event": "start"}, {"event": "checkpoint", "completed": 20}, {"event": "checkpoint", "completed": 40}]
+        kept = done[:1] if what == "none yet" and stage else done
+        kept += [{"event": "end", "steps": config.run.steps}] if what == "done" else []
+        lines = "".join(json.dumps({"time_s": 1.0, **each}) + "\n" for each in kept)
+        (tmp_path / f"stage-{stage}.jsonl").write_text(lines)
+    saved = tmp_path / "checkpoints"
+    for stage, place in enumerate([saved, saved / "copies" if what == "there as a copy" else saved]):
+        if what.startswith("there") or (what == "lost in part" and not stage):
+            fingerprint = Fingerprint(run="run", stages=2, configuration="c0ffee")
+            CheckpointStore(place, stage=stage, fingerprint=fingerprint).write(small(40), generation=0, written_s=0)
+    monkeypatch.setattr(Supervisor, "run", lambda _: 7)
+    done = CliRunner().invoke(app, ["supervise", str(tmp_path), "--stage", "0", *PEERS])
+    if what.startswith("lost"):
+        assert done.exit_code == 2
+        assert done.stderr == (
+            f"thinpipe: error: {tmp_path}: all stages have written checkpoints, up to step 40, but {saved} has none "
+            "that all of them have; put them back there, or name another directory to begin anew\n"
+        )
+    else:
+        assert (done.exit_code, done.stderr) == (7, "")
 
 
 def test_data_that_takes_long_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

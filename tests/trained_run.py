@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.preparation import prepare_vocabulary, resolve_architecture, state_digest
+from thinpipe.node.preparation import resolve_architecture, state_digest
+from thinpipe.node.run_corpus import open_run_corpus
 from thinpipe.node.stage import Stage
 
 
@@ -35,13 +35,14 @@ def train(config: RunConfig, out: Path, *, after: Callable[[list[Stage]], None] 
 def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage]) -> None:
     """As each stage of a swarm would write its own, after the steps that are done."""
     architecture = resolve_architecture(config)
+    text = open_run_corpus(config, out, resume=False)
+    text.keep(out)
     for stage in stages:
         digest = state_digest(config, architecture, stage.token_table_digest)
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
-        if stage.first:
-            vocabulary = prepare_vocabulary(config)
-            keep_tokenizer(config.checkpoint.path(out), vocabulary.files())
-            fingerprint = replace(fingerprint, tokenizer=hashlib.sha256(vocabulary.content).hexdigest())
+        if stage.first and text.record:
+            keep_tokenizer(config.checkpoint.path(out), text.corpus.tokenizer_files)
+            fingerprint = replace(fingerprint, corpus=text.record.corpus, tokenizer=text.record.tokenizer)
         store = CheckpointStore(config.checkpoint.path(out), stage=stage.index, fingerprint=fingerprint)
         store.write(stage.snapshot(), generation=0, written_s=0)
 
@@ -51,6 +52,6 @@ def shake(stages: list[Stage]) -> None:
     """Add noise to all that is trained, so that each part of a model counts for much after a few steps."""
     generator = torch.Generator().manual_seed(5)
     for stage in stages:
-        for _, parameter in stage._trained():
+        for _, parameter in stage.trained:
             scale = 0.3 if parameter.ndim < 2 else 0.5 / parameter.shape[-1] ** 0.5
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter), alpha=scale)

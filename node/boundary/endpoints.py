@@ -61,10 +61,11 @@ class BoundaryShape:
         microbatch_size: int,
         sequence_length: int,
         microbatches: int,
+        seed: int,
     ) -> BoundaryShape:
         return cls(
             boundary=context.boundary,
-            seed=context.seed,
+            seed=seed,
             microbatch_size=microbatch_size,
             sequence_length=sequence_length,
             wire_width=codec.codec.wire_width(context.width),

@@ -10,8 +10,9 @@ stages) begins here, and cuts afterwards as it likes.
     found.tokens[1]["context.embedding"]                    # what stage 1 knows of its tokens
     found.optimizer["muon.momentum/model.layers.3.mlp.up_proj.weight"]
 
-Every file's digest is compared before anything of it is used. Tensors are mapped from the files: memory holds one copy
-of what is looked at, and a model larger than it can be assembled. Do not write to them.
+Every file's digest is compared before anything of it is used; where a stage's own checkpoint is damaged, its
+neighbour's copy is as good. Tensors are mapped from the files: memory holds one copy of what is looked at, and a model
+larger than it can be assembled. Do not write to them.
 
 Why not build the stages and ask them: that allocates and draws a whole model first, needs each stage's device, and can
 only make the stages that the run had.
@@ -20,7 +21,7 @@ only make the stages that the run had.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -32,9 +33,10 @@ from ...protocol.greeting import TABLE_DIGEST
 from ..config import RunConfig
 from ..config_file import load_config
 from ..preparation import resolve_architecture, state_digest
+from ..run_directory import with_start
 from ..stage_state import StageSnapshot
-from .kept_tokenizer import COPIES, kept_tokenizer
-from .manifest import CheckpointError, Fingerprint
+from .kept_tokenizer import kept_tokenizer
+from .manifest import COPIES, CheckpointError, Fingerprint
 from .store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -108,13 +110,13 @@ def assemble(
 ) -> Assembled:
     """The model of the run in directory `run`, whose run.toml says where its checkpoints are.
 
-    step: completed steps; None for the newest that all stages have intact, where what is damaged is `report`ed, a line
-    each. config: in the place of run.toml, for paths that differ on this machine.
+    step: completed steps; None for the newest that all stages have intact. What is damaged is `report`ed, a line each,
+    and whether a copy took its place. config: in the place of run.toml, for paths that differ on this machine.
 
     Raises AssembleError, or the CheckpointError of one file, where that is not there; ConfigError, ModelError and
     DataError for a run.toml, a model or a tokenizer that cannot be read.
     """
-    config = config or load_config(run / "run.toml")
+    config = with_start(config or load_config(run / "run.toml"), run)
     directory = config.checkpoint.path(run)
     tokenizer = kept_tokenizer(directory)
     if tokenizer and config.data.tokenizer:  # what is named may be gone, or be another one by now
@@ -124,31 +126,57 @@ def assemble(
     held = [_held(directory, stage, fingerprint) for stage in range(config.pipeline.stages)]
     _check_present(directory, held, step)
     common = sorted(set.intersection(*map(set, held)), reverse=True)
+    wanted, say = state_digest(config, architecture), report or (lambda _: None)
     for completed in common if step is None else [step]:
-        stores = [of_stage[completed] for of_stage in held]
         try:
-            _check_configuration(stores, completed, state_digest(config, architecture))
-            snapshots = [store.load(completed) for store in stores]
+            loaded = [_load(of_stage[completed], completed, wanted, say) for of_stage in held]
+            stores = [store for store, _ in loaded]
+            _check_tables(stores, completed)
         except CheckpointError as error:
             if step is not None or completed == common[-1]:
                 raise
-            if report:
-                report(str(error))
+            say(str(error))
             continue
         head = stores[0].manifest(completed)
-        found = _joined(config, architecture, snapshots, tokenizer)
+        found = _joined(config, architecture, [snapshot for _, snapshot in loaded], tokenizer)
         return replace(found, text=(head.corpus, head.tokenizer))
     raise AssertionError("unreachable: `common` is not empty")
 
 
-def _held(directory: Path, stage: int, fingerprint: Fingerprint) -> dict[int, CheckpointStore]:
-    """The checkpoints of a stage by completed steps, with the store that has each: its own, or a neighbour's copy."""
-    copies = CheckpointStore(directory / COPIES, stage=stage, fingerprint=fingerprint)
-    own = CheckpointStore(directory, stage=stage, fingerprint=fingerprint)
-    return {number: store for store in (copies, own) for number in store.numbers()}
+# The checkpoints of a stage by completed steps, with the stores that have each: its own, then a neighbour's copy.
+_Held = dict[int, list[CheckpointStore]]
 
 
-def _check_present(directory: Path, held: list[dict[int, CheckpointStore]], step: int | None) -> None:
+def _held(directory: Path, stage: int, fingerprint: Fingerprint) -> _Held:
+    held: _Held = {}
+    for place in (directory, directory / COPIES):
+        store = CheckpointStore(place, stage=stage, fingerprint=fingerprint)
+        for number in store.numbers():
+            held.setdefault(number, []).append(store)
+    return held
+
+
+def _load(
+    stores: list[CheckpointStore], completed: int, wanted: str, say: Callable[[str], None]
+) -> tuple[CheckpointStore, StageSnapshot]:
+    """The state of a stage from the first of these that has it intact, and which one that is. Raises what is wrong with
+    the first of them if none has, and AssembleError for other settings than those with the digest `wanted`."""
+    faults: list[CheckpointError] = []
+    for store in stores:
+        try:
+            _check_settings(store, completed, wanted)
+            snapshot = store.load(completed)
+        except CheckpointError as error:
+            faults.append(error)
+            continue
+        for error in faults:
+            fault = str(error).rpartition("; ")[0] or str(error)  # without its remedy, which is found
+            say(f"{fault}; the copy {store.path(completed)} is taken instead")
+        return store, snapshot
+    raise faults[0]
+
+
+def _check_present(directory: Path, held: list[_Held], step: int | None) -> None:
     """Raises AssembleError unless all stages have that step, or any step in common."""
     if not any(held):
         raise AssembleError(
@@ -176,19 +204,27 @@ def _listed(steps: Mapping[int, object] | set[int]) -> str:
     return f"{'..., ' if len(steps) > len(newest) else ''}{', '.join(map(str, newest))}"
 
 
-def _check_configuration(stores: list[CheckpointStore], completed: int, wanted: str) -> None:
-    """Raises AssembleError unless all were written under the settings of this run.toml."""
+def _check_settings(store: CheckpointStore, completed: int, wanted: str) -> None:
+    """Raises AssembleError unless it was written under the settings of this run.toml."""
+    settings = store.manifest(completed).configuration.partition(TABLE_DIGEST)[0]
+    if settings != wanted:
+        raise _of_other_settings(
+            store.path(completed), f"configuration hash {settings[:12]}… there, {wanted[:12]}… here"
+        )
+
+
+def _check_tables(stores: Sequence[CheckpointStore], completed: int) -> None:
+    """Raises AssembleError unless all generated the same token table."""
     found = [store.manifest(completed).configuration for store in stores]
     for store, configuration in zip(stores, found, strict=True):
-        settings = configuration.partition(TABLE_DIGEST)[0]
-        if settings != wanted or configuration != found[0]:
-            fault = f"configuration hash {settings[:12]}… there, {wanted[:12]}… here"
-            if settings == wanted:
-                fault = "it was written with another token table than stage 0's"
-            raise AssembleError(
-                f"{store.path(completed)} is of other settings: {fault}; use the run.toml and the version that it was "
-                "written with"
-            )
+        if configuration != found[0]:
+            fault = "it was written with another token table than stage 0's"
+            raise _of_other_settings(store.path(completed), fault)
+
+
+def _of_other_settings(path: Path, fault: str) -> AssembleError:
+    remedy = "use the run.toml and the version that it was written with"
+    return AssembleError(f"{path} is of other settings: {fault}; {remedy}")
 
 
 def _joined(

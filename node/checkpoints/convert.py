@@ -12,12 +12,15 @@ own, so what is written has been restored once. One stage is in memory at a time
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from ...compress.registry import parse_codec
+from ...sim.reports.wording import counted
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
 from ..preparation import state_digest
@@ -37,12 +40,16 @@ RECEIVER_PARTS = ("receiver", "table_above", "activation_codebook_above", "gradi
 RECEIVER_PARTS += ("gradient_memory_above",)
 
 
-def recut(config: RunConfig, *, stages: int, cut: str, speeds: str = "") -> RunConfig:
-    """The settings of the same run with other stages, each spelt as in a run.toml, and checkpoints in its own
-    directory. Raises ConfigError."""
-    pipeline = {"pipeline.stages": stages, "pipeline.cut": cut, "pipeline.speeds": speeds}
+# What goes with the number of stages: more of them want more microbatches, or a deeper schedule, to be busy. The batch
+# does not: which sequences a step has follows from it, and so does where in the data the run is.
+CUT_SETTINGS = tuple(f"pipeline.{name}" for name in ("stages", "cut", "speeds", "schedule", "microbatches"))
+
+
+def recut(config: RunConfig, asked: Mapping[str, Any]) -> RunConfig:
+    """The settings of the same run with other stages, and checkpoints in its own directory. asked: of CUT_SETTINGS,
+    each spelt as in a run.toml, and stages in any case; cut and speeds are not the old ones. Raises ConfigError."""
     tree = config.model_dump(mode="json", exclude_none=True, exclude={"checkpoint": {"directory"}})
-    return parse_config(merge(tree, pipeline))
+    return parse_config(merge(tree, {"pipeline.cut": "auto", "pipeline.speeds": [], **asked}))
 
 
 def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float) -> list[str]:
@@ -50,7 +57,8 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
     boundaries and what else is not as it was, a line each.
 
     config: `recut` of the run's, checked. written_s: seconds since 1970, for people. run.toml is written last, so that
-    what was broken off is no run. Raises ConfigError for the cut that the run has, StateError for a state that does not
+    what was broken off is no run. Raises ConfigError for the cut that the run has, and for microbatches of another size
+    where a byte format remembers what it left out of one, StateError for a state that does not
     fit, CheckpointError for a disk that does not take it, and what `node.preparation.BAD_INPUT` names.
     """
     old, new = (stage_layers(each, found.architecture) for each in (found.config, config))
@@ -58,6 +66,7 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         counts = ",".join(str(len(layers)) for layers in old)
         raise ConfigError(f"its {len(old)} stages have {counts} layers already; choose another --stages or --cut")
     kept = kept_boundaries(old, new)
+    _check_memory(found.config, config, kept)
     generation = max((version[0] for version in _versions(found.snapshots)), default=0)
     for index in range(len(new)):
         stage = Stage(config, found.architecture, index)
@@ -69,9 +78,9 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
             run=config.run.name, stages=len(new), configuration=written, corpus=corpus, tokenizer=tokenizer
         )
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
-        store.write(snapshot, generation=generation, written_s=written_s)
         if index == 0 and found.tokenizer:
             keep_tokenizer(config.checkpoint.path(out), read_kept(found.tokenizer))
+        store.write(snapshot, generation=generation, written_s=written_s)
     try:
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
@@ -82,9 +91,27 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
             f"gradients are clipped by stage (optim.clip = {config.optim.clip:g}), and stages have other parts now: "
             "where it clips, the next steps are not bit for bit those that the run would have taken"
         )
+    if config.microbatch_size != found.config.microbatch_size:
+        lines.append(
+            f"a step is computed in {config.pipeline.microbatches} parts and not in "
+            f"{found.config.pipeline.microbatches}: what is summed is rounded otherwise, so the next steps are not bit "
+            "for bit those that the run would have taken"
+        )
     if found.config.checkpoint.directory is not None:
         lines.append(f"checkpoints are in {out} from now on, and not in {found.config.checkpoint.directory}")
     return lines
+
+
+def _check_memory(before: RunConfig, after: RunConfig, kept: KeptBoundaries) -> None:
+    if before.microbatch_size == after.microbatch_size or all(old is None for old in kept.boundaries):
+        return
+    codec = parse_codec(after.codec.codec, after.codec.forward, after.codec.backward)
+    if remembering := next((fmt for fmt in (codec.forward, codec.backward) if fmt.remembers), None):
+        raise ConfigError(
+            f"pipeline.microbatches = {after.pipeline.microbatches}: byte format '{remembering.id}' carries what it "
+            f"left out of a microbatch of {counted(before.microbatch_size, 'sequence')} to the next one, and these "
+            f"have {after.microbatch_size}; leave pipeline.microbatches = {before.pipeline.microbatches}"
+        )
 
 
 def _versions(snapshots: Iterable[StageSnapshot]) -> list[list[int]]:

@@ -9,8 +9,7 @@ from ...protocol.control_messages import CopyFrame
 from ...protocol.copy_transfer import PARTS_AHEAD_MOST, Sending
 from ...protocol.rollback import STEPS_LISTED_MAX
 from .copy_receiver import CopyReceiver, Incoming
-from .kept_tokenizer import COPIES
-from .manifest import CheckpointError, Manifest
+from .manifest import COPIES, CheckpointError, Manifest
 from .store import CheckpointStore
 
 QUEUED_MAX = PARTS_AHEAD_MOST + 16  # frames from one neighbour that wait for the disk

@@ -26,10 +26,9 @@ from pathlib import Path
 from typing import IO, get_args
 
 from .durable_files import make, remove, sync_directory, temporary_name
-from .manifest import Beside, BesideName, CheckpointError, read_manifest
+from .manifest import COPIES, Beside, BesideName, CheckpointError, read_manifest
 
 TOKENIZER = "tokenizer"  # a directory
-COPIES = "copies"  # of a neighbour's checkpoints, in the same directory
 FIRST = "stage-0"
 
 

@@ -6,12 +6,13 @@ configuration's digest is compared between the stages only: to compute the run's
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from .manifest import CheckpointError, Fingerprint
+from .manifest import COPIES, CheckpointError, Fingerprint
 from .store import CheckpointStore
 
 
@@ -45,6 +46,19 @@ def _look(store: CheckpointStore, completed: int, thorough: bool, present: bool)
         return row | {"state": "damaged", "problem": str(error)}
     fields = {"bytes": manifest.file_bytes, "generation": manifest.generation, "configuration": manifest.configuration}
     return row | {"state": "ok", **fields}
+
+
+def steps_held(directory: Path, *, run: str, stages: int) -> list[dict[int, set[str]]]:
+    """By stage: the steps of which it has a checkpoint there, or a neighbour a copy, and under which configurations
+    they were written. Looks at manifests and lengths alone. Raises CheckpointError for a directory that cannot be
+    listed."""
+    found = [defaultdict[int, set[str]](set) for _ in range(stages)]
+    for place in (directory, directory / COPIES):
+        for row in list_checkpoints(place, run=run, stages=stages, thorough=False):
+            for held in row["stages"]:
+                if held["state"] == "ok":
+                    found[held["stage"]][row["step"]].add(held["configuration"])
+    return [dict(of_stage) for of_stage in found]
 
 
 def checkpoint_table(rows: list[dict[str, Any]]) -> Table:

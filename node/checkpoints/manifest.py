@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
+COPIES = "copies"  # of neighbours' checkpoints, a directory beside those of this machine's stages
 MANIFEST_BYTES_MAX = 64 * 1024  # what is written takes about 1.5 KB
 _LINE_CHARACTERS_MAX = 1500
 _FAULTS_LISTED_MAX = 100  # the list of all that is wrong with a file of this size would take a hundred times as much

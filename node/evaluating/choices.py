@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..model.architecture import first_line
 from .subject import EvaluationError, Subject, check_ids
 
 BATCH_TOKENS = 4096  # in one call of the model, padding included
@@ -28,11 +29,12 @@ BATCH_TOKENS = 4096  # in one call of the model, padding included
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """answer: the place of the right one in `choices`, from 0."""
+    """answer: the place of the right one in `choices`, from 0. where: its file and line, for people."""
 
     context: str
     choices: tuple[str, ...]
     answer: int
+    where: str = "a question"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,19 @@ def _question(line: bytes, where: str) -> Question:
             f"{where}: 'answer' has to be the place of the right choice, from 0 to {len(choices) - 1}, not "
             f"{json.dumps(answer)[:40]}; mend or remove it"
         )
-    return Question(context=context, choices=tuple(choices), answer=answer)
+    for text in (context, *choices):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise EvaluationError(
+                f"{where}: {_quoted(text)} has half a surrogate pair, which is no character; mend or remove it"
+            ) from None
+    return Question(context=context, choices=tuple(choices), answer=answer, where=where)
+
+
+def _quoted(text: str) -> str:
+    """Its beginning, so that spaces and line ends are seen."""
+    return json.dumps(text[:40] + ("..." if len(text) > 40 else ""))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,9 +110,13 @@ class _Row:
 
 
 def score(subject: Subject, questions: Sequence[Question]) -> Score:
-    """Raises EvaluationError for a continuation that is longer than the model's context."""
-    rows = [_row(subject, question.context, choice) for question in questions for choice in question.choices]
-    logprobs = iter(_logprobs(subject, rows))
+    """Raises EvaluationError for a continuation that is longer than the model's context or has no token, and for a
+    model whose scores are not finite."""
+    rows = [_row(subject, question, choice) for question in questions for choice in question.choices]
+    found = _logprobs(subject, rows)
+    if not all(map(math.isfinite, found)):
+        raise EvaluationError("the scores are not finite: the model's weights are damaged, or it diverged in training")
+    logprobs = iter(found)
     right = right_per_byte = 0
     for question in questions:
         sums = [next(logprobs) for _ in question.choices]
@@ -115,18 +133,33 @@ def _best(scores: list[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def _row(subject: Subject, context: str, choice: str) -> _Row:
-    kept = context.rstrip()
-    before = subject.tokenizer.encode(kept, add_special_tokens=False).ids
-    whole = subject.tokenizer.encode(context + choice, add_special_tokens=False).ids
+def _row(subject: Subject, question: Question, choice: str) -> _Row:
+    said = f"{question.where}: the choice {_quoted(choice)}"
+    before, whole = (_ids(subject, text, question) for text in (question.context.rstrip(), question.context + choice))
+    if whole == before:
+        raise EvaluationError(
+            f"{said} has no token, so it has no score: the tokenizer drops all of it; mend or remove it"
+        )
     own = whole[len(before) :] or whole[-1:]  # a continuation that has melted into the last token
     ids = [subject.begin_id, *whole]
-    check_ids(subject, ids)
+    try:
+        check_ids(subject, ids)
+    except EvaluationError as error:
+        raise EvaluationError(f"{question.where}: {error}") from None
     if len(own) > subject.context:
         raise EvaluationError(
-            f"the choice '{choice[:40]}...' has {len(own)} tokens, and the model's context is {subject.context}"
+            f"{said} has {len(own)} tokens, and the model's context is {subject.context}; shorten or remove it"
         )
     return _Row(ids[-(subject.context + 1) :], len(own), len(ids) > subject.context + 1)
+
+
+def _ids(subject: Subject, text: str, question: Question) -> list[int]:
+    try:
+        return subject.tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises bare Exception for a character that it has no token for
+        raise EvaluationError(
+            f"{question.where}: the tokenizer cannot encode {_quoted(text)}: {first_line(error)}; mend or remove it"
+        ) from None
 
 
 def _logprobs(subject: Subject, rows: Sequence[_Row]) -> list[float]:

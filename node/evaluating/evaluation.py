@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from ..checkpoints.assemble import assemble
-from ..config_file import load_config
 from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
 from ..preparation import prepare_corpus
-from ..run_corpus import vocabulary_of_run
+from ..run_corpus import check_trained_on, vocabulary_of_run
 from .chain import Chain
 from .choices import read_questions, score
 from .subject import Directory, EvaluationError, Subject, check_directory, check_ids
@@ -75,9 +74,9 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 
 
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
-    config = load_config(run / "run.toml")
-    assembled = assemble(run, step=asked.step, config=config, report=report)
-    config, vocabulary = assembled.config, vocabulary_of_run(assembled)
+    assembled = assemble(run, step=asked.step, report=report)
+    config = assembled.config
+    vocabulary = vocabulary_of_run(run, assembled)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id)
     length = config.data.sequence_length
     if asked.length not in (None, length):
@@ -85,6 +84,7 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
     if asked.data is None:
         own = config.data.model_copy(update={"tokenizer": vocabulary.path})  # whatever would be made of the text here
         corpus = prepare_corpus(config.model_copy(update={"data": own}))
+        check_trained_on(corpus, run, assembled, "put the run's own there, or say which one to measure on with --data")
         batches = [
             _whole(corpus.heldout_batch(number, config.microbatch_size))
             for number in range(config.evaluation_microbatches)

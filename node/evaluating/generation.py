@@ -101,7 +101,7 @@ def load(
         return load_directory(target, trusted=trusted, device=device)
     assembled = assemble(target, step=step, report=report)
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
-    words = portable_tokenizer(vocabulary_of_run(assembled), assembled.config, longest=longest)
+    words = portable_tokenizer(vocabulary_of_run(target, assembled), assembled.config, longest=longest)
     whole = with_boundaries(assembled, plain_model(assembled))
     say_tokens(whole, words)
     return on_device(in_memory(whole), device), words

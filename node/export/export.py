@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.assemble import assemble
+from ..checkpoints.assemble import Assembled, assemble
 from ..config import ConfigError, RunConfig
 from ..data import Corpus, DataError, SourceLost, Vocabulary
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
 from ..preparation import check_device, prepare_corpus
-from ..run_corpus import vocabulary_of_run
+from ..run_corpus import check_trained_on, vocabulary_of_run
 from . import modeling_thinpipe
 from .heldout_loss import heldout_loss, recorded_loss
 from .portable_model import ExportError, PortableModel, plain_model, with_boundaries
@@ -53,7 +53,7 @@ def export_run(
     """
     check_out(out)
     assembled = assemble(run, step=step, config=config, report=report)
-    vocabulary = vocabulary_of_run(assembled)
+    vocabulary = vocabulary_of_run(run, assembled)
     transformers = quiet_transformers()
     without = plain_model(assembled)
     whole = with_boundaries(assembled, without)
@@ -67,7 +67,7 @@ def export_run(
     try:
         aside.mkdir(parents=True)
         files = _write(model, tokenizer, aside)
-        losses = _losses(_with_tokenizer(assembled.config, vocabulary), model, whole, aside, transformers)
+        losses = _losses(run, assembled, vocabulary, model, whole, aside, transformers)
         os.rename(aside, final)  # over an empty directory too
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -142,14 +142,22 @@ def _with_tokenizer(config: RunConfig, vocabulary: Vocabulary) -> RunConfig:
 
 
 def _losses(
-    config: RunConfig, model: PortableModel, whole: PortableModel, directory: Path, transformers: Any
+    run: Path,
+    assembled: Assembled,
+    vocabulary: Vocabulary,
+    model: PortableModel,
+    whole: PortableModel,
+    directory: Path,
+    transformers: Any,
 ) -> dict[str, Any]:
     """Of what is in `directory`, and of the whole function where that is another one. A text that is not here leaves
-    them open."""
+    them open, and so does another one in its place: its loss would be no neighbour of the one that the run recorded."""
     kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
+    config = _with_tokenizer(assembled.config, vocabulary)
     try:
         corpus: Corpus = prepare_corpus(config)
+        check_trained_on(corpus, run, assembled, "name the run's own with --set data.source=...")
     except (DataError, SourceLost) as error:
         return {"loss": None, "loss_with_boundaries": None, "reason": str(error)}
     losses: dict[str, Any] = {"loss": heldout_loss(exported.to(usable_device(config)), config, corpus)}

@@ -26,13 +26,14 @@ from ...sim.launch.local_swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
+from ...sim.reports.cut_advice import advice_line, cut_advice
 from ..codec_words import codec_settings
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
 from ..preparation import check_codec, check_layers, prepare_corpus, resolve_architecture
 from ..run_directory import clear, writable
-from .cut_advice import advice_line, cut_advice
 from .emulated_machine import EmulatedMachine
+from .pipeline_costs import pipeline_costs
 from .plan import AUTO, PLANNED, check_auto, plan, resolved_schedule
 from .stage_times import times_measured
 
@@ -184,7 +185,7 @@ class Bench:
         plain = cell.schedule.removesuffix(AUTO)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
-        layers = machine = None
+        layers = None
         if cell.emulated:
             machine = EmulatedMachine.parse(cell.mode)
             times = machine.times(config, architecture)
@@ -209,8 +210,8 @@ class Bench:
         if entry["measured"]["problems"]:
             entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
         taken = times_measured(self._out / "cells" / cell.name, config)
-        if machine is None or machine.knows_cuts:
-            entry["cut_advice"] = cut_advice(cell.config(schedule, 1), architecture, taken)
+        if costs := pipeline_costs(cell.config(schedule, 1), architecture):
+            entry["cut_advice"] = cut_advice(costs, taken)
             shares = [stage["compute_s"] for stage in entry["measured"]["stages"]]  # of the windows' time
             entry["cut_advice"]["line"] = advice_line(entry["cut_advice"], shares)
         if not cell.emulated and cell.link.rate_bits_per_s is None:

@@ -12,7 +12,6 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +19,12 @@ from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
+from ...sim.reports.cut_advice import MICROBATCHES_MAX, advice_on_record
 from ..config import RunConfig
 from ..config_file import parse_config
 from ..config_sections import CodecSection
 from ..preparation import resolve_architecture
 from ..stage_costs import stage_layers
-from .cut_advice import advice_line, cut_advice
-from .emulated_machine import EmulatedMachine
 from .message_sizes import Sizes
 from .plan import plan
 from .stage_times import times_measured
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 DENSE = CodecSection(codec="bf16")
 LEARNED = CodecSection()
-MICROBATCHES_MAX = 1000  # of all stages in a step: more take longer to simulate than people should wait
 USUAL_LINK = "300mbit,25ms"
 OPTIONS = {  # of `thinpipe up`; other settings are spelled with --set
     "pipeline.stages": "--stages",
@@ -69,8 +66,8 @@ def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> Non
     except Exception as error:  # the run has ended well, whatever this is
         found["simulation_left_out"] = " ".join(str(error).split()) or type(error).__name__
     if summary["mode"] == "swarm":
-        with suppress(Exception):  # neither does the advice
-            found["cut_advice"] = _advice(summary, run, config)
+        shares = [stage["compute_share"] for stage in summary["stages"]]
+        found["cut_advice"] = advice_on_record(run, shares)
     summary |= found
     summary["try_next"] = _try_next(summary, run, config)
 
@@ -92,18 +89,6 @@ def _simulations(run: Path, config: RunConfig) -> dict[str, Any]:
     if is_dense(config):
         found["learned_simulation"] = simulation(config, LEARNED, architecture, times, layers=layers, thinner=thinner)
     return found
-
-
-def _advice(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str, Any] | None:
-    """`cut_advice`, with the `line` that says it to people, None where there is nothing to say; None for an emulated
-    machine that no cut makes faster or slower, and for what would take long to simulate."""
-    if config.pipeline.stages * config.pipeline.microbatches > MICROBATCHES_MAX:
-        return None
-    if config.compute.emulate and not EmulatedMachine.parse(config.compute.emulate).knows_cuts:
-        return None
-    found = cut_advice(config, resolve_architecture(config), times_measured(run, config))
-    shares = [stage["compute_share"] for stage in summary["stages"]]
-    return {**found, "line": advice_line(found, shares)}
 
 
 def simulation(

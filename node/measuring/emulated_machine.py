@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ...sim.links.pipeline import StageTimes
+from ...sim.links.stage_work import Operations
 from ..config import ConfigError, RunConfig
 from ..model.stage_cut import partition
-from ..stage_costs import Operations, operations, speeds, stage_layers
+from ..stage_costs import operations, speeds, stage_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

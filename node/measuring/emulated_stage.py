@@ -181,8 +181,10 @@ class EmulatedStage(Stage):
         assert isinstance(self.upstream_endpoint, SizedUpstreamEndpoint)
         return self.upstream_endpoint.sizes
 
-    def finish(self, step: int, table_gradient: Tensor | None = None) -> tuple[float, OptimStats]:
-        del table_gradient
+    def gather(self, step: int, table_gradient: Tensor | None) -> None:
+        del step, table_gradient
+
+    def finish(self, step: int) -> tuple[float, OptimStats]:
         self._last(self.times.step_s)
         self.losses.clear()
         self._gradients = 0

@@ -50,6 +50,7 @@ class Sizes:
             microbatch_size=config.microbatch_size,
             sequence_length=config.data.sequence_length,
             microbatches=config.pipeline.microbatches,
+            seed=0,
         )
         self.microbatches = config.pipeline.microbatches
         self.link = LinkProfile.parse(config.link.link)

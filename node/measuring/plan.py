@@ -17,6 +17,7 @@ from ...compress.byte_format import CodecError
 from ...protocol.schedule import RTT_RATIO_MAX, OneFOneB, ScheduleError, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile
+from ...sim.reports.cut_advice import WORTH_SAYING
 from ..config import ConfigError, RunConfig
 from ..config_file import load_config
 from ..data import DataError
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 AUTO = ":rtt_ratio=auto"
 HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, RTT_RATIO_MAX)
 AUTO_WITHIN = 1.003
-WORTH_SAYING = 1.05  # times as fast; the simulation is within a few percent of what runs
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
 

@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ...sim.links.pipeline import StageTimes
+from ...sim.links.stage_work import StageWorkError, measured_times, with_other_work
 from ...sim.reports.summary import read_records
 from ..config import ConfigError, RunConfig
 from ..config_sections import CodecSection
@@ -28,9 +25,8 @@ CALIBRATION_S = 0.3
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`: medians of its steps,
-    codec work included; a forward counts a third, weight gradients another. Raises ConfigError for a run that has no
-    steps."""
+    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`, from all its steps.
+    Raises ConfigError for a run that has no steps."""
     times = []
     for stage in range(config.pipeline.stages):
         path = run / f"stage-{stage}.jsonl"
@@ -40,9 +36,8 @@ def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
             raise ConfigError(
                 f"{run} has no record of a second step of stage {stage}; name the --out of a finished run"
             )
-        compute_s = float(np.median([step["compute_s"] + step["codec_s"] for step in steps]))
-        each = compute_s / config.pipeline.microbatches
-        times.append(StageTimes(forward_s=each / 3, backward_s=each * 2 / 3))
+        step_s = [step["compute_s"] + step["codec_s"] for step in steps]
+        times.append(measured_times(step_s, config.pipeline.microbatches))
     return times
 
 
@@ -67,7 +62,7 @@ def times_recut(
     """What the stages of `after` would take on the machines that took `times` for those of `before`, each as many times
     longer as it has more to compute for a microbatch: layers, tokens, or a larger model. ran: the model of `before`, if
     that is not `architecture`. The codec's own work is left as it was, since most of it is no multiplication. Raises
-    ModelError, and ConfigError for another number of stages."""
+    ModelError, and ConfigError for another number of stages, or where none took any time."""
     if before.pipeline.stages != after.pipeline.stages:
         told, asked = before.pipeline.stages, after.pipeline.stages
         raise ConfigError(f"times of {told} stages say nothing of {asked}; keep pipeline.stages")
@@ -77,8 +72,10 @@ def times_recut(
     )
     if work[0] == work[1]:
         return list(times)
-    due_s = [each / speed for each, speed in zip(work[1], measured_speeds(work[0], times), strict=True)]
-    return [_lasting(each, seconds) for each, seconds in zip(times, due_s, strict=True)]
+    try:
+        return with_other_work(times, *work)
+    except StageWorkError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _microbatch_operations(config: RunConfig, architecture: PretrainedConfig, codec: CodecSection) -> list[float]:
@@ -87,29 +84,3 @@ def _microbatch_operations(config: RunConfig, architecture: PretrainedConfig, co
     costs = operations(config.model_copy(update={"codec": codec}), architecture)
     tokens = config.microbatch_size * config.data.sequence_length
     return [tokens * each for each in costs.of_stages(counts)]
-
-
-def measured_speeds(work: Sequence[float], times: Sequence[StageTimes]) -> list[float]:
-    """Operations of a forward pass, in the unit of `work`, by second of a forward and backward pass. Of a stage with
-    nothing to compute, which shows nothing, the middle of the others' is assumed. Raises ConfigError where none took
-    any time."""
-    took_s = [each.forward_s + each.backward_s for each in times]
-    found = [done / took if done > 0 and took > 0 else None for done, took in zip(work, took_s, strict=True)]
-    known = [speed for speed in found if speed is not None]
-    if not known:
-        raise ConfigError("no stage computed anything, so nothing is known of the machines; name another run")
-    return [statistics.median(known) if speed is None else speed for speed in found]
-
-
-def _lasting(times: StageTimes, seconds: float) -> StageTimes:
-    """The same stage with work for so many seconds a microbatch, in the same parts forward and backward."""
-    before_s = times.forward_s + times.backward_s
-    if before_s <= 0:
-        return StageTimes(forward_s=seconds / 3, backward_s=seconds * 2 / 3, step_s=times.step_s)
-    scale, weight_s = seconds / before_s, times.weight_s
-    return replace(
-        times,
-        forward_s=times.forward_s * scale,
-        backward_s=times.backward_s * scale,
-        weight_s=None if weight_s is None else weight_s * scale,
-    )

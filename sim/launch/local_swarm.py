@@ -23,6 +23,7 @@ from typing import BinaryIO, cast
 from ..reports.figures import StageFigures
 from ..reports.metrics_address import MetricsAddress
 from ..reports.progress import Progress
+from ..reports.record_tail import whole_bytes
 from .disk_space import DiskSpace
 from .end_signals import ANOTHER_ENDED, DRAINING, EndSignals, draining_signals
 from .fork_server import CannotFork, ForkServer, Process
@@ -46,7 +47,7 @@ class SwarmError(RuntimeError):
 
 @dataclass(slots=True)
 class NodeProcess:
-    """A process that serves a stage. log_from, records_from: what its log and its records held before it."""
+    """A process that serves a stage. log_from, records_from: where what it says begins in its log and its records."""
 
     stage: int
     process: Process
@@ -107,11 +108,11 @@ def run_swarm(
     `on_progress` gets, about ten times a second, what the records of every stage have said since now. `on_warning`: a
     line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
     stage that was lost is started again, while the others wait for it; or all stages are, after one has failed and
-    ended all; but not twice for the same failure. `disks`, `isolation`, `keys`, `watch`, `forks`, `node_options`: see
-    `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step under way: returns the
-    name of the first that came, None if none did. Raises SwarmError when a node ends early otherwise, naming it, and
-    KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes could end in order. No node
-    is left running either way.
+    ended all; but not twice for a failure that replays. `disks`, `isolation`, `keys`, `watch`, `forks`, `node_options`:
+    see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step under way: returns
+    the name of the first that came, None if none did. Raises SwarmError when a node ends early otherwise, naming it,
+    and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes could end in order. No
+    node is left running either way.
     """
     swarm = Swarm(
         run,
@@ -253,7 +254,7 @@ def _start(
         arguments.append("--resume")
     log, environment = run / f"stage-{stage}.log", node_environment()
     records = run / f"stage-{stage}.jsonl"
-    records_from = records.stat().st_size if resume and records.exists() else 0
+    records_from = whole_bytes(records) if resume else 0
     with _log(log, "ab" if resume else "wb") as output:
         log_from = output.tell()
         if forks and not prefix:
@@ -324,7 +325,7 @@ def _watch(
             if swarm.draining and failure is None and all(now[stage] in TOLD_TO_END for stage in lost):
                 raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order
             cost = 1 if failure else len(lost)
-            again = failure in before
+            again = failure is not None and failure.replays and failure in before
             if again or cost > restarts or 2 in now or swarm.draining:
                 raise SwarmError(_why(swarm, lost, failure, again=again), 2 if 2 in now else 1)
             restarts -= cost

@@ -1,9 +1,10 @@
 """Why a node ended: the signal that killed it, its own last words, or the failure of another stage that ended all.
 
 A stage that fails tells the others, and all end with its reason (node/stage_failure.py). Each writes it to its records,
-so whoever started them finds in any of them which stage it was. Two ends with the same failure (stage, step and reason)
-show that it comes again whenever the run comes to that place: runs are the same to the last bit, and so are their
-failures. Then nothing is gained by starting the nodes once more.
+so whoever started them finds in any of them which stage it was. Two ends with the same failure of the computation
+(stage, step and reason) show that it comes again whenever the run comes to that place: runs are the same to the last
+bit, and so are their failures. Then nothing is gained by starting the nodes once more. A failure of what is around it
+(a source of data that is away, a disk, a neighbour that is late) may read the same twice and be gone the third time.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ AGAIN = "it failed in the same way before, so it is not started again"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Which stage failed, after how many steps, and why. told: the other stages were told, and end with it too."""
+    """Which stage failed, after how many steps, and why. told: the other stages were told, and end with it too.
+    replays: the computation failed, so it will again; else what is around it did, which may pass."""
 
     stage: int
     completed_steps: int
     reason: str
     told: bool
+    replays: bool
 
     def __str__(self) -> str:
         return f"stage {self.stage} failed after {self.completed_steps} steps: {self.reason}"

@@ -2,7 +2,8 @@
 
 When a node process dies, something has to start the next one. On one machine that is `thinpipe up`. If each stage is a
 container or a service of its own, each has a supervisor. It starts `thinpipe node` as a user
-would, with --resume if the run's directory shows that the stage has been started before.
+would, with --resume if the run's directory shows that the stage has been started before. Where no step was kept by all
+stages, the run begins again with its first one, and the supervisor says so.
 
 The supervisor of a stage holds a lock on RUN/stage-N.lock, and so does its node. The kernel releases it when they die,
 whatever the cause. So a process that gets the lock of a stage which has been started before knows that it was lost,
@@ -27,7 +28,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..reports.record_tail import RecordTail
+from ..reports.record_tail import RecordTail, whole_bytes
+from ..reports.wording import counted
 from .local_swarm import node_environment
 from .node_ends import AGAIN, Failure
 from .stage_lock import began, ended_after, gave_up, newest_life, take_lock
@@ -200,7 +202,7 @@ class Supervisor:
             code = self._one_life(stage, lock)
             if self._told or code in (0, 2):  # 2: bad input stays bad
                 return code if code >= 0 else 128 - code
-            if self._failure in before:
+            if self._failure and self._failure.replays and self._failure in before:
                 self._say(f"{self._failure}; {AGAIN}")
                 return code if code > 0 else 128 - code
             before |= {self._failure} if self._failure else set()
@@ -218,10 +220,11 @@ class Supervisor:
     def _one_life(self, stage: int, lock: int) -> int:
         assignment, records = self.assignment, self.assignment.run / f"stage-{stage}.jsonl"
         resume = began(assignment.run, stage)
-        tail, newest = RecordTail(records, offset=records.stat().st_size if resume else 0), None
+        tail, newest = RecordTail(records, offset=whole_bytes(records) if resume else 0), None
         if resume:
-            self._say(f"stage {stage} has been started before; it goes on from its newest checkpoint")
+            self._say(f"stage {stage} has been started before; it goes on from what all stages have")
         self._moved_s, longest_s, shown = time.monotonic() + STARTING_S - PROGRESS_S, 0.0, None
+        restored = False
         if self._told:
             return 0
         self._node = subprocess.Popen(
@@ -241,6 +244,9 @@ class Supervisor:
                 newest = record if record["event"] == "step" else newest
                 if record["event"] == "preparing":  # for hours, if need be
                     self._moved_s = time.monotonic()
+                elif record["event"] == "rollback" and resume and not restored:
+                    restored = True
+                    self._say(f"stage {stage} {_goes_on(record['completed'])}")
                 elif record["event"] == "failed":
                     self._failure = Failure.of(record)
             if newest and newest is not shown:
@@ -321,3 +327,9 @@ class Supervisor:
         """In a session of its own: who is told to stop now still ends with what it is for."""
         command = [sys.executable, "-m", "thinpipe.cli", "summary", str(self.assignment.run), "--write"]
         return subprocess.run(command, env=node_environment(), start_new_session=True, check=False).returncode
+
+
+def _goes_on(completed: int) -> str:
+    if completed:
+        return f"goes on after {counted(completed, 'step')}"
+    return "begins again with step 1: there is no checkpoint that all stages have"

@@ -19,6 +19,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .cut_advice import PipelineCosts
 from .quantities import any_number, moment, quantity, stage_count, stage_number, whole
 from .summary import OUTSIDE_RATIO
 
@@ -81,6 +82,7 @@ class _Step:
     tokens: int
     spent: dict[str, float]
     used_bits: dict[Way, float]
+    first: bool  # of its process: it warms up
 
 
 @dataclass(slots=True)
@@ -115,6 +117,7 @@ class StageFigures:
     dense_bytes: int = 0
     dense_tokens: int = 0  # of the steps that are in dense_bytes
     last_record_s: float | None = None
+    costs: PipelineCosts | None = None  # of the whole run; stage 0 knows them
     links: dict[Way, LinkFigures] = field(default_factory=dict)
     dictionaries: list[DictionaryFigures] = field(default_factory=list)
     faults: deque[FaultFigures] = field(default_factory=lambda: deque(maxlen=FAULTS_KEPT))
@@ -122,6 +125,7 @@ class StageFigures:
     unsaved: str = ""  # why the newest checkpoint could not be written, or was damaged; "" once another is there
     _recent: deque[_Step] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     _first_step: int | None = None  # the earliest whose bytes are in the counts
+    _warm: bool = False  # the present process has done a step
     _earlier: dict[Way, LinkFigures] = field(default_factory=dict)  # counted by processes before this one
 
     @property
@@ -139,6 +143,11 @@ class StageFigures:
         """Of what this stage sends: dense bf16 bytes / all framed bytes."""
         return self.dense_bytes / self.moved_bytes if self.dense_bytes and self.moved_bytes else None
 
+    @property
+    def recent_work_s(self) -> list[float]:
+        """How long it computed in each of the last steps, codec work included; of no step that warms up."""
+        return [each.spent["compute"] + each.spent["codec"] for each in self._recent if not each.first]
+
     def take(self, record: dict[str, Any]) -> None:
         """The next record. Raises TypeError, KeyError or ValueError for one that is not as a node writes it; of what it
         says nothing is then taken."""
@@ -148,6 +157,8 @@ class StageFigures:
                 self._start(record)
             case "ready":
                 self._ready(record)
+            case "costs":
+                self.costs = PipelineCosts.of(record)
             case "step":
                 self._step(record)
             case "evaluation":
@@ -179,7 +190,7 @@ class StageFigures:
         }
         for name, value in known.items():
             setattr(self, name, value)
-        self.state, self.restored = "starting", None
+        self.state, self.restored, self._warm = "starting", None, False
         self.lives += 1
         self._earlier = dict(self.links)
         self._recent.clear()
@@ -223,7 +234,8 @@ class StageFigures:
         self._first_step = step if self._first_step is None else min(step, self._first_step)
         counted = self.completed - self._first_step
         self.dense_bytes, self.dense_tokens = dense_bytes * counted, tokens * counted
-        self._recent.append(_Step(seconds, tokens, spent, used))
+        self._recent.append(_Step(seconds, tokens, spent, used, not self._warm))
+        self._warm = True
         whole_s = sum(each.seconds for each in self._recent)
         if whole_s > 0:
             self.tokens_per_s = sum(each.tokens for each in self._recent) / whole_s

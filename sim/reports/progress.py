@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from .figures import StageFigures
-from .record_tail import RecordTail
-
-TAIL_BYTES = 2**20  # a record is a few kilobytes
+from .record_tail import RecordTail, whole_bytes
 
 
 class Progress:
@@ -19,7 +16,7 @@ class Progress:
     def __init__(self, run: Path, *, stages: int, from_now: bool = False) -> None:
         self._figures = [StageFigures(stage) for stage in range(stages)]
         paths = [run / f"stage-{stage}.jsonl" for stage in range(stages)]
-        self._tails = [RecordTail(path, offset=_size(path) if from_now else 0) for path in paths]
+        self._tails = [RecordTail(path, offset=whole_bytes(path) if from_now else 0) for path in paths]
 
     def look(self) -> list[StageFigures]:
         for figures, tail in zip(self._figures, self._tails, strict=True):
@@ -27,13 +24,3 @@ class Progress:
                 with suppress(KeyError, TypeError, ValueError, AttributeError):  # left by another version: not shown
                     figures.take(record)
         return self._figures
-
-
-def _size(path: Path) -> int:
-    """Up to the end of its last whole line: the rest is cut off by who goes on with it."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        tail = min(file.seek(0, os.SEEK_END), TAIL_BYTES)
-        file.seek(-tail, os.SEEK_END)
-        start = file.tell()
-        return start + file.read().rfind(b"\n") + 1
-    return 0

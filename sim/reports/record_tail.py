@@ -8,11 +8,26 @@ that what a full disk left behind does not stop a watcher.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 HEAD_BYTES = 256
+TAIL_BYTES = 2**20  # a record is a few kilobytes
+
+
+def whole_bytes(path: Path) -> int:
+    """Where the last whole line of a file of records ends, 0 where there is none. A process that was killed while it
+    wrote leaves half a line behind, and whoever goes on with the file cuts it off and writes in its place: so what
+    comes next begins here, and not at the end of the file."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        tail = min(file.seek(0, os.SEEK_END), TAIL_BYTES)
+        file.seek(-tail, os.SEEK_END)
+        start = file.tell()
+        return start + file.read().rfind(b"\n") + 1
+    return 0
 
 
 class RecordTail:

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import psutil
 
+from .cut_advice import advise
 from .figures import StageFigures
 from .metrics_address import MetricsAddress, MetricsAddressError
 from .prometheus_metrics import MetricsFormatError, read_figures
@@ -66,6 +67,15 @@ class SwarmView:
         """Stages of the run, as far as anybody knows."""
         known = [seen.figures.stages or 0 for seen in self.stages.values()]
         return max([*known, *(stage + 1 for stage in self.stages)], default=0)
+
+    @property
+    def advice(self) -> str | None:
+        """Which cut of the model would be faster, from the last steps of all stages; None where none would be, or
+        nobody knows. Nodes that are asked over HTTP do not say what the model costs."""
+        figures = [self.stages[stage].figures for stage in range(self.size) if stage in self.stages]
+        costs = next((of.costs for of in figures if of.costs), None)
+        found = advise(costs, [of.recent_work_s for of in figures], [of.compute_share or 0.0 for of in figures])
+        return found["line"] if found else None
 
     @property
     def over(self) -> bool:

@@ -81,7 +81,8 @@ def _swarm(swarm: SwarmView, *, width: int, now_s: float) -> RenderableType:
     notes += [Text(f"stage {of.stage}: {plain(of.unsaved)}", "red") for of in figures if of.unsaved]
     notes += [Text(plain(note), "red") for note in swarm.notes]
     name = Text(plain(swarm.name), "bold", no_wrap=True, overflow="ellipsis")
-    head = [name, _headline(swarm, now_s), _progress(swarm), *notes, Text()]
+    advice = [Text(swarm.advice, "yellow")] if swarm.advice else []
+    head = [name, _headline(swarm, now_s), _progress(swarm), *notes, *advice, Text()]
     blocks: list[RenderableType]
     if wide:
         blocks = [_beside(stages, links), _beside(tables, faults)]

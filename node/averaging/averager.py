@@ -1,0 +1,153 @@
+"""One stage's part in the rounds of its lanes: what it contributes, and what it makes of all contributions.
+
+`contribute` gives the bytes of a round, a function of this stage's state; `use` adds those of all members *in lane
+order* and moves the weights. Nothing here depends on when a contribution arrived, so lanes as processes and lanes in
+one process end with the same bits. A node's own contribution is unpacked from its own bytes like any other: what was
+rounded away is rounded away for all alike.
+
+Between `contribute` and `use` a state may be taken and restored (`state_tensors`), and the round goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...compress.byte_format import ByteFormat, CodecError, Direction, Key, Payload
+from .modes import AveragingMode
+from .round_plan import Round, RoundPlan
+
+_PLACE = 2**32  # beyond all boundaries: rounds have random numbers of their own
+
+
+class RoundError(CodecError):
+    """A contribution that cannot be what was agreed; names lane, stage and round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Which node of the grid this is, of how many lanes, and the run's seed."""
+
+    stage: int
+    lane: int
+    lanes: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundUsed:
+    """For the record of rounds. members: lanes, in order. digest: of their contributions, in that order. norm: of the
+    mean that was used."""
+
+    round: Round
+    members: list[int]
+    digest: str
+    norm: float
+
+
+class Averager(ABC):
+    """The rounds of one stage. moved: called after weights were changed from here."""
+
+    def __init__(self, mode: AveragingMode, place: Place, *, steps: int, moved: Callable[[], None]) -> None:
+        self.mode, self.place, self.plan = mode, place, RoundPlan(mode, steps)
+        self._moved = moved
+        self._own: dict[int, bytes] = {}  # by fragment: what was contributed to the round that is under way
+
+    @abstractmethod
+    def contribution_bytes(self, round_: Round) -> int:
+        """Exact length of every contribution to it."""
+
+    @abstractmethod
+    def _packed(self, round_: Round) -> bytes:
+        """This lane's contribution; moves the error that formats carry."""
+
+    @abstractmethod
+    def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
+        """Move the weights by all contributions, by lane, in order. Returns the norm of their mean."""
+
+    def under_way(self, completed: int) -> dict[Round, bytes]:
+        """What this lane has contributed to the rounds that are made and not used once `completed` steps are."""
+        return {round_: self._own[round_.fragment] for round_ in self.plan.under_way(completed)}
+
+    @torch.no_grad()
+    def contribute(self, round_: Round) -> bytes:
+        """The bytes to give to the others. Raises CodecError for what is not finite."""
+        self._own[round_.fragment] = made = self._packed(round_)
+        return made
+
+    @torch.no_grad()
+    def use(self, round_: Round, others: Mapping[int, bytes]) -> RoundUsed:
+        """Finish the round with the contributions of the `others`, by lane. Raises RoundError, before anything is
+        changed, for one that cannot be what was agreed."""
+        contributions = dict(sorted({**others, self.place.lane: self._own[round_.fragment]}.items()))
+        for lane, contribution in contributions.items():
+            if len(contribution) != (wanted := self.contribution_bytes(round_)):
+                raise self._refusal(round_, lane, f"has {len(contribution)} bytes, {wanted} were agreed")
+        norm = self._apply(round_, contributions)
+        del self._own[round_.fragment]
+        self._moved()
+        digest = hashlib.sha256(b"".join(contributions.values())).hexdigest()
+        return RoundUsed(round=round_, members=list(contributions), digest=digest, norm=norm)
+
+    def _mean(
+        self,
+        round_: Round,
+        contributions: Mapping[int, bytes],
+        fmt: ByteFormat,
+        shape: tuple[int, ...],
+        like: Tensor,
+        *,
+        divisor: int | None = None,
+    ) -> Tensor:
+        """The sum over lanes, in order, over `divisor` (default: how many they are), in the dtype of `like`."""
+        total = like.new_zeros(shape)
+        for lane, body in contributions.items():
+            total.add_(self._unpacked(round_, lane, body, fmt, shape, like))
+        return total.div_(divisor or len(contributions))
+
+    def _unpacked(
+        self, round_: Round, lane: int, body: bytes, fmt: ByteFormat, shape: tuple[int, ...], like: Tensor
+    ) -> Tensor:
+        payload = Payload(codec=fmt.id, header={"shape": list(shape)}, body=body)
+        try:
+            return fmt.unpack(payload, shape=shape, dtype=like.dtype, device=like.device, key=self._key(round_, lane))
+        except RoundError:
+            raise
+        except CodecError as error:
+            raise self._refusal(round_, lane, f"is refused: {error}") from None
+
+    def _key(self, round_: Round, lane: int, part: int = 0) -> Key:
+        return Key(
+            seed=self.place.seed,
+            boundary=_PLACE + 2 * self.place.stage + part,
+            direction=Direction.BACKWARD,
+            step=round_.number,
+            microbatch=lane,
+        )
+
+    def _refusal(self, round_: Round, lane: int, fault: str) -> RoundError:
+        return RoundError(f"lane {lane}'s contribution to round {round_.number} of stage {self.place.stage} {fault}")
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What goes from one round to the next, by name: the tensors themselves, between two steps."""
+
+    @abstractmethod
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        """Names, shapes and dtypes of `state_tensors` once `completed` steps are; the numbers mean nothing."""
+
+    @abstractmethod
+    def load_state_tensors(self, state: Mapping[str, Tensor], completed: int) -> None:
+        """Go on from what `state_tensors` had then."""
+
+
+def octets(body: bytes) -> Tensor:
+    """Bytes as a tensor of its own (N,), uint8, for a state."""
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8) if body else torch.empty(0, dtype=torch.uint8)

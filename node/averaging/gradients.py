@@ -1,0 +1,93 @@
+"""Mode `gradients`: the sums of gradients of all lanes, before each step of the optimizer.
+
+R lanes are one lane with R times the batch: every lane's optimizer sees the same sum, over R times the tokens, and all
+lanes hold the same weights after every step. A learned table's gradient is a part of it in the steps that move it; it
+goes as it is, in fp32 or fp64, since it is small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ...compress.registry import parse_format
+from ..optim import MissingGradient
+from .averager import Averager, Place
+from .fragments import Rows, row_shape
+from .modes import Gradients
+from .round_plan import Round
+
+
+class GradientAverager(Averager):
+    """parameters: what the optimizer moves. table_gradient: this step's gradient of the learned table, whole, where it
+    moves after that step; of `table_shape`. table_moves: whether it does, by step."""
+
+    def __init__(
+        self,
+        mode: Gradients,
+        place: Place,
+        *,
+        steps: int,
+        parameters: list[tuple[str, nn.Parameter]],
+        table_gradient: Callable[[], Tensor | None],
+        table_shape: tuple[int, ...],
+        table_moves: Callable[[int], bool],
+    ) -> None:
+        super().__init__(mode, place, steps=steps, moved=lambda: None)  # the optimizer will
+        self._parameters = parameters
+        self._format = mode.byte_format()
+        self._table_gradient, self._table_shape, self._table_moves = table_gradient, table_shape, table_moves
+        self._table_format = parse_format("fp64" if parameters[0][1].dtype is torch.float64 else "fp32")
+        self._shape = row_shape(sum(parameter.numel() for _, parameter in parameters))
+
+    def contribution_bytes(self, round_: Round) -> int:
+        table = self._table_format.body_bytes(self._table_shape) if self._has_table(round_) else 0
+        return self._format.body_bytes(self._shape) + table
+
+    def _has_table(self, round_: Round) -> bool:
+        return self._table_moves(round_.made - 1)
+
+    def _gradients(self) -> Rows:
+        grads = []
+        for name, parameter in self._parameters:
+            if parameter.grad is None:
+                raise MissingGradient(f"parameter '{name}' has no gradient to average; run backward through it first")
+            grads.append(parameter.grad.contiguous())
+            parameter.grad = grads[-1]
+        return Rows(grads)
+
+    def _packed(self, round_: Round) -> bytes:
+        key = self._key(round_, self.place.lane)
+        body = bytes(self._format.pack_training(self._gradients().read(), key).body)
+        if not self._has_table(round_):
+            return body
+        gradient = self._table_gradient()
+        assert gradient is not None
+        return body + bytes(self._table_format.pack(gradient, self._key(round_, self.place.lane, 1)).body)
+
+    def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
+        cut = self._format.body_bytes(self._shape)
+        grads = self._gradients()
+        like = self._parameters[0][1]
+        bodies = {lane: body[:cut] for lane, body in contributions.items()}
+        total = self._mean(round_, bodies, self._format, self._shape, like, divisor=1)
+        gradient = self._table_gradient() if self._has_table(round_) else None
+        if gradient is not None:
+            bodies = {lane: body[cut:] for lane, body in contributions.items()}
+            gradient.copy_(self._mean(round_, bodies, self._table_format, tuple(gradient.shape), gradient, divisor=1))
+        grads.write(total)
+        return torch.linalg.vector_norm(total, dtype=torch.float64).item() / len(contributions)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {f"error/{name}": tensor for name, tensor in self._format.state_tensors().items()}
+
+    def state_layout(self, completed: int) -> dict[str, Tensor]:
+        layout = self._format.state_layout(self._shape, completed)
+        return {f"error/{name}": tensor for name, tensor in layout.items()}
+
+    def load_state_tensors(self, state: Mapping[str, Tensor], completed: int) -> None:
+        del completed
+        self._own.clear()
+        self._format.load_state_tensors({name.removeprefix("error/"): tensor for name, tensor in state.items()})

@@ -1,0 +1,252 @@
+"""One lane of the reference: a chain of stages in this process, one thread, no links.
+
+The same `Stage` objects, the same packed messages and the same order of everything that changes state as in the swarm.
+Bytes are counted as the link would count them (tensor, ids, envelope, framing); acknowledgements need a link and are
+not part of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..protocol.messages import Kind, Message
+from ..protocol.schedule import (
+    Action,
+    Backward,
+    Evaluate,
+    Forward,
+    InputGradient,
+    Step,
+    WeightGradient,
+    get_schedule,
+    interleave,
+)
+from ..sim.links.shaper import LinkProfile
+from ..sim.reports.metrics_address import MetricsAddress
+from ..sim.reports.summary import dense_bytes_one_way
+from .boundary.endpoints import Encoded
+from .config import RunConfig
+from .data import Corpus
+from .links.outgoing import chunk_bytes_for
+from .measuring.message_sizes import accounted
+from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
+from .stage import Stage
+from .training_loop import draw
+from .watching.views import Watching
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
+
+
+class LaneInProcess:
+    """The stages of one lane. Raises what `node.preparation.BAD_INPUT` names when the configuration cannot be
+    served."""
+
+    def __init__(
+        self, config: RunConfig, architecture: PretrainedConfig, corpus: Corpus, lane: int, out: Path | None
+    ) -> None:
+        self.config, self.corpus, self.lane = config, corpus, lane
+        self.stages = [Stage(config, architecture, index, lane) for index in range(config.pipeline.stages)]
+        self.watches = [Stopwatch() for _ in self.stages]
+        self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
+        self._mail: Mail = {}
+        self._cpu_s = self._train_s = 0.0
+        self._work_s = self._work_cpu_s = 0.0  # of the step under way, up to its gradients
+        self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
+        self._watching: list[Watching] = []
+        self._metrics = [self._records(out, stage.index) for stage in self.stages] if out else []
+        for metrics in self._metrics[:1]:
+            metrics.write("data", **corpus.record())
+
+    def _records(self, out: Path, index: int) -> MetricsWriter:
+        """Of one stage, with those who look at them."""
+        settings = self.config.watch
+        if settings.prometheus:
+            own = MetricsAddress.parse(settings.prometheus).of_stage(index)
+            settings = settings.model_copy(update={"prometheus": str(own)})
+        self._watching.append(Watching(settings, out, stage=index))
+        return MetricsWriter(out / f"stage-{index}.jsonl", view=self._watching[-1].take)
+
+    def work(self, step: int) -> list[tuple[int, Action]]:
+        """All of a step up to its gradients; returns the rest, which may have to wait for other lanes."""
+        began, cpu = time.perf_counter(), time.process_time()
+        rest: list[tuple[int, Action]] = []
+        schedule = get_schedule(self.config.pipeline.schedule)
+        for index, action in interleave(schedule, len(self.stages), self.config.pipeline.microbatches):
+            match action:
+                case Forward():
+                    self._forward(index, step, action.microbatch, Kind.ACTIVATION)
+                case Backward():
+                    self._backward(index, step, action.microbatch)
+                case InputGradient():
+                    self._backward(index, step, action.microbatch, split=True)
+                case WeightGradient():
+                    self._weight_gradient(index, action.microbatch)
+                case _:
+                    rest.append((index, action))
+        for stage in self.stages:
+            stage.gather(step, self._table_gradient(stage.index, step))
+        self._work_s, self._work_cpu_s = time.perf_counter() - began, time.process_time() - cpu
+        return rest
+
+    def finish(self, step: int, rest: list[tuple[int, Action]]) -> float:
+        """The rest of a step; returns its loss."""
+        began, cpu, loss = time.perf_counter(), time.process_time(), float("nan")
+        for index, action in rest:
+            match action:
+                case Step():
+                    with self.watches[index].measure("compute"):
+                        loss, stats = self.stages[index].finish(step)
+                    seconds = self._work_s + time.perf_counter() - began
+                    cpu_s = self._work_cpu_s + time.process_time() - cpu
+                    self._record(index, step, loss, stats.grad_norm, seconds, cpu_s)
+                case _:
+                    raise AssertionError(action)
+        self._train_s += self._work_s + time.perf_counter() - began
+        self._cpu_s += self._work_cpu_s + time.process_time() - cpu
+        return loss
+
+    def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
+        """One forward (training or evaluation) of one stage; returns the loss sum if it is the last stage's."""
+        stage, watch = self.stages[index], self.watches[index]
+        if stage.upstream_endpoint:
+            with watch.measure("codec"):
+                ids_BS, received = stage.upstream_endpoint.unpack_activation(self._take(index, kind))
+        else:
+            ids_BS, received = draw(self.corpus, self.config, kind, step, microbatch, self.lane), None
+        with watch.measure("compute"):
+            evaluating = kind is Kind.EVALUATION
+            out = stage.evaluate(ids_BS, received) if evaluating else stage.forward(step, microbatch, ids_BS, received)
+        if not isinstance(out, Encoded):
+            return out or 0.0
+        assert stage.downstream_endpoint
+        with watch.measure("codec"):
+            message = stage.downstream_endpoint.pack_activation(out, ids_BS, step, microbatch, kind)
+        self._send(index, index + 1, message)
+        return 0.0
+
+    def _backward(self, index: int, step: int, microbatch: int, *, split: bool = False) -> None:
+        """`split`: leave the weight gradients out."""
+        stage, watch = self.stages[index], self.watches[index]
+        dz_out, loss_sum = None, None
+        if stage.downstream_endpoint:
+            message = self._take(index, Kind.GRADIENT)
+            loss_sum = message.loss_sum
+            with watch.measure("codec"):
+                dz_out = stage.downstream_endpoint.unpack_gradient(message)
+        with watch.measure("compute"):
+            dz_in = (stage.input_gradient if split else stage.backward)(microbatch, dz_out, loss_sum)
+        if stage.upstream_endpoint:
+            assert dz_in is not None
+            with watch.measure("codec"):
+                message = stage.upstream_endpoint.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
+            self._send(index, index - 1, message)
+            if (half := stage.gradient_to_send(step)) is not None:
+                assert stage.upstream_endpoint.table
+                with watch.measure("codec"):
+                    message = stage.upstream_endpoint.table.pack_gradient(half, step)
+                self._send(index, index - 1, message)
+
+    def _weight_gradient(self, index: int, microbatch: int) -> None:
+        with self.watches[index].measure("compute"):
+            self.stages[index].weight_gradient(microbatch)
+
+    def _table_gradient(self, index: int, step: int) -> Tensor | None:
+        stage = self.stages[index]
+        if not stage.awaits_gradient(step):
+            return None
+        assert stage.downstream_endpoint
+        assert stage.downstream_endpoint.table
+        with self.watches[index].measure("codec"):
+            return stage.downstream_endpoint.table.unpack_gradient(self._take(index, Kind.PROJECTOR_GRADIENT))
+
+    def evaluate(self, step: int) -> float:
+        """The mean loss of a held-out token, with the weights as they are."""
+        count, loss_sum = self.config.evaluation_microbatches, 0.0
+        for index, action in interleave(get_schedule("evaluation"), len(self.stages), count):
+            assert isinstance(action, Evaluate)
+            loss_sum += self._forward(index, step, action.microbatch, Kind.EVALUATION)
+        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
+        for metrics in self._metrics:
+            metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
+        return loss_sum / tokens
+
+    def _send(self, sender: int, receiver: int, message: Message) -> None:
+        self._mail.setdefault((receiver, message.kind), deque()).append(message)
+        name = f"boundary {min(sender, receiver)}-{max(sender, receiver)}"
+        rows = self.sent[sender].setdefault(name, Counter())
+        for key, value in accounted(message, self._chunk_bytes).items():
+            rows[key] += value
+
+    def _take(self, receiver: int, kind: Kind) -> Message:
+        return self._mail[receiver, kind].popleft()
+
+    def _record(self, index: int, step: int, loss: float, grad_norm: float, seconds: float, cpu_s: float) -> None:
+        if not self._metrics:
+            return
+        tokens = self.config.tokens_per_step
+        self._metrics[index].write(
+            "step",
+            step=step,
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            seconds=round(seconds, 6),
+            cpu_s=round(cpu_s / len(self.stages), 6),  # an equal share each
+            loop_cpu_s=0.0,  # there is no event loop
+            tokens_per_s=round(tokens / seconds, 3),
+            sent_bytes={name: dict(rows) for name, rows in self.sent[index].items()},
+            dense_bytes=len(self.sent[index]) * dense_bytes_one_way(width=self.stages[index].width, tokens=tokens),
+            rss_bytes=rss_bytes(),
+            codec=self.stages[index].measures(),
+            dictionaries=self.stages[index].dictionaries(),
+            **self.watches[index].take(),
+        )
+
+    def close(self) -> None:
+        """Close the records, also of a run that failed."""
+        for each in (*self._metrics, *self._watching):
+            each.close()
+
+    def end(self) -> None:
+        """Write the records' last lines."""
+        for stage, metrics, watch, sent in zip(
+            self.stages, self._metrics, self.watches, self.sent, strict=bool(self._metrics)
+        ):
+            metrics.write(
+                "end",
+                stage=stage.index,
+                layers=len(stage.layers),
+                parameters=stage.parameters(),
+                steps=self.config.run.steps,
+                train_s=round(self._train_s, 6),
+                cpu_s=round(self._cpu_s / len(self.stages), 6),  # one process: an equal share each
+                **watch.total,
+                peak_rss_bytes=peak_rss_bytes(),
+                state_bytes=stage.state_bytes(),
+                state_sha256=stage.state_sha256(),
+                links=[_link_record(stage.index, name, rows) for name, rows in sent.items()],
+            )
+            metrics.close()
+
+
+def _link_record(stage: int, name: str, rows: Counter[str]) -> dict[str, object]:
+    boundary = int(name.removeprefix("boundary ").partition("-")[0])
+    return {
+        "boundary": boundary,
+        "direction": "forward" if boundary == stage else "backward",
+        "link": "none",
+        "configured_bits_per_s": None,
+        "measured_bits_per_s": None,
+        "busy_s": 0.0,
+        "utilisation": None,
+        "sent_bytes": dict(rows),
+        "received_bytes": 0,
+    }

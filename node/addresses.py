@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 
@@ -18,6 +19,24 @@ def split_address(address: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
         raise ListenError(f"'{address}' is not host:port, such as 127.0.0.1:7001")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def lane_addresses(words: Sequence[str], lane: int) -> dict[int, str]:
+    """Where the nodes of a stage in the lanes below `lane` are, of words such as 0=host:port: one for each, in any
+    order. Raises ListenError."""
+    found: dict[int, str] = {}
+    for word in words:
+        number, equals, address = word.partition("=")
+        if not (equals and number.isascii() and number.isdecimal()):
+            raise ListenError(f"'{word}' is not LANE=HOST:PORT, such as 0=127.0.0.1:7001")
+        split_address(address)
+        if int(number) >= lane or int(number) in found:
+            why = "comes twice" if int(number) in found else f"is not below lane {lane}, which dials lower lanes only"
+            raise ListenError(f"'{word}': lane {int(number)} {why}")
+        found[int(number)] = address
+    if missing := [str(other) for other in range(lane) if other not in found]:
+        raise ListenError(f"lane {lane} dials all lower lanes: say where {', '.join(missing)} is, as LANE=HOST:PORT")
+    return dict(sorted(found.items()))
 
 
 def check_listen(address: str) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from ..compress.recommended_rates import recommended_for
+from ..protocol.global_norm import WithGlobalNorm
+from ..protocol.schedule import Schedule, get_schedule
 from .config_sections import (
     CheckpointSection,
     CodecSection,
@@ -95,6 +97,17 @@ class RunConfig(Section):
     def microbatch_size(self) -> int:
         """Sequences in one microbatch."""
         return self.pipeline.batch_size // self.pipeline.microbatches
+
+    @property
+    def clips_by_global_norm(self) -> bool:
+        """Whether stages have to agree on one gradient norm in each step."""
+        return self.optim.clip > 0 and self.optim.clip_norm == "global" and self.pipeline.stages > 1
+
+    @property
+    def training_schedule(self) -> Schedule:
+        """What each stage does in a training step, and in which order."""
+        schedule = get_schedule(self.pipeline.schedule)
+        return WithGlobalNorm(schedule) if self.clips_by_global_norm else schedule
 
     @property
     def tokens_per_step(self) -> int:

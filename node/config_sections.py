@@ -134,9 +134,12 @@ class OptimSection(Section):
         default=0.4, ge=0, le=1, description="share of the run, at its end, with a falling rate"
     )
     clip: float = Field(
-        default=1.0,
-        ge=0,
-        description="gradient norm of one stage, so another number of stages clips otherwise; 0: no clipping",
+        default=1.0, ge=0, description="gradients are scaled down to this norm where theirs is larger; 0: no clipping"
+    )
+    clip_norm: Literal["stage", "global"] = Field(
+        default="stage",
+        description="whose norm: each stage's own, so that another number of stages clips otherwise, or the whole "
+        "model's, which goes up and down the pipeline once a step",
     )
     msign_dtype: Literal["float64", "float32", "bfloat16"] = Field(
         default="float32", description="in which Muon computes the sign of a matrix"

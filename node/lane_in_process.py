@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..protocol.global_norm import norm_message, sum_of_squares_in
 from ..protocol.messages import Kind, Message
 from ..protocol.schedule import (
     Action,
     Backward,
+    BroadcastNorm,
     Evaluate,
     Forward,
     InputGradient,
+    ReduceNorm,
     Step,
     WeightGradient,
     get_schedule,
@@ -57,6 +60,7 @@ class LaneInProcess:
         self.watches = [Stopwatch() for _ in self.stages]
         self.sent: list[dict[str, Counter[str]]] = [{} for _ in self.stages]
         self._mail: Mail = {}
+        self._squares: dict[int, float] = {}  # by stage, in a step whose gradients are clipped by the global norm
         self._cpu_s = self._train_s = 0.0
         self._work_s = self._work_cpu_s = 0.0  # of the step under way, up to its gradients
         self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
@@ -78,7 +82,7 @@ class LaneInProcess:
         """All of a step up to its gradients; returns the rest, which may have to wait for other lanes."""
         began, cpu = time.perf_counter(), time.process_time()
         rest: list[tuple[int, Action]] = []
-        schedule = get_schedule(self.config.pipeline.schedule)
+        schedule = self.config.training_schedule
         for index, action in interleave(schedule, len(self.stages), self.config.pipeline.microbatches):
             match action:
                 case Forward():
@@ -101,9 +105,13 @@ class LaneInProcess:
         began, cpu, loss = time.perf_counter(), time.process_time(), float("nan")
         for index, action in rest:
             match action:
+                case ReduceNorm():
+                    self._reduce_norm(index, step)
+                case BroadcastNorm():
+                    self._broadcast_norm(index, step)
                 case Step():
                     with self.watches[index].measure("compute"):
-                        loss, stats = self.stages[index].finish(step)
+                        loss, stats = self.stages[index].finish(step, self._squares.pop(index, None))
                     seconds = self._work_s + time.perf_counter() - began
                     cpu_s = self._work_cpu_s + time.process_time() - cpu
                     self._record(index, step, loss, stats.grad_norm, seconds, cpu_s)
@@ -157,6 +165,21 @@ class LaneInProcess:
     def _weight_gradient(self, index: int, microbatch: int) -> None:
         with self.watches[index].measure("compute"):
             self.stages[index].weight_gradient(microbatch)
+
+    def _reduce_norm(self, index: int, step: int) -> None:
+        stage = self.stages[index]
+        below = 0.0 if stage.last else sum_of_squares_in(self._take(index, Kind.GRADIENT_NORM))
+        with self.watches[index].measure("compute"):
+            self._squares[index] = stage.sum_of_squares(step, below)
+        if not stage.first:
+            self._send(index, index - 1, norm_message(step, self._squares[index]))
+
+    def _broadcast_norm(self, index: int, step: int) -> None:
+        stage = self.stages[index]
+        if not stage.first:
+            self._squares[index] = sum_of_squares_in(self._take(index, Kind.GRADIENT_NORM))
+        if not stage.last:
+            self._send(index, index + 1, norm_message(step, self._squares[index]))
 
     def _table_gradient(self, index: int, step: int) -> Tensor | None:
         stage = self.stages[index]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ..protocol.control_messages import PART_BYTES_MAX
 from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import NodeIdentity
 from ..protocol.messages import Limits
@@ -15,7 +14,7 @@ from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
 from .links.control_stream import HEARTBEAT_EVERY_S
 from .links.link import Link
-from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS, chunk_bytes_for
+from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS, chunk_bytes_for, part_bytes_for
 from .run_records import Tracer
 from .stage import Stage
 
@@ -61,14 +60,6 @@ def receive_buffer_bytes(config: RunConfig, limits: Limits, *, from_above: bool)
         schedule = get_schedule(pipeline.schedule)
         messages = max(messages, messages_ahead(schedule, pipeline.stages, pipeline.microbatches))
     return max(config.link.receive_buffer_bytes, messages * (limits.message_bytes + limits.frame_bytes))
-
-
-def part_bytes_for(profile: LinkProfile) -> int:
-    """Of a copy: large ones cost less CPU, but a tensor that comes may have to wait for one, so at most about 5 ms of
-    the link, and not too little."""
-    if profile.rate_bits_per_s is None:
-        return PART_BYTES_MAX
-    return max(16 * 1024, min(PART_BYTES_MAX, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
 def parts_ahead_for(profile: LinkProfile) -> int:

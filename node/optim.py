@@ -11,7 +11,8 @@ state is keyed by position. Here the step number is an argument and the state is
 be hashed, written to safetensors and compared between processes. Nothing is fused across parameters (no foreach, no
 batched products): the bits of a update depend on the parameter, its gradient and the stage's gradient norm.
 
-Clipping is per stage: a norm over the whole swarm would have to cross every link before anyone could step.
+Clipping is by the stage's own norm, or by that of the whole model (`optim.clip_norm`): then the sum of squares over all
+stages is given to `step`, and `sum_of_squares` is this stage's part of it (`protocol/global_norm.py`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class NonFiniteGradient(OptimizerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OptimStats:
-    """What one step did. `grad_norm` is that of the mean gradient per token, before clipping."""
+    """What one step did. `grad_norm` is that by which it was clipped: of the mean gradient per token, before."""
 
     grad_norm: float
     clip_coefficient: float
@@ -110,10 +111,12 @@ class StageOptimizer:
         return self._rates.factor(step)
 
     @torch.no_grad()
-    def step(self, step: int, tokens: int) -> OptimStats:
+    def step(self, step: int, tokens: int, sum_of_squares: float | None = None) -> OptimStats:
         """Take step number `step` (from 0) with the gradients in `.grad`, which are *sums* over `tokens` tokens.
 
         Each gradient is multiplied once, by clip_coefficient / tokens, then used, then dropped (`.grad` is None after).
+        sum_of_squares: of the gradients by whose norm these are clipped, which `sum_of_squares` has seen; default:
+        of these alone.
         Raises MissingGradient or NonFiniteGradient, both before anything is changed, and OptimizerError for a bad
         `tokens` or `step`.
         """
@@ -121,12 +124,14 @@ class StageOptimizer:
             raise OptimizerError(f"step {step}: a step has at least one token, got {tokens}")
         factor = self.learning_rate(step)
         muon_lr, adamw_lr = self._settings.muon_lr * factor, self._settings.adamw_lr * factor
-        grad_norm = self._checked_norm(step) / tokens
+        if sum_of_squares is None:
+            sum_of_squares = self.sum_of_squares(step)
+        grad_norm = math.sqrt(sum_of_squares) / tokens
         clip = self._settings.clip
         clip_coefficient = clip / grad_norm if clip and grad_norm > clip else 1.0
         for name, parameter in self._parameters.items():
             grad = parameter.grad
-            assert grad is not None  # _checked_norm has seen to it
+            assert grad is not None  # sum_of_squares has seen to it
             grad.mul_(clip_coefficient / tokens)
             if is_hidden_matrix(name, parameter):
                 self._step_muon(name, parameter, grad, muon_lr)
@@ -135,9 +140,10 @@ class StageOptimizer:
             parameter.grad = None
         return OptimStats(grad_norm=grad_norm, clip_coefficient=clip_coefficient, muon_lr=muon_lr, adamw_lr=adamw_lr)
 
-    def _checked_norm(self, step: int) -> float:
-        """Norm over all summed gradients of the stage. In float64, where squares of float32 cannot overflow, so that
-        it is finite exactly if every element is."""
+    @torch.no_grad()
+    def sum_of_squares(self, step: int, others: float = 0.0) -> float:
+        """Of all summed gradients of the stage, added to that of other stages. In float64, where squares of float32
+        cannot overflow. Raises MissingGradient or NonFiniteGradient."""
         norms: list[Tensor] = []
         for name, parameter in self._parameters.items():
             if parameter.grad is None:
@@ -146,18 +152,21 @@ class StageOptimizer:
                     f"or freeze it with requires_grad_(False)"
                 )
             norms.append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float64))
-        if not norms:
-            return 0.0
-        values: list[float] = torch.stack(norms).tolist()  # one wait for the device, not one per parameter
+        # One wait for the device, not one per parameter.
+        values: list[float] = torch.stack(norms).tolist() if norms else []
         for name, value in zip(self._parameters, values, strict=True):
             if not math.isfinite(value):
                 raise NonFiniteGradient(
                     f"step {step}: the gradient of '{name}' is not finite (norm {value}); "
                     f"resume from the last checkpoint with a lower learning rate or a higher precision"
                 )
-        return math.sqrt(
-            math.fsum(value * value for value in values)
-        )  # exact sum: the order of parameters is no matter
+        total = others + math.fsum(value * value for value in values)  # exact: the order of parameters is no matter
+        if not math.isfinite(total):  # float64 gradients
+            raise NonFiniteGradient(
+                f"step {step}: the squares of the gradients add up to more than float64 holds; "
+                f"resume from the last checkpoint with a lower learning rate"
+            )
+        return total
 
     def _step_muon(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float) -> None:
         beta = self._settings.momentum

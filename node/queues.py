@@ -30,6 +30,7 @@ class Arrival:
     ids_BS: np.ndarray | None = None
     received: ReceivedTensor | None = None  # from above
     tensor: Tensor | None = None  # from below
+    sum_of_squares: float = 0.0  # from either
     peer_changes: int = 0
 
 

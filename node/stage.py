@@ -260,16 +260,25 @@ class Stage:
         if table and moves_after(table.table, step):
             self._table_gradient = self.sender.take_gradient(table_gradient)
 
-    def finish(self, step: int) -> tuple[float, OptimStats]:
-        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did."""
-        tokens = self.config.tokens_per_step
+    def sum_of_squares(self, step: int, below: float = 0.0) -> float:
+        """Of the step's gradients, once they are all there, added to the sum of all stages below."""
+        self._check_paid(step)
+        return self.optimizer.sum_of_squares(step, below)
+
+    def _check_paid(self, step: int) -> None:
         assert not self._owed, f"stage {self.index} ends step {step} without the weight gradients of {list(self._owed)}"
+
+    def finish(self, step: int, sum_of_squares: float | None = None) -> tuple[float, OptimStats]:
+        """The optimizers' steps; returns the mean token loss of the step and what the stage's optimizer did.
+        sum_of_squares: of all stages' gradients, where these are clipped by the global norm."""
+        tokens = self.config.tokens_per_step
+        self._check_paid(step)
         self._begun, self._backwards = False, 0
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
         averages = self.averager is not None and self.averager.mode.of_gradients
         lanes = self.config.lanes.count if averages else 1  # whose tokens the gradients are sums of
-        stats = self.optimizer.step(step, lanes * tokens)  # first: it refuses gradients that are not finite
+        stats = self.optimizer.step(step, lanes * tokens, sum_of_squares)  # first: it refuses what is not finite
         table = self.downstream_endpoint and self.downstream_endpoint.table
         if table and moves_after(table.table, step):
             assert self._table_gradient is not None, f"stage {self.index} ends step {step} without `gather`"

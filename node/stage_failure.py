@@ -23,6 +23,7 @@ from ..protocol.header import printable
 from ..protocol.rollback_actions import Side
 from .checkpoints.manifest import CheckpointError
 from .data import SourceLost
+from .lanes.contribution_store import ContributionError
 from .links.control_stream import Control
 from .links.dialling import NeighbourMismatch
 from .links.link import LinkLost, LinkOffCap
@@ -33,10 +34,10 @@ from .stage_state import StateError
 
 # A CodecError in training is a value that must not be sent, and an OptimizerError one that must not be applied.
 FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, OptimizerError, ProtocolError, OSError)
-FAILED += (SourceLost,)
+FAILED += (SourceLost, ContributionError)
 # Not the computation, which is the same each time, but what is around it: a neighbour (TimeoutError is an OSError), a
 # disk, a source of data, memory that others use too.
-AROUND = (OSError, MemoryError, LinkOffCap, CheckpointError, SourceLost)
+AROUND = (OSError, MemoryError, LinkOffCap, CheckpointError, ContributionError, SourceLost)
 FAREWELL_S = 5.0  # for all neighbours to be told; one whose connection has just broken dials again within 2 s
 
 

@@ -2,8 +2,9 @@
 
 A stage encodes, sends, receives and decodes while it computes (`node.queues`), but the order of everything that changes
 state is the schedule's, so timing never reaches the arithmetic. Each stage runs the loop on its own: there is no
-coordinator and no barrier, and a stage starts its next step as soon as its last backward is done. A schedule that
-splits the backward sends the input gradient off before the weight gradient is computed.
+coordinator and no barrier, and a stage starts its next step as soon as its last backward is done, or where gradients
+are clipped by the norm of all stages, as soon as it knows that. A schedule that splits the backward sends the input
+gradient off before the weight gradient is computed.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from ..protocol.errors import Fault, RemoteProtocolError
+from ..protocol.global_norm import norm_message
 from ..protocol.messages import Kind, Message
 from ..protocol.schedule import (
     Backward,
+    BroadcastNorm,
     Evaluate,
     Evaluation,
     Forward,
     InputGradient,
+    ReduceNorm,
     WeightGradient,
-    get_schedule,
 )
 from ..sim.links.link_check import LinkCheck
 from ..sim.reports.summary import dense_bytes_one_way
-from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
+from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .data import Corpus
 from .links.link import Link, LinkOffCap
@@ -41,6 +43,7 @@ from .receive_deadline import ReceiveDeadline
 from .run_records import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
 from .run_totals import RunTotals
 from .stage import Stage
+from .unpacking import Unpacking
 from .worker_thread import Reporter, Worker
 
 
@@ -82,13 +85,13 @@ class TrainingLoop:
         self._watch = self.totals.watch
         self._compute = Worker("compute", self._watch, tracer)
         self._codec = Worker("codec", self._watch, tracer)
-        self._from_above = above and ReceiveQueue(above, self._unpack_activation, self._codec, on_fault)
-        self._from_below = below and ReceiveQueue(below, self._unpack_from_below, self._codec, on_fault)
+        unpacking = Unpacking(stage)
+        self._from_above = above and ReceiveQueue(above, unpacking.from_above, self._codec, on_fault)
+        self._from_below = below and ReceiveQueue(below, unpacking.from_below, self._codec, on_fault)
         self._to_above = above and SendQueue(above, self._codec)
         self._to_below = below and SendQueue(below, self._codec)
         self._evaluation_sum = 0.0
         self._measures: dict[str, float] = {}
-        self._follows: dict[object, int] = {}  # for each port, the link's `peer_changes` when its tables come from
 
     # -- life ---------------------------------------------------------------------------------------------------
 
@@ -157,11 +160,12 @@ class TrainingLoop:
 
     async def _train(self) -> None:
         pipeline, run = self.config.pipeline, self.config.run
-        schedule = get_schedule(pipeline.schedule)
+        schedule = self.config.training_schedule
         lap = Lap()
         loss, grad_norm = float("nan"), 0.0
         while await self._may_begin(step := self.stage.completed):
             self.under_way = step + 1
+            squares: float | None = None  # by whose sum gradients are clipped; None: the stage's own
             for action in schedule.actions(
                 stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
             ):
@@ -174,8 +178,16 @@ class TrainingLoop:
                         await self._backward("input gradient", self.stage.input_gradient, step, action.microbatch)
                     case WeightGradient(microbatch=microbatch):
                         await self._compute.run(f"weight gradient {microbatch}", self.stage.weight_gradient, microbatch)
+                    case ReduceNorm():
+                        await self._gather(step)  # what comes first
+                        squares = await self._reduce_norm(step)
+                    case BroadcastNorm():
+                        assert squares is not None
+                        squares = await self._broadcast_norm(step, squares)
                     case _:
-                        loss, grad_norm = await self._finish(step)
+                        if squares is None:
+                            await self._gather(step)
+                        loss, grad_norm = await self._finish(step, squares)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
@@ -225,13 +237,34 @@ class TrainingLoop:
                 later = port.pack_queue.submit(lambda: table.pack_gradient(half, step))
                 await self._to_above.put("pack projector gradient", later)
 
-    async def _finish(self, step: int) -> tuple[float, float]:
-        """(mean loss, gradient norm) of the step that ends here."""
+    async def _gather(self, step: int) -> None:
+        """The last of the step's gradients: the receiver's half of the table's below, where it is due."""
         table_gradient = None
         if self._from_below and self.stage.awaits_gradient(step):
             table_gradient = (await self._wait(self._from_below, Kind.PROJECTOR_GRADIENT, step, 0)).tensor
         await self._compute.run("gather", self.stage.gather, step, table_gradient)
-        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step)
+
+    async def _reduce_norm(self, step: int) -> float:
+        """The sum of squares of this stage's gradients and of all below, which the stage above is told."""
+        below = 0.0
+        if self._from_below:
+            below = (await self._wait(self._from_below, Kind.GRADIENT_NORM, step, 0)).sum_of_squares
+        squares = await self._compute.run("gradient norm", self.stage.sum_of_squares, step, below)
+        if self._to_above:
+            await self._to_above.put("gradient norm", partial(norm_message, step, squares))
+        return squares
+
+    async def _broadcast_norm(self, step: int, squares: float) -> float:
+        """The sum of squares of all stages' gradients, which the stage below is told; `squares`: what was sent up."""
+        if self._from_above:
+            squares = (await self._wait(self._from_above, Kind.GRADIENT_NORM, step, 0)).sum_of_squares
+        if self._to_below:
+            await self._to_below.put("gradient norm", partial(norm_message, step, squares))
+        return squares
+
+    async def _finish(self, step: int, squares: float | None) -> tuple[float, float]:
+        """(mean loss, gradient norm) of the step that ends here."""
+        loss, stats = await self._compute.run("optimizer step", self.stage.finish, step, squares)
         self._measures = await self._compute.run("measures", self.stage.measures)
         return loss, stats.grad_norm
 
@@ -278,34 +311,6 @@ class TrainingLoop:
         assert self._to_below
         later = port.pack_queue.submit(lambda: port.pack_activation(out, ids_BS, step, microbatch, kind))
         await self._to_below.put(f"pack activation {microbatch}", later)
-
-    def _unpack_activation(self, message: Message, peer_changes: int) -> Arrival:
-        port = self.stage.upstream_endpoint
-        assert port is not None
-        if message.kind not in (Kind.ACTIVATION, Kind.EVALUATION):
-            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from upstream")
-        self._forget_strangers(port, peer_changes)
-        ids_BS, received = port.unpack_activation(message)
-        return Arrival(message=message, peer_changes=peer_changes, ids_BS=ids_BS, received=received)
-
-    def _unpack_from_below(self, message: Message, peer_changes: int) -> Arrival:
-        port = self.stage.downstream_endpoint
-        assert port is not None
-        if message.kind is Kind.EVALUATION_LOSS:
-            return Arrival(message=message, peer_changes=peer_changes)
-        self._forget_strangers(port, peer_changes)
-        if message.kind is Kind.PROJECTOR_GRADIENT and port.table:
-            tensor = port.table.unpack_gradient(message)
-            return Arrival(message=message, peer_changes=peer_changes, tensor=tensor)
-        if message.kind is not Kind.GRADIENT:
-            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {message.kind.name.lower()} message from downstream")
-        return Arrival(message=message, peer_changes=peer_changes, tensor=port.unpack_gradient(message))
-
-    def _forget_strangers(self, port: UpstreamEndpoint | DownstreamEndpoint, peer_changes: int) -> None:
-        """Another process may take a neighbour's place until something of it was used."""
-        if self._follows.setdefault(port, peer_changes) != peer_changes:
-            self._follows[port] = peer_changes
-            port.forget()
 
     # -- records ------------------------------------------------------------------------------------------------
 

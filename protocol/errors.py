@@ -23,6 +23,7 @@ class Fault(StrEnum):
     RUN_ID = "run-id"
     CONFIGURATION = "configuration"
     STAGE = "wrong-stage"
+    LANE = "wrong-lane"
     CERTIFICATE = "wrong-certificate"
     GENERATION = "wrong-generation"
     FENCED = "replaced"

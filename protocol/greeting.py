@@ -1,4 +1,5 @@
-"""Which peer may talk on a link: what a node says of itself in its greeting, and what it checks in its neighbour's.
+"""Which peer may talk on a link: what a node says of itself in its greeting, and what it checks in its neighbour's, or
+in that of its own stage in another lane.
 
 Two nodes that would compute different things must find out before a tensor moves, and whoever reads the log of either
 must see both values and what to do. So every rule is one row (fault, name, their value, ours), checked in order from
@@ -7,7 +8,6 @@ must see both values and what to do. So every rule is one row (fault, name, thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import Fault, RemoteProtocolError
@@ -27,6 +27,8 @@ class NodeIdentity:
     stages: int
     incarnation: int
     generation: int = 0
+    lane: int = 0
+    lanes: int = 1
 
     @property
     def first(self) -> bool:
@@ -60,6 +62,7 @@ class NodeIdentity:
             granted_bytes=granted_bytes,
             completed_steps=completed_steps,
             joining=joining,
+            lane=self.lane,
         )
 
 
@@ -76,20 +79,40 @@ def check_greeting(peer: Greeting, mine: NodeIdentity, peer_stage: int) -> None:
 
 def check_handshake(peer: Greeting, mine: NodeIdentity, peer_stage: int) -> None:
     """The same, in whatever generation the two are."""
+    rules = _same_run(peer, mine)
+    rules += [
+        (Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage),
+        (Fault.LANE, "neighbour's lane", peer.lane, mine.lane),
+    ]
+    _hold_to(rules, peer, mine)
+
+
+def check_lateral(peer: Greeting, mine: NodeIdentity, peer_lane: int | None = None) -> None:
+    """Raises RemoteProtocolError, with both values, unless the peer serves this node's stage in lane `peer_lane`; None:
+    in a higher lane, since it is that one which opens the stream."""
+    _hold_to([*_same_run(peer, mine), (Fault.STAGE, "stage index", peer.stage, mine.stage)], peer, mine)
+    wanted = range(mine.lane + 1, mine.lanes) if peer_lane is None else range(peer_lane, peer_lane + 1)
+    if peer.lane not in wanted:
+        ours = f"{wanted[0]} to {wanted[-1]}" if len(wanted) > 1 else str(*wanted) or "none"
+        _hold_to([(Fault.LANE, f"lane {mine.lane}: the other's lane", peer.lane, ours)], peer, mine)
+
+
+Rules = list[tuple[Fault, str, object, object]]
+
+
+def _same_run(peer: Greeting, mine: NodeIdentity) -> Rules:
     their_settings, _, their_table = peer.configuration.partition(TABLE_DIGEST)
     our_settings, _, our_table = mine.configuration.partition(TABLE_DIGEST)
-    rules = [
+    return [
         (Fault.PROTOCOL_VERSION, "protocol version", peer.protocol_version, PROTOCOL_VERSION),
         (Fault.RUN_ID, "run id", peer.run_id, mine.run_id),
         (Fault.CONFIGURATION, "configuration hash", their_settings, our_settings),
         (Fault.CONFIGURATION, "digest of the token table", their_table, our_table),
         (Fault.STAGE, "number of stages", peer.stages, mine.stages),
-        (Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage),
     ]
-    _hold_to(rules, peer, mine)
 
 
-def _hold_to(rules: Sequence[tuple[Fault, str, object, object]], peer: Greeting, mine: NodeIdentity) -> None:
+def _hold_to(rules: Rules, peer: Greeting, mine: NodeIdentity) -> None:
     for fault, what, theirs, ours in rules:
         if theirs != ours:
             theirs, ours = _print_apart(str(theirs), str(ours))
@@ -129,6 +152,7 @@ _REMEDIES = {
     Fault.RUN_ID: "one of the two dials the wrong run; check --next",
     Fault.CONFIGURATION: "start both from the same run.toml and the same version",
     Fault.STAGE: "check --stage here and --next upstream",
+    Fault.LANE: "one of the two dials an address of the wrong lane",
     Fault.GENERATION: "the peer belongs to an earlier attempt of this run; stop it",
 }
 

@@ -33,6 +33,7 @@ from .control_messages import CONTROL, STEP_MAX, ControlFrame, control_from_pb, 
 from .envelope import Data, Gathered, around_data, buffers_of, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
+from .round_messages import ROUNDS, RoundFrame, RoundPart, RoundsReceived, RoundsWanted, encode_round, round_from_pb
 
 PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
@@ -52,6 +53,7 @@ class Kind(IntEnum):
     EVALUATION_LOSS = 4
     PROJECTOR_GRADIENT = 6  # the receiver's half of the gradient of a learned projector, once a step
     PROBE = 5  # filler that measures the link; the receiver drops it
+    GRADIENT_NORM = 7  # a sum of squares on its way up, or the total on its way down (protocol/global_norm.py)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +136,7 @@ class Greeting:
     generation: int = 0
     completed_steps: int = 0
     joining: bool = False
+    lane: int = 0
     protocol_version: int = PROTOCOL_VERSION
 
 
@@ -167,7 +170,7 @@ class Goodbye:
     pass
 
 
-Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame
+Frame = Greeting | Refusal | Chunk | Credit | Goodbye | ControlFrame | RoundFrame
 
 
 def split(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, Data]]:
@@ -220,6 +223,8 @@ def encode_frame(frame: Frame) -> bytes:
             return pb.Frame(refusal=refusal).SerializeToString()
         case Goodbye():
             return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
+        case RoundsWanted() | RoundPart() | RoundsReceived():
+            return encode_round(frame)
         case _:
             return encode_control(frame)
 
@@ -305,6 +310,8 @@ def _decode_whole(raw: bytes, limits: Limits) -> Frame:
             return Goodbye()
         case str(name) if name in CONTROL:
             return control_from_pb(name, getattr(frame, name))
+        case str(name) if name in ROUNDS:
+            return round_from_pb(name, getattr(frame, name))
         case _:
             raise RemoteProtocolError(Fault.MALFORMED, f"a frame of {len(raw)} bytes with no known body")
 

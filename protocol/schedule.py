@@ -88,6 +88,16 @@ class WeightGradient:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReduceNorm:
+    """Add the squares of this stage's gradients, which are all there now, to the sum from below, and send it up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BroadcastNorm:
+    """Take the total from above and send it on down; the first stage has it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """The optimizer step: the last action of a training step."""
 
@@ -99,7 +109,7 @@ class Evaluate:
     microbatch: int
 
 
-Action = Forward | Backward | InputGradient | WeightGradient | Step | Evaluate
+Action = Forward | Backward | InputGradient | WeightGradient | ReduceNorm | BroadcastNorm | Step | Evaluate
 Upward = Backward | InputGradient  # what waits for a gradient from below and sends one up
 
 
@@ -260,8 +270,25 @@ def prerequisites(action: Action, *, stage: int, stages: int) -> tuple[tuple[int
             return (own, (stage + 1, action)) if stage < stages - 1 else (own,)
         case WeightGradient(microbatch=microbatch):
             return ((stage, InputGradient(microbatch=microbatch)),)
+        case ReduceNorm():
+            return ((stage + 1, action),) if stage < stages - 1 else ()
+        case BroadcastNorm():
+            own = (stage, ReduceNorm())
+            return (own, (stage - 1, action)) if stage > 0 else (own,)
         case Step():
             return ()
+
+
+def receiver(action: Action, *, stage: int, stages: int) -> int | None:
+    """The stage that the result of `action` at `stage` is sent to; None: it stays."""
+    match action:
+        case Forward() | Evaluate() | BroadcastNorm():
+            to = stage + 1
+        case Backward() | InputGradient() | ReduceNorm():
+            to = stage - 1
+        case WeightGradient() | Step():
+            return None
+    return to if 0 <= to < stages else None
 
 
 def interleave(schedule: Schedule, stages: int, microbatches: int) -> Iterator[tuple[int, Action]]:

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined", "failed")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined", "failed", "rounds_wanted", "round_part", "rounds_received")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -28,6 +28,9 @@ class Frame(_message.Message):
     COPY_WANTED_FIELD_NUMBER: _ClassVar[int]
     COPY_DECLINED_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_WANTED_FIELD_NUMBER: _ClassVar[int]
+    ROUND_PART_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     refusal: Refusal
     chunk: Chunk
@@ -48,10 +51,13 @@ class Frame(_message.Message):
     copy_wanted: CopyWanted
     copy_declined: CopyDeclined
     failed: Failed
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ...) -> None: ...
+    rounds_wanted: RoundsWanted
+    round_part: RoundPart
+    rounds_received: RoundsReceived
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rounds_wanted: _Optional[_Union[RoundsWanted, _Mapping]] = ..., round_part: _Optional[_Union[RoundPart, _Mapping]] = ..., rounds_received: _Optional[_Union[RoundsReceived, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
-    __slots__ = ("protocol_version", "run_id", "generation", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining")
+    __slots__ = ("protocol_version", "run_id", "generation", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining", "lane")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
@@ -63,6 +69,7 @@ class Greeting(_message.Message):
     GRANTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_STEPS_FIELD_NUMBER: _ClassVar[int]
     JOINING_FIELD_NUMBER: _ClassVar[int]
+    LANE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     run_id: str
     generation: int
@@ -74,7 +81,8 @@ class Greeting(_message.Message):
     granted_bytes: int
     completed_steps: int
     joining: int
-    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., generation: _Optional[int] = ..., configuration: _Optional[str] = ..., stage: _Optional[int] = ..., stages: _Optional[int] = ..., incarnation: _Optional[int] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., completed_steps: _Optional[int] = ..., joining: _Optional[int] = ...) -> None: ...
+    lane: int
+    def __init__(self, protocol_version: _Optional[int] = ..., run_id: _Optional[str] = ..., generation: _Optional[int] = ..., configuration: _Optional[str] = ..., stage: _Optional[int] = ..., stages: _Optional[int] = ..., incarnation: _Optional[int] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., completed_steps: _Optional[int] = ..., joining: _Optional[int] = ..., lane: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "reason")
@@ -267,6 +275,46 @@ class CopyDeclined(_message.Message):
     completed_steps: int
     reason: str
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RoundsWanted(_message.Message):
+    __slots__ = ("round", "offset", "granted_before", "forget_before")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    FORGET_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    offset: int
+    granted_before: int
+    forget_before: int
+    def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., granted_before: _Optional[int] = ..., forget_before: _Optional[int] = ...) -> None: ...
+
+class RoundPart(_message.Message):
+    __slots__ = ("round", "offset", "total_bytes", "contribution_xxh3", "data", "xxh3")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_XXH3_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    XXH3_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    offset: int
+    total_bytes: int
+    contribution_xxh3: int
+    data: bytes
+    xxh3: int
+    def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., contribution_xxh3: _Optional[int] = ..., data: _Optional[bytes] = ..., xxh3: _Optional[int] = ...) -> None: ...
+
+class RoundsReceived(_message.Message):
+    __slots__ = ("round", "offset", "granted_before", "forget_before")
+    ROUND_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    GRANTED_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    FORGET_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    round: int
+    offset: int
+    granted_before: int
+    forget_before: int
+    def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., granted_before: _Optional[int] = ..., forget_before: _Optional[int] = ...) -> None: ...
 
 class ProbeFrame(_message.Message):
     __slots__ = ("terms", "refusal", "echo", "turn", "filler", "done", "measured", "info_request", "info_response", "dial_back_result")

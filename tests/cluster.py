@@ -59,6 +59,7 @@ LIMITS = Limits(message_bytes=2**30)
 IN_STAGE = {
     "backward": Phase.MID_BACKWARD,
     "weight_gradient": Phase.MID_BACKWARD,  # of a backward that is split
+    "sum_of_squares": Phase.BEFORE_NORM,
     "finish": Phase.BEFORE_COMMIT,
     "snapshot": Phase.SNAPSHOT,
     "restore": Phase.RESTORE,

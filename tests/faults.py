@@ -22,6 +22,7 @@ class Phase(Enum):
     BEFORE_SEND = "before-send"  # the step's first activation is packed, and no frame of it is written
     MID_SEND = "mid-send"  # some frames of an activation are written, and some are not
     MID_BACKWARD = "mid-backward"  # gradients are added up in part
+    BEFORE_NORM = "before-norm"  # the step's gradients are there; the norm of all stages' is due, where it is wanted
     BEFORE_COMMIT = "before-commit"  # the step's gradients are there; the optimizers' steps are due
     SNAPSHOT = "snapshot"  # state and tables are being copied
     DELTA = "delta"  # some frames of a change of the projector's table are written, and some are not

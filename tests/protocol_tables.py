@@ -7,6 +7,7 @@ fault, is an error, so the document cannot fall behind. Rows on the effect of a 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST,
 from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
-from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Kind, Limits
+from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Frame, Kind, Limits
 from thinpipe.protocol.path_probe import (
     BURST_BYTES_MAX,
     ECHOES_MAX,
@@ -62,8 +63,10 @@ from thinpipe.protocol.rollback import (
     Start,
     Stop,
 )
+from thinpipe.protocol.round_session import TRANSITIONS as ROUND_TRANSITIONS
+from thinpipe.protocol.round_transfer import ROUNDS_AHEAD, WINDOW_PARTS_LEAST
 from thinpipe.protocol.rows import Encoding, rows_bytes
-from thinpipe.protocol.session import TRANSITIONS, SessionState
+from thinpipe.protocol.session import TRANSITIONS
 
 from .builders import identity
 
@@ -74,14 +77,14 @@ _COPY = "whose state it is"
 _COMPLETED = "the number of completed steps of that state"
 FIELDS: dict[str, dict[str, str]] = {
     "Frame": {
-        "greeting": "first frame of either stream, both ways",
-        "refusal": "either stream, last frame",
+        "greeting": "first frame of each stream, both ways",
+        "refusal": "any stream, last frame",
         "chunk": "Link",
         "credit": "Link",
-        "goodbye": "Link, after the last chunk of its sender",
+        "goodbye": "Link, after the last chunk of its sender. Rounds, after its last request",
+        "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [
-                "heartbeat",
                 "start_view_change",
                 "do_view_change",
                 "start_view",
@@ -97,20 +100,22 @@ FIELDS: dict[str, dict[str, str]] = {
             ["copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined"],
             "Control: copies",
         ),
+        **dict.fromkeys(["rounds_wanted", "round_part", "rounds_received"], "Rounds"),
     },
     "Greeting": {
         "protocol_version": f"{PROTOCOL_VERSION}",
         "run_id": "text",
-        "generation": "Link: the generation of this link. Control: the one that the sender is in, or was in last",
+        "generation": "Link: the generation of this link. Else: the one that the sender is in, or was in last",
         "configuration": "text; hash of all settings that must agree; then, if a table is generated, ` table ` and its "
         "digest",
         "stage": "of the sender, from 0",
         "stages": "of the pipeline",
         "incarnation": "random number of the sender's process, drawn once at its start",
-        "next_sequence": "Link: number of the first chunk that the sender lacks. Control: 0",
-        "granted_bytes": "Link: as in Credit. Control: 0",
-        "completed_steps": "Control: steps completed, for people to read. Link: 0",
+        "next_sequence": "Link: number of the first chunk that the sender lacks. Else: 0",
+        "granted_bytes": "Link: as in Credit. Else: 0",
+        "completed_steps": "Control, Rounds: steps completed, for people to read. Link: 0",
         "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
+        "lane": "of the sender, from 0",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},
     "Chunk": {
@@ -181,6 +186,26 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "CopyWanted": {"stage": _COPY, "completed_steps": _COMPLETED},
     "CopyDeclined": {"stage": _COPY, "completed_steps": _COMPLETED, "reason": "text"},
+    "RoundsWanted": {
+        "round": "the first round of which the sender lacks anything; at least `forget_before`",
+        "offset": "bytes of it that the sender has",
+        "granted_before": "the receiver may send rounds before this one; above `round`, or equal if `offset` is 0",
+        "forget_before": "the sender will never ask for a round before this one again",
+    },
+    "RoundPart": {
+        "round": "from 0",
+        "offset": "position of the first byte",
+        "total_bytes": "length of the contribution",
+        "contribution_xxh3": "XXH3 of the whole contribution",
+        "data": "1 byte or more",
+        "xxh3": "see below",
+    },
+    "RoundsReceived": {
+        "round": "the sender has all rounds before this one",
+        "offset": "and so many bytes of this one",
+        "granted_before": "as in RoundsWanted",
+        "forget_before": "as in RoundsWanted",
+    },
     "ProbeFrame": {
         "terms": "first frame, both ways",
         "refusal": "last frame; it has the same field number in Frame",
@@ -231,18 +256,19 @@ FAULTS: dict[Fault, str] = {
     Fault.OVERSIZED: "more bytes, values or characters than the receiver's limit",
     Fault.OUT_OF_ORDER: "a chunk, an acknowledgement, a delta or a version that is not the next one",
     Fault.UNEXPECTED: "a frame, message or dictionary that is not allowed here or now",
-    Fault.CORRUPT: "a chunk, or a part of a copy, that does not match its checksum",
-    Fault.OVERDRAWN: "a chunk beyond the credit",
+    Fault.CORRUPT: "a chunk, or a part of a copy or of a contribution, that does not match its checksum",
+    Fault.OVERDRAWN: "a chunk beyond the credit, a round beyond the grant",
     Fault.PROTOCOL_VERSION: "the peer has another version of this protocol",
     Fault.RUN_ID: "the peer is in another run",
     Fault.CONFIGURATION: "the peer has another configuration, or sends a delta in another encoding than configured",
     Fault.STAGE: "not the stage that should be here",
+    Fault.LANE: "not the lane that should be here, or a node without lanes",
     Fault.CERTIFICATE: "over TLS, a run or stage that the sender's certificate does not name",
     Fault.GENERATION: "a frame, a greeting or a delta of another generation",
     Fault.FENCED: "another process has taken the place of this one",
     Fault.STOPPED: "the stage is between two generations",
     Fault.INCARNATION: "another process appears in the middle of a link",
-    Fault.RESUME: "the peer asks for chunks that are not kept any more",
+    Fault.RESUME: "the peer asks for chunks or rounds that are not kept any more",
     Fault.TIMEOUT: "no greeting in time",
     Fault.PAYLOAD: "an impossible value: not finite, not a valid code, or another digest",
 }
@@ -253,6 +279,7 @@ KINDS: dict[Kind, Row] = {
     Kind.EVALUATION_LOSS: ("up", "nothing", "sum over all evaluated tokens"),
     Kind.PROBE: ("both", "filler, dropped by the receiver", "0"),
     Kind.PROJECTOR_GRADIENT: ("up", "the receiver's half of a projector's gradient, once a step", "0"),
+    Kind.GRADIENT_NORM: ("both", "the body: a sum of squares, float64, once a step", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
 
@@ -277,12 +304,11 @@ def fields_of(names: list[str]) -> list[Row]:
     return rows
 
 
-def transitions() -> list[Row]:
-    frames = ["Greeting", "Chunk", "Credit", "Goodbye", "Refusal"]
-    assert {kind.__name__ for row in TRANSITIONS.values() for kind in row} == set(frames)
+def transitions(table: Mapping[Any, Mapping[type[Frame], Any]], frames: list[str]) -> list[Row]:
+    assert {kind.__name__ for row in table.values() for kind in row} == set(frames)
     rows: list[Row] = [("state", *frames)]
-    for state in SessionState:
-        to = {kind.__name__: following for kind, following in TRANSITIONS[state].items()}
+    for state, row in table.items():
+        to = {kind.__name__: following for kind, following in row.items()}
         rows.append((f"{state.name}: {state.value}", *(to[kind].name if kind in to else "refused" for kind in frames)))
     return rows
 
@@ -325,6 +351,10 @@ def limits() -> list[Row]:
         ("generations that a DoViewChange or StartView may be ahead", bits(GENERATIONS_AHEAD_MAX)),
         ("parts of a copy that are acknowledged at once, at most", str(PARTS_TOGETHER)),
         ("parts of a copy that are not acknowledged: from, to", f"{PARTS_AHEAD_LEAST}, {PARTS_AHEAD_MOST}"),
+        ("part of a contribution, bytes", str(PART_BYTES_MAX)),
+        ("parts of a contribution that are acknowledged at once, at most", str(PARTS_TOGETHER)),
+        ("parts of contributions that a sender must be ready to send ahead", str(WINDOW_PARTS_LEAST)),
+        ("rounds granted beyond the one that a node is at", str(ROUNDS_AHEAD)),
         ("copies that may be declined on one connection", str(DECLINED_MAX)),
         ("control frames that wait for one neighbour", str(QUEUED_MAX)),
         ("seconds between two Heartbeats", f"{HEARTBEAT_EVERY_S:g}"),
@@ -459,22 +489,26 @@ def waves() -> list[Row]:
 LINK = ["Frame", "Greeting", "Refusal", "Chunk", "MessageHead", "Credit", "Goodbye"]
 CONTROL = ["Heartbeat", "StartViewChange", "DoViewChange", "StartView", "Finished", "AllFinished", "Drain", "LastStep"]
 CONTROL += ["Failed"]
+ROUND_FRAMES = ["Greeting", "Heartbeat", "RoundsWanted", "RoundPart", "RoundsReceived", "Goodbye", "Refusal"]
 COPIES = ["CopiesHeld", "CopyOffer", "CopyProgress", "CopyPart", "CopyWanted", "CopyDeclined"]
+ROUNDS = ["RoundsWanted", "RoundPart", "RoundsReceived"]
 PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeFiller", "ProbeDone", "ProbeMeasured"]
 PROBES += ["ProbeInfoRequest", "ProbeInfoResponse", "ProbeDialBackResult"]
 
 
 def tables() -> dict[str, list[Row]]:
     """All tables by the names that the document gives them. The first row is the heading."""
-    assert {*LINK, *CONTROL, *COPIES, *PROBES} == set(pb.DESCRIPTOR.message_types_by_name) == set(FIELDS)
+    assert {*LINK, *CONTROL, *COPIES, *ROUNDS, *PROBES} == set(pb.DESCRIPTOR.message_types_by_name) == set(FIELDS)
     return {
         "link fields": fields_of(LINK),
         "control fields": fields_of(CONTROL),
         "copy fields": fields_of(COPIES),
+        "round fields": fields_of(ROUNDS),
         "probe fields": fields_of(PROBES),
         "messages": kinds(),
         "limits": limits(),
-        "link states": transitions(),
+        "link states": transitions(TRANSITIONS, ["Greeting", "Chunk", "Credit", "Goodbye", "Refusal"]),
+        "round states": transitions(ROUND_TRANSITIONS, ROUND_FRAMES),
         "faults": faults(),
         "index widths": index_widths(),
         "encodings": encodings(),

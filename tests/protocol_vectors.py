@@ -39,6 +39,7 @@ from thinpipe.protocol.dictionary import Publisher
 from thinpipe.protocol.dictionary_delta import Delta, DictionarySpec, Version, encode_delta, join_deltas
 from thinpipe.protocol.dictionary_selection import Policy, select
 from thinpipe.protocol.errors import Fault
+from thinpipe.protocol.global_norm import NORM
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import encode_header
 from thinpipe.protocol.messages import (
@@ -56,6 +57,7 @@ from thinpipe.protocol.messages import (
     split,
 )
 from thinpipe.protocol.reassembly import message_cost
+from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted
 from thinpipe.protocol.rows import decode_rows, encode_rows
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
@@ -126,6 +128,7 @@ def all_frames() -> dict[str, Frame]:
             greeting, stage=0, generation=0, completed_steps=0, next_sequence=0, granted_bytes=0
         ),
         "greeting of who joins": replace(greeting, joining=True),
+        "greeting of another lane": replace(greeting, lane=1, next_sequence=0, granted_bytes=0),
         "refusal": Refusal(code=Fault.GENERATION, reason="generation: stage 1 expects 4, the peer (stage 0) says 3"),
         "chunk with a head": Chunk(
             sequence=300, generation=4, data=b"idsidbodybod", head=a_head(), next_sequence=17, granted_bytes=99999
@@ -138,6 +141,12 @@ def all_frames() -> dict[str, Frame]:
             generation=0,
             data=b"",
             head=Head(kind=Kind.EVALUATION_LOSS, step=1, microbatch=0, loss_sum=12.25),
+        ),
+        "chunk of a gradient norm": Chunk(
+            sequence=7,
+            generation=1,
+            data=NORM.pack(0.1),
+            head=Head(kind=Kind.GRADIENT_NORM, step=12, microbatch=0, body_bytes=8),
         ),
         "chunk of a change of a dictionary": Chunk(
             sequence=LARGEST,
@@ -167,6 +176,13 @@ def all_frames() -> dict[str, Frame]:
         "copy part": CopyPart(stage=2, completed_steps=12, offset=65536, data=b"part"),
         "copy wanted": CopyWanted(stage=2, completed_steps=12),
         "copy declined": CopyDeclined(stage=2, completed_steps=12, reason="the disk is full"),
+        "rounds wanted": RoundsWanted(round=7, offset=262144, granted_before=12, forget_before=5),
+        "rounds wanted: all": RoundsWanted(round=0, offset=0, granted_before=4, forget_before=0),
+        "round part": RoundPart(round=7, offset=262144, total_bytes=262148, contribution_xxh3=LARGEST, data=b"part"),
+        "round part: the first of round 0": RoundPart(
+            round=0, offset=0, total_bytes=5, contribution_xxh3=0, data=b"part"
+        ),
+        "rounds received": RoundsReceived(round=8, offset=0, granted_before=12, forget_before=5),
     }
 
 
@@ -203,6 +219,10 @@ def checksums() -> list[dict[str, Any]]:
     for name, chunk in all_frames().items():
         if isinstance(chunk, CopyPart):
             covered = struct.pack("<3Q", chunk.stage, chunk.completed_steps, chunk.offset) + chunk.data
+            out.append({"frame": name, "covered": covered.hex(), "xxh3": xxhash.xxh3_64_intdigest(covered)})
+        if isinstance(chunk, RoundPart):
+            numbers = (chunk.round, chunk.offset, chunk.total_bytes, chunk.contribution_xxh3)
+            covered = struct.pack("<4Q", *numbers) + bytes(chunk.data)
             out.append({"frame": name, "covered": covered.hex(), "xxh3": xxhash.xxh3_64_intdigest(covered)})
         if not isinstance(chunk, Chunk):
             continue

@@ -104,6 +104,7 @@ UP = [
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
     (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),
+    (["--set", "optim.clip_norm=all"], r"optim\.clip_norm: .*'stage' or 'global' \(got 'all'\)"),
     (["--set", "link.verify=never"], r"link\.verify: .*'warn' or 'fail' \(got 'never'\)"),
     (["--link", "0mbit"], r"link rate 0.* is not a positive number; write it as"),
     (["--model", "tinny"], r"unknown model\.preset 'tinny'; known: tiny"),

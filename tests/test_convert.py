@@ -158,6 +158,16 @@ def test_without_rounding_the_next_losses_are_those_of_the_run(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.weights.items())
 
 
+def test_clipped_by_one_norm_the_next_losses_are_those_of_the_run(tiny: TinyConfig, tmp_path: Path) -> None:
+    """The norm of all stages does not ask where they end, so there is nothing to warn of."""
+    clip = {"codec.codec": "fp32", "optim.clip": 0.1, "optim.clip_norm": "global"}
+    unconverted = ended_run(tiny(SMALL | clip), tmp_path / "run")
+    assert "gradients are clipped" not in converted(tmp_path / "run", tmp_path / "other", "--stages", "3")
+    ended = go_on(tmp_path / "other")
+    assert ended.losses == [unconverted.losses[0][DONE:]] * 3
+    assert set(ended.val_losses) == set(unconverted.val_losses)
+
+
 @pytest.mark.pairwise(2)
 def test_there_and_back_again_is_the_run_itself(learned: tuple[Path, Ended], tmp_path: Path) -> None:
     """All that a boundary has stays with it, to the bit: momentum, tables, their versions, error feedback."""

@@ -78,7 +78,14 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
     torch.set_num_threads(1)
 
     def make(
-        model: Any, directory: Path, *, steps: int, polynomials: str, schedule: str = "1f1b", cut: str = "equal"
+        model: Any,
+        directory: Path,
+        *,
+        steps: int,
+        polynomials: str,
+        schedule: str = "1f1b",
+        cut: str = "equal",
+        **more: Any,
     ) -> RunConfig:
         directory.mkdir()
         model.config.to_json_file(directory / "config.json")
@@ -92,6 +99,7 @@ def configure(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> Configure:
                 "codec.codec": "fp64",
                 "pipeline.schedule": schedule,
                 "pipeline.cut": cut,
+                **{name.replace("__", "."): value for name, value in more.items()},
             }
         )
 
@@ -109,7 +117,8 @@ def stage_of(name: str, cut: str = "equal") -> int:
 
 def compare(model: Any, config: RunConfig, got: Outcome) -> dict[str, float]:
     """Train `model` by the book and say how far, relatively, `got` is from it; `model` ends trained."""
-    clipped_with = functools.partial(stage_of, cut=config.pipeline.cut)
+    whole, stages = config.optim.clip_norm == "global", config.pipeline.stages
+    clipped_with = (lambda _: 0) if whole else functools.partial(stage_of, cut=config.pipeline.cut)
     losses, norms = textbook.train(model, batches_of(config), recipe_of(config), clipped_with)
     assert_clipped_now_and_then(norms, config.optim.clip)
     heldout = torch.from_numpy(prepare_corpus(config).heldout_batch(0, config.data.heldout_sequences)).long()
@@ -118,7 +127,7 @@ def compare(model: Any, config: RunConfig, got: Outcome) -> dict[str, float]:
     weights = dict(model.named_parameters())
     assert got.weights.keys() == weights.keys()
     assert all(of_stage == got.losses[0] for of_stage in got.losses)
-    wanted_norms = [[of_step[stage] for of_step in norms] for stage in range(STAGES)]
+    wanted_norms = [[of_step[0 if whole else stage] for of_step in norms] for stage in range(stages)]
     return {
         "loss": relative(got.losses[0], losses),
         "val_loss": relative(got.val_losses[0], [val_loss]),
@@ -155,6 +164,21 @@ def test_a_swarm_trains_what_a_plain_model_would(
     errors = compare(model, config, got)
     assert max(errors.values()) < TOLERANCE, errors
     assert got.losses[0][-1] < 0.5 * got.losses[0][0]  # it did learn
+
+
+@pytest.mark.pairwise(3)
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_with_one_norm_for_all_any_number_of_stages_is_that_model(
+    stages: int, schedule: str, configure: Configure, tmp_path: Path
+) -> None:
+    """It is clipped as a whole, as torch.nn.utils.clip_grad_norm_ would do it."""
+    model = plain_model("llama")
+    given = {"steps": FEW_STEPS, "polynomials": "polar_express", "schedule": schedule}
+    clip = {"optim__clip": 2.0, "optim__clip_norm": "global"}
+    config = configure(model, tmp_path / "model", pipeline__stages=stages, **given, **clip)
+    errors = compare(model, config, run_in_memory(config, tmp_path / "run"))
+    assert max(errors.values()) < TOLERANCE, errors
 
 
 def too_many_tokens(patch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from thinpipe.node.config_file import dump_config
 from thinpipe.node.links.transport import FRAME_BYTES_MAX
 from thinpipe.node.preparation import prepare_corpus
 from thinpipe.node.probing.probe_client import ask
+from thinpipe.protocol.global_norm import norm_message
 from thinpipe.protocol.messages import Chunk, Greeting, Head, Kind, encode_frame
 from thinpipe.protocol.path_probe import Terms, encode_probe
 from thinpipe.sim.links.shaper import LinkProfile
@@ -75,6 +76,7 @@ def hostilities(config: RunConfig, hello: Greeting) -> dict[str, tuple[list[byte
         "a token past the vocabulary": (bad(token_ids=b"\xff" * len(good.token_ids)), "bad-payload"),
         "short token ids": (bad(token_ids=good.token_ids[:-1]), "bad-payload"),
         "a gradient from upstream": (bad(kind=Kind.GRADIENT, token_ids=b""), "bad-payload"),
+        "a gradient norm that nobody agreed on": ([greeting, *parts(norm_message(0, 1.0))], "bad-payload"),
     }
     return frames
 

@@ -69,6 +69,20 @@ def test_gradients_of_lanes_are_one_lane_with_all_their_batches(
     assert furthest(grid, train(tiny({**settings, **whole}))) <= 1e-8
 
 
+def test_gradients_of_lanes_are_clipped_by_the_norm_of_their_sum_over_all_stages(
+    tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch
+):
+    """Which is agreed after the lanes have averaged, and in each lane by itself."""
+    monkeypatch.setattr(LlamaRMSNorm, "forward", norm_in_float64)
+    settings = {**EXACT, "codec.codec": "identity", "optim.clip": 0.1, "optim.clip_norm": "global"}
+    grid = train(tiny({**settings, "pipeline.stages": 2, "lanes.count": 2, "lanes.average": "gradients:format=fp64"}))
+    whole = {"pipeline.batch_size": 8, "pipeline.microbatches": 4}
+    one = train(tiny({**settings, **whole, "pipeline.stages": 2}))
+    assert furthest(grid, one) <= 1e-8
+    by_stage = train(tiny({**settings, **whole, "pipeline.stages": 2, "optim.clip_norm": "stage"}))
+    assert furthest(one, by_stage) > 1e-3
+
+
 GRIDS = {
     "gradients": ("mapl:r=8,every=2 int4 int3", "gradients:format=int8", "1f1b"),
     "outer, codebooks": ("mapl:r=8,every=2", "outer:every=3", "1f1b"),

@@ -27,6 +27,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "security": set(),
     "watching": set(),
     "links": {"checkpoints", "security"},
+    "lanes": {"checkpoints", "links", "security"},
     "measuring": {"boundary", "data", "links", "model"},
     "comparing": {"data", "measuring"},
     "probing": {"links", "measuring", "model", "security"},

@@ -63,6 +63,7 @@ from thinpipe.protocol.messages import (
     split,
 )
 from thinpipe.protocol.reassembly import MESSAGE_COST_BYTES, Assembly
+from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted, round_part_checksum
 
 unhurried = settings(deadline=None)  # the machine may be busy; what is asserted is never the time
 
@@ -99,6 +100,24 @@ chunks = st.builds(
 STEPS = st.integers(0, STEP_MAX - 1)
 INCARNATIONS = st.lists(U64, max_size=64).map(tuple)
 parts = st.builds(CopyPart, stage=U32, completed_steps=STEPS, offset=STEPS, data=st.binary(max_size=100))
+
+
+@st.composite
+def round_frames(draw: st.DrawFn) -> RoundsWanted | RoundsReceived:
+    forget_before, round, granted_before = sorted(draw(st.lists(STEPS, min_size=3, max_size=3)))
+    offset = draw(STEPS) if round < granted_before else 0
+    known = {"forget_before": forget_before, "round": round, "granted_before": granted_before, "offset": offset}
+    return draw(st.sampled_from([RoundsWanted, RoundsReceived]))(**known)
+
+
+@st.composite
+def round_parts(draw: st.DrawFn) -> RoundPart:
+    data = draw(st.binary(min_size=1, max_size=100))
+    offset, rest = draw(st.integers(0, STEP_MAX - 300)), draw(st.integers(0, 100))
+    total = offset + len(data) + rest
+    return RoundPart(round=draw(STEPS), offset=offset, total_bytes=total, contribution_xxh3=draw(U64), data=data)
+
+
 frames: st.SearchStrategy[Frame] = st.one_of(
     chunks,
     st.builds(Credit, next_sequence=U64, granted_bytes=U64),
@@ -115,6 +134,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
         completed_steps=U64,
         protocol_version=U32,
         joining=st.booleans(),
+        lane=U32,
     ),
     st.builds(Refusal, code=PRINTABLE, reason=PRINTABLE),
     st.builds(Goodbye),
@@ -138,6 +158,8 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(StartView, generation=STEPS, completed_steps=STEPS, incarnations=INCARNATIONS),
     st.builds(Finished),
     st.builds(AllFinished),
+    round_frames(),
+    round_parts(),
 )
 
 
@@ -157,6 +179,12 @@ def reencoded(frame: pb.Frame) -> bytes:
 def chunk_pb(**head: Any) -> pb.Frame:
     data = head.pop("data", b"")
     return pb.Frame(chunk=pb.Chunk(data=data, head=pb.MessageHead(**{"kind": 1, **head})))
+
+
+def round_part(**fields: Any) -> pb.Frame:
+    """With the checksum that belongs to it."""
+    said = {"round": 2, "offset": 0, "contribution_xxh3": 5, **fields}
+    return pb.Frame(round_part=pb.RoundPart(**said, xxh3=round_part_checksum(RoundPart(**said))))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +209,14 @@ def chunk_pb(**head: Any) -> pb.Frame:
         (pb.Frame(failed=pb.Failed(reason="x" * 513)), Fault.OVERSIZED),
         (pb.Frame(failed=pb.Failed(completed_steps=2**48)), Fault.MALFORMED),
         (pb.Frame(failed=pb.Failed(replays=2)), Fault.MALFORMED),
+        (pb.Frame(rounds_wanted=pb.RoundsWanted(round=2**48, granted_before=2**48)), Fault.MALFORMED),
+        (pb.Frame(rounds_wanted=pb.RoundsWanted(round=3, granted_before=2)), Fault.MALFORMED),
+        (pb.Frame(rounds_wanted=pb.RoundsWanted(round=3, offset=1, granted_before=3)), Fault.MALFORMED),
+        (pb.Frame(rounds_received=pb.RoundsReceived(round=3, granted_before=3, forget_before=4)), Fault.MALFORMED),
+        (round_part(data=bytes(PART_BYTES_MAX + 1), total_bytes=2**30), Fault.OVERSIZED),
+        (round_part(data=b"abc", total_bytes=2**48), Fault.MALFORMED),
+        (round_part(data=b"abc", offset=1, total_bytes=3), Fault.MALFORMED),
+        (round_part(data=b"", total_bytes=3), Fault.MALFORMED),
     ],
     ids=lambda value: str(value).split("{")[0].strip(),
 )
@@ -200,9 +236,9 @@ def test_every_frame_comes_back(frame: Frame) -> None:
     assert decode_frame(raw, LIMITS) == frame
 
 
-@given(chunks | parts)
+@given(chunks | parts | round_parts())
 @unhurried
-def test_a_frame_around_data_is_what_protobuf_writes(frame: Chunk | CopyPart) -> None:
+def test_a_frame_around_data_is_what_protobuf_writes(frame: Chunk | CopyPart | RoundPart) -> None:
     raw = encode_frame(frame)
     assert pb.Frame.FromString(raw).SerializeToString() == raw
 
@@ -579,6 +615,10 @@ def test_a_wrong_checksum_is_named() -> None:
     error = refusal_of(part.SerializeToString())
     assert error.fault is Fault.CORRUPT
     assert "bytes from 9 of the copy of stage 3 after 7 steps" in str(error)
+    frame = pb.Frame(round_part=pb.RoundPart(round=3, offset=9, total_bytes=12, data=b"abc", xxh3=1))
+    error = refusal_of(frame.SerializeToString())
+    assert error.fault is Fault.CORRUPT
+    assert "bytes 9 to 12 of a contribution of 12 to round 3 do not match" in str(error)
 
 
 @pytest.mark.parametrize("text", ["\x1b[31m", "a\nb", "\x00", "\u202e", "\x7f", "\u2028"])

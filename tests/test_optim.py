@@ -192,6 +192,39 @@ def test_clip_scales_the_gradient_of_the_whole_stage():
             torch.testing.assert_close(first_moment.double(), share * clipped[parameter], rtol=1e-5, atol=0)
 
 
+def test_stages_that_share_a_norm_clip_as_torch_clips_the_whole_model():
+    """At a norm far above the 1e-6 that torch adds to it before it divides."""
+    parameters, _ = make(dtype=torch.float64)
+    give(parameters, gradients(0, parameters, scale=1e4))
+    whole = [(name, nn.Parameter(p.detach().clone())) for name, p in parameters]
+    give(whole, [p.grad for _, p in parameters])
+    norm = nn.utils.clip_grad_norm_([p for _, p in whole], 0.5).item()
+    settings = OptimSection(clip=0.5, clip_norm="global", warmup_steps=0)
+    above, below = (StageOptimizer(part, settings, total_steps=10) for part in (parameters[:3], parameters[3:]))
+    squares = above.sum_of_squares(0, below.sum_of_squares(0))
+    assert math.sqrt(squares) == pytest.approx(norm, rel=1e-14)
+    clipped = dict(whole)
+    for optimizer in (above, below):
+        stats = optimizer.step(0, 1, squares)
+        assert stats.grad_norm == math.sqrt(squares)
+        for kept, first_moment in optimizer.state_tensors().items():
+            kind, _, name = kept.partition("/")
+            if share := {"adamw.exp_avg": 0.1, "muon.momentum": 0.05}.get(kind):
+                torch.testing.assert_close(first_moment, share * clipped[name].grad, rtol=1e-8, atol=0)
+
+
+def test_a_sum_of_squares_that_float64_cannot_hold_is_refused():
+    """With those of other stages; its own are refused by name before."""
+    parameters, optimizer = make(dtype=torch.float64)
+    give(parameters, [torch.full_like(p, 1e152) for _, p in parameters])
+    assert math.isfinite(optimizer.sum_of_squares(3))
+    with pytest.raises(NonFiniteGradient, match="step 3: the squares of the gradients add up to more than float64"):
+        optimizer.sum_of_squares(3, 1.79e308)
+    give(parameters, [torch.full_like(p, 1e160) for _, p in parameters])
+    with pytest.raises(NonFiniteGradient, match=r"step 3: the gradient of 'embed_tokens\.weight' is not finite"):
+        optimizer.sum_of_squares(3)
+
+
 @pytest.mark.parametrize("clip", [0.0, 1e6])
 def test_no_clip_below_the_threshold_or_at_zero(clip):
     runs = []

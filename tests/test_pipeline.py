@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.protocol.global_norm import WithGlobalNorm
 from thinpipe.protocol.schedule import SCHEDULES, InputGradient, Schedule, Step, WeightGradient, get_schedule
 from thinpipe.sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from thinpipe.sim.links.shaper import LinkProfile
@@ -71,6 +72,33 @@ def test_the_weight_gradients_share_is_half_unless_it_is_known() -> None:
     split = [InputGradient(microbatch=0), WeightGradient(microbatch=0)]
     assert [StageTimes(forward_s=1, backward_s=2).of(action) for action in split] == [1, 1]
     assert [StageTimes(forward_s=1, backward_s=2, weight_s=0.5).of(action) for action in split] == [1.5, 0.5]
+
+
+@pytest.mark.parametrize("stages", [2, 4])
+@pytest.mark.parametrize("schedule", TRAINING, ids=lambda schedule: schedule.name)
+def test_a_norm_over_all_stages_rides_for_nothing_behind_whole_backwards(schedule: Schedule, stages: int) -> None:
+    """Up with the last gradient, and down ahead of the next activation."""
+    link = LinkProfile(rate_bits_per_s=None, latency_s=5.0)
+    without, with_it = (
+        uniform(each, stages, 8, step_s=0.5, link=link) for each in (schedule, WithGlobalNorm(schedule))
+    )
+    assert with_it.step_s == without.step_s
+
+
+def test_a_norm_over_all_stages_waits_for_weight_gradients_that_others_have_put_off() -> None:
+    """One microbatch, latency 5, weight gradients of 10 below: 1 and down, there at 6; 1 + 1 + 10 at stage 1; the sum
+    has the wire for 2 s (16 bytes at 8 a second), and 5 to come up. Then the total has the wire down for 2 s, and the
+    next activation, which is made in 1, waits for it."""
+    above = StageTimes(forward_s=1.0, backward_s=2.0, weight_s=1.0)
+    below = StageTimes(forward_s=1.0, backward_s=11.0, weight_s=10.0)
+    link = LinkProfile(rate_bits_per_s=64.0, latency_s=5.0)
+    boundary = Boundary(forward_bytes=0, backward_bytes=0, link=link, norm_bytes=16)
+    schedule = WithGlobalNorm(get_schedule("zb"))
+    simulated = simulate(schedule, [above, below], [boundary], microbatches=1)
+    assert simulated.step_s == pytest.approx(6 + 12 + 2 + 5 + 1)
+    assert simulated.wire_share == pytest.approx({(0, 1): 2 / 26, (1, 0): 2 / 26})
+    passes = [(s.stage, s.sender) for s in simulated.spans if s.step == 1 and s.sender is not None][-2:]
+    assert passes == [(0, 1), (1, 0)]
 
 
 def test_latency_starves_a_shallow_schedule() -> None:

@@ -116,7 +116,10 @@ def read_frame(raw: bytes) -> tuple[str, dict[str, Any]]:
 
 
 def covered_by_checksum(chunk: dict[str, Any]) -> bytes:
-    """Of a chunk, or of a part of a copy."""
+    """Of a chunk, or of a part of a copy or of a contribution."""
+    if "round" in chunk:
+        numbers = [chunk[name] for name in ("round", "offset", "total_bytes", "contribution_xxh3")]
+        return struct.pack("<4Q", *numbers) + chunk["data"]
     if "offset" in chunk:
         return struct.pack("<3Q", chunk["stage"], chunk["completed_steps"], chunk["offset"]) + chunk["data"]
     head = chunk["head"] or read_message("MessageHead", b"")

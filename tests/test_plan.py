@@ -56,6 +56,19 @@ def test_messages_have_the_bytes_that_a_run_sends(codec: dict[str, str], tiny: T
     assert planned == pytest.approx(sent[16] - sent[8], rel=0.02)
 
 
+def test_a_gradient_norm_has_the_bytes_that_a_run_sends(tiny: TinyConfig, tmp_path: Path) -> None:
+    """What the wire carries more than without one, framing and all."""
+    sent = {
+        norm: run_reference(config, tmp_path / norm).sent_bytes
+        for norm in ("stage", "global")
+        for config in [tiny({"pipeline.stages": 2, "codec.codec": "bf16", "optim.clip_norm": norm})]
+    }
+    config = tiny({"pipeline.stages": 2, "optim.clip_norm": "global"})
+    architecture = resolve_model(config.model, vocab_size=512, sequence_length=config.data.sequence_length)
+    more = sent["global"].total() - sent["stage"].total()
+    assert more == pytest.approx(2 * config.run.steps * Sizes(config, architecture).boundary().norm_bytes, abs=12)
+
+
 def test_work_grows_as_the_model_does(tiny: TinyConfig) -> None:
     def seconds(**settings: Any) -> list[float]:
         config = tiny({name.replace("__", "."): value for name, value in settings.items()})
@@ -129,6 +142,22 @@ def test_zero_bubble_hides_some_of_the_latency() -> None:
     first, *_, last = split["stages"]
     assert first["weight_gradient_s"] < first["forward_s"] == first["backward_s"] / 2  # attention has no weights
     assert last["weight_gradient_s"] / last["forward_s"] > first["weight_gradient_s"] / first["forward_s"]  # the head
+
+
+def test_a_norm_over_all_stages_costs_time_where_weight_gradients_are_put_off() -> None:
+    """Stage 0 waits for the others' and for three hops; and some eighty bytes a step, boundary and direction."""
+    machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--link", "80mbit,25ms")
+    for schedule in ("1f1b", "zb:rtt_ratio=6"):
+        by_stage, by_all = (
+            planned(*machine, "--schedule", schedule, "--set", f"optim.clip_norm={norm}")
+            for norm in ("stage", "global")
+        )
+        later_s = by_all["step_s"] - by_stage["step_s"]
+        if schedule == "1f1b":
+            assert later_s == pytest.approx(0, abs=1e-4)
+        else:
+            assert later_s > 3 * 0.025
+        assert 0.99 < by_all["ratio"] / by_stage["ratio"] < 1
 
 
 @pytest.mark.slow

@@ -104,6 +104,24 @@ def test_a_killed_stage_comes_back(up: Up, tiny: TinyConfig, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_a_killed_stage_comes_back_where_gradients_are_clipped_by_one_norm(
+    up: Up, tiny: TinyConfig, tmp_path: Path
+) -> None:
+    """What was agreed of a step that is broken off is agreed again: the middle of three is killed, then the head."""
+    norm = {"optim.clip": 0.1, "optim.clip_norm": "global", "pipeline.schedule": "zb"}
+    short = tiny({**SETTINGS, **norm, "run.steps": 40})
+    (tmp_path / "run.toml").write_text(dump_config(short))
+    run = tmp_path / "run"
+    process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "2")
+    carry_out(run, [Kill(at=Done(stage=0, steps=4), stage=1), Kill(at=Done(stage=0, steps=12), stage=0)])
+    summary = ended(process)
+    undisturbed = run_reference(short, tmp_path / "reference")
+    assert states(summary) == undisturbed.state_sha256
+    assert [len(records(run, stage, "start")) for stage in range(3)] == [2, 2, 1]
+    assert undisturbed.sent_bytes["gradient_norm"] == 2 * 2 * 8 * 40
+
+
+@pytest.mark.slow
 def test_faults_from_outside(up: Up, config: RunConfig, undisturbed: Outcome, tmp_path: Path) -> None:
     """SIGKILL to the middle, to the head while that is being mended, and to the tail, whose newest checkpoint is
     damaged, each started again by the launcher; SIGSTOP for a moment; a disk that is full for a while."""

@@ -176,9 +176,7 @@ def test_checkpoints_say_what_they_were_trained_on(text: Text) -> None:
         begun.check([checkpoint(own.corpus, own.tokenizer), checkpoint(other, own.tokenizer)])
     with pytest.raises(DataError, match=r"ffffffffffff in the checkpoint after 4 steps"):
         begun.check([checkpoint(own.corpus, other)])
-    found = RunCorpus(corpus=begun.corpus, record=own, own="", changed=True).check(
-        [checkpoint(other, own.tokenizer)]
-    )
+    found = RunCorpus(corpus=begun.corpus, record=own, own="", changed=True).check([checkpoint(other, own.tokenizer)])
     assert found.record
     assert found.record.earlier == [other]
 

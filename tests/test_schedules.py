@@ -6,16 +6,19 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.protocol.global_norm import WithGlobalNorm
 from thinpipe.protocol.schedule import (
     RTT_RATIO_MAX,
     SCHEDULES,
     Backward,
+    BroadcastNorm,
     Evaluate,
     FlushingSchedule,
     Forward,
     GPipe,
     InputGradient,
     OneFOneB,
+    ReduceNorm,
     Schedule,
     ScheduleDeadlock,
     ScheduleError,
@@ -27,6 +30,7 @@ from thinpipe.protocol.schedule import (
     interleave,
     messages_ahead,
     prerequisites,
+    receiver,
     splits_backward,
 )
 
@@ -53,6 +57,9 @@ def check_stream(schedule, actions, stage, stages, microbatches):
         assert paid == owed, "a weight gradient for each input gradient, in order"
         assert not any(isinstance(a, Evaluate) for a in actions), "a training step does not evaluate"
         assert [i for i, a in enumerate(actions) if isinstance(a, Step)] == [len(actions) - 1], "one Step, at the end"
+        if any(isinstance(a, (ReduceNorm, BroadcastNorm)) for a in actions):
+            passes = [a for a in actions if not isinstance(a, (Forward, Upward, WeightGradient))]
+            assert passes == actions[-3:] == [ReduceNorm(), BroadcastNorm(), Step()], "the norm of all gradients"
     in_flight, split, peak = set(), set(), 0
     for action in actions:
         if isinstance(action, Forward):
@@ -85,6 +92,11 @@ def check_global_order(schedule, stages, microbatches):
             assert position[stage, Forward(microbatch=action.microbatch)] < index
             if stage < stages - 1:
                 assert position[stage + 1, action] < index
+        if isinstance(action, ReduceNorm) and stage < stages - 1:
+            assert position[stage + 1, action] < index
+        if isinstance(action, BroadcastNorm):
+            assert all(position[s, ReduceNorm()] < index for s in range(stages)), "the total is of all stages"
+            assert stage == 0 or position[stage - 1, action] < index
 
 
 def run_bounded(schedule, stages, microbatches, downward=LINK_CAPACITY, upward=LINK_CAPACITY):
@@ -111,7 +123,9 @@ def run_bounded(schedule, stages, microbatches, downward=LINK_CAPACITY, upward=L
             action = todo[stage][0]
             if not isinstance(action, (Step, WeightGradient)):
                 upstream, downstream = stage - 1, stage + 1
-                source, to = (downstream, upstream) if isinstance(action, Upward) else (upstream, downstream)
+                up = isinstance(action, (Upward, ReduceNorm))
+                source, to = (downstream, upstream) if up else (upstream, downstream)
+                assert receiver(action, stage=stage, stages=stages) == (to if 0 <= to < stages else None)
                 if (source, stage) in links:
                     if not links[source, stage]:
                         continue
@@ -151,6 +165,21 @@ def test_conformance_over_links_that_take_time(kind, rtt_ratio, stages, microbat
     run_bounded(schedule, stages, microbatches, max(2, messages_ahead(schedule, stages, microbatches)), 2)
 
 
+@pytest.mark.parametrize("spec", ["gpipe", "1f1b", "1f1b:rtt_ratio=2.5", "zb", "zb:rtt_ratio=2.5"])
+@given(stages=st.integers(1, 8), microbatches=st.integers(1, 24), capacity=st.integers(1, 3))
+@settings(deadline=None)
+def test_conformance_with_a_norm_over_all_stages(spec, stages, microbatches, capacity):
+    """Also over links that hold one message upwards, and no more downwards than the schedule itself needs."""
+    schedule = WithGlobalNorm(get_schedule(spec))
+    for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
+        check_stream(schedule, actions, stage, stages, microbatches)
+        assert (ReduceNorm() in actions) == (stages > 1)
+    check_global_order(schedule, stages, microbatches)
+    ahead = messages_ahead(schedule, stages, microbatches)
+    assert ahead == messages_ahead(get_schedule(spec), stages, microbatches)
+    run_bounded(schedule, stages, microbatches, max(capacity, ahead), capacity)
+
+
 # --- broken schedules are caught --------------------------------------------------------------------------------------
 
 
@@ -178,6 +207,19 @@ class EditedSplit(ZeroBubble):
     def _order(self, stage, stages, microbatches):
         actions = list(super()._order(stage, stages, microbatches))
         yield from self.edit(actions) if stage == stages - 1 else actions
+
+
+class EditedNorm(WithGlobalNorm):
+    """ZB-H1 with the norm of all stages likewise, on every stage alike."""
+
+    name = "edited norm"
+
+    def __init__(self, edit):
+        super().__init__(ZeroBubble())
+        self.edit = edit
+
+    def _order(self, stage, stages, microbatches):
+        yield from self.edit(list(super()._order(stage, stages, microbatches)))
 
 
 class UnderstatedSplit(ZeroBubble):
@@ -239,6 +281,9 @@ BROKEN = {  # over 6 microbatches: F0..F5 at 0..5, B0..B5 at 6..11, Step at 12
     "input gradients swapped": (EditedSplit(swapped(1, 3)), "backward once, in order"),
     "a backward beside a split one": (EditedSplit(lambda a: [*a[:-1], Backward(microbatch=5), a[-1]]), "backward once"),
     "memory of weight gradients understated": (UnderstatedSplit(), "peak in flight as declared"),
+    "a norm without the last weight gradient": (EditedNorm(swapped(-4, -3)), "the norm of all gradients"),
+    "a total before its sum": (EditedNorm(swapped(-3, -2)), "the norm of all gradients"),
+    "a step before the total": (EditedNorm(swapped(-2, -1)), "one Step, at the end"),
 }
 
 

@@ -22,6 +22,7 @@ from ...compress.byte_format import ByteFormat, CodecError, Direction, Key, Lear
 from ...compress.codec_interface import BoundaryCodec, BoundaryContext
 from ...protocol.dictionary_delta import join_deltas, joined_bytes_max, split_deltas
 from ...protocol.errors import Fault, RemoteProtocolError
+from ...protocol.global_norm import NORM
 from ...protocol.messages import Kind, Limits, Message
 from .codebook_tables import CodebookOwner, CodebookReplica, Packed
 from .learned_tables import TableOwner, TableReplica, dictionary_of
@@ -105,6 +106,7 @@ class BoundaryShape:
             downstream + self.forward.body_bytes(self.z_shape),
             upstream + self.backward.body_bytes(self.z_shape),
             gradient_bytes(self.table),
+            NORM.size,
         )
         return Limits(message_bytes=max(sizes))
 

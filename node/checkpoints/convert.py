@@ -86,7 +86,7 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
     except OSError as error:
         raise CheckpointError(f"cannot write {out}/run.toml: {error.strerror}; make room there") from None
     lines = kept.lines() if any("codec" in name for each in found.snapshots for name in each.tensors) else []
-    if config.optim.clip:
+    if config.optim.clip and config.optim.clip_norm == "stage":
         lines.append(
             f"gradients are clipped by stage (optim.clip = {config.optim.clip:g}), and stages have other parts now: "
             "where it clips, the next steps are not bit for bit those that the run would have taken"

@@ -29,6 +29,7 @@ PERMANENT = {
     Fault.RUN_ID,
     Fault.CONFIGURATION,
     Fault.STAGE,
+    Fault.LANE,
     Fault.CERTIFICATE,
     Fault.FENCED,
     Fault.INCARNATION,
@@ -40,7 +41,7 @@ PERMANENT = {
 THEIR_PLACE = {Fault.FENCED, Fault.INCARNATION}
 
 
-def _hopeless(error: ProtocolError, where: str | Where) -> bool:
+def hopeless(error: ProtocolError, where: str | Where) -> bool:
     """Of an address that was found, and not given by the user, only that this process was replaced: else a stranger's
     record, or a stale one, could end a node; the right one may be found next."""
     refused = isinstance(error, RefusedError)
@@ -75,12 +76,12 @@ async def dial(
         link.opened.clear()
         connect_timeout_s = deadline_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
-        address, attempt_s = await _find(where, remaining_s)
+        address, attempt_s = await find_address(where, remaining_s)
         try:
             await _one_connection(address, link, attempt_s, greeting_timeout_s, security)
-        except _NoTls as error:  # that the control stream tells; here it is told if it stays so
+        except NoTls as error:  # that the control stream tells; here it is told if it stays so
             unlike = f"{error}; "
-        except _NotReached:
+        except NotReached:
             if attempt_s < remaining_s:  # it may be somewhere else by now
                 await asyncio.sleep(RETRY_FIRST_S)
                 continue
@@ -92,7 +93,7 @@ async def dial(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"{link.name}: {blame} the node at {address}: {error}"
-            if _hopeless(error, where):
+            if hopeless(error, where):
                 raise NeighbourMismatch(line) from None
             if error.fault in PASSING:
                 pause_s = RETRY_FIRST_S
@@ -114,18 +115,18 @@ async def dial(
             pause_s = min(RETRY_MOST_S, 2 * pause_s)
 
 
-class _NotReached(Exception):
-    pass
+class NotReached(Exception):
+    """Nobody listens there, or not in time."""
 
 
-class _NoTls(Exception):
+class NoTls(Exception):
     """Somebody is there, and the two cannot agree on TLS; the message is a line for people."""
 
 
 NOWHERE = "any node of that stage, since none is announced that may be dialled"
 
 
-async def _find(where: str | Where, remaining_s: float) -> tuple[str, float]:
+async def find_address(where: str | Where, remaining_s: float) -> tuple[str, float]:
     """The address to dial, and for how long to try; 0 s: there is nobody to dial."""
     if isinstance(where, str):
         return where, remaining_s
@@ -137,11 +138,11 @@ async def _one_connection(
     address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float, security: Security
 ) -> None:
     stage = link.session.peer_stage
-    opening = _stream(address, METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    opening = stream_to(address, METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
     try:
         async with opening as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-            await _end_gently(call, read, greeting_timeout_s)
+            await end_gently(call, read, greeting_timeout_s)
     finally:
         link.fix_peer()
 
@@ -169,17 +170,17 @@ async def dial_control(
         # At the end the stage below has to be told; if it knows already, nobody is there any more.
         connect_timeout_s = LAST_WORD_S if control.over else deadline_s()
         remaining_s = last_open_s + connect_timeout_s - loop.time()
-        address, attempt_s = await _find(where, remaining_s)
+        address, attempt_s = await find_address(where, remaining_s)
         try:
             if await _one_control(address, control, attempt_s, greeting_timeout_s, security):
                 return
-        except _NoTls as error:
+        except NoTls as error:
             if isinstance(where, str) and not control.met["below"].is_set():
                 raise NeighbourMismatch(str(error)) from None
             if unlike != str(error) and not control.over:
                 unlike = str(error)
                 report("tls", unlike)
-        except _NotReached:
+        except NotReached:
             if control.over:
                 return
             if attempt_s < remaining_s:
@@ -193,7 +194,7 @@ async def dial_control(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"control stream: {blame} the node at {address}: {error}"
-            if _hopeless(error, where):
+            if hopeless(error, where):
                 raise NeighbourMismatch(line) from None
             report(error.fault, line)
         except (OSError, grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
@@ -212,37 +213,37 @@ async def _one_control(
 ) -> bool:
     """One connection; whether the neighbour took the last word."""
     stage = control.machine.identity.stage + 1
-    opening = _stream(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    opening = stream_to(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
     async with opening as (call, read, write):
         last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-        return await _end_gently(call, read, greeting_timeout_s) and last
+        return await end_gently(call, read, greeting_timeout_s) and last
 
 
 Call = grpc.aio.StreamStreamCall
 
 
 @asynccontextmanager
-async def _stream(
+async def stream_to(
     address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float, security: Security, stage: int
 ) -> AsyncIterator[tuple[Call, Read, Write]]:
     """A stream of that method, gone at the end of the block; a peer that the block refuses is told why first.
 
-    Raises _NotReached if nobody listens there in time, and _NoTls if TLS is why there is no connection."""
+    Raises NotReached if nobody listens there in time, and NoTls if TLS is why there is no connection."""
     if address is NOWHERE:
-        raise _NotReached
+        raise NotReached
     async with security.channel(address, stage, channel_options(FRAME_BYTES_MAX)) as channel:
         try:
             async with asyncio.timeout(connect_timeout_s):
                 await _until_ready(channel, address, security, stage)
         except TimeoutError:
-            raise _NotReached from None
+            raise NotReached from None
         call = channel.stream_stream(method)()
         read, write = both_ways(call)
         try:
             yield call, read, write
         except RemoteProtocolError as error:
             await tell(write, error)
-            await _end_gently(call, read, farewell_timeout_s)
+            await end_gently(call, read, farewell_timeout_s)
             raise
         finally:
             call.cancel()
@@ -252,11 +253,11 @@ async def _until_ready(channel: grpc.aio.Channel, address: str, security: Securi
     """gRPC retries, and never says why an attempt failed. If TLS may be the cause, the handshake is diagnosed."""
     while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
         if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and (why := await security.fault(address, stage)):
-            raise _NoTls(why)
+            raise NoTls(why)
         await channel.wait_for_state_change(state)
 
 
-async def _end_gently(call: Call, read: Read, timeout_s: float) -> bool:
+async def end_gently(call: Call, read: Read, timeout_s: float) -> bool:
     """Cancelling a stream may overtake the goodbye or the refusal on it: end ours, and wait for the peer to end its.
     Whether that came in time and without an error, so that the peer has read all of ours."""
     with suppress(TimeoutError, asyncio.InvalidStateError, grpc.aio.AioRpcError):

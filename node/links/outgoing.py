@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from ...protocol.control_messages import PART_BYTES_MAX
 from ...protocol.envelope import Data
 from ...protocol.messages import CHUNK_BYTES_MAX, Head, Kind, Message, split
 from ...protocol.session import LinkSession
@@ -39,6 +40,7 @@ ROW = {
     Kind.EVALUATION_LOSS: "evaluation",
     Kind.PROBE: "probe",
     Kind.PROJECTOR_GRADIENT: "projector_gradient",
+    Kind.GRADIENT_NORM: "gradient_norm",
 }
 APART = ("evaluation", "probe")  # counted whole, outside the ratio
 
@@ -52,6 +54,14 @@ def chunk_bytes_for(profile: LinkProfile) -> int:
     if profile.rate_bits_per_s is None:
         return CHUNK_BYTES_MAX
     return min(CHUNK_BYTES_MAX, max(64 * 1024, int(profile.rate_bits_per_s / 8 * 0.005)))
+
+
+def part_bytes_for(profile: LinkProfile) -> int:
+    """Of a file that is sent in parts: large ones cost less CPU, but a tensor or a heartbeat that comes may have to
+    wait for one, so at most about 5 ms of the link, and not too little."""
+    if profile.rate_bits_per_s is None:
+        return PART_BYTES_MAX
+    return max(16 * 1024, min(PART_BYTES_MAX, int(profile.rate_bits_per_s / 8 * 0.005)))
 
 
 def accounted_parts(message: Message, chunk_bytes: int) -> Iterator[tuple[Head | None, Data, dict[str, int]]]:

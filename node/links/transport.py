@@ -2,7 +2,8 @@
 rules.
 
 Link carries tensors within one generation, Control outlives generations; Probe measures the path, for anybody who
-asks, and Swarm (node/discovery/rendezvous.py) answers nodes that want to join.
+asks, Swarm (node/discovery/rendezvous.py) answers nodes that want to join, and Rounds (node/lanes/lateral_links.py)
+joins the lanes, where there are any.
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe
 
 SERVICE = "thinpipe.v1.Stage"
 METHOD, CONTROL_METHOD, PROBE_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control", f"/{SERVICE}/Probe"
+ROUNDS_METHOD = f"/{SERVICE}/Rounds"
 CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
 REFUSAL_TIMEOUT_S = 2.0
 # A new generation is on its way here or there: dial again at once.
@@ -76,20 +78,23 @@ async def listening(
     report: Report,
     control: Control | None = None,
     more: dict[str, StreamHandler] | None = None,
+    more_streams: int = 0,
     security: Security = PLAIN,
 ) -> AsyncIterator[int]:
     """Serve the neighbour above on `address` (host:port) while the body runs; yields the port.
 
     `link`: the present one, None between two generations. A second stream on it is admitted only if it is the same
     process dialling again (its first stream is then half-dead and is closed); anything else is refused while a stream
-    is open. `more`: methods to serve beside the run's own. Raises ListenError for a taken or malformed address.
+    is open. `more`: methods to serve beside the run's own; `more_streams` of them are expected to last. Raises
+    ListenError for a taken or malformed address.
     """
     streams = _Handlers(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
     probes = ProbeService(busy=streams.busy, terms_timeout_s=greeting_timeout_s)
-    handlers = {"Link": streams.link, "Probe": probe_handler(probes, report, security), **(more or {})}
+    handlers = {"Link": streams.link, "Probe": probe_handler(probes, report, security)}
+    handlers |= {"Rounds": _without_lanes(report), **(more or {})}
     if control:
         handlers["Control"] = streams.control
-    async with serving(address, handlers, security) as port:
+    async with serving(address, handlers, security, more_streams=more_streams) as port:
         try:
             yield port
         finally:
@@ -97,9 +102,13 @@ async def listening(
 
 
 @asynccontextmanager
-async def serving(address: str, streams: dict[str, StreamHandler], security: Security = PLAIN) -> AsyncIterator[int]:
-    """A server with these methods, while the body runs; yields the port. Raises ListenError."""
-    server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=CONNECTIONS_MAX)
+async def serving(
+    address: str, streams: dict[str, StreamHandler], security: Security = PLAIN, *, more_streams: int = 0
+) -> AsyncIterator[int]:
+    """A server with these methods, while the body runs; yields the port. more_streams: that are expected to last,
+    beside those to a neighbour. Raises ListenError."""
+    streams_max = CONNECTIONS_MAX + 2 * more_streams  # each may be dialled again while the old one dies
+    server = grpc.aio.server(options=channel_options(FRAME_BYTES_MAX), maximum_concurrent_rpcs=streams_max)
     handlers = {name: grpc.stream_stream_rpc_method_handler(handler) for name, handler in streams.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     try:
@@ -132,6 +141,21 @@ def probe_handler(probes: ProbeService, report: Report, security: Security = PLA
             await linger(read)
 
     return probe
+
+
+def _without_lanes(report: Report) -> StreamHandler:
+    """What a server does with a stream of the method Rounds that it has no use for."""
+
+    async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
+        read, write = both_ways(context)
+        error = RemoteProtocolError(
+            Fault.LANE, "this node has no lanes beside it; check the lanes and addresses of both"
+        )
+        report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
+        await tell(write, error)
+        await linger(read)
+
+    return refuse
 
 
 class _Handlers:

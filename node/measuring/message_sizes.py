@@ -19,6 +19,7 @@ from ...compress.registry import parse_codec
 from ...protocol.dictionary import Publisher
 from ...protocol.dictionary_delta import DIGEST_BYTES, encode_delta, join_deltas
 from ...protocol.dictionary_selection import budget
+from ...protocol.global_norm import norm_message
 from ...protocol.messages import Chunk, Kind, Message, encode_frame
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.pipeline import Boundary
@@ -53,6 +54,7 @@ class Sizes:
             seed=0,
         )
         self.microbatches = config.pipeline.microbatches
+        self._norms = config.clips_by_global_norm
         self.link = LinkProfile.parse(config.link.link)
         self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(self.link)
         self._ids = bytes(packed_bytes(shape.token_ids, shape.token_id_bits))
@@ -90,7 +92,8 @@ class Sizes:
         )
 
     def boundary(self) -> Boundary:
-        """What crosses for one microbatch, framed; what crosses once in some steps is spread over all messages."""
+        """What crosses for one microbatch, framed; what crosses once in some steps is spread over all messages. But not
+        a gradient norm: that has to be waited for."""
         step = 1000
         period = self._table.every if self._table and self._table.every else 1
         down, up = 0, 0
@@ -101,7 +104,12 @@ class Sizes:
             if self.projector_gradient_due(step + offset):
                 up += self._framed(self.projector_gradient(step + offset))
         messages = period * self.microbatches
-        return Boundary(forward_bytes=round(down / messages), backward_bytes=round(up / messages), link=self.link)
+        return Boundary(
+            forward_bytes=round(down / messages),
+            backward_bytes=round(up / messages),
+            link=self.link,
+            norm_bytes=self._framed(norm_message(step, 1.0)) if self._norms else 0,
+        )
 
     def _framed(self, message: Message) -> int:
         return sum(accounted(message, self._chunk_bytes).values())

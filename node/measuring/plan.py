@@ -50,7 +50,7 @@ def plan(
     boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]
     simulated = simulate(
-        get_schedule(config.pipeline.schedule),
+        config.training_schedule,
         times,
         [boundary] * (stages - 1),
         microbatches=config.pipeline.microbatches,
@@ -58,14 +58,15 @@ def plan(
     )
     free = LinkProfile(rate_bits_per_s=None)
     uncapped = simulate(
-        get_schedule(config.pipeline.schedule),
+        config.training_schedule,
         times,
         [Boundary(forward_bytes=0, backward_bytes=0, link=free)] * (stages - 1),
         microbatches=config.pipeline.microbatches,
     )
     tokens = config.microbatch_size * config.data.sequence_length
     dense_bytes, rate = 2 * tokens * architecture.hidden_size, boundary.link.rate_bits_per_s
-    both = boundary.forward_bytes + boundary.backward_bytes
+    norm_bytes = boundary.norm_bytes / config.pipeline.microbatches
+    forward_bytes, backward_bytes = (each + norm_bytes for each in (boundary.forward_bytes, boundary.backward_bytes))
     return {
         "schedule": config.pipeline.schedule,
         "link": str(boundary.link),
@@ -74,8 +75,8 @@ def plan(
         "uncapped_tokens_per_s": config.tokens_per_step / uncapped.step_s,
         "bottleneck": simulated.bottleneck,
         "machines_used": _machines_used(config, times, simulated.step_s),
-        "bytes_per_microbatch": {"forward": boundary.forward_bytes, "backward": boundary.backward_bytes},
-        "ratio": 2 * dense_bytes / both,
+        "bytes_per_microbatch": {"forward": round(forward_bytes), "backward": round(backward_bytes)},
+        "ratio": 2 * dense_bytes / (forward_bytes + backward_bytes),
         "stages": [
             {
                 "layers": layers[stage],
@@ -218,7 +219,8 @@ def events(simulated: Simulation) -> list[dict[str, Any]]:
     found = []
     for span in simulated.spans:
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(span.action).__name__).lower()  # as nodes name their jobs
-        name = "optimizer step" if kind == "step" else f"{kind} {getattr(span.action, 'microbatch', '')}"
+        alone = {"step": "optimizer step", "reduce norm": "gradient norm", "broadcast norm": "gradient norm"}
+        name = alone.get(kind) or f"{kind} {getattr(span.action, 'microbatch', '')}"
         if span.sender is None:
             process, lane = span.stage, "compute"
         else:

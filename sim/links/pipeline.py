@@ -27,14 +27,17 @@ from typing import Literal
 from ...protocol.schedule import (
     Action,
     Backward,
+    BroadcastNorm,
     Evaluate,
     Forward,
     InputGradient,
+    ReduceNorm,
     Schedule,
     Step,
     Upward,
     WeightGradient,
     prerequisites,
+    receiver,
 )
 from .shaper import LinkProfile
 
@@ -69,17 +72,25 @@ class StageTimes:
                 return self.weight_gradient_s
             case Step():
                 return self.step_s
+            case ReduceNorm() | BroadcastNorm():
+                return 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Boundary:
-    """What crosses between two stages for each microbatch, in framed bytes, and the link, alike in both directions."""
+    """What crosses between two stages for each microbatch, in framed bytes, and the link, alike in both directions.
+
+    norm_bytes: what crosses once a step and direction where stages agree on a gradient norm (`protocol.global_norm`).
+    """
 
     forward_bytes: int
     backward_bytes: int
     link: LinkProfile
+    norm_bytes: int = 0
 
     def bytes_of(self, action: Action) -> int:
+        if isinstance(action, ReduceNorm | BroadcastNorm):
+            return self.norm_bytes
         return self.backward_bytes if isinstance(action, Upward) else self.forward_bytes
 
 
@@ -216,8 +227,6 @@ def _planned(schedule: Schedule, stages: Sequence[StageTimes], microbatches: int
     for stage, times in enumerate(stages):
         stream: list[_Planned] = []
         for action in schedule.actions(stage=stage, stages=count, microbatches=microbatches):
-            receiver = stage - 1 if isinstance(action, Upward) else stage + 1
-            travels = not isinstance(action, Step | WeightGradient) and 0 <= receiver < count
             needs = prerequisites(action, stage=stage, stages=count)
             stream.append(
                 _Planned(
@@ -225,7 +234,7 @@ def _planned(schedule: Schedule, stages: Sequence[StageTimes], microbatches: int
                     number=numbers[action],
                     seconds=times.of(action),
                     needs=tuple((whose, numbers[what]) for whose, what in needs),
-                    receiver=receiver if travels else None,
+                    receiver=receiver(action, stage=stage, stages=count),
                 )
             )
         streams.append(stream)

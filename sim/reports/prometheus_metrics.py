@@ -42,7 +42,7 @@ GAUGES = {
     "generation": ("generation", "Raised each time that the run goes back to a checkpoint"),
     "loss": ("loss", "Mean loss a token of the last step"),
     "heldout_loss": ("val_loss", "Mean loss a token of the last evaluation"),
-    "gradient_norm": ("grad_norm", "Of this stage, in the last step"),
+    "gradient_norm": ("grad_norm", "Of this stage, or of all if optim.clip_norm says so, in the last step"),
     "tokens_per_second": ("tokens_per_s", "Over the last steps"),
     "compute_ratio": ("compute_share", "Share of the last steps in which this stage computed"),
     "encode_ratio": ("encode_share", "Share of the last steps in which it packed and unpacked"),

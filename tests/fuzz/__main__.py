@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 OUT = ROOT / "runs" / "fuzz"
 # Of `targets.TARGETS`, which lead to torch; tests/test_fuzz.py holds the two together.
 NAMES = ["frames", "control", "greetings", "tensors", "deltas", "manifests", "checkpoints", "copies", "discovery"]
-NAMES += ["probes"]
+NAMES += ["probes", "rounds"]
 EXACT_EVERY = 32
 HANG_S = 10
 RESIDENT_MB_MAX = 2048

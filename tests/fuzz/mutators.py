@@ -15,7 +15,7 @@ from typing import Any
 
 import msgpack
 from google.protobuf.message import DecodeError, Message
-from thinpipe.protocol import control_messages, dictionary, messages
+from thinpipe.protocol import control_messages, dictionary, messages, round_messages
 from thinpipe.protocol import stage_pb2 as pb
 from thinpipe.protocol.dictionary import Replica
 from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, Delta, DictionarySpec, as_version, check_delta
@@ -200,6 +200,10 @@ def frame(data: bytes, draw: Random) -> bytes:
         part = parsed.copy_part
         numbers = {"stage": part.stage, "completed_steps": part.completed_steps, "offset": part.offset}
         part.xxh3 = control_messages.part_checksum(control_messages.CopyPart(**numbers, data=part.data))
+    if parsed.HasField("round_part") and draw.random() < 0.75:
+        said = parsed.round_part
+        numbers = {name: getattr(said, name) for name in ("round", "offset", "total_bytes", "contribution_xxh3")}
+        said.xxh3 = round_messages.round_part_checksum(round_messages.RoundPart(**numbers, data=said.data))
     return parsed.SerializeToString()
 
 

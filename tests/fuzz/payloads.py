@@ -19,6 +19,7 @@ from thinpipe.node.boundary.learned_tables import TableReplica
 from thinpipe.protocol.dictionary import Publisher, Replica
 from thinpipe.protocol.dictionary_delta import DictionarySpec, decode_delta, encode_delta
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
+from thinpipe.protocol.global_norm import norm_message, sum_of_squares_in
 from thinpipe.protocol.messages import MICROBATCH_MAX, STEP_MAX, Chunk, Kind, Message, decode_frame, encode_frame, split
 from thinpipe.protocol.reassembly import Assembly
 
@@ -44,6 +45,10 @@ class Ports:
     def read(self, message: Message) -> None:
         """As a stage does. Raises RemoteProtocolError."""
         shape, table = self.shape.z_shape, self.shape.table
+        if message.kind is Kind.GRADIENT_NORM:
+            if not 0 <= (squares := sum_of_squares_in(message)) < float("inf"):
+                raise Finding(f"a sum of squares is {squares}")
+            return
         if message.kind is Kind.PROJECTOR_GRADIENT:
             if self.down.table is None or table is None:
                 raise RemoteProtocolError(Fault.UNEXPECTED, "no table is here")
@@ -105,7 +110,7 @@ def _ports(
                     end._origin = end._latest[-1]
             said.append(down.pack_activation(replace(out, delta=b""), ids, 0, 1, Kind.EVALUATION))
         else:
-            said += [activation, gradient]
+            said += [activation, gradient, norm_message(step, 12.5)]
     if table is not None and up.table is not None:
         said.append(up.table.pack_gradient(torch.ones(table.entries, table.width, dtype=dtype), 1))
     wholes = [

@@ -28,6 +28,7 @@ from thinpipe.protocol.control_messages import (
     StartViewChange,
 )
 from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
+from thinpipe.protocol.global_norm import norm_message
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_DEPTH_MAX
 from thinpipe.protocol.messages import (
@@ -190,6 +191,7 @@ def _frame_seeds() -> list[bytes]:
             _message(Kind.ACTIVATION, 0, bytes(range(200)), token_ids=b"ids", dictionary=b"dictionary"),
             _message(Kind.EVALUATION, 1, bytes(600)),
             Message(kind=Kind.EVALUATION_LOSS, step=1, microbatch=2, loss_sum=2.5),
+            norm_message(1, 2.5),
         ]
     ):
         sent += [peer.send(head, part, acknowledge=not nth) for head, part in split(message, LIMITS.chunk_bytes)]
@@ -199,7 +201,7 @@ def _frame_seeds() -> list[bytes]:
     again = encode_frame(_greeting(ABOVE, next_sequence=1))
     stranger = encode_frame(_greeting(ABOVE, incarnation=0xAA))
     return [
-        b"\x03" + mutators.join([(2 * (raw is sent[-1]), raw) for raw in sent]),
+        b"\x03" + mutators.join([(2 * (raw in sent[-2:]), raw) for raw in sent]),
         b"\x03" + mutators.join([(0, raw) for raw in (*sent[:1], credit, goodbye, credit)]),
         b"\x01" + mutators.join([(0, sent[0]), (5, again), (2, sent[1])]),
         b"\x00" + mutators.join([(5, stranger)]),
@@ -240,8 +242,8 @@ def greetings(data: bytes) -> Ends:
 
 def _check_kin(peer: Greeting | None) -> None:
     """Whoever was let in said what the stage above says."""
-    said = peer and (peer.run_id, peer.configuration, peer.stages, peer.stage, peer.protocol_version)
-    if said != (MINE.run_id, MINE.configuration, MINE.stages, ABOVE.stage, PROTOCOL_VERSION):
+    said = peer and (peer.run_id, peer.configuration, peer.stages, peer.stage, peer.lane, peer.protocol_version)
+    if said != (MINE.run_id, MINE.configuration, MINE.stages, ABOVE.stage, MINE.lane, PROTOCOL_VERSION):
         raise Finding(f"{peer} was let in")
 
 

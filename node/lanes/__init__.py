@@ -1,0 +1,1 @@
+"""Replicas of a stage: contributions to rounds, and the links to the nodes of the same stage in other lanes."""

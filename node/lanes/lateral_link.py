@@ -1,0 +1,390 @@
+"""A lateral link: this node's end of the connection to its own stage in one other lane.
+
+A `LateralLink` joins the pure rules (`protocol.round_session`), two directories of contributions, and the outgoing half
+with its link model. It outlives connections: `attach` runs one until it ends, and the next one goes on where the disks
+say that it stopped. Reading and writing are two coroutines given by the transport.
+
+What comes is written a few parts at a time, and acknowledged when it is written, so neither end holds more than a
+window in memory, whatever a contribution has. While the disk works nothing more is read from this peer.
+
+A heartbeat a second says that this node lives, how far it is, and what its lane waits for. A peer that says nothing for
+`silence_s` counts as gone and is dialled again; who waits for it learns how long ago it was heard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ...protocol.control_messages import Heartbeat
+from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
+from ...protocol.greeting import NodeIdentity
+from ...protocol.messages import Greeting
+from ...protocol.round_messages import RoundPart
+from ...protocol.round_session import PartCame, PeerAlive, PeerDone, PeerGreeted, PeerMoved, RoundSession
+from ...protocol.round_transfer import Contribution, ContributionBytes, PartRange
+from ...protocol.wire_size import framed_bytes
+from ...sim.links.shaper import LinkProfile
+from ..links.control_stream import HEARTBEAT_EVERY_S
+from ..links.link import LAST_WORD_S, Read
+from ..links.outgoing import Write, part_bytes_for
+from .contribution_store import ContributionError, ContributionStore
+from .lateral_outgoing import Kind, LateralOutgoing, window_bytes_for
+
+DAMAGED_MAX = 3  # of one round, before it is no accident any more
+
+T = TypeVar("T")
+
+
+class LateralLinkEnded(ConnectionError):
+    """This node itself ends the connection, to ask anew or to leave: nobody is to blame."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateralSettings:
+    """What all lateral links of a node have in common.
+
+    contribution_bytes: of this stage's contribution to a round; any round, and 1 or more. profile: of each link.
+    silence_s: without a frame, after which a peer counts as gone. deadline_s: without a sign of life, after which who
+    waits for a peer gives up. heartbeat: what this node would say now.
+    """
+
+    contribution_bytes: ContributionBytes
+    profile: LinkProfile
+    silence_s: float
+    greeting_timeout_s: float
+    deadline_s: float
+    heartbeat: Callable[[], Heartbeat]
+    seed: int = 0
+
+
+class LateralLink:
+    """The link to lane `peer_lane`. own, received: this node's contributions, and those of that lane."""
+
+    def __init__(
+        self,
+        *,
+        identity: NodeIdentity,
+        peer_lane: int,
+        own: ContributionStore,
+        received: ContributionStore,
+        settings: LateralSettings,
+        on_peer_moved: Callable[[], None],
+    ) -> None:
+        profile = settings.profile
+        self.session = RoundSession(
+            identity=identity,
+            peer_lane=peer_lane,
+            kept=own.kept,
+            contribution_bytes=settings.contribution_bytes,
+            part_bytes=part_bytes_for(profile),
+            window_bytes=window_bytes_for(profile),
+        )
+        self.lane = peer_lane
+        self.outgoing = LateralOutgoing(profile, seed=settings.seed)
+        self.received = received
+        self.received_bytes: Counter[Kind] = Counter()  # framed
+        self.connections = 0  # on which the peer greeted
+        self.heartbeat: Heartbeat | None = None  # the peer's last one
+        self.fault: str | None = None  # why the last connection ended, or there is none
+        self.failure: Exception | None = None  # no connection can mend this link
+        self._own, self._settings, self._on_peer_moved = own, settings, on_peer_moved
+        self._heard_s = float("-inf")
+        self._finishing = self._peer_done = False
+        self._attached = asyncio.Lock()
+        self._end: asyncio.Future[None] | None = None  # ends the present connection
+        self._job: asyncio.Future[Any] | None = None  # of a thread, on the disk
+        self._coming: list[RoundPart] = []  # not written yet, all of one round
+        self._damaged: Counter[int] = Counter()
+        self._greeted, self._news, self._sendable = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._moved = asyncio.Event()  # replaced whenever there is something that somebody may wait for
+        self._said_all = asyncio.Event()  # the goodbye was handed to gRPC
+
+    @property
+    def name(self) -> str:
+        mine, peer = sorted((self.session.identity.lane, self.lane))
+        return f"lanes {mine}-{peer} of stage {self.session.identity.stage}"
+
+    @property
+    def greeting_timeout_s(self) -> float:
+        return self._settings.greeting_timeout_s
+
+    @property
+    def finished(self) -> bool:
+        """Neither side needs anything of the other."""
+        return self._peer_done and self._said_all.is_set()
+
+    # -- what the node does -------------------------------------------------------------------------------------------
+
+    def need(self, round: int) -> None:
+        """This node is at that round."""
+        self.session.receiver.need(round)
+        self._news.set()
+
+    def forget_before(self, round: int) -> None:
+        """This node will never need an earlier round of the peer again."""
+        self.session.receiver.forget(round)
+        self._news.set()
+
+    def published(self) -> None:
+        """There may be more to send."""
+        self._sendable.set()
+
+    def finish(self) -> None:
+        """This node needs nothing more of the peer."""
+        self._finishing = True
+        self._news.set()
+
+    async def until_received(self, round: int) -> None:
+        """Wait for the peer's contribution. Raises TimeoutError, which says for whom and for how long, when nothing was
+        heard for the deadline, or what has made this link fail."""
+        waiting_for = f"lane {self.lane}'s contribution to round {round}"
+        await self._until(lambda: round in self.received.kept, waiting_for)
+
+    async def until_finished(self) -> None:
+        """Wait until the peer needs nothing more either; the same errors."""
+        await self._until(lambda: self._peer_done, f"the end of lane {self.lane}")
+        with suppress(TimeoutError):  # whether it knows that this node is through, too, is of use to it alone
+            async with asyncio.timeout(LAST_WORD_S):
+                await self._said_all.wait()
+
+    async def _until(self, there: Callable[[], bool], waiting_for: str) -> None:
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+        while not there():
+            if self.failure:
+                raise self.failure
+            due_s = max(began_s, self._heard_s) + self._settings.deadline_s
+            if loop.time() >= due_s:
+                raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(due_s):
+                    await self._moved.wait()
+
+    def _late(self, waiting_for: str, waited_s: float) -> str:
+        stage, why = self.session.identity.stage, self.fault or "there was no connection"
+        silent = f"nothing was heard of it for {self._settings.deadline_s:g} s ({why})"
+        return (
+            f"stage {stage}: waited {waited_s:.0f} s for {waiting_for}, and {silent}; is stage {stage} of lane "
+            f"{self.lane} running? If it was lost, start it again with --resume"
+        )
+
+    async def until_over(self) -> None:
+        """Wait until neither side needs anything of the other, for as long as that takes."""
+        while not self.finished:
+            await self._moved.wait()
+
+    def fail(self, error: Exception) -> None:
+        """No connection can mend this link."""
+        self.failure = self.failure or error
+        self._notify()
+
+    def _notify(self) -> None:
+        self._moved.set()
+        self._moved = asyncio.Event()
+
+    def take_place(self, peer: Greeting) -> None:
+        """Another connection comes. The same process dials again: its first connection must be half-dead, and ends.
+        Raises RemoteProtocolError for another process while the first one answers."""
+        if self._end is None or self.session.peer is None or not self.session.greeted:
+            return
+        if self.session.peer.incarnation != peer.incarnation:
+            raise RemoteProtocolError(
+                Fault.UNEXPECTED,
+                f"lane {self.lane} of stage {peer.stage} is served by process {self.session.peer.incarnation:x}, which "
+                f"answers, so there is no place for process {peer.incarnation:x}; stop one of the two",
+            )
+        self.end(LateralLinkEnded("the same process opened another connection"))
+
+    def end(self, why: Exception) -> None:
+        """End the present connection, if there is one."""
+        if self._end is not None and not self._end.done():
+            self._end.set_exception(why)
+
+    async def settle(self) -> None:
+        """Wait for what is being written."""
+        if self._job is not None and not self._job.done():
+            await asyncio.wait([self._job])
+
+    # -- for the transport --------------------------------------------------------------------------------------------
+
+    async def attach(self, read: Read, write: Write, *, speaks_first: bool) -> None:
+        """Run one connection until it ends: when neither side needs anything more, or when the stream does.
+
+        Raises RemoteProtocolError (the peer is still to be told), RefusedError (it told us), ConnectionError,
+        ContributionError for this node's own disk, or what `read` and `write` raise.
+        """
+        async with self._attached:
+            await self.settle()
+            out, session = self.outgoing, self.session
+            self._end = asyncio.get_running_loop().create_future()
+            self._coming.clear()
+            self._greeted.clear()
+            self._said_all.clear()
+            out.begin_connection()
+            session.connect()
+            if speaks_first:
+                out.push(session.greeting(self._settings.heartbeat()))
+            parts = (
+                self._hear(read, answers=not speaks_first),
+                out.admission(),
+                out.delivery(write),
+                self._tell(),
+                self._beat(),
+                self._send(),
+                self.until_over(),
+            )
+            tasks = [asyncio.ensure_future(part) for part in parts]
+            try:
+                done, _ = await asyncio.wait([self._end, *tasks], return_when=asyncio.FIRST_COMPLETED)
+                for each in (self._end, *tasks):  # in this order: what closed it comes before what followed from that
+                    if each in done:
+                        each.result()
+            except ProtocolError as error:
+                refused = isinstance(error, RefusedError)
+                self.fault = f"a refusal by the peer: {error}" if refused else str(error)
+                raise
+            except ConnectionError as error:
+                self.fault = str(error)
+                raise
+            finally:
+                if not self.finished:
+                    self.fault = self.fault or "the last connection broke"
+                self._end.cancel()
+                self._end = None
+                session.disconnect()
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _hear(self, read: Read, *, answers: bool) -> None:
+        loop, session = asyncio.get_running_loop(), self.session
+        while True:
+            timeout_s = self._settings.silence_s if session.greeted else self._settings.greeting_timeout_s
+            try:
+                async with asyncio.timeout(timeout_s):
+                    raw = await read()
+            except TimeoutError:
+                if not session.greeted:
+                    raise RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {timeout_s:g} s") from None
+                raise ConnectionError(f"{self.name}: nothing was heard for {timeout_s:.1f} s") from None
+            if raw is None:
+                if self._peer_done and session.done:  # who has both ends the stream: sooner than gRPC says we sent it
+                    self._said_all.set()
+                    self._notify()
+                return
+            self._heard_s = loop.time()
+            try:
+                event = session.receive(raw)
+            except RemoteProtocolError:
+                if (changed := session.receiver.changed) is not None:
+                    await self._begin_again(changed)
+                raise
+            kind: Kind = "averaging" if isinstance(event, PartCame) else "control"
+            self.received_bytes[kind] += framed_bytes(len(raw))
+            match event:
+                case PeerGreeted():
+                    self._peer_done, self.connections, self.fault = False, self.connections + 1, None
+                    if answers:
+                        self.outgoing.push(session.greeting(self._settings.heartbeat()))
+                    self._greeted.set()
+                case PeerAlive(heartbeat=heartbeat):
+                    self.heartbeat = heartbeat
+                case PeerMoved():
+                    self._sendable.set()
+                    self._on_peer_moved()
+                case PartCame(part=part):
+                    self._coming.append(part)
+                    if session.receiver.write_due:
+                        await self._write()
+                case PeerDone():
+                    self._peer_done = True
+                case None:
+                    pass
+            self._notify()
+
+    async def _write(self) -> None:
+        """What has come goes onto the disk, and then it is acknowledged."""
+        parts, self._coming = self._coming, []
+        first = parts[0]
+        made = Contribution(total_bytes=first.total_bytes, xxh3=first.contribution_xxh3)
+        datas = [part.data for part in parts]
+        whole = await self._on_disk(self.received.append, first.round, made, first.offset, datas)
+        if whole is None:
+            await self._begin_again(first.round)
+            line = f"the contribution to round {first.round} does not have its checksum; it is asked for again"
+            raise RemoteProtocolError(Fault.PAYLOAD, line)
+        if whole:
+            self.received.keep(first.round, made)
+        self.session.receiver.written()
+        if not self._finishing:
+            self.outgoing.push(self.session.received())
+
+    async def _begin_again(self, round: int) -> None:
+        """What has come of a contribution is of no use. The same one several times is no accident."""
+        await self._on_disk(self.received.drop_partial)
+        self._damaged[round] += 1
+        if self._damaged[round] >= DAMAGED_MAX:
+            self.fail(
+                ContributionError(
+                    f"{self.name}: lane {self.lane}'s contribution to round {round} came damaged {DAMAGED_MAX} times; "
+                    "look at the disk and the memory there"
+                )
+            )
+
+    async def _on_disk(self, work: Callable[..., T], *arguments: object) -> T:
+        """A job on a thread. It runs on if the connection ends; the next one waits for it (`settle`)."""
+        job = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        job.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # seen, if nobody waits any more
+        self._job = job
+        return await asyncio.shield(job)
+
+    async def _tell(self) -> None:
+        """Say where this node is, and whatever has changed of that."""
+        await self._greeted.wait()
+        receiver, out = self.session.receiver, self.outgoing
+        while True:
+            self._news.clear()
+            if self._finishing:
+                out.push(self.session.goodbye())
+                await out.until_sent()
+                self._said_all.set()
+                self._notify()
+                await asyncio.get_running_loop().create_future()  # there is nothing more to tell
+            if receiver.jumped:
+                raise LateralLinkEnded("this node has gone on to a later round")
+            before = receiver.forget_before
+            if before is not None and not receiver.asked:
+                bytes_of = self._settings.contribution_bytes
+                position, xxh3 = await self._on_disk(self.received.lacking, before, bytes_of)
+                if receiver.forget_before == before and not self._finishing:
+                    out.push(self.session.wanted(position, xxh3))
+                continue
+            if receiver.tell_due:
+                out.push(self.session.received())
+            await self._news.wait()
+
+    async def _beat(self) -> None:
+        await self._greeted.wait()
+        while True:
+            self.outgoing.push(self.session.heartbeat(self._settings.heartbeat()))
+            await asyncio.sleep(HEARTBEAT_EVERY_S)
+
+    async def _send(self) -> None:
+        await self._greeted.wait()
+        while True:
+            self._sendable.clear()
+            ranges = self.session.parts()
+            if not ranges:
+                await self._sendable.wait()
+                continue
+            for each, data in zip(ranges, await asyncio.to_thread(self._read, ranges), strict=True):
+                self.outgoing.push(self.session.part(each, data), "averaging")
+            await self.outgoing.until_short()
+
+    def _read(self, ranges: list[PartRange]) -> list[bytes]:
+        return [self._own.read(each.round, each.offset, each.length) for each in ranges]

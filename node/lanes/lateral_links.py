@@ -1,0 +1,290 @@
+"""All lateral links of a node: it gives its contributions to its own stage in the other lanes, and waits for theirs.
+
+The node of the higher lane dials that of the lower one, so each pair has one stream, and a node one address for all
+that dial it. What a training loop needs is `publish`, `contributions` and `forget_before`; that connections break, that
+processes come back, and that a lane is set back to an earlier step and asks again, stays in here.
+
+What is on the disk below `directory`: `own`, this node's contributions until no peer will ask for them again, and
+`lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both.
+
+A full mesh, because there are few lanes: every contribution crosses each thin link once, and nobody has to be waited
+for but who made it. A ring, or a tree, would send each byte over more links one after the other, and each node's adding
+would hold up the next; adding in the order of lanes needs each contribution by itself anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from ...protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
+from ...protocol.greeting import NodeIdentity, check_lateral
+from ...protocol.messages import Greeting, decode_frame
+from ...protocol.round_session import LIMITS
+from ..links.dialling import Where
+from ..links.link import Read
+from ..links.outgoing import Write
+from ..links.transport import Report, both_ways, linger, tell
+from ..security.policy import PLAIN, Security
+from .contribution_store import ContributionError, ContributionStore
+from .lateral_dialling import dial_lane
+from .lateral_link import LateralLink, LateralLinkEnded, LateralSettings
+from .lateral_outgoing import Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LateralFigures:
+    """For the records. Framed bytes by kind, over all lateral links and since this process began; rate: while a
+    contribution waited, in bits/s, None where too little was sent to tell."""
+
+    sent_bytes: dict[Kind, int]
+    received_bytes: dict[Kind, int]
+    rate_bits_per_s: dict[int, float | None]  # by lane
+    waited_s: float  # in `contributions`
+
+
+class LateralLinks:
+    """The lateral links of the node that `identity` describes.
+
+    addresses: where the nodes of all lower lanes are, by lane. directory: of this node alone; what an earlier process
+    left there is read and checked at once. Times are those of the event loop, on which all methods belong.
+    """
+
+    def __init__(
+        self,
+        *,
+        identity: NodeIdentity,
+        addresses: Mapping[int, str | Where],
+        directory: Path,
+        settings: LateralSettings,
+        report: Report,
+        security: Security = PLAIN,
+    ) -> None:
+        if not 0 <= identity.lane < identity.lanes or sorted(addresses) != list(range(identity.lane)):
+            given = ", ".join(map(str, sorted(addresses))) or "none"
+            raise ValueError(f"lane {identity.lane} of {identity.lanes} dials all lower ones, addresses are of {given}")
+        self._identity, self._addresses, self._settings = identity, dict(addresses), settings
+        self._report, self._security = report, security
+        self._own = ContributionStore(directory / "own")
+        self._links: dict[int, LateralLink] = {}
+        for lane in range(identity.lanes):
+            if lane != identity.lane:
+                self._links[lane] = LateralLink(
+                    identity=identity,
+                    peer_lane=lane,
+                    own=self._own,
+                    received=ContributionStore(directory / f"lane-{lane}"),
+                    settings=settings,
+                    on_peer_moved=self._drop_own,
+                )
+        for store in (self._own, *(link.received for link in self._links.values())):
+            for line in store.restore():
+                report("contribution", line)
+        self._waited_s = 0.0
+        self._forgotten = 0  # before this, no peer asks for what is this node's
+        self._begun = False
+        self._writing = asyncio.Lock()
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what ends this node
+        self._broken.add_done_callback(lambda broken: broken.exception())  # seen, if `run` is over by then
+        self._closing = False
+
+    # -- for the training loop ----------------------------------------------------------------------------------------
+
+    def publish(self, round: int, contribution: bytes) -> asyncio.Task[None]:
+        """Give this node's contribution to all peers. It may be given again, after a step that was done again, if it is
+        the same. It is sent at once; the task ends when the disk knows of it, for who wants to rely on that.
+
+        Raises LocalProtocolError for another length than the configuration says. What goes wrong later ends `run`.
+        """
+        if len(contribution) != (due := self._settings.contribution_bytes(round)):
+            raise LocalProtocolError(
+                Fault.MALFORMED, f"a contribution of {len(contribution)} bytes to round {round}, which has {due}"
+            )
+        for link in self._links.values():
+            link.need(round)
+        return self._begin(self._write(round, contribution))
+
+    async def contributions(self, round: int) -> dict[int, bytes]:
+        """Those of all other lanes, by lane, in order. They stay here until they are forgotten.
+
+        Waits for each peer as long as it shows life. Raises TimeoutError, which says for which lane, stage and round
+        and how long, when nothing was heard of it for the deadline; and whatever else ends `run`.
+        """
+        if not self._begun:
+            raise LocalProtocolError(Fault.UNEXPECTED, "nothing is asked for before forget_before was called")
+        began_s = asyncio.get_running_loop().time()
+        for link in self._links.values():
+            link.need(round)
+        try:
+            for link in self._links.values():
+                await link.until_received(round)
+        finally:
+            self._waited_s += asyncio.get_running_loop().time() - began_s
+        return {lane: await asyncio.to_thread(link.received.load, round) for lane, link in self._links.items()}
+
+    def forget_before(self, round: int) -> None:
+        """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
+        that it may be set back to. To be said once before anything is asked for (0 where a run begins), then whenever a
+        checkpoint makes more of it true."""
+        self._begun = True
+        for link in self._links.values():
+            link.forget_before(round)
+            if dropped := link.received.unkeep(round):
+                self._begin(asyncio.to_thread(link.received.remove, dropped))
+
+    def received_by_all(self, round: int) -> bool:
+        """Whether all peers have this node's contributions to that round and all before it. Until then a checkpoint
+        from a later step must not be the only one: who goes on from it would not make them again."""
+        return all(link.session.sender.has_all_before(round + 1) for link in self._links.values())
+
+    async def finish(self) -> None:
+        """This node needs nothing more: say so, and wait until no peer needs anything of it. Raises what
+        `contributions` does."""
+        await asyncio.gather(*self._jobs)
+        for link in self._links.values():
+            link.finish()
+        for link in self._links.values():
+            await link.until_finished()
+
+    def figures(self) -> LateralFigures:
+        sent: Counter[Kind] = Counter()
+        received: Counter[Kind] = Counter()
+        for link in self._links.values():
+            sent.update(link.outgoing.sent)
+            received.update(link.received_bytes)
+        rates = {lane: link.outgoing.meter.rate_bits_per_s() for lane, link in self._links.items()}
+        return LateralFigures(
+            sent_bytes=dict(sent), received_bytes=dict(received), rate_bits_per_s=rates, waited_s=self._waited_s
+        )
+
+    # -- for the node -------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the connections to the lower lanes, until `finish` is through or `close` is called. Raises
+        NeighbourMismatch, RefusedError or ContributionError: what ends this node."""
+        dialling = [
+            asyncio.create_task(dial_lane(where, self._links[lane], self._report, self._security))
+            for lane, where in self._addresses.items()
+        ]
+        serving = [asyncio.create_task(link.until_over()) for link in self._links.values()]
+        waiting = {self._broken, *dialling, *serving}
+        try:
+            while waiting - {self._broken}:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for each in done:
+                    if self._closing:
+                        return
+                    each.result()
+        finally:
+            for task in (*dialling, *serving):
+                task.cancel()
+            await asyncio.gather(*dialling, *serving, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End all connections, and wait for what is being written."""
+        self._closing = True
+        if not self._broken.done():
+            self._broken.set_result(None)
+        for link in self._links.values():
+            link.end(LateralLinkEnded("this node leaves"))
+        for link in self._links.values():
+            await link.settle()
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+
+    async def handler(self, _: object, context: grpc.aio.ServicerContext) -> None:
+        """What a server does with a stream of the method Rounds (`node.links.transport.listening`: `more`)."""
+        read, write = both_ways(context)
+        try:
+            await self.serve(read, write, context)
+        except RemoteProtocolError as error:
+            self._report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+        except LateralLinkEnded:
+            pass
+        except RefusedError as error:
+            self._report(error.fault, f"lateral link: refused by the peer at {context.peer()}: {error}")
+            if error.fault is Fault.RESUME:  # asking again would not help
+                self._break(error)
+        except ConnectionError as error:
+            if not self._closing:
+                self._report("connection-lost", f"lateral link from {context.peer()}: {error}")
+        except ContributionError as error:
+            self._break(error)
+
+    async def serve(self, read: Read, write: Write, context: grpc.aio.ServicerContext | None = None) -> None:
+        """One connection that a peer opened, to its end. Raises what `LateralLink.attach` does."""
+        greeting_timeout_s = self._settings.greeting_timeout_s
+        try:
+            async with asyncio.timeout(greeting_timeout_s):  # who says nothing takes nobody's place
+                first = await read()
+        except TimeoutError:
+            raise RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {greeting_timeout_s:g} s") from None
+        if first is None:
+            return
+        if context is not None:
+            self._security.admit(context, first)
+        greeting = decode_frame(first, LIMITS)
+        if not isinstance(greeting, Greeting):
+            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(greeting).__name__} frame before the greeting")
+        check_lateral(greeting, self._identity)
+        link = self._links[greeting.lane]
+        link.take_place(greeting)
+        frames = [first]
+
+        async def again() -> bytes | None:
+            return frames.pop() if frames else await read()
+
+        await link.attach(again, write, speaks_first=False)
+
+    # -- within -------------------------------------------------------------------------------------------------------
+
+    async def _write(self, round: int, contribution: bytes) -> None:
+        async with self._writing:  # in order
+            if not self._links or round < self._forgotten:  # made again by who was set back, and needed by nobody
+                return
+            made = await asyncio.to_thread(self._own.write, round, contribution)
+            self._own.keep(round, made)
+        for link in self._links.values():
+            link.published()
+        await asyncio.to_thread(self._own.flush, round, made)
+
+    def _drop_own(self) -> None:
+        """A peer has moved: it may have been the last that could ask for something."""
+        forgotten = min(link.session.sender.forget_before for link in self._links.values())
+        if forgotten > self._forgotten:
+            self._forgotten = forgotten
+            if dropped := self._own.unkeep(forgotten):
+                self._begin(asyncio.to_thread(self._own.remove, dropped))
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        async def job() -> None:
+            try:
+                await work
+            except ContributionError as error:
+                self._break(error)
+                raise
+
+        task = asyncio.create_task(job())
+        self._jobs.add(task)
+        task.add_done_callback(self._end_job)
+        return task
+
+    def _end_job(self, task: asyncio.Task[None]) -> None:
+        self._jobs.discard(task)
+        with suppress(asyncio.CancelledError):
+            task.exception()  # seen: it ends `run`
+
+    def _break(self, error: Exception) -> None:
+        for link in self._links.values():
+            link.fail(error)
+        if not self._broken.done():
+            self._broken.set_exception(error)

@@ -29,7 +29,7 @@ from .checkpoints.kept_tokenizer import FIRST, TOKENIZER, kept_tokenizer
 from .checkpoints.manifest import Manifest
 from .config import RunConfig
 from .data import Corpus, DataError, Preparing, Vocabulary, read_vocabulary, silently
-from .preparation import prepare_corpus, prepare_vocabulary
+from .preparation import prepare_corpus, prepare_vocabulary, text_settings
 
 if TYPE_CHECKING:
     from .checkpoints.assemble import Assembled
@@ -132,13 +132,21 @@ def corpus_of_run(corpus: Corpus, config: RunConfig, out: Path, *, resume: bool,
 
 
 def check_named_tokenizer(config: RunConfig, out: Path) -> None:
-    """Raises DataError where the settings name a tokenizer that cannot be read, and the run in `out` has kept it."""
-    if (named := config.data.tokenizer) is None or kept_tokenizer(config.checkpoint.path(out)) is None:
+    """Raises DataError where the settings lead to a tokenizer that cannot be read, or is another one than the run in
+    `out` has kept. Before anything else of a run that is resumed: with another one the model has another vocabulary,
+    and its checkpoints seem to be of other settings; and to code a text takes hours."""
+    kept = kept_tokenizer(config.checkpoint.path(out))
+    if kept is None or not (config.data.tokenizer or config.model.pretrained):
         return
+    own = _own_tokenizer(config, out)
     try:
-        read_vocabulary(named)
+        named = read_vocabulary(text_settings(config).tokenizer or kept)
+        run = read_vocabulary(kept)
     except DataError as error:
-        raise DataError(f"{str(error).removesuffix('; check data.tokenizer')}; {_own_tokenizer(config, out)}") from None
+        raise DataError(f"{str(error).removesuffix('; check data.tokenizer')}; {own}") from None
+    if named.content != run.content:
+        here, there = (hashlib.sha256(each.content).hexdigest()[:12] for each in (named, run))
+        raise DataError(f"{named.name} is not the run's: its digest is {here}, the run's was {there}; {own}")
 
 
 def _own_tokenizer(config: RunConfig, out: Path) -> str:

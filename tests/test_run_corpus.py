@@ -14,6 +14,7 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.data import DataError
 from thinpipe.node.run_corpus import RECORD, RunCorpus, open_run_corpus, read_record
+from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from .cluster import run_cluster
@@ -127,12 +128,19 @@ def test_another_tokenizer_is_refused_even_then(text: Text, tmp_path: Path) -> N
     text.resume(changed=True)
 
 
-def test_a_tokenizer_that_is_gone_is_told_where_it_was_kept(text: Text, tmp_path: Path) -> None:
+def test_whose_tokenizer_has_changed_or_is_gone_is_told_where_it_was_kept(text: Text, tmp_path: Path) -> None:
     files = open_run_corpus(text.config, tmp_path, resume=False).corpus.tokenizer_files
     (named := tmp_path / "mine.json").write_bytes(files["tokenizer.json"])
     text.named(named)
     text.begin()
     (text.out / "run.toml").write_text(dump_config(text.config))
+    changed = Tokenizer.from_file(str(named))
+    changed.add_special_tokens(["<one more>"])  # so the vocabulary has another size
+    changed.save(str(named))
+    result = CliRunner().invoke(app, ["up", "--resume", str(text.out)])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    told = rf"the tokenizer {named} is not the run's: its digest is .*; the run has kept its own: set data\.tokenizer="
+    assert re.search(told, result.stderr)
     named.unlink()
     result = CliRunner().invoke(app, ["up", "--resume", str(text.out)])
     kept = text.checkpoints / "stage-0" / "tokenizer"

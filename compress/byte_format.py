@@ -181,6 +181,17 @@ class ByteFormat(ABC):
         del z, key
         raise without_table(self)
 
+    def has_table_of(self, other: ByteFormat, width: int) -> bool:
+        """Whether what `other` learned from tensors (..., width) is a table for this format too."""
+        del other, width
+        return False
+
+    def for_tensors_of(self, state: Mapping[str, Tensor], times: float) -> dict[str, Tensor]:
+        """`state_tensors` of such a format, as they are where a tensor has so many times as many tokens; the master is
+        the same."""
+        del times
+        return dict(state)
+
     def measures(self) -> dict[str, float]:
         """Figures of what was learned from since the last call, for the records."""
         return {}

@@ -162,6 +162,14 @@ class Rvq(ByteFormat):
             )
         self._books, self._search = Codebooks(table.contiguous(), self.grid), None
 
+    def has_table_of(self, other: ByteFormat, width: int) -> bool:
+        if not isinstance(other, Rvq) or self._hadamard != other._hadamard:
+            return False
+        return self._grid(width) == other._grid(width)
+
+    def for_tensors_of(self, state: Mapping[str, Tensor], times: float) -> dict[str, Tensor]:
+        return {name: tensor if times == 1 or name == "updates" else tensor * times for name, tensor in state.items()}
+
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def body_bytes(self, shape: tuple[int, ...]) -> int:

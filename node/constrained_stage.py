@@ -35,7 +35,7 @@ def constrain(codec: Codec, model: StageModel, context: StageContext, all_layers
     parts = StageParts(
         model=model.causal,
         embedding=f"{prefix}.{model.parts.embedding}" if model.first else None,
-        layers={number: f"{prefix}.layers.{own}" for own, number in enumerate(model.layers)},
+        layers={number: f"{prefix}.{model.parts.layers}.{own}" for own, number in enumerate(model.layers)},
         all_layers=all_layers,
     )
     try:

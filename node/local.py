@@ -42,7 +42,7 @@ from .origin import Origin
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, model_line
 from .resuming import check_checkpoints, interrupted
-from .run_corpus import open_run_corpus
+from .run_corpus import check_named_tokenizer, first_checkpoints, open_run_corpus
 from .run_directory import (
     LOCK,
     START,
@@ -50,6 +50,7 @@ from .run_directory import (
     anchored,
     await_unserved,
     check_no_checkpoints,
+    check_outlives,
     claimed,
     clear,
     hold_aside,
@@ -107,12 +108,15 @@ def run_local(
                 config = anchored(origin.place(aside))
             elif resume:
                 config = with_start(config, out)
+                check_named_tokenizer(config, first_checkpoints(config, out))
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
             if keys is not None:
                 load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
             _check_room(out, overwrite or resume)
+            if not resume:
+                check_outlives(config, out)
             begun = (out / "run.toml").exists()
             if begun:  # who is refused is refused now, and not after the text was prepared
                 _claim(held, out, lock)

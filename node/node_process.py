@@ -28,11 +28,11 @@ from ..sim.links.shaper import LinkProfile
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
-from .checkpoints.kept_tokenizer import keep_tokenizer
+from .checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
-from .data import Corpus, copy_tokenizer
+from .data import Corpus
 from .lanes.lateral_link import LateralSettings
 from .lanes.lateral_links import LateralLinks
 from .link_settings import heartbeat_timeout_s
@@ -52,7 +52,7 @@ from .preparation import (
     state_digest,
 )
 from .recovery_loop import RecoveryLoop
-from .run_corpus import corpus_of_run, kept_tokenizer
+from .run_corpus import check_named_tokenizer, corpus_of_run
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_failure import FAILED, StageFailed, first_of
@@ -227,6 +227,9 @@ async def _run(
     on_fault: Reporter,
 ) -> None:
     link = config.link
+    checkpoints = config.checkpoint.path(options.out)
+    if index == 0 and options.resume:
+        check_named_tokenizer(config, checkpoints)
     stage, digest = prepare(config, index, options.lane)
     if index == 0:
         _write_costs(config, metrics)
@@ -242,7 +245,6 @@ async def _run(
     written = state_digest(config, resolve_architecture(config), stage.token_table_digest)
     fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
     home = options.run or options.out  # which has the record of the text
-    kept = kept_tokenizer(home) if index == 0 and options.resume else None
 
     def deadline_s() -> float:
         """For the stage below: one that was there may have been lost, and somebody has to start it again."""
@@ -257,21 +259,19 @@ async def _run(
     def where() -> str | Where:
         return membership.where(below, on_fault) if membership else addresses.next or ""
 
-    checkpoints = config.checkpoint.path(options.out)
     store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
 
+    def open_data() -> Corpus:
+        return open_text(config, kept_tokenizer(checkpoints) if options.resume else None)
+
     def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
-        given = {"resume": options.resume, "changed": options.data_changed}
+        given = {"resume": options.resume, "changed": options.data_changed, "checkpoints": checkpoints}
         found = corpus_of_run(corpus, config, home, **given).check(manifests)
         found.keep(home)
         if record := found.record:
             store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
-
-    def on_corpus(corpus: Corpus) -> None:
-        tell_of_text(corpus, metrics)
-        if (tokenizer := corpus.tokenizer) and config.checkpoint.every:
             try:
-                keep_tokenizer(store, lambda to: copy_tokenizer(tokenizer, to), anew=not options.resume)
+                keep_tokenizer(checkpoints, corpus.tokenizer_files)
             except CheckpointError as error:  # as of any other write there: the run goes on
                 on_fault("checkpoint", str(error))
 
@@ -302,8 +302,8 @@ async def _run(
         rebuild=lambda: prepare(config, index, options.lane)[0],
         store=store,
         dial=lambda link: dial(where(), link, **waits),
-        open_corpus=(lambda: open_text(config, kept)) if index == 0 else None,
-        on_corpus=on_corpus,
+        open_corpus=open_data if index == 0 else None,
+        on_corpus=lambda corpus: tell_of_text(corpus, metrics),
         metrics=metrics,
         tracer=tracer,
         on_fault=on_fault,

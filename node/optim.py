@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from ..compress.matrix_sign import msign
 from .config_sections import OptimSection
 from .learning_rate import RateSchedule
+from .model.parts import in_layer
+from .model.transposed import outputs_and_inputs
 
 MSIGN_STEPS = 5  # K. Jordan's Muon post; the Polar Express table (compress/matrix_sign.py) reaches 1 ± 0.124 with them
 ADAMW_EPSILON = 1e-8  # Kingma & Ba, arXiv 1412.6980, and the default of torch.optim.AdamW
@@ -55,9 +57,8 @@ class OptimStats:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon takes it: a matrix inside a decoder layer, or of a codec's own network, that is, with `layers` as a
-    part of its dotted name."""
-    return parameter.ndim == 2 and "layers" in name.split(".")
+    """Whether Muon takes it: a matrix inside a decoder layer, or of a codec's own network, as its name tells."""
+    return parameter.ndim == 2 and in_layer(name)
 
 
 def muon_rate_scale(rows: int, columns: int) -> float:
@@ -175,7 +176,7 @@ class StageOptimizer:
             nesterov, steps=MSIGN_STEPS, dtype=self._msign_dtype, coefficients=self._settings.msign_coefficients
         )
         parameter.mul_(1 - lr * self._settings.weight_decay)
-        parameter.add_(update, alpha=-lr * muon_rate_scale(*parameter.shape))
+        parameter.add_(update, alpha=-lr * muon_rate_scale(*outputs_and_inputs(parameter)))
 
     def _step_adamw(self, name: str, parameter: nn.Parameter, grad: Tensor, lr: float, count: int) -> None:
         beta1, beta2 = self._settings.adamw_beta1, self._settings.adamw_beta2

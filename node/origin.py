@@ -26,10 +26,10 @@ from ..compress.recommended_rates import recommended_for
 from ..compress.registry import parse_codec
 from .checkpoints.assemble import Assembled, assemble
 from .checkpoints.kept_boundaries import kept_boundaries
-from .codec_start import write_codec_start
+from .codec_start import codebooks_kept, write_codec_start
 from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
-from .data import DataError, copy_tokenizer, read_vocabulary
+from .data import DataError, Vocabulary, read_vocabulary
 from .export.portable_model import ExportError, plain_model
 from .lane_choice import chosen_lane
 from .preparation import check_codec, check_layers, resolve_architecture
@@ -47,13 +47,13 @@ NO_WISH = {"model.pretrained", *(f"run.{name}" for name in OWN["run"])}
 @dataclass(slots=True, kw_only=True)
 class Origin:
     """config: of the new run; its paths are those of `source` until it is `placed`. found: the other run, None for a
-    directory that is read where it is. tokenizer: that of the run, None where another one is used. lines: what one
+    directory that is read where it is. tokenizer: that of the run, None where another one is given. lines: what one
     might not expect."""
 
     source: Path
     config: RunConfig
     found: Assembled | None = None
-    tokenizer: Path | None = None
+    tokenizer: Vocabulary | None = None
     lines: list[str] = field(default_factory=list)
 
     def place(self, directory: Path) -> RunConfig:
@@ -67,7 +67,8 @@ class Origin:
             model = plain_model(self.found)
             model.config.save_pretrained(directory)
             if self.tokenizer:
-                copy_tokenizer(self.tokenizer, directory)
+                for name, content in self.tokenizer.files().items():
+                    (directory / name).write_bytes(content)
             placed = self.placed(self.config, directory)
             architecture = resolve_architecture(placed)
             check_codec(placed, architecture)
@@ -75,8 +76,7 @@ class Origin:
             weights = {name: tensor.contiguous() for name, tensor in model.weights.items()}
             save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
             if _same_codec(self.found.config, self.config):
-                layers = stage_layers(self.found.config, self.found.architecture)
-                digest = write_codec_start(self.found, layers, directory)
+                digest = write_codec_start(self.found, self.config, directory)
                 run = self.config.run.model_copy(update={"origin_codec": digest})
                 self.config = self.config.model_copy(update={"run": run})
         except ExportError as error:
@@ -103,12 +103,14 @@ class Origin:
         if not _same_codec(self.found.config, self.config):
             before, now = self.found.config.codec.codec, self.config.codec.codec
             return [f"codec {now} is another than that of {self.source}, {before}: it begins untrained"]
-        if not any((*self.found.tokens, *(each.sender for each in self.found.boundaries))) and not any(
-            each.table is not None for each in self.found.boundaries
-        ):
-            return []
         old, new = (stage_layers(each, self.found.architecture) for each in (self.found.config, self.config))
-        return kept_boundaries(old, new).lines()
+        lines = kept_boundaries(old, new).lines() if self.config.run.origin_codec else []
+        fits = codebooks_kept(self.found.config, self.config, self.found.architecture.hidden_size)
+        return lines + [
+            f"codebooks of {direction} begin untrained: their byte format is another than that of {self.source}"
+            for direction, kept in fits.items()
+            if not kept
+        ]
 
 
 def begin_from(source: Path, given: dict[str, Any]) -> Origin:
@@ -168,14 +170,16 @@ def _from_run(source: Path, lane: int | None, run: RunConfig, given: dict[str, A
         with suppress(DataError):  # its text is gone, and so is what it was
             lines += _other_tokenizer(source, given, vocabulary_of_run(source, found).path)
     else:
-        tokenizer = vocabulary_of_run(source, found).path
+        tokenizer = vocabulary_of_run(source, found)
+        if not run.model.pretrained:  # from here on it would be taken for what the weights have always known
+            tokenizer = tokenizer.bare()
     first = {
         "model.path": str(source.resolve()),
         "model.pretrained": True,
         "run.origin": f"{place} after {found.completed} steps",
     }
     if tokenizer:
-        first["data.tokenizer"] = str(tokenizer)
+        first["data.tokenizer"] = str(tokenizer.path)
     config = parse_config(merge(_inherited(run, given), given | first))
     return Origin(source=source, config=config, found=found, tokenizer=tokenizer, lines=lines)
 

@@ -149,6 +149,8 @@ class RecoveryLoop:
         self._loop = asyncio.get_running_loop()
         watching = [asyncio.create_task(each.watch()) for each in (self._preparing, self._pause)]
         try:
+            if self._joining:  # first: the tokenizer may come with a copy
+                await self._fetch_copies()
             if self._open_corpus:
                 self._corpus = await self._preparing.run(self._open_corpus, unless=self._end_asked)
                 if self._corpus:
@@ -156,7 +158,7 @@ class RecoveryLoop:
                 else:  # all end, without another step
                     self.control.act(self.machine.end_after(self.machine.completed))
             if self._joining:
-                await self._fetch_copies()
+                self._accept_known()
                 self.control.act(self.machine.stopped(set(self._known)))
             else:
                 self._accept([])
@@ -177,11 +179,14 @@ class RecoveryLoop:
             await self._points.close()
 
     async def _fetch_copies(self) -> None:
-        """What this disk lacks and the buddy has of this stage's checkpoints. Raises what is wrong with all of them."""
+        """What this disk lacks and the buddy has of this stage's checkpoints."""
         link = self.config.link
         limits = {"deadline_s": link.connect_timeout_s, "replacement_s": link.replacement_timeout_s}
         if await self._copies.fetch(self._known, **limits):
             self._known = await self._points.on_disk()
+
+    def _accept_known(self) -> None:
+        """Raises what is wrong with the checkpoints of this disk."""
         self._accept([self._store.manifest(step) for step in self._known])
 
     def _accept(self, known: list[Manifest]) -> None:
@@ -229,6 +234,7 @@ class RecoveryLoop:
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
                 if not (self._joining or self.machine.generation or self.machine.completed):
                     await self._fetch_copies()  # a machine that is new to a run which had begun, as it shows now
+                    self._accept_known()
                 offered = await self._points.offered()
                 self._metrics.write(
                     "view_change", generation=self.machine.generation, seconds=round(time.monotonic() - began, 6)

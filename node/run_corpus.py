@@ -3,10 +3,11 @@
 A tokenizer is trained on the text, so one more line of it may be another tokenizer, and to weights that were trained
 with the old one every id means something else: the loss rises, and nothing fails. Python's own library, the default
 text, is another one in another version of Python. So stage 0 writes `corpus.json`, with the digests of the tokens and
-of the tokenizer, and keeps the tokenizer itself (`corpus-tokenizer.json`). Its checkpoints name both digests too, for
-a stage that comes back on another machine has nothing else. A run that is resumed uses the tokenizer that was kept.
-Other text is refused unless the user says that it is meant (`--data-changed`); another tokenizer always is. Whoever
-measures the run on its held-out text (`check_trained_on`) compares the same two digests by the same function.
+of the tokenizer, and keeps the tokenizer itself beside its checkpoints (`checkpoints.kept_tokenizer`). Those name both
+digests too, for a stage that comes back on another machine has nothing else. A run that is resumed uses the tokenizer
+that was kept, unless its settings name one. Other text is refused unless the user says that it is meant
+(`--data-changed`); another tokenizer always is. Whoever measures the run on its held-out text (`check_trained_on`)
+compares the same two digests by the same function.
 
 Why not in the digest that neighbours compare: only stage 0 reads the data.
 """
@@ -24,15 +25,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from .checkpoints.kept_tokenizer import FIRST, TOKENIZER, kept_tokenizer
 from .checkpoints.manifest import Manifest
 from .config import RunConfig
-from .data import Corpus, DataError, Preparing, Vocabulary, silently
-from .preparation import prepare_corpus, prepare_vocabulary
+from .data import Corpus, DataError, Preparing, Vocabulary, read_vocabulary, silently
+from .preparation import prepare_corpus, prepare_vocabulary, text_settings
+from .run_lanes import of_lane
 
 if TYPE_CHECKING:
     from .checkpoints.assemble import Assembled
 
-RECORD, TOKENIZER = "corpus.json", "corpus-tokenizer.json"
+RECORD = "corpus.json"
 RESUMED = "give it as it was, or say --data-changed to go on with this one and the run's own tokenizer"
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -67,6 +70,7 @@ class RunCorpus:
 
     corpus: Corpus
     record: CorpusRecord | None  # None: nobody reads the ids (an emulated run)
+    own: str  # where the run's own tokenizer is, in words
     changed: bool = False
 
     def check(self, manifests: Iterable[Manifest]) -> RunCorpus:
@@ -78,7 +82,7 @@ class RunCorpus:
             if not found.tokenizer:  # made by who does not read the text
                 continue
             try:
-                _compare(record, _of_checkpoint(found.corpus, found.tokenizer, found.completed))
+                _compare(record, _of_checkpoint(found.corpus, found.tokenizer, found.completed), own=self.own)
             except AnotherText:
                 if found.corpus in record.earlier:
                     continue
@@ -88,46 +92,81 @@ class RunCorpus:
         return replace(self, record=record)
 
     def keep(self, out: Path) -> None:
-        """Write the record and the tokenizer into the run's directory. Raises DataError."""
+        """Write the record into the run's directory. Raises DataError."""
         if self.record is None:
             return
-        rows = {TOKENIZER: self.corpus.tokenizer_json, RECORD: (self.record.model_dump_json(indent=1) + "\n").encode()}
+        content = (self.record.model_dump_json(indent=1) + "\n").encode()
+        path, aside = out / RECORD, out / f".{RECORD}-{os.getpid()}"
         try:
-            for name, content in rows.items():  # the record last: it says that the tokenizer is there
-                path, aside = out / name, out / f".{name}-{os.getpid()}"
-                if not path.exists() or path.read_bytes() != content:
-                    aside.write_bytes(content)
-                    aside.replace(path)
+            if not path.exists() or path.read_bytes() != content:
+                aside.write_bytes(content)
+                aside.replace(path)
         except OSError as error:
-            raise DataError(
-                f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out"
-            ) from None
+            raise DataError(f"cannot write {path}: {error.strerror}; make room, or choose another --out") from None
 
 
 def open_run_corpus(
     config: RunConfig, out: Path, *, resume: bool, changed: bool = False, report: Preparing = silently
 ) -> RunCorpus:
     """Open the text of the run whose records are in `out`, and `corpus_of_run`. Raises DataError."""
-    corpus = prepare_corpus(config, report, kept=kept_tokenizer(out) if resume else None)
-    return corpus_of_run(corpus, config, out, resume=resume, changed=changed)
+    checkpoints = first_checkpoints(config, out)
+    corpus = prepare_corpus(config, report, kept=kept_tokenizer(checkpoints) if resume else None)
+    return corpus_of_run(corpus, config, out, checkpoints=checkpoints, resume=resume, changed=changed)
 
 
-def corpus_of_run(corpus: Corpus, config: RunConfig, out: Path, *, resume: bool, changed: bool = False) -> RunCorpus:
+def first_checkpoints(config: RunConfig, out: Path) -> Path:
+    """The checkpoints' directory of the run in `out`: where there are lanes, of the first of them."""
+    own, place = of_lane(config, out, 0)
+    return own.checkpoint.path(place)
+
+
+def corpus_of_run(
+    corpus: Corpus, config: RunConfig, out: Path, *, checkpoints: Path, resume: bool, changed: bool = False
+) -> RunCorpus:
     """An open corpus as that of the run whose records are in `out`. resume: what was kept there has to agree with it.
-    Raises DataError."""
+    checkpoints: the directory that its tokenizer is kept in. Raises DataError."""
     kept = read_record(out) if resume else None
+    own = _own_tokenizer(config, checkpoints)
     if not corpus.digest:
-        return RunCorpus(corpus=corpus, record=None)
+        return RunCorpus(corpus=corpus, record=None, own=own)
     record = _record(corpus, config)
     if kept:
         try:
-            _compare(record, _of_record(kept, out))
+            _compare(record, _of_record(kept, out), own=own)
         except AnotherText:
             if not changed:
                 raise
         before = dict.fromkeys([*kept.earlier, kept.corpus])
         record = record.model_copy(update={"earlier": [each for each in before if each != record.corpus]})
-    return RunCorpus(corpus=corpus, record=record, changed=changed)
+    return RunCorpus(corpus=corpus, record=record, own=own, changed=changed)
+
+
+def check_named_tokenizer(config: RunConfig, checkpoints: Path) -> None:
+    """Raises DataError where the settings lead to a tokenizer that cannot be read, or is another one than is kept with
+    the run's `checkpoints`. Before anything else of a run that is resumed: with another one the model has another
+    vocabulary, and its checkpoints seem to be of other settings; and to code a text takes hours."""
+    kept = kept_tokenizer(checkpoints)
+    if kept is None or not (config.data.tokenizer or config.model.pretrained):
+        return
+    own = _own_tokenizer(config, checkpoints)
+    try:
+        named = read_vocabulary(text_settings(config).tokenizer or kept)
+        run = read_vocabulary(kept)
+    except DataError as error:
+        raise DataError(f"{str(error).removesuffix('; check data.tokenizer')}; {own}") from None
+    if named.content != run.content:
+        here, there = (hashlib.sha256(each.content).hexdigest()[:12] for each in (named, run))
+        raise DataError(f"{named.name} is not the run's: its digest is {here}, the run's was {there}; {own}")
+
+
+def _own_tokenizer(config: RunConfig, checkpoints: Path) -> str:
+    """Where the run's is, for who has another one."""
+    if kept := kept_tokenizer(checkpoints):
+        return f"the run has kept its own: set data.tokenizer={kept}"
+    there = checkpoints / FIRST / TOKENIZER
+    if config.data.tokenizer is not None:
+        return f"set data.tokenizer to what it was when the run began; {there}, where it was kept, is gone or damaged"
+    return f"bring the directory {there} from where the run was begun"
 
 
 def check_trained_on(corpus: Corpus, run: Path, found: Assembled, remedy: str) -> None:
@@ -141,20 +180,22 @@ def check_trained_on(corpus: Corpus, run: Path, found: Assembled, remedy: str) -
         there = _of_record(kept, run)
     else:
         return
-    _compare(_record(corpus, found.config), there, remedy)
+    _compare(
+        _record(corpus, found.config),
+        there,
+        remedy,
+        own=_own_tokenizer(found.config, first_checkpoints(found.config, run)),
+    )
 
 
 def vocabulary_of_run(run: Path, found: Assembled) -> Vocabulary:
-    """The tokenizer of the run in `run`: the one that is beside its checkpoints or its records, or what its settings
-    lead to. Raises DataError where that is another one than its checkpoint names: without the first two it is trained
-    anew, on whatever text is here."""
-    config, kept = found.config, found.tokenizer
-    if kept is None and config.data.tokenizer is None and not config.model.pretrained:
-        kept = kept_tokenizer(run)
-    vocabulary = prepare_vocabulary(config, kept)
+    """The tokenizer of the run in `run`: the one that it keeps, or what its settings lead to. Raises DataError where
+    that is another one than its checkpoint names: without the first it is trained anew, on whatever text is here."""
+    vocabulary = prepare_vocabulary(found.config, found.tokenizer)
     here = hashlib.sha256(vocabulary.content).hexdigest()
     if found.text[1] and here != found.text[1]:
-        raise _another_tokenizer(here, _of_checkpoint(*found.text, found.completed))
+        there = _of_checkpoint(*found.text, found.completed)
+        raise _another_tokenizer(here, there, _own_tokenizer(found.config, first_checkpoints(found.config, run)))
     return vocabulary
 
 
@@ -171,22 +212,11 @@ def read_record(out: Path) -> CorpusRecord | None:
         raise DataError(f"{path} is damaged; remove it, and checkpoints alone say what the text was") from None
 
 
-def kept_tokenizer(out: Path) -> Path | None:
-    """The tokenizer of the run in `out`, if it is there and whole; None where it was lost, so that one has to be
-    trained again and compared. Raises DataError."""
-    record, path = read_record(out), out / TOKENIZER
-    try:
-        return path if record and hashlib.sha256(path.read_bytes()).hexdigest() == record.tokenizer else None
-    except OSError:
-        return None
-
-
 def carry_corpus(run: Path, out: Path) -> None:
     """What is kept in `run` is so in `out`, for the same run in another form. Raises DataError."""
     try:
-        for name in (TOKENIZER, RECORD):
-            if (run / name).exists():
-                shutil.copyfile(run / name, out / name)
+        if (run / RECORD).exists():
+            shutil.copyfile(run / RECORD, out / RECORD)
     except OSError as error:
         raise DataError(f"cannot write {out}/{RECORD}: {error.strerror}; make room, or choose another --out") from None
 
@@ -218,21 +248,21 @@ def _record(corpus: Corpus, config: RunConfig) -> CorpusRecord:
         source=config.data.source,
         python=platform.python_version(),
         corpus=corpus.digest,
-        tokenizer=hashlib.sha256(corpus.tokenizer_json).hexdigest(),
+        tokenizer=hashlib.sha256(corpus.tokenizer_files["tokenizer.json"]).hexdigest(),
     )
 
 
-def _compare(here: CorpusRecord, there: _Stated, remedy: str = RESUMED) -> None:
-    """The one place where a text is held against what a run says of its own. Raises DataError for another tokenizer,
-    else AnotherText for another text."""
+def _compare(here: CorpusRecord, there: _Stated, remedy: str = RESUMED, *, own: str) -> None:
+    """The one place where a text is held against what a run says of its own. own: where the run's own tokenizer is.
+    Raises DataError for another tokenizer, else AnotherText for another text, with that remedy."""
     if here.tokenizer != there.tokenizer:
-        raise _another_tokenizer(here.tokenizer, there)
+        raise _another_tokenizer(here.tokenizer, there, own)
     if here.corpus != there.corpus:
         raise AnotherText(f"data.source has changed: {there.line}, here is {here.title}; {remedy}")
 
 
-def _another_tokenizer(here: str, there: _Stated) -> DataError:
+def _another_tokenizer(here: str, there: _Stated, own: str) -> DataError:
     return DataError(
         f"the tokenizer is not the run's: {here[:12]} here, {there.tokenizer[:12]} in {there.where}, so ids would mean "
-        f"other tokens than the weights were trained on; put the run's {TOKENIZER} and {RECORD} into this directory"
+        f"other tokens than the weights were trained on; {own}"
     )

@@ -25,7 +25,7 @@ from typing import Any
 from ..sim.launch import file_lock
 from ..sim.reports.lanes import lane_path
 from ..sim.reports.liveness import served_here
-from .checkpoints.store import COPIES
+from .checkpoints.manifest import COPIES
 from .config import ConfigError, RunConfig
 from .config_file import dump_config, load_config
 from .run_lanes import all_lanes
@@ -34,7 +34,7 @@ LOCK = "run.lock"
 START = "first-weights"  # of a run that begins from another one (`node.origin`)
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
-RECORDS += ("corpus.json", "corpus-tokenizer.json", START)
+RECORDS += ("corpus.json", START)
 RECORDS += tuple(f"lane-*/{records}" for records in RECORDS)
 ORPHANS_S = 10.0  # nodes look for their launcher twice a second, and end after what they compute
 POLL_S = 0.1
@@ -111,6 +111,16 @@ def clear(out: Path, *, keep: Path | None = None) -> None:
         for directory in (*lane.glob("*"), lane):  # such as `checkpoints`
             with suppress(OSError):  # it holds something else too
                 directory.rmdir()
+
+
+def check_outlives(config: RunConfig, out: Path) -> None:
+    """Raises ConfigError for a tokenizer that `clear` would remove before the run that it is for begins."""
+    named, keep = config.data.tokenizer, config.model.path
+    for path in _left_in(out) if named else ():
+        if named and named.resolve().is_relative_to(path.resolve()) and not (keep and path.resolve() == keep.resolve()):
+            raise ConfigError(
+                f"data.tokenizer = {named} is a part of the run that would be replaced; copy it to another place first"
+            )
 
 
 def _left_in(out: Path) -> list[Path]:

@@ -100,7 +100,8 @@ class Stage:
             self.downstream_endpoint = DownstreamEndpoint(shape, dtype=self.dtype, device=self.device)
         receiver, sender = None if self.first else self.receiver, None if self.last else self.sender
         layers = stage_layers(config, architecture)
-        begin_with(config, layers, index, tokens=self.tokens, sender=sender, receiver=receiver)
+        ends = {"below": self.downstream_endpoint, "above": self.upstream_endpoint}
+        begin_with(config, layers, index, tokens=self.tokens, sender=sender, receiver=receiver, **ends)
         self.trained = trained_parameters(index, self.model, tokens=self.tokens, receiver=receiver, sender=sender)
         self.optimizer = StageOptimizer(
             self.trained, config.optim, total_steps=config.run.steps, extended=config.run.extended

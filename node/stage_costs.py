@@ -22,6 +22,7 @@ from ..sim.links import stage_work
 from ..sim.links.stage_work import Operations, StageWorkError
 from .config import RunConfig
 from .model.architecture import ModelError, with_layers
+from .model.parts import in_layer
 from .model.slices import skeleton
 from .model.stage_cut import equal_cut, layer_ranges, stated_cut
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
     """Without a codec. Raises ModelError for an architecture that cannot be built."""
     one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
-    matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and ".layers." in name)
+    matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and in_layer(name))
     width, heads = architecture.hidden_size, architecture.num_attention_heads
     heads_width = heads * (getattr(architecture, "head_dim", None) or width // heads)
     return Operations(

@@ -606,7 +606,8 @@ def run_to_failure(
 @contextmanager
 def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
     """Everything that stands in for threads, gRPC and disks, for as long as this lasts."""
-    prepare, corpus = node_process.prepare, node_process.prepare_corpus(cluster.config)
+    prepare, prepare_corpus = node_process.prepare, node_process.prepare_corpus
+    corpus = prepare_corpus(cluster.config)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         workers = without_threads(patch)
@@ -616,7 +617,11 @@ def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
             node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
         )
         patch.setattr(node_process, "CheckpointStore", cluster.store)
-        patch.setattr(node_process, "open_text", lambda *_: open_corpus(corpus))
+
+        def open_text(config: RunConfig, kept: Path | None) -> Any:
+            return open_corpus(prepare_corpus(config, kept=kept) if kept else corpus)
+
+        patch.setattr(node_process, "open_text", open_text)
         patch.setattr(node_process, "_until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 

@@ -57,6 +57,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
     "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, sliding_window=8, sliding_window_pattern=2),
     "nanochat": lambda: transformers.NanoChatConfig(**SIZES),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "gpt2": lambda: transformers.GPT2Config(**SIZES, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0),  # tied
     "apertus": lambda: transformers.ApertusConfig(**SIZES),
     "gemma3 that sees": wrapped(
         transformers.Gemma3Config,

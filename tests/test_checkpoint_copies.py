@@ -4,6 +4,7 @@ is."""
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import shutil
 import threading
@@ -19,7 +20,8 @@ from thinpipe.node.checkpoints.copy_receiver import CopyReceiver
 from thinpipe.node.checkpoints.copy_service import CopyService, buddy_side
 from thinpipe.node.checkpoints.copy_store import QUEUED_MAX
 from thinpipe.node.checkpoints.durable_files import sweep_incoming
-from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint, Manifest
+from thinpipe.node.checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer, take_beside
+from thinpipe.node.checkpoints.manifest import Beside, CheckpointError, Fingerprint, Manifest
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.stage_state import StageSnapshot
 from thinpipe.protocol.control_messages import (
@@ -38,6 +40,7 @@ from thinpipe.protocol.rollback_actions import Side
 STAGES = 3
 FINGERPRINT = Fingerprint(run="demo", configuration="c" * 64, stages=STAGES)
 PART_BYTES = 1000
+TOKENIZER = {"tokenizer.json": bytes(range(250)) * 9, "tokenizer_config.json": b'{"eos_token": "<|endoftext|>"}'}
 
 
 # -- the rules alone --------------------------------------------------------------------------------------------------
@@ -262,6 +265,8 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
         upper, lower = (0, 1) if owner == 0 else (1, 2)
         first = [NodeUnderTest(stage, tmp_path / f"{stage}") for stage in (upper, lower)]
         own, buddy = first if owner == upper else reversed(first)
+        if owner == 0:
+            keep_tokenizer(own.directory, TOKENIZER)
         async with nodes(*first):
             connect(*first)
             for step in (5, 10, 15):
@@ -269,7 +274,8 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
                 await until(lambda step=step: step in buddy.kept(owner).steps())
                 await until(lambda step=step: own.copied and own.copied[-1][0] == step)
             cut(*first)
-        size = own.store.manifest(15).file_bytes
+        size = own.store.manifest(15).copy_bytes
+        assert size - own.store.manifest(15).file_bytes == (sum(map(len, TOKENIZER.values())) if owner == 0 else 0)
         assert own.copied == [(5, size), (10, size), (15, size)]
         shutil.rmtree(own.directory)
 
@@ -286,9 +292,44 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
             assert anew.store.newest_intact(3, report=print) == [15, 10]
         assert not anew.faults
         assert not buddy.faults
+        if owner == 0:
+            there = kept_tokenizer(anew.directory)
+            assert there
+            assert {path.name: path.read_bytes() for path in there.iterdir()} == TOKENIZER
 
     asyncio.run(story())
     assert not list(tmp_path.glob("*/.incoming*"))
+
+
+def test_a_copy_without_its_tokenizer_is_not_sent(tmp_path: Path) -> None:
+    """It was there when the state was written, and is another one by now."""
+
+    async def story() -> None:
+        upper, lower = pair(tmp_path)
+        keep_tokenizer(upper.directory, TOKENIZER)
+        upper.store.write(snapshot(5), generation=0, written_s=0)
+        keep_tokenizer(upper.directory, {**TOKENIZER, "tokenizer_config.json": b"{}"})
+        async with connected(upper, lower):
+            upper.copies.written(5)
+            await until(lambda: upper.faults)
+            assert "tokenizer is not what it was" in upper.faults[0]
+            upper.store.write(snapshot(10), generation=0, written_s=0)
+            upper.copies.written(10)
+            await until(lambda: lower.kept(0).steps() == [10])
+        assert not upper.refused
+        assert not lower.refused
+
+    asyncio.run(story())
+
+
+def test_a_tokenizer_that_was_damaged_on_the_way_is_not_kept(tmp_path: Path) -> None:
+    state, stage = tmp_path / "state", tmp_path / "stage-0"
+    wanted = {"tokenizer.json": Beside(bytes=3, sha256=hashlib.sha256(b"abc").hexdigest())}
+    for came in (b"abd", b"ab", b""):
+        state.write_bytes(came)
+        with state.open("rb") as source, pytest.raises(CheckpointError, match=r"tokenizer\.json, which came with"):
+            take_beside(source, wanted, stage)
+        assert not list(stage.iterdir())
 
 
 @pytest.mark.parametrize("part", [0, 1, 7, 19])

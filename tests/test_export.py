@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,7 +28,6 @@ from thinpipe.node.export import export as export_module
 from thinpipe.node.export import modeling_thinpipe
 from thinpipe.node.export.export import export_run
 from thinpipe.node.preparation import prepare_vocabulary
-from thinpipe.node.run_corpus import TOKENIZER
 from thinpipe.node.stage import Stage
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
@@ -423,8 +423,8 @@ def test_plain_says_what_the_boundaries_are_worth(tiny: TinyConfig, tmp_path: Pa
 
 
 def test_without_the_text_there_is_no_loss_and_a_model(tiny: TinyConfig, tiny_text: Path, tmp_path: Path) -> None:
-    """The tokenizer is beside the checkpoints and beside the records; where both are gone too, nothing can be made of
-    the ids."""
+    """The tokenizer is beside the checkpoints, or beside a neighbour's copies; where both are gone too, nothing can be
+    made of the ids."""
     (text := tmp_path / "text.txt").write_bytes(tiny_text.read_bytes())
     config = configure(tiny, "identity", **{"data.source": str(text), "pipeline.stages": 2})
     train(config, tmp_path / "run")
@@ -437,10 +437,12 @@ def test_without_the_text_there_is_no_loss_and_a_model(tiny: TinyConfig, tiny_te
     files = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("first", "second")]
     assert files[0] == files[1]
 
-    (kept := tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer").rename(tmp_path / "moved")
-    told([str(tmp_path / "run"), "--out", str(tmp_path / "of-records")])
-    assert (tmp_path / "of-records" / "tokenizer.json").read_bytes() == files[0]
-    (tmp_path / "run" / TOKENIZER).unlink()
+    copies = tmp_path / "run" / "checkpoints" / "copies" / "stage-0" / "tokenizer"
+    copies.parent.mkdir(parents=True)
+    (kept := tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer").rename(copies)
+    told([str(tmp_path / "run"), "--out", str(tmp_path / "of-copies")])
+    assert (tmp_path / "of-copies" / "tokenizer.json").read_bytes() == files[0]
+    copies.rename(tmp_path / "moved")
     line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "third")])
     assert "no such file or directory" in line
     moved = ["--set", f"data.tokenizer={tmp_path / 'moved'}"]
@@ -463,8 +465,7 @@ def test_the_tokenizer_is_the_runs_own_whatever_the_text_is_now(
         r"data\.source has changed: the run in .*run was trained on .*text\.txt, digest .*, here is .*; name the run's"
     )
     assert re.match(fault, second["held_out"]["reason"])
-    for path in (tmp_path / "run" / TOKENIZER, tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer"):
-        path.rename(tmp_path / path.name)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "stage-0" / "tokenizer")
     line = refused(["export", str(tmp_path / "run"), "--out", str(tmp_path / "third")])
     assert re.search(r"the tokenizer is not the run's: .* here, .* in the checkpoint after 4 steps", line)
 

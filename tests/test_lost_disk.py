@@ -74,8 +74,9 @@ class Machines:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [pytest.param(1, marks=pytest.mark.long), 2])  # whose buddy is below, and above
+@pytest.mark.parametrize("lost", [*(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 1)), 2])
 def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp_path: Path) -> None:
+    """Stage 0 uses the tokenizer that came with the copy, and makes none of its text."""
     undisturbed = run_reference(config, tmp_path / "reference")
     machines = Machines(config, tmp_path)
     with ExitStack() as stack:
@@ -96,6 +97,14 @@ def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp
     assert rollbacks[0]["source"] == "disk"
     assert rollbacks[0]["completed"] in (copied, copied - 5)
     assert rollbacks[0]["completed"] > 0
+    tokenizers = [machines.directory(0, names[0]) / "checkpoints/stage-0", machines.directory(1) / "checkpoints/copies"]
+    kept = [path.read_bytes() for each in tokenizers for path in sorted(each.glob("**/tokenizer*.json"))]
+    assert len(kept) == 4
+    assert kept[:2] == kept[2:]
+    if lost == 0:
+        begun, again = ((tmp_path / f"machine-0{name}.log").read_text() for name in ("", " again"))
+        assert "documents end with <|endoftext|> (a tokenizer trained on this text)" in begun
+        assert "documents end with <|endoftext|> (tokenizer_config.json)" in again
     buddy = lost + 1 if lost < STAGES - 1 else lost - 1
     links = machines.records(buddy, "end", names[buddy])[-1]["links"]
     assert sum(link["sent_bytes"].get("checkpoint_copy", 0) for link in links) > 0  # what came back, at least

@@ -53,6 +53,7 @@ def small(cls: type, attention: str = "sdpa", **changes: Any) -> Any:
     return config
 
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # which is what these ship with
 EXACT = {
     "llama": lambda: small(transformers.LlamaConfig),
     "llama eager": lambda: small(transformers.LlamaConfig, "eager"),
@@ -72,6 +73,10 @@ EXACT = {
     "nanochat": lambda: small(transformers.NanoChatConfig),  # its last norm is its first, too
     "gpt_neox": lambda: small(transformers.GPTNeoXConfig),  # other names for the same parts
     "gpt_neox in a row": lambda: small(transformers.GPTNeoXConfig, use_parallel_residual=False),
+    "gpt2": lambda: small(transformers.GPT2Config, **NO_DROPOUT),  # learned positions; matrices the other way round
+    "gpt2 scaled by layer": lambda: small(
+        transformers.GPT2Config, "eager", scale_attn_by_inverse_layer_idx=True, **NO_DROPOUT
+    ),
     "apertus": lambda: small(transformers.ApertusConfig),  # constants that only a constructor knows
 }
 
@@ -196,7 +201,11 @@ def test_the_check_tries_ends_without_a_layer(counts: list[int], monkeypatch: py
 
 
 UNSUPPORTED = [
-    (lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4), r"'gpt2' .*: it has no 'embed_tokens' to cut"),
+    (
+        lambda: transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4),
+        r"gpt2 has resid_pdrop = 0.1, embd_pdrop = 0.1, attn_pdrop = 0.1: .* set resid_pdrop and embd_pdrop and attn_p",
+    ),
+    (lambda: transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4), r"'bloom' .*: it has no 'embed_tokens' to"),
     (lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2), r"'mamba' .*: it has no 'embed_tokens'"),
     (lambda: transformers.RwkvConfig(hidden_size=32, num_hidden_layers=2), r"'rwkv' .*: it has no 'embed_tokens'"),
     (
@@ -231,7 +240,7 @@ UNSUPPORTED = [
     ids=[fault.split("'")[1:2][0] if "'" in fault else fault.split()[0] for _, fault in UNSUPPORTED],
 )
 def test_unsupported_architectures_are_refused_by_name(make: Any, fault: str) -> None:
-    """Whether it is supported at all is asked before what its settings say, such as GPT-2's dropout."""
+    """Whether it is supported at all is asked before what its settings say, such as BERT's dropout."""
     config = make()
     config._attn_implementation = config._attn_implementation or "eager"
     for act in (lambda: check_sliceable(config), lambda: build_all(config, 2)):

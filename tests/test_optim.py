@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from thinpipe.node.config_sections import OptimSection
+from thinpipe.node.model.transposed import mark_transposed
 from thinpipe.node.optim import (
     MissingGradient,
     NonFiniteGradient,
@@ -17,6 +18,7 @@ from thinpipe.node.optim import (
     is_hidden_matrix,
 )
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 SHAPES = {
     "embed_tokens.weight": (50, 16),
@@ -95,6 +97,23 @@ def test_muon_equals_torch_to_the_bit(weight_decay):
         reference.step()
     for (name, ours), other in zip(hidden(parameters), theirs, strict=True):
         assert torch.equal(ours, other), name
+
+
+def test_a_matrix_that_lies_the_other_way_round_moves_as_far():
+    """As GPT-2 keeps them: the same linear map takes the same step, however its matrix is stored."""
+    draw = torch.Generator().manual_seed(5)
+    weight, gradient = (torch.randn(48, 16, generator=draw, dtype=torch.float64) for _ in range(2))
+    own, other = nn.Parameter(weight.clone()), nn.Parameter(weight.mT.clone())
+    turned = Conv1D(48, 16)
+    turned.weight = other
+    mark_transposed(turned)
+    settings = OptimSection(muon_lr=0.02, msign_dtype="float64", **FLAT)
+    for parameter, grad in ((own, gradient), (other, gradient.mT)):
+        optimizer = StageOptimizer([("h.0.mlp.c_fc.weight", parameter)], settings, total_steps=10)
+        parameter.grad = grad.clone()
+        optimizer.step(0, tokens=1)
+    assert torch.allclose(own, other.mT, rtol=0, atol=1e-12)
+    assert (own - weight).square().mean().sqrt() > 1e-3
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

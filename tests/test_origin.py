@@ -16,11 +16,19 @@ from thinpipe.node.checkpoints.assemble import Assembled, assemble
 from thinpipe.node.codec_start import FILE
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.evaluating.chain import Chain
 from thinpipe.node.export.portable_model import plain_model
+from thinpipe.node.export.tokenizer_files import portable_tokenizer
 from thinpipe.node.model import ModelError
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.origin import begin_from
+from thinpipe.node.preparation import prepare_vocabulary
+from thinpipe.node.run_corpus import vocabulary_of_run
 from thinpipe.node.run_directory import START, hold_aside
+from thinpipe.node.training_loop import draw
+from thinpipe.protocol.messages import Kind
+from tokenizers.processors import TemplateProcessing
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from .cluster import run_cluster
@@ -31,10 +39,15 @@ from .real_faults import records
 from .test_convert import SMALL
 
 CODECS: dict[str, dict[str, Any]] = {
-    "mapl": {"codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,context=2,ce=4,ch=8"},
+    "mapl": {
+        "codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,context=2,ce=4,ch=8",
+        "codec.forward": "rvq:groups=2,codes=16,delta=robin/4",
+        "codec.backward": "rvq:groups=4,codes=8,levels=1,delta=drift/2,encoding=int8,hadamard=true",
+    },
     "resbm": {"codec.codec": "resbm:b=8,anchors=full"},
     "identity": {"codec.codec": "fp32"},
 }
+LEARNER = ("/counts", "/sums", "/updates")  # of a codebook
 
 
 @pytest.fixture(scope="module", params=CODECS)
@@ -70,19 +83,89 @@ def assert_weights(states: list[dict[str, torch.Tensor]], found: Assembled) -> N
 
 
 def test_it_begins_with_all_that_the_run_had_learned(trained: Path, tmp_path: Path) -> None:
-    """Weights, and what the codec knows at each boundary; no moments, and codebooks anew."""
+    """Weights, and what the codec knows at each boundary; no moments."""
     found = assemble(trained)
     config = begin_from(trained, {}).place(tmp_path / "new")
     states = began(config)
     assert_weights(states, found)
     for stage, (state, before) in enumerate(zip(states, found.snapshots, strict=True)):
         for name, tensor in before.tensors.items():
-            if name.startswith("weight/codec.") or name in ("codec/sender/master",) or "codec/tokens/" in name:
+            learned = name.startswith("weight/codec.") or name in ("codec/sender/master",) or "codec/tokens/" in name
+            if learned or name.endswith(LEARNER):
                 assert torch.equal(state[name], tensor), (stage, name)
         assert not any(tensor.any() for name, tensor in state.items() if name.startswith(("muon", "adamw")))
     assert (config.run.origin, config.run.steps) == (f"{trained} after 4 steps", 4)
     assert config.data.tokenizer == tmp_path / "new" / "tokenizer.json"
     assert (config.run.origin_codec != "") == (config.codec.codec != "fp32")
+
+
+def test_the_first_tensors_are_coded_as_the_run_would_have_coded_them(trained: Path, tmp_path: Path) -> None:
+    """So the new run's first loss is what the old run's evaluation gives for that text, to the last bit; the second
+    microbatch is coded with what the first one taught the codebook."""
+    found = assemble(trained)
+    config = begin_from(trained, {"optim.muon_lr": 0.003}).place(tmp_path / "new")
+    new, was = OneProcess(config).lanes[0], Chain(found, vocabulary_of_run(trained, found).tokenizer, begin_id=0)
+    for index in range(config.pipeline.stages):
+        new._forward(index, 0, 0, Kind.ACTIVATION)
+    ids_BS = draw(new.corpus, config, Kind.ACTIVATION, 0, 0)
+    logits = was.rounded_logits(ids_BS, 0)
+    targets = torch.from_numpy(ids_BS[:, 1:].astype("int64"))
+    wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert new.stages[-1].losses[0] == wanted.item()
+
+
+def test_other_byte_formats_begin_their_codebooks_anew(tiny: TinyConfig, tmp_path: Path) -> None:
+    config = tiny(SMALL | CODECS["mapl"] | {"run.steps": 2})
+    run_cluster(config, tmp_path / "run", [], hurry=True)
+    (tmp_path / "run" / "run.toml").write_text(dump_config(config))
+
+    def begun(number: int, **given: Any) -> tuple[list[str], list[dict[str, torch.Tensor]]]:
+        settings = {f"codec.{direction}": spec for direction, spec in given.items()}
+        origin = begin_from(tmp_path / "run", settings | {"pipeline.microbatches": 1})
+        states = began(origin.place(tmp_path / f"{number}"))
+        return [line for line in origin.boundary_lines() if "codebooks" in line], states
+
+    anew = "begin untrained: their byte format is another than that of"
+    lines, states = begun(0, forward="rvq:groups=2,codes=32")
+    assert lines == [f"codebooks of activations {anew} {tmp_path / 'run'}"]
+    assert not any("activation_codebook" in name for name in states[0])
+    assert "codec/gradient_codebook_above/counts" in states[1]
+    # rotated vectors are other vectors; what none packs needs no word
+    lines, states = begun(1, forward="int4", backward="rvq:groups=4,codes=8,levels=1")
+    assert lines == [f"codebooks of gradients {anew} {tmp_path / 'run'}"]
+    # how it goes on learning, and how it is sent, may be another way; and tensors may be larger
+    lines, states = begun(2, forward="rvq:groups=2,codes=16,delta=full,decay=0.9,scale=log4")
+    assert lines == []
+    before = assemble(tmp_path / "run").boundaries[0].codebooks["activations"]
+    own = {name: states[0][f"codec/activation_codebook_below/{name}"] for name in ("counts", "sums")}
+    assert torch.equal(own["counts"], 2 * before["counts"])  # a microbatch is twice as large
+    assert torch.equal(own["sums"], 2 * before["sums"])
+
+
+def test_what_a_tokenizer_adds_by_itself_is_not_what_weights_know(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Of a run from random weights, the next one's export would otherwise begin each text with a token that no training
+    ever saw."""
+    raw = prepare_vocabulary(tiny()).tokenizer
+    raw.add_special_tokens(["<s>"])
+    raw.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", raw.token_to_id("<s>"))])  # pyright: ignore[reportAttributeAccessIssue]
+    raw.save(str(tmp_path / "mine.json"))
+    given = {"data.tokenizer": str(tmp_path / "mine.json"), "model.vocab_size": None, "run.steps": 2}
+    config = tiny(SMALL | CODECS["identity"] | given)
+    run_cluster(config, tmp_path / "run", [], hurry=True)
+    (tmp_path / "run" / "run.toml").write_text(dump_config(config))
+    text, source = "def alpha(x):", tmp_path / "run"
+    plain = raw.encode(text, add_special_tokens=False).ids
+    assert raw.encode(text).ids != plain
+    for name in ("second", "third"):
+        origin = begin_from(source, {})
+        assert origin.lines == []
+        new = origin.place(tmp_path / name / START)
+        run_cluster(new, tmp_path / name, [], hurry=True)
+        source = tmp_path / name
+        (source / "run.toml").write_text(dump_config(new))
+        found = assemble(source)
+        words = portable_tokenizer(vocabulary_of_run(source, found), found.config, longest=None)
+        assert words(text)["input_ids"] == plain, name
 
 
 def test_a_whole_run_toml_asks_for_nothing_else(trained: Path) -> None:
@@ -266,7 +349,7 @@ def test_what_a_killed_command_left_is_swept(run: Path, tmp_path: Path) -> None:
 def test_another_tokenizer_is_warned_of_and_must_fit(run: Path, tmp_path: Path) -> None:
     own = begin_from(run, {}).tokenizer
     assert own
-    tree = json.loads(own.read_text())
+    tree = json.loads(own.content)
     other, large = tmp_path / "other.json", tmp_path / "large.json"
     other.write_text(json.dumps(tree))
     tree["model"]["vocab"]["<|endoftext|>"] = tree["added_tokens"][0]["id"] = 600

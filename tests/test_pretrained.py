@@ -23,7 +23,9 @@ from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import check_settings, prepare, resolve_architecture
 from typer.testing import CliRunner
 
+from .cluster import run_cluster
 from .conftest import TinyConfig
+from .in_memory import run_reference
 from .published import SHAPES, SIZES, VOCABULARY, save, tokenizer
 
 EXACT: dict[str, Any] = {"codec.codec": "fp32", "pipeline.stages": 2, "run.steps": 2, "model.pretrained": True}
@@ -75,6 +77,22 @@ def test_a_published_directory_trains_in_a_swarm(llama: Path, tiny: TinyConfig, 
     assert [stage["state_sha256"] for stage in ended[0]["stages"]] == [
         stage["state_sha256"] for stage in ended[1]["stages"]
     ]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+def test_gpt2_in_a_swarm_has_the_bits_of_one_process(schedule: str, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Its positions are the first stage's, its matrices lie the other way round, and no weight gradient can wait."""
+    save(tmp_path / "model", SHAPES["gpt2"]())
+    given = {"codec.codec": "mapl:r=8", "pipeline.stages": 3, "pipeline.schedule": schedule, "run.steps": 3}
+    config = coming_in(tiny, tmp_path / "model", **given)
+    ended = run_cluster(config, tmp_path / "swarm", [], hurry=True)
+    reference = run_reference(config, tmp_path / "one")
+    assert ended.losses == reference.losses
+    assert ended.state_sha256 == reference.state_sha256
+    stages = [prepare(config, index)[0].model for index in range(3)]
+    named = [[name for name, _ in stage.full_names()] for stage in stages]
+    assert [sum("wpe" in name for name in of_stage) for of_stage in named] == [1, 0, 0]
+    assert [name for name in named[1] if name.endswith("c_fc.weight")] == ["transformer.h.2.mlp.c_fc.weight"]
 
 
 def test_either_end_of_a_tied_pair_is_enough(tiny: TinyConfig, tmp_path: Path) -> None:
@@ -176,9 +194,9 @@ def test_random_weights_need_no_plain_checkpoint(llama: Path, tiny: TinyConfig) 
 
 EARLY = [
     (
-        {"model_type": "gpt2", "n_embd": 32, "n_head": 4},
+        {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 4},
         [],
-        r"architecture 'gpt2' is not supported: it has no 'embed_tokens'",
+        r"gpt2 has resid_pdrop = 0.1, embd_pdrop = 0.1, attn_pdrop = 0.1: dropout draws differently",
     ),
     ({"model_type": "mamba", "hidden_size": 32}, [], r"architecture 'mamba' is not supported"),
     ({"model_type": "t5"}, [], r"architecture 't5' is not supported: transformers has no text decoder for it"),

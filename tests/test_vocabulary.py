@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from thinpipe.node.config_file import merge, parse_config
-from thinpipe.node.data import DataError, copy_tokenizer, vocabulary_size
+from thinpipe.node.data import DataError, vocabulary_size
 from thinpipe.node.data.vocabulary import read_vocabulary
 from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from tokenizers import Tokenizer, models
@@ -204,11 +204,16 @@ def test_nothing_is_dropped_by_a_tokenizer_of_bytes(tmp_path):
 def test_a_copy_ends_documents_with_the_same_token(tmp_path):
     source = save(tmp_path / "model", byte_level(), config={"eos_token_id": 1}, tokenizer_config={"bos_token": "</s>"})
     (tmp_path / "copy").mkdir()
-    copy_tokenizer(source / "tokenizer.json", tmp_path / "copy")
+
+    def copy(path):
+        for name, content in read_vocabulary(path).files().items():
+            (tmp_path / "copy" / name).write_bytes(content)
+
+    copy(source / "tokenizer.json")
     copied = read_vocabulary(tmp_path / "copy")
     assert (copied.end_token, copied.end_said_by) == ("<|eos|>", "tokenizer_config.json")
     assert json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())["bos_token"] == "</s>"
     # beside a file of another name lie settings of others
     mine = (source / "tokenizer.json").rename(source / "mine.json")
-    copy_tokenizer(mine, tmp_path / "copy")
+    copy(mine)
     assert read_vocabulary(tmp_path / "copy").end_token == "<|endoftext|>"

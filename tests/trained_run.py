@@ -12,9 +12,8 @@ from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
-from thinpipe.node.data import copy_tokenizer
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.preparation import prepare_vocabulary, resolve_architecture, state_digest
+from thinpipe.node.preparation import resolve_architecture, state_digest
 from thinpipe.node.run_corpus import open_run_corpus
 from thinpipe.node.run_lanes import of_lane
 from thinpipe.node.stage import Stage
@@ -45,10 +44,9 @@ def write_checkpoints(config: RunConfig, out: Path, stages: Sequence[Stage], lan
         digest = state_digest(config, architecture, stage.token_table_digest)
         fingerprint = Fingerprint(run=config.run.name, configuration=digest, stages=len(stages))
         if stage.first and text.record:
+            keep_tokenizer(own.checkpoint.path(place), text.corpus.tokenizer_files)
             fingerprint = replace(fingerprint, corpus=text.record.corpus, tokenizer=text.record.tokenizer)
         store = CheckpointStore(own.checkpoint.path(place), stage=stage.index, fingerprint=fingerprint)
-        if stage.first:
-            keep_tokenizer(store, lambda to: copy_tokenizer(prepare_vocabulary(config).path, to), anew=True)
         store.write(stage.snapshot(), generation=0, written_s=0)
 
 

@@ -54,6 +54,12 @@ class CodebookOwner(TableOwner):
         super().__init__(table, generation=0, seed=seed, boundary=boundary, dtype=torch.float32, device=device)
         self._format, self._shape, self._microbatches = fmt, shape, microbatches
 
+    def learned_before(self, state: Mapping[str, Tensor], shipped: Tensor, *, times: float) -> None:
+        """Begin with what an earlier run had learned, and had shipped, in a format that has the same table. times: how
+        many times as many tokens a microbatch has now. Raises CodecError for a state that is none."""
+        self._format.load_state_tensors(self._format.for_tensors_of(state, times))
+        self.begin_with(shipped)
+
     def pack(self, z: Tensor, key: Key, *, training: bool) -> Packed:
         """Raises CodecError for a value that must not be sent."""
         fmt, change, has_started = self._format, b"", self._format.has_started

@@ -83,6 +83,11 @@ class BoundaryShape:
         return (self.microbatch_size, self.sequence_length, self.wire_width)
 
     @property
+    def tokens(self) -> int:
+        """Of one microbatch."""
+        return self.microbatch_size * self.sequence_length
+
+    @property
     def token_id_bits(self) -> int:
         return bit_width(self.vocab_size)
 
@@ -231,7 +236,7 @@ class DownstreamEndpoint(_Endpoint):
     def __init__(self, shape: BoundaryShape, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(shape, dtype=dtype, device=device)
         self.table = _table_end(TableOwner, shape, device)
-        self._activations = shape.codebook_owner(shape.forward, device)
+        self._activations = self.codebook = shape.codebook_owner(shape.forward, device)
         self._gradients = shape.codebook_replica(shape.backward, device)
         self._own(
             table_below=self.table,
@@ -277,7 +282,7 @@ class UpstreamEndpoint(_Endpoint):
         super().__init__(shape, dtype=dtype, device=device)
         self.table = _table_end(TableReplica, shape, device)
         self._activations = shape.codebook_replica(shape.forward, device)
-        self._gradients = shape.codebook_owner(shape.backward, device)
+        self._gradients = self.codebook = shape.codebook_owner(shape.backward, device)
         self._own(
             table_above=self.table,
             activation_codebook_above=self._activations,

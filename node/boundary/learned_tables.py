@@ -84,6 +84,12 @@ class TableOwner:
         self._publisher = Publisher(self.spec, generation)
         self._coder = GradientCoder(table, seed=seed, boundary=boundary, dtype=dtype)
         self._device = device
+        self._first: np.ndarray | None = None  # to be published first, in the place of the master
+
+    def begin_with(self, table: Tensor) -> None:
+        """Have the other end begin with `table` (entries, width), which an earlier run had shipped, and not with what
+        the master is by now: then the first tensor is coded as that run would have coded it."""
+        self._first = table.to("cpu", torch.float64 if self.spec.dtype == "float64" else torch.float32).numpy().copy()
 
     @property
     def has_started(self) -> bool:
@@ -106,7 +112,8 @@ class TableOwner:
         end will have it; None where the table rests."""
         if not change_due(self.table, step, microbatch, has_started=self.has_started):
             return None
-        delta = self._publisher.publish(master.cpu().numpy(), step=step, microbatch=microbatch, entries=entries)
+        whole = master.cpu().numpy() if self._first is None or self.has_started else self._first
+        delta = self._publisher.publish(whole, step=step, microbatch=microbatch, entries=entries)
         return encode_delta(delta), on_device(self._publisher.shipped, self._device)
 
     @property
@@ -146,6 +153,7 @@ class TableOwner:
         del tensors
         generation = max(self._publisher.generation, held.version.generation if held else 0)
         self._publisher, _ = republished(self.spec, generation, held)
+        self._first = None
         return None if held is None else on_device(held.table, self._device)
 
 

@@ -24,7 +24,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -36,14 +36,15 @@ from ..preparation import resolve_architecture, state_digest
 from ..run_directory import with_start
 from ..stage_state import StageSnapshot
 from .kept_tokenizer import kept_tokenizer
-from .manifest import CheckpointError, Fingerprint
-from .store import COPIES, CheckpointStore
+from .manifest import COPIES, CheckpointError, Fingerprint
+from .store import CheckpointStore
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _WEIGHT, _CODEC, _ROUNDS = "weight/", "codec/", "lanes/"  # of rounds: each stage's own, and no part of the model
 _STEPS_LISTED = 5
+Codebook = Literal["activations", "gradients"]
 
 
 class AssembleError(CheckpointError):
@@ -57,6 +58,8 @@ class BoundaryState:
     table: the learned table (entries, width) that both ends compute with, as it was shipped last; for MAPL the
     projector (D, R). None where the codec has none. master: what its owner has learned since (None: no table).
     sender, receiver: the parameters of the two halves, by their names in `Codec.encoder` and `Codec.decoder`.
+    codebooks: of the byte formats of both directions, where they have one and it was shipped: what its owner has
+        learned (`ByteFormat.state_tensors`), and beside it "shipped", which both ends code with.
     """
 
     boundary: int
@@ -64,6 +67,7 @@ class BoundaryState:
     master: Tensor | None
     sender: dict[str, Tensor]
     receiver: dict[str, Tensor]
+    codebooks: dict[Codebook, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -113,8 +117,11 @@ def assemble(
     DataError for a run.toml, a model or a tokenizer that cannot be read.
     """
     config = with_start(config or load_config(run / "run.toml"), run)
-    architecture = resolve_architecture(config)
     directory = config.checkpoint.path(run)
+    tokenizer = kept_tokenizer(directory)
+    if tokenizer and config.data.tokenizer:  # what is named may be gone, or be another one by now
+        config = config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": tokenizer})})
+    architecture = resolve_architecture(config)
     fingerprint = Fingerprint(run=config.run.name, configuration=None, stages=config.pipeline.stages)
     held = [_held(directory, stage, fingerprint) for stage in range(config.pipeline.stages)]
     _check_present(directory, held, step)
@@ -131,7 +138,7 @@ def assemble(
             say(str(error))
             continue
         head = stores[0].manifest(completed)
-        found = _joined(config, architecture, [snapshot for _, snapshot in loaded], kept_tokenizer(directory))
+        found = _joined(config, architecture, [snapshot for _, snapshot in loaded], tokenizer)
         return replace(found, text=(head.corpus, head.tokenizer))
     raise AssertionError("unreachable: `common` is not empty")
 
@@ -267,7 +274,17 @@ def _boundary(boundary: int, above: StageSnapshot, below: StageSnapshot) -> Boun
         master=master,
         sender=_under(above, f"{_WEIGHT}codec.boundary_{boundary}.sender."),
         receiver=_under(below, f"{_WEIGHT}codec.boundary_{boundary}.receiver."),
+        codebooks={
+            "activations": _codebook(above, "activation_codebook_below"),
+            "gradients": _codebook(below, "gradient_codebook_above"),
+        },
     )
+
+
+def _codebook(owner: StageSnapshot, name: str) -> dict[str, Tensor]:
+    held = _under(owner, f"{_CODEC}{name}/")
+    held.pop("version", None)
+    return held if "shipped" in held else {}  # not of a boundary that was made by a conversion and not used yet
 
 
 def _under(snapshot: StageSnapshot, prefix: str) -> dict[str, Tensor]:

@@ -12,10 +12,8 @@ own, so what is written has been restored once. One stage is in memory at a time
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from ..stage_costs import stage_layers
 from ..stage_state import StageSnapshot
 from .assemble import Assembled
 from .kept_boundaries import KeptBoundaries, kept_boundaries
-from .kept_tokenizer import keep_tokenizer
+from .kept_tokenizer import keep_tokenizer, read_kept
 from .manifest import CheckpointError, Fingerprint
 from .store import CheckpointStore
 
@@ -80,9 +78,9 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
             run=config.run.name, stages=len(new), configuration=written, corpus=corpus, tokenizer=tokenizer
         )
         store = CheckpointStore(config.checkpoint.path(out), stage=index, fingerprint=fingerprint)
-        store.write(snapshot, generation=generation, written_s=written_s)
         if index == 0 and found.tokenizer:
-            keep_tokenizer(store, partial(shutil.copytree, found.tokenizer, dirs_exist_ok=True), anew=True)
+            keep_tokenizer(config.checkpoint.path(out), read_kept(found.tokenizer))
+        store.write(snapshot, generation=generation, written_s=written_s)
     try:
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:

@@ -3,12 +3,13 @@
 It outlives connections, so the next one continues where the last one broke. `CopyReceiver` writes to the disk, so its
 methods belong on a thread. A job whose connection is gone may still run in its thread; a lock keeps it apart from those
 of the next connection. Each offer gets a `Receiving` of its own, which gives the right to write: an earlier one is
-void.
+void. What goes with a state (`Manifest.beside`) comes first, and only where it is not here already.
 """
 
 from __future__ import annotations
 
 import asyncio
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import IO
 from ...protocol.control_messages import CopyOffer, CopyPart
 from ...protocol.copy_transfer import Receiving
 from .durable_files import incoming_path, make
+from .kept_tokenizer import beside, take_beside
 from .manifest import CheckpointError, Manifest, parse_manifest
 from .store import CheckpointStore
 
@@ -27,8 +29,15 @@ class _Arrival:
     manifest: Manifest
     path: Path
     file: IO[bytes]
+    beside: IO[bytes]  # what comes before the state, and has a place of its own
     state: Receiving
-    written: int = 0  # bytes
+    written: int  # bytes, of both
+
+    def write(self, data: bytes) -> None:
+        before = max(0, self.manifest.beside_bytes - self.written)
+        self.beside.write(data[:before])
+        self.file.write(data[before:])
+        self.written += len(data)
 
 
 class CopyReceiver:
@@ -64,12 +73,14 @@ class CopyReceiver:
                 raise CheckpointError("this node is about to end")
             present = self._arrival
             if present and present.manifest == manifest:
-                present.state = Receiving(size=manifest.file_bytes, offset=present.written)
+                present.state = Receiving(size=manifest.copy_bytes, offset=present.written)
                 return present.state
             self._drop()
             make(self._path.parent)
-            file, state = self._path.open("wb"), Receiving(size=manifest.file_bytes)
-            self._arrival = _Arrival(manifest, self._path, file, state)
+            have = manifest.beside_bytes if beside(self._store.directory) == manifest.beside else 0
+            state = Receiving(size=manifest.copy_bytes, offset=have)
+            aside = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 (closed with the arrival)
+            self._arrival = _Arrival(manifest, self._path, self._path.open("wb"), aside, state, have)
             return state
 
     def write(self, state: Receiving, parts: list[bytes]) -> int | None:
@@ -81,11 +92,10 @@ class CopyReceiver:
                 return None
             try:
                 for data in parts:
-                    arrival.file.write(data)
+                    arrival.write(data)
             except OSError:
                 self._drop()
                 raise
-            arrival.written += sum(map(len, parts))
             return arrival.written
 
     def complete(self) -> int | None:
@@ -93,10 +103,13 @@ class CopyReceiver:
         CheckpointError for one that is damaged."""
         with self._lock:
             arrival = self._arrival
-            if arrival is None or arrival.written != arrival.manifest.file_bytes:
+            if arrival is None or arrival.written != arrival.manifest.copy_bytes:
                 return None
             try:
                 arrival.file.close()  # here a full disk may show
+                if arrival.beside.tell():
+                    arrival.beside.seek(0)
+                    take_beside(arrival.beside, arrival.manifest.beside, self._store.directory)
                 self._store.adopt(arrival.manifest, arrival.path, supersede=self._supersede)
             finally:
                 self._drop()
@@ -117,6 +130,7 @@ class CopyReceiver:
         arrival, self._arrival = self._arrival, None
         if arrival:
             try:
+                arrival.beside.close()
                 arrival.file.close()
             finally:
                 arrival.path.unlink(missing_ok=True)

@@ -2,13 +2,17 @@
 
 The parts that may leave together are read from the disk in one job on a thread, since passing a job there and back
 costs more than reading; each then leaves when the link has nothing else to do. Sent parts are not kept: what is
-lost with a connection is read again.
+lost with a connection is read again. What goes with a copy (`Manifest.beside`) comes before the state, as if all were
+one file, so that who has it from an earlier copy can begin behind it.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import IO
 
 from ...protocol.control_messages import CopyDeclined, CopyFrame, CopyOffer, CopyPart
@@ -16,7 +20,8 @@ from ...protocol.copy_transfer import Sending
 from ...protocol.header import printable
 from ...protocol.rollback_actions import Side
 from .copy_store import CopySession
-from .manifest import CheckpointError
+from .kept_tokenizer import TOKENIZER, beside
+from .manifest import CheckpointError, Manifest
 from .store import STATE, CheckpointStore
 
 Say = Callable[[Side, CopyFrame], Awaitable[None]]
@@ -37,13 +42,14 @@ class CopySender:
         stage = store.stage
         try:
             manifest = await asyncio.to_thread(store.verify if verify else store.manifest, completed)
-            with (store.path(completed) / STATE).open("rb") as file:
-                sending = Sending(size=manifest.file_bytes, part_bytes=self._part_bytes, parts_ahead=self._parts_ahead)
+            with ExitStack() as held:
+                files = [held.enter_context(path.open("rb")) for path in _sources(store, manifest)]
+                sending = Sending(size=manifest.copy_bytes, part_bytes=self._part_bytes, parts_ahead=self._parts_ahead)
                 session.outgoing[stage] = (completed, sending)
                 await self._say(side, CopyOffer(stage=stage, completed_steps=completed, manifest=manifest.rendered()))
                 while session.under_way(stage, completed):
                     if parts := sending.next():
-                        await self._send_parts(side, session, stage, completed, file, parts)
+                        await self._send_parts(side, session, stage, completed, files, parts)
                     else:
                         session.moved.clear()
                         await session.moved.wait()
@@ -61,21 +67,36 @@ class CopySender:
         session: CopySession,
         stage: int,
         completed: int,
-        file: IO[bytes],
+        files: Sequence[IO[bytes]],
         parts: list[tuple[int, int]],
     ) -> None:
-        datas = await asyncio.to_thread(_read, file, parts)
+        datas = await asyncio.to_thread(_read, files, parts)
         for (offset, _), data in zip(parts, datas, strict=True):
             if not session.under_way(stage, completed):  # declined meanwhile, or not wanted any more
                 return
             await self._say(side, CopyPart(stage=stage, completed_steps=completed, offset=offset, data=data))
 
 
-def _read(file: IO[bytes], parts: list[tuple[int, int]]) -> list[bytes]:
+def _sources(store: CheckpointStore, manifest: Manifest) -> list[Path]:
+    """The files of a copy, one behind the other. Raises CheckpointError where what goes with it is another one."""
+    if beside(store.directory) != manifest.beside:
+        raise CheckpointError(f"{store.directory / TOKENIZER} is not what it was when that was written")
+    here = [store.directory / TOKENIZER / name for name in manifest.beside]
+    return [*here, store.path(manifest.completed) / STATE]
+
+
+def _read(files: Sequence[IO[bytes]], parts: list[tuple[int, int]]) -> list[bytes]:
+    """Of the files as if they were one."""
+    sizes = [os.fstat(file.fileno()).st_size for file in files]
     datas = []
     for offset, length in parts:
-        file.seek(offset)
-        datas.append(file.read(length))
-        if len(datas[-1]) != length:
-            raise OSError(f"{file.name} ends at byte {offset + len(datas[-1])}")
+        data, begin = b"", offset
+        for file, size in zip(files, sizes, strict=True):
+            if begin < size and len(data) < length:
+                file.seek(begin)
+                data += file.read(length - len(data))
+            begin = max(0, begin - size)
+        if len(data) != length:
+            raise OSError(f"{files[-1].name} ends at byte {offset + len(data)} of the copy")
+        datas.append(data)
     return datas

@@ -9,8 +9,8 @@ from ...protocol.control_messages import CopyFrame
 from ...protocol.copy_transfer import PARTS_AHEAD_MOST, Sending
 from ...protocol.rollback import STEPS_LISTED_MAX
 from .copy_receiver import CopyReceiver, Incoming
-from .manifest import CheckpointError, Manifest
-from .store import COPIES, CheckpointStore
+from .manifest import COPIES, CheckpointError, Manifest
+from .store import CheckpointStore
 
 QUEUED_MAX = PARTS_AHEAD_MOST + 16  # frames from one neighbour that wait for the disk
 
@@ -28,9 +28,9 @@ class CopyStore:
         self.receiver = CopyReceiver(self.store, check=self._check, supersede=True, directory=directory)
 
     def _check(self, manifest: Manifest) -> None:
-        if manifest.file_bytes > self._bytes_max:
+        if manifest.copy_bytes > self._bytes_max:
             raise CheckpointError(
-                f"it has {manifest.file_bytes} bytes, checkpoint.copy_bytes_max there is {self._bytes_max}"
+                f"it has {manifest.copy_bytes} bytes, checkpoint.copy_bytes_max there is {self._bytes_max}"
             )
 
     def steps(self) -> tuple[int, ...]:

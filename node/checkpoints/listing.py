@@ -12,8 +12,8 @@ from typing import Any
 
 from rich.table import Table
 
-from .manifest import CheckpointError, Fingerprint
-from .store import COPIES, CheckpointStore
+from .manifest import COPIES, CheckpointError, Fingerprint
+from .store import CheckpointStore
 
 
 def list_checkpoints(directory: Path, *, run: str, stages: int, thorough: bool) -> list[dict[str, Any]]:

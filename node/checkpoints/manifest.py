@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
+COPIES = "copies"  # of neighbours' checkpoints, a directory beside those of this machine's stages
 MANIFEST_BYTES_MAX = 64 * 1024  # what is written takes about 1.5 KB
 _LINE_CHARACTERS_MAX = 1500
 _FAULTS_LISTED_MAX = 100  # the list of all that is wrong with a file of this size would take a hundred times as much
@@ -37,6 +38,7 @@ DictionaryName = Literal[
     "gradient_codebook_above",
     "gradient_codebook_below",
 ]
+BesideName = Literal["tokenizer.json", "tokenizer_config.json"]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -78,6 +80,13 @@ class _Dictionary(_Strict):
     digest: str = Field(pattern=r"^[0-9a-f]{0,128}$")
 
 
+class Beside(_Strict):
+    """A file that is kept once beside all checkpoints of a stage, and goes with each copy of one."""
+
+    bytes: Count
+    sha256: Sha256
+
+
 class Manifest(_Strict):
     """manifest.json: whose state it is, after which step, and what its file must be."""
 
@@ -91,12 +100,22 @@ class Manifest(_Strict):
     generation: Annotated[int, Field(ge=0, lt=2**64)]  # of the run, when it was written
     corpus: str = Field(pattern=r"^([0-9a-f]{64})?$")  # of stage 0 alone: digests of what it trains on
     tokenizer: str = Field(pattern=r"^([0-9a-f]{64})?$")
+    beside: dict[BesideName, Beside]  # of stage 0 alone: its tokenizer (`kept_tokenizer.py`), first in a copy
     dictionaries: dict[DictionaryName, _Dictionary]
     file_bytes: Count
     file_sha256: Sha256
     torch: str = Field(max_length=100)  # the bits that follow are the same under the same version only
     written_s: Count  # seconds since 1970; for people
     manifest_sha256: Sha256  # of all above
+
+    @property
+    def beside_bytes(self) -> int:
+        return sum(file.bytes for file in self.beside.values())
+
+    @property
+    def copy_bytes(self) -> int:
+        """Of a copy on its way: what goes with it, and then the file."""
+        return self.beside_bytes + self.file_bytes
 
     def rendered(self) -> bytes:
         """The one spelling that is read."""

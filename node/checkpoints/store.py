@@ -2,6 +2,7 @@
 
     <directory>/stage-<i>/step-<completed, 8 digits>/state.safetensors    all tensors of `Stage.snapshot`
                                                      manifest.json        whose it is, after which step, digests
+    <directory>/stage-0/tokenizer/                                        once for all (`kept_tokenizer.py`)
 
 A checkpoint is written into a temporary sibling, files and directories are flushed to the disk (fsync), and then the
 directory is renamed: a name that can be listed is a checkpoint that was complete. What the disk does to it later shows
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from .durable_files import another_writes, make, remove, sync_directory, temporary_name
+from .kept_tokenizer import beside
 from .manifest import (
     MANIFEST,
     NOTES,
@@ -47,7 +49,6 @@ if TYPE_CHECKING:
     from ..stage_state import StageSnapshot
 
 STATE = "state.safetensors"
-COPIES = "copies"  # of neighbours' checkpoints, a directory beside those of this machine's stages
 HELD_TIMES = 4  # times `keep`: more than so many are not held for copies that fall behind
 KEEP_MIN = 3  # neighbours are a checkpoint apart at most, and the newest may be damaged
 
@@ -275,6 +276,7 @@ class CheckpointStore:
                 "generation": generation,
                 "corpus": self.fingerprint.corpus,
                 "tokenizer": self.fingerprint.tokenizer,
+                "beside": {name: file.model_dump() for name, file in beside(self.directory).items()},
                 "dictionaries": snapshot.dictionaries,
                 "file_bytes": path.stat().st_size,
                 "file_sha256": digest,

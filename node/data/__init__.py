@@ -27,7 +27,7 @@ from .preparing import Preparing, silently
 from .readers import whole_documents
 from .streamed import open_stream, stream_documents, stream_vocabulary
 from .tokens import load_vocabulary, tokenize_once, wanted_vocabulary
-from .vocabulary import Vocabulary, copy_tokenizer, dropped_line, read_vocabulary
+from .vocabulary import Vocabulary, dropped_line, read_vocabulary
 
 __all__ = [
     "Corpus",
@@ -36,7 +36,6 @@ __all__ = [
     "SourceLost",
     "Vocabulary",
     "check_source",
-    "copy_tokenizer",
     "open_corpus",
     "open_documents",
     "open_vocabulary",
@@ -82,8 +81,7 @@ def open_corpus(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
         sequence_length=settings.sequence_length,
         heldout_sequences=settings.heldout_sequences,
     )
-    corpus.tokenizer_json = vocabulary.content
-    corpus.tokenizer = vocabulary.path
+    corpus.tokenizer_files = vocabulary.files()
     corpus.found, corpus.line = found, found.line(source.name, vocabulary.end_token, vocabulary.end_said_by)
     dropped = dropped_line(vocabulary.name, found.dropped, found.characters, found.first_dropped)
     corpus.warnings = tuple(filter(None, (source.remark, dropped)))

@@ -14,8 +14,9 @@ replacement, which needs no order at all? A third of the corpus would be missed 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -35,16 +36,15 @@ class Corpus(ABC):
 
     `name` is for people. `digest` is over what determines the token sequence: source and tokenizer, not the seed.
     `position` is the step that was asked for last, or sought. What its text holds is in `found`, where that is known,
-    and for people in `line`; `warnings` are what they should know before they train on it. `tokenizer` is the file
-    with which it was coded, if it was; `tokenizer_json`: its content.
+    and for people in `line`; `warnings` are what they should know before they train on it. `tokenizer_files` are those
+    of the tokenizer with which it was coded, if it was (`Vocabulary.files`).
     """
 
     draws_slowly = False  # whether `batch` may wait for something
-    tokenizer: Path | None = None
     found: Found | None = None
     line: str = ""
     warnings: tuple[str, ...] = ()
-    tokenizer_json: bytes = b""
+    tokenizer_files: Mapping[str, bytes] = MappingProxyType({})
 
     def __init__(self, heldout: np.ndarray, *, name: str, digest: str, sequence_length: int, heldout_sequences: int):
         self.name = name

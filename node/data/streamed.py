@@ -65,7 +65,6 @@ def open_stream(settings: DataSection, *, vocab_size: int, seed: int, report: Pr
     corpus = StreamedCorpus(
         stream, vocabulary, settings, digest=digest, seed=seed, directory=directory, version=version, report=report
     )
-    corpus.tokenizer_json = vocabulary.content
     corpus.known = known_ids(vocabulary.tokenizer, vocabulary.size, vocabulary.end_id, vocab_size)
     return corpus
 
@@ -185,7 +184,7 @@ class StreamedCorpus(Corpus):
             sequence_length=length,
             heldout_sequences=settings.heldout_sequences,
         )
-        self.tokenizer = vocabulary.path
+        self.tokenizer_files = vocabulary.files()
         # the state's layout belongs to the version of what wrote it
         key = content_key("blocks", digest, length, version, _BLOCK_DOCUMENTS, _BLOCK_CHARACTERS)
         self._list = directory / f"blocks-{key[:32]}.jsonl"

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,8 @@ _CHARACTERS_SHOWN = 8
 class Vocabulary:
     """A tokenizer, the number of ids that it needs, the id that ends a document, and the digest of what both are from.
 
-    path: of the tokenizer.json, and its content. name: for people. end_said_by: which file names the end of a document,
-    or "its name".
+    path: of the tokenizer.json, and its content. said: what tokenizer_config.json beside it says. name: for people.
+    end_said_by: which file names the end of a document, or "its name".
     """
 
     tokenizer: Tokenizer
@@ -56,6 +55,7 @@ class Vocabulary:
     digest: str
     path: Path = Path("tokenizer.json")
     content: bytes = b""
+    said: dict[str, Any] = field(default_factory=dict)
     name: str = "the tokenizer"
     end_said_by: str = "its name"
     _spelled: dict[str, bool] = field(default_factory=dict)  # characters that were tried: False: dropped
@@ -67,6 +67,22 @@ class Vocabulary:
     @property
     def end_token(self) -> str:
         return self.tokenizer.id_to_token(self.end_id) or str(self.end_id)
+
+    def files(self) -> dict[str, bytes]:
+        """All that makes it the same tokenizer, with the same end of a document, in another directory: its files there,
+        by name."""
+        told = json.dumps({**self.said, "eos_token": self.end_token}, indent=2) + "\n"
+        return {"tokenizer.json": self.content, "tokenizer_config.json": told.encode()}
+
+    def bare(self) -> Vocabulary:
+        """The same without the tokens that it would put around a text by itself: for a model that has never seen them,
+        because it was trained on ids of `encode` alone."""
+        if self.tokenizer.encode("a").ids == self.tokenizer.encode("a", add_special_tokens=False).ids:
+            return self
+        tokenizer = _opened(self.content)
+        tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+        content = tokenizer.to_str(pretty=True).encode()
+        return replace(self, tokenizer=tokenizer, content=content, digest=_digest(content, self.end_id))
 
     def encode(self, documents: list[str]) -> list[np.ndarray]:
         """The ids of each document, ended by `end_id`. Raises DataError."""
@@ -120,49 +136,53 @@ def read_vocabulary(path: Path) -> Vocabulary:
             raise DataError(f"the directory {path} has no tokenizer.json; save one there, or name a file")
     try:
         content = file.read_bytes()
-        tokenizer = Tokenizer.from_str(content.decode())
+        tokenizer = _opened(content)
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}; check data.tokenizer") from None
     except Exception as error:  # the library raises bare Exception for a file that it does not understand
         raise DataError(
             f"{file} is not a tokenizer.json: {first_line(error)}; save one with the tokenizers library"
         ) from None
-    # text that happens to spell a special token is text: only this project's code ends documents
-    tokenizer.encode_special_tokens = True
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     ids = tokenizer.get_vocab(with_added_tokens=True)
     name = f"the tokenizer {path}"
-    end, said_by = _end_of_document(tokenizer, ids, file, name)
-    digest = hashlib.sha256(content)
-    digest.update(str(end).encode())
+    said = _read_json(file.with_name("tokenizer_config.json")) if file.name == "tokenizer.json" else {}
+    end, said_by = _end_of_document(tokenizer, ids, file, name, said)
     return Vocabulary(
         tokenizer=tokenizer,
         size=max(ids.values()) + 1,
         end_id=end,
-        digest=digest.hexdigest(),
+        digest=_digest(content, end),
         path=file,
         content=content,
+        said=said,
         name=name,
         end_said_by=said_by,
     )
 
 
-def copy_tokenizer(source: Path, directory: Path) -> None:
-    """Make it the tokenizer of that directory, with the same end of a document. Raises DataError, and OSError."""
-    vocabulary = read_vocabulary(source)
-    beside = vocabulary.path.with_name("tokenizer_config.json")
-    own = _read_json(beside) if vocabulary.path.name == "tokenizer.json" else {}
-    shutil.copyfile(vocabulary.path, directory / "tokenizer.json")
-    told = json.dumps({**own, "eos_token": vocabulary.end_token}, indent=2)
-    (directory / "tokenizer_config.json").write_text(told + "\n", encoding="utf-8")
+def _opened(content: bytes) -> Tokenizer:
+    """Raises what the library does, for bytes that are no tokenizer.json."""
+    tokenizer = Tokenizer.from_str(content.decode())
+    # text that happens to spell a special token is text: only this project's code ends documents
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
-def _end_of_document(tokenizer: Tokenizer, ids: dict[str, int], file: Path, name: str) -> tuple[int, str]:
-    """The id, and who says so. Files beside a tokenizer are its own where it has the name that goes with them."""
-    beside = [_read_json(file.with_name(other)) for other in ("tokenizer_config.json", "config.json")]
-    own, model = beside if file.name == "tokenizer.json" else ({}, {})
-    stated = _token_in(own, "eos_token")
+def _digest(content: bytes, end_id: int) -> str:
+    digest = hashlib.sha256(content)
+    digest.update(str(end_id).encode())
+    return digest.hexdigest()
+
+
+def _end_of_document(
+    tokenizer: Tokenizer, ids: dict[str, int], file: Path, name: str, own: dict[str, Any]
+) -> tuple[int, str]:
+    """The id, and who says so. Files beside a tokenizer are its own where it has the name that goes with them.
+    own: what tokenizer_config.json says."""
+    model = _read_json(file.with_name("config.json")) if file.name == "tokenizer.json" else {}
+    stated = token_in(own, "eos_token")
     if stated is not None:
         if stated not in ids:
             raise DataError(
@@ -177,7 +197,7 @@ def _end_of_document(tokenizer: Tokenizer, ids: dict[str, int], file: Path, name
     for number in given if isinstance(given, list) else [given]:
         if isinstance(number, int) and number in special:
             return number, "config.json"
-    padding = _token_in(own, "pad_token")
+    padding = token_in(own, "pad_token")
     end = next((ids[known] for known in END_NAMES if known in ids and known != padding), None)
     if end is None:
         raise DataError(f"{name} has no end-of-text token; add one of {', '.join(END_NAMES)}")
@@ -195,7 +215,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _token_in(settings: dict[str, Any], key: str) -> str | None:
+def token_in(settings: dict[str, Any], key: str) -> str | None:
     """A token as it is written there: a text, or an object with its content."""
     token = settings.get(key)
     if isinstance(token, dict):

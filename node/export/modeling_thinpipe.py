@@ -167,7 +167,8 @@ class ThinpipeForCausalLM(PreTrainedModel, GenerationMixin):
         self._looks = config.token_table or any(config.tokens)
         self._marked_BS: Tensor | None = None  # ids of all tokens so far, of the call that is under way
         self._said: dict[int, Tensor | int] = {}  # by stage
-        layers = getattr(self.decoder, self.decoder.base_model_prefix).layers
+        base = getattr(self.decoder, self.decoder.base_model_prefix)
+        layers = base.layers if hasattr(base, "layers") else base.h  # as GPT-2 calls them
         for number, boundary in enumerate(config.boundaries):
             if boundary["before"] < len(layers):
                 layers[boundary["before"]].register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)

@@ -8,12 +8,11 @@ tokenizer would put around a text by itself is taken out: the model has never se
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig
-from ..data import DataError, Vocabulary
+from ..data import Vocabulary
+from ..data.vocabulary import token_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -22,29 +21,21 @@ _KEPT = ("bos_token", "unk_token", "pad_token")
 
 
 def portable_tokenizer(vocabulary: Vocabulary, config: RunConfig, *, longest: int | None) -> PreTrainedTokenizerFast:
-    """`longest`: tokens that the model was made for. Raises DataError for a damaged tokenizer_config.json."""
+    """`longest`: tokens that the model was made for."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = vocabulary.tokenizer
-    if not config.model.pretrained and tokenizer.encode("a").ids != tokenizer.encode("a", add_special_tokens=False).ids:
-        tokenizer.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = (vocabulary if config.model.pretrained else vocabulary.bare()).tokenizer
     end = tokenizer.id_to_token(vocabulary.end_id)
-    special: dict[str, Any] = {"bos_token": end, "pad_token": end, **_published(vocabulary.path, tokenizer)}
+    special: dict[str, Any] = {"bos_token": end, "pad_token": end, **_published(vocabulary)}
     special["eos_token"] = end
     more = {} if longest is None else {"model_max_length": longest}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special, **more)
 
 
-def _published(path: Path | None, tokenizer: Any) -> dict[str, str]:
+def _published(vocabulary: Vocabulary) -> dict[str, str]:
     """What the files beside a tokenizer.json say of it."""
-    if path is None or not (beside := path.expanduser().parent / "tokenizer_config.json").is_file():
-        return {}
-    try:
-        said = json.loads(beside.read_text(encoding="utf-8"))
-        named = {name: said.get(name) for name in _KEPT}
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"cannot read {beside}: {error}; repair or remove it") from None
-    words = {name: word["content"] if isinstance(word, dict) else word for name, word in named.items()}
-    kept = {name: word for name, word in words.items() if word and tokenizer.token_to_id(word) is not None}
-    template = said.get("chat_template")
+    words = {name: token_in(vocabulary.said, name) for name in _KEPT}
+    ids = vocabulary.tokenizer.token_to_id
+    kept = {name: word for name, word in words.items() if word and ids(word) is not None}
+    template = vocabulary.said.get("chat_template")
     return {**kept, **({"chat_template": template} if isinstance(template, str) else {})}

@@ -23,6 +23,7 @@ from .initialise import initialise_random, refuse_unset, set_constants
 from .pretrained import check_checkpoint, load_checkpoint
 from .slices import StageModel, allocate, cut, skeleton
 from .stage_cut import partition
+from .transposed import mark_transposed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,10 +84,11 @@ def build_stage(
     if constrain is not None:
         constrain(model)
     model.to(device)
+    mark_transposed(model.causal)
     if deferred:
         model.deferral = defer_linears(model.causal, compiled=compile)
     if compile:  # before the checkpoint: around one, the compiler gives up without a word and runs eagerly
-        for layer in model.base.layers:
+        for layer in model.layer_modules:
             layer.forward = torch.compile(layer.forward)
     if activation_checkpointing:
         _checkpoint_layers(model)
@@ -99,5 +101,5 @@ def _checkpoint_layers(model: StageModel) -> None:
     Not through transformers' own switch, which was renamed within version 5. There is no dropout, so no generator
     state to keep; only the non-reentrant form takes keyword arguments and a first layer whose input needs no gradient.
     """
-    for layer in model.base.layers:
+    for layer in model.layer_modules:
         layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False, preserve_rng_state=False)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 HEAD_DIM = 64
-REMEDY = "choose a decoder such as llama, qwen3, gemma3, mistral, gpt_neox or nanochat"
+REMEDY = "choose a decoder such as llama, qwen3, gemma3, mistral, gpt_neox, gpt2 or nanochat"
 MINIMUM_CONTEXT = 2048  # tokens; RoPE is unbounded, the number only documents what an exported model was meant for
 
 
@@ -66,6 +66,7 @@ PRESETS = {
 
 # What names a mixture of experts in the configurations of transformers; any positive value means that one is there.
 EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+OTHER_HEADS = ("classifier", "summary")  # whose dropout has no part in a language model
 # Where a configuration was read from, when, and how its tensors happen to be stored do not change what is computed.
 NOT_ARCHITECTURE = frozenset(
     {
@@ -162,13 +163,20 @@ def architecture_digest(config: PretrainedConfig) -> str:
 def refuse_unsupported(config: PretrainedConfig) -> None:
     """Raise ModelError, by name, for dropout and for a mixture of experts."""
     tree = config.to_dict()
-    for key, value in tree.items():
-        is_rate = ("dropout" in key or key.endswith(("pdrop", "layerdrop"))) and not key.startswith("classifier")
-        if is_rate and isinstance(value, int | float) and value > 0:
-            raise ModelError(
-                f"{config.model_type} has {key} = {value}: dropout draws differently in every cut of the model; "
-                f"set {key} to 0 in its config.json"
-            )
+    rates = {
+        key: value
+        for key, value in tree.items()
+        if ("dropout" in key or key.endswith(("pdrop", "layerdrop")))
+        and not key.startswith(OTHER_HEADS)
+        and isinstance(value, int | float)
+        and value > 0
+    }
+    if rates:
+        has = ", ".join(f"{key} = {value}" for key, value in rates.items())
+        raise ModelError(
+            f"{config.model_type} has {has}: dropout draws differently in every cut of the model; "
+            f"set {' and '.join(rates)} to 0 in its config.json"
+        )
     for key in EXPERT_KEYS:
         count = tree.get(key)
         if isinstance(count, int) and count > 1:

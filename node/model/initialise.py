@@ -27,6 +27,7 @@ from .architecture import REMEDY, ModelError, describe
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
 RESIDUAL_OUTPUTS += ("mlp.fc2.weight",)  # nanochat
+RESIDUAL_OUTPUTS += ("c_proj.weight",)  # GPT-2
 
 
 def draw(name: str, shape: Iterable[int], *, seed: int, std: float) -> Tensor:

@@ -1,12 +1,12 @@
 """Which modules of an architecture are embedding, layers, last norm and head, whatever it calls them.
 
-Most decoders of transformers say `embed_tokens`, `layers`, `norm` and `lm_head`; GPT-NeoX and others use other words
-for the same. A stage is cut from these four. Whatever else has weights would belong to no stage, such as a table of
-positions (GPT-2) or embeddings for each layer (Gemma 4): it is refused by name, as is what takes a loss over all
-stages, before anything else is asked of the architecture.
+Most decoders of transformers say `embed_tokens`, `layers`, `norm` and `lm_head`; GPT-NeoX, GPT-2 and others use other
+words for the same. A stage is cut from these four. A table of learned positions (GPT-2) is a part of the embedding, and
+so of the first stage. Whatever else has weights would belong to no stage, such as embeddings for each layer (Gemma 4):
+it is refused by name, as is what takes a loss over all stages, before anything else is asked of the architecture.
 
-The layers have to be called so, because the optimizer knows a hidden matrix by that name. Why not transformers' own
-plan for pipelines (`base_model_pp_plan`): half of the decoders have none, and it knows nothing of the head.
+The optimizer knows a hidden matrix by the name of the layers that it is in (`in_layer`). Why not transformers' own plan
+for pipelines (`base_model_pp_plan`): half of the decoders have none, and it knows nothing of the head.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .architecture import REMEDY, ModelError, describe, refuse_unsupported
 
-EMBEDDINGS = ("embed_tokens", "embed_in")
-NORMS = ("norm", "final_layer_norm", "final_layernorm")
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte")
+POSITIONS = ("wpe",)  # added to the embedding; may be absent
+LAYERS = ("layers", "h")
+NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f")
 HEADS = ("lm_head", "embed_out")
 # Their base applies its last norm before the first layer, too. That norm has no weights, so both ends can have it.
 NORM_AT_BOTH_ENDS = ("nanochat",)
@@ -27,10 +30,12 @@ NORM_AT_BOTH_ENDS = ("nanochat",)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parts:
-    """Names of a decoder's parts: the head is the causal model's, the others are its base's."""
+    """Names of a decoder's parts: the head is the causal model's, the others are its base's. positions: of a table that
+    is added to the embedding, if there is one."""
 
     base: str
     embedding: str
+    positions: str | None
     layers: str
     norm: str
     head: str
@@ -52,16 +57,19 @@ def find_parts(causal: Any) -> Parts:
     base = getattr(causal, causal.base_model_prefix, None)
     found = {
         "embedding": _present(base, EMBEDDINGS),
-        "layers": _present(base, ("layers",)),
+        "layers": _present(base, LAYERS),
         "norm": _present(base, NORMS),
         "head": _present(causal, HEADS),
     }
     lacking = next((what for what, name in found.items() if name is None), None)
     if lacking or base is None:
-        words = {"embedding": EMBEDDINGS, "layers": ("layers",), "norm": NORMS, "head": HEADS}[lacking or "layers"]
+        words = {"embedding": EMBEDDINGS, "layers": LAYERS, "norm": NORMS, "head": HEADS}[lacking or "layers"]
         raise ModelError(f"{describe(config)} is not supported: it has no '{words[0]}' to cut a stage by; {REMEDY}")
-    parts = Parts(base=causal.base_model_prefix, **{what: str(name) for what, name in found.items()})
-    own = (parts.embedding, parts.layers, parts.norm)
+    positions = _present(base, POSITIONS)
+    parts = Parts(
+        base=causal.base_model_prefix, positions=positions, **{what: str(name) for what, name in found.items()}
+    )
+    own = (parts.embedding, parts.positions, parts.layers, parts.norm)
     for owner, known in ((base, own), (causal, (parts.base, parts.head))):
         for name, module in owner.named_children():
             if name not in known and any(True for _ in module.parameters()):
@@ -80,8 +88,21 @@ def find_parts(causal: Any) -> Parts:
     return parts
 
 
+def in_layer(name: str) -> bool:
+    """Whether a tensor of this dotted name is one of a layer's, or of a codec's own network."""
+    return not set(LAYERS).isdisjoint(name.split("."))
+
+
 def _present(owner: Any, names: tuple[str, ...]) -> str | None:
     return next((name for name in names if isinstance(getattr(owner, name, None), nn.Module)), None)
+
+
+class NoPositions(nn.Module):
+    """In the place of a table of positions behind the first stage, where hidden states have them already."""
+
+    def forward(self, position_ids: Any) -> Tensor:
+        del position_ids
+        return torch.zeros(())  # adds nothing to any dtype, on any device
 
 
 class EndNorm(nn.Module):

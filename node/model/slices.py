@@ -11,6 +11,7 @@ What can go wrong without any error, and what is done about it:
   `max_window_layers`): the base gets a configuration with those lists cut to its own layers;
 - a multiplier on the embeddings inside the base's forward (Granite) would scale hidden states again at every stage: it
   is set to one behind the first. Gemma scales inside its embedding module, which is not there behind the first;
+- a table of positions (GPT-2) would be added at every stage: `parts.NoPositions` behind the first;
 - a norm that the base applies to its embeddings, too (nanochat), would be applied at every stage: `parts.EndNorm`;
 - constants that no checkpoint stores would be uninitialised memory: the architecture sets them anew (`initialise`), or
   its constructor has set them (`_Undrawn`), and what neither has set is refused;
@@ -31,7 +32,7 @@ from torch.overrides import TorchFunctionMode
 from .architecture import REMEDY, ModelError, describe, first_line, quiet_transformers, untied, with_layers
 from .deferred import Deferral
 from .initialise import mark_unset
-from .parts import NORM_AT_BOTH_ENDS, EndNorm, Parts, find_parts
+from .parts import NORM_AT_BOTH_ENDS, EndNorm, NoPositions, Parts, find_parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -76,6 +77,11 @@ class StageModel(nn.Module):
     def _embedding(self, ids: Tensor) -> Tensor:
         return getattr(self.base, self.parts.embedding)(ids)
 
+    @property
+    def layer_modules(self) -> nn.ModuleList:
+        """The stage's own."""
+        return getattr(self.base, self.parts.layers)
+
     def full_names(self) -> list[tuple[str, nn.Parameter]]:
         """Each parameter with its name in the whole model, in the model's own order."""
         return [(self._full(name), parameter) for name, parameter in self.causal.named_parameters()]
@@ -85,7 +91,7 @@ class StageModel(nn.Module):
         return {self._full(name): tensor for name, tensor in self.causal.state_dict(keep_vars=True).items()}
 
     def _full(self, name: str) -> str:
-        prefix = f"{self.causal.base_model_prefix}.layers."
+        prefix = f"{self.causal.base_model_prefix}.{self.parts.layers}."
         if not name.startswith(prefix):
             return name
         index, dot, rest = name.removeprefix(prefix).partition(".")
@@ -169,9 +175,11 @@ def cut(causal: Any, layers: range, *, first: bool, last: bool) -> StageModel:
     base = getattr(causal, parts.base)
     # A copy for the base alone: layers keep the whole configuration, which they index by their own number.
     base.config = with_layers(base.config, layers)
-    base.layers = base.layers[layers.start : layers.stop]
+    setattr(base, parts.layers, getattr(base, parts.layers)[layers.start : layers.stop])
     if not first:
         setattr(base, parts.embedding, None)
+        if parts.positions:
+            setattr(base, parts.positions, NoPositions())
         if hasattr(base, "embedding_multiplier"):
             base.embedding_multiplier = 1.0
     if causal.config.model_type in NORM_AT_BOTH_ENDS:

@@ -67,6 +67,7 @@ def sealed(state: bytes) -> Manifest:
             "generation": 3,
             "corpus": "c0" * 32,
             "tokenizer": "",
+            "beside": {},
             "dictionaries": {"table_above": table, "table_below": {"version": None, "digest": ""}},
             "file_bytes": len(state),
             "file_sha256": hashlib.sha256(state).hexdigest(),

@@ -114,8 +114,6 @@ def check_lanes(config: RunConfig) -> None:
         parse_averaging(config.lanes.average)
     except CodecError as error:
         raise ConfigError(f"lanes.average: {error}") from None
-    if config.compute.emulate:
-        raise ConfigError("compute.emulate: a stage that computes nothing has nothing to average; set lanes.count = 1")
 
 
 def check_settings(config: RunConfig) -> int:
@@ -163,7 +161,7 @@ def prepare(config: RunConfig, stage: int, lane: int = 0) -> tuple[Stage, str]:
     check_codec(config, architecture)
     check_layers(config, architecture)
     if config.compute.emulate:
-        emulated = EmulatedStage(config, architecture, stage)
+        emulated = EmulatedStage(config, architecture, stage, lane)
         return emulated, run_digest(config, architecture)
     check_sliceable(architecture, stage_layers(config, architecture))
     if was_tied(architecture) and stage == 0:

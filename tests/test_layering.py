@@ -28,7 +28,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "watching": set(),
     "links": {"checkpoints", "security"},
     "lanes": {"averaging", "checkpoints", "links", "security"},
-    "measuring": {"boundary", "data", "links", "model"},
+    "measuring": {"averaging", "boundary", "data", "links", "model"},
     "comparing": {"data", "measuring"},
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},

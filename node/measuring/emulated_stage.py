@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Message
+from ..averaging.averager import Place
 from ..boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from ..config import RunConfig
 from ..data import Corpus
@@ -32,6 +33,7 @@ from ..optim import OptimStats
 from ..stage import Stage
 from ..stage_state import StageSnapshot, StateError
 from .emulated_machine import EmulatedMachine
+from .emulated_rounds import EmulatedAverager, averaged_numbers
 from .message_sizes import Sizes
 
 if TYPE_CHECKING:
@@ -112,7 +114,9 @@ class SizedUpstreamEndpoint(UpstreamEndpoint):
 class EmulatedStage(Stage):
     """Stage `index`, with a `Stage`'s methods and none of its tensors."""
 
-    def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int) -> None:  # not super's: no model
+    def __init__(  # not super's: no model
+        self, config: RunConfig, architecture: PretrainedConfig, index: int, lane: int = 0
+    ) -> None:
         assert config.compute.emulate is not None
         self.config, self.index = config, index
         self.first, self.last = index == 0, index == config.pipeline.stages - 1
@@ -123,7 +127,11 @@ class EmulatedStage(Stage):
         machine = EmulatedMachine.parse(config.compute.emulate)
         self.layers = machine.layers(config, architecture)[index]
         self.times = machine.times(config, architecture)[index]
-        self.averager, self.lane = None, 0
+        self.averager, self.lane = None, lane
+        if config.lanes.count > 1:
+            place = Place(stage=index, lane=lane, lanes=config.lanes.count, seed=config.run.seed)
+            numbers = averaged_numbers(config, architecture, index, len(self.layers))
+            self.averager = EmulatedAverager(config, place, numbers)
         self.completed = 0
         self.losses: dict[int, float] = {}
         self._gradients = 0  # microbatches of this step whose input gradient is there

@@ -141,13 +141,14 @@ def node(
             f"--stage {stage}: the run has {settings.pipeline.stages} stages, so 0 to {settings.pipeline.stages - 1}", 2
         )
     from ..node.config import ConfigError
-    from ..node.run_lanes import check_lane, of_lane
+    from ..node.run_lanes import check_lane, check_text_stays, of_lane
 
     if lane is None and settings.lanes.count > 1:
         fail(f"the run has {settings.lanes.count} lanes: say which one this node is in, --lane N, from 0", 2)
     lane = lane or 0
     try:
         check_lane(settings, lane)
+        check_text_stays(settings, data_changed=data_changed)
     except ConfigError as error:
         fail(str(error), 2)
     if check:

@@ -59,6 +59,7 @@ from .run_directory import (
     writable,
     write_settings,
 )
+from .run_lanes import check_text_stays
 from .run_length import length_line
 from .security.key_directory import clock, load
 from .stage_failure import FAILED
@@ -109,6 +110,7 @@ def run_local(
             elif resume:
                 config = with_start(config, out)
                 check_named_tokenizer(config, first_checkpoints(config, out))
+            check_text_stays(config, data_changed=data_changed)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -45,6 +46,7 @@ from .preparation import (
     BAD_INPUT,
     check_codec,
     check_device,
+    check_lanes,
     check_link,
     prepare,
     prepare_corpus,
@@ -100,6 +102,7 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int =
         check_device(config)
         check_codec(config)
         check_link(config)
+        check_lanes(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
@@ -286,10 +289,13 @@ async def _run(
             heartbeat=lambda: recovery_loop.heartbeat(),
             seed=config.run.seed,
         )
+        rounds = options.out / "rounds" / f"stage-{index}"
+        if not options.resume:  # of another run that was here
+            shutil.rmtree(rounds, ignore_errors=True)
         lateral = LateralLinks(
             identity=identity,
             addresses=addresses.lateral,
-            directory=options.out / "rounds" / f"stage-{index}",
+            directory=rounds,
             settings=settings,
             report=on_fault,
             security=security,

@@ -35,7 +35,7 @@ START = "first-weights"  # of a run that begins from another one (`node.origin`)
 RECORDS = ("run.toml", "summary.json", "stage-*.jsonl", "stage-*.log", "checkpoints/stage-*", "checkpoints/copies")
 RECORDS += ("disks/stage-*", "trace-stage-*.json", "trace.json", "trace.png", "tensorboard/stage-*")
 RECORDS += ("corpus.json", START)
-RECORDS += tuple(f"lane-*/{records}" for records in RECORDS)
+RECORDS += tuple(f"lane-*/{records}" for records in (*RECORDS, "rounds"))
 ORPHANS_S = 10.0  # nodes look for their launcher twice a second, and end after what they compute
 POLL_S = 0.1
 

@@ -26,6 +26,16 @@ def check_lane(config: RunConfig, lane: int) -> None:
         raise ConfigError(f"--lane {lane}: the run has {told}")
 
 
+def check_text_stays(config: RunConfig, *, data_changed: bool) -> None:
+    """Raises ConfigError where a run of several lanes is to go on with other text: steps that one lane does again would
+    come out differently, and other lanes have used what it contributed."""
+    if data_changed and config.lanes.count > 1:
+        raise ConfigError(
+            f"--data-changed: a run of {config.lanes.count} lanes goes on with the text that it began with; begin a "
+            "new one from it, thinpipe up --from RUN"
+        )
+
+
 def of_lane(config: RunConfig, run: Path, lane: int) -> tuple[RunConfig, Path]:
     """The settings and the directory of lane `lane` of the run in `run`."""
     lanes, directory = config.lanes.count, config.checkpoint.directory

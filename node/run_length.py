@@ -32,6 +32,11 @@ def with_length(config: RunConfig, done: int, steps: int) -> RunConfig:
         raise ConfigError(f"all {done} steps are done, and {steps} are no more; give more than {done}")
     if steps == config.run.steps:
         return config
+    if config.lanes.count > 1:  # rounds are planned for a length, and the last ones were held at its end
+        raise ConfigError(
+            f"a run of {config.lanes.count} lanes keeps its {config.run.steps} steps; begin a new one from it, "
+            "thinpipe up --from RUN"
+        )
     before = _rates(config)
     kept = [(after, length) for after, length in config.run.extended if after < done]
     extended = (*kept, (done, before.length(done - 1))) if done else ()

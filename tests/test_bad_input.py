@@ -121,7 +121,6 @@ UP = [
     ),
     (["--prometheus", "a..b:9100"], r"watch\.prometheus: 'a\.\.b:9100': no machine can be known as 'a\.\.b'; check"),
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
-    (["--lanes", "2"], r"lanes\.count = 2: nodes do not average with other lanes yet; .* thinpipe up --one-process"),
     (["--lanes", "0"], r"lanes\.count: .*greater than or equal to 1 \(got 0\)"),
     (
         ["--lanes", "2", "--average", "outr"],
@@ -167,6 +166,11 @@ NODE += [
         ([], r"the run has 3 lanes: say which one this node is in, --lane N, from 0"),
         (["--lane", "3"], r"--lane 3: the run has 3 lanes, so 0 to 2"),
         (["--lane", "0"], r"stage 0 of lane 0 is dialled by higher lanes: say where it listens, --listen host:port"),
+        (["--lane", "1", "--resume", "--data-changed"], r"--data-changed: a run of 3 lanes goes on with the text"),
+        (
+            ["--lane", "2", *["--lateral", "0=127.0.0.1:1", "--lateral", "1=127.0.0.1:1"], "--set", "lanes.average=o"],
+            r"lanes\.average: unknown averaging 'o'",
+        ),
         (["--lane", "1", "--lateral", "127.0.0.1:1"], r"'127\.0\.0\.1:1' is not LANE=host:port, such as 0=stage2"),
         (["--lane", "1", "--lateral", "0=127.0.0.1"], r"'127\.0\.0\.1' is not host:port"),
         (["--lane", "1", "--lateral", "3=127.0.0.1:1"], r"--lateral 3=.*: there is no lane 3; the run has 3, from 0"),

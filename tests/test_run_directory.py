@@ -224,6 +224,14 @@ def test_a_new_run_finds_no_checkpoints_of_another(tmp_path: Path, tiny: TinyCon
     assert [path for path in sorted(tmp_path.rglob("*")) if path.name != LOCK] == before
 
 
+def test_another_run_of_lanes_finds_no_contributions_of_the_one_before(run: Path) -> None:
+    kept = run / "lane-1" / "rounds" / "stage-0" / "own"
+    kept.mkdir(parents=True)
+    (kept / "0-0123456789abcdef").touch()
+    clear(run)
+    assert not kept.parent.parent.exists()
+
+
 @pytest.mark.parametrize("directory", ["saved", ".", "{run}/deep/saved", None])
 def test_another_run_removes_all_checkpoints_in_its_directory(
     run: Path, tiny: TinyConfig, directory: str | None

@@ -67,6 +67,13 @@ def test_a_finished_run_goes_on_at_the_rates_of_the_new_length() -> None:
     assert length_line(again, again) is None
 
 
+def test_lanes_keep_the_length_that_their_rounds_are_planned_for() -> None:
+    config = parse_config({"run": {"steps": 8}, "lanes": {"count": 2}})
+    assert with_length(config, 4, 8) == config
+    with pytest.raises(ConfigError, match="a run of 2 lanes keeps its 8 steps; begin a new one from it"):
+        with_length(config, 8, 20)
+
+
 def test_who_has_lost_what_came_after_a_change_changes_it_anew() -> None:
     longer = with_length(of_steps(8), 8, 20)
     other = with_length(longer, 6, 30)

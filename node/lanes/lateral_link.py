@@ -170,7 +170,8 @@ class LateralLink:
             while not there():
                 if self.failure:
                     raise self.failure
-                due_s = max(began_s, self._part_s if self._peer_done else self._heard_s) + self._settings.deadline_s
+                heard_s = self._part_s if self._peer_done else self._heard_s
+                due_s = max(began_s, heard_s) + self._patience_s
                 if loop.time() >= due_s:
                     raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
                 with suppress(TimeoutError):
@@ -179,14 +180,25 @@ class LateralLink:
         finally:
             self.waited_for -= 1
 
+    @property
+    def _patience_s(self) -> float:
+        """A peer that needs nothing more has made all contributions that it will make, and they are on their way."""
+        settings = self._settings
+        ended_s = max(settings.silence_s, settings.greeting_timeout_s)
+        return min(ended_s, settings.deadline_s) if self._peer_done else settings.deadline_s
+
     def _late(self, waiting_for: str, waited_s: float) -> str:
-        stage, why = self.session.identity.stage, self.fault or "there was no connection"
-        silent = f"nothing was heard of it for {self._settings.deadline_s:g} s ({why})"
+        stage, told = self.session.identity.stage, f"stage {self.session.identity.stage}: waited {waited_s:.0f} s for"
         if self._peer_done:
-            silent = f"nothing came of it for {self._settings.deadline_s:g} s (it needs nothing more itself)"
+            done = f" after {self.heartbeat.completed_steps} steps" if self.heartbeat else ""
+            return (
+                f"{told} {waiting_for}, but that lane has ended{done}, and nothing came of it for "
+                f"{self._patience_s:g} s; start all lanes again with --resume"
+            )
+        why = self.fault or "there was no connection"
         return (
-            f"stage {stage}: waited {waited_s:.0f} s for {waiting_for}, and {silent}; is stage {stage} of lane "
-            f"{self.lane} running? If it was lost, start it again with --resume"
+            f"{told} {waiting_for}, and nothing was heard of it for {self._patience_s:g} s ({why}); is stage {stage} "
+            f"of lane {self.lane} running? If it was lost, start it again with --resume"
         )
 
     async def until_over(self) -> None:

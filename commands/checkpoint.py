@@ -86,14 +86,16 @@ def checkpoint_convert(
     from ..node.checkpoints.convert import convert, recut
     from ..node.checkpoints.manifest import CheckpointError
     from ..node.preparation import BAD_INPUT, check_settings
-    from ..node.run_corpus import carry_corpus
+    from ..node.run_corpus import carry_corpus, check_named_tokenizer, first_checkpoints
     from ..node.run_directory import LocalRunError, carry_start, with_start, writable
     from ..node.stage_state import StateError
 
     missing = [each for each in (out, *out.parents) if not each.exists()]
     done = False
     try:
-        config = recut(with_start(settings, run), asked)
+        begun = with_start(settings, run)
+        check_named_tokenizer(begun, first_checkpoints(begun, run))
+        config = recut(begun, asked)
         check_settings(config)
         found = assemble(run, step=step, report=lambda line: print(f"thinpipe: {line}", file=sys.stderr))
         carry_corpus(run, writable(out))

@@ -219,6 +219,8 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     from ..node.checkpoints.manifest import CheckpointError
     from ..node.discovery.shared_config import LOCAL, differences
     from ..node.preparation import BAD_INPUT
+    from ..node.run_corpus import check_named_tokenizer, first_checkpoints
+    from ..node.run_directory import with_start
     from ..node.run_length import steps_done, with_length
 
     if settings.digest() != own.digest():
@@ -231,7 +233,9 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
         return settings
     wanted = configuration(path, {"run.steps": steps, "run.extended": []}, None).run.steps  # if it is a number of steps
     try:
-        return with_length(settings, steps_done(settings, run), wanted)
+        found = with_start(settings, run)
+        check_named_tokenizer(found, first_checkpoints(found, run))
+        return with_length(settings, steps_done(found, run), wanted)
     except BAD_INPUT as error:
         fail(f"--resume {run}: {error}", 2)
     except CheckpointError as error:

@@ -56,6 +56,7 @@ class LongPreparation:
 
     def __init__(self, stage: int, figures: HeartbeatAggregate, metrics: MetricsWriter, *, lanes: int = 1) -> None:
         self._stage, self._figures, self._metrics, self._lanes = stage, figures, metrics, lanes
+        self._why: Callable[[], str] | None = None  # this stage is held up
         self._last_s = float("-inf")  # when somebody was known to
 
     async def run(self, work: Callable[[], T], unless: asyncio.Event) -> T | None:
@@ -72,13 +73,14 @@ class LongPreparation:
                 job.cancel()
 
     @contextmanager
-    def held_up(self) -> Iterator[None]:
-        """This stage waits for something outside of the chain meanwhile, and its neighbours are to wait for it."""
-        self._figures.preparing = True
+    def held_up(self, why: Callable[[], str]) -> Iterator[None]:
+        """This stage waits for something outside of the chain meanwhile, and its neighbours are to wait for it. why: in
+        words, as it is now."""
+        self._figures.preparing, self._why = True, why
         try:
             yield
         finally:
-            self._figures.preparing = False
+            self._figures.preparing, self._why = False, None
 
     def ago_s(self) -> float:
         """How long ago a stage was last known to prepare its data; 0: one does."""
@@ -95,7 +97,7 @@ class LongPreparation:
             self.ago_s()
             now, who = clock(), self._figures.prepares - 1
             if who < 0:
-                began_s = said_s = recorded_s = None
+                began_s = None  # what was said lately is not said again: rounds may hold a stage up in every step
             else:
                 began_s = now if began_s is None else began_s
                 if now - began_s >= SAY_AFTER_S and (said_s is None or now - said_s >= SAY_EVERY_S):
@@ -114,4 +116,6 @@ class LongPreparation:
     def _does(self, who: int) -> str:
         if self._lanes == 1:
             return "prepares its data"
+        if who == self._stage and self._why:
+            return f"waits in a round: {self._why() or 'another lane has just come'}"
         return "waits for another lane" if who else "prepares its data or waits for another lane"

@@ -29,6 +29,7 @@ from ..sim.links.shaper import LinkProfile
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
+from .averaging.averager import Averager
 from .checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
@@ -267,21 +268,31 @@ async def _run(
     def open_data() -> Corpus:
         return open_text(config, kept_tokenizer(checkpoints) if options.resume else None)
 
-    def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> None:
+    def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> Callable[[], None]:
         given = {"resume": options.resume, "changed": options.data_changed, "checkpoints": checkpoints}
         found = corpus_of_run(corpus, config, home, **given).check(manifests)
-        found.keep(home)
         if record := found.record:
             store.fingerprint = replace(store.fingerprint, corpus=record.corpus, tokenizer=record.tokenizer)
-            try:
-                keep_tokenizer(checkpoints, corpus.tokenizer_files)
-            except CheckpointError as error:  # as of any other write there: the run goes on
-                on_fault("checkpoint", str(error))
+
+        def keep() -> None:
+            found.keep(home)
+            if found.record:
+                try:
+                    keep_tokenizer(checkpoints, corpus.tokenizer_files)
+                except CheckpointError as error:  # as of any other write there: the run goes on
+                    on_fault("checkpoint", str(error))
+
+        return keep
+
+    def averager_now() -> Averager:
+        averager = recovery_loop.stage.averager  # of the stage as it is: it may have been built anew
+        assert averager
+        return averager
 
     lateral = None
     if stage.averager:
         settings = LateralSettings(
-            contribution_bytes=stage.averager.bytes_of,
+            contribution_bytes=lambda number: averager_now().bytes_of(number),
             profile=LinkProfile.parse(link.link),
             silence_s=heartbeat_timeout_s(LinkProfile.parse(link.link), link.chunk_bytes),
             greeting_timeout_s=link.greeting_timeout_s,
@@ -335,7 +346,8 @@ async def _run(
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
         elif methods and addresses.listen:  # no stage is above, but new nodes may join here
-            await open_ends.enter_async_context(serving_only(addresses.listen, methods, security))
+            lasting = {"more_streams": config.lanes.count - 1}
+            await open_ends.enter_async_context(serving_only(addresses.listen, methods, security, **lasting))
         endless: list[Awaitable[None]] = [_until_signal(recovery_loop.drain)]
         if membership:
             endless.append(membership.keep_current(recovery_loop, config.tokens_per_step, on_fault))

@@ -160,7 +160,10 @@ class StageOptimizer:
                     f"step {step}: the gradient of '{name}' is not finite (norm {value}); "
                     f"resume from the last checkpoint with a lower learning rate or a higher precision"
                 )
-        total = others + math.fsum(value * value for value in values)  # exact: the order of parameters is no matter
+        try:
+            total = others + math.fsum(value * value for value in values)  # exact: the order of parameters is no matter
+        except OverflowError:
+            total = math.inf
         if not math.isfinite(total):  # float64 gradients
             raise NonFiniteGradient(
                 f"step {step}: the squares of the gradients add up to more than float64 holds; "

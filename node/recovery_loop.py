@@ -62,8 +62,9 @@ class RecoveryLoop:
     `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
     anew, as it is before the first step. `open_corpus`, of stage 0, may take hours, in a thread; `on_corpus` is told
     of the result. `accept_corpus` is given what it opened and the manifests of the checkpoints that this node could go
-    on from, and raises what is wrong with them. Raises that, what `node.training_loop.TrainingLoop` and `open_corpus`
-    do, TimeoutError if no new generation is agreed in time, and StageFailed if another stage has failed.
+    on from, raises what is wrong with them, and returns what writes down which text it is. Raises that, what
+    `node.training_loop.TrainingLoop` and `open_corpus` do, TimeoutError if no new generation is agreed in time, and
+    StageFailed if another stage has failed.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class RecoveryLoop:
         metrics: MetricsWriter,
         tracer: Tracer,
         on_fault: Reporter,
-        accept_corpus: Callable[[Corpus, list[Manifest]], None] | None = None,
+        accept_corpus: Callable[[Corpus, list[Manifest]], Callable[[], None]] | None = None,
         lateral: LateralLinks | None = None,
     ) -> None:
         self.config, self.stage = config, stage
@@ -91,10 +92,12 @@ class RecoveryLoop:
         self._rebuild, self._store, self._dial = rebuild, store, dial
         self._open_corpus, self._on_corpus, self._corpus = open_corpus, on_corpus, None
         self._accept_corpus = accept_corpus
+        self._keep_corpus: Callable[[], None] | None = None
         self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
         self._end_asked = asyncio.Event()
+        self._finishing = False  # all steps are done, here and in all stages
         self._said_end: int | None = None
         self._node: TrainingLoop | None = None
         self._training: asyncio.Task[None] | None = None
@@ -165,8 +168,7 @@ class RecoveryLoop:
                 self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
-            if self._rounds:
-                await self._rounds.finish()
+            await self._finish_rounds()
         except Exception as error:
             await self.farewell(error)
             raise
@@ -191,7 +193,7 @@ class RecoveryLoop:
 
     def _accept(self, known: list[Manifest]) -> None:
         if self._corpus and self._accept_corpus:
-            self._accept_corpus(self._corpus, known)
+            self._keep_corpus = self._accept_corpus(self._corpus, known)
 
     async def farewell(self, error: Exception) -> None:
         """The node ends with this: record it, and tell the other stages, so that they end with it too. Waits for
@@ -281,9 +283,20 @@ class RecoveryLoop:
             self._said_end = last
             print(f"the run stops after {counted(last, 'step')} and can be resumed", flush=True)
 
+    async def _finish_rounds(self) -> None:
+        """This lane is through; wait until the others need nothing of it. That one of them is gone is no fault here."""
+        if self._rounds:
+            self._finishing = True
+            try:
+                await self._rounds.finish()
+            except TimeoutError as error:
+                self._on_fault("timeout", str(error))
+
     def drain(self) -> bool:
         """End after the step under way, and all others too. False if that cannot be arranged, because who would have
         to know is not there."""
+        if self._finishing:
+            return True  # there is no step left, and other lanes may need what this one has
         reachable = self.machine.identity.first or self.machine.peers["above"] is not None
         if self.machine.phase is RollbackPhase.FINISHED or not (reachable and self._loop):
             return False
@@ -343,11 +356,19 @@ class RecoveryLoop:
             deadline=self._deadline,
             last=self.machine.end,
             rounds=self._rounds,
+            on_met=self._met,
         )
-        if self._rounds and self.stage.averager:
-            self._rounds.begin(self.stage.averager, self.stage.completed, self._points.oldest)
         self.link_above = above
         self._training = asyncio.create_task(self._train(self._node, below))
+
+    def _met(self) -> None:
+        """The neighbours are there, in this generation, and so agree where this stage goes on. Not before are other
+        lanes told of it, or anything of the text written: this may have been started as for a new run by mistake."""
+        if keep := self._keep_corpus:
+            self._keep_corpus = None
+            keep()
+        if self._rounds and self.stage.averager:
+            self._rounds.begin(self.stage.averager, self.stage.completed, self._points.oldest)
 
     async def _train(self, node: TrainingLoop, below: Link | None) -> None:
         if below is None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import asdict
 
+import torch
+
 from ..compress.byte_format import CodecError
 from ..protocol.control_messages import Failed
 from ..protocol.errors import ProtocolError
@@ -37,7 +39,7 @@ FAILED = (TimeoutError, LinkLost, CheckpointError, StateError, CodecError, Optim
 FAILED += (SourceLost, ContributionError)
 # Not the computation, which is the same each time, but what is around it: a neighbour (TimeoutError is an OSError), a
 # disk, a source of data, memory that others use too.
-AROUND = (OSError, MemoryError, LinkOffCap, CheckpointError, ContributionError, SourceLost)
+AROUND = (OSError, MemoryError, torch.OutOfMemoryError, LinkOffCap, CheckpointError, ContributionError, SourceLost)
 FAREWELL_S = 5.0  # for all neighbours to be told; one whose connection has just broken dials again within 2 s
 
 

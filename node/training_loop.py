@@ -54,8 +54,8 @@ class TrainingLoop:
 
     `run` goes on after the steps that the stage has completed, and returns when the configured ones are done and both
     neighbours said goodbye. `on_completed` is awaited after each step, with the thread that may look at the stage and
-    how many are completed. Raises TimeoutError (a wait ran out, and for what), LinkLost, CodecError and optimizer
-    errors by name.
+    how many are completed; `on_met` is called when the neighbours are there, in this generation. Raises TimeoutError (a
+    wait ran out, and for what), LinkLost, CodecError and optimizer errors by name.
     """
 
     def __init__(
@@ -75,9 +75,10 @@ class TrainingLoop:
         deadline: ReceiveDeadline | None = None,
         last: int | None = None,
         rounds: Rounds | None = None,
+        on_met: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
-        self._generation, self._on_completed = generation, on_completed
+        self._generation, self._on_completed, self._on_met = generation, on_completed, on_met
         self._last = config.run.steps if last is None else min(last, config.run.steps)
         self.under_way = stage.completed  # steps that are completed once the present one is
         self.above, self.below, self._rounds = above, below, rounds
@@ -103,6 +104,8 @@ class TrainingLoop:
             pumps = [group.create_task(end.pump()) for end in ends]
             pumps += [group.create_task(link.until_lost()) for link in self._links]
             await self._meet_neighbours()
+            if self._on_met:
+                self._on_met()
             await self._train()
             for outbox in (self._to_above, self._to_below):
                 if outbox:

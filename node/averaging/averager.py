@@ -101,8 +101,10 @@ class Averager(ABC):
         norm = self._apply(round_, contributions)
         del self._own[round_.fragment]
         self._moved()
-        digest = hashlib.sha256(b"".join(contributions.values())).hexdigest()
-        return RoundUsed(round=round_, members=list(contributions), digest=digest, norm=norm)
+        digest = hashlib.sha256()
+        for contribution in contributions.values():
+            digest.update(contribution)
+        return RoundUsed(round=round_, members=list(contributions), digest=digest.hexdigest(), norm=norm)
 
     def _mean(
         self,

@@ -9,6 +9,7 @@ a process may stay for days. Whether the checkpoints are of the run's settings i
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ...sim.reports.top_data import Directory, TopError
@@ -18,9 +19,12 @@ from .listing import steps_held
 
 def lost_line(config: RunConfig, run: Path, now_s: float) -> str | None:
     """What is wrong, in one line, if all stages of the run in `run` have written checkpoints and none is left that all
-    of them have. None also where all steps are done, and where the records of some stages are elsewhere. now_s: seconds
-    since 1970. Raises CheckpointError for a directory that cannot be listed."""
+    of them have. None also where checkpoints are kept outside of the run's directory, where all steps are done, and
+    where the records of some stages are elsewhere. now_s: seconds since 1970. Raises CheckpointError for a directory
+    that cannot be listed."""
     stages, directory = config.pipeline.stages, config.checkpoint.path(run)
+    if not Path(os.path.abspath(directory)).is_relative_to(os.path.abspath(run)):
+        return None  # each machine may have one of its own there
     try:
         swarm = Directory(run).look(now_s)
     except TopError:  # nobody has begun

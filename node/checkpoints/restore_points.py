@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ..stage_state import StageSnapshot
 from .background_writer import CheckpointWriter
-from .store import HELD_TIMES, CheckpointStore
+from .store import HELD_TIMES, KEEP_MIN, CheckpointStore
 
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
@@ -42,10 +42,10 @@ class RestorePoints:
 
     @property
     def oldest(self) -> int:
-        """No rollback leads further back than to after so many steps. One checkpoint alone may be one that a neighbour
-        lacks; of two, neighbours are at most one apart."""
+        """No rollback leads further back than to after so many steps. The first checkpoints may be ones that another
+        stage has not written yet; neighbours are at most one apart, and another one may be under way."""
         steps = self.store.steps()
-        return min(steps) if len(steps) > 1 else 0
+        return min(steps) if len(steps) >= KEEP_MIN else 0
 
     async def keep(self, snapshot: StageSnapshot, *, generation: int) -> None:
         """In memory now, on disk soon."""

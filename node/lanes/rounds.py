@@ -22,11 +22,12 @@ from ..worker_thread import Worker
 from .lateral_link import LateralLink
 from .lateral_links import LateralLinks
 
-Holding = Callable[[], AbstractContextManager[object]]
+Holding = Callable[[Callable[[], str]], AbstractContextManager[object]]
 
 
 class Rounds:
-    """held_up: while it is entered, the stage's neighbours know that it waits for something outside of the lane."""
+    """held_up: while it is entered, the stage's neighbours know that it waits for something outside of the lane; what
+    that is, it may ask for."""
 
     def __init__(self, links: LateralLinks, metrics: MetricsWriter, *, held_up: Holding) -> None:
         self._links, self._metrics, self._held_up = links, metrics, held_up
@@ -35,7 +36,7 @@ class Rounds:
     def begin(self, averager: Averager, completed: int, oldest: int) -> None:
         """A generation begins after `completed` steps; a rollback may lead to `oldest`. What was contributed to rounds
         under way is given again: it may have been lost with a disk."""
-        self.forget(averager, oldest)
+        self.forget(averager, min(oldest, completed))
         for round_, contribution in averager.under_way(completed).items():
             self._links.publish(round_.number, contribution)
 
@@ -59,7 +60,7 @@ class Rounds:
 
     async def _use(self, averager: Averager, round_: Round, compute: Worker, watch: Stopwatch) -> None:
         before_s = self._links.figures().waited_s
-        with watch.waiting(), self._held_up():
+        with watch.waiting(), self._held_up(self._links.waits_for):
             others = await self._links.contributions(round_.number)
         said = await compute.run(f"average {round_.number}", averager.use, round_, others)
         record: dict[str, Any] = {

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+from ..protocol.control_messages import Heartbeat
 from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import NodeIdentity
 from ..protocol.messages import Limits
+from ..protocol.round_transfer import ContributionBytes
 from ..protocol.schedule import get_schedule, messages_ahead
 from ..protocol.session import LinkSession
 from ..sim.links.shaper import LinkProfile
 from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
+from .lanes.lateral_link import LateralSettings
+from .lanes.lateral_links import LateralLinks
 from .links.control_stream import HEARTBEAT_EVERY_S
 from .links.link import Link
 from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS, chunk_bytes_for, part_bytes_for
+from .links.transport import Report
 from .run_records import Tracer
+from .security.policy import Security
 from .stage import Stage
 
 # What a busy machine may take to let an event loop say something: 2 s were seen with eight processes on two cores.
@@ -85,3 +93,37 @@ def heartbeat_timeout_s(profile: LinkProfile, chunk_bytes: int | None = None) ->
     window_bytes += 2 * (chunk_bytes or chunk_bytes_for(profile))
     ahead_s = 0.0 if rate is None else 2 * window_bytes * 8 / rate
     return ahead_s + 2 * (profile.latency_s + profile.jitter_s) + 2 * HEARTBEAT_EVERY_S + HOLD_UP_S
+
+
+def make_lateral_links(
+    config: RunConfig,
+    identity: NodeIdentity,
+    *,
+    addresses: Mapping[int, str],
+    directory: Path,
+    contribution_bytes: ContributionBytes,
+    heartbeat: Callable[[], Heartbeat],
+    report: Report,
+    security: Security,
+) -> LateralLinks:
+    """The links to this stage in all other lanes; each has the rate of any other link. addresses: of the lower lanes.
+    directory: for contributions. Must be called in an event loop. Raises ContributionError."""
+    link = config.link
+    profile = LinkProfile.parse(link.link)
+    settings = LateralSettings(
+        contribution_bytes=contribution_bytes,
+        profile=profile,
+        silence_s=heartbeat_timeout_s(profile, link.chunk_bytes),
+        greeting_timeout_s=link.greeting_timeout_s,
+        deadline_s=link.replacement_timeout_s,
+        heartbeat=heartbeat,
+        seed=config.run.seed,
+    )
+    return LateralLinks(
+        identity=identity,
+        addresses=addresses,
+        directory=directory,
+        settings=settings,
+        report=report,
+        security=security,
+    )

@@ -14,18 +14,17 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..compress.byte_format import CodecError
 from ..protocol.greeting import NodeIdentity
-from ..sim.launch.end_signals import ANOTHER_ENDED, DRAINING, Impatience, ignore_draining, words_for
-from ..sim.links.shaper import LinkProfile
+from ..sim.launch.end_signals import ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
@@ -35,14 +34,13 @@ from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus
-from .lanes.lateral_link import LateralSettings
-from .lanes.lateral_links import LateralLinks
-from .link_settings import heartbeat_timeout_s
+from .link_settings import make_lateral_links
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
 from .links.transport import serving as serving_only
 from .measuring.pipeline_costs import pipeline_costs
 from .model import ModelError
+from .node_ending import ParentGone, Stopped, first_to_end, until_signal, watch_parent, while_calling
 from .preparation import (
     BAD_INPUT,
     check_codec,
@@ -73,14 +71,6 @@ class NodeError(RuntimeError):
     def __init__(self, line: str, exit_code: int) -> None:
         super().__init__(line)
         self.exit_code = exit_code
-
-
-class ParentGone(RuntimeError):
-    """The process that started this node is gone, and nobody is left to stop it."""
-
-
-class Stopped(RuntimeError):
-    """A signal that ends the node at once."""
 
 
 EXIT_CODES = {BAD_INPUT: 2, (*FAILED, StageFailed, ParentGone): 1, (Stopped,): 130}
@@ -291,23 +281,16 @@ async def _run(
 
     lateral = None
     if stage.averager:
-        settings = LateralSettings(
-            contribution_bytes=lambda number: averager_now().bytes_of(number),
-            profile=LinkProfile.parse(link.link),
-            silence_s=heartbeat_timeout_s(LinkProfile.parse(link.link), link.chunk_bytes),
-            greeting_timeout_s=link.greeting_timeout_s,
-            deadline_s=link.replacement_timeout_s,
-            heartbeat=lambda: recovery_loop.heartbeat(),
-            seed=config.run.seed,
-        )
         rounds = options.out / "rounds" / f"stage-{index}"
         if not options.resume:  # of another run that was here
             shutil.rmtree(rounds, ignore_errors=True)
-        lateral = LateralLinks(
-            identity=identity,
+        lateral = make_lateral_links(
+            config,
+            identity,
             addresses=addresses.lateral,
             directory=rounds,
-            settings=settings,
+            contribution_bytes=lambda number: averager_now().bytes_of(number),
+            heartbeat=lambda: recovery_loop.heartbeat(),
             report=on_fault,
             security=security,
         )
@@ -348,21 +331,21 @@ async def _run(
         elif methods and addresses.listen:  # no stage is above, but new nodes may join here
             lasting = {"more_streams": config.lanes.count - 1}
             await open_ends.enter_async_context(serving_only(addresses.listen, methods, security, **lasting))
-        endless: list[Awaitable[None]] = [_until_signal(recovery_loop.drain)]
+        endless: list[Awaitable[None]] = [until_signal(recovery_loop.drain)]
         if membership:
             endless.append(membership.keep_current(recovery_loop, config.tokens_per_step, on_fault))
         if options.parent is not None:
-            endless.append(_watch_parent(options.parent))
+            endless.append(watch_parent(options.parent))
         work = recovery_loop.run()
         if lateral:
             open_ends.push_async_callback(lateral.close)
-            work = _while_calling(work, lateral.run(), lambda: link.greeting_timeout_s)
+            work = while_calling(work, lateral.run(), lambda: link.greeting_timeout_s)
         if stage.downstream_endpoint:
             calling = dial_control(where(), recovery_loop.control, **waits)
             said = recovery_loop.control.said_last_word
-            work = _while_calling(work, calling, lambda: link.greeting_timeout_s if said("below") else 0)
+            work = while_calling(work, calling, lambda: link.greeting_timeout_s if said("below") else 0)
         try:
-            await _first_to_end(work, *endless)
+            await first_to_end(work, *endless)
         except (Stopped, ParentGone):
             raise
         except Exception as error:  # also of what runs beside the stage
@@ -391,63 +374,3 @@ def tell_of_text(corpus: Corpus, metrics: MetricsWriter) -> None:
         print(corpus.line, flush=True)
     for line in corpus.warnings:
         print(f"stage 0: warning: {line}", file=sys.stderr, flush=True)
-
-
-async def _while_calling(
-    work: Coroutine[Any, Any, None], calling: Coroutine[Any, Any, None], grace_s: Callable[[], float]
-) -> None:
-    """Wait for the work, and a little for the call to end after it, so that the last word arrives. What the work raises
-    comes first; the failure of the call ends the work."""
-    job, call = asyncio.ensure_future(work), asyncio.ensure_future(calling)
-    try:
-        done, _ = await asyncio.wait([job, call], return_when=asyncio.FIRST_COMPLETED)
-        if job not in done:
-            call.result()
-            await asyncio.wait([job])
-        await asyncio.wait([call], timeout=grace_s())
-        job.result()
-    finally:
-        for task in (job, call):
-            task.cancel()
-        await asyncio.gather(job, call, return_exceptions=True)
-
-
-async def _until_signal(drain: Callable[[], bool]) -> None:
-    """Raises Stopped on SIGINT, and when the launcher says that another stage has ended. SIGTERM, SIGHUP and SIGUSR1
-    ask to end after the step under way; where that cannot be, and for the second SIGTERM, they are as SIGINT. (Only
-    that one: a scheduler warns by one signal before it sends another, or sends the same to launcher and nodes.)"""
-    loop = asyncio.get_running_loop()
-    stop: asyncio.Future[int] = loop.create_future()
-    asked, impatience = False, Impatience()
-
-    def told(number: signal.Signals) -> None:
-        nonlocal asked
-        at_once = impatience.shown_by(number) or number not in DRAINING
-        asked = asked or (not at_once and drain())
-        if (at_once or not asked) and not stop.done():
-            stop.set_result(number)
-
-    for number in (*DRAINING, signal.SIGINT, ANOTHER_ENDED):
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            loop.add_signal_handler(number, told, number)
-    raise Stopped(words_for(await stop))
-
-
-async def _watch_parent(parent: int) -> None:
-    """Raises ParentGone when the launcher has died, so that no orphan keeps computing."""
-    while os.getppid() == parent:  # noqa: ASYNC110 (no event tells of it)
-        await asyncio.sleep(0.5)
-    raise ParentGone(f"the launcher (process {parent}) is gone")
-
-
-async def _first_to_end(*jobs: Awaitable[None]) -> None:
-    """Run `jobs` side by side until the first one returns or raises; cancel the others."""
-    tasks = [asyncio.ensure_future(job) for job in jobs]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

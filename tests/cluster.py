@@ -622,7 +622,7 @@ def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
             return open_corpus(prepare_corpus(config, kept=kept) if kept else corpus)
 
         patch.setattr(node_process, "open_text", open_text)
-        patch.setattr(node_process, "_until_signal", _until_drained)
+        patch.setattr(node_process, "until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
         def watched(config: RunConfig, stage: int, lane: int) -> tuple[Stage, str]:

@@ -59,6 +59,7 @@ def test_a_stage_s_record_says_how_many_layers_it_has(tiny: TinyConfig, tmp_path
     assert [(end["event"], end["layers"]) for end in ends] == [("end", 3), ("end", 1)]
 
 
+@pytest.mark.pairwise(4)
 @pytest.mark.parametrize("codec", ["mapl:r=8,anchors=none,context=2", "mapl:r=8", "identity", "resbm:b=8,anchors=full"])
 @pytest.mark.parametrize("average", ["outer:every=4,fragments=2", "sparta:p=0.2,every=2", "gradients:format=int8"])
 def test_contributions_of_lanes_have_the_size_of_real_ones(tiny: TinyConfig, codec: str, average: str) -> None:

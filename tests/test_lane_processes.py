@@ -69,6 +69,18 @@ def test_three_lanes_over_thin_links(up: Up, tiny: TinyConfig, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_another_run_in_the_same_directory_uses_nothing_of_the_first(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Other text makes other contributions to rounds of the same numbers."""
+    first = tiny({**GRID, "lanes.average": "outer:every=3", "run.seed": 5})
+    process, run = started(up, first, tmp_path)
+    ended(process)
+    config = tiny({**GRID, "lanes.average": "outer:every=3", "run.seed": 6})
+    process, run = started(up, config, tmp_path, "--overwrite")
+    ended(process)
+    assert ends(run, config) == digests(config)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["gradients", "fragments"])
 def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:
     """The tail of lane 1 is killed, then the head of lane 0: a lane goes back by itself, and does its rounds again."""

@@ -107,14 +107,32 @@ def test_lanes_learn_different_text_and_end_as_one(tiny: TinyConfig, codec: str,
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert not all(torch.equal(first[name], before[name]) for name in first)
-        for stage in (run.lanes[1].stages[place],):
-            snapshot = stage.snapshot()
-            stage.restore(snapshot)
-            assert stage.snapshot().tensors.keys() == snapshot.tensors.keys()
     projector = run.lanes[1].stages[0].state_tensors().get("codec/sender/master")
     if projector is not None:
         error = (projector.mT @ projector - torch.eye(projector.shape[1])).norm()
         assert float(error) <= 1e-5
+
+
+@pytest.mark.parametrize("average", ["outer:every=4,fragments=2,delay=3", "sparta:p=0.2,every=3,delay=2"])
+def test_a_stage_is_restored_in_the_middle_of_a_round(tiny: TinyConfig, average: str):
+    """What it contributed and began with comes back too, into a stage that was built anew."""
+    config = tiny({"lanes.count": 2, "lanes.average": average, "pipeline.stages": 2, "run.steps": STEPS})
+    run, taken = OneProcess(config), []
+
+    def take(step: int, loss: float) -> None:
+        del loss
+        if run.stages[0].averager and run.stages[0].averager.under_way(step + 1):
+            taken.append([lane.stages[1].snapshot() for lane in run.lanes])
+
+    run.train(take)
+    assert taken
+    for snapshots in taken:
+        for stage, snapshot in zip([lane.stages[1] for lane in OneProcess(config).lanes], snapshots, strict=True):
+            assert any(name.startswith("lanes/own") for name in snapshot.tensors)
+            stage.restore(snapshot)
+            found = stage.snapshot().tensors
+            assert found.keys() == snapshot.tensors.keys()
+            assert all(torch.equal(found[name], tensor) for name, tensor in snapshot.tensors.items())
 
 
 def test_lanes_share_the_text_and_read_none_of_it_twice(tiny: TinyConfig):

@@ -317,13 +317,13 @@ def test_the_senders_half_alone_is_a_graph_that_is_cut_at_the_receiver(compare: 
 
 def receivers_half(patch: pytest.MonkeyPatch, factor: float) -> None:
     """The receiver's half of the projector's gradient counts `factor` times."""
-    learn = MaplEncoder.learn
+    take = MaplEncoder.take_gradient
 
-    def wrong(self: MaplEncoder, gradient: Tensor | None, *, rate: float) -> None:
-        assert gradient is not None
-        learn(self, factor * gradient, rate=rate)
+    def wrong(self: MaplEncoder, received: Tensor | None) -> Tensor:
+        assert received is not None
+        return take(self, factor * received)
 
-    patch.setattr(MaplEncoder, "learn", wrong)
+    patch.setattr(MaplEncoder, "take_gradient", wrong)
 
 
 def rate_without_schedule(patch: pytest.MonkeyPatch) -> None:

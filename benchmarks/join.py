@@ -21,7 +21,7 @@ from typing import Any
 
 from thinpipe.node.config_file import dump_config, merge, parse_config
 from thinpipe.node.preparation import prepare_corpus
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 from thinpipe.sim.reports.summary import read_records
 
 DEADLINE_S = 180.0

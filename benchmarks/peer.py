@@ -38,7 +38,7 @@ from typing import Any
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, merge, parse_config, parse_override
 from thinpipe.node.preparation import prepare_corpus
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 from thinpipe.sim.links.netns import Network, network
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.links.tc import KernelLinkError

@@ -178,8 +178,8 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
     process that ends: the supervisor itself has no use for torch, and may stay for days. As `user`, who is to read the
     model and the data. Raises SupervisorError."""
     from ..node.config_file import dump_config
-    from ..sim.launch.local_swarm import node_environment
     from ..sim.launch.node_ends import ERROR_PREFIX
+    from ..sim.launch.node_launch import node_environment
     from ..sim.launch.privileges import known, may_not_become
     from ..sim.launch.stage_lock import SupervisorError
 

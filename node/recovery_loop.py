@@ -14,20 +14,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..protocol.control_messages import CopyFrame, CopyPart, Heartbeat
+from ..protocol.control_messages import CopyFrame, Heartbeat
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
-from ..protocol.wire_size import framed_bytes
-from ..sim.links.shaper import LinkProfile, Shaper
+from ..sim.links.shaper import LinkProfile
 from ..sim.reports.wording import counted
-from .boundary.endpoints import BoundaryShape
 from .checkpoints.copy_service import CopyService
 from .checkpoints.manifest import Manifest
 from .checkpoints.restore_points import RestorePoints
@@ -35,9 +33,10 @@ from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .config import RunConfig
 from .data import Corpus
 from .free_memory import give_back_free_memory
+from .generation import Dial, IdleWires, break_off, links_of, train
 from .lanes.lateral_links import LateralLinks
 from .lanes.rounds import Rounds
-from .link_settings import heartbeat_timeout_s, make_link, part_bytes_for, parts_ahead_for, transfer_s
+from .link_settings import heartbeat_timeout_s, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link
 from .long_preparation import LongPreparation
@@ -52,8 +51,6 @@ from .training_loop import TrainingLoop
 from .worker_thread import Reporter, Worker
 
 TIDY_EVERY = 100  # steps, where there are no checkpoints
-
-Dial = Callable[[Link], Coroutine[Any, Any, None]]
 
 
 class RecoveryLoop:
@@ -129,8 +126,7 @@ class RecoveryLoop:
             prepared_ago_s=self._preparing.ago_s,
             paused_ago_s=self._pause.ago_s,
         )
-        # Between two generations there are no links.
-        self._idle_wires = {side: Shaper(profile.applied) for side in self._sent}
+        self._idle_wires = IdleWires(profile)
         self._copies = self.control.copies = CopyService(
             stage=identity.stage,
             stages=identity.stages,
@@ -168,7 +164,9 @@ class RecoveryLoop:
                 self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
-            await self._finish_rounds()
+            if self._rounds:
+                self._finishing = True
+                await self._rounds.finish(self._on_fault)
         except Exception as error:
             await self.farewell(error)
             raise
@@ -283,15 +281,6 @@ class RecoveryLoop:
             self._said_end = last
             print(f"the run stops after {counted(last, 'step')} and can be resumed", flush=True)
 
-    async def _finish_rounds(self) -> None:
-        """This lane is through; wait until the others need nothing of it. That one of them is gone is no fault here."""
-        if self._rounds:
-            self._finishing = True
-            try:
-                await self._rounds.finish()
-            except TimeoutError as error:
-                self._on_fault("timeout", str(error))
-
     def drain(self) -> bool:
         """End after the step under way, and all others too. False if that cannot be arranged, because who would have
         to know is not there."""
@@ -332,15 +321,7 @@ class RecoveryLoop:
     def _begin(self, start: Start) -> None:
         """Train in this generation, in the background."""
         identity = replace(self._identity, generation=start.generation)
-        index, members = self.stage.index, start.members
-
-        def link(side: Side, shape: BoundaryShape) -> Link:
-            peer = index + (1 if side == "below" else -1)
-            member = members[peer] if members else None
-            return make_link(self.config, identity, peer, shape, self._tracer, member=member, sent=self._sent[side])
-
-        above = link("above", self.stage.upstream_endpoint.shape) if self.stage.upstream_endpoint else None
-        below = link("below", self.stage.downstream_endpoint.shape) if self.stage.downstream_endpoint else None
+        above, below = links_of(self.config, self.stage, identity, start.members, tracer=self._tracer, sent=self._sent)
         self._node = TrainingLoop(
             self.config,
             self.stage,
@@ -359,7 +340,8 @@ class RecoveryLoop:
             on_met=self._met,
         )
         self.link_above = above
-        self._training = asyncio.create_task(self._train(self._node, below))
+        work = train(self._node, self._dial, last_word_s=self.config.link.greeting_timeout_s)
+        self._training = asyncio.create_task(work)
 
     def _met(self) -> None:
         """The neighbours are there, in this generation, and so agree where this stage goes on. Not before are other
@@ -370,34 +352,13 @@ class RecoveryLoop:
         if self._rounds and self.stage.averager:
             self._rounds.begin(self.stage.averager, self.stage.completed, self._points.oldest)
 
-    async def _train(self, node: TrainingLoop, below: Link | None) -> None:
-        if below is None:
-            return await node.run()
-        assert self._dial
-        async with asyncio.TaskGroup() as group:
-            call = group.create_task(self._dial(below))
-            await group.create_task(node.run())
-            await asyncio.wait([call], timeout=self.config.link.greeting_timeout_s)  # for its end after the goodbyes
-            call.cancel()
-        return None
-
     async def _break_off(self) -> None:
         """Nothing of the generation moves any more, in any thread."""
         node, self._node = self._node, None
         training, self._training = self._training, None
         self.link_above = None
-        if node is None:
-            return
-        for link in (node.above, node.below):
-            if link:
-                link.abandon()
-                self._totals.close(link)
-        if training:
-            training.cancel()
-            await asyncio.gather(training, return_exceptions=True)
-        node.close()
-        await asyncio.to_thread(node.join)
-        self._totals.watch.take()
+        if node is not None:
+            await break_off(node, training, self._totals)
 
     async def _completed(self, compute: Worker, completed: int) -> None:
         """A step is done; `compute` is the thread that may look at the stage."""
@@ -446,14 +407,8 @@ class RecoveryLoop:
         self.machine.heartbeats.copied = completed
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
-        """A part takes the wire's time first, when nobody else wants it."""
-        if isinstance(frame, CopyPart):
-            nbytes = framed_bytes(len(frame.data))
-            link = self._node and (self._node.above if side == "above" else self._node.below)
-            if not (link and await link.reserve(nbytes)):
-                loop = asyncio.get_running_loop()
-                passage = self._idle_wires[side].admit(nbytes, loop.time())
-                await asyncio.sleep(max(0.0, passage.depart_s - loop.time()))
+        link = self._node and (self._node.above if side == "above" else self._node.below)
+        await self._idle_wires.reserve(side, frame, link)
         self.control.tell(side, frame)
 
     def _unwritten(self, line: str) -> None:

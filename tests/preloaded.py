@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import IO
 
 from thinpipe.sim.launch.fork_server import CannotFork, ForkServer, Process
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 
 _server: ForkServer | None = None
 

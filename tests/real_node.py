@@ -37,7 +37,7 @@ from thinpipe.protocol.messages import (
     split,
 )
 from thinpipe.sim.launch.fork_server import Process
-from thinpipe.sim.launch.local_swarm import free_ports
+from thinpipe.sim.launch.node_launch import free_ports
 from thinpipe.sim.links.proxy import Proxy
 
 from .preloaded import start

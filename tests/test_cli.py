@@ -19,7 +19,7 @@ from thinpipe.cli import app
 from thinpipe.node import local
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config
-from thinpipe.sim.launch import local_swarm
+from thinpipe.sim.launch import node_launch
 from thinpipe.sim.launch.local_swarm import SwarmError
 from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
@@ -358,7 +358,7 @@ def test_the_last_words_of_a_node_are_not_those_of_the_one_before_it(tmp_path: P
     """A node that dies with a traceback leaves no line of ours, where the one before it had left one."""
     said = []
     for resume, words in ((False, "thinpipe: error: no space"), (True, "Traceback"), (True, "thinpipe: error: late")):
-        node = local_swarm._start(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
+        node = node_launch.start_node(tmp_path, 1, ["sh", "-c", f"echo {words!r}; exit 1"], [], resume=resume)
         node.process.wait(DEADLINE_S)
         said.append(node.why)
     assert said == [

@@ -22,7 +22,7 @@ from thinpipe.node.discovery.dht_admission import (
     StoredRecords,
     acceptable,
 )
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 
 from .real_node import until
 

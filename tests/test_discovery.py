@@ -19,7 +19,7 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
 from thinpipe.node.discovery.dht import write_frame
 from thinpipe.node.one_process import OneProcess
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 
 from .conftest import TinyConfig
 from .in_memory import run_reference

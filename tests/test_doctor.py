@@ -47,7 +47,7 @@ from thinpipe.protocol.path_probe import (
     dial_back_proof,
     encode_probe,
 )
-from thinpipe.sim.launch.local_swarm import free_ports
+from thinpipe.sim.launch.node_launch import free_ports
 from thinpipe.sim.links.tc import KernelLinkError
 from typer.testing import CliRunner
 

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 from thinpipe.sim.launch.fork_server import CannotFork, ForkedProcess, ForkServer
-from thinpipe.sim.launch.local_swarm import Swarm, node_environment
+from thinpipe.sim.launch.local_swarm import Swarm
+from thinpipe.sim.launch.node_launch import node_environment
 
 from .real_node import until
 

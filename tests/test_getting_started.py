@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 

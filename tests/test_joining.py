@@ -53,7 +53,7 @@ from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.node_record import NodeRecord, NodeState, RunRecord, Seen, encode_run
 from thinpipe.protocol.rendezvous_messages import RendezvousRequest, RendezvousResponse, encode_request
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 from typer.testing import CliRunner
 
 from .real_node import free_address

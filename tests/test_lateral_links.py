@@ -32,7 +32,7 @@ from thinpipe.protocol.messages import encode_frame
 from thinpipe.protocol.round_messages import RoundPart
 from thinpipe.protocol.round_session import LIMITS, decode_frame
 from thinpipe.protocol.round_transfer import Contribution
-from thinpipe.sim.launch.local_swarm import free_ports
+from thinpipe.sim.launch.node_launch import free_ports
 from thinpipe.sim.links.proxy import Proxy
 from thinpipe.sim.links.shaper import LinkProfile
 

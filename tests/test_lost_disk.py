@@ -13,7 +13,7 @@ import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.sim.launch.fork_server import Process
-from thinpipe.sim.launch.local_swarm import free_ports
+from thinpipe.sim.launch.node_launch import free_ports
 from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.run_records import MetricsWriter
-from thinpipe.sim.launch import local_swarm
-from thinpipe.sim.launch.local_swarm import NodeProcess, SwarmError, run_swarm
+from thinpipe.sim.launch import local_swarm, node_launch
+from thinpipe.sim.launch.local_swarm import SwarmError, run_swarm
 from thinpipe.sim.launch.node_ends import Failure, failure_in
+from thinpipe.sim.launch.node_launch import NodeProcess
 from thinpipe.sim.reports.lanes import lane_path
 from thinpipe.sim.reports.record_tail import whole_bytes
 from typer.testing import CliRunner
@@ -85,7 +86,7 @@ def outcome(
 ) -> tuple[str, list[int]]:
     """With which words the launcher ends, "" if well, and how many lives each stage had."""
     nodes = Nodes(tmp_path, plot, list(reasons), replays=replays)
-    patch.setattr(local_swarm, "_start", nodes.start)
+    patch.setattr(local_swarm, "start_node", nodes.start)
     patch.setattr(local_swarm, "POLL_S", 0.02)
     try:
         run_swarm(tmp_path, stages=STAGES, lanes=len(plot) // STAGES, restarts=restarts)
@@ -167,7 +168,7 @@ def test_nodes_of_lanes_are_told_where_the_others_are(tmp_path: Path, monkeypatc
     def start(_: Path, stage: int, __: list[str], options: list[str], *, lane: int, **___: object) -> None:
         given[lane, stage] = options[: options.index("--prometheus")]
 
-    monkeypatch.setattr(local_swarm, "_start", start)
+    monkeypatch.setattr(local_swarm, "start_node", start)
     swarm = local_swarm.Swarm(tmp_path, stages=2, lanes=3, ports=[10, 11, 20, 21, 30, 31])
     for node in range(6):
         swarm.start(node, resume=False)
@@ -213,7 +214,7 @@ def test_a_record_that_was_broken_off_hides_no_failure(tmp_path: Path, torn: str
     that began."""
     path = tmp_path / "stage-1.jsonl"
     path.write_text('{"event": "start"}\n' + torn)
-    started = local_swarm._start(tmp_path, 1, ["/bin/true"], [], resume=True)
+    started = node_launch.start_node(tmp_path, 1, ["/bin/true"], [], resume=True)
     started.process.wait()
     writer = MetricsWriter(path, append=True)
     writer.write("start", stage=1)

@@ -21,7 +21,7 @@ import torch
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.local import run_local
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference

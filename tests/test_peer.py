@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
-from thinpipe.sim.launch.local_swarm import free_ports, node_environment
+from thinpipe.sim.launch.node_launch import free_ports, node_environment
 from thinpipe.sim.reports.summary import read_records
 
 from .conftest import TinyConfig

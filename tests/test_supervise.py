@@ -24,7 +24,7 @@ from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.sim.launch import privileges, service_supervisor, stage_lock
-from thinpipe.sim.launch.local_swarm import free_ports, node_environment
+from thinpipe.sim.launch.node_launch import free_ports, node_environment
 from thinpipe.sim.launch.service_supervisor import Assignment, Supervisor
 from thinpipe.sim.launch.stage_lock import ended_after, take_lock
 from thinpipe.sim.links import tc

@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config_file import dump_config
-from thinpipe.sim.launch.local_swarm import free_ports
+from thinpipe.sim.launch.node_launch import free_ports
 from thinpipe.sim.reports import top_data
 from thinpipe.sim.reports.figures import StageFigures
 from thinpipe.sim.reports.metrics_address import MetricsAddress

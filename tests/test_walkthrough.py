@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.config_file import load_config
-from thinpipe.sim.launch.local_swarm import node_environment
+from thinpipe.sim.launch.node_launch import node_environment
 from thinpipe.sim.links.netns import Network, network
 from thinpipe.sim.links.shaper import LinkProfile
 from thinpipe.sim.reports.summary import read_records

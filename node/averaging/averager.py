@@ -128,8 +128,6 @@ class Averager(ABC):
         payload = Payload(codec=fmt.id, header={"shape": list(shape)}, body=body)
         try:
             return fmt.unpack(payload, shape=shape, dtype=like.dtype, device=like.device, key=self._key(round_, lane))
-        except RoundError:
-            raise
         except CodecError as error:
             raise self._refusal(round_, lane, f"is refused: {error}") from None
 

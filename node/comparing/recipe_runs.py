@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from ...sim.launch.end_signals import EndSignals, end_signals
-from ...sim.launch.local_swarm import STOP_GRACE_S, node_environment
 from ...sim.launch.node_ends import ERROR_PREFIX
+from ...sim.launch.node_launch import STOP_GRACE_S, node_environment
 from ...sim.reports.progress import Progress
 from ..config import RunConfig
 from ..config_file import dump_config, load_config

@@ -34,7 +34,7 @@ from ...protocol.node_record import (
     read_records,
     renew_every_s,
 )
-from ...sim.launch.local_swarm import node_environment
+from ...sim.launch.node_launch import node_environment
 from .dht import PIPE_BYTES_MAX, READ_S, START_S, STORE_S, write_frame
 from .multiaddr import Multiaddr
 

@@ -18,7 +18,7 @@ from typing import Any
 from ..averaging.averager import Averager
 from ..averaging.round_plan import Round
 from ..run_records import MetricsWriter, Stopwatch
-from ..worker_thread import Worker
+from ..worker_thread import Reporter, Worker
 from .lateral_link import LateralLink
 from .lateral_links import LateralLinks
 
@@ -75,9 +75,13 @@ class Rounds:
         }
         self._metrics.write("round", stage=averager.place.stage, **record)
 
-    async def finish(self) -> None:
-        """Wait until no other lane needs anything of this stage. Raises TimeoutError when one shows no life."""
-        await self._links.finish()
+    async def finish(self, on_fault: Reporter) -> None:
+        """This lane is through: wait until no other one needs anything of this stage. That one of them is gone is no
+        fault here, and is only said."""
+        try:
+            await self._links.finish()
+        except TimeoutError as error:
+            on_fault("timeout", str(error))
 
     # -- records ------------------------------------------------------------------------------------------------
 

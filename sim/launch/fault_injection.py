@@ -32,7 +32,8 @@ from typing import Any, Literal, get_args
 from ..links.proxy import Proxy
 from ..reports.summary import read_records, steps_of
 from .fork_server import ForkServer, Process
-from .local_swarm import Swarm, SwarmError, free_ports
+from .local_swarm import Swarm, SwarmError
+from .node_launch import free_ports
 
 Kind = Literal["kill", "twice", "pause", "sleeper", "disk", "cut", "half"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # pyright: ignore[reportAssignmentType]

@@ -8,30 +8,23 @@ module and share its file descriptors; a node must be exactly what runs on a sep
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
 
 from ..reports.figures import StageFigures
-from ..reports.lanes import lane_path
 from ..reports.metrics_address import MetricsAddress
 from ..reports.progress import Progress
-from ..reports.record_tail import whole_bytes
 from .disk_space import DiskSpace
 from .end_signals import ANOTHER_ENDED, DRAINING, EndSignals, draining_signals
-from .fork_server import CannotFork, ForkServer, Process
+from .fork_server import ForkServer, Process
 from .isolation import PORT, Isolation
-from .node_ends import AGAIN, Failure, exit_reason, failure_of
+from .node_ends import AGAIN, Failure
+from .node_launch import NodeProcess, free_ports, start_node, stop_nodes
 
-STOP_GRACE_S = 5.0
 POLL_S = 0.1
 DRAIN_EVERY_S = 1.0
 TOLD_TO_END = (130, *(-number for number in DRAINING))  # exit codes of nodes that were, before they had begun
@@ -44,55 +37,6 @@ class SwarmError(RuntimeError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-@dataclass(slots=True)
-class NodeProcess:
-    """A process that serves a stage, of one of so many lanes. log_from, records_from: where what it says begins in its
-    log and its records."""
-
-    stage: int
-    process: Process
-    log: Path
-    log_from: int = 0
-    records_from: int = 0
-    lane: int = 0
-    lanes: int = 1
-
-    @property
-    def why(self) -> str:
-        """Why it ended."""
-        return self.in_lane(exit_reason(self.stage, self.process.poll() or 0, self.log, self.log_from))
-
-    def in_lane(self, line: str) -> str:
-        """What is said of a stage, and where there are lanes of which."""
-        return line if self.lanes == 1 else f"lane {self.lane}: {line}"
-
-    @property
-    def failure(self) -> Failure | None:
-        """With which it ended."""
-        return failure_of(self.log.parent, self.stage, records_from=self.records_from)
-
-
-def node_environment() -> dict[str, str]:
-    """One arithmetic thread a process, and no spinning: stages share cores, and spinning halves the throughput."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-
-
-def free_ports(count: int) -> list[int]:
-    """Loopback ports that were free a moment ago; all are held open until all are known, so they differ."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def run_swarm(
@@ -234,7 +178,7 @@ class Swarm:
         elif self._isolation:  # addresses that leave a namespace, but not this machine
             options.append("--insecure")
         where = {"lane": lane, "lanes": self.lanes}
-        self.nodes[node] = _start(self.run, stage, prefix, options, resume=resume, forks=self._forks, **where)
+        self.nodes[node] = start_node(self.run, stage, prefix, options, resume=resume, forks=self._forks, **where)
 
     def _host(self, node: int) -> str:
         return self._isolation.network.addresses[node] if self._isolation else "127.0.0.1"
@@ -265,67 +209,10 @@ class Swarm:
     def stop(self, why: str = "") -> None:
         """Leave none behind. why: another stage has ended the run; the logs of those that have to be ended say so."""
         alive = [node for node in (*self.nodes, *self._gone) if node and node.process.poll() is None]
-        _stop(alive, ANOTHER_ENDED if why else signal.SIGINT)
+        stop_nodes(alive, ANOTHER_ENDED if why else signal.SIGINT)
         for node in alive if why else ():
             with suppress(OSError), node.log.open("a", encoding="utf-8") as log:
                 log.write(f"thinpipe: this stage was ended by the launcher: {why}\n")
-
-
-def _start(
-    run: Path,
-    stage: int,
-    prefix: list[str],
-    options: list[str],
-    *,
-    resume: bool,
-    forks: ForkServer | None = None,
-    lane: int = 0,
-    lanes: int = 1,
-) -> NodeProcess:
-    """`prefix`: a command that becomes the node, in the same process; so that one has to be started. lane: of how many
-    `lanes`."""
-    arguments = ["node", "--config", str(run / "run.toml"), "--stage", str(stage), "--out", str(run), *options]
-    if resume:
-        arguments.append("--resume")
-    own = lane_path(run, lane, lanes)
-    with suppress(OSError):  # then the node says so
-        own.mkdir(exist_ok=True)
-    log, environment = own / f"stage-{stage}.log", node_environment()
-    records = own / f"stage-{stage}.jsonl"
-    records_from = whole_bytes(records) if resume else 0
-    with _log(log, "ab" if resume else "wb") as output:
-        log_from = output.tell()
-        if forks and not prefix:
-            try:
-                process = forks.start(
-                    [*arguments, "--parent", str(forks.pid)],
-                    stdout=output.fileno(),
-                    stderr=output.fileno(),
-                    environment=environment,
-                )
-                return NodeProcess(stage, process, log, log_from, records_from, lane, lanes)
-            except (CannotFork, TimeoutError) as error:
-                with suppress(OSError):
-                    output.write(f"started as an interpreter of its own: {error}\n".encode())
-                    output.flush()
-        command = [*prefix, sys.executable, "-m", "thinpipe.cli", *arguments, "--parent", str(os.getpid())]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    return NodeProcess(stage, process, log, log_from, records_from, lane, lanes)
-
-
-def _log(path: Path, mode: str) -> BinaryIO:
-    """What a node says goes there; nowhere, if no file can be made: a full disk is no reason to lose a stage."""
-    try:
-        return cast(BinaryIO, path.open(mode))
-    except OSError:
-        return open(os.devnull, "wb")
 
 
 def _watch(
@@ -390,19 +277,3 @@ def _why(swarm: Swarm, lost: list[int], failure: Failure | None, *, again: bool)
     first = blamed or ended[0]
     line = first.why if failure is None or blamed else first.in_lane(str(failure))
     return f"{line}; {AGAIN}" if again else line
-
-
-def _stop(nodes: list[NodeProcess], why: signal.Signals) -> None:
-    """Ask politely, then insist. Also called when everything has ended well: it does nothing then."""
-    alive = [node for node in nodes if node.process.poll() is None]
-    for node in alive:
-        node.process.send_signal(why)  # stop now, and not after the step under way
-        if why is signal.SIGINT:
-            node.process.terminate()  # one that only starts may have been born with SIGINT ignored
-    deadline = time.monotonic() + STOP_GRACE_S
-    for node in alive:
-        try:
-            node.process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            node.process.kill()
-            node.process.wait()

@@ -30,8 +30,8 @@ from pathlib import Path
 
 from ..reports.record_tail import RecordTail, whole_bytes
 from ..reports.wording import counted
-from .local_swarm import node_environment
 from .node_ends import AGAIN, Failure
+from .node_launch import node_environment
 from .stage_lock import began, ended_after, gave_up, newest_life, take_lock
 
 POLL_S = 0.5

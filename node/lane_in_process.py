@@ -89,21 +89,27 @@ class LaneInProcess:
         rest: list[tuple[int, Action]] = []
         schedule = self.config.training_schedule
         for index, action in interleave(schedule, len(self.stages), self.config.pipeline.microbatches):
-            match action:
-                case Forward():
-                    self._forward(index, step, action.microbatch, Kind.ACTIVATION)
-                case Backward():
-                    self._backward(index, step, action.microbatch)
-                case InputGradient():
-                    self._backward(index, step, action.microbatch, split=True)
-                case WeightGradient():
-                    self._weight_gradient(index, action.microbatch)
-                case _:
-                    rest.append((index, action))
+            if not self._computes(index, action, step):
+                rest.append((index, action))
         for stage in self.stages:
             stage.gather(step, self._table_gradient(stage.index, step))
         self._work_s, self._work_cpu_s = time.perf_counter() - began, time.process_time() - cpu
         return rest
+
+    def _computes(self, index: int, action: Action, step: int) -> bool:
+        """Do it, if it is one of those that make the step's gradients; whether it was."""
+        match action:
+            case Forward():
+                self._forward(index, step, action.microbatch, Kind.ACTIVATION)
+            case Backward():
+                self._backward(index, step, action.microbatch)
+            case InputGradient():
+                self._backward(index, step, action.microbatch, split=True)
+            case WeightGradient():
+                self._weight_gradient(index, action.microbatch)
+            case _:
+                return False
+        return True
 
     def finish(self, step: int, rest: list[tuple[int, Action]]) -> float:
         """The rest of a step; returns its loss."""

@@ -261,13 +261,7 @@ class RecoveryLoop:
 
     def heartbeat(self) -> Heartbeat:
         """What other lanes are told of this one."""
-        of_chain = self.machine.heartbeats
-        return Heartbeat(
-            generation=self.machine.generation,
-            completed_steps=self.machine.completed,
-            missing=of_chain.missing,
-            preparing=of_chain.prepares,
-        )
+        return self.machine.heartbeats.of_chain(generation=self.machine.generation, completed=self.machine.completed)
 
     def _say_end(self) -> None:
         """Say after which step the run stops, if it does, as soon as that can be known: who takes a stage's place does
@@ -308,13 +302,11 @@ class RecoveryLoop:
         await self._points.flush(self.config.link.replacement_timeout_s)
 
     def _late(self, timeout_s: float | None) -> str:
-        missing = [f"{side} ({self._peer(side)})" for side, peer in self.machine.peers.items() if peer is None]
+        beside, peers = self._identity.beside, self.machine.peers
+        missing = [f"{side} (stage {beside(side)})" for side, peer in peers.items() if peer is None]
         return (
             f"waited {timeout_s:g} s for a new generation to be agreed; not connected: {', '.join(missing) or 'nobody'}"
         )
-
-    def _peer(self, side: Side) -> str:
-        return f"stage {self._identity.stage + (1 if side == 'below' else -1)}"
 
     # -- a generation -----------------------------------------------------------------------------------------------
 

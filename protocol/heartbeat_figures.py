@@ -73,6 +73,12 @@ class HeartbeatAggregate:
         self._missing[side], self._copied[side] = heartbeat.missing, heartbeat.copied_steps
         self._preparing[side] = heartbeat.preparing
 
+    def of_chain(self, *, generation: int, completed: int) -> Heartbeat:
+        """What to say of all of it, to who is no part of it: another lane."""
+        return Heartbeat(
+            generation=generation, completed_steps=completed, missing=self.missing, preparing=self.prepares
+        )
+
     def tell(self, side: Side, *, generation: int, completed: int) -> Heartbeat:
         """What to say to that side now and then."""
         other: Side = "below" if side == "above" else "above"

@@ -47,7 +47,7 @@ from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.node.stage_state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.protocol.schedule import Backward, Forward, InputGradient, WeightGradient, get_schedule, interleave
+from thinpipe.protocol.schedule import get_schedule, interleave
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -100,18 +100,9 @@ class Run(LaneInProcess):
         loss = float("nan")
         order = list(interleave(schedule, len(self.stages), self.config.pipeline.microbatches))
         for index, action in order[:actions]:
-            match action:
-                case Forward():
-                    self._forward(index, step, action.microbatch, Kind.ACTIVATION)
-                case Backward():
-                    self._backward(index, step, action.microbatch)
-                case InputGradient():
-                    self._backward(index, step, action.microbatch, split=True)
-                case WeightGradient():
-                    self._weight_gradient(index, action.microbatch)
-                case _:
-                    self.stages[index].gather(step, self._table_gradient(index, step))
-                    loss, _ = self.stages[index].finish(step)
+            if not self._computes(index, action, step):
+                self.stages[index].gather(step, self._table_gradient(index, step))
+                loss, _ = self.stages[index].finish(step)
         return loss if actions is None else float("nan")
 
     def actions(self) -> int:

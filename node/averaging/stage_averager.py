@@ -15,7 +15,7 @@ from ...compress.codec_interface import Encoder
 from .averager import Averager, Place
 from .gradients import GradientAverager
 from .modes import AveragingMode, Gradients, Outer, Sparta
-from .weights import OuterAverager, SpartaAverager
+from .weights import OuterAverager, SpartaAverager, StageWeights
 
 
 def stage_averager(
@@ -36,6 +36,8 @@ def stage_averager(
         if sender is not None:
             sender.averaged()
 
+    tensors: list[Tensor] = [parameter for _, parameter in parameters]
+    weights = StageWeights(cut=tensors, whole=[] if sender is None else [sender.master], moved=moved)
     match mode:
         case Gradients():
             return GradientAverager(
@@ -47,16 +49,10 @@ def stage_averager(
                 table_shape=() if sender is None else tuple(sender.master.shape),
                 table_moves=table_moves,
             )
-        case Outer() | Sparta():
-            kind = OuterAverager if isinstance(mode, Outer) else SpartaAverager
-            return kind(
-                mode,  # pyright: ignore[reportArgumentType]
-                place,
-                steps=steps,
-                moved=moved,
-                weights=[parameter for _, parameter in parameters],
-                whole=[] if sender is None else [sender.master],
-            )
+        case Outer():
+            return OuterAverager(mode, place, weights, steps=steps)
+        case Sparta():
+            return SpartaAverager(mode, place, weights, steps=steps)
         case _:
             raise AssertionError(mode)
 

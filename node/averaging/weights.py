@@ -18,6 +18,7 @@ that is due.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,24 +29,22 @@ from .modes import AveragingMode, Outer, Sparta
 from .round_plan import Round
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StageWeights:
+    """All of a stage that is averaged, in place. cut: what fragments may cut; whole: what they must not. moved: called
+    after they were changed."""
+
+    cut: list[Tensor]
+    whole: list[Tensor]
+    moved: Callable[[], None]
+
+
 class WeightAverager(Averager):
-    """What both modes have: fragments of the weights, and what of them a round under way began with.
+    """What both modes have: fragments of the weights, and what of them a round under way began with."""
 
-    weights: all that is averaged, in place; whole: those of them that a fragment must not cut.
-    """
-
-    def __init__(
-        self,
-        mode: AveragingMode,
-        place: Place,
-        *,
-        steps: int,
-        moved: Callable[[], None],
-        weights: list[Tensor],
-        whole: list[Tensor],
-    ) -> None:
-        super().__init__(mode, place, steps=steps, moved=moved)
-        self._fragments = fragments_of(weights, whole, mode.fragments)
+    def __init__(self, mode: AveragingMode, place: Place, of: StageWeights, *, steps: int) -> None:
+        super().__init__(mode, place, steps=steps, moved=of.moved)
+        self._fragments = fragments_of(of.cut, of.whole, mode.fragments)
         self._began: dict[int, Tensor] = {}  # by fragment: θ₀ of the round that is under way
 
     def _add_difference(self, round_: Round, agreed: Tensor) -> None:
@@ -89,17 +88,8 @@ class WeightAverager(Averager):
 class OuterAverager(WeightAverager):
     """Mode `outer`."""
 
-    def __init__(
-        self,
-        mode: Outer,
-        place: Place,
-        *,
-        steps: int,
-        moved: Callable[[], None],
-        weights: list[Tensor],
-        whole: list[Tensor],
-    ) -> None:
-        super().__init__(mode, place, steps=steps, moved=moved, weights=weights, whole=whole)
+    def __init__(self, mode: Outer, place: Place, of: StageWeights, *, steps: int) -> None:
+        super().__init__(mode, place, of, steps=steps)
         self._lr, self._beta = mode.lr, mode.momentum
         self._anchors = [rows.read() for rows in self._fragments]
         self._momenta = [torch.zeros_like(anchor) for anchor in self._anchors]
@@ -151,17 +141,8 @@ class OuterAverager(WeightAverager):
 class SpartaAverager(WeightAverager):
     """Mode `sparta`. The state is that of rounds under way and nothing else."""
 
-    def __init__(
-        self,
-        mode: Sparta,
-        place: Place,
-        *,
-        steps: int,
-        moved: Callable[[], None],
-        weights: list[Tensor],
-        whole: list[Tensor],
-    ) -> None:
-        super().__init__(mode, place, steps=steps, moved=moved, weights=weights, whole=whole)
+    def __init__(self, mode: Sparta, place: Place, of: StageWeights, *, steps: int) -> None:
+        super().__init__(mode, place, of, steps=steps)
         self._format = mode.byte_format()
         self._share = mode.p
 

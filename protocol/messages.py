@@ -33,7 +33,16 @@ from .control_messages import CONTROL, STEP_MAX, ControlFrame, control_from_pb, 
 from .envelope import Data, Gathered, around_data, buffers_of, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
-from .round_messages import ROUNDS, RoundFrame, RoundPart, RoundsReceived, RoundsWanted, encode_round, round_from_pb
+from .round_messages import (
+    ROUNDS,
+    RoundFrame,
+    RoundPart,
+    RoundsReceived,
+    RoundStatus,
+    RoundsWanted,
+    encode_round,
+    round_from_pb,
+)
 
 PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
@@ -223,7 +232,7 @@ def encode_frame(frame: Frame) -> bytes:
             return pb.Frame(refusal=refusal).SerializeToString()
         case Goodbye():
             return pb.Frame(goodbye=pb.Goodbye()).SerializeToString()
-        case RoundsWanted() | RoundPart() | RoundsReceived():
+        case RoundsWanted() | RoundStatus() | RoundPart() | RoundsReceived():
             return encode_round(frame)
         case _:
             return encode_control(frame)

@@ -4,10 +4,10 @@ A `RoundSession` outlives its connections. Bytes go in (`receive`), an event com
 frames that this node may send. What either side may ask for and send is `protocol.round_transfer`'s, once for each
 direction; here is in which order things are said.
 
-The rules, as data (`TRANSITIONS`): first a greeting. Then parts and heartbeats at any time, and the peer's own requests
-in their order: RoundsWanted once, RoundsReceived as often as it likes, Goodbye when it needs nothing more. Until this
-node says that too, it lives on and sends what is asked for. Anything else is the peer's fault, and closes the
-connection.
+The rules, as data (`TRANSITIONS`): first a greeting. Then parts, heartbeats and statuses at any time, and the peer's
+own requests in their order: RoundsWanted once, RoundsReceived as often as it likes, Goodbye when it needs nothing more.
+Until this node says that too, it lives on and sends what is asked for. Anything else is the peer's fault, and closes
+the connection.
 
 Why not on the control stream, which has the same form: that one joins neighbours of one lane and is a part of their
 generations. A loss in one lane must not be one in the other.
@@ -19,11 +19,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from .control_messages import PART_BYTES_MAX, Heartbeat
+from .control_messages import (
+    PART_BYTES_MAX,
+    CopyDeclined,
+    CopyFrame,
+    CopyOffer,
+    CopyPart,
+    CopyProgress,
+    CopyWanted,
+    Heartbeat,
+)
 from .errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from .greeting import NodeIdentity, check_lateral
 from .messages import Frame, Goodbye, Greeting, Limits, Refusal, decode_frame, encode_frame
-from .round_messages import RoundPart, RoundsReceived, RoundsWanted
+from .round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
 from .round_transfer import (
     PARTS_TOGETHER,
     Contribution,
@@ -32,6 +41,8 @@ from .round_transfer import (
     Position,
     RoundReceiver,
     RoundSender,
+    StayOf,
+    always,
 )
 
 LIMITS = Limits(message_bytes=1, chunk_bytes=PART_BYTES_MAX)  # no tensor comes this way
@@ -47,11 +58,15 @@ class RoundState(Enum):
     PEER_DONE = "the peer needs nothing more"
 
 
+# A lane that comes back may take up another one's state (protocol.copy_transfer).
+COPY_FRAMES: tuple[type[CopyFrame], ...] = (CopyWanted, CopyOffer, CopyPart, CopyProgress, CopyDeclined)
 TRANSITIONS: dict[RoundState, dict[type[Frame], RoundState]] = {
     RoundState.CLOSED: {},
     RoundState.AWAIT: {Greeting: RoundState.OPEN, Refusal: RoundState.CLOSED},
     RoundState.OPEN: {
         Heartbeat: RoundState.OPEN,
+        RoundStatus: RoundState.OPEN,
+        **dict.fromkeys(COPY_FRAMES, RoundState.OPEN),
         RoundPart: RoundState.OPEN,
         RoundsWanted: RoundState.PULLED,
         Goodbye: RoundState.PEER_DONE,
@@ -59,6 +74,8 @@ TRANSITIONS: dict[RoundState, dict[type[Frame], RoundState]] = {
     },
     RoundState.PULLED: {
         Heartbeat: RoundState.PULLED,
+        RoundStatus: RoundState.PULLED,
+        **dict.fromkeys(COPY_FRAMES, RoundState.PULLED),
         RoundPart: RoundState.PULLED,
         RoundsReceived: RoundState.PULLED,
         Goodbye: RoundState.PEER_DONE,
@@ -66,6 +83,8 @@ TRANSITIONS: dict[RoundState, dict[type[Frame], RoundState]] = {
     },
     RoundState.PEER_DONE: {
         Heartbeat: RoundState.PEER_DONE,
+        RoundStatus: RoundState.PEER_DONE,
+        **dict.fromkeys(COPY_FRAMES, RoundState.PEER_DONE),
         RoundPart: RoundState.PEER_DONE,
         Refusal: RoundState.CLOSED,
     },
@@ -87,6 +106,20 @@ class PeerAlive:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PeerTold:
+    """How far the peer's lane is, and which rounds are decided."""
+
+    status: RoundStatus
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerCopies:
+    """What the peer says of a copy of a state, from one lane to the other."""
+
+    frame: CopyFrame
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PeerMoved:
     """The peer has got further, granted more, or may have forgotten: there may be something to send, or to drop."""
 
@@ -104,14 +137,14 @@ class PeerDone:
     """The peer needs no more of this node's contributions."""
 
 
-RoundEvent = PeerGreeted | PeerAlive | PeerMoved | PartCame | PeerDone
+RoundEvent = PeerGreeted | PeerAlive | PeerTold | PeerCopies | PeerMoved | PartCame | PeerDone
 
 
 class RoundSession:
     """This node's side of the link to its own stage in lane `peer_lane`.
 
     kept: this node's contributions by round, a mapping that its owner changes. contribution_bytes: the size of any
-    node's contribution of this stage to a round.
+    node's contribution of this stage to a round. stay_of: as of a RoundSender.
     """
 
     def __init__(
@@ -123,11 +156,13 @@ class RoundSession:
         contribution_bytes: ContributionBytes,
         part_bytes: int,
         window_bytes: int,
+        stay_of: StayOf = always,
     ) -> None:
         self.identity, self.peer_lane = identity, peer_lane
         self.state = RoundState.CLOSED
         self.peer: Greeting | None = None  # who greeted last
-        self.sender = RoundSender(kept, contribution_bytes, part_bytes=part_bytes, window_bytes=window_bytes)
+        sizes = {"part_bytes": part_bytes, "window_bytes": window_bytes}
+        self.sender = RoundSender(kept, contribution_bytes, stay_of=stay_of, **sizes)
         self.receiver = RoundReceiver(contribution_bytes)
         self.done = False  # this node said goodbye on this connection
 
@@ -157,12 +192,18 @@ class RoundSession:
     def heartbeat(self, heartbeat: Heartbeat) -> bytes:
         return encode_frame(heartbeat)
 
-    def wanted(self, position: Position, xxh3: int | None = None) -> bytes:
+    def status(self, status: RoundStatus) -> bytes:
+        """How far this node's lane is; also after the goodbye, for the peer may need nothing but that."""
+        if not self.greeted:
+            raise LocalProtocolError(Fault.UNEXPECTED, f"a status while the link is {self.state.value}")
+        return encode_frame(status)
+
+    def wanted(self, position: Position, xxh3: int | None = None, *, stay: int = 0) -> bytes:
         """This node lacks what is not before that position; see `RoundReceiver.wanted`."""
         self._check_open("a request")
         if self.receiver.asked:
             raise LocalProtocolError(Fault.UNEXPECTED, "a second request on one connection")
-        return encode_frame(self.receiver.wanted(position, xxh3))
+        return encode_frame(self.receiver.wanted(position, xxh3, stay=stay))
 
     def received(self) -> bytes:
         """This node has written what came."""
@@ -214,6 +255,10 @@ class RoundSession:
             case Heartbeat():
                 self._check_heartbeat(frame)
                 return PeerAlive(heartbeat=frame)
+            case RoundStatus():
+                return PeerTold(status=frame)
+            case CopyWanted() | CopyOffer() | CopyPart() | CopyProgress() | CopyDeclined():
+                return PeerCopies(frame=frame)
             case RoundsWanted():
                 self.sender.wanted(frame)
                 return PeerMoved()

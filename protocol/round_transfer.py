@@ -10,6 +10,11 @@ sender sends that, and the rounds after it as they are made. The receiver report
 the sender keeps at most `window_bytes` ahead of the last report. After a broken connection, or a restart of either end,
 the receiver names its place again, and what it has is not sent twice.
 
+A lane that was left out, or went by another log of members than counts, has made other contributions, meanwhile, than
+those that are wanted. So a receiver also says of which *stay* of that lane it wants them: a number for what the lane
+had used before, as both find it in their logs (`MembershipLog.history_of`). While the two disagree nothing is sent: one
+of them will learn better. A receiver that learns better asks anew, on another connection.
+
 Two more numbers ride on those frames. `forget_before` is a promise never to ask for earlier rounds again, so that the
 sender may drop them. `granted_before` bounds what comes unasked: nothing of a round that is much later than the one
 that the receiver is at. Neither is taken back while a connection lasts.
@@ -35,6 +40,13 @@ ROUNDS_AHEAD = 4
 
 Position = tuple[int, int]  # round, byte in that round's contribution: everything before it is there
 ContributionBytes = Callable[[int], int]  # of a round, by the configuration: any round, and 1 or more
+StayOf = Callable[[int], int | None]  # of a round: the history that a lane's contribution follows from; None: no member
+
+
+def always(round: int) -> int | None:
+    """The stay of a lane that has been there from the first round on."""
+    del round
+    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +67,8 @@ class PartRange:
 
 
 class RoundSender:
-    """What this node sends to one peer. kept: its own contributions by round; whoever owns the mapping changes it."""
+    """What this node sends to one peer. kept: its own contributions by round; whoever owns the mapping changes it.
+    stay_of: of this node's lane."""
 
     def __init__(
         self,
@@ -64,11 +77,14 @@ class RoundSender:
         *,
         part_bytes: int,
         window_bytes: int,
+        stay_of: StayOf = always,
     ) -> None:
         if part_bytes <= 0 or window_bytes < WINDOW_PARTS_LEAST * part_bytes:
             raise ValueError(f"parts of {part_bytes} bytes in a window of {window_bytes}")
         self._kept, self._contribution_bytes = kept, contribution_bytes
         self._part_bytes, self._window_bytes = part_bytes, window_bytes
+        self._stay_of, self._stay = stay_of, 0
+        self.patient = False  # what is gone is not refused: the peer was left out, and may do without it
         self.forget_before = 0  # the peer will not ask for an earlier round
         self.acknowledged: Position = (0, 0)  # on the present connection, or on the last one
         self.reset()
@@ -85,6 +101,7 @@ class RoundSender:
         if frame.offset and frame.offset >= (total := self._contribution_bytes(frame.round)):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"byte {frame.offset} of round {frame.round} of {total} bytes")
         self._next = self.acknowledged = (frame.round, frame.offset)
+        self._stay = frame.stay
         # Who was here before may have been another process, or a stranger that knew how to greet: this one counts.
         self._granted_before, self.forget_before = frame.granted_before, frame.forget_before
 
@@ -120,11 +137,12 @@ class RoundSender:
         ranges: list[PartRange] = []
         while self._next is not None and len(ranges) < most:
             round, offset = self._next
-            if round >= self._granted_before:
+            if round >= self._granted_before or self._stay_of(round) != self._stay:
                 break
             contribution = self._kept.get(round)
             if contribution is None:
-                self._check_still_to_come(round)
+                if not self.patient:
+                    self._check_still_to_come(round)
                 break
             length = min(self._part_bytes, contribution.total_bytes - offset)
             if self.unacknowledged_bytes and self.unacknowledged_bytes + length > self._window_bytes:
@@ -211,13 +229,18 @@ class RoundReceiver:
         return self._due is not None and self._due[0] < (self.forget_before or 0)
 
     @property
+    def goes_on_with(self) -> int | None:
+        """The round that the next part begins, if all that came before it is written."""
+        return self._due[0] if self._due is not None and not (self._due[1] or self._parts) else None
+
+    @property
     def write_due(self) -> bool:
         """What came is to be written now, and acknowledged."""
         return self._parts >= PARTS_TOGETHER or (self._parts > 0 and self._due is not None and self._due[1] == 0)
 
-    def wanted(self, position: Position, xxh3: int | None = None) -> RoundsWanted:
+    def wanted(self, position: Position, xxh3: int | None = None, *, stay: int = 0) -> RoundsWanted:
         """The first frame of this direction. position: where what is here ends; xxh3: of the contribution of which a
-        part is here."""
+        part is here; stay: the peer's, by what is known here."""
         if self.forget_before is None or position[0] < self.forget_before:
             raise LocalProtocolError(
                 Fault.UNEXPECTED, f"round {position[0]} is asked for, forgotten is all before {self.forget_before}"
@@ -227,7 +250,8 @@ class RoundReceiver:
         # Whoever was here before may have had more than what is granted by now: that is where it goes on.
         self._need = max(self._need, position[0] - ROUNDS_AHEAD)
         granted, forget = self._tell()
-        return RoundsWanted(round=position[0], offset=position[1], granted_before=granted, forget_before=forget)
+        first, offset = position
+        return RoundsWanted(round=first, offset=offset, granted_before=granted, forget_before=forget, stay=stay)
 
     def received(self) -> RoundsReceived:
         """Where this node is: what it has written, what it grants, what may be forgotten."""

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Frame(_message.Message):
-    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined", "failed", "rounds_wanted", "round_part", "rounds_received")
+    __slots__ = ("greeting", "refusal", "chunk", "credit", "goodbye", "heartbeat", "start_view_change", "do_view_change", "start_view", "finished", "all_finished", "drain", "last_step", "copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined", "failed", "rounds_wanted", "round_part", "rounds_received", "round_status")
     GREETING_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class Frame(_message.Message):
     ROUNDS_WANTED_FIELD_NUMBER: _ClassVar[int]
     ROUND_PART_FIELD_NUMBER: _ClassVar[int]
     ROUNDS_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    ROUND_STATUS_FIELD_NUMBER: _ClassVar[int]
     greeting: Greeting
     refusal: Refusal
     chunk: Chunk
@@ -54,7 +55,8 @@ class Frame(_message.Message):
     rounds_wanted: RoundsWanted
     round_part: RoundPart
     rounds_received: RoundsReceived
-    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rounds_wanted: _Optional[_Union[RoundsWanted, _Mapping]] = ..., round_part: _Optional[_Union[RoundPart, _Mapping]] = ..., rounds_received: _Optional[_Union[RoundsReceived, _Mapping]] = ...) -> None: ...
+    round_status: RoundStatus
+    def __init__(self, greeting: _Optional[_Union[Greeting, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., credit: _Optional[_Union[Credit, _Mapping]] = ..., goodbye: _Optional[_Union[Goodbye, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., start_view_change: _Optional[_Union[StartViewChange, _Mapping]] = ..., do_view_change: _Optional[_Union[DoViewChange, _Mapping]] = ..., start_view: _Optional[_Union[StartView, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., all_finished: _Optional[_Union[AllFinished, _Mapping]] = ..., drain: _Optional[_Union[Drain, _Mapping]] = ..., last_step: _Optional[_Union[LastStep, _Mapping]] = ..., copies_held: _Optional[_Union[CopiesHeld, _Mapping]] = ..., copy_offer: _Optional[_Union[CopyOffer, _Mapping]] = ..., copy_progress: _Optional[_Union[CopyProgress, _Mapping]] = ..., copy_part: _Optional[_Union[CopyPart, _Mapping]] = ..., copy_wanted: _Optional[_Union[CopyWanted, _Mapping]] = ..., copy_declined: _Optional[_Union[CopyDeclined, _Mapping]] = ..., failed: _Optional[_Union[Failed, _Mapping]] = ..., rounds_wanted: _Optional[_Union[RoundsWanted, _Mapping]] = ..., round_part: _Optional[_Union[RoundPart, _Mapping]] = ..., rounds_received: _Optional[_Union[RoundsReceived, _Mapping]] = ..., round_status: _Optional[_Union[RoundStatus, _Mapping]] = ...) -> None: ...
 
 class Greeting(_message.Message):
     __slots__ = ("protocol_version", "run_id", "generation", "configuration", "stage", "stages", "incarnation", "next_sequence", "granted_bytes", "completed_steps", "joining", "lane")
@@ -277,16 +279,18 @@ class CopyDeclined(_message.Message):
     def __init__(self, stage: _Optional[int] = ..., completed_steps: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class RoundsWanted(_message.Message):
-    __slots__ = ("round", "offset", "granted_before", "forget_before")
+    __slots__ = ("round", "offset", "granted_before", "forget_before", "stay")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     GRANTED_BEFORE_FIELD_NUMBER: _ClassVar[int]
     FORGET_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    STAY_FIELD_NUMBER: _ClassVar[int]
     round: int
     offset: int
     granted_before: int
     forget_before: int
-    def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., granted_before: _Optional[int] = ..., forget_before: _Optional[int] = ...) -> None: ...
+    stay: int
+    def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., granted_before: _Optional[int] = ..., forget_before: _Optional[int] = ..., stay: _Optional[int] = ...) -> None: ...
 
 class RoundPart(_message.Message):
     __slots__ = ("round", "offset", "total_bytes", "contribution_xxh3", "data", "xxh3")
@@ -315,6 +319,52 @@ class RoundsReceived(_message.Message):
     granted_before: int
     forget_before: int
     def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., granted_before: _Optional[int] = ..., forget_before: _Optional[int] = ...) -> None: ...
+
+class RoundStatus(_message.Message):
+    __slots__ = ("held", "decided", "stretches", "admitted", "returning", "source", "saved", "kept", "forgot")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_FIELD_NUMBER: _ClassVar[int]
+    STRETCHES_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
+    RETURNING_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SAVED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
+    FORGOT_FIELD_NUMBER: _ClassVar[int]
+    held: _containers.RepeatedScalarFieldContainer[int]
+    decided: int
+    stretches: _containers.RepeatedCompositeFieldContainer[RoundStretch]
+    admitted: _containers.RepeatedCompositeFieldContainer[RoundEntry]
+    returning: int
+    source: int
+    saved: int
+    kept: int
+    forgot: int
+    def __init__(self, held: _Optional[_Iterable[int]] = ..., decided: _Optional[int] = ..., stretches: _Optional[_Iterable[_Union[RoundStretch, _Mapping]]] = ..., admitted: _Optional[_Iterable[_Union[RoundEntry, _Mapping]]] = ..., returning: _Optional[int] = ..., source: _Optional[int] = ..., saved: _Optional[int] = ..., kept: _Optional[int] = ..., forgot: _Optional[int] = ...) -> None: ...
+
+class RoundStretch(_message.Message):
+    __slots__ = ("first", "members", "entered")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    ENTERED_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    members: _containers.RepeatedScalarFieldContainer[int]
+    entered: _containers.RepeatedCompositeFieldContainer[RoundEntry]
+    def __init__(self, first: _Optional[int] = ..., members: _Optional[_Iterable[int]] = ..., entered: _Optional[_Iterable[_Union[RoundEntry, _Mapping]]] = ...) -> None: ...
+
+class RoundEntry(_message.Message):
+    __slots__ = ("lane", "first", "begins", "source", "copied")
+    LANE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    BEGINS_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    COPIED_FIELD_NUMBER: _ClassVar[int]
+    lane: int
+    first: int
+    begins: int
+    source: int
+    copied: int
+    def __init__(self, lane: _Optional[int] = ..., first: _Optional[int] = ..., begins: _Optional[int] = ..., source: _Optional[int] = ..., copied: _Optional[int] = ...) -> None: ...
 
 class ProbeFrame(_message.Message):
     __slots__ = ("terms", "refusal", "echo", "turn", "filler", "done", "measured", "info_request", "info_response", "dial_back_result")

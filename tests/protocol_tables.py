@@ -37,6 +37,7 @@ from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST,
 from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
+from thinpipe.protocol.membership_log import STRETCHES_MAX
 from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Frame, Kind, Limits
 from thinpipe.protocol.path_probe import (
     BURST_BYTES_MAX,
@@ -63,6 +64,7 @@ from thinpipe.protocol.rollback import (
     Start,
     Stop,
 )
+from thinpipe.protocol.round_messages import LANES_MAX
 from thinpipe.protocol.round_session import TRANSITIONS as ROUND_TRANSITIONS
 from thinpipe.protocol.round_transfer import ROUNDS_AHEAD, WINDOW_PARTS_LEAST
 from thinpipe.protocol.rows import Encoding, rows_bytes
@@ -96,11 +98,12 @@ FIELDS: dict[str, dict[str, str]] = {
             ],
             "Control",
         ),
+        "copies_held": "Control: copies",
         **dict.fromkeys(
-            ["copies_held", "copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined"],
-            "Control: copies",
+            ["copy_offer", "copy_progress", "copy_part", "copy_wanted", "copy_declined"], "Control: copies; Rounds"
         ),
         **dict.fromkeys(["rounds_wanted", "round_part", "rounds_received"], "Rounds"),
+        "round_status": "Rounds, of stage 0; Control",
     },
     "Greeting": {
         "protocol_version": f"{PROTOCOL_VERSION}",
@@ -191,6 +194,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "offset": "bytes of it that the sender has",
         "granted_before": "the receiver may send rounds before this one; above `round`, or equal if `offset` is 0",
         "forget_before": "the sender will never ask for a round before this one again",
+        "stay": "the history of the receiver's lane that the sender means, see Members; below 2^48",
     },
     "RoundPart": {
         "round": "from 0",
@@ -199,6 +203,29 @@ FIELDS: dict[str, dict[str, str]] = {
         "contribution_xxh3": "XXH3 of the whole contribution",
         "data": "1 byte or more",
         "xxh3": "see below",
+    },
+    "RoundStatus": {
+        "held": "by lane: that many rounds of its contributions, from 0, are held by all stages, or needed by none",
+        "decided": "that many rounds are",
+        "stretches": "of the log, all; none: as said last on this connection",
+        "admitted": "who is to enter, by lane, rising",
+        "returning": "1 + the steps from which the sender's lane goes on, which was left out; 0: it was not",
+        "source": "1 + the lane whose state after these it takes up; 0: its own",
+        "saved": "all stages of the lane have a checkpoint after that many steps",
+        "kept": "of the lane's contributions, those before this round are gone",
+        "forgot": "a stage of the lane never asks for a round before this one again",
+    },
+    "RoundStretch": {
+        "first": "the round from which it counts; rising, the first one 0, below `decided`",
+        "members": "lanes, rising, 1 or more",
+        "entered": "who of them is new with it, by lane, rising; without any, members differ from those before",
+    },
+    "RoundEntry": {
+        "lane": "below the number of lanes",
+        "first": "the round that it contributes to first",
+        "begins": "steps after which it trains on; not below `copied`",
+        "source": "the lane whose state it took up",
+        "copied": "after how many steps",
     },
     "RoundsReceived": {
         "round": "the sender has all rounds before this one",
@@ -263,7 +290,7 @@ FAULTS: dict[Fault, str] = {
     Fault.CONFIGURATION: "the peer has another configuration, or sends a delta in another encoding than configured",
     Fault.STAGE: "not the stage that should be here",
     Fault.LANE: "not the lane that should be here, or a node without lanes",
-    Fault.CERTIFICATE: "over TLS, a run or stage that the sender's certificate does not name",
+    Fault.CERTIFICATE: "over TLS, a run, stage or lane that the sender's certificate does not name",
     Fault.GENERATION: "a frame, a greeting or a delta of another generation",
     Fault.FENCED: "another process has taken the place of this one",
     Fault.STOPPED: "the stage is between two generations",
@@ -355,6 +382,7 @@ def limits() -> list[Row]:
         ("parts of a contribution that are acknowledged at once, at most", str(PARTS_TOGETHER)),
         ("parts of contributions that a sender must be ready to send ahead", str(WINDOW_PARTS_LEAST)),
         ("rounds granted beyond the one that a node is at", str(ROUNDS_AHEAD)),
+        ("lanes in a status; stretches of rounds in it", f"{LANES_MAX}, {STRETCHES_MAX}"),
         ("copies that may be declined on one connection", str(DECLINED_MAX)),
         ("control frames that wait for one neighbour", str(QUEUED_MAX)),
         ("seconds between two Heartbeats", f"{HEARTBEAT_EVERY_S:g}"),
@@ -489,9 +517,23 @@ def waves() -> list[Row]:
 LINK = ["Frame", "Greeting", "Refusal", "Chunk", "MessageHead", "Credit", "Goodbye"]
 CONTROL = ["Heartbeat", "StartViewChange", "DoViewChange", "StartView", "Finished", "AllFinished", "Drain", "LastStep"]
 CONTROL += ["Failed"]
-ROUND_FRAMES = ["Greeting", "Heartbeat", "RoundsWanted", "RoundPart", "RoundsReceived", "Goodbye", "Refusal"]
+ROUND_FRAMES = [
+    "Greeting",
+    "Heartbeat",
+    "RoundStatus",
+    "RoundsWanted",
+    "RoundPart",
+    "RoundsReceived",
+    "CopyWanted",
+    "CopyOffer",
+    "CopyPart",
+    "CopyProgress",
+    "CopyDeclined",
+    "Goodbye",
+    "Refusal",
+]
 COPIES = ["CopiesHeld", "CopyOffer", "CopyProgress", "CopyPart", "CopyWanted", "CopyDeclined"]
-ROUNDS = ["RoundsWanted", "RoundPart", "RoundsReceived"]
+ROUNDS = ["RoundsWanted", "RoundPart", "RoundsReceived", "RoundStatus", "RoundStretch", "RoundEntry"]
 PROBES = ["ProbeFrame", "ProbeTerms", "ProbeEcho", "ProbeTurn", "ProbeFiller", "ProbeDone", "ProbeMeasured"]
 PROBES += ["ProbeInfoRequest", "ProbeInfoResponse", "ProbeDialBackResult"]
 

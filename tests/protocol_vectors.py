@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 from collections import deque
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -42,6 +42,7 @@ from thinpipe.protocol.errors import Fault
 from thinpipe.protocol.global_norm import NORM
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import encode_header
+from thinpipe.protocol.membership_log import Entry, MembershipLog, Stretch
 from thinpipe.protocol.messages import (
     Chunk,
     Credit,
@@ -57,7 +58,7 @@ from thinpipe.protocol.messages import (
     split,
 )
 from thinpipe.protocol.reassembly import message_cost
-from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted
+from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
 from thinpipe.protocol.rows import decode_rows, encode_rows
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
@@ -66,6 +67,9 @@ from .dictionary_ends import End, Plan, Run
 DIRECTORY = Path(__file__).parent / "vectors"
 LIMITS = Limits(message_bytes=4096, chunk_bytes=512)
 LARGEST = 2**64 - 1
+
+ENTRY = Entry(lane=1, first=7, begins=70, source=0, copied=20)
+ENTRY_AT_3 = Entry(lane=1, first=3, begins=30, source=1, copied=10)
 
 
 def plain(value: Any) -> Any:
@@ -177,12 +181,31 @@ def all_frames() -> dict[str, Frame]:
         "copy wanted": CopyWanted(stage=2, completed_steps=12),
         "copy declined": CopyDeclined(stage=2, completed_steps=12, reason="the disk is full"),
         "rounds wanted": RoundsWanted(round=7, offset=262144, granted_before=12, forget_before=5),
+        "rounds wanted of a lane that came back": RoundsWanted(
+            round=7, offset=0, granted_before=12, forget_before=5, stay=2**48 - 1
+        ),
         "rounds wanted: all": RoundsWanted(round=0, offset=0, granted_before=4, forget_before=0),
         "round part": RoundPart(round=7, offset=262144, total_bytes=262148, contribution_xxh3=LARGEST, data=b"part"),
         "round part: the first of round 0": RoundPart(
             round=0, offset=0, total_bytes=5, contribution_xxh3=0, data=b"part"
         ),
         "rounds received": RoundsReceived(round=8, offset=0, granted_before=12, forget_before=5),
+        "round status": RoundStatus(held=(300, 0), decided=299),
+        "round status with a log": RoundStatus(
+            held=(8, 8, 0),
+            decided=8,
+            stretches=(
+                Stretch(first=0, members=(0, 1, 2)),
+                Stretch(first=3, members=(0, 2)),
+                Stretch(first=7, members=(0, 1, 2), entered=(ENTRY,)),
+            ),
+        ),
+        "round status of who comes back": RoundStatus(
+            held=(7, 2, 6), decided=6, admitted=(ENTRY, replace(ENTRY, lane=2)), returning=21
+        ),
+        "round status of who takes up a state": RoundStatus(
+            held=(7, 2, 6), decided=6, returning=31, source=1, saved=30, kept=5, forgot=3
+        ),
     }
 
 
@@ -197,6 +220,8 @@ def values_of(frame: Any) -> dict[str, Any]:
             value = encode_header("", value)
         elif field.name in ("joining", "acknowledge", "kind", "replays"):
             value = int(value)
+        if isinstance(value, tuple):
+            value = [values_of(each) if is_dataclass(each) else each for each in value]
         values[field.name] = value
     return values
 
@@ -509,6 +534,28 @@ def conversation() -> dict[str, Any]:
     return {"generation": 3, "dictionaries": specs, "said": said, "messages": messages}
 
 
+def histories() -> list[dict[str, Any]]:
+    """What a lane's contribution to a round follows from, as a number."""
+    log = MembershipLog.begin(3)
+    for members in ((0, 1, 2), (0, 2), (0, 2)):
+        log = log.then(members)
+    log = log.then((0, 1, 2), (ENTRY_AT_3,))
+    later = Entry(lane=2, first=6, begins=60, source=2, copied=30)
+    asked = [(lane, round, max(0, round - delay)) for lane in range(3) for round in (0, 2, 5) for delay in (0, 2)]
+    return [
+        {
+            "lane": lane,
+            "round": round,
+            "used": used,
+            "stretches": [plain(values_of(each)) for each in log.stretches],
+            "admitted": [plain(values_of(each)) for each in admitted],
+            "history": log.history_of(lane, round, used, admitted, lanes=3),
+        }
+        for admitted, some in (((), asked), ((later,), [(2, 6, 5), (1, 6, 5), (2, 5, 5)]))
+        for lane, round, used in some
+    ]
+
+
 def vectors() -> dict[str, Any]:
     """File name -> content."""
     made = {
@@ -520,6 +567,7 @@ def vectors() -> dict[str, Any]:
         "digests": digests(),
         "sections": sections(),
         "selections": selections(),
+        "histories": histories(),
         "conversation": conversation(),
     }
     return {f"{name}.json": content for name, content in made.items()}

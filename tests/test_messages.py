@@ -44,6 +44,7 @@ from thinpipe.protocol.header import (
     decode_header,
     encode_header,
 )
+from thinpipe.protocol.membership_log import STRETCHES_MAX, Entry, Stretch
 from thinpipe.protocol.messages import (
     ENVELOPE_BYTES_MAX,
     MICROBATCH_MAX,
@@ -63,7 +64,14 @@ from thinpipe.protocol.messages import (
     split,
 )
 from thinpipe.protocol.reassembly import MESSAGE_COST_BYTES, Assembly
-from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted, round_part_checksum
+from thinpipe.protocol.round_messages import (
+    LANES_MAX,
+    RoundPart,
+    RoundsReceived,
+    RoundStatus,
+    RoundsWanted,
+    round_part_checksum,
+)
 
 unhurried = settings(deadline=None)  # the machine may be busy; what is asserted is never the time
 
@@ -107,7 +115,38 @@ def round_frames(draw: st.DrawFn) -> RoundsWanted | RoundsReceived:
     forget_before, round, granted_before = sorted(draw(st.lists(STEPS, min_size=3, max_size=3)))
     offset = draw(STEPS) if round < granted_before else 0
     known = {"forget_before": forget_before, "round": round, "granted_before": granted_before, "offset": offset}
-    return draw(st.sampled_from([RoundsWanted, RoundsReceived]))(**known)
+    if draw(st.booleans()):
+        return RoundsReceived(**known)
+    return RoundsWanted(**known, stay=draw(STEPS))
+
+
+LANES = st.sets(st.integers(0, LANES_MAX - 1), min_size=1, max_size=5).map(lambda lanes: tuple(sorted(lanes)))
+
+
+@st.composite
+def entries(draw: st.DrawFn, lane: int, first: int | None = None) -> Entry:
+    copied, begins = sorted(draw(st.tuples(STEPS, STEPS)))
+    source = draw(st.integers(0, LANES_MAX - 1))
+    return Entry(lane=lane, first=draw(STEPS) if first is None else first, begins=begins, source=source, copied=copied)
+
+
+@st.composite
+def round_statuses(draw: st.DrawFn) -> RoundStatus:
+    stretches: list[Stretch] = []
+    for first in sorted({0, *draw(st.sets(STEPS, max_size=3))}) if draw(st.booleans()) else ():
+        members = draw(LANES)
+        same = bool(stretches) and members == stretches[-1].members
+        entered = [lane for lane in members if same or draw(st.booleans())]
+        new = tuple(draw(entries(lane, first)) for lane in entered)
+        stretches.append(Stretch(first=first, members=members, entered=new))
+    least = stretches[-1].first + 1 if stretches and stretches[-1].first else 0
+    return RoundStatus(
+        held=tuple(draw(st.lists(STEPS, max_size=LANES_MAX))),
+        decided=draw(st.integers(min(least, STEP_MAX - 1), STEP_MAX - 1)),
+        stretches=tuple(each for each in stretches if each.first < STEP_MAX - 1),
+        admitted=tuple(draw(entries(lane)) for lane in draw(LANES)) if draw(st.booleans()) else (),
+        returning=draw(STEPS),
+    )
 
 
 @st.composite
@@ -160,6 +199,7 @@ frames: st.SearchStrategy[Frame] = st.one_of(
     st.builds(AllFinished),
     round_frames(),
     round_parts(),
+    round_statuses(),
 )
 
 
@@ -185,6 +225,18 @@ def round_part(**fields: Any) -> pb.Frame:
     """With the checksum that belongs to it."""
     said = {"round": 2, "offset": 0, "contribution_xxh3": 5, **fields}
     return pb.Frame(round_part=pb.RoundPart(**said, xxh3=round_part_checksum(RoundPart(**said))))
+
+
+def round_status(**fields: Any) -> pb.Frame:
+    return pb.Frame(round_status=pb.RoundStatus(**fields))
+
+
+def stretch(**fields: Any) -> pb.RoundStretch:
+    return pb.RoundStretch(**{"members": [0, 1], **fields})
+
+
+def entry(**fields: Any) -> pb.RoundEntry:
+    return pb.RoundEntry(**{"lane": 1, "begins": 10, "copied": 10, **fields})
 
 
 @pytest.mark.parametrize(
@@ -217,6 +269,32 @@ def round_part(**fields: Any) -> pb.Frame:
         (round_part(data=b"abc", total_bytes=2**48), Fault.MALFORMED),
         (round_part(data=b"abc", offset=1, total_bytes=3), Fault.MALFORMED),
         (round_part(data=b"", total_bytes=3), Fault.MALFORMED),
+        (pb.Frame(rounds_wanted=pb.RoundsWanted(granted_before=1, stay=2**48)), Fault.MALFORMED),
+        (round_status(held=[2**48]), Fault.MALFORMED),
+        (round_status(decided=2**48), Fault.MALFORMED),
+        (round_status(returning=2**48), Fault.MALFORMED),
+        (round_status(held=[0] * (LANES_MAX + 1)), Fault.OVERSIZED),
+        (round_status(admitted=[entry()] * (LANES_MAX + 1)), Fault.OVERSIZED),
+        (round_status(admitted=[entry(lane=2), entry(lane=1)]), Fault.MALFORMED),
+        (round_status(admitted=[entry(), entry()]), Fault.MALFORMED),
+        (round_status(admitted=[entry(lane=LANES_MAX)]), Fault.MALFORMED),
+        (round_status(admitted=[entry(source=LANES_MAX)]), Fault.MALFORMED),
+        (round_status(admitted=[entry(copied=11)]), Fault.MALFORMED),
+        (round_status(admitted=[entry(first=2**48)]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(first=1)]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(), stretch(first=8, members=[1])], decided=8), Fault.MALFORMED),
+        (round_status(stretches=[stretch(), stretch(first=5), stretch(first=4)], decided=8), Fault.MALFORMED),
+        (round_status(stretches=[stretch(), stretch(first=4)], decided=8), Fault.MALFORMED),
+        (round_status(stretches=[stretch(members=[])]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(members=[1, 0])]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(members=[0, 0])]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(members=[LANES_MAX])]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(entered=[entry(first=1)])]), Fault.MALFORMED),
+        (round_status(stretches=[stretch(entered=[entry(lane=3)])]), Fault.MALFORMED),
+        (
+            round_status(stretches=[stretch(first=at, members=[at % 2]) for at in range(STRETCHES_MAX + 1)]),
+            Fault.OVERSIZED,
+        ),
     ],
     ids=lambda value: str(value).split("{")[0].strip(),
 )

@@ -11,17 +11,27 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from thinpipe.protocol.control_messages import Drain, Heartbeat
+from thinpipe.protocol.control_messages import (
+    CopyDeclined,
+    CopyOffer,
+    CopyPart,
+    CopyProgress,
+    CopyWanted,
+    Drain,
+    Heartbeat,
+)
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from thinpipe.protocol.greeting import check_greeting
+from thinpipe.protocol.membership_log import Stretch
 from thinpipe.protocol.messages import Chunk, Credit, Frame, Goodbye, Refusal, decode_frame, encode_frame
-from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted
+from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
 from thinpipe.protocol.round_session import (
     LIMITS,
     TRANSITIONS,
     PartCame,
     PeerDone,
     PeerGreeted,
+    PeerTold,
     RoundEvent,
     RoundSession,
     RoundState,
@@ -34,6 +44,7 @@ PART_BYTES = 8
 WINDOW_BYTES = WINDOW_PARTS_LEAST * PART_BYTES
 SIZES = (5, 130, 1, 64)
 BEAT = Heartbeat(generation=0, completed_steps=0)
+STATUS = RoundStatus(held=(3, 2), decided=2, stretches=(Stretch(first=0, members=(0, 1)),))
 
 
 def size_of(round: int) -> int:
@@ -341,6 +352,50 @@ def test_a_round_that_will_not_be_made_again_is_refused_when_that_is_known() -> 
     assert e.value.fault is Fault.RESUME
 
 
+@pytest.mark.parametrize("there", [0, 7, None], ids=str)
+def test_nothing_is_sent_while_the_two_mean_other_histories(there: int | None) -> None:
+    """One of them will learn of more decisions. Whatever is sent then, or asked for anew, is what both mean."""
+    stays: dict[int, int | None] = {0: 0, 1: 5, 2: there, 3: 5}
+    end = End(0, own={round: content(0, round) for round in range(4)})
+    kept = {round: described(data) for round, data in end.own.items()}
+    session = RoundSession(
+        identity=end.session.identity,
+        peer_lane=1,
+        kept=kept,
+        contribution_bytes=size_of,
+        part_bytes=PART_BYTES,
+        window_bytes=100 * PART_BYTES,
+        stay_of=lambda round: stays[round],
+    )
+
+    def sent(frame: RoundsWanted) -> set[int]:
+        session.connect()
+        session.receive(End(1).greet()[0])
+        session.receive(encode_frame(frame))
+        return {each.round for each in session.parts(100)}
+
+    asked = RoundsWanted(round=0, offset=0, granted_before=4, forget_before=0)
+    assert sent(asked) == {0}
+    assert sent(replace(asked, round=1)) == set()
+    assert sent(replace(asked, round=1, stay=5)) == {1}  # and not round 2 yet
+    stays[2] = 5
+    assert {each.round for each in session.parts(100)} == {2, 3}
+
+
+def test_a_status_is_said_to_whom_is_greeted_also_after_the_goodbye() -> None:
+    session = End(0).session
+    with pytest.raises(LocalProtocolError, match="a status while the link is closed"):
+        session.status(STATUS)
+    session.connect()
+    with pytest.raises(LocalProtocolError, match="a status while the link is awaiting"):
+        session.status(STATUS)
+    session = greeted()
+    session.goodbye()
+    assert decode_frame(session.status(STATUS), LIMITS) == STATUS
+    session.receive(encode_frame(Goodbye()))
+    assert session.receive(encode_frame(STATUS)) == PeerTold(status=STATUS)
+
+
 def test_nothing_is_asked_for_before_this_node_knows_where_it_is() -> None:
     session = greeted()
     session.receiver.forget_before = None
@@ -491,6 +546,7 @@ FRAMES: dict[type[Frame], bytes] = {
         *End(1).greet(),
         encode_frame(Refusal(code=Fault.LANE, reason="no")),
         encode_frame(BEAT),
+        encode_frame(STATUS),
         wanted(0),
         received(0),
         part(0),
@@ -498,6 +554,11 @@ FRAMES: dict[type[Frame], bytes] = {
         encode_frame(Credit(next_sequence=0, granted_bytes=0)),
         encode_frame(Chunk(sequence=0, generation=0, data=b"x")),
         encode_frame(Drain()),
+        encode_frame(CopyWanted(stage=2, completed_steps=4)),
+        encode_frame(CopyOffer(stage=2, completed_steps=4, manifest=b"{}")),
+        encode_frame(CopyPart(stage=2, completed_steps=4, offset=0, data=b"x")),
+        encode_frame(CopyProgress(stage=2, completed_steps=4, offset=1)),
+        encode_frame(CopyDeclined(stage=2, completed_steps=4, reason="no")),
     ]
 }
 

@@ -33,7 +33,7 @@ from . import mutators
 from .judge import Ends, Finding, Target, check_refusal
 
 RUN = shareable(RunConfig())
-RECORD = node_record(run=RUN.run, configuration=RUN.configuration)
+RECORD = node_record(run=RUN.run, configuration=RUN.configuration, lane=1, lanes=2)
 ADDRESS = "/ip4/192.0.2.7/tcp/7002/p2p/12D3KooWEne5rpnnaQ9ShBh3xgDPS7n64xEjn6Nn7TEMHMmrjvED"
 TOLD = RendezvousResponse(
     addresses=(ADDRESS,), run=RUN.run, configuration=RUN.configuration, toml=RUN.toml, incarnation=7
@@ -44,8 +44,8 @@ PEAK_BYTES = 100 * INPUT_BYTES_MAX + 2**20
 
 
 def _record(raw: bytes) -> None:
-    record = decode_record(raw, run=RUN.run, configuration=RUN.configuration, stages=4)
-    if not (record.stage < 4 and is_endpoint(record.endpoint) and encode_record(record)):
+    record = decode_record(raw, run=RUN.run, configuration=RUN.configuration, stages=4, lanes=2)
+    if not (record.stage < 4 and record.lane < 2 and is_endpoint(record.endpoint) and encode_record(record)):
         raise Finding(f"{record} came through")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from thinpipe.node.checkpoints.manifest import (
+    FORMAT,
     MANIFEST,
     MANIFEST_BYTES_MAX,
     NOTES,
@@ -57,7 +58,7 @@ def sealed(state: bytes) -> Manifest:
     table = {"version": [3, 6, 0, 0], "digest": "00" * 16}
     return seal(
         {
-            "format": 1,
+            "format": FORMAT,
             "notes": NOTES,
             "run": FINGERPRINT.run,
             "configuration": FINGERPRINT.configuration,
@@ -75,6 +76,12 @@ def sealed(state: bytes) -> Manifest:
             "written_s": 1_700_000_000,
         }
     )
+
+
+def _of_another_version() -> bytes:
+    tree = sealed(b"").model_dump(mode="json", exclude={"manifest_sha256"}) | {"format": 1, "more": [{}]}
+    text = json.dumps(tree, indent=1, sort_keys=True) + "\n"
+    return _with_digest(text.encode())
 
 
 def manifests(data: bytes) -> Ends:
@@ -102,6 +109,10 @@ def _manifest_of(state: bytes) -> bytes:
     """What `_sealed` renders to, in a tenth of the time."""
     unsealed = _template().replace(b'"file_bytes": 0,', b'"file_bytes": %d,' % len(state), 1)
     unsealed = unsealed.replace(hashlib.sha256().hexdigest().encode(), hashlib.sha256(state).hexdigest().encode(), 1)
+    return _with_digest(unsealed)
+
+
+def _with_digest(unsealed: bytes) -> bytes:
     own = b'\n "manifest_sha256": "%s",\n "notes"' % hashlib.sha256(unsealed).hexdigest().encode()
     return unsealed.replace(b'\n "notes"', own, 1)
 
@@ -143,7 +154,7 @@ DISK = [
         name="manifests",
         run=manifests,
         mutate=mutators.manifest,
-        seeds=[sealed(b"").rendered(), _many_faults()],
+        seeds=[sealed(b"").rendered(), _many_faults(), _of_another_version()],
         peak_bytes=16 * MANIFEST_BYTES_MAX,  # 64 KiB of text, its tree, and what it is compared with
         input_bytes_max=MANIFEST_BYTES_MAX + 1000,
     ),

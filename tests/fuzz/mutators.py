@@ -132,7 +132,9 @@ def _fields(message: Message, draw: Random) -> None:
     chosen = draw.choice(present) if present and draw.random() < 0.8 else draw.choice(descriptor.fields).name
     each = descriptor.fields_by_name[chosen]
     old = getattr(message, each.name)
-    if each.type == each.TYPE_MESSAGE:
+    if each.type == each.TYPE_MESSAGE and each.is_repeated:
+        _listed(old, draw)
+    elif each.type == each.TYPE_MESSAGE:
         old.SetInParent()
         _fields(old, draw)
     elif each.is_repeated:
@@ -145,7 +147,7 @@ def _fields(message: Message, draw: Random) -> None:
             case 2:
                 values = list(range(draw.choice([2, 1023, 1024, 1100]), -1, -1))
             case _:
-                values.insert(draw.randrange(len(values) + 1), number(0, draw) % 2**64)
+                values.insert(draw.randrange(len(values) + 1), number(0, draw) % 2 ** int(_name(each)))
         message.ClearField(each.name)
         getattr(message, each.name).extend(values)
     elif each.type == each.TYPE_BYTES:
@@ -156,7 +158,20 @@ def _fields(message: Message, draw: Random) -> None:
     elif each.type == each.TYPE_DOUBLE:
         setattr(message, each.name, draw.choice([0.0, -1.5, float("nan"), float("inf"), 1e308]))
     else:
-        setattr(message, each.name, number(old, draw) % 2 ** (32 if "32" in _name(each) else 64))
+        setattr(message, each.name, number(old, draw) % 2 ** int(_name(each)))
+
+
+def _listed(messages: Any, draw: Random) -> None:
+    """A list of messages, changed in place."""
+    match draw.randrange(5) if len(messages) else 0:
+        case 0:
+            messages.add()
+        case 1:
+            del messages[draw.randrange(len(messages))]
+        case 2 if len(messages) < 64:
+            messages.extend(list(messages))
+        case _:
+            _fields(draw.choice(list(messages)), draw)
 
 
 def _name(each: Any) -> str:

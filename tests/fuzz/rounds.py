@@ -1,7 +1,7 @@
 """A target for the stream between two lanes: what another lane's node may say about contributions, to either direction.
 
 The session is that of a node; its disk is a mapping. What comes is put together as a node does, so that a byte too
-many, or at a wrong place, would show.
+many, or at a wrong place, would show. What is said of members goes where it goes in a node of stage 0.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any
 import xxhash
 from thinpipe.protocol.control_messages import STEP_MAX, Heartbeat
 from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
+from thinpipe.protocol.membership_log import Entry, MembershipLog
 from thinpipe.protocol.messages import Frame, Goodbye, Greeting, Refusal, decode_frame, encode_frame
-from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundsWanted
-from thinpipe.protocol.round_session import LIMITS, PartCame, PeerGreeted, RoundSession
+from thinpipe.protocol.round_membership import LaneStatus, RoundMembership, StatusExchange
+from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
+from thinpipe.protocol.round_session import LIMITS, PartCame, PeerDone, PeerGreeted, PeerTold, RoundSession
 from thinpipe.protocol.round_transfer import ROUNDS_AHEAD, WINDOW_PARTS_LEAST, Contribution
 
 from ..builders import identity
@@ -24,9 +26,14 @@ from .wire import INPUT_BYTES_MAX, READING_BYTES
 PART_BYTES = 16
 WINDOW_BYTES = WINDOW_PARTS_LEAST * PART_BYTES
 SIZES = (20, 200, 1)
+RUN_ROUNDS = 40
 MINE, THEIRS = identity(1, 3, lane=0, lanes=3, incarnation=0xA), identity(1, 3, lane=2, lanes=3, incarnation=0xB)
 GREETING = encode_frame(THEIRS.greeting())
 BEAT = Heartbeat(generation=0, completed_steps=3)
+
+
+def _begins(round: int) -> int | None:
+    return None if round + 1 >= RUN_ROUNDS else 10 * round
 
 
 def size_of(round: int) -> int:
@@ -55,11 +62,15 @@ class _Node:
             window_bytes=WINDOW_BYTES,
         )
         self.session.receiver.forget(0)
+        self.membership = RoundMembership(0, 3, deadline_s=9.0, begins=_begins, log=MembershipLog.begin(3))
+        self.now_s = 0.0
         self.position = (0, 0)
         self.partial = b""
 
     def connect(self, *, greeted: bool) -> None:
         self.session.connect()
+        self.statuses = StatusExchange(3, RUN_ROUNDS)
+        self.membership.part(2)
         self.position, self.partial = (self.position[0], 0), b""
         if greeted:
             self.take(GREETING)
@@ -72,6 +83,10 @@ class _Node:
                 if said != ("r", "c", MINE.stages, MINE.stage, THEIRS.lane):
                     raise Finding(f"{peer} was let in")
                 self.session.wanted(self.position)
+            case PeerTold(status=status):
+                self.hear(status)
+            case PeerDone():
+                self.membership.part(2, ended=True)
             case PartCame(part=part, complete=complete):
                 if (part.round, part.offset) != self.position or part.total_bytes != size_of(part.round):
                     raise Finding(f"{part} came where {self.position} was due")
@@ -85,6 +100,23 @@ class _Node:
                 if self.session.receiver.write_due:
                     self.session.receiver.written()
                     decode_frame(self.session.received(), LIMITS)
+
+    def hear(self, frame: RoundStatus) -> None:
+        """What the other lane says of itself and of members. Raises RemoteProtocolError."""
+        self.membership.hear(2, self.statuses.hear(frame), self.now_s)
+        self.now_s += 5.0
+        self.membership.report((len(self.kept), 0, self.position[0]), self.now_s)
+        log = self.membership.log
+        lanes = {lane for each in log.stretches for lane in each.members}
+        if not lanes <= {0, 1, 2} or log.decided > RUN_ROUNDS or any(not each.members for each in log.stretches):
+            raise Finding(f"{log} came through")
+        said = StatusExchange(3, RUN_ROUNDS).say(self.membership.status())
+        if decode_frame(encode_frame(said), LIMITS) != said:
+            raise Finding(f"another lane would read something else than {said}")
+        for lane in range(3):
+            log.history_of(lane, log.decided, log.decided, self.membership.admitted)
+            if (log.stay_of(lane, max(0, log.decided - 1)) is None) == (lane in log.members):
+                raise Finding(f"lane {lane} is a member and is none: {log}")
 
     def publish(self) -> None:
         self.kept[len(self.kept)] = described(len(self.kept))
@@ -144,6 +176,16 @@ def _seeds() -> list[bytes]:
     def received(round: int, offset: int = 0, forget: int = 0) -> RoundsReceived:
         return RoundsReceived(round=round, offset=offset, granted_before=round + 4, forget_before=forget)
 
+    log = MembershipLog.begin(3).then((0, 1, 2)).then((0, 2))
+    entry = Entry(lane=1, first=4, begins=40, source=1, copied=10)
+    said = [
+        LaneStatus(held=(1, 0, 1), log=MembershipLog.begin(3)),
+        LaneStatus(held=(2, 2, 2), log=log),
+        LaneStatus(held=(3, 2, 3), log=log.then((0, 2)), admitted=(entry,)),
+        LaneStatus(held=(5, 5, 5), log=log.then((0, 2)).then((0, 2)).then((0, 1, 2), (entry,))),
+    ]
+    statuses = list(map(StatusExchange(3).say, said))
+    out = LaneStatus(held=(9, 9, 2), log=MembershipLog.begin(3).then((0, 1)), returning=11)
     parts = [_part(0, 0), _part(0, 16), *(_part(1, at) for at in range(0, 200, PART_BYTES))]
     spoken: list[list[tuple[int, Frame]]] = [
         [(0, BEAT), (0, wanted(0)), (0, parts[0]), (0, parts[1]), (0, parts[2]), (0, received(1))],
@@ -151,6 +193,8 @@ def _seeds() -> list[bytes]:
         [(0, wanted(0)), (0, received(0, 16)), (0, received(1, 16)), (2, received(1, 16, 1)), (1, wanted(1, 16))],
         [(0, parts[0]), (0, parts[1]), (1, parts[2]), (0, Goodbye()), (0, BEAT), (0, parts[3])],
         [(5, THEIRS.greeting()), (0, wanted(1)), (2, BEAT), (2, received(1)), (1, wanted(2))],
+        [(0, each) for each in statuses],
+        [(2, statuses[0]), (2, StatusExchange(3).say(out)), (0, Goodbye()), (2, statuses[1]), (1, statuses[0])],
         [(5, Refusal(code=Fault.LANE, reason="another lane")), (0, wanted(5)), (2, BEAT)],
     ]
     assert isinstance(spoken[4][0][1], Greeting)

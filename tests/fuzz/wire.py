@@ -31,6 +31,7 @@ from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
 from thinpipe.protocol.global_norm import norm_message
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_DEPTH_MAX
+from thinpipe.protocol.membership_log import Stretch
 from thinpipe.protocol.messages import (
     MICROBATCH_MAX,
     PROTOCOL_VERSION,
@@ -50,7 +51,9 @@ from thinpipe.protocol.messages import (
 )
 from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback
-from thinpipe.protocol.rollback_actions import SIDES, Effect, End, Leave, Send, Stop
+from thinpipe.protocol.rollback_actions import SIDES, Effect, End, Leave, Send, Side, Stop
+from thinpipe.protocol.round_membership import LaneStatus, StatusExchange
+from thinpipe.protocol.round_messages import RoundStatus
 from thinpipe.protocol.session import LinkSession, Opened, Received
 
 from ..builders import identity
@@ -305,17 +308,26 @@ def _check_numbers(frame: Frame) -> None:
             raise Finding(f"steps {value} came through")
 
 
+def _check_status(status: LaneStatus) -> None:
+    log = status.log
+    lanes = {lane for each in log.stretches for lane in each.members} | {each.lane for each in status.admitted}
+    if not lanes <= {0, 1, 2} or len(status.held) != 3 or log.stretches[-1].first > max(0, log.decided - 1):
+        raise Finding(f"{status} came through")
+
+
 def control(data: bytes) -> Ends:
     """A conversation on the control streams to both neighbours, with one automaton.
 
-    Of the first byte, bit 0: this node takes a stage's place; the rest, by 3: whether it is first, last, or between. Of
-    a part's first byte, bit 0: from below; bit 1: this stage is through; bit 2: that side dials anew.
+    Of the first byte, bit 0: this node takes a stage's place; bit 3: the run has lanes; the rest, by 3: whether it is
+    first, last, or between. Of a part's first byte, bit 0: from below; bit 1: this stage is through; bit 2: that side
+    dials anew.
     """
     first = data[0] if data else 0
     mine = replace(MINE, stage=(0, 3, 1)[first // 2 % 3])
     machine = Rollback(mine, joining=bool(first & 1))
     machine.generation = 0 if first & 1 else MINE.generation
     taken, refused = 0, 0
+    statuses: dict[Side, StatusExchange] = {}
     if first & 1:
         _carry_out(machine, machine.stopped({2, 4}))
     sides = [side for side in SIDES if not (mine.first if side == "above" else mine.last)]
@@ -328,6 +340,7 @@ def control(data: bytes) -> Ends:
         if machine.peers[side] is None:
             stage = mine.beside(side)
             incarnation = machine.members[stage] if machine.members else 0xA + stage
+            statuses[side] = StatusExchange(3)
             near = _greeting(replace(mine, stage=stage, incarnation=incarnation), generation=machine.generation)
             _carry_out(machine, machine.meet(side, near))
         try:
@@ -336,6 +349,9 @@ def control(data: bytes) -> Ends:
                 machine.check(side, frame)
                 machine.part(side)
                 effects = machine.meet(side, frame)
+            elif isinstance(frame, RoundStatus) and first & 8:
+                _check_status(statuses[side].hear(frame))
+                effects = []
             else:
                 if isinstance(frame, ControlFrame):
                     _check_numbers(frame)
@@ -353,6 +369,11 @@ def control(data: bytes) -> Ends:
         if any(isinstance(effect, Leave | End) for effect in effects):
             break
     return Ends(taken, refused)
+
+
+_STATUS = RoundStatus(
+    held=(2, 1, 2), decided=2, stretches=(Stretch(first=0, members=(0, 1, 2)), Stretch(first=1, members=(0, 2)))
+)
 
 
 def _control_seeds() -> list[bytes]:
@@ -381,6 +402,11 @@ def _control_seeds() -> list[bytes]:
         (4, [(1, Finished()), (2, heartbeat), (0, AllFinished())]),
         (4, [(1, Drain()), (0, last), (0, last), (5, heartbeat)]),
         (4, [(4, greeting), (5, joining), (1, replace(do_view_change, generation=2))]),
+        (
+            10,
+            [(0, _STATUS), (1, _STATUS), (1, replace(_STATUS, stretches=(), decided=3)), (5, _STATUS), (0, heartbeat)],
+        ),
+        (4, [(0, _STATUS), (0, heartbeat)]),
         (4, [(0, replace(heartbeat, preparing=1)), (1, Failed(stage=2, completed_steps=2, reason="no disk"))]),
     ]
     return [

@@ -1,0 +1,383 @@
+"""Who decides which lanes are members of a round, and when: one lane's view of it, sans-IO.
+
+The nodes of stage 0 speak for their lanes. Each tells the others how far its lane is: from each lane, how many rounds
+of contributions *all its stages hold* (`LaneStatus.held`). A round is decided when its members hold each other's
+contributions, so a decision never waits for bytes that may not come; and it is not used before it is decided.
+
+The lowest of the members decides, at once where all are complete. What is lacking is waited for up to
+`deadline_s` from when this lane itself was complete; then the round goes on without. If nothing is heard of a decision
+either, the next lane decides after half as long again, and so on; who can decide for less than half of the members
+does after all others. All pass on the newest log that they know. Two that decide at the same time are settled by the
+log itself (`protocol.membership_log`). What a lane says counts only while it goes by a log that agrees.
+
+A lane that is left out says from where it goes on (`LaneStatus.returning`), fetches what it missed like any other
+contribution, and is admitted to a round that nobody has made yet, so that nobody waits for it. It may be some rounds
+behind, as who is far away always is, but must have got, or be able to get, all contributions that were used. If no
+member is there any more, the lowest lane that has got all enters by itself.
+
+Inputs: `report`, `hear`, `part`, `tick`. What to write down, say and do next is in `log`, `admitted` and `status`.
+Times are given, in seconds of one clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .control_messages import STEP_MAX
+from .errors import Fault, RemoteProtocolError
+from .membership_log import Entry, MembershipLog, Stretch
+from .round_messages import RoundStatus
+
+SUCCESSION = 0.5  # of the deadline: how much later each next lane decides
+ENDED_S = 10.0  # after which a lane that has ended is waited for no longer
+BEHIND_MAX = 8  # rounds: who follows over a long way is never nearer to rounds that are short
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStatus:
+    """What one lane says of itself. held: by lane, so many rounds of that lane's contributions, counted from the first,
+    are held by all stages of this one, or needed by none; of its own, made. returning: 1 + the steps from which this
+    lane goes on, having been left out; 0: it was not. source: 1 + the lane whose state after them it takes up; 0: its
+    own. saved: steps after which all its stages have a checkpoint. kept: its contributions before this round are gone.
+    forgot: a stage of it has promised never to ask for a round before this one.
+    log: the one that counts for it. admitted: who is to enter."""
+
+    held: tuple[int, ...]
+    log: MembershipLog
+    admitted: tuple[Entry, ...] = ()
+    returning: int = 0
+    source: int = 0
+    saved: int = 0
+    kept: int = 0
+    forgot: int = 0
+
+
+class StatusExchange:
+    """Statuses over one connection, both ways: what seldom changes, the stretches of the log, is said when it does."""
+
+    def __init__(self, lanes: int, rounds: int = STEP_MAX) -> None:
+        self._lanes, self._rounds = lanes, rounds
+        self._said: tuple[Stretch, ...] = ()
+        self._heard: tuple[Stretch, ...] = ()
+
+    def say(self, status: LaneStatus) -> RoundStatus:
+        """The frame for it."""
+        stretches = () if status.log.stretches == self._said else status.log.stretches
+        self._said = status.log.stretches
+        return RoundStatus(
+            held=status.held,
+            decided=status.log.decided,
+            stretches=stretches,
+            admitted=status.admitted,
+            returning=status.returning,
+            source=status.source,
+            saved=status.saved,
+            kept=status.kept,
+            forgot=status.forgot,
+        )
+
+    def hear(self, frame: RoundStatus) -> LaneStatus:
+        """What the peer says. Raises RemoteProtocolError for lanes and rounds that the run does not have, and for a log
+        that contradicts itself."""
+        stretches = frame.stretches or self._heard
+        lanes = [lane for each in stretches for lane in each.members]
+        lanes += [lane for each in frame.admitted for lane in (each.lane, each.source)]
+        lanes += [entry.source for each in stretches for entry in each.entered]
+        lanes += [frame.source - 1] if frame.source else []
+        if len(frame.held) != self._lanes or max(lanes, default=0) >= self._lanes:
+            line = f"a status of {len(frame.held)} lanes and members {sorted(set(lanes))}, this run has {self._lanes}"
+            raise RemoteProtocolError(Fault.MALFORMED, line)
+        if (most := max(frame.decided, *frame.held)) > self._rounds:
+            raise RemoteProtocolError(Fault.MALFORMED, f"a status of {most} rounds, this run has {self._rounds}")
+        if not stretches or stretches[-1].first > max(0, frame.decided - 1):
+            line = f"{frame.decided} rounds are decided, by a log that goes further, or is not known"
+            raise RemoteProtocolError(Fault.MALFORMED, line)
+        self._heard = stretches
+        log = MembershipLog(stretches, frame.decided)
+        numbers = {each: getattr(frame, each) for each in ("returning", "source", "saved", "kept", "forgot")}
+        return LaneStatus(held=frame.held, log=log, admitted=frame.admitted, **numbers)
+
+
+class RoundMembership:
+    """Lane `lane` of `lanes`, which goes on from `log`. begins: for a round, after how many steps it is made; None for
+    one that a lane cannot enter before: past the last, or made together with the next one."""
+
+    def __init__(
+        self, lane: int, lanes: int, *, deadline_s: float, begins: Callable[[int], int | None], log: MembershipLog
+    ) -> None:
+        self.lane, self.lanes = lane, lanes
+        self.log = log
+        self.admitted: tuple[Entry, ...] = ()
+        self.returning = self.source = self.saved = self.kept = self.forgot = 0
+        self.frozen = False  # this lane is to end: it decides nothing more because of time
+        self._deadline_s, self._begins = deadline_s, begins
+        self._held = (0,) * lanes
+        self._peers: dict[int, LaneStatus] = {}  # who is connected
+        self._preparing: set[int] = set()  # who has not begun yet
+        self._ended: set[int] = set()
+        self._since_s: tuple[int, float] | None = None  # the round that this lane waits in, and since when
+        self._gone_s: float | None = None  # since when no member is there, of a lane that is none
+
+    # -- inputs -------------------------------------------------------------------------------------------------------
+
+    def report(self, held: tuple[int, ...], now_s: float) -> None:
+        """How far this lane is."""
+        self._held = held
+        self.tick(now_s)
+
+    def hear(self, peer: int, status: LaneStatus, now_s: float) -> None:
+        """What another lane says."""
+        if peer not in self._peers:  # on the connection on which it ended it may still pass on what it knows
+            self._ended.discard(peer)
+        self._peers[peer] = status
+        if self.log.yields_to(status.log):
+            self._take(status.log)
+        if not self.log.yields_to(status.log) and self.log.differs_from(status.log) is None:
+            self._learn(status.admitted, of=peer)
+        self.tick(now_s)
+
+    def prepares(self, peer: int, preparing: bool) -> None:
+        """Whether that lane still prepares its data."""
+        (self._preparing.add if preparing else self._preparing.discard)(peer)
+
+    def part(self, peer: int, *, ended: bool = False) -> None:
+        """It is not connected any more, or needs nothing more and makes no more contributions."""
+        self._preparing.discard(peer)
+        if ended:
+            self._ended.add(peer)
+        else:
+            self._peers.pop(peer, None)
+
+    def tick(self, now_s: float) -> None:
+        """Decide whatever can be decided now."""
+        self._since_s = self._waits(now_s)
+        while self._decides(now_s):
+            self._since_s = self._waits(now_s)
+        self._admit()
+        self._take_over(now_s)
+
+    def paused(self) -> None:
+        """This process did not run for a while: what it waited for is waited for anew."""
+        self._since_s = self._gone_s = None
+
+    # -- what is known ------------------------------------------------------------------------------------------------
+
+    def status(self) -> LaneStatus:
+        """What this lane says."""
+        numbers = {each: getattr(self, each) for each in ("returning", "source", "saved", "kept", "forgot")}
+        return LaneStatus(held=self._held, log=self.log, admitted=self.admitted, **numbers)
+
+    @property
+    def is_out(self) -> bool:
+        """The others go on without this lane, and it has not been admitted again."""
+        return self.lane not in self.log.members and not any(each.lane == self.lane for each in self.admitted)
+
+    def entry(self) -> Entry | None:
+        """Of this lane, where it has been admitted and the round is not decided yet."""
+        return next((each for each in self.admitted if each.lane == self.lane), None)
+
+    def lacking(self) -> dict[int, str]:
+        """For whom the next round waits, by lane, in words."""
+        due = {}
+        for lane in self._candidates():
+            if lane != self.lane and not self._mutual(self.lane, lane, self.log.decided):
+                status = self._peers.get(lane)
+                due[lane] = "it is not connected" if status is None else f"it has made {status.held[lane]} rounds"
+        return due
+
+    def state_to_take(
+        self, rounds_before: Callable[[int], tuple[int, int]], *, stuck: bool = False
+    ) -> tuple[int, int] | None:
+        """Where this lane, which was left out, lacks rounds that nobody can give any more, or is `stuck` for it may not
+        ask for them: the lane whose state it can take up instead, and after how many steps. None: it lacks none, or
+        nobody has one that would do. rounds_before: for a number of steps, how many rounds are made after them, and the
+        first that who goes on from there needs."""
+        there = {lane: self._peers[lane] for lane in self.log.members if lane in self._peers}
+        gone = {lane: status.kept for lane, status in there.items()}
+        left = self.log.left_at(self.lane)
+        if left is None or not (stuck or any(self._held[lane] < kept for lane, kept in gone.items())):
+            return None
+        for lane, status in sorted(there.items(), key=lambda each: (-each[1].saved, each[0])):
+            made, first = rounds_before(status.saved)
+            if status.saved and made >= left and first >= max(self.forgot, *gone.values()):
+                return lane, status.saved
+        return None
+
+    # -- within -------------------------------------------------------------------------------------------------------
+
+    def _take(self, log: MembershipLog) -> None:
+        """Another log counts."""
+        first = self.log.differs_from(log)
+        self.log = log
+        if first is not None:  # what is held by the other one is not what counts, until that is reported anew
+            self.admitted, self._held = (), (0,) * self.lanes
+        self._since_s = None
+        self._sort_out()
+
+    def _learn(self, admitted: tuple[Entry, ...], *, of: int) -> None:
+        """What lane `of` knows. Two lanes may have admitted the same one, each by itself: its own word counts."""
+        known = {each.lane: each for each in self.admitted}
+        for each in admitted:
+            if each.lane not in known or (each.lane == of != self.lane):
+                known[each.lane] = each
+        self.admitted = tuple(sorted(known.values()))
+        self._sort_out()
+
+    def _sort_out(self) -> None:
+        """Whose round has been decided is not to enter any more: it is a member, or its time has passed."""
+        self.admitted = tuple(each for each in self.admitted if each.first >= self.log.decided)
+
+    def _candidates(self) -> tuple[int, ...]:
+        """Who is to be a member of the next round. Who is admitted to it may not have heard of it yet: rounds can be
+        shorter than the way there and back."""
+        due = [each for each in self.admitted if each.first <= self.log.decided]
+        new = {each.lane for each in due if self._confirmed(each) or self._may_confirm(each)}
+        return tuple(sorted({*self.log.members, *new}))
+
+    def _may_confirm(self, entry: Entry) -> bool:
+        """Whether that lane does not say that it enters otherwise. It may be gone for a moment: links begin anew when
+        who is expected changes."""
+        status = self._peers.get(entry.lane)
+        said = [each for each in status.admitted if each.lane == entry.lane] if status else []
+        return all(each.first < self.log.decided for each in said)  # that passed
+
+    def _agreeing(self, lane: int) -> LaneStatus | None:
+        """What another lane said last, if by a log that this one may go on from: what it made and held by another one
+        are other bytes."""
+        status = self._peers.get(lane)
+        return status if status and status.log.differs_from(self.log) is None else None
+
+    def _confirmed(self, entry: Entry) -> bool:
+        """Whether that lane itself says that it enters so."""
+        return entry.lane == self.lane or (
+            (status := self._agreeing(entry.lane)) is not None and entry in status.admitted
+        )
+
+    def _held_by(self, lane: int) -> tuple[int, ...]:
+        if lane == self.lane:
+            return self._held
+        status = self._agreeing(lane)
+        return status.held if status else (0,) * self.lanes
+
+    def _mutual(self, one: int, other: int, round: int) -> bool:
+        """Whether both hold both contributions: who has not made its own may not know yet by which log it will."""
+        return all(self._held_by(holder)[maker] > round for holder in (one, other) for maker in (one, other))
+
+    def _complete(self, lanes: tuple[int, ...], round: int) -> bool:
+        new = [each for each in self.admitted if each.lane in lanes and each.lane not in self.log.members]
+        return all(self._confirmed(each) for each in new) and all(
+            self._mutual(one, other, round) for one in lanes for other in lanes if one <= other
+        )
+
+    def _waits(self, now_s: float) -> tuple[int, float] | None:
+        """Since when this lane has all that it can have for the next round by itself."""
+        round = self.log.decided
+        if self.lane not in self._candidates() or self._held[self.lane] <= round:
+            return None
+        if self._since_s is not None and self._since_s[0] == round:
+            return self._since_s
+        return round, now_s
+
+    def _decides(self, now_s: float) -> bool:
+        """Decide the next round, if that is due here."""
+        if self._since_s is None:
+            return False
+        round, since_s = self._since_s
+        candidates = self._candidates()
+        place = candidates.index(self.lane)
+        if place == 0 and self._complete(candidates, round):
+            self._decide(candidates)
+            return True
+        if self.frozen:
+            return False
+        # Who waits in a round says so in the same words as who prepares its data, but has contributed to it.
+        if round == 0 and any(lane in self._preparing and not self._held_by(lane)[lane] for lane in candidates):
+            self._since_s = round, now_s
+            return False
+        lacking = [lane for lane in candidates if lane != self.lane and not self._mutual(self.lane, lane, round)]
+        ended = bool(lacking) and all(lane in self._ended for lane in lacking)
+        deadline_s = min(self._deadline_s, ENDED_S) if ended else self._deadline_s
+        if now_s < since_s + deadline_s + place * SUCCESSION * self._deadline_s:
+            return False
+        members: tuple[int, ...] = (self.lane,)
+        for lane in candidates:
+            if lane != self.lane and self._complete(grown := tuple(sorted((*members, lane))), round):
+                members = grown
+        # Who has most of the lanes decides before who has few: those would all have to come back.
+        most = 2 * len(members) > len(candidates) or (2 * len(members) == len(candidates) and candidates[0] in members)
+        if not most and now_s < since_s + deadline_s + (place + len(candidates)) * SUCCESSION * self._deadline_s:
+            return False
+        # A lower lane may have decided already, with the word of it on its way: it is in where it can be, or all would
+        # have to go back to this round once it is there again.
+        lower = [lane for lane in candidates[:place] if all(self._held_by(each)[lane] > round for each in members)]
+        self._decide(tuple(sorted({*members, *lower})))
+        if self._held[self.lane] > round + 1:  # those who lack in that one, too, were waited for
+            self._since_s = round + 1, since_s
+        return True
+
+    def _decide(self, members: tuple[int, ...]) -> None:
+        round = self.log.decided
+        entered = tuple(each for each in self.admitted if each.first == round and each.lane in members)
+        self.log = self.log.then(members, entered)
+        self._sort_out()
+
+    def _admit(self) -> None:
+        """The lowest member admits who has come back and has all that was decided."""
+        members = self.log.members
+        if not members or members[0] != self.lane or self.frozen or self.log.is_full:
+            return
+        present = [lane for lane in members if lane == self.lane or lane in self._peers]
+        made = max(self._held_by(lane)[lane] for lane in present)
+        for lane, status in sorted(self._peers.items()):
+            if lane in members or not status.returning or any(each.lane == lane for each in self.admitted):
+                continue
+            behind = self._behind(lane, status)
+            if behind is None or behind > BEHIND_MAX:
+                continue
+            before = max(made, self.log.decided) + behind
+            begins = self._begins(before)
+            if begins is not None:
+                source = status.source - 1 if status.source else lane
+                entry = Entry(lane=lane, first=before + 1, begins=begins, source=source, copied=status.returning - 1)
+                self._learn((entry,), of=self.lane)
+
+    def _take_over(self, now_s: float) -> None:
+        """All members are gone, and this lane, which is none, has got all that they did: it enters by itself. A lower
+        one does so before it."""
+        round, lower = self.log.decided, [each.lane for each in self.admitted if each.lane != self.lane]
+        there = [lane for lane in (*self.log.members, *lower) if lane in self._peers and lane not in self._ended]
+        if self.lane in self.log.members or there or self.frozen or self.log.is_full:
+            self._gone_s = None
+            return
+        self._gone_s = now_s if self._gone_s is None else self._gone_s
+        begins = self._begins(round - 1) if round and self.returning else None
+        if now_s < self._gone_s + self._deadline_s * (1 + SUCCESSION * (self.lanes + self.lane)) or begins is None:
+            return
+        if all(self._held[lane] >= needed for lane, needed in self._contributed_before().items() if lane != self.lane):
+            source = self.source - 1 if self.source else self.lane
+            known = {"lane": self.lane, "source": source, "copied": self.returning - 1}
+            others = [each for each in self.admitted if each.lane != self.lane]
+            self.admitted = tuple(sorted([*others, Entry(first=round, begins=begins, **known)]))
+
+    def _behind(self, lane: int, status: LaneStatus) -> int | None:
+        """How many decided rounds that lane does not know or has not got yet; None: it can never follow, for it lacks
+        contributions of one that is gone, or goes by another log."""
+        if status.log.differs_from(self.log) is not None:
+            return None
+        behind = max(0, self.log.decided - status.log.decided)
+        for other, needed in self._contributed_before().items():
+            lacking = needed - status.held[other]
+            if other != lane and lacking > 0:
+                if other != self.lane and other not in self._peers:
+                    return None
+                behind = max(behind, lacking)
+        return behind
+
+    def _contributed_before(self) -> dict[int, int]:
+        """By lane: the round after the last decided one that it is a member of."""
+        ends = [*(each.first for each in self.log.stretches[1:]), self.log.decided]
+        last: dict[int, int] = {}
+        for stretch, end in zip(self.log.stretches, ends, strict=True):
+            last |= dict.fromkeys(stretch.members, end)
+        return last

@@ -207,6 +207,11 @@ class LanesSection(Section):
         description="how lanes become one model: gradients; outer:every=20,lr=0.7,momentum=0.9,fragments=1,delay=0,"
         "format=int4; sparta:p=0.05,every=10",
     )
+    round_timeout_s: float = Field(
+        default=120.0,
+        gt=0,
+        description="how long a round waits for a lane; then the others go on without it, and it has to come back",
+    )
 
 
 class LinkSection(Section):

@@ -96,6 +96,13 @@ class LaneInProcess:
         self._work_s, self._work_cpu_s = time.perf_counter() - began, time.process_time() - cpu
         return rest
 
+    def make_room(self, step: int) -> list[tuple[int, Action]]:
+        """As `work`, of a step of which this lane computes nothing, but takes the gradients of others."""
+        for stage in self.stages:
+            stage.make_room(step)
+        actions = interleave(self.config.training_schedule, len(self.stages), self.config.pipeline.microbatches)
+        return [(index, action) for index, action in actions if isinstance(action, (ReduceNorm, BroadcastNorm, Step))]
+
     def _computes(self, index: int, action: Action, step: int) -> bool:
         """Do it, if it is one of those that make the step's gradients; whether it was."""
         match action:
@@ -111,8 +118,8 @@ class LaneInProcess:
                 return False
         return True
 
-    def finish(self, step: int, rest: list[tuple[int, Action]]) -> float:
-        """The rest of a step; returns its loss."""
+    def finish(self, step: int, rest: list[tuple[int, Action]], *, computed: bool = True) -> float:
+        """The rest of a step; returns its loss. computed: this lane has done it, so there is something to record."""
         began, cpu, loss = time.perf_counter(), time.process_time(), float("nan")
         for index, action in rest:
             match action:
@@ -125,7 +132,8 @@ class LaneInProcess:
                         loss, stats = self.stages[index].finish(step, self._squares.pop(index, None))
                     seconds = self._work_s + time.perf_counter() - began
                     cpu_s = self._work_cpu_s + time.process_time() - cpu
-                    self._record(index, step, loss, stats.grad_norm, seconds, cpu_s)
+                    if computed:
+                        self._record(index, step, loss, stats.grad_norm, seconds, cpu_s)
                 case _:
                     raise AssertionError(action)
         self._train_s += self._work_s + time.perf_counter() - began

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ..protocol.control_messages import Heartbeat
 from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
@@ -19,6 +20,7 @@ from .config import RunConfig
 from .lanes.lateral_link import LateralSettings
 from .lanes.lateral_links import LateralLinks
 from .links.control_stream import HEARTBEAT_EVERY_S
+from .links.dialling import Where
 from .links.link import Link
 from .links.outgoing import WINDOW_BANDWIDTH_DELAY_PRODUCTS, chunk_bytes_for, part_bytes_for
 from .links.transport import Report
@@ -99,15 +101,20 @@ def make_lateral_links(
     config: RunConfig,
     identity: NodeIdentity,
     *,
-    addresses: Mapping[int, str],
+    addresses: Mapping[int, str | Where],
     directory: Path,
     contribution_bytes: ContributionBytes,
     heartbeat: Callable[[], Heartbeat],
     report: Report,
     security: Security,
+    on_held: Callable[[], None],
+    **lane: Any,
 ) -> LateralLinks:
-    """The links to this stage in all other lanes; each has the rate of any other link. addresses: of the lower lanes.
-    directory: for contributions. Must be called in an event loop. Raises ContributionError."""
+    """The links to this stage in all other lanes; each has the rate of any other link.
+
+    addresses: of the lower lanes. directory: for contributions. lane: what else LateralSettings takes, of a node that
+    speaks for its lane. Must be called in an event loop. Raises ContributionError.
+    """
     link = config.link
     profile = LinkProfile.parse(link.link)
     settings = LateralSettings(
@@ -118,6 +125,7 @@ def make_lateral_links(
         deadline_s=link.replacement_timeout_s,
         heartbeat=heartbeat,
         seed=config.run.seed,
+        **lane,
     )
     return LateralLinks(
         identity=identity,
@@ -126,4 +134,5 @@ def make_lateral_links(
         settings=settings,
         report=report,
         security=security,
+        on_held=on_held,
     )

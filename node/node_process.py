@@ -24,16 +24,19 @@ from rich.console import Console
 
 from ..compress.byte_format import CodecError
 from ..protocol.greeting import NodeIdentity
+from ..protocol.grid_place import GridPlace
+from ..protocol.round_membership import LaneStatus
 from ..sim.launch.end_signals import ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
 from .addresses import check_listen, split_address
 from .averaging.averager import Averager
-from .checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer
+from .checkpoints.kept_tokenizer import keep_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus
+from .lanes.lane_membership import LaneMembership
 from .link_settings import make_lateral_links
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
@@ -53,7 +56,7 @@ from .preparation import (
     state_digest,
 )
 from .recovery_loop import RecoveryLoop
-from .run_corpus import check_named_tokenizer, corpus_of_run
+from .run_corpus import check_named_tokenizer, corpus_of_run, tokenizer_of_run
 from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
 from .stage_failure import FAILED, StageFailed, first_of
@@ -223,7 +226,7 @@ async def _run(
     link = config.link
     checkpoints = config.checkpoint.path(options.out)
     if index == 0 and options.resume:
-        check_named_tokenizer(config, checkpoints)
+        check_named_tokenizer(config, checkpoints, options.run or options.out)
     stage, digest = prepare(config, index, options.lane)
     if index == 0:
         _write_costs(config, metrics)
@@ -247,16 +250,21 @@ async def _run(
 
     security = options.security
     waits = {"greeting_timeout_s": link.greeting_timeout_s, "deadline_s": deadline_s, "report": on_fault}
-    waits["security"] = security
+    waits |= {"security": security, "paused_ago_s": lambda: recovery_loop.pause.ago_s()}
     membership, below = options.membership, index + 1
 
     def where() -> str | Where:
-        return membership.where(below, on_fault) if membership else addresses.next or ""
+        return membership.where(GridPlace(below, options.lane), on_fault) if membership else addresses.next or ""
+
+    def laterals() -> Mapping[int, str | Where]:
+        if membership is None:
+            return addresses.lateral
+        return {lane: membership.where(GridPlace(index, lane), on_fault) for lane in range(options.lane)}
 
     store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
 
     def open_data() -> Corpus:
-        return open_text(config, kept_tokenizer(checkpoints) if options.resume else None)
+        return open_text(config, tokenizer_of_run(checkpoints, home) if options.resume else None)
 
     def accept_corpus(corpus: Corpus, manifests: list[Manifest]) -> Callable[[], None]:
         given = {"resume": options.resume, "changed": options.data_changed, "checkpoints": checkpoints}
@@ -279,6 +287,15 @@ async def _run(
         assert averager
         return averager
 
+    def lane_now() -> LaneMembership:
+        assert recovery_loop.rounds
+        return recovery_loop.rounds.membership
+
+    def lane_told(lane: int, status: LaneStatus | None) -> None:
+        if status is None:
+            recovery_loop.states.parted(lane)
+        lane_now().hear(lane, status)
+
     lateral = None
     if stage.averager:
         rounds = options.out / "rounds" / f"stage-{index}"
@@ -287,12 +304,19 @@ async def _run(
         lateral = make_lateral_links(
             config,
             identity,
-            addresses=addresses.lateral,
+            addresses=laterals(),
             directory=rounds,
             contribution_bytes=lambda number: averager_now().bytes_of(number),
             heartbeat=lambda: recovery_loop.heartbeat(),
             report=on_fault,
             security=security,
+            on_held=lambda: lane_now().held(),
+            rounds=lambda: averager_now().plan.count,
+            status=(lambda: lane_now().status()) if index == 0 else None,
+            on_status=lane_told,
+            on_met=lambda lane: recovery_loop.states.met(lane),
+            on_copy=lambda lane, frame: recovery_loop.states.receive(lane, frame),
+            on_ended=lambda lane: lane_now().ended(lane),
         )
     recovery_loop = RecoveryLoop(
         config,
@@ -338,6 +362,7 @@ async def _run(
             endless.append(watch_parent(options.parent))
         work = recovery_loop.run()
         if lateral:
+            endless.append(lane_now().run())
             open_ends.push_async_callback(lateral.close)
             work = while_calling(work, lateral.run(), lambda: link.greeting_timeout_s)
         if stage.downstream_endpoint:

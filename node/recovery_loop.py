@@ -34,8 +34,10 @@ from .config import RunConfig
 from .data import Corpus
 from .free_memory import give_back_free_memory
 from .generation import Dial, IdleWires, break_off, links_of, train
+from .lanes.lane_membership import LaneMembership
 from .lanes.lateral_links import LateralLinks
 from .lanes.rounds import Rounds
+from .lanes.state_copies import StateCopies
 from .link_settings import heartbeat_timeout_s, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link
@@ -116,15 +118,15 @@ class RecoveryLoop:
         )
         self._farewell = Farewell(self.control, metrics)
         self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics, lanes=identity.lanes)
-        self._rounds = lateral and Rounds(lateral, metrics, held_up=self._preparing.held_up)
-        self._pause = ProcessPause()
+        self.pause = ProcessPause()  # whoever has a deadline asks it
+        self.rounds = lateral and self._rounds_over(lateral)
         self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
             fixed_s=config.link.progress_timeout_s,
             replacement_s=config.link.replacement_timeout_s,
             missing_s=self.control.missing_s,
             prepared_ago_s=self._preparing.ago_s,
-            paused_ago_s=self._pause.ago_s,
+            paused_ago_s=self.pause.ago_s,
         )
         self._idle_wires = IdleWires(profile)
         self._copies = self.control.copies = CopyService(
@@ -141,12 +143,50 @@ class RecoveryLoop:
                 "copy", completed=completed, bytes=size, fetched=fetched
             ),
             on_held=self._held_at_buddy,
+            paused_ago_s=self.pause.ago_s,
         )
+
+    def _rounds_over(self, lateral: LateralLinks) -> Rounds:
+        assert self.stage.averager
+        profile = LinkProfile.parse(self.config.link.link)
+        self.states = StateCopies(
+            self._store,
+            part_bytes=part_bytes_for(profile),
+            parts_ahead=parts_ahead_for(profile),
+            say=lateral.say,
+            refuse=lateral.refuse,
+            on_fault=self._on_fault,
+        )
+        membership = LaneMembership(
+            self._identity,
+            self.stage.averager.plan,
+            lateral,
+            self._metrics,
+            deadline_s=self.config.lanes.round_timeout_s,
+            tell=self.control.tell,
+            refuse=self.control.refuse,
+            on_left_out=lambda: self.control.act(self.machine.start_view_change()),
+            on_void=self._points.make_void,
+            on_changed=lambda: self._node and self._node.look_again(),
+            under_way=lambda: self._node.under_way if self._node else self.machine.completed,
+            saved=lambda: self.committed,
+            take_up=self._take_up,
+            let_go=self.states.let_go,
+            paused_ago_s=self.pause.ago_s,
+        )
+        self.control.rounds = membership
+        return Rounds(lateral, membership, self._metrics, held_up=self._preparing.held_up)
+
+    async def _take_up(self, lane: int, completed: int) -> None:
+        """This stage's state of another lane, in the place of its own."""
+        await self._points.discard_after(completed - 1)
+        await self.states.fetch(lane, completed)
+        self._metrics.write("took_up", lane=lane, completed=completed)
 
     async def run(self) -> None:
         """Returns when every stage has finished."""
         self._loop = asyncio.get_running_loop()
-        watching = [asyncio.create_task(each.watch()) for each in (self._preparing, self._pause)]
+        watching = [asyncio.create_task(each.watch()) for each in (self._preparing, self.pause)]
         try:
             if self._joining:  # first: the tokenizer may come with a copy
                 await self._fetch_copies()
@@ -158,15 +198,15 @@ class RecoveryLoop:
                     self.control.act(self.machine.end_after(self.machine.completed))
             if self._joining:
                 self._accept_known()
-                self.control.act(self.machine.stopped(set(self._known)))
+                self.control.act(self.machine.stopped(self._valid(set(self._known))))
             else:
                 self._accept([])
                 self._begin(Start(generation=0, completed=0, members=()))
             while not await self._next():
                 pass
-            if self._rounds:
+            if self.rounds:
                 self._finishing = True
-                await self._rounds.finish(self._on_fault)
+                await self.rounds.finish(self._on_fault)
         except Exception as error:
             await self.farewell(error)
             raise
@@ -175,6 +215,8 @@ class RecoveryLoop:
                 each.cancel()
             await self._break_off()
             await self._copies.close()
+            if self.rounds:
+                await self.states.close()
             # What was submitted is written; its records come before the end.
             await self._points.close()
 
@@ -233,23 +275,29 @@ class RecoveryLoop:
                 await self._break_off()
                 await self._written_out()  # a checkpoint that is being written is not to be looked at
                 if not (self._joining or self.machine.generation or self.machine.completed):
-                    await self._fetch_copies()  # a machine that is new to a run which had begun, as it shows now
+                    # A machine that is new to a run which had begun, as it shows now: it has looked at nothing yet.
+                    self._known = await self._points.on_disk()
+                    await self._fetch_copies()
                     self._accept_known()
                 offered = await self._points.offered()
                 self._metrics.write(
                     "view_change", generation=self.machine.generation, seconds=round(time.monotonic() - began, 6)
                 )
-                self.control.act(self.machine.stopped(offered))
+                self.control.act(self.machine.stopped(self._valid(offered)))
             case Start() as start:
                 await self._restore(start)
                 self._say_end()
                 self._begin(start)
+                if not self._valid({start.completed}):  # learned since this stage offered it
+                    self.control.act(self.machine.start_view_change())
             case ChooseEnd():
                 under_way = self._node.under_way if self._node else self.machine.completed
                 if self._node:
                     self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
                 self.control.act(self.machine.end_after(under_way))
             case EndAfter() as end:
+                if self.rounds:
+                    self.rounds.membership.freeze()
                 self._say_end()
                 if self._node:
                     self._node.end_after(end.completed)
@@ -258,6 +306,12 @@ class RecoveryLoop:
             case Leave():
                 return True
         return False
+
+    def _valid(self, steps: set[int]) -> set[int]:
+        """Those whose state is a part of the run, as stage 0 knows, where there are lanes that leave and come back."""
+        if not (self.rounds and self._identity.first):
+            return steps
+        return {step for step in steps if self.rounds.membership.valid(step) and not self._points.is_void(step)}
 
     def heartbeat(self) -> Heartbeat:
         """What other lanes are told of this one."""
@@ -328,7 +382,7 @@ class RecoveryLoop:
             totals=self._totals,
             deadline=self._deadline,
             last=self.machine.end,
-            rounds=self._rounds,
+            rounds=self.rounds,
             on_met=self._met,
         )
         self.link_above = above
@@ -341,11 +395,13 @@ class RecoveryLoop:
         if keep := self._keep_corpus:
             self._keep_corpus = None
             keep()
-        if self._rounds and self.stage.averager:
-            self._rounds.begin(self.stage.averager, self.stage.completed, self._points.oldest)
+        if self.rounds and self.stage.averager:
+            self.rounds.begin(self.stage.averager, self.stage.completed, self._points.oldest)
 
     async def _break_off(self) -> None:
         """Nothing of the generation moves any more, in any thread."""
+        if self.rounds:
+            self.rounds.membership.train()
         node, self._node = self._node, None
         training, self._training = self._training, None
         self.link_above = None
@@ -375,7 +431,10 @@ class RecoveryLoop:
             await asyncio.to_thread(self.stage.restore, snapshot)
         self.stage.set_generation(start.generation)
         self._copies.written(start.completed)  # what comes after it is not to be copied any more
+        if self.rounds:  # the later ones may be of steps that do not count
+            await self._points.discard_after(start.completed)
         self._points.forget_after(start.completed)
+        self._points.gone_back(start.completed)
         seconds = round(time.monotonic() - began, 6)
         self._metrics.write(
             "rollback", generation=start.generation, completed=start.completed, source=where, seconds=seconds
@@ -392,8 +451,8 @@ class RecoveryLoop:
         self._in_loop(record)
         self.committed = completed
         self._in_loop(partial(self._copies.written, completed))
-        if self._rounds and self.stage.averager:
-            self._in_loop(partial(self._rounds.forget, self.stage.averager, self._points.oldest))
+        if self.rounds and self.stage.averager:
+            self._in_loop(partial(self.rounds.forget, self.stage.averager, self._points.oldest))
 
     def _held_at_buddy(self, completed: int) -> None:
         self.machine.heartbeats.copied = completed

@@ -24,6 +24,7 @@ from ..compress.byte_format import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
 from .averaging.averager import Averager, Place
+from .averaging.gradients import GradientAverager
 from .averaging.modes import parse_averaging
 from .averaging.stage_averager import stage_averager
 from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
@@ -281,7 +282,7 @@ class Stage:
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
         averages = self.averager is not None and self.averager.mode.of_gradients
-        lanes = self.config.lanes.count if averages else 1  # whose tokens the gradients are sums of
+        lanes = self.averager.contributed if self.averager and averages else 1  # whose tokens the gradients are sums of
         stats = self.optimizer.step(step, lanes * tokens, sum_of_squares)  # first: it refuses what is not finite
         if self.gathers(step):
             assert self._table_gradient is not None, f"stage {self.index} ends step {step} without `gather`"
@@ -290,6 +291,24 @@ class Stage:
             self._table_gradient = None
         self.completed = step + 1
         return loss, stats
+
+    def make_room(self, step: int) -> None:
+        """Before a round of gradients is used in a step of which this lane has computed nothing."""
+        assert isinstance(self.averager, GradientAverager)
+        self.averager.make_room()
+        if self.gathers(step):
+            self._table_gradient = torch.zeros_like(self.sender.master)
+
+    def follow_to(self, completed: int) -> None:
+        """So many steps are completed, by the rounds of other lanes."""
+        self.completed = completed
+
+    def enter(self, completed: int) -> None:
+        """Train on after `completed` steps, the last of which this lane has not done: what it learned alone before them
+        is as it was, as far as it means anything now."""
+        assert self.averager
+        self.averager.enter(completed)
+        self.restore(self._state.moved(self.completed, completed))
 
     @torch.no_grad()
     def evaluate(self, ids_BS: np.ndarray, received: ReceivedTensor | None) -> Encoded | float:

@@ -93,15 +93,21 @@ class StageState:
     def untrained(self, completed: int) -> StageSnapshot:
         """The state after `completed` steps in which this stage, as it was built, had no part: its moments are zero,
         what its boundaries gathered too, and none of its dictionaries was sent."""
-        own = self.tensors(0)
+        return self.moved(0, completed)
+
+    def moved(self, completed: int, to: int) -> StageSnapshot:
+        """The state after `completed` steps, as it is when `to` are without more training: what is gathered over some
+        steps is there or not as the number of steps says, empty where it was not."""
+        own = self.tensors(completed)
+        dictionaries = {name: end.dictionary_state(completed) for name, end in self._ends.items()}
+        unsent = [name for name, held in dictionaries.items() if held["version"] is None]
         tensors = {
             name: own[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             if name in own
             else torch.zeros(like.shape, dtype=like.dtype)
-            for name, like in self.layout(completed, unsent=self._ends).items()
+            for name, like in self.layout(to, unsent=unsent).items()
         }
-        dictionaries = {name: end.dictionary_state(0) for name, end in self._ends.items()}
-        return StageSnapshot(completed=completed, tensors=tensors, dictionaries=dictionaries)
+        return StageSnapshot(completed=to, tensors=tensors, dictionaries=dictionaries)
 
     def snapshot(self, completed: int) -> StageSnapshot:
         """A copy after `completed` steps."""

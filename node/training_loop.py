@@ -168,7 +168,8 @@ class TrainingLoop:
         schedule = self.config.training_schedule
         lap = Lap()
         loss, grad_norm = float("nan"), 0.0
-        while await self._may_begin(step := self.stage.completed):
+        while await self._may_begin():
+            step = self.stage.completed
             self.under_way = step + 1
             squares: float | None = None  # by whose sum gradients are clipped; None: the stage's own
             for action in schedule.actions(
@@ -207,15 +208,30 @@ class TrainingLoop:
     def end_after(self, completed: int) -> None:
         """Begin no step after so many are completed."""
         self._last = min(self._last, completed)
+        self.look_again()
+
+    async def _may_begin(self) -> bool:
+        """Whether there is a step to do; below the first stage, once there is something to do it with. A lane that was
+        left out follows the others first."""
+        while True:
+            step = self.stage.completed
+            if self._rounds and step < self._last and self._rounds.follows(step):
+                await self._rounds.catch_up(self.stage, self._compute, self._watch, self._norm)
+                continue
+            if not self._from_above:
+                return step < self._last
+            with self._watch.waiting():
+                await self._from_above.begins(step, partial(self._goes_on, step), self._deadline)
+            if not (self._rounds and self._rounds.follows(step)):
+                return step < self._last
+
+    def _goes_on(self, step: int) -> bool:
+        return step < self._last and not (self._rounds and self._rounds.follows(step))
+
+    def look_again(self) -> None:
+        """What this stage waits for before its next step may be another thing now."""
         if self._from_above:
             self._from_above.changed.set()
-
-    async def _may_begin(self, step: int) -> bool:
-        """Whether there is a step to do; below the first stage, once there is something to do it with."""
-        if self._from_above:
-            with self._watch.waiting():
-                await self._from_above.begins(step, lambda: step < self._last, self._deadline)
-        return step < self._last
 
     # -- actions ------------------------------------------------------------------------------------------------
 
@@ -267,6 +283,12 @@ class TrainingLoop:
         if self._to_above:
             await self._to_above.put("gradient norm", partial(norm_message, step, squares))
         return squares
+
+    async def _norm(self, step: int) -> float | None:
+        """By whose sum of squares the gradients of that step are clipped; None: by the stage's own."""
+        if not self.config.clips_by_global_norm:
+            return None
+        return await self._broadcast_norm(step, await self._reduce_norm(step))
 
     async def _broadcast_norm(self, step: int, squares: float) -> float:
         """The sum of squares of all stages' gradients, which the stage below is told; `squares`: what was sent up."""

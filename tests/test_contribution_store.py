@@ -47,10 +47,27 @@ def test_what_was_written_is_there_after_a_restart(store: ContributionStore) -> 
 def test_what_is_needed_by_nobody_goes(store: ContributionStore) -> None:
     for round in range(4):
         store.keep(round, store.write(round, CONTENT))
-    store.remove(store.unkeep(3))
+    dropped = store.unkeep(3)
+    store.remove(dropped)
     assert [*store.kept] == [3]
     assert len(names(store)) == 1
-    store.remove({1: MADE})  # twice is no harm
+    store.remove(dropped)  # twice is no harm
+
+
+def test_what_follows_from_another_history_goes_and_makes_room(store: ContributionStore) -> None:
+    """A lane that had gone by what does not count makes another contribution to the same round."""
+    for round, stay in ((0, 0), (1, 0), (2, 7)):
+        store.keep(round, store.write(round, CONTENT, stay), stay)
+    found = again(store)[0]
+    assert found.kept == store.kept
+    for each in (store, found):
+        assert sorted(each.unkeep_others({0: 0, 1: 5, 2: 7}.get)) == [each.directory / f"1-{MADE.xxh3:016x}"]
+        assert [*each.kept] == [0, 2]
+        assert each.load(2) == CONTENT
+    other = store.write(1, CONTENT[::-1], 5)
+    store.keep(1, other, 5)
+    assert again(store)[0].kept[1] == other  # the newer one, though the first is still on the disk
+    assert len(names(store)) == 3
 
 
 def test_the_same_again_is_fine_and_another_one_is_not(store: ContributionStore) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
+from thinpipe.node.security.key_directory import init, issue
 
 from .conftest import TinyConfig
 from .real_faults import Done, Kill, carry_out, records
@@ -58,6 +61,19 @@ def test_processes_are_one_process(up: Up, tiny: TinyConfig, tmp_path: Path, mod
     sent = records(run / "lane-0", 1, "end")[-1]["links"][-1]
     assert sent["peer_lane"] == 1
     assert sent["sent_bytes"]["averaging"] > 0
+
+
+@pytest.mark.slow
+def test_lanes_over_tls(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """On links of both kinds, with one certificate that is good for every place."""
+    config, now = tiny({**GRID, "lanes.average": "outer:every=3", "run.steps": 6}), datetime.now(UTC)
+    init(config.run.name, tmp_path / "authority", days=2, now=now)
+    issue([0, 1], tmp_path / "authority", tmp_path / "keys", lanes=[0, 1], days=1, now=now)
+    process, run = started(up, config, tmp_path, "--keys", str(tmp_path / "keys"))
+    ended(process)
+    assert ends(run, config) == digests(config)
+    for lane, stage in product(range(2), range(2)):
+        assert records(run / f"lane-{lane}", stage, "start")[0]["tls"] is True
 
 
 @pytest.mark.slow

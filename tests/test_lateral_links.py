@@ -832,29 +832,39 @@ def test_another_run_or_lane_is_refused_by_name(other: dict[str, Any], words: st
     run(job())
 
 
-def test_certificates_are_held_to_the_stage(tmp_path: Path) -> None:
+def test_certificates_are_held_to_stage_and_lane(tmp_path: Path) -> None:
     today = datetime.now(UTC)
     init("r", tmp_path / "authority", days=30, now=today)
     keys: dict[str, Security] = {}
-    for name, stages in (("right", [STAGE]), ("wrong", [0])):
-        issue(stages, tmp_path / "authority", tmp_path / name, days=20, now=today)
+    for name, stage, lanes in (("right", STAGE, []), ("0", STAGE, [0]), ("1", STAGE, [1]), ("other stage", 0, [])):
+        issue([stage], tmp_path / "authority", tmp_path / name, lanes=lanes, days=20, now=today)
         keys[name] = Security(load(tmp_path / name, now=today))
 
-    async def job(security: Security) -> None:
-        lower = Lane(0, tmp_path / "lanes", security=keys["right"])
-        async with listening_lane(lower, keys["right"]) as address:
-            upper = Lane(1, tmp_path / "lanes", addresses={0: address}, security=security)
+    async def job(below: str, above: str, words: str) -> None:
+        lower = Lane(0, tmp_path / "lanes", security=keys[below])
+        async with listening_lane(lower, keys[below]) as address:
+            upper = Lane(1, tmp_path / "lanes", addresses={0: address}, security=keys[above])
             upper.links.forget_before(0)
             async with running(lower, upper) as (_, task):
                 await lower.give(0)
-                if security is keys["right"]:
+                if not words:
                     await upper.take(0)
                 else:
-                    with pytest.raises(NeighbourMismatch, match="wrong-certificate: the greeting says stage 1"):
+                    with pytest.raises(NeighbourMismatch, match=words):
                         await task
 
-    for name in ("right", "wrong"):
-        run(job(keys[name]))
+    for below, above, words in (
+        ("right", "right", ""),
+        ("0", "1", ""),
+        ("right", "other stage", "wrong-certificate: the greeting says stage 1 of lane 1 of run 'r', the certificate"),
+        (
+            "right",
+            "0",
+            "wrong-certificate: the greeting says stage 1 of lane 1 of run 'r', the certificate is for stage",
+        ),
+        ("1", "right", "its certificate is for stage 1 of lane 1 of run 'r', not for stage 1 of lane 0; start it with"),
+    ):
+        run(job(below, above, words))
 
 
 def test_who_goes_on_with_other_parts_is_refused_and_the_node_lives(tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ one process end with the same bits. A node's own contribution is unpacked from i
 rounded away is rounded away for all alike.
 
 Between `contribute` and `use` a state may be taken and restored (`state_tensors`), and the round goes on.
+
+A lane that is no member of a round uses it all the same, without a contribution of its own: so it follows the others,
+and goes on with them (`enter`).
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ class RoundUsed:
 
     def record(self) -> dict[str, Any]:
         """Fields of a record `round`."""
-        own = {"members": self.members, "digest": self.digest, "norm": self.norm}
-        return {"number": self.round.number, "fragment": self.round.fragment, **own}
+        when = {name: getattr(self.round, name) for name in ("number", "fragment", "made", "used")}
+        return {**when, "members": self.members, "digest": self.digest, "norm": self.norm}
 
 
 class Averager(ABC):
@@ -63,6 +66,7 @@ class Averager(ABC):
         self.mode, self.place, self.plan = mode, place, RoundPlan(mode, steps)
         self._moved = moved
         self._own: dict[int, bytes] = {}  # by fragment: what was contributed to the round that is under way
+        self.contributed = place.lanes  # how many lanes to the newest round that was used
 
     @abstractmethod
     def contribution_bytes(self, round_: Round) -> int:
@@ -91,15 +95,17 @@ class Averager(ABC):
         return made
 
     @torch.no_grad()
-    def use(self, round_: Round, others: Mapping[int, bytes]) -> RoundUsed:
-        """Finish the round with the contributions of the `others`, by lane. Raises RoundError, before anything is
-        changed, for one that cannot be what was agreed."""
-        contributions = dict(sorted({**others, self.place.lane: self._own[round_.fragment]}.items()))
+    def use(self, round_: Round, others: Mapping[int, bytes], *, member: bool = True) -> RoundUsed:
+        """Finish the round with the contributions of the `others`, by lane. member: this lane's own counts too. Raises
+        RoundError, before anything is changed, for one that cannot be what was agreed."""
+        own = {self.place.lane: self._own[round_.fragment]} if member else {}
+        contributions = dict(sorted({**others, **own}.items()))
         for lane, contribution in contributions.items():
             if len(contribution) != (wanted := self.contribution_bytes(round_)):
                 raise self._refusal(round_, lane, f"has {len(contribution)} bytes, {wanted} were agreed")
+        self.contributed = len(contributions)
         norm = self._apply(round_, contributions)
-        del self._own[round_.fragment]
+        self._own.pop(round_.fragment, None)
         self._moved()
         digest = hashlib.sha256()
         for contribution in contributions.values():
@@ -142,6 +148,30 @@ class Averager(ABC):
 
     def _refusal(self, round_: Round, lane: int, fault: str) -> RoundError:
         return RoundError(f"lane {lane}'s contribution to round {round_.number} of stage {self.place.stage} {fault}")
+
+    @torch.no_grad()
+    def enter(self, completed: int) -> None:
+        """This lane trains again, after `completed` steps of which the last ones were done without it. It has no part
+        in the rounds that are under way, and carries no error from before."""
+        for round_ in self.plan.under_way(completed):
+            if round_.fragment not in self._own:
+                self._own[round_.fragment] = bytes(self.contribution_bytes(round_))
+                self._begin_anew(round_)
+        names = {name: torch.zeros_like(like, device="cpu") for name, like in self._errors_layout(completed).items()}
+        self._load_errors(names, completed)
+
+    def _begin_anew(self, round_: Round) -> None:
+        """That round is under way, and this lane has no part in it."""
+        del round_
+
+    def _errors_layout(self, completed: int) -> dict[str, Tensor]:
+        """Of the errors that formats carry from one round to the next, once `completed` steps are."""
+        del completed
+        return {}
+
+    def _load_errors(self, errors: Mapping[str, Tensor], completed: int) -> None:
+        """Go on from these."""
+        del errors, completed
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,17 @@ class GradientAverager(Averager):
         grads.write(total)
         return torch.linalg.vector_norm(total, dtype=torch.float64).item() / len(contributions)
 
+    def make_room(self) -> None:
+        """Gradients to write a round's into, where this lane has computed none."""
+        for _, parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def _errors_layout(self, completed: int) -> dict[str, Tensor]:
+        return self.state_layout(completed)
+
+    def _load_errors(self, errors: Mapping[str, Tensor], completed: int) -> None:
+        self.load_state_tensors(errors, completed)
+
     def state_tensors(self) -> dict[str, Tensor]:
         return {f"error/{name}": tensor for name, tensor in self._format.state_tensors().items()}
 

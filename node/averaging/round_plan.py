@@ -29,14 +29,14 @@ class RoundPlan:
 
     def __init__(self, mode: AveragingMode, steps: int) -> None:
         self.fragments = mode.fragments
-        self._stride, self._delay, self._steps = mode.every // mode.fragments, mode.delay, steps
+        self._stride, self._delay, self.steps = mode.every // mode.fragments, mode.delay, steps
         self._regular = steps // self._stride  # rounds at even distances, the last ones at the end maybe among them
 
     def made_at(self, completed: int) -> list[Round]:
         """The rounds that are made once `completed` steps are, in order."""
         regular = completed and completed % self._stride == 0
-        rounds = [self._round(completed // self._stride - 1)] if regular and completed <= self._steps else []
-        if completed == self._steps:
+        rounds = [self._round(completed // self._stride - 1)] if regular and completed <= self.steps else []
+        if completed == self.steps:
             had = {each.fragment for each in rounds}
             rest = [fragment for fragment in range(self.fragments) if fragment not in had]
             rounds += [
@@ -47,7 +47,7 @@ class RoundPlan:
 
     def under_way(self, completed: int) -> list[Round]:
         """The rounds made once `completed` steps are, or before, and used later, in order."""
-        last = min(completed, self._steps) // self._stride
+        last = min(completed, self.steps) // self._stride
         first = max(0, completed - self._delay) // self._stride
         return [each for n in range(max(0, first - 1), last) if (each := self._round(n)).made <= completed < each.used]
 
@@ -59,25 +59,39 @@ class RoundPlan:
 
     def made_of(self, fragment: int, completed: int) -> int:
         """How many rounds of this fragment were made once `completed` steps are."""
-        regular = min(completed, self._steps) // self._stride
+        regular = min(completed, self.steps) // self._stride
         own = (regular - fragment + self.fragments - 1) // self.fragments
-        last = completed >= self._steps and not any(each.fragment == fragment for each in self._regular_at_end)
+        last = completed >= self.steps and not any(each.fragment == fragment for each in self._regular_at_end)
         return own + last
 
     @property
     def _regular_at_end(self) -> list[Round]:
-        return [self._round(self._regular - 1)] if self._steps % self._stride == 0 else []
+        return [self._round(self._regular - 1)] if self.steps % self._stride == 0 else []
+
+    def made_by(self, completed: int) -> int:
+        """How many rounds are made once `completed` steps are."""
+        return self.count if completed >= self.steps else completed // self._stride
+
+    def used_before(self, number: int) -> int:
+        """How many rounds a lane has used when it contributes to this one, or to one past the last."""
+        if number >= self.count:
+            return number
+        made = self.round(number).made
+        first = max(0, number - self._delay // self._stride - self.fragments - 1)
+        return next(
+            (n for n in range(first, number) if (each := self.round(n)).used > made or each.made == made), number
+        )
 
     def first_after(self, completed: int) -> int:
         """Number of the first round that whoever goes on after `completed` steps may need."""
         if rounds := self.under_way(completed):
             return rounds[0].number
-        return completed // self._stride if completed < self._steps else self.count
+        return completed // self._stride if completed < self.steps else self.count
 
     @property
     def count(self) -> int:
         """Rounds of the whole run."""
-        return self._regular + self.fragments - (self._steps % self._stride == 0)
+        return self._regular + self.fragments - (self.steps % self._stride == 0)
 
     def round(self, number: int) -> Round:
         """That one. Raises IndexError past the last."""
@@ -85,10 +99,10 @@ class RoundPlan:
             raise IndexError(f"no round {number}: the run has {self.count}")
         if number < self._regular:
             return self._round(number)
-        return next(each for each in self.made_at(self._steps) if each.number == number)
+        return next(each for each in self.made_at(self.steps) if each.number == number)
 
     def _round(self, number: int) -> Round:
         made = (number + 1) * self._stride
-        used = min(made + self._delay, self._steps)
-        last = made == self._steps
+        used = min(made + self._delay, self.steps)
+        last = made == self.steps
         return Round(number=number, fragment=number % self.fragments, made=made, used=used, last=last)

@@ -59,6 +59,9 @@ class WeightAverager(Averager):
         if round_.used > round_.made:
             self._began[round_.fragment] = rows
 
+    def _begin_anew(self, round_: Round) -> None:
+        self._remember(round_, self._fragments[round_.fragment].read())
+
     def state_tensors(self) -> dict[str, Tensor]:
         state = {f"began/{fragment}": rows for fragment, rows in self._began.items()}
         return state | {f"own/{fragment}": octets(body) for fragment, body in self._own.items()}
@@ -125,17 +128,26 @@ class OuterAverager(WeightAverager):
         layout = super().state_layout(completed)
         for place, anchor in enumerate(self._anchors):
             layout |= {f"anchor/{place}": anchor.to("meta"), f"momentum/{place}": anchor.to("meta")}
+        return layout | self._errors_layout(completed)
+
+    def _errors_layout(self, completed: int) -> dict[str, Tensor]:
+        layout: dict[str, Tensor] = {}
+        for place, anchor in enumerate(self._anchors):
             errors = self._formats[place].state_layout(tuple(anchor.shape), self.plan.made_of(place, completed))
             layout |= {f"{name}/{place}": tensor for name, tensor in errors.items()}
         return layout
 
     def load_state_tensors(self, state: Mapping[str, Tensor], completed: int) -> None:
         super().load_state_tensors(state, completed)
-        for place, fmt in enumerate(self._formats):
+        for place in range(len(self._formats)):
             self._anchors[place].copy_(state[f"anchor/{place}"])
             self._momenta[place].copy_(state[f"momentum/{place}"])
+        self._load_errors(state, completed)
+
+    def _load_errors(self, errors: Mapping[str, Tensor], completed: int) -> None:
+        for place, fmt in enumerate(self._formats):
             names = fmt.state_layout(tuple(self._anchors[place].shape), self.plan.made_of(place, completed))
-            fmt.load_state_tensors({name: state[f"{name}/{place}"] for name in names})
+            fmt.load_state_tensors({name: errors[f"{name}/{place}"] for name in names})
 
 
 class SpartaAverager(WeightAverager):
@@ -177,8 +189,11 @@ class SpartaAverager(WeightAverager):
         if round_.last:
             agreed = mean
         else:
-            own = self._unpacked(round_, self.place.lane, contributions[self.place.lane], self._format, shape, rows)
             agreed = self._began.get(round_.fragment, rows).clone()
-            agreed.view(-1)[places] += (mean - own).view(-1)[:count]
+            if self.place.lane in contributions:
+                own = self._unpacked(round_, self.place.lane, contributions[self.place.lane], self._format, shape, rows)
+                agreed.view(-1)[places] += (mean - own).view(-1)[:count]
+            else:  # it has said nothing, so it takes what the others have
+                agreed.view(-1)[places] = mean.view(-1)[:count]
         self._add_difference(round_, agreed)
         return torch.linalg.vector_norm(mean, dtype=torch.float64).item()

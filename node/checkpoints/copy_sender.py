@@ -13,18 +13,17 @@ import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from ...protocol.control_messages import CopyDeclined, CopyFrame, CopyOffer, CopyPart
 from ...protocol.copy_transfer import Sending
 from ...protocol.header import printable
-from ...protocol.rollback_actions import Side
 from .copy_store import CopySession
 from .kept_tokenizer import TOKENIZER, beside
 from .manifest import CheckpointError, Manifest
 from .store import STATE, CheckpointStore
 
-Say = Callable[[Side, CopyFrame], Awaitable[None]]
+Say = Callable[[Any, CopyFrame], Awaitable[None]]  # to a side of the chain, or a lane
 
 
 class CopySender:
@@ -35,7 +34,7 @@ class CopySender:
         self._part_bytes, self._parts_ahead, self._say = part_bytes, parts_ahead, say
 
     async def send(
-        self, side: Side, session: CopySession, store: CheckpointStore, completed: int, *, verify: bool = False
+        self, side: Any, session: CopySession, store: CheckpointStore, completed: int, *, verify: bool = False
     ) -> None:
         """One checkpoint, until the other side has it or does not want it. verify: read it once before. Raises
         CheckpointError or OSError for one that cannot be read, and says so to the other side first."""
@@ -63,7 +62,7 @@ class CopySender:
 
     async def _send_parts(
         self,
-        side: Side,
+        side: Any,
         session: CopySession,
         stage: int,
         completed: int,

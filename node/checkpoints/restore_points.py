@@ -35,6 +35,8 @@ class RestorePoints:
         self._on_error = on_error
         self._writer = CheckpointWriter(store, on_written=on_written, on_error=on_error)
         self._in_memory: dict[int, StageSnapshot] = {}
+        self.common = 0  # steps after which all stages have one: they have agreed to go on from there
+        self._void_from: int | None = None  # what is done from these steps on, before `gone_back`, does not count
 
     def __contains__(self, completed: int) -> bool:
         """Whether it is in memory."""
@@ -43,12 +45,18 @@ class RestorePoints:
     @property
     def oldest(self) -> int:
         """No rollback leads further back than to after so many steps. The first checkpoints may be ones that another
-        stage has not written yet; neighbours are at most one apart, and another one may be under way."""
+        stage has not written yet; neighbours are at most one apart, and another one may be under way. A new disk has
+        few as well, but one of them is known to be everywhere (`common`). Older ones do not count then: before its loss
+        this stage may have said of them that it would not go back there."""
         steps = self.store.steps()
-        return min(steps) if len(steps) >= KEEP_MIN else 0
+        if len(steps) < KEEP_MIN:
+            return self.common if self.common in steps else 0
+        return min(steps)
 
     async def keep(self, snapshot: StageSnapshot, *, generation: int) -> None:
-        """In memory now, on disk soon."""
+        """In memory now, on disk soon; not at all if it is void."""
+        if self.is_void(snapshot.completed):
+            return
         self._in_memory[snapshot.completed] = snapshot
         for old in sorted(self._in_memory)[:-IN_MEMORY]:
             del self._in_memory[old]
@@ -63,6 +71,28 @@ class RestorePoints:
     def forget_after(self, completed: int) -> None:
         """What is in memory of later steps, which are going to be done again."""
         self._in_memory = {step: kept for step, kept in self._in_memory.items() if step <= completed}
+
+    async def discard_after(self, completed: int) -> None:
+        """The same, and what is on the disk: nobody must go on from it. Raises CheckpointError."""
+        self.forget_after(completed)
+        await asyncio.to_thread(self.store.discard_after, completed)
+
+    async def make_void(self, first: int) -> None:
+        """What came of the step with which `first` are completed, and of all later ones, does not count: it is
+        discarded, and so is what training, which is still to be broken off, makes until `gone_back`. Raises
+        CheckpointError."""
+        self._void_from = first if self._void_from is None else min(first, self._void_from)
+        await self.discard_after(first - 1)
+
+    def is_void(self, completed: int) -> bool:
+        """Whether the state after so many steps, as it is or will be before `gone_back`, does not count."""
+        return self._void_from is not None and completed >= self._void_from
+
+    def gone_back(self, completed: int) -> None:
+        """All stages go on from there."""
+        self.common = completed
+        if not self.is_void(completed):
+            self._void_from = None
 
     async def on_disk(self) -> list[int]:
         """What can be restored from disk, newest first; what is damaged is reported and left out."""

@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from .durable_files import another_writes, make, remove, sync_directory, temporary_name
 from .kept_tokenizer import beside
 from .manifest import (
+    FORMAT,
     MANIFEST,
     NOTES,
     CheckpointError,
@@ -65,6 +66,7 @@ class CheckpointStore:
         self.directory = directory / f"stage-{stage}"
         self.stage, self.fingerprint, self.keep = stage, fingerprint, keep
         self._verified: dict[int, tuple[int, ...]] = {}  # completed -> the file that had its digest
+        self.pinned: set[int] = set()  # completed steps that stay whatever comes: another lane takes them up
         self.floor = 0  # nothing from here on is pruned: a copy of another stage's state may need what goes with it
         self._writing = threading.Lock()  # what a write leaves half done is not to be put away by another thread
 
@@ -212,11 +214,15 @@ class CheckpointStore:
 
         self._place(manifest.completed, fill)
         if supersede:
-            try:
-                for later in [number for number in self.numbers() if number > manifest.completed]:
-                    self._discard(later)
-            except OSError as error:
-                raise CheckpointError(f"cannot put away {self.directory}: {error.strerror}") from None
+            self.discard_after(manifest.completed)
+
+    def discard_after(self, completed: int) -> None:
+        """All later ones go. Raises CheckpointError."""
+        try:
+            for later in [number for number in self.numbers() if number > completed]:
+                self._discard(later)
+        except OSError as error:
+            raise CheckpointError(f"cannot put away {self.directory}: {error.strerror}") from None
 
     def _place(self, completed: int, fill: Callable[[Path], Manifest]) -> Manifest:
         """Have a directory filled aside, and give it its name."""
@@ -266,7 +272,7 @@ class CheckpointStore:
             os.fsync(file.fileno())
         manifest = seal(
             {
-                "format": 1,
+                "format": FORMAT,
                 "notes": NOTES,
                 "run": self.fingerprint.run,
                 "configuration": self.fingerprint.configuration,
@@ -314,6 +320,8 @@ class CheckpointStore:
         for number in self.numbers():
             if len(kept) < self.keep or number >= kept[0]:
                 break
+            if number in self.pinned:
+                continue
             try:
                 self.manifest(number)
             except ForeignCheckpoint:

@@ -2,9 +2,10 @@
 
 Own ones have to outlive the step that made them, since a lane that was set back asks for them again; and a run with
 checkpoints far apart keeps many. So they are files and not memory: DIRECTORY/ROUND-XXH3, with the checksum of the whole
-in the name. What is on its way is DIRECTORY/.partial-ROUND-XXH3, and gets its name when all bytes are there and are the
-right ones. The name also tells whether a machine that lost its power had written them: `restore` reads all that it
-finds. So nothing that comes is flushed, since it can be asked for again; and own ones may be used before they are.
+in the name, and DIRECTORY/ROUND-XXH3-STAY where lanes had been left out before (`stays.Stays`). What is on its way is
+DIRECTORY/.partial-ROUND-XXH3, and gets its name when all bytes are there and are the right ones. The name also tells
+whether a machine that lost its power had written them: `restore` reads all that it finds. So nothing that comes is
+flushed, since it can be asked for again; and own ones may be used before they are.
 
 Why not in the checkpoints: those are written now and then, and a contribution is needed at once by who is waiting; and
 what a peer has given can be asked for again, so it need not be in every copy of a state.
@@ -20,10 +21,10 @@ from pathlib import Path
 
 import xxhash
 
-from ...protocol.round_transfer import Contribution, ContributionBytes, Position
+from ...protocol.round_transfer import Contribution, ContributionBytes, Position, StayOf
 from ..checkpoints.durable_files import make, sync_directory
 
-_WHOLE = re.compile(r"([0-9]{1,15})-([0-9a-f]{16})")
+_WHOLE = re.compile(r"([0-9]{1,15})-([0-9a-f]{16})(?:-([0-9a-f]{1,12}))?")
 _PARTIAL = re.compile(r"\.partial-([0-9]{1,15})-([0-9a-f]{16})")
 
 
@@ -34,33 +35,45 @@ class ContributionError(RuntimeError):
 class ContributionStore:
     """The contributions of one node to rounds, or those of one peer, in a directory of their own.
 
-    `kept` says which are whole. It is changed on the event loop alone, since others look at it there: by `keep` and
-    `unkeep`, when `write` or `append` is through, and before `remove`. All other methods touch the disk and belong on a
-    thread; what is coming is one job at a time. They raise ContributionError for a disk that does not take or give what
-    it should.
+    `kept` says which are whole. It is changed on the event loop alone, since others look at it there: by `keep`,
+    `unkeep` and `unkeep_others`, when `write` or `append` is through, and before `remove`. All other methods touch the
+    disk and belong on a thread; what is coming is one job at a time. They raise ContributionError for a disk that does
+    not take or give what it should.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.kept: dict[int, Contribution] = {}
+        self._stays: dict[int, int] = {}  # of those
 
-    def keep(self, round: int, made: Contribution) -> None:
-        self.kept[round] = made
+    def keep(self, round: int, made: Contribution, stay: int = 0) -> None:
+        self.kept[round], self._stays[round] = made, stay
 
-    def unkeep(self, before: int) -> dict[int, Contribution]:
+    def unkeep(self, before: int) -> list[Path]:
         """All earlier rounds are needed by nobody: they are for `remove`."""
-        return {round: self.kept.pop(round) for round in [each for each in self.kept if each < before]}
+        return self._unkeep([each for each in self.kept if each < before])
+
+    def unkeep_others(self, stay_of: StayOf) -> list[Path]:
+        """All that are not of the stay that counts: they are for `remove`."""
+        return self._unkeep([each for each in self.kept if stay_of(each) != self._stays[each]])
+
+    def _unkeep(self, rounds: list[int]) -> list[Path]:
+        return [self._path(each, self.kept.pop(each), self._stays.pop(each)) for each in rounds]
 
     def restore(self) -> list[str]:
         """Find what an earlier process left. Returns a line for each file that was removed, being damaged."""
         lines: list[str] = []
         try:
-            paths = sorted(self.directory.iterdir()) if self.directory.exists() else []
+            paths = list(self.directory.iterdir()) if self.directory.exists() else []
+            paths.sort(key=lambda path: (path.stat().st_mtime_ns, path.name))
             for path in paths:
                 if found := _WHOLE.fullmatch(path.name):
                     content, xxh3 = path.read_bytes(), int(found[2], 16)
                     if xxhash.xxh3_64_intdigest(content) == xxh3:
-                        self.kept[int(found[1])] = Contribution(total_bytes=len(content), xxh3=xxh3)
+                        if int(found[1]) in self.kept:  # of another stay, and older
+                            self.remove(self._unkeep([int(found[1])]))
+                        made = Contribution(total_bytes=len(content), xxh3=xxh3)
+                        self.keep(int(found[1]), made, int(found[3] or "0", 16))
                     else:
                         lines.append(f"{path} is damaged and was removed")
                         path.unlink()
@@ -72,11 +85,11 @@ class ContributionStore:
 
     # -- whole ones ---------------------------------------------------------------------------------------------------
 
-    def write(self, round: int, content: bytes | memoryview) -> Contribution:
+    def write(self, round: int, content: bytes | memoryview, stay: int = 0) -> Contribution:
         """Write one, which may be used then, and lost with the machine until `flush`. It may be there already, after a
         step that was done again, if it has the same bytes."""
         made = Contribution(total_bytes=len(content), xxh3=xxhash.xxh3_64_intdigest(content))
-        if (before := self.kept.get(round)) is not None:
+        if (before := self.kept.get(round)) is not None and self._stays[round] == stay:
             if before != made:
                 raise ContributionError(
                     f"the contribution to round {round} was made again with other bytes (checksum {made.xxh3:016x}, "
@@ -88,15 +101,15 @@ class ContributionStore:
         try:
             make(self.directory)
             temporary.write_bytes(content)
-            temporary.rename(self._path(round, made))
+            temporary.rename(self._path(round, made, stay))
         except OSError as error:
             raise self._refusing(round, error) from None
         return made
 
-    def flush(self, round: int, made: Contribution) -> None:
+    def flush(self, round: int, made: Contribution, stay: int = 0) -> None:
         """Have the disk know of it, unless it was removed."""
         try:
-            with suppress(FileNotFoundError), self._path(round, made).open("rb") as file:
+            with suppress(FileNotFoundError), self._path(round, made, stay).open("rb") as file:
                 os.fsync(file.fileno())
                 sync_directory(self.directory)
         except OSError as error:
@@ -104,7 +117,7 @@ class ContributionStore:
 
     def read(self, round: int, offset: int, length: int) -> bytes:
         """Some of its bytes."""
-        path = self._path(round, self.kept[round])
+        path = self._path(round, self.kept[round], self._stays[round])
         try:
             with path.open("rb") as file:
                 file.seek(offset)
@@ -120,14 +133,13 @@ class ContributionStore:
         made = self.kept[round]
         content = self.read(round, 0, made.total_bytes)
         if xxhash.xxh3_64_intdigest(content) != made.xxh3:
-            path = self._path(round, made)
+            path = self._path(round, made, self._stays[round])
             raise ContributionError(f"{path} is damaged; delete it and start this node again with --resume")
         return content
 
-    def remove(self, dropped: dict[int, Contribution]) -> None:
+    def remove(self, dropped: Sequence[Path]) -> None:
         """Their files, too."""
-        for round, made in dropped.items():
-            path = self._path(round, made)
+        for path in dropped:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
@@ -153,7 +165,9 @@ class ContributionStore:
             raise ContributionError(f"{self.directory} cannot be read: {error.strerror}") from None
         return found
 
-    def append(self, round: int, made: Contribution, offset: int, datas: Sequence[bytes | memoryview]) -> bool | None:
+    def append(
+        self, round: int, made: Contribution, offset: int, datas: Sequence[bytes | memoryview], stay: int = 0
+    ) -> bool | None:
         """Its next bytes, which begin at `offset`. True: now it is whole; None: all bytes are there and have
         another checksum than `made`, so they are dropped; False: more have to come."""
         path = self.directory / f".partial-{round}-{made.xxh3:016x}"
@@ -168,7 +182,7 @@ class ContributionStore:
             if xxhash.xxh3_64_intdigest(path.read_bytes()) != made.xxh3:
                 path.unlink()
                 return None
-            path.rename(self._path(round, made))
+            path.rename(self._path(round, made, stay))
         except OSError as error:
             raise self._refusing(round, error) from None
         return True
@@ -183,8 +197,8 @@ class ContributionStore:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    def _path(self, round: int, made: Contribution) -> Path:
-        return self.directory / f"{round}-{made.xxh3:016x}"
+    def _path(self, round: int, made: Contribution, stay: int = 0) -> Path:
+        return self.directory / (f"{round}-{made.xxh3:016x}" + (f"-{stay:x}" if stay else ""))
 
     def _refusing(self, round: int, error: OSError) -> ContributionError:
         where = f"to {self.directory}: {error.strerror}; make room there"

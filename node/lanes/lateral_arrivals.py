@@ -50,20 +50,20 @@ class LateralArrivals:
         """One more, which goes on where the last one ended."""
         self._parts.append(part)
 
-    async def write(self) -> None:
-        """Write what was added. Raises RemoteProtocolError if that made a contribution whole, and it is not what it was
-        said to be; then it is to be asked for from its beginning."""
+    async def write(self, stay: int = 0) -> None:
+        """Write what was added, which is of that stay of the peer. Raises RemoteProtocolError if that made a
+        contribution whole, and it is not what it was said to be; then it is to be asked for from its beginning."""
         parts, self._parts = self._parts, []
         first = parts[0]
         made = Contribution(total_bytes=first.total_bytes, xxh3=first.contribution_xxh3)
         datas = [part.data for part in parts]
-        whole = await self._on_disk(self.store.append, first.round, made, first.offset, datas)
+        whole = await self._on_disk(self.store.append, first.round, made, first.offset, datas, stay)
         if whole is None:
             await self.begin_again(first.round)
             line = f"the contribution to round {first.round} does not have its checksum; it is asked for again"
             raise RemoteProtocolError(Fault.PAYLOAD, line)
         if whole:
-            self.store.keep(first.round, made)
+            self.store.keep(first.round, made, stay)
 
     async def begin_again(self, round: int) -> None:
         """What has come of this contribution is of no use. The same one several times is no accident."""

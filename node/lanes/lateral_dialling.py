@@ -13,6 +13,7 @@ import grpc
 import grpc.aio
 
 from ...protocol.errors import Fault, ProtocolError, RefusedError
+from ...protocol.grid_place import GridPlace
 from ..links.dialling import (
     ASK_AGAIN_S,
     RETRY_FIRST_S,
@@ -70,7 +71,7 @@ async def dial_lane(where: str | Where, link: LateralLink, report: Report, secur
 
 
 async def _one_connection(address: str, link: LateralLink, attempt_s: float, security: Security) -> None:
-    stage, timeout_s = link.session.identity.stage, link.greeting_timeout_s
-    async with stream_to(address, ROUNDS_METHOD, attempt_s, timeout_s, security, stage) as (call, read, write):
+    place, timeout_s = GridPlace(link.session.identity.stage, link.lane), link.greeting_timeout_s
+    async with stream_to(address, ROUNDS_METHOD, attempt_s, timeout_s, security, place) as (call, read, write):
         await link.attach(read, write, speaks_first=True)
         await end_gently(call, read, timeout_s)

@@ -19,11 +19,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ...protocol.control_messages import Heartbeat
+from ...protocol.control_messages import STEP_MAX, CopyFrame, CopyPart, Heartbeat
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
-from ...protocol.messages import Greeting
-from ...protocol.round_session import PartCame, PeerAlive, PeerDone, PeerGreeted, PeerMoved, RoundSession
+from ...protocol.messages import Greeting, encode_frame
+from ...protocol.round_membership import LaneStatus, StatusExchange
+from ...protocol.round_session import (
+    PartCame,
+    PeerAlive,
+    PeerCopies,
+    PeerDone,
+    PeerGreeted,
+    PeerMoved,
+    PeerTold,
+    RoundSession,
+)
 from ...protocol.round_transfer import ContributionBytes, PartRange
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import LinkProfile
@@ -33,6 +43,7 @@ from ..links.outgoing import Write, part_bytes_for
 from .contribution_store import ContributionError, ContributionStore
 from .lateral_arrivals import LateralArrivals
 from .lateral_outgoing import Kind, LateralOutgoing, window_bytes_for
+from .stays import Stays, all_stay
 
 
 class LateralLinkEnded(ConnectionError):
@@ -45,7 +56,10 @@ class LateralSettings:
 
     contribution_bytes: of this stage's contribution to a round; any round, and 1 or more. profile: of each link.
     silence_s: without a frame, after which a peer counts as gone. deadline_s: without a sign of life, after which who
-    waits for a peer gives up. heartbeat: what this node would say now.
+    waits for a peer gives up. heartbeat: what this node would say now. rounds: how
+    many the run has. status: what it says of its lane, if it speaks
+    for it; on_status is told what the peers say, with None where one is not connected any more, on_ended which of them
+    needs nothing more, on_met who is connected, on_copy of frames on copies of states.
     """
 
     contribution_bytes: ContributionBytes
@@ -55,6 +69,12 @@ class LateralSettings:
     deadline_s: float
     heartbeat: Callable[[], Heartbeat]
     seed: int = 0
+    rounds: Callable[[], int] = lambda: STEP_MAX
+    status: Callable[[], LaneStatus] | None = None
+    on_status: Callable[[int, LaneStatus | None], None] = lambda *_: None
+    on_ended: Callable[[int], None] = lambda *_: None
+    on_met: Callable[[int], None] = lambda *_: None
+    on_copy: Callable[[int, CopyFrame], None] = lambda *_: None
 
 
 class LateralLink:
@@ -69,6 +89,7 @@ class LateralLink:
         received: ContributionStore,
         settings: LateralSettings,
         on_peer_moved: Callable[[], None],
+        on_held: Callable[[], None] = lambda: None,
     ) -> None:
         profile = settings.profile
         self.session = RoundSession(
@@ -78,7 +99,9 @@ class LateralLink:
             contribution_bytes=settings.contribution_bytes,
             part_bytes=part_bytes_for(profile),
             window_bytes=window_bytes_for(profile),
+            stay_of=lambda round: self.stays.stay_of(identity.lane, round),
         )
+        self.stays = all_stay(identity.lanes)  # whose contributions to which rounds are expected
         self.lane = peer_lane
         self.outgoing = LateralOutgoing(profile, seed=settings.seed)
         self.received, self.arrivals = received, LateralArrivals(received)
@@ -89,6 +112,10 @@ class LateralLink:
         self.fault: str | None = None  # why the last connection ended, or there is none
         self.failure: Exception | None = None  # no connection can mend this link
         self._own, self._settings, self._on_peer_moved = own, settings, on_peer_moved
+        self._on_held = on_held
+        self._statuses = StatusExchange(identity.lanes)  # of each connection another one
+        self._status_due = False
+        self._stay = 0  # of the peer, as it was asked for on this connection
         self._heard_s = self._part_s = float("-inf")  # when a frame came last, and a part of a contribution
         self._finishing = self._peer_done = False
         self._attached = asyncio.Lock()
@@ -124,6 +151,24 @@ class LateralLink:
         return self._settings.greeting_timeout_s
 
     @property
+    def peer_done(self) -> bool:
+        """The peer needs nothing more, and makes no more contributions."""
+        return self._peer_done
+
+    @property
+    def held_before(self) -> int:
+        """All rounds before this one that the peer contributes to are held here, or needed by nobody."""
+        return self._next_lacking(self.session.receiver.forget_before or 0)[0]
+
+    def _next_lacking(self, round: int) -> tuple[int, bool]:
+        """The first round from this one on that is not held, and whether it is expected at all."""
+        while (expected := self.stays.next_stay(self.lane, round)) is not None:
+            if expected not in self.received.kept:
+                return expected, True
+            round = expected + 1
+        return round, False
+
+    @property
     def finished(self) -> bool:
         """Neither side needs anything of the other."""
         return self._peer_done and self._said_all.is_set()
@@ -142,6 +187,18 @@ class LateralLink:
 
     def published(self) -> None:
         """There may be more to send."""
+        self._sendable.set()
+
+    def tell_status(self) -> None:
+        """This node's status has changed."""
+        self._status_due = self._settings.status is not None
+        self._news.set()
+
+    def expect(self, stays: Stays) -> None:
+        """Which contributions are expected from now on: they are asked for anew."""
+        self.stays = stays
+        self.end(LateralLinkEnded("a lane has left, or entered"))
+        self._news.set()
         self._sendable.set()
 
     def finish(self) -> None:
@@ -215,6 +272,14 @@ class LateralLink:
         self._moved.set()
         self._moved = asyncio.Event()
 
+    async def say(self, frame: CopyFrame) -> None:
+        """On a copy of a state, if the peer is connected. Parts wait for those that are queued."""
+        part = isinstance(frame, CopyPart)
+        if part:
+            await self.outgoing.until_short()
+        if self.session.greeted:
+            self.outgoing.push(encode_frame(frame), "checkpoint_copy" if part else "control")
+
     def take_place(self, peer: Greeting) -> None:
         """Another connection comes. The same process dials again: its first connection must be half-dead, and ends.
         Raises RemoteProtocolError for another process while the first one answers."""
@@ -249,6 +314,8 @@ class LateralLink:
             self._said_all.clear()
             out.begin_connection()
             session.connect()
+            self._statuses = StatusExchange(session.identity.lanes, self._settings.rounds())
+            self._status_due = self._settings.status is not None
             if speaks_first:
                 out.push(session.greeting(self._settings.heartbeat()))
             parts = (
@@ -281,7 +348,10 @@ class LateralLink:
                     self.fault = self.fault or "the last connection broke"
                 self._end.cancel()
                 self._end = None
+                greeted = session.greeted
                 session.disconnect()
+                if greeted:
+                    self._settings.on_status(self.lane, None)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -310,6 +380,8 @@ class LateralLink:
                     await self.arrivals.begin_again(changed)
                 raise
             kind: Kind = "averaging" if isinstance(event, PartCame) else "control"
+            if isinstance(event, PeerCopies) and isinstance(event.frame, CopyPart):
+                kind = "checkpoint_copy"
             self.received_bytes[kind] += framed_bytes(len(raw))
             match event:
                 case PeerGreeted():
@@ -318,8 +390,13 @@ class LateralLink:
                     if answers:
                         self.outgoing.push(session.greeting(self._settings.heartbeat()))
                     self._greeted.set()
+                    self._settings.on_met(self.lane)
                 case PeerAlive(heartbeat=heartbeat):
                     self.heartbeat = heartbeat
+                case PeerTold(status=status):
+                    self._settings.on_status(self.lane, self._statuses.hear(status))
+                case PeerCopies(frame=frame):
+                    self._settings.on_copy(self.lane, frame)
                 case PeerMoved():
                     self._sendable.set()
                     self._on_peer_moved()
@@ -327,12 +404,14 @@ class LateralLink:
                     self._part_s = self._heard_s
                     self.arrivals.add(part)
                     if session.receiver.write_due:
-                        await self.arrivals.write()
+                        await self.arrivals.write(self._stay)
                         session.receiver.written()
+                        self._on_held()
                         if not self._finishing:
                             self.outgoing.push(session.received())
                 case PeerDone():
                     self._peer_done = True
+                    self._settings.on_ended(self.lane)
                 case None:
                     pass
             self._notify()
@@ -343,24 +422,41 @@ class LateralLink:
         receiver, out = self.session.receiver, self.outgoing
         while True:
             self._news.clear()
+            if self._status_due and self._settings.status:
+                self._status_due = False
+                out.push(self.session.status(self._statuses.say(self._settings.status())))
             if self._finishing:
-                out.push(self.session.goodbye())
-                await out.until_sent()
-                self._said_all.set()
-                self._notify()
-                await asyncio.get_running_loop().create_future()  # there is nothing more to tell
-            if receiver.jumped:
+                if not self.session.done:
+                    out.push(self.session.goodbye())
+                    await out.until_sent()
+                    self._said_all.set()
+                    self._notify()
+                    continue
+                await self._news.wait()  # of statuses: there is nothing else to tell
+                continue
+            if receiver.jumped or self._skips(receiver.goes_on_with):
                 raise LateralLinkEnded("this node has gone on to a later round")
-            before = receiver.forget_before
-            if before is not None and not receiver.asked:
+            before, stays = receiver.forget_before, self.stays
+            first, expected = self._next_lacking(before or 0)
+            if before is not None and not receiver.asked and expected:
                 bytes_of = self._settings.contribution_bytes
-                position, xxh3 = await self.arrivals.lacking(before, bytes_of)
-                if receiver.forget_before == before and not self._finishing:
-                    out.push(self.session.wanted(position, xxh3))
+                position, xxh3 = await self.arrivals.lacking(first, bytes_of)
+                unchanged = receiver.forget_before == before and self.stays is stays and not self._finishing
+                if unchanged and (stay := stays.stay_of(self.lane, position[0])) is not None:
+                    self._stay = stay
+                    out.push(self.session.wanted(position, xxh3, stay=stay))
                 continue
             if receiver.tell_due:
                 out.push(self.session.received())
             await self._news.wait()
+
+    def _skips(self, round: int | None) -> bool:
+        """Whether the peer had no part in that round and came back later, or makes it after others have: it is to be
+        asked for anew."""
+        if round is None:
+            return False
+        later = self.stays.next_stay(self.lane, round)
+        return later is not None and (later != round or self.stays.stay_of(self.lane, round) != self._stay)
 
     async def _beat(self) -> None:
         await self._greeted.wait()

@@ -4,6 +4,10 @@ The node of the higher lane dials that of the lower one, so each pair has one st
 that dial it. What a training loop needs is `publish`, `contributions` and `forget_before`; that connections break, that
 processes come back, and that a lane is set back to an earlier step and asks again, stays in here.
 
+Who is a member of which rounds is decided elsewhere (node/lanes/membership.py), and said here by `expect`. A lane that
+was left out has contributions that count for nobody; they are dropped at both ends, and what it gives once it has come
+back is asked for as another stay's.
+
 What is on the disk below `directory`: `own`, this node's contributions until no peer will ask for them again, and
 `lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both.
 
@@ -16,14 +20,16 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
+from ...protocol.control_messages import CopyFrame
 from ...protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.greeting import NodeIdentity, check_lateral
 from ...protocol.messages import Greeting, decode_frame
@@ -37,6 +43,7 @@ from .contribution_store import ContributionError, ContributionStore
 from .lateral_dialling import dial_lane
 from .lateral_link import LateralLink, LateralLinkEnded, LateralSettings
 from .lateral_outgoing import Kind
+from .stays import Stays, all_stay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +73,15 @@ class LateralLinks:
         settings: LateralSettings,
         report: Report,
         security: Security = PLAIN,
+        on_held: Callable[[], None] = lambda: None,
     ) -> None:
         if not 0 <= identity.lane < identity.lanes or sorted(addresses) != list(range(identity.lane)):
             given = ", ".join(map(str, sorted(addresses))) or "none"
             raise ValueError(f"lane {identity.lane} of {identity.lanes} dials all lower ones, addresses are of {given}")
         self._identity, self._addresses, self._settings = identity, dict(addresses), settings
-        self._report, self._security = report, security
+        self._report, self._security, self._on_held = report, security, on_held
+        self._stays = all_stay(identity.lanes)
+        self.directory = directory
         self._own = ContributionStore(directory / "own")
         self._links: dict[int, LateralLink] = {}
         for lane in range(identity.lanes):
@@ -83,10 +93,12 @@ class LateralLinks:
                     received=ContributionStore(directory / f"lane-{lane}"),
                     settings=settings,
                     on_peer_moved=self._drop_own,
+                    on_held=on_held,
                 )
         for store in (self._own, *(link.received for link in self._links.values())):
             for line in store.restore():
                 report("contribution", line)
+        self._made = max(self._own.kept, default=-1) + 1  # rounds that this node has contributed to
         self._waited_s = 0.0
         self._needed_from: int | None = None  # None: this node has not said yet where it is
         self._writing = asyncio.Lock()
@@ -117,8 +129,9 @@ class LateralLinks:
             link.need(round)
         return self._begin(self._write(round, contribution))
 
-    async def contributions(self, round: int) -> dict[int, bytes]:
-        """Those of all other lanes, by lane, in order. They stay here until they are forgotten.
+    async def contributions(self, round: int, members: Collection[int] | None = None) -> dict[int, bytes]:
+        """Those of the other lanes among `members` (default: all), by lane, in order. They stay here until they are
+        forgotten.
 
         Waits for each peer as long as it shows life. Raises TimeoutError, which says for which lane, stage and round
         and how long, when nothing was heard of it for the deadline; and whatever else ends `run`.
@@ -127,14 +140,69 @@ class LateralLinks:
             known = "forget_before was not called" if self._needed_from is None else f"before {self._needed_from}"
             raise LocalProtocolError(Fault.UNEXPECTED, f"round {round} is not asked for: {known}")
         began_s = asyncio.get_running_loop().time()
-        for link in self._links.values():
+        due = {lane: link for lane, link in self._links.items() if members is None or lane in members}
+        for link in due.values():
             link.need(round)
         try:
-            for link in self._links.values():
+            for link in due.values():
                 await link.until_received(round)
         finally:
             self._waited_s += asyncio.get_running_loop().time() - began_s
-        return {lane: await asyncio.to_thread(link.received.load, round) for lane, link in self._links.items()}
+        return {lane: await asyncio.to_thread(link.received.load, round) for lane, link in due.items()}
+
+    def need(self, round: int) -> None:
+        """This node has come to that round."""
+        for link in self._links.values():
+            link.need(round)
+
+    def held(self) -> tuple[int, ...]:
+        """By lane: all rounds before this one are held here, or needed by nobody; of the own one: are made."""
+        counts = {lane: link.held_before for lane, link in self._links.items()}
+        return tuple(counts.get(lane, self._made) for lane in range(self._identity.lanes))
+
+    async def expect(self, stays: Stays) -> None:
+        """Which contributions count, from now on. What is here of others goes, and all connections begin anew."""
+        identity = self._identity
+        async with self._writing:
+            self._stays = stays
+            dropped = [(self._own, self._own.unkeep_others(partial(stays.stay_of, identity.lane)))]
+            if (left := stays.expected.left_at(identity.lane)) is not None:
+                self._made = min(self._made, left)
+            for lane, link in self._links.items():
+                link.session.sender.patient = True  # who lacks what is gone is left out, and takes up a state
+                link.expect(stays)
+                await link.arrivals.settle()
+                dropped.append((link.received, link.received.unkeep_others(partial(stays.stay_of, lane))))
+                await asyncio.to_thread(link.received.drop_partial)
+            for store, void in dropped:
+                await asyncio.to_thread(store.remove, void)
+        self._on_held()
+
+    @property
+    def forgot(self) -> int:
+        """This node will never ask for a round before this one."""
+        return self._needed_from or 0
+
+    def kept(self) -> int:
+        """Of this node's contributions, those before this round are gone."""
+        return min(self._own.kept, default=self._made)
+
+    async def say(self, lane: int, frame: CopyFrame) -> None:
+        """To that lane, on a copy of a state."""
+        await self._links[lane].say(frame)
+
+    def refuse(self, lane: int, error: RemoteProtocolError) -> None:
+        """What came from that lane breaks a rule, as was found later."""
+        self._links[lane].end(error)
+
+    def has_made(self, before: int) -> None:
+        """This node has contributed to all earlier rounds that it is a member of, whatever is kept of that."""
+        self._made = max(self._made, before)
+
+    def tell_status(self) -> None:
+        """What this node says of its lane has changed."""
+        for link in self._links.values():
+            link.tell_status()
 
     def forget_before(self, round: int) -> None:
         """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
@@ -145,20 +213,22 @@ class LateralLinks:
             link.forget_before(round)
             if dropped := link.received.unkeep(round):
                 self._begin(asyncio.to_thread(link.received.remove, dropped))
+        self._on_held()
 
     def received_by_all(self, round: int) -> bool:
         """Whether all peers have this node's contributions to that round and all before it. Until then a checkpoint
         from a later step must not be the only one: who goes on from it would not make them again."""
         return all(link.session.sender.has_all_before(round + 1) for link in self._links.values())
 
-    async def finish(self) -> None:
-        """This node needs nothing more: say so, and wait until no peer needs anything of it. Raises what
-        `contributions` does."""
+    async def finish(self, members: Collection[int] | None = None) -> None:
+        """This node needs nothing more: say so, and wait until no peer needs anything of it: of the `members` each
+        (default: all), of the others who is there. Raises what `contributions` does."""
         await asyncio.gather(*self._jobs)
         for link in self._links.values():
             link.finish()
-        for link in self._links.values():
-            await link.until_finished()
+        for lane, link in self._links.items():
+            if members is None or lane in members or link.session.greeted:
+                await link.until_finished()
 
     def waits_for(self) -> str:
         """For whom `contributions` or `finish` waits now, and how that lane is, for people; "" if for nobody."""
@@ -261,13 +331,19 @@ class LateralLinks:
 
     async def _write(self, round: int, contribution: bytes) -> None:
         async with self._writing:  # in order
+            stay = self._stays.stay_of(self._identity.lane, round)
+            if stay is None:
+                return  # of a lane that was left out, and has to go back
+            self._made = max(self._made, round + 1)
             if not self._links or round < self._forgotten:  # made again by who was set back, and needed by nobody
+                self._on_held()
                 return
-            made = await asyncio.to_thread(self._own.write, round, contribution)
-            self._own.keep(round, made)
+            made = await asyncio.to_thread(self._own.write, round, contribution, stay)
+            self._own.keep(round, made, stay)
+        self._on_held()
         for link in self._links.values():
             link.published()
-        await asyncio.to_thread(self._own.flush, round, made)
+        await asyncio.to_thread(self._own.flush, round, made, stay)
 
     def _drop_own(self) -> None:
         """A peer has moved: it may have been the last that could ask for something."""
@@ -276,8 +352,14 @@ class LateralLinks:
 
     @property
     def _forgotten(self) -> int:
-        """No peer will ask for an earlier one of this node's."""
-        return min(link.session.sender.forget_before for link in self._links.values())
+        """No peer will ask for an earlier one of this node's; of those that were left out only who is here counts, or
+        the disk would fill up for one that never comes back."""
+        members = self._stays.expected.members
+        asking = [link for lane, link in self._links.items() if lane in members or link.session.greeted]
+        promised = [link.session.sender.forget_before for link in asking]
+        if len(members) < self._identity.lanes:  # who comes back soon goes on from a checkpoint as old as this node's
+            promised.append(self._needed_from or 0)
+        return min(promised)
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         async def job() -> None:

@@ -21,7 +21,7 @@ from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import BusyMeter, LinkProfile, Passage, Shaper, WireQueue
 from ..links.outgoing import BUSY_LEAST_S, WINDOW_BANDWIDTH_DELAY_PRODUCTS, Write, part_bytes_for
 
-Kind = Literal["control", "averaging"]
+Kind = Literal["control", "averaging", "checkpoint_copy"]
 QUEUED_PARTS = 8  # read from the disk ahead of the bucket
 QUEUED_CONTROL_MAX = 64  # frames
 WINDOW_BYTES_MAX = 16 * 2**20

@@ -1,9 +1,12 @@
 """The rounds of one stage while its lane trains: made, given to the other lanes, waited for, used, recorded.
 
 The training loop calls `hold` at the two moments of a step at which a round may be due; everything else about other
-lanes is here and in the links. A lane waits in a round for as long as the others show life: they may be recovering from
-a loss of their own, which takes minutes. Meanwhile this stage's neighbours are told that it is held up, as they are
+lanes is here and in the links. A round is used when its members are decided (lane_membership.py), which may wait for a
+lane that recovers from a loss of its own. Meanwhile this stage's neighbours are told that it is held up, as they are
 while stage 0 prepares its data, so that no deadline of theirs passes.
+
+A lane that was left out does no steps but uses the others' rounds (`catch_up`), from the step to which it was set back
+up to the one after which it is admitted again.
 
 After a rollback the steps are done again, and with them the rounds: own contributions come out with the same bits, and
 those of the others are here still, or are asked for again. So nothing that a checkpoint may go back to is forgotten.
@@ -11,31 +14,41 @@ those of the others are here still, or are asked for again. So nothing that a ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from ..averaging.averager import Averager
 from ..averaging.round_plan import Round
-from ..run_records import MetricsWriter, Stopwatch
+from ..run_records import Lap, MetricsWriter, Stopwatch
+from ..stage import Stage
 from ..worker_thread import Reporter, Worker
+from .lane_membership import LaneMembership
 from .lateral_link import LateralLink
 from .lateral_links import LateralLinks
 
 Holding = Callable[[Callable[[], str]], AbstractContextManager[object]]
+Norm = Callable[[int], Awaitable[float | None]]
 
 
 class Rounds:
     """held_up: while it is entered, the stage's neighbours know that it waits for something outside of the lane; what
     that is, it may ask for."""
 
-    def __init__(self, links: LateralLinks, metrics: MetricsWriter, *, held_up: Holding) -> None:
-        self._links, self._metrics, self._held_up = links, metrics, held_up
+    def __init__(
+        self, links: LateralLinks, membership: LaneMembership, metrics: MetricsWriter, *, held_up: Holding
+    ) -> None:
+        self._links, self.membership = links, membership
+        self._metrics, self._held_up = metrics, held_up
         self._counted: dict[int, int] = {}  # by lane: bytes up to the last step
 
     def begin(self, averager: Averager, completed: int, oldest: int) -> None:
         """A generation begins after `completed` steps; a rollback may lead to `oldest`. What was contributed to rounds
         under way is given again: it may have been lost with a disk."""
+        self.membership.train()
+        self._links.has_made(averager.plan.made_by(completed))
         self.forget(averager, min(oldest, completed))
         for round_, contribution in averager.under_way(completed).items():
             self._links.publish(round_.number, contribution)
@@ -50,36 +63,88 @@ class Rounds:
         used = averager.plan.used_at(completed)
         for round_ in used:
             if round_.made < completed:
-                await self._use(averager, round_, compute, watch)
+                await self._use(averager, round_, completed, compute, watch)
         for round_ in averager.plan.made_at(completed):
             contribution = await compute.run(f"contribute {round_.number}", averager.contribute, round_)
             self._links.publish(round_.number, contribution)
         for round_ in used:
             if round_.made == completed:
-                await self._use(averager, round_, compute, watch)
+                await self._use(averager, round_, completed, compute, watch)
 
-    async def _use(self, averager: Averager, round_: Round, compute: Worker, watch: Stopwatch) -> None:
-        before_s = self._links.figures().waited_s
-        with watch.waiting(), self._held_up(self._links.waits_for):
-            others = await self._links.contributions(round_.number)
-        said = await compute.run(f"average {round_.number}", averager.use, round_, others)
-        record: dict[str, Any] = {
-            "number": round_.number,
-            "fragment": round_.fragment,
-            "made": round_.made,
-            "used": round_.used,
-            "members": said.members,
-            "digest": said.digest,
-            "norm": said.norm,
-            "waited_s": round(self._links.figures().waited_s - before_s, 6),
-        }
+    def follows(self, completed: int) -> bool:
+        """Whether this lane goes on from here with `catch_up`."""
+        return self.membership.follows(completed)
+
+    async def catch_up(self, stage: Stage, compute: Worker, watch: Stopwatch, norm: Norm) -> None:
+        """Use the rounds of the others, until this lane is admitted, or the run is over. norm: by the sum of which
+        squares the gradients of a step are clipped."""
+        averager, membership, copied = stage.averager, self.membership, stage.completed
+        assert averager
+        if stage.first:  # how the run came out depends on it, and only who comes back in time is in the log
+            self._metrics.write("follows", completed=copied)
+        membership.follow(copied)
+        with self._held_up(membership.waits_for):
+            while (entry := membership.entry(copied)) is None or stage.completed < entry.begins:
+                if stage.completed == averager.plan.steps:
+                    break
+                if self._may_follow(averager, stage.completed + 1, entry is not None):
+                    await self._follow(stage, averager, compute, watch, norm)
+                else:
+                    with watch.waiting():
+                        await membership.changed()
+            await compute.run("enter", stage.enter, stage.completed)
+            if entry:
+                membership.entered(entry)
+                while not membership.below_entered(entry):  # or it would forget what comes of the next step
+                    await membership.changed()
+        membership.train()
+
+    def _may_follow(self, averager: Averager, completed: int, admitted: bool) -> bool:
+        """Whether nothing can be decided any more of which that step would have to know."""
+        plan, decided = averager.plan, self.membership.log.decided
+        if any(each.number >= decided or each.number < self._links.forgot for each in plan.used_at(completed)):
+            return False
+        return admitted or decided == plan.count or completed <= plan.round(decided).made
+
+    async def _follow(self, stage: Stage, averager: Averager, compute: Worker, watch: Stopwatch, norm: Norm) -> None:
+        """One step, by the rounds that are used in it."""
+        step = stage.completed
+        if averager.mode.of_gradients:
+            await compute.run("make room", stage.make_room, step)
+        for round_ in averager.plan.used_at(step + 1):
+            await self._use(averager, round_, step + 1, compute, watch, following=True)
+        if averager.mode.of_gradients:
+            await compute.run("optimizer step", stage.finish, step, await norm(step))
+        else:
+            stage.follow_to(step + 1)
+
+    async def _use(
+        self,
+        averager: Averager,
+        round_: Round,
+        completed: int,
+        compute: Worker,
+        watch: Stopwatch,
+        *,
+        following: bool = False,
+    ) -> None:
+        lane, membership, lap = averager.place.lane, self.membership, Lap()
+        with watch.waiting(), self._held_up(membership.waits_for):
+            members = await membership.members_of(round_.number)
+            if not following and lane not in members and not membership.entered_before(round_.number, completed):
+                await asyncio.get_running_loop().create_future()  # this lane has to go back, and is told so
+            others = await self._links.contributions(round_.number, members)
+        waited_s = lap.seconds
+        use = partial(averager.use, round_, others, member=lane in members)
+        said = await compute.run(f"average {round_.number}", use)
+        record = {**said.record(), "waited_s": round(waited_s, 6)}
         self._metrics.write("round", stage=averager.place.stage, **record)
 
     async def finish(self, on_fault: Reporter) -> None:
         """This lane is through: wait until no other one needs anything of this stage. That one of them is gone is no
         fault here, and is only said."""
         try:
-            await self._links.finish()
+            await self._links.finish(self.membership.log.members)
         except TimeoutError as error:
             on_fault("timeout", str(error))
 

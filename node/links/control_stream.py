@@ -17,12 +17,14 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Protocol
 
 from ...protocol.control_messages import LAST_WORDS, PART_BYTES_MAX, ControlFrame, CopyFrame, Failed
 from ...protocol.errors import Fault, RefusedError, RemoteProtocolError
 from ...protocol.messages import Frame, Greeting, Limits, Refusal, decode_frame, encode_frame
 from ...protocol.rollback import Rollback, RollbackPhase
 from ...protocol.rollback_actions import ChooseEnd, Effect, End, EndAfter, Leave, Send, Side, Start, Stop
+from ...protocol.round_messages import RoundStatus
 from ...protocol.wire_size import framed_bytes
 from ..checkpoints.copy_service import CopyService
 from .link import Read
@@ -32,6 +34,14 @@ HEARTBEAT_EVERY_S = 1.0
 Wanted = Stop | Start | Leave | ChooseEnd | EndAfter | End  # effects that are not this module's
 QUEUED_MAX = 64  # frames for one neighbour
 LIMITS = Limits(message_bytes=1, chunk_bytes=PART_BYTES_MAX)  # no tensor comes this way
+
+
+class Rounds(Protocol):
+    """What takes part of the conversation about rounds with other lanes (`node.lanes.lane_membership`)."""
+
+    def met(self, side: Side) -> None: ...
+    def parted(self, side: Side) -> None: ...
+    def receive(self, side: Side, frame: RoundStatus) -> None: ...
 
 
 class Control:
@@ -47,6 +57,7 @@ class Control:
     ) -> None:
         self.machine = machine
         self.copies: CopyService | None = None
+        self.rounds: Rounds | None = None
         self._missing_since: float | None = None
         self._missing_last = float("-inf")
         self.meetings: Counter[Side] = Counter()  # how often each was met
@@ -56,7 +67,7 @@ class Control:
         self._moved = asyncio.Event()  # one more was told
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._on_effect = on_effect
-        self._queues: dict[Side, asyncio.Queue[ControlFrame]] = {}
+        self._queues: dict[Side, asyncio.Queue[ControlFrame | RoundStatus]] = {}
         self._present: dict[Side, asyncio.Future[None]] = {}  # ends the conversation of that side
 
     def act(self, effects: list[Effect]) -> None:
@@ -77,7 +88,7 @@ class Control:
             self._missing_last = now
         return now - (self._missing_since or now), now - self._missing_last
 
-    def tell(self, side: Side, frame: ControlFrame) -> None:
+    def tell(self, side: Side, frame: ControlFrame | RoundStatus) -> None:
         """Say it to who is connected on that side, if anybody is."""
         if side not in self._queues:
             return
@@ -155,6 +166,8 @@ class Control:
         self.act(effects)
         if self.copies:
             self.copies.met(side)
+        if self.rounds:
+            self.rounds.met(side)
         try:
             if not speaks_first:
                 await self._write(side, write, mine)
@@ -185,6 +198,8 @@ class Control:
         self.missing_s()
         if self.copies:
             self.copies.parted(side)
+        if self.rounds:
+            self.rounds.parted(side)
 
     async def _talk(self, side: Side, read: Read, write: Write, ended: asyncio.Future[None]) -> bool:
         tasks = [asyncio.ensure_future(part) for part in (self._hear(side, read, ended), self._say(side, write))]
@@ -204,7 +219,9 @@ class Control:
             if self._present.get(side) is not ended:  # another connection has taken the place of this one
                 return
             self.missing_s()
-            if not isinstance(frame, CopyFrame):
+            if isinstance(frame, RoundStatus) and self.rounds:
+                self.rounds.receive(side, frame)
+            elif not isinstance(frame, CopyFrame):
                 self.act(self.machine.receive(side, frame))
             elif self.copies:
                 self.copies.receive(side, frame)
@@ -213,7 +230,7 @@ class Control:
         queue, clock = self._queues[side], asyncio.get_running_loop().time
         due_s = clock() + HEARTBEAT_EVERY_S
         while True:
-            frame: ControlFrame | None = None
+            frame: ControlFrame | RoundStatus | None = None
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(due_s):
                     frame = await queue.get()

@@ -1,7 +1,8 @@
 """The upstream end of a boundary's two streams: dial, retry while that can help, and say why when it cannot.
 
 Where the stage below is may change: a replacement has another address. So the address may be looked up before each
-attempt (`Where`), and an address found in this way is dropped after a few seconds without a connection.
+attempt (`Where`), and an address found in this way is dropped after a few seconds without a connection. A pause of this
+process (`node.process_pause`) says nothing of the stage below, so the wait for it begins again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import grpc
 import grpc.aio
 
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
+from ...protocol.grid_place import GridPlace
 from ..security.policy import PLAIN, Security
 from .control_stream import Control
 from .link import LAST_WORD_S, GenerationEnded, Link, Read
@@ -54,6 +56,28 @@ class NeighbourMismatch(ValueError):
     """The node at the other end is not the neighbour that this run needs."""
 
 
+class Unconnected:
+    """How long there has been no connection. paused_ago_s: how long ago the last pause of this process ended."""
+
+    def __init__(self, paused_ago_s: Callable[[], float]) -> None:
+        self._paused_ago_s = paused_ago_s
+        self.begin()
+
+    def begin(self) -> None:
+        """There was one until now."""
+        self._since_s = asyncio.get_running_loop().time()
+
+    def left_s(self, deadline_s: float) -> float:
+        """Of so many seconds without a connection."""
+        now = asyncio.get_running_loop().time()
+        return max(self._since_s, now - self._paused_ago_s()) + deadline_s - now
+
+
+def never_paused() -> float:
+    """For who is not watched."""
+    return float("inf")
+
+
 async def dial(
     where: str | Where,
     link: Link,
@@ -62,27 +86,26 @@ async def dial(
     deadline_s: Callable[[], float],
     report: Report,
     security: Security = PLAIN,
+    paused_ago_s: Callable[[], float] = never_paused,
 ) -> None:
     """Keep a stream to the neighbour below open until both sides said goodbye.
 
     Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
-    never agree (another run, configuration, stage), and TimeoutError after `deadline_s()` without a connection.
+    never agree (another run, configuration, stage), and TimeoutError after `deadline_s()` without a connection, or
+    after as long from the end of this process's last pause on.
     """
-    loop = asyncio.get_running_loop()
-    last_open_s = loop.time()
-    pause_s = RETRY_FIRST_S
+    unconnected, pause_s = Unconnected(paused_ago_s), RETRY_FIRST_S
     unlike = ""
     while not link.finished:
         link.opened.clear()
         connect_timeout_s = deadline_s()
-        remaining_s = last_open_s + connect_timeout_s - loop.time()
-        address, attempt_s = await find_address(where, remaining_s)
+        address, attempt_s = await find_address(where, unconnected.left_s(connect_timeout_s))
         try:
             await _one_connection(address, link, attempt_s, greeting_timeout_s, security)
         except NoTls as error:  # that the control stream tells; here it is told if it stays so
             unlike = f"{error}; "
         except NotReached:
-            if attempt_s < remaining_s:  # it may be somewhere else by now
+            if unconnected.left_s(connect_timeout_s) > 0:  # it may be somewhere else by now
                 await asyncio.sleep(RETRY_FIRST_S)
                 continue
             why = f"the last one ended with {link.fault}; " if link.fault else unlike
@@ -109,7 +132,8 @@ async def dial(
             if not link.finished:
                 report("connection-lost", f"{link.name}: the node at {address} ended the stream")
         if link.opened.is_set():
-            last_open_s, pause_s, unlike = loop.time(), RETRY_FIRST_S, ""
+            unconnected.begin()
+            pause_s, unlike = RETRY_FIRST_S, ""
         if not link.finished:
             await asyncio.sleep(pause_s)
             pause_s = min(RETRY_MOST_S, 2 * pause_s)
@@ -137,8 +161,8 @@ async def find_address(where: str | Where, remaining_s: float) -> tuple[str, flo
 async def _one_connection(
     address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float, security: Security
 ) -> None:
-    stage = link.session.peer_stage
-    opening = stream_to(address, METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    place = GridPlace(link.session.peer_stage, link.session.identity.lane)
+    opening = stream_to(address, METHOD, connect_timeout_s, greeting_timeout_s, security, place)
     try:
         async with opening as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
@@ -155,22 +179,21 @@ async def dial_control(
     deadline_s: Callable[[], float],
     report: Report,
     security: Security = PLAIN,
+    paused_ago_s: Callable[[], float] = never_paused,
 ) -> None:
     """Keep the control stream to the neighbour below open until all stages are through, or the run has failed.
 
-    Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError after
-    `deadline_s()` without a connection. A TLS fault before the two have ever met is final. Later it may be a
+    Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError as `dial`
+    does. A TLS fault before the two have ever met is final. Later it may be a
     replacement with the wrong keys, which somebody can still correct, so it is reported and the wait goes on.
     """
-    loop = asyncio.get_running_loop()
-    last_open_s, pause_s = loop.time(), RETRY_FIRST_S
+    unconnected, pause_s = Unconnected(paused_ago_s), RETRY_FIRST_S
     unlike = ""
     while True:
         before = control.meetings["below"]
         # At the end the stage below has to be told; if it knows already, nobody is there any more.
         connect_timeout_s = LAST_WORD_S if control.over else deadline_s()
-        remaining_s = last_open_s + connect_timeout_s - loop.time()
-        address, attempt_s = await find_address(where, remaining_s)
+        address, attempt_s = await find_address(where, unconnected.left_s(connect_timeout_s))
         try:
             if await _one_control(address, control, attempt_s, greeting_timeout_s, security):
                 return
@@ -183,7 +206,7 @@ async def dial_control(
         except NotReached:
             if control.over:
                 return
-            if attempt_s < remaining_s:
+            if unconnected.left_s(connect_timeout_s) > 0:
                 await asyncio.sleep(RETRY_FIRST_S)
                 continue
             below = control.machine.identity.stage + 1
@@ -203,7 +226,8 @@ async def dial_control(
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
         if control.meetings["below"] != before:
-            last_open_s, pause_s, unlike = loop.time(), RETRY_FIRST_S, ""
+            unconnected.begin()
+            pause_s, unlike = RETRY_FIRST_S, ""
         await asyncio.sleep(pause_s)
         pause_s = min(RETRY_MOST_S, 2 * pause_s)
 
@@ -212,8 +236,9 @@ async def _one_control(
     address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float, security: Security
 ) -> bool:
     """One connection; whether the neighbour took the last word."""
-    stage = control.machine.identity.stage + 1
-    opening = stream_to(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, stage)
+    identity = control.machine.identity
+    place = GridPlace(identity.stage + 1, identity.lane)
+    opening = stream_to(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, place)
     async with opening as (call, read, write):
         last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
         return await end_gently(call, read, greeting_timeout_s) and last
@@ -224,17 +249,17 @@ Call = grpc.aio.StreamStreamCall
 
 @asynccontextmanager
 async def stream_to(
-    address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float, security: Security, stage: int
+    address: str, method: str, connect_timeout_s: float, farewell_timeout_s: float, security: Security, place: GridPlace
 ) -> AsyncIterator[tuple[Call, Read, Write]]:
     """A stream of that method, gone at the end of the block; a peer that the block refuses is told why first.
 
     Raises NotReached if nobody listens there in time, and NoTls if TLS is why there is no connection."""
     if address is NOWHERE:
         raise NotReached
-    async with security.channel(address, stage, channel_options(FRAME_BYTES_MAX)) as channel:
+    async with security.channel(address, place, channel_options(FRAME_BYTES_MAX)) as channel:
         try:
             async with asyncio.timeout(connect_timeout_s):
-                await _until_ready(channel, address, security, stage)
+                await _until_ready(channel, address, security, place)
         except TimeoutError:
             raise NotReached from None
         call = channel.stream_stream(method)()
@@ -249,10 +274,10 @@ async def stream_to(
             call.cancel()
 
 
-async def _until_ready(channel: grpc.aio.Channel, address: str, security: Security, stage: int) -> None:
+async def _until_ready(channel: grpc.aio.Channel, address: str, security: Security, place: GridPlace) -> None:
     """gRPC retries, and never says why an attempt failed. If TLS may be the cause, the handshake is diagnosed."""
     while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
-        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and (why := await security.fault(address, stage)):
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE and (why := await security.fault(address, place)):
             raise NoTls(why)
         await channel.wait_for_state_change(state)
 

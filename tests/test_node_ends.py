@@ -193,13 +193,24 @@ def test_a_failure_in_one_lane_is_nothing_to_the_stages_of_the_other(
     assert outcome(tmp_path, monkeypatch, plot, restarts=1) == ("", [1, 1, 1, 2, 2, 2])
 
 
-def test_the_lane_of_a_stage_that_is_lost_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plot = {**{node: ["waits"] for node in range(6)}, 4: ["dies"]}
+def test_the_others_go_on_without_a_lane_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was left of it is ended, and it is said; the run has ended well when they have."""
+    plot = {0: ["later"], 1: ["later"], 2: ["later"], 3: ["waits"], 4: ["dies"], 5: ["waits"]}
+    told: list[str] = []
+    real = local_swarm.run_swarm
+    monkeypatch.setattr(
+        sys.modules[__name__], "run_swarm", lambda *args, **named: real(*args, **named, on_warning=told.append)
+    )
+    assert outcome(tmp_path, monkeypatch, plot, restarts=0) == ("", [1] * 6)
+    (said,) = told
+    assert said.startswith("lane 1 is lost, and the others go on without it: lane 1: stage 1 was killed by SIGKILL")
+    assert f"see {tmp_path}/lane-1/stage-1.log" in said
+
+
+def test_when_the_last_lane_is_lost_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = {0: ["waits"], 1: ["dies"], 2: ["waits"], 3: ["waits"], 4: ["dies"], 5: ["waits"]}
     said, _ = outcome(tmp_path, monkeypatch, plot, restarts=0)
     assert said.startswith("lane 1: stage 1 was killed by SIGKILL")
-    assert f"see {tmp_path}/lane-1/stage-1.log" in said
-    last = (tmp_path / "lane-0" / "stage-2.log").read_text().splitlines()[-1]
-    assert last == f"thinpipe: this stage was ended by the launcher: {said}"
 
 
 def test_the_same_failure_in_another_lane_is_not_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,127 +1,117 @@
-"""Inject faults into a swarm, at random and repeatably, and check that its result is that of an undisturbed one.
+"""Inject faults into a swarm, one lane or a grid of several, at the moments that were planned (`planned_faults`).
 
-    kill      SIGKILL to a stage; it is started again and has to find its way back
-    twice     a second SIGKILL, to another stage, while the run recovers from the first loss
-    pause     SIGSTOP for a moment: a machine that hangs, and comes back before it is missed
-    sleeper   SIGSTOP, a replacement in its place, SIGCONT: the one that wakes up must be kept out
-    disk      SIGKILL to a stage, and its checkpoints are lost; it comes back from the copy that its neighbour kept
-    cut       every connection of one boundary is reset
-    half      the same, but only the upper end notices
+Links that faults are to break pass through a relay on this machine (`links.proxy`). Everything that is known of the
+run, such as how far it is and which lanes go on without which, is read from its records, as any watcher could.
 
-Each step's loss and every bit of every stage's state are compared. The moment of a fault, a step and a part of it, is
-drawn from the seed. What the machine does in that instant, and in which order it notices, differs from run to run. The
-result must not depend on it.
+A fault that has a lane left out lasts as long as that takes: until the others say so in their records, or the run ends.
+Meanwhile other faults go on in other lanes. A lane that is away when the others are through stays away: there is nobody
+left to come back to.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import random
 import shutil
 import signal
 import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
 
 from ..links.proxy import Proxy
-from ..reports.summary import read_records, steps_of
+from ..reports.lanes import lane_path
+from ..reports.run_watch import RunWatch
 from .fork_server import ForkServer, Process
 from .local_swarm import Swarm, SwarmError
 from .node_launch import free_ports
+from .planned_faults import PlannedFault
 
-Kind = Literal["kill", "twice", "pause", "sleeper", "disk", "cut", "half"]
-KINDS: tuple[Kind, ...] = get_args(Kind)  # pyright: ignore[reportAssignmentType]
-LOSSES = ("kill", "twice", "sleeper", "disk")  # of a process
 PAUSE_S = 2.0
 POLL_S = 0.02
 STEP_TIMEOUT_S = 300.0  # without a step from anybody
+LEFT_OUT_S = 20.0  # in which a lane that is away is left out, beside twice the time that a round waits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlannedFault:
-    """One fault: of stage `stage` (for cuts: of the boundary below it) once the head has done `step` steps, `part` of a
-    step later; or, where `after_s` is given, so many seconds after the first step."""
+class Grid:
+    """What is disturbed. joining: the lane that is not there from the start. round_timeout_s: how long a round waits
+    for a lane. apart: each stage has a disk of its own."""
 
-    kind: Kind
-    step: int
-    part: float
-    stage: int
-    second: int  # another stage, for `twice`
-    after_s: float | None = None
+    stages: int
+    lanes: int = 1
+    joining: int | None = None
+    round_timeout_s: float = 0.0
+    apart: bool = False
+
+    def nodes(self, lane: int) -> range:
+        """The numbers of a lane's nodes."""
+        return range(lane * self.stages, (lane + 1) * self.stages)
 
 
 @dataclass(slots=True, kw_only=True)
 class Injected:
-    """A fault that was injected, and its effect."""
+    """A fault that was injected, and its effect. lane: to which it happened. left_out: whether that was left out while
+    it lasted."""
 
     fault: PlannedFault
     at_s: float
-    step: int  # the newest that the head had done
+    step: int  # the newest that the run had done
+    lane: int
+    left_out: bool = False
     back_s: float | None = None  # when the last of those who were lost had found its place again
-    progress_s: float | None = None  # when the head had done a step that it had not done before
+    progress_s: float | None = None  # when the run had done a step that it had not done before
 
 
 @dataclass(slots=True, kw_only=True)
 class Story:
-    """All of a disturbed run."""
+    """All of a disturbed run. away: lanes that were when it ended, and were not started again."""
 
     injected: list[Injected] = field(default_factory=list)
     fenced: int = 0  # sleepers that woke up and were refused
-
-
-def plan(seed: int, *, steps: int, stages: int, count: int, kinds: tuple[Kind, ...] = KINDS) -> list[PlannedFault]:
-    """`count` faults, spread over the run so that the last ones still have steps before them. Kinds take turns."""
-    chance = random.Random(seed)
-    last = max(1, steps - 2)
-    moments = sorted(chance.uniform(0, last) for _ in range(count))
-    drawn = _draw(chance, stages, kinds)
-    return [replace(fault, step=int(moment), part=moment % 1) for moment, fault in zip(moments, drawn, strict=False)]
-
-
-def plan_every(every_s: float, seed: int, *, stages: int, kinds: tuple[Kind, ...] = KINDS) -> Iterator[PlannedFault]:
-    """A fault every so many seconds, without end. Kinds take turns."""
-    for number, fault in enumerate(_draw(random.Random(seed), stages, kinds), start=1):
-        yield replace(fault, after_s=number * every_s)
-
-
-def _draw(chance: random.Random, stages: int, kinds: tuple[Kind, ...]) -> Iterator[PlannedFault]:
-    for kind in itertools.cycle(kinds):
-        # A boundary has a stage above it; the last stage dials nobody, so nobody tells it that it was replaced.
-        within = stages - 1 if kind in ("cut", "half", "sleeper") else stages
-        stage = chance.randrange(within)
-        second = (stage + chance.randrange(1, stages)) % stages
-        yield PlannedFault(kind=kind, step=0, part=0.0, stage=stage, second=second)
+    away: list[int] = field(default_factory=list)
 
 
 def disturb(
     run: Path,
     faults: Iterable[PlannedFault],
     *,
-    stages: int,
-    apart: bool,
+    grid: Grid,
     on_event: Callable[[str], None],
     forks: ForkServer | None = None,
 ) -> Story:
-    """Run the swarm of `run`/run.toml while `faults` happen to it, until it ends; apart: each stage has a disk of its
-    own; forks: see `Swarm`. Raises SwarmError when it does not come through."""
+    """Run the swarm of `run`/run.toml while `faults` happen to it, until it ends; forks: see `Swarm`. Raises SwarmError
+    when it does not come through."""
+    count = grid.lanes * grid.stages
+    upper = [node for node in range(count) if (node + 1) % grid.stages]
+    across = [
+        (higher * grid.stages + stage, lower * grid.stages + stage)
+        for higher in range(grid.lanes)
+        for lower in range(higher)
+        for stage in range(grid.stages)
+    ]
     with ExitStack() as held:
-        ports, relays = free_ports(stages), free_ports(stages)
-        proxies = {
-            stage: held.enter_context(Proxy(f"127.0.0.1:{ports[stage + 1]}", port=relays[stage + 1]))
-            for stage in range(stages - 1)
+        ports, relays, lateral = free_ports(count), free_ports(count), free_ports(len(across))
+        boundaries = {
+            node: held.enter_context(Proxy(f"127.0.0.1:{ports[node + 1]}", port=relays[node + 1])) for node in upper
         }
-        disks = run / "disks" if apart else None
-        swarm = Swarm(run, stages=stages, ports=ports, next_ports=relays, disks=disks, forks=forks)
+        laterals = {
+            pair: held.enter_context(Proxy(f"127.0.0.1:{ports[pair[1]]}", port=port))
+            for pair, port in zip(across, lateral, strict=True)
+        }
+        swarm = Swarm(
+            run,
+            stages=grid.stages,
+            lanes=grid.lanes,
+            ports=ports,
+            next_ports=relays,
+            lateral_ports=dict(zip(across, lateral, strict=True)),
+            disks=run / "disks" if grid.apart else None,
+            forks=forks,
+        )
         held.callback(swarm.stop)
-        for stage in range(stages):
-            swarm.start(stage, resume=False)
-        chaos = _Chaos(run, swarm, proxies, on_event)
+        chaos = _Chaos(run, grid, swarm, boundaries, laterals, on_event)
+        chaos.begin()
         for fault in faults:
             chaos.inject(fault)
             if chaos.over:
@@ -130,40 +120,86 @@ def disturb(
         return chaos.story
 
 
-class _Chaos:
-    def __init__(self, run: Path, swarm: Swarm, proxies: dict[int, Proxy], on_event: Callable[[str], None]) -> None:
-        self.story = Story()
-        self._run, self._swarm, self._proxies, self._on_event = run, swarm, proxies, on_event
-        self._sleepers: list[_Sleeper] = []
-        self._seen_at = time.monotonic()
-        self._seen = -1
-        self._began: float | None = None  # when the head had done its first step
+@dataclass(slots=True, kw_only=True)
+class _Sleeper:
+    """A process that was stopped and replaced."""
 
-    def _head_steps(self) -> int:
-        """Steps that the head has done, at most; also keeps watch."""
-        done = 1 + max(
-            (r["step"] for r in read_records(self._run / "stage-0.jsonl") if r["event"] == "step"), default=-1
-        )
-        now = time.monotonic()
-        if done != self._seen:
-            self._seen, self._seen_at = done, now
+    process: Process
+    node: int
+    since_s: float
+    awake: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lasting:
+    """A fault that is not over. ends: what ends it. until: whether that is due."""
+
+    lane: int
+    until: Callable[[], bool]
+    ends: Callable[[], None]
+    holds: frozenset[int]  # nodes that are not to be started meanwhile
+
+
+class _Chaos:
+    def __init__(
+        self,
+        run: Path,
+        grid: Grid,
+        swarm: Swarm,
+        boundaries: dict[int, Proxy],
+        laterals: dict[tuple[int, int], Proxy],
+        on_event: Callable[[str], None],
+    ) -> None:
+        self.story = Story()
+        self._run, self._grid, self._swarm, self._on_event = run, grid, swarm, on_event
+        self._boundaries, self._laterals = boundaries, laterals
+        self._watch = RunWatch(run, lanes=grid.lanes, stages=grid.stages)
+        self._sleepers: list[_Sleeper] = []
+        self._lasting: list[_Lasting] = []
+        self._seen_at = time.monotonic()
+        self._seen: object = None
+        self._began: float | None = None  # when the first step was done
+
+    # -- looking after the run --------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start all who are there from the start."""
+        for lane in range(self._grid.lanes):
+            for node in self._grid.nodes(lane) if lane != self._grid.joining else ():
+                self._swarm.start(node, resume=False)
+
+    def _look(self) -> int:
+        """Steps that the first of the lanes has done; also keeps watch."""
+        self._watch.look()
+        done, now = self._watch.steps_done, time.monotonic()
+        if self._watch.progress != self._seen:
+            self._seen, self._seen_at = self._watch.progress, now
             self._began = self._began or (now if done else None)
         elif now - self._seen_at > STEP_TIMEOUT_S:
-            raise SwarmError(f"no step for {STEP_TIMEOUT_S:g} s after step {done}; see the logs in {self._run}", 1)
+            where = [f"lane {lane}: {steps}" for lane, steps in enumerate(self._watch.lane_steps)]
+            so_far = ", ".join(where) if len(where) > 1 else f"after step {done}"
+            raise SwarmError(f"no step for {STEP_TIMEOUT_S:g} s ({so_far}); see the logs in {self._run}", 1)
         self._mind_the_dead()
+        for lasting in [each for each in self._lasting if each.until()]:
+            self._lasting.remove(lasting)
+            lasting.ends()
         return done
 
     def _mind_the_dead(self) -> None:
         """Nobody but us may have killed anybody."""
-        for stage, node in enumerate(self._swarm.nodes):
-            assert node
+        held = frozenset[int]().union(*(each.holds for each in self._lasting))
+        for number, node in enumerate(self._swarm.nodes):
+            lane = number // self._grid.stages
+            if node is None or number in held or lane in self.story.away:
+                continue
             code = node.process.poll()
-            if code == -signal.SIGKILL and not self.over:
-                self._swarm.start(stage, resume=True)
-            elif code and not self.over:
-                raise SwarmError(str(node.failure or node.why), 1)
+            if code == -signal.SIGKILL and not self._lane_over(lane):
+                self._swarm.start(number, resume=True)
+            elif code and not self._lane_over(lane):
+                raise SwarmError(str(node.in_lane(str(node.failure)) if node.failure else node.why), 1)
         for sleeper in list(self._sleepers):
-            if not sleeper.awake and self._is_back(sleeper.stage, sleeper.since_s):
+            back = self._watch.rolled_back_s[sleeper.node] > sleeper.since_s
+            if not sleeper.awake and (back or self._lane_over(sleeper.node // self._grid.stages)):
                 sleeper.awake = True
                 sleeper.process.send_signal(signal.SIGCONT)
             if sleeper.process.poll() is not None:
@@ -176,160 +212,204 @@ class _Chaos:
         while not condition():
             time.sleep(POLL_S)
 
+    def _lane_over(self, lane: int) -> bool:
+        """Whether anybody of it has left, which nobody does before all of it are through."""
+        return any((node := self._swarm.nodes[each]) and node.process.poll() == 0 for each in self._grid.nodes(lane))
+
     @property
     def over(self) -> bool:
-        """Whether anybody has left, which nobody does before all are through."""
-        return any(node and node.process.poll() == 0 for node in self._swarm.nodes)
+        """Whether a lane has left, which none does before it has all from the others that it averages with."""
+        return any(self._lane_over(lane) for lane in range(self._grid.lanes))
 
     def _due(self, fault: PlannedFault) -> bool:
-        done = self._head_steps()
+        done = self._look()
         if fault.after_s is None:
             return done >= fault.step
         return self._began is not None and time.monotonic() >= self._began + fault.after_s
 
     def _ended(self) -> bool:
-        return self.over and all(node and node.process.poll() is not None for node in self._swarm.nodes)
+        alive = any(node and node.process.poll() is None for node in self._swarm.nodes)
+        return self.over and not alive and not self._lasting
+
+    def until_ended(self) -> None:
+        def ended() -> bool:
+            self._look()
+            return self._ended()
+
+        self._wait(ended)
+
+    # -- faults -----------------------------------------------------------------------------------------------------
 
     def inject(self, fault: PlannedFault) -> None:
         """Wait for the fault's moment, and let it happen. Faults that come too late for the run are left out."""
         self._wait(lambda: self._ended() or self._due(fault))
         time.sleep(fault.part * self._step_s())
-        if self.over:
+        lane = None
+        while not self.over and (lane := self._lane_for(fault)) is None:
+            self._look()
+            time.sleep(POLL_S)
+        if self.over or lane is None:
             return
-        done = self._head_steps()
-        injected = Injected(fault=fault, at_s=time.time(), step=done)
-        process = self._swarm.process(fault.stage)
-        self._on_event(f"{fault.kind} at stage {fault.stage} after step {done}")
+        done = self._look()
+        injected = Injected(fault=fault, at_s=time.time(), step=done, lane=lane)
+        moved = "" if lane == fault.lane else f" (lane {fault.lane} is away)"
+        self._on_event(f"{fault.kind} at {fault.where(self._grid.lanes, lane)}{moved} after step {done}")
+        node = lane * self._grid.stages + fault.stage
         match fault.kind:
             case "kill":
-                self._kill(process)
+                self._kill(node)
             case "twice":
-                self._kill(process)
-                self._swarm.start(fault.stage, resume=True)
+                self._kill(node)
+                self._swarm.start(node, resume=True)
                 time.sleep(fault.part * 4.0)  # while the first one starts, greets or restores
-                self._kill(self._swarm.process(fault.second))
+                self._kill(self._second(fault.second, node))
             case "pause":
-                process.send_signal(signal.SIGSTOP)
-                time.sleep(PAUSE_S)
-                process.send_signal(signal.SIGCONT)
+                self._swarm.process(node).send_signal(signal.SIGSTOP)
+                time.sleep(PAUSE_S if self._grid.lanes == 1 else min(PAUSE_S, self._grid.round_timeout_s / 2))
+                self._swarm.process(node).send_signal(signal.SIGCONT)
             case "sleeper":
-                process.send_signal(signal.SIGSTOP)
-                self._replace(fault.stage, process)
+                self._swarm.process(node).send_signal(signal.SIGSTOP)
+                self._replace(node)
             case "disk":
-                self._kill(process)
-                if disk := self._swarm.disk(fault.stage):
-                    shutil.rmtree(disk, ignore_errors=True)
+                self._kill(node)
+                self._lose_disk(node)
             case "cut" | "half":
-                self._proxies[fault.stage].cut(half=fault.kind == "half")
+                self._boundaries[node].cut(half=fault.kind == "half")
+            case "lateral":
+                self._lateral(fault, lane).cut()
+            case "outage":
+                self._outage(injected, self._lateral(fault, lane))
+            case "lane":
+                self._away(injected, lane, self._grid.nodes(lane))
+            case "absent":
+                self._away(injected, lane, [node])
+            case "hang":
+                self._hang(injected, lane, node)
+            case "partition":
+                self._partition(injected, lane)
+            case "join":
+                for each in self._grid.nodes(lane):
+                    self._swarm.start(each, resume=False)
         self.story.injected.append(injected)
         self._mind_the_dead()
 
-    def _replace(self, stage: int, sleeper: Process) -> None:
-        """Start another process for `stage`, at another address, because the one that sleeps holds its own."""
-        self._sleepers.append(_Sleeper(process=sleeper, stage=stage, since_s=time.time()))
-        (self._swarm.ports[stage],) = free_ports(1)
-        if stage:
-            self._proxies[stage - 1].redirect(f"127.0.0.1:{self._swarm.ports[stage]}")
-        self._swarm.start(stage, resume=True)
+    def _lane_for(self, fault: PlannedFault) -> int | None:
+        """That to which it happens: its own, or if something lasting is done to that already, the next one; None: to
+        no lane yet."""
+        busy = {each.lane for each in self._lasting}
+        lanes = self._grid.lanes
+        for lane in ((fault.lane + further) % lanes for further in range(lanes)):
+            there = all(self._swarm.nodes[node] for node in self._grid.nodes(lane))
+            if lane not in busy and (there or fault.kind == "join"):
+                return lane
+        return None
 
-    def _is_back(self, stage: int, since_s: float) -> bool:
-        """Whether the stage has taken part in a new generation since then."""
-        records = read_records(self._run / f"stage-{stage}.jsonl")
-        return any(record["event"] == "rollback" and record["time_s"] > since_s for record in records)
+    def _second(self, node: int, first: int) -> int:
+        """The planned one, or the next that runs and is not the first."""
+        count = len(self._swarm.nodes)
+        held = frozenset[int]().union(*(each.holds for each in self._lasting))
+        for each in ((node + further) % count for further in range(count)):
+            if each not in held and each != first and self._swarm.nodes[each]:
+                return each
+        return first
 
-    @staticmethod
-    def _kill(process: Process) -> None:
+    def _lateral(self, fault: PlannedFault, lane: int) -> Proxy:
+        low, high = fault.between(lane)
+        return self._laterals[high * self._grid.stages + fault.stage, low * self._grid.stages + fault.stage]
+
+    def _replace(self, node: int) -> None:
+        """Start another process for it, at another address, because the one that sleeps holds its own."""
+        self._sleepers.append(_Sleeper(process=self._swarm.process(node), node=node, since_s=time.time()))
+        (port,) = free_ports(1)
+        self._swarm.ports[node] = port
+        if above := self._boundaries.get(node - 1):
+            above.redirect(f"127.0.0.1:{port}")
+        for (_, there), proxy in self._laterals.items():
+            if there == node:
+                proxy.redirect(f"127.0.0.1:{port}")
+        self._swarm.start(node, resume=True)
+
+    def _lose_disk(self, node: int) -> None:
+        lane, stage = divmod(node, self._grid.stages)
+        if disk := self._swarm.disk(stage):
+            shutil.rmtree(lane_path(disk, lane, self._grid.lanes), ignore_errors=True)
+        rounds = lane_path(self._run, lane, self._grid.lanes) / "rounds" / f"stage-{stage}"
+        shutil.rmtree(rounds, ignore_errors=True)
+
+    def _kill(self, node: int) -> None:
+        process = self._swarm.process(node)
         process.kill()
         process.wait()
 
-    def _step_s(self) -> float:
-        steps = [r["seconds"] for r in read_records(self._run / "stage-0.jsonl") if r["event"] == "step"]
-        return statistics.median(steps[-10:]) if steps else 1.0
+    # -- faults that last -------------------------------------------------------------------------------------------
 
-    def until_ended(self) -> None:
-        def ended() -> bool:
-            self._head_steps()
-            return self._ended()
+    def _away(self, injected: Injected, lane: int, nodes: Sequence[int]) -> None:
+        """They are killed, and started again once the lane was left out."""
+        for node in nodes:
+            self._swarm.process(node).kill()
+        for node in nodes:
+            self._swarm.process(node).wait()
 
-        self._wait(ended)
+        def back() -> None:
+            if self.over:
+                for node in self._grid.nodes(lane):
+                    self._kill(node)
+                self.story.away.append(lane)
+                self._on_event(f"lane {lane} stays away: the others are through")
+                return
+            for node in nodes:
+                self._swarm.start(node, resume=True)
+            self._on_event(f"lane {lane} is started again")
 
+        self._until_left_out(injected, lane, back, frozenset(nodes))
 
-@dataclass(slots=True, kw_only=True)
-class _Sleeper:
-    """A process that was stopped and replaced."""
+    def _hang(self, injected: Injected, lane: int, node: int) -> None:
+        process = self._swarm.process(node)
+        process.send_signal(signal.SIGSTOP)
+        self._until_left_out(injected, lane, lambda: process.send_signal(signal.SIGCONT))
 
-    process: Process
-    stage: int
-    since_s: float
-    awake: bool = False
+    def _partition(self, injected: Injected, lane: int) -> None:
+        ends = set(self._grid.nodes(lane))
+        own = [proxy for pair, proxy in self._laterals.items() if ends & set(pair)]
+        for proxy in own:
+            proxy.down = True
 
+        def heal() -> None:
+            for proxy in own:
+                proxy.down = False
+            self._on_event(f"lane {lane} is connected again")
 
-def measure(run: Path, story: Story, *, stages: int) -> None:
-    """Fill in, from the records, when the run had recovered from each fault."""
-    records = [read_records(run / f"stage-{stage}.jsonl") for stage in range(stages)]
-    for injected in story.injected:
-        lost = (injected.fault.stage,) if injected.fault.kind in ("kill", "sleeper", "disk") else ()
-        if injected.fault.kind == "twice":
-            lost = (injected.fault.stage, injected.fault.second)
-        found = [
-            min(
-                (r["time_s"] for r in records[stage] if r["event"] == "rollback" and r["time_s"] > injected.at_s),
-                default=None,
+        self._until_left_out(injected, lane, heal)
+
+    def _outage(self, injected: Injected, proxy: Proxy) -> None:
+        ends_at = time.monotonic() + injected.fault.length * self._grid.round_timeout_s
+        proxy.down = True
+
+        def heal() -> None:
+            proxy.down = False
+
+        self._lasting.append(
+            _Lasting(
+                lane=-1,  # neither of the two is away
+                until=lambda: self.over or time.monotonic() >= ends_at,
+                ends=heal,
+                holds=frozenset(),
             )
-            for stage in lost
-        ]
-        injected.back_s = max((moment for moment in found if moment is not None), default=injected.at_s)
-        injected.progress_s = min(
-            (
-                r["time_s"]
-                for r in records[0]
-                if r["event"] == "step" and r["step"] >= injected.step and r["time_s"] > injected.back_s
-            ),
-            default=None,
         )
 
+    def _until_left_out(
+        self, injected: Injected, lane: int, ends: Callable[[], None], holds: frozenset[int] = frozenset()
+    ) -> None:
+        began, timeout_s = time.monotonic(), self._grid.round_timeout_s
 
-def report(run: Path, undisturbed: Path, story: Story, *, stages: int) -> dict[str, Any]:
-    """What happened, and whether the two runs ended alike: the content of chaos.json."""
-    measure(run, story, stages=stages)
-    ours, theirs = (json.loads((each / "summary.json").read_text()) for each in (run, undisturbed))
-    losses, expected = (
-        {r["step"]: r["loss"] for r in steps_of(read_records(each / "stage-0.jsonl"))} for each in (run, undisturbed)
-    )
-    done = [r for r in read_records(run / "stage-0.jsonl") if r["event"] == "step"]
-    alone = [r for r in read_records(undisturbed / "stage-0.jsonl") if r["event"] == "step"]
-    step_s = statistics.median(r["seconds"] for r in alone)
-    lost = [i for i in story.injected if i.progress_s is not None and i.fault.kind in LOSSES]
-    waits = [(i.progress_s or 0) - (i.back_s or 0) for i in lost]
-    wholes = [(i.progress_s or 0) - i.at_s for i in lost]
-    seconds = done[-1]["time_s"] - done[0]["time_s"] if done else 0.0
-    undisturbed_s = alone[-1]["time_s"] - alone[0]["time_s"]
-    return {
-        "stages": stages,
-        "steps": len(losses),
-        "faults": dict(Counter(injected.fault.kind for injected in story.injected)),
-        "generations": 1 + max((r["generation"] for r in ours["rollbacks"]), default=0),
-        "fenced": story.fenced,
-        "steps_replayed": len(done) - len(losses),
-        "step_s": step_s,
-        "seconds": seconds,
-        "seconds_undisturbed": undisturbed_s,
-        "throughput_share": undisturbed_s / seconds if seconds else None,
-        "back_to_progress_s": _spread(waits),
-        "fault_to_progress_s": _spread(wholes),
-        "back_to_progress_steps": _spread([wait / step_s for wait in waits]),
-        "losses_equal": losses == expected,
-        "val_loss_equal": ours["val_loss"] == theirs["val_loss"],
-        "state_equal": [
-            a["state_sha256"] == b["state_sha256"] for a, b in zip(ours["stages"], theirs["stages"], strict=True)
-        ],
-    }
+        def due() -> bool:
+            lasted_s = time.monotonic() - began
+            if lasted_s > timeout_s and self._watch.is_left_out(lane):
+                injected.left_out = True
+                return True
+            return self.over or lasted_s > 2 * timeout_s + LEFT_OUT_S
 
+        self._lasting.append(_Lasting(lane=lane, until=due, ends=ends, holds=holds))
 
-def _spread(values: list[float]) -> dict[str, float] | None:
-    return {"median": statistics.median(values), "worst": max(values)} if values else None
-
-
-def survived(report: dict[str, Any]) -> bool:
-    """Whether nothing was lost."""
-    return bool(report["losses_equal"] and report["val_loss_equal"] and all(report["state_equal"]))
+    def _step_s(self) -> float:
+        return statistics.median(self._watch.step_seconds) if self._watch.step_seconds else 1.0

@@ -61,7 +61,8 @@ def run_swarm(
     `on_progress` gets, about ten times a second, what the records of every stage have said since now. `on_warning`: a
     line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
     stage that was lost is started again, while the others wait for it; or all of its lane are, after one has failed and
-    ended them; but not twice for a failure that replays. `disks`, `isolation`, `keys`, `watch`, `forks`,
+    ended them; but not twice for a failure that replays. A lane that is not started again is given up, as long as there
+    is another one, and the others go on without it. `disks`, `isolation`, `keys`, `watch`, `forks`,
     `node_options`: see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step
     under way: returns the name of the first that came, None if none did. Raises SwarmError when a node ends early
     otherwise, naming it, and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes
@@ -110,7 +111,8 @@ class Swarm:
     """The node processes of a run on this machine. A stage keeps its port, whichever process serves it. Nodes are
     numbered: the stages of lane 0, then those of lane 1. So where there is one lane, a node's number is its stage.
 
-    ports: where each stage listens. next_ports: where the stage above finds it, if something is between the two.
+    ports: where each node listens. next_ports: where the stage above finds it, if something is between the two.
+    lateral_ports: by the numbers of a node and of the one in a lower lane that it dials, the same of those.
     disks: directory of the directories that stages keep their checkpoints in, one each, as if each had a disk of its
     own; None: one for all. isolation: the namespaces that the nodes run in, which have one each. keys: directory of a
     certificate that names all stages, for TLS between them. watch: who may look at the nodes (nobody). forks: what
@@ -127,6 +129,7 @@ class Swarm:
         trace: bool = False,
         ports: list[int] | None = None,
         next_ports: list[int] | None = None,
+        lateral_ports: Mapping[tuple[int, int], int] | None = None,
         disks: Path | None = None,
         isolation: Isolation | None = None,
         keys: Path | None = None,
@@ -140,7 +143,7 @@ class Swarm:
         self._stages, self.lanes = stages, lanes
         self.nodes: list[NodeProcess | None] = [None] * (lanes * stages)
         self.ports = ports or ([PORT] * len(self.nodes) if isolation else free_ports(len(self.nodes)))
-        self._next_ports = next_ports or self.ports
+        self._next_ports, self._lateral_ports = next_ports or self.ports, lateral_ports or {}
         self.draining = False  # nobody is started again
         self._trace = trace
         self._gone: list[NodeProcess] = []  # replaced, but perhaps still there
@@ -163,7 +166,8 @@ class Swarm:
             options += ["--lane", str(lane)]
         for lower in range(lane):
             there = lower * self._stages + stage
-            options += ["--lateral", f"{lower}={self._host(there)}:{self.ports[there]}"]
+            port = self._lateral_ports.get((node, there), self.ports[there])
+            options += ["--lateral", f"{lower}={self._host(there)}:{port}"]
         if disk := self.disk(stage):
             options += ["--set", f"checkpoint.directory={disk.absolute()}"]
         if self._trace:
@@ -224,6 +228,7 @@ def _watch(
     on_warning: Callable[[str], None] | None,
 ) -> None:
     space, drain_due_s, before = DiskSpace(swarm.run), 0.0, set[tuple[int, Failure]]()
+    given_up: set[int] = set()  # lanes that the others go on without
 
     def codes() -> list[int | None]:
         if on_progress:
@@ -239,6 +244,8 @@ def _watch(
         now = codes()
         all_over = True
         for lane in range(swarm.lanes):  # what happens in a lane is nothing to the stages of another
+            if lane in given_up:
+                continue
             own = swarm.of_lane(lane)
             # No stage leaves before all of its lane have finished: one that is lost now has nothing left to do.
             over = any(now[node] == 0 for node in own)
@@ -260,7 +267,15 @@ def _watch(
             bad = any(now[node] == 2 for node in lost)
             again = failure is not None and failure.replays and (lane, failure) in before
             if again or cost > restarts or bad or swarm.draining:
-                raise SwarmError(_why(swarm, lost, failure, again=again), 2 if bad else 1)
+                why = _why(swarm, lost, failure, again=again)
+                if bad or swarm.draining or len(given_up) + 1 == swarm.lanes:
+                    raise SwarmError(why, 2 if bad else 1)
+                given_up.add(lane)
+                swarm.kill([node for node in own if now[node] is None])
+                now = codes()
+                if on_warning:
+                    on_warning(f"lane {lane} is lost, and the others go on without it: {why}")
+                continue
             restarts -= cost
             before |= {(lane, failure)} if failure else set()
             for node in lost:

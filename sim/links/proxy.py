@@ -1,8 +1,9 @@
 """A TCP relay that can be told to break what passes through it: how a swarm on one machine meets a bad network.
 
 Bytes pass as they come; `cut` resets every connection that stands, `cut(half=True)` only towards the side that dialled,
-so that the other end does not notice. Why not a firewall rule: that needs root, and takes effect on packets, while what
-a node has to survive is the end of a connection at any byte.
+so that the other end does not notice. While it is `down`, connections are reset as soon as they are made. Why not a
+firewall rule: that needs root, and takes effect on packets, while what a node has to survive is the end of a connection
+at any byte.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ class Proxy:
         self._port = port
         self.address = f"127.0.0.1:{port}"
         self.connections = 0
+        self._down = False
         self._pairs: list[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -57,6 +59,17 @@ class Proxy:
 
         asyncio.run_coroutine_threadsafe(job(), self._loop).result()
 
+    @property
+    def down(self) -> bool:
+        """Whether nothing passes."""
+        return self._down
+
+    @down.setter
+    def down(self, down: bool) -> None:
+        self._down = down
+        if down:
+            self.cut()
+
     def _break(self, *, half: bool) -> None:
         for upper, lower in self._pairs:
             upper.transport.abort()
@@ -66,10 +79,17 @@ class Proxy:
             self._pairs.clear()
 
     async def _serve(self, reader: asyncio.StreamReader, upper: asyncio.StreamWriter) -> None:
+        if self._down:
+            upper.transport.abort()
+            return
         try:
             lower_reader, lower = await asyncio.open_connection(self._to[0], int(self._to[2]))
         except OSError:
             upper.transport.abort()
+            return
+        if self._down:  # meanwhile
+            upper.transport.abort()
+            lower.transport.abort()
             return
         self.connections += 1
         self._pairs.append((upper, lower))

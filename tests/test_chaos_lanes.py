@@ -1,0 +1,60 @@
+"""`thinpipe chaos` over several lanes, as real processes: whatever happens to them, one process makes the same of the
+log of who took part."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = {
+    "model.width": 64,
+    "model.layers": 2,
+    "model.vocab_size": 512,
+    "pipeline.batch_size": 4,
+    "pipeline.microbatches": 2,
+    "data.heldout_sequences": 4,
+    "lanes.round_timeout_s": 2,
+}
+END_S = 280.0
+
+
+def chaos(out: Path, *options: str) -> dict[str, Any]:
+    """chaos.json of a run that came through."""
+    settings = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "thinpipe.cli", "chaos", "--json", "--out", str(out), *settings, *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=END_S)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads((out / "chaos.json").read_text())
+    return json.loads(done.stdout)
+
+
+def check(found: dict[str, Any], faults: int) -> None:
+    assert sum(found["faults"].values()) == len(found["injected"]) == faults
+    assert found["recomputed"]["equal"]
+    for lane in found["recomputed"]["lanes"]:
+        assert lane["ended"] or lane["lane"] in found["away_at_the_end"]
+        assert all(lane["states_equal"])
+
+
+@pytest.mark.slow
+def test_lanes_are_lost_cut_off_and_come_back(tmp_path: Path) -> None:
+    found = chaos(
+        tmp_path, *("--lanes", "3", "--stages", "2", "--steps", "120", "--kills", "5", "--seed", "3"),
+        *("--kinds", "kill,cut,lane,lateral,outage"),
+    )  # fmt: skip
+    check(found, 5)
+    assert any(len(each["members"]) < 3 for each in found["recomputed"]["members"])
+
+
+@pytest.mark.long
+def test_two_lanes_of_one_stage(tmp_path: Path) -> None:
+    found = chaos(
+        tmp_path, *("--lanes", "2", "--stages", "1", "--steps", "300", "--kills", "6"),
+        *("--kinds", "twice,lane,lateral,outage"),
+    )  # fmt: skip
+    check(found, 6)

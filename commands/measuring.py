@@ -42,6 +42,8 @@ def plan(
     microbatches: Annotated[int | None, shared("--microbatches", "64; of the run")] = None,
     batch_size: Annotated[int | None, shared("--batch-size", "256; of the run")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "1024; of the run")] = None,
+    lanes: Annotated[int | None, shared("--lanes", "1; of the run")] = None,
+    average: Annotated[str | None, shared("--average", "outer; of the run")] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write a picture of what runs when, such as timeline.png. (none)")
     ] = None,
@@ -58,7 +60,8 @@ def plan(
 ) -> None:
     """Predict a run without running it: tokens/s, the bottleneck, and what the links must carry.
 
-    This simulates the schedule that nodes execute and the bytes that they would send, on a virtual clock.
+    This simulates the schedule that nodes execute and the bytes that they would send, on a virtual clock. With --lanes
+    it says what averaging costs too, and how to average so that no stage waits.
     """
     one_arithmetic_thread()
     plain, auto = without_auto(schedule)
@@ -73,8 +76,10 @@ def plan(
         microbatches=microbatches,
         batch_size=batch_size,
         sequence_length=sequence_length,
+        lanes=lanes,
+        average=average,
     )
-    from ..node.config import ConfigError, check_one_lane
+    from ..node.config import ConfigError
     from ..node.measuring.emulated_machine import EmulatedMachine
     from ..node.measuring.plan import PLANNED, planned
 
@@ -90,7 +95,6 @@ def plan(
         config = run_toml(measured, "--from")
     settings = configuration(config, {**(emulated.settings() if emulated else {}), **given}, overrides)
     try:
-        check_one_lane(settings, "plan")
         spec = schedule or settings.pipeline.schedule
         figures, simulated = planned(settings, emulated, measured, schedule=spec, rule=rule)
     except PLANNED as error:
@@ -100,11 +104,11 @@ def plan(
     else:
         from rich.console import Console
 
-        from ..sim.reports.run_console import cut_lines, plan_tables
+        from ..sim.reports.plan_console import cut_lines, lane_lines, plan_tables
 
         console = Console(markup=False)
         console.print(*plan_tables(figures), sep="\n")
-        console.print(*cut_lines(figures), sep="\n", highlight=False, soft_wrap=True)
+        console.print(*cut_lines(figures), *lane_lines(figures), sep="\n", highlight=False, soft_wrap=True)
     if timeline:
         from ..node.measuring.plan import events
         from ..sim.reports.trace import draw
@@ -135,6 +139,8 @@ def bench(
         str,
         typer.Option(help="Schedules to compare, separated by commas. rtt_ratio=auto chooses the depth for each link."),
     ] = "1f1b:rtt_ratio=auto",
+    lanes: Annotated[list[int] | None, shared("--lanes", "1", more="Repeat it for more.")] = None,
+    average: Annotated[list[str] | None, shared("--average", "outer", more="Repeat it for more.")] = None,
     microbatches: Annotated[int | None, shared("--microbatches", "64; free-running 8")] = None,
     batch_size: Annotated[int | None, shared("--batch-size", "256; free-running 16")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "1024; free-running 128")] = None,
@@ -150,7 +156,8 @@ def bench(
     overrides: Override = None,
     as_json: Json = False,
 ) -> None:
-    """Measure throughput over rate-limited links, for each codec, link and schedule, and once without a limit.
+    """Measure throughput over rate-limited links, for each codec, link, schedule and number of lanes, and once without
+    a limit.
 
     One such measurement is a cell. Cells that are already in --out are not run again. Exit code 1 if a cell failed or
     does not count.
@@ -159,7 +166,8 @@ def bench(
     from ..node.codec_words import split_codecs
     from ..node.config import ConfigError
     from ..node.config_file import parse_override
-    from ..node.measuring.bench_grid import BenchGrid, run_bench
+    from ..node.measuring.bench_cells import BenchGrid
+    from ..node.measuring.bench_grid import run_bench
     from ..node.measuring.plan import PLANNED
 
     links = (*(link or ()), *(f"{rate}mbit,25ms" for rate in (10, 80, 300, 1000) if sweep))
@@ -170,6 +178,9 @@ def bench(
     settings = settings_of(microbatches=microbatches, batch_size=batch_size, sequence_length=sequence_length)
     try:
         settings |= dict(map(parse_override, overrides or []))
+        for option, given, setting in (("--lanes", lanes, "lanes.count"), ("--average", average, "lanes.average")):
+            if given and setting in settings:
+                fail(f"{option} beside --set {setting}: which of the two is meant? Omit one", 2)
         grid = BenchGrid(
             machines=tuple(emulate or ()),
             free_running=tuple(free_running or ()),
@@ -177,6 +188,8 @@ def bench(
             links=links,
             schedules=tuple(schedule.split(",")),
             settings=settings,
+            lanes=tuple(lanes or ()),
+            averages=tuple(average or ()),
             window_s=window,
             limit_s=limit,
         )

@@ -12,7 +12,7 @@ from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.codec_words import split_codecs
 from thinpipe.node.measuring import bench_grid
-from thinpipe.node.measuring.bench_grid import BenchGrid
+from thinpipe.node.measuring.bench_cells import BenchGrid
 from thinpipe.sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.reports.bench_report import bench_tables
 from typer.testing import CliRunner
@@ -32,6 +32,7 @@ def record(
     busy: float = RATE,
 ) -> Cell:
     """Records of two stages whose steps took so long; each sends 1,000 bytes of tensors a step, and the probe."""
+    directory.mkdir(exist_ok=True)
     for stage, direction in enumerate(("forward", "backward")):
         now = 100.0
         way = {"boundary": 0, "direction": direction}
@@ -74,6 +75,34 @@ def test_windows_leave_the_warm_up_out(tmp_path: Path) -> None:
     assert figures["stages"][0]["wait_s"] == pytest.approx(0.5 / STEP_S)
     assert figures["cpu_s_per_gb"] == pytest.approx(2 * 0.1 / 2000e-9)  # both stages, 2,000 bytes a step
     assert figures["problems"] == []
+
+
+def test_lanes_are_added_up_and_what_they_average_is_a_figure_of_its_own(tmp_path: Path) -> None:
+    """Steps 0 to 2 warm up, since rounds are used two steps after they are made; the last one is no other's like."""
+    lanes = [record(tmp_path / f"lane-{lane}", seconds=[60.0] * 3 + [STEP_S] * 6 + [50.0]) for lane in range(2)]
+    for lane in range(2):
+        for stage in range(2):
+            path = tmp_path / f"lane-{lane}" / f"stage-{stage}.jsonl"
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines:
+                if line["event"] == "step":
+                    line["sent_bytes"][f"lateral {stage}: lane 0-1"] = {"averaging": 600 * line["step"], "control": 9}
+                if line["event"] == "end":
+                    line["links"].append({"peer_lane": 1 - lane, "configured_bits_per_s": RATE})
+                    line["links"][-1]["measured_bits_per_s"] = 1.2 * RATE if (lane, stage) == (1, 0) else RATE
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cell = Cell(name="cell", stages=2, window_steps=2, emulated=True, lanes=2, delay=2)
+    assert cell.steps == lanes[0].steps == 10
+    figures = measure(tmp_path, cell)
+    assert figures["tokens_per_s"] == pytest.approx(2 * TOKENS / STEP_S)
+    assert figures["windows"] == pytest.approx([2 * TOKENS / STEP_S] * 3)
+    assert figures["bytes_per_token"] == pytest.approx(2 * 1000 / TOKENS)
+    assert figures["averaging_bytes_per_token"] == pytest.approx(2 * 600 / TOKENS)
+    assert figures["stages"][0]["wait_s"] == pytest.approx(0.5 / STEP_S)
+    assert len(figures["links"]) == 8
+    lateral = [link for link in figures["links"] if link["name"] == "lateral 1: lane 0-1"]
+    assert [link["utilisation"] for link in lateral] == pytest.approx([600 * 8 / STEP_S / RATE] * 2)
+    assert figures["problems"] == ["lateral 0: lane 0-1: 9.6 Mb/s passed, the link is set to 8.0 Mb/s"]
 
 
 PROBLEMS: dict[str, tuple[dict[str, Any], str]] = {
@@ -124,6 +153,21 @@ def test_every_codec_has_its_uncapped_cell_first() -> None:
     ]
 
 
+def test_lanes_and_ways_to_average_are_cells_of_their_own() -> None:
+    of = {"machines": ("tiny@2x1ms+1ms",), "codecs": ("bf16",), "links": ("1mbit",), "schedules": ("1f1b",)}
+    grid = BenchGrid(**of, settings={}, lanes=(1, 2), averages=("outer:every=2", "gradients"))
+    cells = list(grid.cells())
+    lanes = [cell.config("1f1b", 1).lanes for cell in cells]
+    assert [(each.count, each.average) for each in lanes if each.count > 1] == [
+        *[(2, "outer:every=2")] * 2,
+        *[(2, "gradients")] * 2,
+    ]
+    assert [str(cell.link) for cell in cells] == ["none", "1mbit"] * 3
+    assert len({cell.name for cell in cells}) == 6
+    by_settings = BenchGrid(**of, settings={"lanes.count": 3})
+    assert [cell.config("1f1b", 1).lanes.count for cell in by_settings.cells()] == [3, 3]
+
+
 SMALL = ("--microbatches", "4", "--batch-size", "8", "--sequence-length", "64", "--window", "0.5")
 
 
@@ -157,6 +201,30 @@ def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path
 
 
 @pytest.mark.slow
+def test_cells_of_lanes_stand_beside_one_lane(tmp_path: Path) -> None:
+    """Real swarms of two and of four processes."""
+    arguments = ("--emulate", "tiny@2x20ms+40ms", "--codec", "mapl:r=8", "--link", "20mbit,5ms")
+    averages = ("--average", "outer:every=2,delay=1", "--set", "model.vocab_size=512", "--set", "model.width=64")
+    _, found, told = bench(tmp_path, *arguments, "--lanes", "1", "--lanes", "2", *averages)
+    one, two = found["cells"][1], found["cells"][3]
+    assert [(cell["lanes"], cell["average"]) for cell in (one, two)] == [(1, None), (2, "outer:every=2,delay=1")]
+    assert "share_of_lanes" not in one
+    alone = 2 * one["measured"]["tokens_per_s"]
+    if one["state"] == "ok":  # a busy machine may do anything to it
+        assert two["share_of_lanes"] == two["measured"]["tokens_per_s"] / alone
+    planned, measured = two["planned"]["lanes"]["bytes_per_token"], two["measured"]["averaging_bytes_per_token"]
+    assert measured == pytest.approx(planned, rel=0.2)  # heartbeats too, and what is under way when a window ends
+    assert one["measured"]["averaging_bytes_per_token"] == 0
+    title = "cell 4 of 4: mapl:r=8 over 20mbit,5ms, tiny@2x20ms+40ms, 2 lanes, outer:every=2,delay=1"
+    assert title in " ".join(told.split())
+    console = Console(width=100, record=True)
+    console.print(*bench_tables(found), sep="\n")
+    shown = console.export_text()
+    assert "lanes: outer:every=2,delay=1" in " ".join(shown.split())
+    assert re.search(r"20mbit,5ms +1f1b\S* +2 +[0-9,]+ +([0-9.]+|-) +[0-9.]+ ", shown), shown
+
+
+@pytest.mark.slow
 def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> None:
     """One stage is told to keep less than a message in memory, which no node accepts."""
     arguments = ("--emulate", "tiny@2x1ms+1ms", "--codec", "bf16", "--link", "20mbit", "--set", "compute.device=cuda")
@@ -183,6 +251,28 @@ REFUSED: list[tuple[list[str], str]] = [
     (
         ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--set", "optim.moun_lr=1"],
         "unknown setting 'optim.moun_lr'",
+    ),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--lanes", "65"], r"lanes\.count"),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--lanes", "2", "--average", "gossip"],
+        r"lanes\.average: unknown averaging 'gossip'",
+    ),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--lanes", "2", "--set", "lanes.count=3"],
+        r"--lanes beside --set lanes\.count: which of the two is meant\? Omit one",
+    ),
+    (
+        [
+            "--free-running",
+            "tiny@2",
+            "--link",
+            "80mbit",
+            "--lanes",
+            "2",
+            "--average",
+            "outer:every=90000,fragments=90000",
+        ],
+        "fragments=90000 are more than the",
     ),
     (["--emulate", "tiny@64x1tflops", "--link", "80mbit"], "64 stages, but the model has 4 layers"),
     (["--free-running", "tiny@64", "--link", "80mbit"], "64 stages, but the model has 4 layers"),

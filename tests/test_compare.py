@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from thinpipe.node.run_directory import LocalRunError
 from thinpipe.sim.launch import file_lock
 from thinpipe.sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from thinpipe.sim.reports.compare_page import compare_page
+from thinpipe.sim.reports.lanes import lane_path
 from typer.testing import CliRunner
 
 # Recipes
@@ -176,18 +179,27 @@ class Trainer:
         every, steps = config.run.eval_every, config.run.steps
         sizes = {"bf16": 400, "int8": 200}
         sent, lower = sizes.get(config.codec.codec, 20), 0.1 * (config.codec.codec == "bf16") + config.run.seed / 50
-        for stage in range(config.pipeline.stages):
-            records = [
-                {"event": "step", "step": step, "sent_bytes": {"boundary 0-1": {"activation": sent * (step + 1)}}}
+        lanes = config.lanes.count
+        for lane, stage in itertools.product(range(lanes), range(config.pipeline.stages)):
+            lateral = {f"lateral {stage}: lane 0-1": {"averaging": 70}} if lanes > 1 else {}
+            records: list[dict[str, Any]] = [
+                {
+                    "event": "step",
+                    "step": step,
+                    "sent_bytes": {"boundary 0-1": {"activation": sent * (step + 1)}, **lateral},
+                }
                 for step in range(steps)
             ]
             records.append({"event": "end", "steps": steps})
-            (out / f"stage-{stage}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+            place = lane_path(out, lane, lanes)
+            place.mkdir(exist_ok=True)
+            (place / f"stage-{stage}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
         done = [step for step in range(1, steps + 1) if (every and step % every == 0) or step == steps]
         summary = {
             "evaluations": [[step, 5 - step / steps - lower] for step in done],
-            "tokens_per_step": config.tokens_per_step,
+            "tokens_per_step": lanes * config.tokens_per_step,
             "bytes_per_token": sent / config.tokens_per_step,
+            **({"averaging": {"bytes_per_token": 2.5}} if lanes > 1 else {}),
             "ratio": 400 / sent,
             "train_s": 1.5,
             "val_loss": 4 - lower,
@@ -487,6 +499,42 @@ def test_seconds_a_step_are_what_plan_says(tiny_settings: dict[str, Any], tmp_pa
     }
 
 
+LANES = "lanes.count=2 lanes.average=outer:every=2 pipeline.batch_size=4 pipeline.microbatches=2"
+
+
+def test_lanes_are_a_row_with_their_averaging(trainer: Trainer, tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Half of a step's tokens in each lane, here and on the stated machine, and the round beside."""
+    asked = comparison(tiny_settings, seeds=1)
+    asked = replace(asked, recipes=(Recipe.parse("one=mapl:r=8"), Recipe.parse(f"two=mapl:r=8 {LANES}")))
+    found = compare(asked, tmp_path, jobs=2, quiet=True)
+    assert trainer.started == ["one-seed1", "two-seed1"]
+    one, two = found["recipes"]
+    assert (one["lanes"], one["averaging_bytes_per_token"]) == (1, None)
+    assert (two["lanes"], two["averaging_bytes_per_token"]) == (2, 2.5)
+    assert found["tokens_per_step"] == 8 * 32
+    assert two["curve"][-1]["tokens"] == one["curve"][-1]["tokens"]
+    assert two["curve"][-1]["bytes"] == 2 * one["curve"][-1]["bytes"]  # of two lanes; no averaging
+    machine = ["--emulate", PACE, "--codec", "mapl:r=8", "--link", "10mbit,25ms", "--schedule", "1f1b"]
+    machine += ["--batch-size", "128", "--microbatches", "32", "--lanes", "2", "--average", "outer:every=2"]
+    planned = json.loads(CliRunner().invoke(app, ["plan", "--json", *machine]).stdout)["lanes"]
+    there = two["links"]["10mbit,25ms"]
+    assert there["step_s"] == planned["step_s"]
+    assert there["bottleneck"] == f"averaging of stage {planned['bottleneck']}"
+    assert two["links"]["none"]["step_s"] < 0.6 * one["links"]["none"]["step_s"]
+    assert any(line.startswith("two has 2 lanes: 2 times the machines") for line in compare_lines(found))
+    with (tmp_path / "shown").open("w") as file:
+        console = Console(width=100, record=True, file=file)
+        console.print(compare_table(found))
+        assert re.search(r"one .*x +- .*\n.* two .*x +2\.5 ", console.export_text())
+    assert "averaging, bytes/token" in (tmp_path / "compare.html").read_text()
+    assert Page((tmp_path / "compare.html").read_text()).open == []
+    compare(asked, tmp_path, jobs=2, quiet=True)
+    assert len(trainer.started) == 2  # lanes are found again
+    (tmp_path / "two-seed1" / "lane-1" / "stage-1.jsonl").unlink()
+    compare(asked, tmp_path, jobs=2, quiet=True)
+    assert trainer.started[2:] == ["two-seed1"]
+
+
 @pytest.mark.usefixtures("trainer")
 def test_a_loss_that_is_not_reached_is_said(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
     found = compare(comparison(tiny_settings, seeds=1, target=3.9), tmp_path, jobs=2, quiet=True)
@@ -623,6 +671,16 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--recipe", "a=mapl:r=999"], "recipe 'a': .*r=999 is above the model's width 256"),
     (["--recipe", "a=bf16", "--recipe", "b=bf16 pipeline.batch_size=32"], "recipe 'b' has 4096 tokens a step"),
     (["--recipe", "a=bf16", "--recipe", "b=bf16 data.heldout_sequences=9"], "recipe 'b' has data of its own"),
+    (
+        ["--recipe", "a=bf16", "--recipe", "b=bf16 lanes.count=2"],
+        r"recipe 'b' has 4096 tokens a step, the first one 2048: .*; they are those of all lanes, so give",
+    ),
+    (["--set", "lanes.count=2", "--set", "lanes.average=gossip"], r"recipe 'bf16': lanes\.average: unknown averaging"),
+    (["--set", "lanes.count=3"], r"recipe 'bf16': 3 lanes do not divide the 256 of pipeline\.batch_size that a step"),
+    (
+        ["--set", "lanes.count=2", "--set", "lanes.average=outer:every=90000,fragments=90000"],
+        r"recipe 'bf16': lanes\.average: fragments=90000 are more than the",
+    ),
     (["--recipe", "a=bf16 run.seed=4"], "run.seed differs from run to run here; say --first-seed"),
     (["--link", "80mbps"], "unknown unit 'mbps'"),
     (["--pace", "150m@4"], "an emulated machine is PRESET@STAGES"),
@@ -668,18 +726,21 @@ def test_two_codecs_are_really_trained(tiny_settings: dict[str, Any], tmp_path: 
         del settings[name]
     arguments = ["--steps", "6", "--recipe", "dense=bf16", "--recipe", "thin=mapl:r=8", "--link", "1mbit,5ms"]
     hot = ["--recipe", "hot=bf16 optim.muon_lr=1e30 optim.adamw_lr=1e30"]
-    arguments += ["--pace", PACE, "--schedule", "1f1b", "--out", str(tmp_path)]
+    arguments += ["--recipe", f"two=mapl:r=8 {LANES}", "--pace", PACE, "--schedule", "1f1b", "--out", str(tmp_path)]
     arguments += [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     first = CliRunner().invoke(app, ["compare", *arguments])
     assert first.exit_code == 0, first.output
     assert first.stdout.rstrip().splitlines()[-1] == f"open {tmp_path / 'compare.html'}"
-    assert "run 2 of 2: " in first.stdout
+    assert "run 3 of 3: " in first.stdout
     again = CliRunner().invoke(app, ["compare", "--json", *arguments, *hot])
     found = json.loads(again.stdout)
-    assert (again.exit_code, again.stderr.count("trained before")) == (1, 2)
-    dense, thin, diverged = found["recipes"]
+    assert (again.exit_code, again.stderr.count("trained before")) == (1, 3)
+    dense, thin, two, diverged = found["recipes"]
     assert "lower the learning rate or clip" in diverged["runs"][0]["failed"]
     assert [point["step"] for point in dense["curve"]] == [1, 2, 3, 4, 5, 6]
     assert dense["loss"] < dense["curve"][0]["loss"]
     assert dense["bytes_per_token"] == pytest.approx(dense["curve"][-1]["bytes"] / dense["curve"][-1]["tokens"])
     assert thin["bytes_per_token"] < 0.3 * dense["bytes_per_token"]
+    assert two["curve"][-1]["tokens"] == thin["curve"][-1]["tokens"]
+    assert two["averaging_bytes_per_token"] > 10
+    assert two["loss"] < two["curve"][0]["loss"]

@@ -357,6 +357,22 @@ def test_the_cut_and_what_it_gains_are_said() -> None:
     assert told.stdout.splitlines()[-1] == "layers of the stages: 2,2,2,2"
 
 
+@pytest.mark.parametrize(
+    ("link", "schedule", "said"),
+    [
+        ("300mbit,25ms", "1f1b", True),
+        ("300mbit,25ms", "1f1b:rtt_ratio=10", False),
+        ("2mbit,5ms", "1f1b", False),  # a deeper schedule makes no wire wider
+        ("none", "1f1b", False),
+    ],
+)
+def test_a_deeper_schedule_is_named_where_only_delay_costs(link: str, schedule: str, said: bool) -> None:
+    machine = ("--emulate", "150m@4x66tflops", "--link", link, "--schedule", schedule)
+    told = CliRunner().invoke(app, ["plan", *machine], env={"COLUMNS": "120"})
+    assert told.exit_code == 0, told.output
+    assert ("--schedule 1f1b:rtt_ratio=auto" in told.stdout) == said
+
+
 def test_an_order_of_the_machines_that_is_faster_is_said() -> None:
     """The head and a layer that a narrow boundary needs are on the last machine."""
     machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--schedule", "zb:rtt_ratio=2")

@@ -30,10 +30,12 @@ from ... import __version__
 from ...sim.links.shaper import LinkError, LinkProfile
 from ...sim.reports.compare_console import CompareDisplay, compare_lines, compare_table, duration
 from ...sim.reports.compare_page import compare_page
-from ..config import ConfigError, RunConfig, check_one_lane
+from ..config import ConfigError, RunConfig
 from ..data import SourceLost
+from ..measuring.contribution_sizes import check_contributions
 from ..preparation import BAD_INPUT, check_settings, prepare_corpus, resolve_architecture
 from ..run_directory import LocalRunError, writable
+from ..stage_costs import stage_layers
 from .loss_curve import Point, curve_of, interval, mean_curve, over_first, steps_to
 from .pace import at_pace, seconds_a_step
 from .recipe import Recipe, check_names
@@ -80,10 +82,13 @@ class Comparison:
             raise ConfigError("pipeline.stages = 1 has no boundary, so no codec to compare; set 2 or more")
         if config.compute.emulate:
             raise ConfigError("compute.emulate: who computes nothing has no loss; omit it, and say --pace")
-        if config.tokens_per_step != first.tokens_per_step:
+        tokens, of_first = (each.lanes.count * each.tokens_per_step for each in (config, first))
+        if tokens != of_first:
+            many = "they are those of all lanes, so give each its part of pipeline.batch_size"
+            remedy = many if config.lanes != first.lanes else "set it for all with --set"
             raise ConfigError(
-                f"recipe '{recipe.name}' has {config.tokens_per_step} tokens a step, the first one "
-                f"{first.tokens_per_step}: their steps do not compare; set it for all with --set"
+                f"recipe '{recipe.name}' has {tokens} tokens a step, the first one {of_first}: their steps do not "
+                f"compare; {remedy}"
             )
         if config.data != first.data:
             raise ConfigError(
@@ -148,10 +153,12 @@ def _planned(
     plans: dict[str, dict[str, dict[str, Any]]] = {}
     for recipe, of in runs.items():
         try:
-            check_settings(of[0].config)
-            check_one_lane(of[0].config, "compare")
+            config = of[0].config
+            check_settings(config)
+            architecture = resolve_architecture(config)
+            check_contributions(config, architecture, stage_layers(config, architecture))
             plans[recipe.name] = {
-                link: seconds_a_step(of[0].config.codec, link, asked.pace, asked.schedule)
+                link: seconds_a_step(config.codec, link, asked.pace, asked.schedule, config.lanes)
                 for link in dict.fromkeys(links)
             }
         except BAD_INPUT as error:
@@ -186,7 +193,7 @@ def _joined(
         "target_loss": target,
         "target_from": said,
         "seeds": list(asked.seeds),
-        "tokens_per_step": config.tokens_per_step,
+        "tokens_per_step": config.lanes.count * config.tokens_per_step,
         "pace": pace,
         "links": list(next(iter(plans.values()))),
         "recipes": [
@@ -207,7 +214,7 @@ def worst(means: dict[Recipe, list[Point]]) -> tuple[float | None, str]:
 
 
 def _curve(run: RecipeRun) -> list[Point]:
-    return curve_of(run.directory, run.ended(), run.config.pipeline.stages)
+    return curve_of(run.directory, run.ended(), run.config.pipeline.stages, run.config.lanes.count)
 
 
 def _last(curve: list[Point]) -> float:
@@ -242,6 +249,8 @@ def _row(
         "over_first_interval": _finite(interval(over)),
         "bytes_per_token": statistics.fmean(each["bytes_per_token"] for each in summaries) if summaries else None,
         "ratio": statistics.fmean(each["ratio"] for each in summaries) if summaries else None,
+        "lanes": runs[0].config.lanes.count,
+        "averaging_bytes_per_token": _averaging(summaries) if runs[0].config.lanes.count > 1 else None,
         "steps_to_target": steps,
         "at_first_evaluation": steps is not None and steps == mean[0].step,
         "links": {
@@ -261,6 +270,10 @@ def _row(
             for run, curve in zip(runs, curves, strict=True)
         ],
     }
+
+
+def _averaging(summaries: list[dict[str, Any]]) -> float | None:
+    return statistics.fmean(each["averaging"]["bytes_per_token"] for each in summaries) if summaries else None
 
 
 def _points(curve: list[Point]) -> list[dict[str, Any]]:

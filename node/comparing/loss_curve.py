@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...sim.reports.lanes import lane_path
 from ...sim.reports.summary import OUTSIDE_RATIO, read_records, steps_of, total_by_kind
 
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last one for all that are more, which
@@ -28,7 +29,8 @@ STUDENT_T = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """An evaluation. sent_bytes: framed bytes of training until then, of all boundaries, both ways."""
+    """An evaluation, of all lanes together. sent_bytes: framed bytes of training until then, of all boundaries, both
+    ways; what lanes average is no part of them."""
 
     step: int  # steps done
     tokens: int
@@ -36,12 +38,13 @@ class Point:
     loss: float
 
 
-def curve_of(run: Path, summary: dict[str, Any], stages: int) -> list[Point]:
+def curve_of(run: Path, summary: dict[str, Any], stages: int, lanes: int = 1) -> list[Point]:
     """Of a run on record."""
-    by_stage = [steps_of(read_records(run / f"stage-{stage}.jsonl")) for stage in range(stages)]
+    paths = [lane_path(run, lane, lanes) / f"stage-{stage}.jsonl" for lane in range(lanes) for stage in range(stages)]
+    by_node = [steps_of(read_records(path)) for path in paths]
     points: list[Point] = []
     for done, loss in summary["evaluations"]:
-        sent = total_by_kind(steps[done - 1] for steps in by_stage)
+        sent = total_by_kind(steps[done - 1] for steps in by_node)
         moved = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
         points.append(Point(step=done, tokens=done * summary["tokens_per_step"], sent_bytes=moved, loss=loss))
     return points

@@ -3,6 +3,9 @@
 The runs of a comparison are small, and as fast as this machine is; their steps say nothing of the step of a larger
 model on better machines. So the seconds come from an emulated machine (`150m@4x66tflops`), at whose width and batch the
 codec's messages are sized. Options of a codec are taken as they are: r=32 is an eighth of width 256 and 4 % of 768.
+
+A step is of as many tokens for every recipe, there as in the runs. So each of R lanes has a chain of such machines and
+an Rth of the batch, and a step lasts as long as it does with the rounds between them.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 from ...protocol.schedule import ScheduleError
 from ..config import ConfigError
 from ..config_file import merge, parse_config
-from ..config_sections import CodecSection
+from ..config_sections import CodecSection, LanesSection
 from ..measuring.emulated_machine import EmulatedMachine
 from ..measuring.plan import AUTO, PLANNED, planned
 from ..preparation import resolve_architecture
@@ -38,14 +41,30 @@ def at_pace(machine: str, schedule: str) -> dict[str, Any]:
     }
 
 
-def seconds_a_step(codec: CodecSection, link: str, machine: str, schedule: str) -> dict[str, Any]:
+def seconds_a_step(
+    codec: CodecSection, link: str, machine: str, schedule: str, lanes: LanesSection | None = None
+) -> dict[str, Any]:
     """The figures of a plan that time follows from. Raises ConfigError."""
     emulated = EmulatedMachine.parse(machine)
     settings = {**emulated.settings(), "link.link": link}
+    if lanes and lanes.count > 1:
+        settings |= {"lanes.count": lanes.count, "lanes.average": lanes.average}
+        for name in ("pipeline.batch_size", "pipeline.microbatches"):
+            whole = settings[name]
+            if whole % lanes.count:
+                raise ConfigError(
+                    f"{lanes.count} lanes do not divide the {whole} of {name} that a step of --pace has; choose 2, "
+                    "4 or 8 lanes"
+                )
+            settings[name] = whole // lanes.count
     settings |= {f"codec.{name}": value for name, value in codec.model_dump().items() if value is not None}
     try:
         figures, _ = planned(parse_config(merge({}, settings)), emulated, None, schedule=schedule, rule="duplex")
     except (*PLANNED, ScheduleError) as error:
         raise ConfigError(str(error)) from None
+    if (rounds := figures["lanes"]) is not None:
+        slowest = f"averaging of stage {rounds['bottleneck']}"
+        figures |= {name: rounds[name] for name in ("step_s", "tokens_per_s")}
+        figures |= {"bottleneck": slowest} if rounds["advice"] else {}
     kept = ("step_s", "tokens_per_s", "schedule", "bottleneck", "ratio", "bytes_per_microbatch")
     return {name: figures[name] for name in kept}

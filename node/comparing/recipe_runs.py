@@ -34,6 +34,7 @@ from typing import Any
 from ...sim.launch.end_signals import EndSignals, end_signals
 from ...sim.launch.node_ends import ERROR_PREFIX
 from ...sim.launch.node_launch import STOP_GRACE_S, node_environment
+from ...sim.reports.lanes import lane_path
 from ...sim.reports.progress import Progress
 from ..config import RunConfig
 from ..config_file import dump_config, load_config
@@ -65,7 +66,9 @@ class RecipeRun:
 
     def summary(self) -> dict[str, Any] | None:
         """Of a run that is on disk, whole, with the same settings; else None."""
-        records = [self.directory / f"stage-{stage}.jsonl" for stage in range(self.config.pipeline.stages)]
+        lanes, stages = self.config.lanes.count, range(self.config.pipeline.stages)
+        places = [lane_path(self.directory, lane, lanes) for lane in range(lanes)]
+        records = [place / f"stage-{stage}.jsonl" for place in places for stage in stages]
         try:
             before = load_config(self.directory / "run.toml")
             summary = json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
@@ -102,7 +105,8 @@ class _Process:
         command = [sys.executable, "-m", "thinpipe.cli", "up", "--one-process", "--json", "--overwrite"]
         command += ["--config", str(settings), "--out", str(run.directory), "--parent", str(os.getpid())]
         command += ["--lock", str(lock)]
-        self._progress = Progress(run.directory, stages=run.config.pipeline.stages)
+        lanes = run.config.lanes.count
+        self._progress = Progress(run.directory, stages=run.config.pipeline.stages, lanes=lanes)
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

@@ -1,4 +1,5 @@
-"""`thinpipe bench`: throughput of real swarms over links of several rates, a cell for each codec, schedule and link.
+"""`thinpipe bench`: throughput of real swarms over links of several rates, a cell for each codec, schedule, number of
+lanes and link.
 
 Two kinds of cells. *Emulated*: stages take the time of another machine (emulated_stage.py), so that a link binds as it
 would there. *Free-running*: stages train as fast as this machine can. Each cell is simulated first (plan.py), which
@@ -11,12 +12,10 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -24,92 +23,24 @@ from ...protocol.schedule import ScheduleError
 from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
-from ...sim.links.shaper import LinkProfile
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
 from ...sim.reports.cut_advice import advice_line, cut_advice
-from ..codec_words import codec_settings
-from ..config import ConfigError, RunConfig, check_one_lane
-from ..config_file import dump_config, merge, parse_config
-from ..preparation import check_codec, check_layers, prepare_corpus, resolve_architecture
+from ..averaging.modes import parse_averaging
+from ..config import ConfigError, RunConfig
+from ..config_file import dump_config
+from ..preparation import check_codec, check_lanes, check_layers, prepare_corpus, resolve_architecture
 from ..run_directory import clear, writable
+from ..stage_costs import stage_layers
+from .bench_cells import UNCAPPED, BenchGrid, PlannedCell
+from .contribution_sizes import check_contributions
 from .emulated_machine import EmulatedMachine
+from .lanes_plan import lanes_figures
 from .pipeline_costs import pipeline_costs
 from .plan import AUTO, PLANNED, check_auto, plan, resolved_schedule
 from .stage_times import times_measured
 
-LIMIT_S = 600.0  # of one cell
-WINDOW_S = 5.0
-UNCAPPED = "none"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchGrid:
-    """What is to be measured. paces: see `EmulatedMachine`. free_running: PRESET@STAGES. codecs: CODEC [FORWARD
-    [BACKWARD]] each.
-    settings: of all cells alike."""
-
-    machines: tuple[str, ...] = ()
-    free_running: tuple[str, ...] = ()
-    codecs: tuple[str, ...]
-    links: tuple[str, ...]
-    schedules: tuple[str, ...]
-    settings: dict[str, Any]
-    window_s: float = WINDOW_S
-    limit_s: float = LIMIT_S
-
-    def cells(self) -> Iterator[PlannedCell]:
-        """The uncapped cell of each codec and schedule before those with links, which are compared with it. Raises
-        ConfigError."""
-        modes = [(machine, True) for machine in self.machines] + [(mode, False) for mode in self.free_running]
-        for mode, emulated in modes:
-            for codec in self.codecs:
-                for schedule in self.schedules:
-                    for link in (UNCAPPED, *(link for link in self.links if link != UNCAPPED)):
-                        yield PlannedCell.of(self, mode, codec, schedule, link, emulated=emulated)
-
-
-@dataclass(slots=True, kw_only=True)
-class PlannedCell:
-    """A cell with its settings; `tree` may still lack the schedule's depth (rtt_ratio=auto) and the steps."""
-
-    mode: str
-    emulated: bool
-    codec: str
-    schedule: str
-    link: LinkProfile
-    tree: dict[str, Any]
-    name: str
-
-    @classmethod
-    def of(cls, grid: BenchGrid, mode: str, codec: str, schedule: str, link: str, *, emulated: bool) -> PlannedCell:
-        profile = LinkProfile.parse(link)
-        tree: dict[str, Any] = {"checkpoint.every": 0, "link.link": str(profile), **codec_settings(codec)}
-        if emulated:
-            tree |= {**EmulatedMachine.parse(mode).settings(), "compute.emulate": mode}
-        else:
-            preset, _, stages = mode.partition("@")
-            if not stages.isdigit():
-                raise ConfigError(f"--free-running: '{mode}' is not PRESET@STAGES, such as tiny@2")
-            tree |= {"model.preset": preset, "pipeline.stages": int(stages)}
-        tree |= grid.settings
-        label = "-".join((mode, codec, schedule, str(profile)))
-        return cls(
-            mode=mode,
-            emulated=emulated,
-            codec=codec,
-            schedule=schedule,
-            link=profile,
-            tree=tree,
-            name=re.sub(r"[^A-Za-z0-9.=_-]+", "_", label),
-        )
-
-    def config(self, schedule: str, steps: int) -> RunConfig:
-        """Raises ConfigError."""
-        tree = {**self.tree, "pipeline.schedule": schedule, "run.steps": steps}
-        config = parse_config(merge({}, tree))
-        if self.emulated:  # an evaluation is one microbatch: there is nothing to evaluate
-            config = parse_config(merge({}, {**tree, "data.heldout_sequences": config.microbatch_size}))
-        return config
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 class Bench:
@@ -117,7 +48,7 @@ class Bench:
 
     def __init__(self, grid: BenchGrid, out: Path, *, report: Callable[[str], None]) -> None:
         self._grid, self._out, self._report = grid, out, report
-        self._times: dict[tuple[str, str], list[StageTimes]] = {}  # of free-running stages, over instant links
+        self._times: dict[tuple[str, str, int], list[StageTimes]] = {}  # of free-running stages, over instant links
         title = f"thinpipe bench: {', '.join((*grid.machines, *grid.free_running))}"
         self.found: dict[str, Any] = {"title": title, "cells": []}
 
@@ -130,7 +61,7 @@ class Bench:
         writable(self._out)
         try:
             for number, cell in enumerate(cells, start=1):
-                self._report(f"cell {number} of {len(cells)}: {cell.codec} over {cell.link}, {cell.mode}")
+                self._report(f"cell {number} of {len(cells)}: {cell.title}")
                 self.found["cells"].append(self._cell(cell))
                 self._save()
         finally:
@@ -144,11 +75,14 @@ class Bench:
             config = cell.config(cell.schedule.removesuffix(AUTO), 1)
             architecture = resolve_architecture(config)
             check_codec(config, architecture)
-            check_one_lane(config, "bench")
+            check_lanes(config)
             if cell.emulated:
-                EmulatedMachine.parse(cell.mode).layers(config, architecture)
+                machine = EmulatedMachine.parse(cell.mode)
+                layers, inner = machine.layers(config, architecture), machine.part
             else:
                 check_layers(config, architecture)
+                layers, inner = stage_layers(config, architecture), False
+            check_contributions(config, architecture, layers, inner=inner)
         except ScheduleError as error:
             raise ConfigError(str(error)) from None
 
@@ -159,12 +93,15 @@ class Bench:
             draw_bench(self._out / "bench.png", self.found)
 
     def _cell(self, cell: PlannedCell) -> dict[str, Any]:
+        lanes = cell.config(cell.schedule.removesuffix(AUTO), 1).lanes
         entry: dict[str, Any] = {
             "mode": "emulated" if cell.emulated else "free-running",
             "of": cell.mode,
             "codec": cell.codec,
             "asked": cell.schedule,
             "schedule": cell.schedule,
+            "lanes": lanes.count,
+            "average": lanes.average if lanes.count > 1 else None,
             "link": str(cell.link),
             "rate_bits_per_s": cell.link.rate_bits_per_s,
             "state": "ok",
@@ -186,27 +123,35 @@ class Bench:
         plain = cell.schedule.removesuffix(AUTO)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
-        layers = None
+        layers, inner = None, False
         if cell.emulated:
             machine = EmulatedMachine.parse(cell.mode)
-            times = machine.times(config, architecture)
+            times, inner = machine.times(config, architecture), machine.part
             layers = [len(of_stage) for of_stage in machine.layers(config, architecture)]
         else:
             times = self._times_of(cell, config)
         schedule = resolved_schedule(cell.schedule, config, architecture, times, layers=layers) if times else plain
         entry["schedule"] = schedule
-        window_steps = 3
+        count, mode = config.lanes.count, parse_averaging(config.lanes.average) if config.lanes.count > 1 else None
+        delay, stride = (mode.delay, mode.every // mode.fragments) if mode else (0, 1)
+        window_steps = stride * math.ceil(3 / stride)  # as many rounds in each window
         if times:
-            planned, simulated = plan(cell.config(schedule, 1), architecture, times, layers=layers)
-            wires = simulated.wire_share.values()
-            entry["planned"] = {**planned, "wire_share": max(wires, default=0.0)}
-            window_steps = max(1, math.ceil(self._grid.window_s / planned["step_s"]))
-            expected_s = planned["step_s"] * (WARM_UP_STEPS + WINDOWS * window_steps)
+            entry["planned"] = self._planned(cell.config(schedule, 1), architecture, times, layers, inner=inner)
+            step_s = entry["planned"]["step_s"]
+            window_steps = stride * max(1, math.ceil(self._grid.window_s / step_s / stride))
+            expected_s = step_s * (WARM_UP_STEPS + delay + WINDOWS * window_steps + (count > 1))
             if expected_s > self._grid.limit_s:
                 why = f"it would take {expected_s:,.0f} s; --limit is {self._grid.limit_s:,.0f}"
                 entry |= {"state": "planned", "problems": [why]}
                 return
-        work = Cell(name=cell.name, stages=config.pipeline.stages, window_steps=window_steps, emulated=cell.emulated)
+        work = Cell(
+            name=cell.name,
+            stages=config.pipeline.stages,
+            window_steps=window_steps,
+            emulated=cell.emulated,
+            lanes=count,
+            delay=delay,
+        )
         entry["measured"] = self._measured(work, cell.config(schedule, work.steps))
         if entry["measured"]["problems"]:
             entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
@@ -216,12 +161,38 @@ class Bench:
             shares = [stage["compute_s"] for stage in entry["measured"]["stages"]]  # of the windows' time
             entry["cut_advice"]["line"] = advice_line(entry["cut_advice"], shares)
         if not cell.emulated and cell.link.rate_bits_per_s is None:
-            self._times.setdefault((cell.mode, cell.codec), taken)
+            self._times.setdefault((cell.mode, cell.codec, count), taken)
+
+    def _planned(
+        self,
+        config: RunConfig,
+        architecture: PretrainedConfig,
+        times: Sequence[StageTimes],
+        layers: Sequence[int] | None,
+        *,
+        inner: bool,
+    ) -> dict[str, Any]:
+        """What `plan` says, of all lanes together."""
+        planned, simulated = plan(config, architecture, times, layers=layers)
+        counts, step_s = [stage["layers"] for stage in planned["stages"]], planned["step_s"]
+        lanes = lanes_figures(config, architecture, times, counts, step_s=step_s, inner=inner)
+        busiest = max(simulated.wire_share.values(), default=0.0)
+        if lanes is None:
+            return {**planned, "lanes": None, "wire_share": busiest}
+        return {
+            **planned,
+            "lanes": lanes,
+            "wire_share": busiest * lanes["share"],
+            "step_s": lanes["step_s"],
+            "tokens_per_s": lanes["tokens_per_s"],
+            "uncapped_tokens_per_s": lanes["count"] * planned["uncapped_tokens_per_s"],
+            "machines_used": planned["machines_used"] * lanes["share"],
+        }
 
     def _times_of(self, cell: PlannedCell, config: RunConfig) -> list[StageTimes] | None:
         """Of a free-running cell; None before its uncapped one has run."""
         prepare_corpus(config)
-        return self._times.get((cell.mode, cell.codec))
+        return self._times.get((cell.mode, cell.codec, config.lanes.count))
 
     def _measured(self, work: Cell, config: RunConfig) -> dict[str, Any]:
         """From the disk, if the same settings were measured before."""
@@ -238,12 +209,18 @@ class Bench:
         return run_cell(directory, work)
 
     def _compare(self) -> None:
-        """Shares of the uncapped cell and of the plan, for every cell that was measured."""
-        uncapped: dict[tuple[str, str, str], tuple[float, str]] = {}
+        """Shares of the uncapped cell, of the plan, and of so many times one lane, for every cell that was measured."""
+        uncapped: dict[tuple[Any, ...], tuple[float, str]] = {}
+        alone: dict[tuple[Any, ...], float] = {}
         for entry in self.found["cells"]:
             if not entry.get("measured"):
                 continue
-            key = (entry["of"], entry["codec"], entry["asked"])
+            cell = (entry["of"], entry["codec"], entry["asked"])
+            if entry["lanes"] == 1 and entry["state"] == "ok":
+                alone[*cell, entry["link"]] = entry["measured"]["tokens_per_s"]
+            elif (one := alone.get((*cell, entry["link"]))) is not None:
+                entry["share_of_lanes"] = entry["measured"]["tokens_per_s"] / (entry["lanes"] * one)
+            key = (*cell, entry["lanes"], entry["average"])
             if entry["link"] == UNCAPPED and entry["state"] == "ok":
                 uncapped[key] = (entry["measured"]["tokens_per_s"], "measured")
             planned = entry.get("planned")

@@ -71,7 +71,8 @@ def add_comparison(summary: dict[str, Any], run: Path, config: RunConfig) -> Non
         found["simulation_left_out"] = " ".join(str(error).split()) or type(error).__name__
     if summary["mode"] == "swarm":
         shares = [stage["compute_share"] for stage in summary["stages"][: config.pipeline.stages]]
-        found["cut_advice"] = advice_on_record(chain, shares)
+        converts = config.lanes.count == 1 and config.checkpoint.every  # `thinpipe checkpoint convert`
+        found["cut_advice"] = advice_on_record(chain, shares, run if converts else None)
     summary |= found
     summary["try_next"] = _try_next(summary, run, config)
 

@@ -25,15 +25,15 @@ from torch import Tensor
 
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Message
-from ..averaging.averager import Place
 from ..boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from ..config import RunConfig
 from ..data import Corpus
 from ..optim import OptimStats
 from ..stage import Stage
 from ..stage_state import StageSnapshot, StateError
+from .contribution_sizes import sized_averager
 from .emulated_machine import EmulatedMachine
-from .emulated_rounds import EmulatedAverager, averaged_numbers
+from .emulated_rounds import EmulatedAverager
 from .message_sizes import Sizes
 
 if TYPE_CHECKING:
@@ -129,9 +129,8 @@ class EmulatedStage(Stage):
         self.times = machine.times(config, architecture)[index]
         self.averager, self.lane = None, lane
         if config.lanes.count > 1:
-            place = Place(stage=index, lane=lane, lanes=config.lanes.count, seed=config.run.seed)
-            numbers = averaged_numbers(config, architecture, index, len(self.layers))
-            self.averager = EmulatedAverager(config, place, numbers)
+            sizes = sized_averager(config, architecture, index, self.layers, lane=lane, inner=machine.part)
+            self.averager = EmulatedAverager(sizes, steps=config.run.steps)
         self.completed = 0
         self.losses: dict[int, float] = {}
         self._gradients = 0  # microbatches of this step whose input gradient is there

@@ -22,9 +22,10 @@ from ..config import ConfigError, RunConfig
 from ..config_file import load_config
 from ..data import DataError
 from ..model import ModelError, resolve_model
-from ..preparation import check_codec, resolve_architecture
+from ..preparation import check_codec, check_lanes, resolve_architecture
 from ..stage_costs import best_order, speeds, stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
+from .lanes_plan import lanes_figures
 from .message_sizes import Sizes
 from .stage_times import times_calibrated, times_measured, times_recut
 
@@ -175,8 +176,10 @@ def planned(
     config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
     """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Besides,
-    what its cut gains over stages of equal length, and an order of the machines that is faster: None where there is
-    nothing to gain, or where nobody knows. Raises what PLANNED names."""
+    what averaging between lanes costs (None: there is one), what the cut gains over stages of equal length, and an
+    order of the machines that is faster: None where there is nothing to gain, or where nobody knows. Raises what
+    PLANNED names."""
+    check_lanes(config)
     layers = None
     if emulated:
         # A model from a directory has a vocabulary of its own.
@@ -194,7 +197,12 @@ def planned(
     found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers)
     config = _with_pipeline(config, schedule=found)
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
-    figures |= {"gain_over_equal_cut": None, "better_order": None}
+    of_run = config.compute.emulate and EmulatedMachine.parse(config.compute.emulate)
+    inner = bool((machine := emulated or of_run) and machine.part)
+    counts = [stage["layers"] for stage in figures["stages"]]
+    step_s = figures["step_s"]
+    lanes = lanes_figures(config, architecture, times, counts, step_s=step_s, rule=rule, inner=inner)
+    figures |= {"lanes": lanes, "gain_over_equal_cut": None, "better_order": None}
     if emulated and emulated.knows_cuts and emulated.stages <= architecture.num_hidden_layers:
 
         def found_for(**pipeline: Any) -> dict[str, Any]:

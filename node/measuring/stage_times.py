@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.stage_work import StageWorkError, measured_times, with_other_work
+from ...sim.reports.lanes import lane_path, node_name
 from ...sim.reports.summary import read_records
 from ..config import ConfigError, RunConfig
 from ..config_sections import CodecSection
@@ -25,17 +26,19 @@ CALIBRATION_S = 0.3
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`, from all its steps.
-    Raises ConfigError for a run that has no steps."""
-    times = []
+    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`, from all its steps in
+    all lanes. Raises ConfigError for a run that has no steps."""
+    times, lanes = [], config.lanes.count
     for stage in range(config.pipeline.stages):
-        path = run / f"stage-{stage}.jsonl"
-        records = read_records(path) if path.exists() else []
-        steps = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
-        if not steps:
-            raise ConfigError(
-                f"{run} has no record of a second step of stage {stage}; name the --out of a finished run"
-            )
+        steps: list[dict[str, Any]] = []
+        for lane in range(lanes):
+            path = lane_path(run, lane, lanes) / f"stage-{stage}.jsonl"
+            records = read_records(path) if path.exists() else []
+            own = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
+            if not own:
+                name = node_name(stage, lane, lanes)
+                raise ConfigError(f"{run} has no record of a second step of {name}; name the --out of a finished run")
+            steps += own
         step_s = [step["compute_s"] + step["codec_s"] for step in steps]
         times.append(measured_times(step_s, config.pipeline.microbatches))
     return times

@@ -1,10 +1,13 @@
 """A cell of a throughput benchmark: a swarm of real node processes over a link that is verified, and its figures.
 
-A cell is one run at one codec, schedule and link. The first step warms up; then come three windows of whole steps, and
-tokens/s has to agree between them, or it is no steady state. A cell counts only if each link was probed and delivered
-what it was set to, and, where compute is emulated, if the machine kept up: a thread that sleeps wakes up late on
-a machine that is too busy, and then the benchmark would measure the machine. Everything is read from the records that
-the nodes write.
+A cell is one run at one codec, schedule, link and number of lanes. The first step warms up; then come three windows of
+whole steps, and tokens/s has to agree between them, or it is no steady state. A cell counts only if each link was
+probed and delivered what it was set to, and, where compute is emulated, if the machine kept up: a thread that sleeps
+wakes up late on a machine that is too busy, and then the benchmark would measure the machine. Everything is read from
+the records that the nodes write.
+
+Where lanes average, a window is as many steps as lie between some rounds, so that each has as many of them. The warm-up
+lasts until the first one can have been used, and the round of everything at the run's end is behind all windows.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reports.summary import OUTSIDE_RATIO, read_records, total_by_kind
+from ..reports.lanes import is_lateral, lane_path
+from ..reports.summary import AVERAGING, OUTSIDE_RATIO, read_records, total_by_kind
 from .local_swarm import run_swarm
 
 WARM_UP_STEPS = 1
@@ -30,102 +34,154 @@ CPU_WITHIN = 0.70  # of all cores: up to 0.6, cells agree with the plan; from 0.
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One run. `window_steps`: steps of each window. `emulated`: stages sleep, so the pace has to be kept."""
+    """One run. `window_steps`: steps of each window. `emulated`: stages sleep, so the pace has to be kept. `delay`: of
+    the rounds of several lanes, in steps."""
 
     name: str
     stages: int
     window_steps: int
     emulated: bool
+    lanes: int = 1
+    delay: int = 0
+
+    @property
+    def warm_up_steps(self) -> int:
+        return WARM_UP_STEPS + self.delay
 
     @property
     def steps(self) -> int:
-        return WARM_UP_STEPS + WINDOWS * self.window_steps
+        return self.warm_up_steps + WINDOWS * self.window_steps + (self.lanes > 1)
 
 
 def run_cell(directory: Path, cell: Cell) -> dict[str, Any]:
     """Run the swarm of `directory`/run.toml and measure it. Raises SwarmError; ValueError for records that lack a
     step."""
-    run_swarm(directory, stages=cell.stages)
+    run_swarm(directory, stages=cell.stages, lanes=cell.lanes)
     return measure(directory, cell)
 
 
-def measure(directory: Path, cell: Cell) -> dict[str, Any]:
-    """The figures of a run on record, with `problems`: why they do not count, in words."""
-    records = [read_records(directory / f"stage-{stage}.jsonl") for stage in range(cell.stages)]
-    steps = [[record for record in of if record["event"] == "step"] for of in records]
-    ends = [record for of in records for record in of if record["event"] == "end"]
-    checks = {
-        (check["boundary"], check["direction"]): check["measured_bits_per_s"]
-        for of in records
-        for record in of
-        if record["event"] == "ready"
-        for check in record["link_check"]
-    }
-    if any(len(of) != cell.steps for of in steps) or len(ends) != cell.stages:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Node:
+    """What one node wrote. steps: from the last one of the warm-up to the last one of the windows."""
+
+    lane: int
+    stage: int
+    steps: list[dict[str, Any]]
+    links: list[dict[str, Any]]  # at its end
+    checks: list[dict[str, Any]]
+    peak_rss_bytes: int
+
+    @property
+    def wall_s(self) -> float:
+        return self.steps[-1]["time_s"] - self.steps[0]["time_s"]
+
+    def total(self, name: str) -> float:
+        return sum(step[name] for step in self.steps[1:])
+
+    def sent(self, name: str) -> Counter[str]:
+        """Framed bytes of the link of that name in the windows, by kind."""
+        before, after = (Counter(self.steps[at]["sent_bytes"][name]) for at in (0, -1))
+        after.subtract(before)
+        return after
+
+
+def _read(directory: Path, cell: Cell, lane: int, stage: int) -> _Node:
+    records = read_records(lane_path(directory, lane, cell.lanes) / f"stage-{stage}.jsonl")
+    steps = [record for record in records if record["event"] == "step"]
+    ends = [record for record in records if record["event"] == "end"]
+    if len(steps) != cell.steps or len(ends) != 1:
         raise ValueError(f"{directory} has not all of its {cell.steps} steps on record")
-    head, first = steps[0], WARM_UP_STEPS - 1
-    marks = [head[first + window * cell.window_steps]["time_s"] for window in range(WINDOWS + 1)]
-    tokens = cell.window_steps * head[0]["tokens"]
-    windows = [tokens / (after - before) for before, after in itertools.pairwise(marks)]
-    wall_s = marks[-1] - marks[0]
-    kept = [of[WARM_UP_STEPS:] for of in steps]
+    first = cell.warm_up_steps - 1
+    return _Node(
+        lane=lane,
+        stage=stage,
+        steps=steps[first : first + WINDOWS * cell.window_steps + 1],
+        links=ends[0]["links"],
+        checks=[check for record in records if record["event"] == "ready" for check in record["link_check"]],
+        peak_rss_bytes=ends[0]["peak_rss_bytes"],
+    )
 
-    def total(name: str, stage: int) -> float:
-        return sum(step[name] for step in kept[stage])
 
+def measure(directory: Path, cell: Cell) -> dict[str, Any]:
+    """The figures of a run on record, with `problems`: why they do not count, in words. tokens/s are of all lanes
+    together, `stages` has means over lanes. Raises ValueError for records that lack a step."""
+    nodes = [_read(directory, cell, lane, stage) for lane in range(cell.lanes) for stage in range(cell.stages)]
+    heads = [node for node in nodes if node.stage == 0]
+    tokens = cell.window_steps * heads[0].steps[0]["tokens"]
+    windows = [sum(of_window) for of_window in zip(*(_windows(head, cell, tokens) for head in heads), strict=True)]
+    wall_s = statistics.mean(head.wall_s for head in heads)
+    all_tokens, sent = WINDOWS * tokens * cell.lanes, _moved(nodes)
+    in_ratio = sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
+    cpu_s = sum(node.total("cpu_s") for node in nodes)
+
+    def share(name: str, stage: int) -> float:
+        return statistics.mean(node.total(name) for node in nodes if node.stage == stage) / wall_s
+
+    checks = {
+        (node.lane, check["boundary"], check["direction"]): check["measured_bits_per_s"]
+        for node in nodes
+        for check in node.checks
+    }
     figures: dict[str, Any] = {
-        "tokens_per_s": WINDOWS * tokens / wall_s,
+        "tokens_per_s": sum(WINDOWS * tokens / head.wall_s for head in heads),
         "windows": windows,
         "spread": (max(windows) - min(windows)) / statistics.mean(windows),
         "step_s": wall_s / (WINDOWS * cell.window_steps),
-        "bytes_per_token": _moved(steps, first) / (WINDOWS * tokens),
+        "bytes_per_token": in_ratio / all_tokens,
+        "averaging_bytes_per_token": sent[AVERAGING] / all_tokens,
         "stages": [
-            {name: total(name, stage) / wall_s for name in ("compute_s", "codec_s", "wait_s", "cpu_s")}
+            {name: share(name, stage) for name in ("compute_s", "codec_s", "wait_s", "cpu_s")}
             for stage in range(cell.stages)
         ],
-        "peak_rss_bytes": [end["peak_rss_bytes"] for end in ends],
-        "links": [_link(link, checks, steps, first, wall_s) for end in ends for link in end["links"]],
+        "peak_rss_bytes": [node.peak_rss_bytes for node in nodes],
+        "links": [_link(link, checks, node, wall_s) for node in nodes for link in node.links],
+        "cpu_s_per_gb": cpu_s / ((in_ratio + sent[AVERAGING]) / 1e9),
+        "cpu_share": cpu_s / wall_s / (os.cpu_count() or 1),
     }
-    moved_gb = figures["bytes_per_token"] * WINDOWS * tokens / 1e9
-    figures["cpu_s_per_gb"] = sum(stage["cpu_s"] for stage in figures["stages"]) * wall_s / moved_gb
-    figures["cpu_share"] = sum(stage["cpu_s"] for stage in figures["stages"]) / (os.cpu_count() or 1)
     if cell.emulated:
-        figures["late_share"] = max(sum(step["codec"]["late_s"] for step in of) for of in kept) / wall_s
+        figures["late_share"] = max(sum(step["codec"]["late_s"] for step in node.steps[1:]) for node in nodes) / wall_s
     used = [link["utilisation"] for link in figures["links"] if link["utilisation"] is not None]
     figures["utilisation"] = max(used, default=None)
     figures["problems"] = list(_problems(figures, cell))
     return figures
 
 
-def _moved(steps: list[list[dict[str, Any]]], first: int) -> int:
-    """Framed bytes of training that all stages sent in the windows."""
+def _windows(head: _Node, cell: Cell, tokens: int) -> list[float]:
+    """tokens/s of one lane in each window."""
+    marks = [head.steps[window * cell.window_steps]["time_s"] for window in range(WINDOWS + 1)]
+    return [tokens / (after - before) for before, after in itertools.pairwise(marks)]
 
-    def counted(records: list[dict[str, Any]]) -> Counter[str]:
-        return total_by_kind(records)
 
-    sent = counted([of[-1] for of in steps])
-    sent.subtract(counted([of[first] for of in steps]))
-    return sum(count for kind, count in sent.items() if kind not in OUTSIDE_RATIO)
+def _moved(nodes: list[_Node]) -> Counter[str]:
+    """Framed bytes that all nodes sent in the windows, by kind."""
+    sent = total_by_kind(node.steps[-1] for node in nodes)
+    sent.subtract(total_by_kind(node.steps[0] for node in nodes))
+    return sent
 
 
 def _link(
-    link: dict[str, Any],
-    checks: dict[tuple[int, str], float | None],
-    steps: list[list[dict[str, Any]]],
-    first: int,
-    wall_s: float,
+    link: dict[str, Any], checks: dict[tuple[int, int, str], float | None], node: _Node, wall_s: float
 ) -> dict[str, Any]:
-    """One direction of a boundary in the windows. checks: what the probes at the start measured."""
-    boundary, rate = link["boundary"], link["configured_bits_per_s"]
-    sender = boundary if link["direction"] == "forward" else boundary + 1
-    name = f"boundary {boundary}-{boundary + 1}"
-    before, after = (steps[sender][at]["sent_bytes"][name] for at in (first, -1))
-    moved = sum(count - before.get(kind, 0) for kind, count in after.items() if kind not in OUTSIDE_RATIO)
+    """One direction of a boundary, or of a lateral link, in the windows. checks: what the probes at the start
+    measured, of boundaries."""
+    rate = link["configured_bits_per_s"]
+    if (peer := link.get("peer_lane")) is not None:
+        one, other = sorted((node.lane, peer))
+        name = f"lateral {node.stage}: lane {one}-{other}"
+        where = {"lane": node.lane, "peer_lane": peer, "stage": node.stage}
+        probed = {}
+    else:
+        boundary, direction = link["boundary"], link["direction"]
+        name = f"boundary {boundary}-{boundary + 1}"
+        where = {"lane": node.lane, "boundary": boundary, "direction": direction}
+        probed = {"measured_bits_per_s": checks.get((node.lane, boundary, direction))}
+    lateral = is_lateral(name)
+    moved = sum(count for kind, count in node.sent(name).items() if lateral or kind not in OUTSIDE_RATIO)
     return {
-        "boundary": boundary,
-        "direction": link["direction"],
+        **where,
+        "name": name if lateral else f"{name} {link['direction']}",
         "configured_bits_per_s": rate,
-        "measured_bits_per_s": checks.get((boundary, link["direction"])),
+        **probed,
         "busy_bits_per_s": link["measured_bits_per_s"],
         "utilisation": moved * 8 / (rate * wall_s) if rate else None,
     }
@@ -135,10 +191,11 @@ def _problems(figures: dict[str, Any], cell: Cell) -> Any:
     if figures["spread"] > STEADY_WITHIN:
         yield f"no steady state: windows differ by {figures['spread']:.1%}, {STEADY_WITHIN:.0%} are allowed"
     for link in figures["links"]:
-        configured, measured, busy = (link[f"{name}_bits_per_s"] for name in ("configured", "measured", "busy"))
+        configured, busy = link["configured_bits_per_s"], link["busy_bits_per_s"]
         if not configured:
             continue
-        name = f"boundary {link['boundary']}-{link['boundary'] + 1} {link['direction']}"
+        name = link["name"] if cell.lanes == 1 or "peer_lane" in link else f"{link['name']} of lane {link['lane']}"
+        measured = link.get("measured_bits_per_s", configured)  # lateral links are not probed
         if measured is None or abs(measured / configured - 1) > CAP_WITHIN:
             found = "nothing" if measured is None else f"{measured / 1e6:.1f} Mb/s"
             yield f"{name}: the probe measured {found}, the link is set to {configured / 1e6:.1f} Mb/s"

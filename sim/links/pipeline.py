@@ -22,7 +22,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from ...protocol.schedule import (
     Action,
@@ -169,14 +169,17 @@ class _Pipeline:
         microbatches: int,
         steps: int,
         rule: Rule,
+        hold: Hold | None = None,
     ) -> None:
         self._wires = _Wires(boundaries, rule)
-        self._steps = steps
+        self._steps, self._hold = steps, hold
+        self._held = [-1] * len(stages)  # the newest step whose hold is over
         self._streams = _planned(schedule, stages, microbatches)
         self._at = [0] * len(stages)  # the next action, counted over all steps
         self._idle = [True] * len(stages)
         self._here: list[set[tuple[int, int, int]]] = [set() for _ in stages]  # what has arrived: step, whose, number
-        self._events: list[tuple[float, int, int, int, int, _Planned]] = []  # when, order, at stage, step, whose, what
+        # When, order, at stage, step, whose, what; None for what: the stage was held, and may go on.
+        self._events: list[tuple[float, int, int, int, int, _Planned | None]] = []
         self._order = itertools.count()
         self.spans: list[Span] = []
 
@@ -185,10 +188,12 @@ class _Pipeline:
             self._begin(stage, 0.0)
         while self._events:
             now_s, _, stage, step, whose, planned = heapq.heappop(self._events)
-            self._here[stage].add((step, whose, planned.number))
+            if planned is not None:
+                self._here[stage].add((step, whose, planned.number))
             if whose == stage:
                 self._idle[stage] = True
-                self._send(stage, step, planned, now_s)
+                if planned is not None:
+                    self._send(stage, step, planned, now_s)
             self._begin(stage, now_s)
 
     def _begin(self, stage: int, now_s: float) -> None:
@@ -198,6 +203,13 @@ class _Pipeline:
         if not self._idle[stage] or step == self._steps:
             return
         planned, here = stream[place], self._here[stage]
+        if self._hold and self._held[stage] < step and self._hold.before(planned.action):
+            self._held[stage] = step
+            until_s = self._hold.until_s(stage, step, now_s)
+            if until_s > now_s:
+                self._idle[stage] = False
+                self._push(until_s, stage, step, stage, None)
+                return
         needed = [(step, whose, number) for whose, number in planned.needs]
         if not here.issuperset(needed):
             return
@@ -216,8 +228,20 @@ class _Pipeline:
         self.spans.append(Span(stage=receiver, sender=stage, step=step, action=action, start_s=start_s, end_s=end_s))
         self._push(arrive_s, receiver, step, stage, planned)
 
-    def _push(self, when_s: float, stage: int, step: int, whose: int, planned: _Planned) -> None:
+    def _push(self, when_s: float, stage: int, step: int, whose: int, planned: _Planned | None) -> None:
         heapq.heappush(self._events, (when_s, next(self._order), stage, step, whose, planned))
+
+
+class Hold(Protocol):
+    """What stages wait for besides one another, once in each step."""
+
+    def before(self, action: Action) -> bool:
+        """Whether it is in front of this action, or of the step's first such action."""
+        ...
+
+    def until_s(self, stage: int, step: int, now_s: float) -> float:
+        """When the stage, which comes to it now, may go on."""
+        ...
 
 
 def _planned(schedule: Schedule, stages: Sequence[StageTimes], microbatches: int) -> list[list[_Planned]]:
@@ -259,10 +283,7 @@ def simulate(
         )
     pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule)
     pipeline.run()
-    begins: dict[tuple[int, int], float] = {}  # (stage, step)
-    for span in pipeline.spans:  # in order of time
-        if span.sender is None:
-            begins.setdefault((span.stage, span.step), span.start_s)
+    begins = _begins(pipeline.spans)
     step_s = max(begins[stage, steps - 1] - begins[stage, steps - 2] for stage in range(len(stages)))
     busy: dict[object, float] = defaultdict(float)
     for span in pipeline.spans:
@@ -277,3 +298,27 @@ def simulate(
         peak_in_flight=[schedule.peak_in_flight(stage, len(stages), microbatches) for stage in range(len(stages))],
         spans=pipeline.spans,
     )
+
+
+def step_begins(
+    schedule: Schedule,
+    stages: Sequence[StageTimes],
+    boundaries: Sequence[Boundary],
+    *,
+    microbatches: int,
+    steps: int,
+    rule: Rule,
+    hold: Hold,
+) -> dict[tuple[int, int], float]:
+    """When each (stage, step) begins to compute, of `steps` steps in which stages are held."""
+    pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule, hold)
+    pipeline.run()
+    return _begins(pipeline.spans)
+
+
+def _begins(spans: Sequence[Span]) -> dict[tuple[int, int], float]:
+    begins: dict[tuple[int, int], float] = {}
+    for span in spans:  # in order of time
+        if span.sender is None:
+            begins.setdefault((span.stage, span.step), span.start_s)
+    return begins

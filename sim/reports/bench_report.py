@@ -9,10 +9,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "used", "busy", "state")
+LANE_COLUMNS = (*COLUMNS[:2], "lanes", "tokens/s", "of one", "averaging", *COLUMNS[3:])
+LEFT = ("link", "schedule", "lanes", "state")
 CAPTION = (
     "share: of the same codec and schedule over instant links (* simulated); plan: against the simulation; used: of "
     "what the machines can compute; busy: the busiest wire, and what the schedule makes of it"
 )
+LANE_CAPTION = "; of one: of so many times one lane; averaging: bytes/token between lanes"
 
 
 def bench_tables(found: dict[str, Any]) -> list[Table]:
@@ -22,40 +25,57 @@ def bench_tables(found: dict[str, Any]) -> list[Table]:
         groups.setdefault((cell["of"], cell["codec"]), []).append(cell)
     tables = []
     for (of, codec), cells in groups.items():
+        lanes = any(cell["lanes"] > 1 for cell in cells)
         sizes = [cell["measured"]["bytes_per_token"] for cell in cells if cell.get("measured")]
         told = f", {sizes[-1]:,.1f} bytes/token" if sizes else ""
+        ways = {cell["average"] for cell in cells if cell["average"]}
+        told += f", lanes: {next(iter(ways))}" if len(ways) == 1 else ""
         table = Table(
             title=f"{codec}, {of} ({cells[0]['mode']}){told}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
         )
-        for column in COLUMNS:
-            table.add_column(column, justify="left" if column in ("link", "schedule", "state") else "right")
+        for column in LANE_COLUMNS if lanes else COLUMNS:
+            table.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
         for cell in cells:
-            table.add_row(*_row(cell))
+            table.add_row(*_row(cell, lanes=lanes, named=len(ways) > 1))
         tables.append(table)
     if tables:
-        tables[-1].caption = CAPTION
+        tables[-1].caption = CAPTION + (LANE_CAPTION if any(cell["lanes"] > 1 for cell in found["cells"]) else "")
     return tables
 
 
 def bench_problems(found: dict[str, Any]) -> list[str]:
     """A line for each cell that does not count."""
     return [
-        f"{cell['codec']} over {cell['link']}, {cell['of']}: {cell['state']}: {'; '.join(cell['problems'])}"
+        f"{cell['codec']} over {cell['link']}, {cell['of']}{_lanes_words(cell)}: {cell['state']}: "
+        f"{'; '.join(cell['problems'])}"
         for cell in found["cells"]
         if cell["problems"]
     ]
 
 
-def _row(cell: dict[str, Any]) -> list[str]:
+def _lanes_words(cell: dict[str, Any]) -> str:
+    return f", {cell['lanes']} lanes, {cell['average']}" if cell["lanes"] > 1 else ""
+
+
+def _row(cell: dict[str, Any], *, lanes: bool, named: bool) -> list[str]:
+    """lanes: whether the table has columns for them. named: whether it has several ways to average."""
     name = [cell["link"], cell["schedule"]]
+    if lanes:
+        name.append(f"{cell['lanes']} {cell['average']}" if named and cell["average"] else str(cell["lanes"]))
     figures, planned = cell.get("measured"), cell.get("planned")
     if not figures:
-        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *"----", cell["state"]]
+        nothing = "-" * (6 if lanes else 4)
+        return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *nothing, cell["state"]]
+    of_lanes: list[str] = []
+    if lanes:
+        of_one, size = cell.get("share_of_lanes"), figures["averaging_bytes_per_token"]
+        of_lanes = ["-" if of_one is None else f"{of_one:.3f}", f"{size:,.1f}" if size else "-"]
     share, mark = cell.get("share_of_uncapped"), "" if cell.get("uncapped_from") == "measured" else "*"
     used = figures["utilisation"]
     return [
         *name,
         f"{figures['tokens_per_s']:,.0f}",
+        *of_lanes,
         "-" if share is None else f"{share:.3f}{mark}",
         "-" if cell.get("against_plan") is None else f"{cell['against_plan']:+.1%}",
         "-" if cell.get("machines_used") is None else f"{cell['machines_used']:.1%}",
@@ -79,11 +99,11 @@ def draw_bench(path: Path, found: dict[str, Any]) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8.5, 5.2))
     cells = [cell for cell in found["cells"] if cell["rate_bits_per_s"]]
-    names = list(dict.fromkeys((cell["of"], cell["codec"], cell["asked"]) for cell in cells))
+    names = list(dict.fromkeys(map(_name, cells)))
     for index, name in enumerate(names):
         color = f"C{index % 10}"
         own = sorted(
-            (cell for cell in cells if (cell["of"], cell["codec"], cell["asked"]) == name),
+            (cell for cell in cells if _name(cell) == name),
             key=lambda cell: cell["rate_bits_per_s"],
         )
         shown = [
@@ -91,7 +111,7 @@ def draw_bench(path: Path, found: dict[str, Any]) -> None:
             for cell in own
             if (height := _height(cell)) is not None
         ]
-        label = f"{name[1]}, {name[2]}, {name[0]}"
+        label = f"{name[1]}, {name[2]}, {name[0]}{name[3]}"
         axes.plot([x for x, _, _ in shown], [y for _, y, _ in shown], color=color, linewidth=1, label=label)
         for x, y, state in shown:
             marker = {"ok": "o", "planned": "x"}.get(state, "o")
@@ -120,6 +140,10 @@ def draw_bench(path: Path, found: dict[str, Any]) -> None:
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _name(cell: dict[str, Any]) -> tuple[str, str, str, str]:
+    return cell["of"], cell["codec"], cell["asked"], _lanes_words(cell)
 
 
 def _height(cell: dict[str, Any]) -> float | None:

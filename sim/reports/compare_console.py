@@ -87,6 +87,17 @@ def bytes_text(recipe: dict[str, Any]) -> tuple[str, str]:
     return ("-", "-") if size is None else (f"{size:,.1f}", f"{ratio:,.1f}x")
 
 
+def has_lanes(found: dict[str, Any]) -> bool:
+    """Whether a recipe has several, so that there is averaging to show."""
+    return any(recipe["lanes"] > 1 for recipe in found["recipes"])
+
+
+def averaging_text(recipe: dict[str, Any]) -> str:
+    """Bytes a token of averaging between lanes."""
+    size = recipe["averaging_bytes_per_token"]
+    return "-" if size is None else f"{size:,.1f}"
+
+
 def over_text(recipe: dict[str, Any]) -> str:
     """`-0.26 ± 1.94 %`; of one seed there is no interval."""
     over, half = recipe["over_first_percent"], recipe["over_first_interval"]
@@ -121,7 +132,8 @@ def compare_table(found: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("recipe", overflow="fold")
-    for column in ("held-out\nloss", "over the\nfirst", "bytes/\ntoken", "ratio"):
+    averaging = ["averaging,\nb./token"] if has_lanes(found) else []
+    for column in ("held-out\nloss", "over the\nfirst", "bytes/\ntoken", "ratio", *averaging):
         table.add_column(column, justify="right")
     for link in found["links"]:
         table.add_column(link.replace(",", ",\n"), justify="right")
@@ -132,6 +144,7 @@ def compare_table(found: dict[str, Any]) -> Table:
             loss_text(recipe["loss"]),
             over_text(recipe),
             *bytes_text(recipe),
+            *([averaging_text(recipe)] if averaging else []),
             *(
                 f"[bold]{time_text(recipe, link)}[/bold]"
                 if recipe["name"] in first_of[link]
@@ -174,6 +187,7 @@ def compare_lines(found: dict[str, Any]) -> Iterator[str]:
             f"simulated at {pace_text(found)}"
         )
         yield from _widths_differ(found)
+        yield from _lanes_compute_beside(found)
     for recipe in found["recipes"]:
         for run in recipe["runs"]:
             if run["failed"]:
@@ -182,6 +196,15 @@ def compare_lines(found: dict[str, Any]) -> Iterator[str]:
         yield "≤: below that loss at the first evaluation already; evaluate more often with --eval-every"
     if len(found["seeds"]) == 1:
         yield "one seed has no interval: differences below 1 or 2 % may be chance; say --seeds 3"
+
+
+def _lanes_compute_beside(found: dict[str, Any]) -> Iterator[str]:
+    for recipe in found["recipes"]:
+        if (count := recipe["lanes"]) > 1:
+            yield (
+                f"{recipe['name']} has {count} lanes: {count} times the machines, each chain with its part of the "
+                "tokens of a step; its loss is the mean of its lanes, averaging is beside bytes/token"
+            )
 
 
 def _widths_differ(found: dict[str, Any]) -> Iterator[str]:

@@ -14,10 +14,12 @@ from typing import Any
 
 from .compare_console import (
     NOT_REACHED,
+    averaging_text,
     bytes_text,
     compare_lines,
     duration,
     fastest,
+    has_lanes,
     loss_text,
     over_text,
     pace_text,
@@ -116,7 +118,9 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
     first = found["recipes"][0]
     target = found["target_loss"]
     yield '<div class="wide"><table><thead><tr><th>recipe</th><th class="left">codec, own settings</th>'
-    for column in ("held-out loss", "over the first", "bytes/token", "ratio", f"steps to {loss_text(target)}"):
+    averaging = ["averaging, bytes/token"] if has_lanes(found) else []
+    columns = ("held-out loss", "over the first", "bytes/token", "ratio", *averaging)
+    for column in (*columns, f"steps to {loss_text(target)}"):
         yield f"<th>{escape(column if target is not None else column.partition(' to ')[0])}</th>"
     yield "".join(f"<th>time over<br>{escape(link)}</th>" for link in found["links"]) + "</tr></thead><tbody>"
     for index, recipe in enumerate(found["recipes"]):
@@ -126,7 +130,7 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
             f"<tr><td>{_key(index)}{escape(recipe['name'])}</td>"
             f'<td class="left"><code>{escape(recipe["codec"])}</code>{own}</td>'
             f"<td>{loss_text(recipe['loss'])}{_by_seed(recipe)}</td><td>{escape(over_text(recipe))}</td>"
-            f"<td>{'</td><td>'.join(bytes_text(recipe))}</td>"
+            f"<td>{'</td><td>'.join((*bytes_text(recipe), *([averaging_text(recipe)] if averaging else [])))}</td>"
             f"<td>{NOT_REACHED if steps is None else f'{steps:,.0f}'}<small>of {recipe['steps']:,}</small></td>"
         )
         for link in found["links"]:

@@ -1,0 +1,121 @@
+"""What `thinpipe plan` found, for people: tables of the whole, its stages, boundaries and lanes, and lines on what to
+change. All figures are those of `plan --json`; nothing is computed here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+WAITS_BELOW = 0.9  # of the tokens/s without links: more is within what a plan is off by
+
+
+def plan_tables(figures: dict[str, Any]) -> list[Table]:
+    """What `thinpipe plan` found, for people."""
+    whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")
+    for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
+        whole.add_column(column, justify="right")
+    whole.add_row(
+        f"{figures['step_s']:.3g}",
+        f"{figures['tokens_per_s']:,.0f}",
+        f"{figures['tokens_per_s'] / figures['uncapped_tokens_per_s']:.1%}",
+        f"{figures['machines_used']:.1%}",
+        figures["bottleneck"],
+        f"{figures['ratio']:.1f}x",
+    )
+    stages = Table(title="stages, for one microbatch")
+    for column in ("stage", "layers", "forward", "backward", "computes", "in flight at most"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(figures["stages"]):
+        milliseconds = [f"{stage[way] * 1000:.3g} ms" for way in ("forward_s", "backward_s")]
+        layers, in_flight = str(stage["layers"]), str(stage["microbatches_in_flight"])
+        stages.add_row(str(index), layers, *milliseconds, f"{stage['compute_share']:.1%}", in_flight)
+    lanes = lane_tables(figures["lanes"]) if figures["lanes"] else []
+    if not figures["boundaries"]:
+        return [whole, stages, *lanes]
+    sizes = figures["bytes_per_microbatch"]
+    links = Table(
+        title="boundaries",
+        caption=f"a microbatch is {sizes['forward']:,} bytes down and {sizes['backward']:,} up, framed",
+    )
+    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of"):
+        links.add_column(column, justify="right")
+    for index, boundary in enumerate(figures["boundaries"]):
+        bound = boundary["compute_bound_at_ratio"]
+        links.add_row(
+            f"{index}-{index + 1}",
+            f"{boundary['forward_share']:.1%}",
+            f"{boundary['backward_share']:.1%}",
+            "any" if bound is None or bound <= 1 else f"{bound:.1f}x",
+        )
+    return [whole, stages, links, *lanes]
+
+
+def lane_tables(lanes: dict[str, Any]) -> list[Table]:
+    """All lanes together, and what each stage has to send to its own in another lane."""
+    count = lanes["count"]
+    whole = Table(
+        title=f"{count} lanes, {lanes['average']}",
+        caption=f"the round at the run's end, of all weights, takes {lanes['last_round_s']:.3g} s",
+    )
+    for column in ("tokens/s of all", f"of {count} x one lane", "averaging, bytes/token", "lost, a step"):
+        whole.add_column(column, justify="right")
+    size = f"{lanes['bytes_per_token']:,.1f}"
+    whole.add_row(f"{lanes['tokens_per_s']:,.0f}", f"{lanes['share']:.3f}", size, _seconds(lanes["stall_s"]))
+    stages = Table(
+        title="rounds",
+        caption="Mb/s that a lateral link needs: mean, to carry all rounds; peak, so that nobody waits",
+    )
+    for column in ("stage", "MB", "bytes/token", "takes", "mean", "peak", "hidden", "waits, a step"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(lanes["stages"]):
+        peak = stage["peak_bits_per_s"]
+        stages.add_row(
+            str(index),
+            f"{stage['contribution_bytes'] / 1e6:,.1f}",
+            f"{stage['bytes_per_token']:,.1f}",
+            _seconds(stage["round_s"]),
+            f"{stage['mean_bits_per_s'] / 1e6:,.1f}",
+            "-" if peak is None else f"{peak / 1e6:,.1f}",
+            "yes" if stage["hidden"] else "no",
+            _seconds(stage["wait_s"]),
+        )
+    return [whole, stages]
+
+
+def _seconds(value: float) -> str:
+    """Below a tenth of a millisecond it is what a simulation rounds."""
+    return "-" if value < 1e-4 else f"{value:.3g} s"
+
+
+def cut_lines(figures: dict[str, Any]) -> list[str]:
+    """Which layers the stages have, what that gains over stages of equal length, and what would be faster: an order of
+    the machines, a deeper schedule."""
+    cut, gain = ",".join(str(stage["layers"]) for stage in figures["stages"]), figures["gain_over_equal_cut"]
+    lines = [
+        f"layers of the stages: {cut}"
+        + ("" if gain is None else f"; {gain:.2f} times the tokens/s of stages of equal length")
+    ]
+    if better := figures["better_order"]:
+        order = ",".join(f"{speed:g}" for speed in better["speeds"])
+        lines.append(f"the same machines in another order, --speeds {order}: {better['gain']:.2f}x")
+    whole, plain = figures["tokens_per_s"] / figures["uncapped_tokens_per_s"], figures["schedule"].partition(":")[0]
+    busiest = max((max(of["forward_share"], of["backward_share"]) for of in figures["boundaries"]), default=1.0)
+    # The links would carry what the machines can compute: it is their delay that costs.
+    if whole < WAITS_BELOW and busiest < whole and "rtt_ratio" not in figures["schedule"]:
+        deeper = "zb" if plain == "zb" else "1f1b"
+        lines.append(
+            f"stages wait for what is on its way, and links are idle: --schedule {deeper}:rtt_ratio=auto does more "
+            "microbatches meanwhile"
+        )
+    return lines
+
+
+def lane_lines(figures: dict[str, Any]) -> list[str]:
+    """How to average so that no stage waits for another lane."""
+    lanes = figures["lanes"]
+    if not lanes or not lanes["advice"]:
+        return []
+    slowest = lanes["stages"][lanes["bottleneck"]]
+    lost = f"stage {lanes['bottleneck']} waits {slowest['wait_s']:.3g} s a step for other lanes"
+    return [f"{lost}: {lanes['advice']}"]

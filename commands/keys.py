@@ -53,15 +53,19 @@ def keys_init(
 def keys_issue(
     stages: Annotated[str, typer.Option(help="Stages that the node may serve, such as 3, 0-3 or 0,2,4-6.")],
     out: Annotated[Path, typer.Option(help="Directory for the node's key and certificate. Copy it to that machine.")],
+    lanes: Annotated[
+        str | None, typer.Option(help="Lanes in which it may serve them, such as 0 or 0,2. (all)", show_default=False)
+    ] = None,
     authority: Annotated[Path, typer.Option(help="Directory that `thinpipe keys init` wrote.")] = Path("keys"),
     days: Annotated[int, typer.Option(help="Days until the certificate expires.")] = 30,
 ) -> None:
     """Issue a node's key and certificate, with a copy of the authority's certificate."""
     from ..node.security.certificates import spell_moment
-    from ..node.security.key_directory import KeysError, clock, issue, parse_stages
+    from ..node.security.key_directory import KeysError, clock, issue, parse_lanes, parse_stages
 
     try:
-        said = issue(parse_stages(stages), authority, out, days=days, now=clock())
+        within = parse_lanes(lanes)
+        said = issue(parse_stages(stages), authority, out, lanes=within, days=days, now=clock())
     except KeysError as error:
         fail(str(error), 2)
     print(f"{out}: for {said}, until {spell_moment(said.ends)}")
@@ -84,7 +88,9 @@ def keys_show(
         print(json.dumps(found, indent=2))
     else:
         begins, ends = (found[name][:16].replace("T", " ") for name in ("begins", "ends"))
-        what = "authority" if found["kind"] == "authority" else f"stages    {found['stages'] or 'none'}"
+        what = "authority"
+        if found["kind"] == "node":
+            what = f"stages    {found['stages'] or 'none'}\nlanes     {found['lanes']}"
         left = f"{found['days_left']:g} days left" if found["days_left"] > 0 else "over"
         print(
             f"run       {found['run']}\n{what}\nvalid     {begins} to {ends} UTC ({left})\nsha256    {found['sha256']}"

@@ -25,6 +25,7 @@ from .options import settings_of, shared
 
 if TYPE_CHECKING:
     from ..node.config import RunConfig
+    from ..protocol.grid_place import GridPlace
     from ..sim.links.shaper import LinkProfile
 
 CAPS = ("user", "kernel", "auto")
@@ -41,11 +42,20 @@ def supervise(
     stage: Annotated[
         int | None, typer.Option(min=0, envvar="THINPIPE_STAGE", help="Stage to serve, counted from 0, such as 2.")
     ] = None,
+    lane: Annotated[
+        int | None,
+        typer.Option(
+            min=0, envvar="THINPIPE_LANE", help="Lane to serve the stage in, from 0, in a run that has several. (0)"
+        ),
+    ] = None,
+    lanes: Annotated[int | None, shared("--lanes", "1", envvar="THINPIPE_LANES")] = None,
+    average: Annotated[str | None, shared("--average", "outer", envvar="THINPIPE_AVERAGE")] = None,
     standby: Annotated[
         bool, typer.Option("--standby", help="Serve no stage until one is lost, then serve that one. (off)")
     ] = False,
     peers: Annotated[
-        str, typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage, in order, separated by commas.")
+        str,
+        typer.Option(envvar="THINPIPE_PEERS", help="host:port of every stage, in order, lane after lane, with commas."),
     ] = "",
     link: Annotated[str | None, shared("--link", envvar="THINPIPE_LINK")] = None,
     cap: Annotated[
@@ -100,14 +110,24 @@ def supervise(
     names = [name.strip() for name in peers.split(",") if name.strip()]
     if (stage is None) != standby:
         fail("say which stage to serve: --stage N, or --standby for any that is lost", 2)
-    if not names or (stage or 0) >= len(names):
-        fail(f"--peers has {len(names)} stages; name host:port of every one, in order, stage 0 first", 2)
+    if standby and lane is not None:
+        fail("--standby serves any stage that is lost, in whatever lane; omit --lane", 2)
     if cap not in CAPS:
         fail(f"--cap: there is no '{cap}'; choose {', '.join(CAPS)}", 2)
     if health and not health.parent.is_dir():
         fail(f"--health {health}: there is no directory {health.parent}; make it, or name another file", 2)
+    sets = [*settings_text.split(), *(overrides or [])]
+    there = run / "run.toml"
+    source = config or (there if there.is_file() else None)
+    count = configuration(source, {"lanes.count": lanes}, sets).lanes.count
+    if not names or len(names) % count or (stage or 0) >= len(names) // count:
+        of = "" if count == 1 else f" of {count} lanes"
+        known = f"{len(names)} addresses, for {len(names) / count:g} stages{of}" if of else f"{len(names)} stages"
+        fail(f"--peers has {known}; name host:port of every one, in order, stage 0 first", 2)
     given = settings_of(
-        stages=len(names),
+        stages=len(names) // count,
+        lanes=lanes,
+        average=average,
         model=model,
         data=data,
         codec=codec or None,
@@ -117,25 +137,27 @@ def supervise(
         seed=seed,
         checkpoint_every=checkpoint_every,
     )
-    sets = [*settings_text.split(), *(overrides or [])]
-    there = run / "run.toml"
-    settings = configuration(config or (there if there.is_file() else None), given, sets)
+    settings = configuration(source, given, sets)
     from ..node.addresses import ListenError, split_address
-    from ..node.config import ConfigError, check_one_lane
+    from ..node.config import ConfigError
+    from ..node.run_lanes import check_lane, of_lane
+    from ..protocol.grid_place import GridPlace
     from ..sim.launch.privileges import become, known
     from ..sim.launch.service_supervisor import Assignment, Supervisor
     from ..sim.launch.stage_lock import SupervisorError
     from ..sim.links.shaper import LinkError, LinkProfile
+    from ..sim.reports.lanes import node_name
 
     try:
         node_words = shlex.split(node_options)
     except ValueError as error:
         fail(f'--node "{node_options}": {error}; write it as in a shell', 2)
-    who = "standby" if standby else f"stage {stage}"
+    place = GridPlace(stage or 0, lane or 0)
+    who = "standby" if standby else node_name(*place, settings.lanes.count)
     try:
         for name in names:
             split_address(name)
-        check_one_lane(settings, "supervise")
+        check_lane(settings, place.lane)
         profile = LinkProfile.parse(settings.link.link)
         given_here = said(config, given, sets)
         if user:  # from here on, what can be refused is refused before an interface is capped
@@ -143,7 +165,7 @@ def supervise(
         if there.is_file():
             _shared(there, settings, given_here)
         else:
-            _check(settings, stage or 0, node_words, user)
+            _check(settings, place, node_words, user)
         if cap != "user":
             profile = _cap(profile, who, must=cap == "kernel")
         if user:
@@ -155,11 +177,13 @@ def supervise(
                 raise
         shared, own = _agree(there, settings, given_here)
         if not (standby or any("checkpoint.directory" in word for word in (*own, *node_words))):
-            _check_checkpoints(shared, run)
+            _check_checkpoints(*of_lane(shared, run, place.lane))
         node = ["--link", str(profile), *own, *node_words]
         assignment = Assignment(
             run=run,
             stage=stage,
+            lane=place.lane,
+            lanes=settings.lanes.count,
             peers=names,
             steps=shared.run.steps,
             node=node,
@@ -173,7 +197,7 @@ def supervise(
         raise typer.Exit(code)
 
 
-def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | None) -> None:
+def _check(settings: RunConfig, place: GridPlace, node_words: list[str], user: str | None) -> None:
     """Refuse what cannot work before it stands in RUN, where its correction would be another run's settings. In a
     process that ends: the supervisor itself has no use for torch, and may stay for days. As `user`, who is to read the
     model and the data. Raises SupervisorError."""
@@ -192,7 +216,8 @@ def _check(settings: RunConfig, stage: int, node_words: list[str], user: str | N
             file.write(dump_config(settings))
             file.flush()
             os.fchmod(file.fileno(), 0o644)
-            command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", file.name, "--stage", str(stage)]
+            command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", file.name, "--stage", str(place.stage)]
+            command += ["--lane", str(place.lane)] if settings.lanes.count > 1 else []
             done = subprocess.run(
                 [*command, "--check", *node_words],
                 env=environment,

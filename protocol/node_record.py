@@ -20,6 +20,7 @@ from enum import StrEnum
 
 from .control_messages import LISTED_MAX, STEP_MAX
 from .errors import Fault, RemoteProtocolError
+from .grid_place import LANES_MAX, GridPlace
 from .messages import PROTOCOL_VERSION
 from .strict_msgpack import Check, number, pack, real, text, unpack
 
@@ -48,7 +49,8 @@ class NodeState(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeRecord:
-    """One node's own words. configuration: the run's fingerprint. endpoint: host:port where it is reached.
+    """One node's own words: which stage it serves, of so many, and in which lane. configuration: the run's fingerprint.
+    endpoint: host:port where it is reached.
 
     completed_steps: of its generation; committed_steps: in its newest checkpoint. claimed_at_s: Unix time, on its own
     clock.
@@ -66,6 +68,17 @@ class NodeRecord:
     completed_steps: int = 0
     committed_steps: int = 0
     tokens_per_s: float = 0.0
+    lane: int = 0
+    lanes: int = 1
+
+    @property
+    def place(self) -> GridPlace:
+        return GridPlace(self.stage, self.lane)
+
+    @property
+    def nodes(self) -> int:
+        """How many the run has."""
+        return self.stages * self.lanes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +123,8 @@ NODE_SCHEMA: dict[str, Check] = {
     "completed_steps": _STEPS,
     "committed_steps": _STEPS,
     "tokens_per_s": real(0.0, 1e12),
+    "lane": number(0, LANES_MAX),
+    "lanes": number(1, LANES_MAX + 1),
 }
 
 
@@ -119,7 +134,7 @@ def encode_record(record: NodeRecord) -> bytes:
     return pack("node record", NODE_SCHEMA, values, bytes_max=RECORD_BYTES_MAX)
 
 
-def decode_record(raw: bytes, *, run: str, configuration: str, stages: int) -> NodeRecord:
+def decode_record(raw: bytes, *, run: str, configuration: str, stages: int, lanes: int = 1) -> NodeRecord:
     """A record of that run. Raises RemoteProtocolError: malformed, oversized, or whose it is instead."""
     values = unpack("node record", NODE_SCHEMA, raw, bytes_max=RECORD_BYTES_MAX)
     for fault, name, expected in (
@@ -127,11 +142,14 @@ def decode_record(raw: bytes, *, run: str, configuration: str, stages: int) -> N
         (Fault.RUN_ID, "run", run),
         (Fault.CONFIGURATION, "configuration", configuration),
         (Fault.STAGE, "stages", stages),
+        (Fault.LANE, "lanes", lanes),
     ):
         if values[name] != expected:
             raise RemoteProtocolError(fault, f"a node record whose {name} is {values[name]}, and not {expected}")
     if values["stage"] >= stages:
         raise RemoteProtocolError(Fault.STAGE, f"a node record of stage {values['stage']}, of {stages}")
+    if values["lane"] >= lanes:
+        raise RemoteProtocolError(Fault.LANE, f"a node record of lane {values['lane']}, of {lanes}")
     del values["version"]
     return NodeRecord(**{**values, "state": NodeState(values["state"])})
 
@@ -150,15 +168,15 @@ def decode_run(raw: bytes) -> RunRecord:
     return RunRecord(**values)
 
 
-def renew_every_s(stages: int) -> float:
-    """How often a node of a swarm of that size renews its record: what a renewal reads grows with the swarm, and so
+def renew_every_s(nodes: int) -> float:
+    """How often a node of a swarm of so many renews its record: what a renewal reads grows with the swarm, and so
     does the number of those who renew."""
-    return RENEW_EVERY_S * max(1.0, stages / 16)
+    return RENEW_EVERY_S * max(1.0, nodes / 16)
 
 
-def stale_after_s(stages: int) -> float:
+def stale_after_s(nodes: int) -> float:
     """The age at which a record no longer says that its node lives."""
-    return RENEWALS_MISSED * renew_every_s(stages)
+    return RENEWALS_MISSED * renew_every_s(nodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,11 +189,11 @@ class Seen:
     @property
     def living(self) -> bool:
         """Whether its node is there, by its record."""
-        return self.record.state is not NodeState.LEFT and self.age_s < stale_after_s(self.record.stages)
+        return self.record.state is not NodeState.LEFT and self.age_s < stale_after_s(self.record.nodes)
 
 
 def read_records(
-    found: Iterable[tuple[bytes, float]], *, run: str, configuration: str, stages: int
+    found: Iterable[tuple[bytes, float]], *, run: str, configuration: str, stages: int, lanes: int = 1
 ) -> tuple[list[Seen], Counter[str]]:
     """The records of a run among what lies under its key, (bytes, age in seconds) each; and how many were left out, by
     fault."""
@@ -183,7 +201,7 @@ def read_records(
     left_out: Counter[str] = Counter()
     for raw, age_s in found:
         try:
-            record = decode_record(raw, run=run, configuration=configuration, stages=stages)
+            record = decode_record(raw, run=run, configuration=configuration, stages=stages, lanes=lanes)
         except RemoteProtocolError as error:
             left_out[error.fault] += 1
         else:

@@ -19,13 +19,14 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
 from thinpipe.node.discovery.dht import write_frame
 from thinpipe.node.one_process import OneProcess
+from thinpipe.protocol.grid_place import GridPlace, grid
 from thinpipe.sim.launch.node_launch import node_environment
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
 from .real_faults import records
 from .real_node import free_address, until
-from .real_swarm import DOOR, MULTIADDR, Process, Scene, all_gone, end_of, served
+from .real_swarm import DOOR, MULTIADDR, Process, Scene, all_gone, end_of, served, served_place
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
@@ -175,6 +176,50 @@ def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, config: RunConfig, 
     assert records(directories[1], 1, "rollback")[-1]["completed"] > 0  # from its neighbour's copy: its disk is new
     steps = records(directories[0], 0, "end")[-1]["steps"]
     assert states(directories) == states_after(config, steps)
+
+
+@pytest.mark.slow
+def test_lanes_find_each_other_and_a_lost_node_of_one_is_replaced(
+    scene: Scene, config: RunConfig, tmp_path: Path
+) -> None:
+    """Four nodes that know one address fill a grid, and give each other rounds; one is lost, and a fifth one takes its
+    place on a disk of its own."""
+    settings = {"lanes.count": 2, "lanes.average": "outer:every=4", "run.steps": 40}
+    lanes = parse_config(merge({}, {**flat(config), **settings}))
+    (tmp_path / "run.toml").write_text(dump_config(lanes))
+    scene.use_keys("found", "0-1")
+    bootstrap = scene.dht("bootstrap", "--config", str(tmp_path / "run.toml"))
+    rendezvous = bootstrap.until_says(DOOR)[1]
+    came = [scene.node(name, rendezvous, "auto") for name in ("a", "b", "c", "d")]
+    nodes = {served_place(node): node for node in came}
+    assert sorted(nodes) == sorted(grid(2, 2))
+    homes = {place: node.log.with_suffix("") / f"lane-{place.lane}" for place, node in nodes.items()}
+    lost = GridPlace(1, 1)
+    until(lambda: len(records(homes[lost], 1, "round")) > 2, "rounds of lane 1")
+    nodes[lost].kill()  # from here on all wait, lane 0 in its next round
+    late = scene.node("late", rendezvous, "1", "--lane", "0")
+    found = scene.status(rendezvous)
+    assert [(stage["lane"], stage["stage"]) for stage in found["stages"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert [stage["nodes"][0]["endpoint"] for stage in found["stages"]] == [
+        served(nodes[each])[1] for each in grid(2, 2)
+    ]
+    assert "stage 1 of lane 0 is served by process" in late.ends(2)
+    nodes[lost] = scene.node("e", served(nodes[GridPlace(0, 0)])[1], "auto")
+    assert served_place(nodes[lost]) == lost
+    assert "takes the stage's place there" in nodes[lost].words
+    homes[lost] = tmp_path / "e" / "lane-1"
+    for node in nodes.values():
+        node.ends()
+    reference = OneProcess(lanes)
+    reference.train()
+    expected = {
+        GridPlace(stage.index, number): stage.state_sha256()
+        for number, lane in enumerate(reference.lanes)
+        for stage in lane.stages
+    }
+    assert {place: end_of(home, place.stage) for place, home in homes.items()} == expected
+    assert records(homes[lost], 1, "rollback")[-1]["completed"] > 0
+    assert not records(homes[GridPlace(0, 0)], 0, "rollback")  # what is lost is its own lane's loss
 
 
 def test_by_multiaddr_the_configuration_comes_from_the_dht(scene: Scene, config: RunConfig, tmp_path: Path) -> None:

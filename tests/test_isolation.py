@@ -19,6 +19,7 @@ from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
+from .real_faults import records
 
 pytestmark = pytest.mark.alone
 
@@ -79,6 +80,63 @@ def test_the_kernel_caps_what_trains_the_same_bits(settings: Path, tmp_path: Pat
     reported = sum(count for kind, count in summary["bytes"].items() if kind != "total")
     carried = by["sent_bytes"] - HEADER_BYTES_PER_PACKET * by["sent_packets"]
     assert reported == pytest.approx(carried, rel=0.02)
+
+
+def sent(namespace: str) -> int:
+    """What that node's interface has sent, as its kernel counts; 0 once it is gone."""
+    command = ["ip", "netns", "exec", namespace, "cat", "/sys/class/net/eth0/statistics/tx_bytes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(done.stdout or 0)
+
+
+def of_node(run: Path, lane: int, stage: int) -> tuple[int, int]:
+    """What that node sent on its boundary and on its lateral link, by its last record."""
+    boundary, lateral = records(run / f"lane-{lane}", stage, "end")[-1]["links"]
+    assert "peer_lane" in lateral
+    return sum(boundary["sent_bytes"].values()), sum(lateral["sent_bytes"].values())
+
+
+@pytest.mark.slow
+@on_kernel_links
+def test_boundaries_and_lateral_links_share_the_cap(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Two lanes of two stages: each node has one link of either kind, and one interface. Contributions of 4 bytes a
+    weight keep all interfaces busy, so that the cap shows."""
+    settings, rate = tmp_path / "run.toml", 8e6
+    averaging = {"lanes.count": 2, "lanes.average": "gradients:format=fp32"}
+    settings.write_text(dump_config(tiny({"model.width": 128, "pipeline.stages": 2, **averaging})))
+    run, busiest = tmp_path / "run", dict[str, float]()
+    with subprocess.Popen(
+        command(settings, run, "--json", "--steps", "4", "--link", "8mbit", "--isolate", "netns"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            before = dict[str, tuple[float, int]]()
+            while process.poll() is None:
+                trains = bool(records(run / "lane-1", 0, "step"))  # and no link is measured any more
+                for name in (each for each in of(process.pid) if trains and "-node" in each):
+                    now = (time.monotonic(), sent(name))
+                    first = before.setdefault(name, now)
+                    if now[0] - first[0] >= 1.0:
+                        busiest[name] = max(busiest.get(name, 0.0), 8 * (now[1] - first[1]) / (now[0] - first[0]))
+                        before[name] = now
+                time.sleep(0.1)
+            told, words = process.communicate()
+        finally:
+            process.kill()
+    assert process.returncode == 0, words
+    summary = json.loads(told)
+    reference = up(settings, tmp_path / "plain", "--steps", "4", "--one-process", "--link", "8mbit")
+    assert digests(summary) == digests(reference)
+    assert len(busiest) == 4
+    assert all(0.9 * rate < found < 1.05 * rate for found in busiest.values()), busiest
+    for lane, stage in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        boundary, lateral = of_node(run, lane, stage)
+        assert min(boundary, lateral) > 100_000
+    by = summary["isolation"]
+    reported = sum(count for kind, count in summary["bytes"].items() if kind != "total")
+    assert reported == pytest.approx(by["sent_bytes"] - HEADER_BYTES_PER_PACKET * by["sent_packets"], rel=0.02)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, load_config, merge, parse_config
 from thinpipe.node.discovery import claiming, entry_points, joining
 from thinpipe.node.discovery.bootstrap import _keep, how_to_join
-from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_stage
+from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_place
 from thinpipe.node.discovery.client import Discovery, DiscoveryError
 from thinpipe.node.discovery.dht import Service, _answer
 from thinpipe.node.discovery.entry_points import EntryPoints, ask_all_rendezvous, place
@@ -48,8 +48,9 @@ from thinpipe.node.discovery.status import as_figures, status_table
 from thinpipe.node.links.transport import serving
 from thinpipe.node.node_process import Addresses, NodeError, NodeOptions, run_node
 from thinpipe.node.probing.reach import reachable
-from thinpipe.node.security.key_directory import clock, init, issue, load
+from thinpipe.node.security.key_directory import KeysError, clock, init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
+from thinpipe.protocol.grid_place import GridPlace, grid
 from thinpipe.protocol.messages import Limits, Refusal, decode_frame
 from thinpipe.protocol.node_record import NodeRecord, NodeState, RunRecord, Seen, encode_run
 from thinpipe.protocol.rendezvous_messages import RendezvousRequest, RendezvousResponse, encode_request
@@ -103,7 +104,7 @@ def other(stage: int, **change: Any) -> NodeRecord:
 
 def test_who_is_alone_takes_a_stage_of_a_run_that_has_not_begun() -> None:
     table = Table()
-    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    held, has_started = take_place(table.environment(), MINE, None, steps=9, among=grid(2, 1))
     assert held.state is NodeState.STARTING
     assert not has_started
     assert table.written[99][0] == held
@@ -114,7 +115,7 @@ def test_the_stage_whose_port_refuses_is_taken_at_once() -> None:
     table.write(other(0))
     table.write(other(1, completed_steps=3))
     table.connect_probes["192.0.2.1:1"] = ConnectProbe.REFUSED
-    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    held, has_started = take_place(table.environment(), MINE, None, steps=9, among=grid(2, 1))
     assert (held.stage, has_started) == (1, True)
     assert table.now_s < 1005
 
@@ -126,11 +127,51 @@ def test_a_spare_waits_until_a_record_goes_stale() -> None:
     table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE  # a machine that is off
     for again_s in range(1005, 1100, 5):
         table.later.append((again_s, lambda: table.write(other(0))))
-    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    held, has_started = take_place(table.environment(), MINE, None, steps=9, among=grid(2, 1))
     assert (held.stage, has_started) == (1, True)
     assert len(table.said) == 1
     assert "all 2 stages are served; waits as a spare" in table.said[0]
     assert 1014 < table.now_s < 1022
+
+
+def test_a_grid_is_filled_lane_after_lane() -> None:
+    table, taken, begun = Table(), list[GridPlace](), list[bool]()
+    for incarnation in range(4):
+        mine = replace(MINE, incarnation=incarnation, endpoint=f"192.0.2.{incarnation}:1", lanes=2)
+        held, has_started = take_place(table.environment(), mine, None, steps=9, among=grid(2, 2))
+        taken.append(held.place)
+        begun.append(has_started)
+        if held.lane == 0:
+            table.write(replace(held, state=NodeState.TRAINING, completed_steps=1))
+    assert {each.lane for each in taken[:2]} == {0}
+    assert begun == [False, True, False, False]  # what lane 0 has done is nothing to lane 1
+    assert sorted(taken) == sorted(grid(2, 2))
+    table.write(replace(table.written[3][0], state=NodeState.TRAINING))
+    with pytest.raises(StageTaken, match=r"of lane 1 is served by process 3 at .* \(training, 0 s ago\); stop"):
+        take_place(table.environment(), replace(MINE, lanes=2), taken[3], steps=9, among=grid(2, 2))
+    assert table.said == []
+
+
+def test_a_lost_node_of_a_lane_is_replaced_there_and_its_lane_has_begun() -> None:
+    table = Table()
+    for number, at in enumerate(grid(2, 2)):
+        table.write(other(at.stage, lane=at.lane, lanes=2, incarnation=number, endpoint=f"192.0.2.{number}:1"))
+    table.connect_probes["192.0.2.2:1"] = ConnectProbe.REFUSED
+    held, has_started = take_place(table.environment(), replace(MINE, lanes=2), None, steps=9, among=grid(2, 2))
+    assert (held.place, has_started) == (GridPlace(0, 1), True)
+
+
+def test_a_lane_that_is_through_needs_nobody_and_others_may() -> None:
+    table = Table()
+    table.write(other(0, lanes=2, state=NodeState.LEFT, completed_steps=9))
+    mine = replace(MINE, lanes=2)
+    with pytest.raises(RunFinished, match="all 9 steps are done in lane 0, so no stage needs a node"):
+        take_place(table.environment(), mine, GridPlace(1, 0), steps=9, among=grid(2, 2))
+    held, _ = take_place(table.environment(), mine, None, steps=9, among=grid(2, 2))
+    assert held.lane == 1
+    table.write(other(0, lane=1, lanes=2, incarnation=5, state=NodeState.LEFT, completed_steps=9))
+    with pytest.raises(RunFinished, match="all 9 steps are done, so"):
+        take_place(table.environment(), replace(mine, incarnation=6), None, steps=9, among=grid(2, 2))
 
 
 def test_a_spare_outlives_a_dht_that_does_not_answer() -> None:
@@ -147,7 +188,7 @@ def test_a_spare_outlives_a_dht_that_does_not_answer() -> None:
         return [] if reads > 3 else [Seen(record=other(0), age_s=1.0)]
 
     environment = replace(table.environment(), read=read)
-    held, _ = take_stage(environment, MINE, None, steps=9, among=[0])
+    held, _ = take_place(environment, MINE, None, steps=9, among=[GridPlace(0)])
     assert held.stage == 0
     assert [line.startswith("warning: the DHT did not answer within 15 s") for line in table.said] == [
         False,
@@ -198,7 +239,7 @@ def test_a_spare_ends_with_the_run() -> None:
     table.write(other(1))
     table.later.append((1004, lambda: table.write(other(1, state=NodeState.LEFT, completed_steps=9))))
     with pytest.raises(RunFinished, match="all 9 steps are done"):
-        take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+        take_place(table.environment(), MINE, None, steps=9, among=grid(2, 1))
 
 
 def test_the_loser_of_a_race_takes_another_stage() -> None:
@@ -209,7 +250,7 @@ def test_the_loser_of_a_race_takes_another_stage() -> None:
         table.write(replace(rival_of, stage=table.written[99][0].stage))
 
     table.later.append((1001, claim_the_same))
-    held, _ = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    held, _ = take_place(table.environment(), MINE, None, steps=9, among=grid(2, 1))
     assert {held.stage, table.written[5][0].stage} == {0, 1}
     assert "whose claim takes precedence; looks for another one" in table.said[0]
 
@@ -220,7 +261,7 @@ def test_an_explicit_stage_that_is_served_is_refused() -> None:
     with pytest.raises(
         StageTaken, match=r"stage 1 is served by process 1 at 192\.0\.2\.1:1 \(training, 0 s ago\); stop"
     ):
-        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+        take_place(table.environment(), MINE, GridPlace(1), steps=9, among=grid(2, 1))
     assert 99 not in table.written
 
 
@@ -228,7 +269,7 @@ def test_an_explicit_stage_whose_machine_is_off_is_waited_for() -> None:
     table = Table()
     table.write(other(1))
     table.connect_probes["192.0.2.1:1"] = ConnectProbe.SILENCE
-    held, has_started = take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+    held, has_started = take_place(table.environment(), MINE, GridPlace(1), steps=9, among=grid(2, 1))
     assert (held.stage, has_started) == (1, True)
     assert "waiting until its record goes stale" in table.said[0]
     table = Table()
@@ -236,14 +277,14 @@ def test_an_explicit_stage_whose_machine_is_off_is_waited_for() -> None:
     table.write(other(1))
     table.later.append((1006, lambda: table.write(other(1))))  # behind a firewall, and alive
     with pytest.raises(StageTaken, match="stage 1 is served"):
-        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+        take_place(table.environment(), MINE, GridPlace(1), steps=9, among=grid(2, 1))
 
 
 def test_of_two_for_one_explicit_stage_one_is_refused() -> None:
     table = Table()
     table.later.append((1001, lambda: table.write(replace(MINE, incarnation=5, claimed_at_s=1.0, stage=1))))
     with pytest.raises(StageTaken, match="stage 1 goes to the node at"):
-        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+        take_place(table.environment(), MINE, GridPlace(1), steps=9, among=grid(2, 1))
     assert table.written[99][0].state is NodeState.LEFT
 
 
@@ -252,16 +293,19 @@ def test_a_node_that_lost_only_the_dht_keeps_its_stage() -> None:
     table.write(other(0), age_s=50)
     table.write(other(1), age_s=30)
     with pytest.raises(StageTaken, match="stage 1 is served by process 1"):
-        take_stage(table.environment(), MINE, 1, steps=9, among=range(2))
+        take_place(table.environment(), MINE, GridPlace(1), steps=9, among=grid(2, 1))
     table.later.append((1010, lambda: table.connect_probes.update({"192.0.2.1:1": ConnectProbe.REFUSED})))
-    held, has_started = take_stage(table.environment(), MINE, None, steps=9, among=range(2))
+    held, has_started = take_place(table.environment(), MINE, None, steps=9, among=grid(2, 1))
     assert (held.stage, has_started) == (1, True)
     assert 1010 <= table.now_s < 1015
     table.connect_probes.clear()
-    for stage in (None, 1):  # a map of ports may answer for the node that is to be replaced, and that is this one
+    for stage in (
+        None,
+        GridPlace(1),
+    ):  # a map of ports may answer for the node that is to be replaced, and that is this one
         again = replace(MINE, incarnation=98, endpoint="192.0.2.1:1")
         del table.written[99 if stage is None else 98]
-        held, _ = take_stage(table.environment(), again, stage, steps=9, among=[1])
+        held, _ = take_place(table.environment(), again, stage, steps=9, among=[GridPlace(1)])
         assert held.stage == 1
 
 
@@ -270,7 +314,7 @@ def test_two_lost_nodes_may_come_back_in_each_others_places() -> None:
     table.write(other(0), age_s=50)
     table.write(other(1), age_s=50)
     table.write(other(1, incarnation=7, endpoint="192.0.2.0:1"))
-    held, _ = take_stage(table.environment(), replace(MINE, endpoint="192.0.2.1:1"), None, steps=9, among=range(2))
+    held, _ = take_place(table.environment(), replace(MINE, endpoint="192.0.2.1:1"), None, steps=9, among=grid(2, 1))
     assert held.stage == 0
     assert table.now_s < 1005
 
@@ -291,11 +335,11 @@ def test_silent_strangers_do_not_hold_up_a_claim(monkeypatch: pytest.MonkeyPatch
 
     try:
         environment = replace(table.environment(), connect_probe=connect_probe)
-        held, _ = take_stage(environment, MINE, 1, steps=9, among=range(2))
+        held, _ = take_place(environment, MINE, GridPlace(1), steps=9, among=grid(2, 1))
         assert held.stage == 1
         assert set(asked) == {"192.0.2.1:1"}
         began_s = time.monotonic()
-        living = environment.without_dead(environment.others(MINE), range(2))
+        living = environment.without_dead(environment.others(MINE), grid(2, 1))
         assert time.monotonic() - began_s < 5
         assert sum(each.living for each in living) >= 300
     finally:
@@ -477,6 +521,49 @@ def test_who_joins_says_its_speed_and_gets_a_stage_for_it(
     assert {record.stage for record in discovery.published} == set(served)
 
 
+def test_who_joins_a_run_of_lanes_may_name_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(run__name="demo", pipeline__stages=2, lanes__count=3)
+    address, discovery = swarm_of(settings, monkeypatch)
+    monkeypatch.setattr(claiming, "CLAIM_WAIT_S", 0.0)
+    served = list[NodeOptions]()
+    monkeypatch.setattr("thinpipe.node.node_process.run_node", lambda *given: served.append(given[3]))
+    for lane, at in (("2", GridPlace(1, 2)), ("auto", GridPlace(1, 0))):
+        arguments = ["node", "--join", address, "--stage", "1", "--lane", lane, "--out", str(tmp_path)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert {record.place for record in discovery.published} == {at}
+        assert (served[-1].lane, served[-1].run, served[-1].out) == (
+            at.lane,
+            tmp_path,
+            tmp_path / f"lane-{at.lane}",
+        )
+        discovery.published.clear()
+    refused = CliRunner().invoke(
+        app, ["node", "--join", address, "--stage", "1", "--lane", "3", "--out", str(tmp_path)]
+    )
+    assert refused.exit_code == 2
+    assert "--lane 3: the run has 3 lanes, so 0 to 2" in refused.stderr
+    assert discovery.published == []
+
+
+def test_a_certificate_for_some_places_leaves_those(tmp_path: Path) -> None:
+    init("demo", tmp_path / "authority", days=9, now=clock())
+    issue([1], tmp_path / "authority", tmp_path / "node", lanes=[0, 2], days=9, now=clock())
+    settings, security = (
+        config(run__name="demo", pipeline__stages=2, lanes__count=3),
+        Security(load(tmp_path / "node", now=clock())),
+    )
+    wish = joining.JoinOptions(join=("a:1",), stage=None, keys=tmp_path / "node")
+    assert joining._may_serve(wish, settings, security) == [GridPlace(1, 0), GridPlace(1, 2)]
+    assert joining._may_serve(replace(wish, lane=2), settings, security) == [GridPlace(1, 2)]
+    with pytest.raises(
+        KeysError, match="for stage 1 of lanes 0,2 of run 'demo', is for none of the places that it may"
+    ):
+        joining._may_serve(replace(wish, stage=0), settings, security)
+    with pytest.raises(KeysError, match="not for stage 1 of lane 1; issue one that names it"):
+        joining._may_serve(replace(wish, stage=1, lane=1), settings, security)
+
+
 def test_a_link_that_is_none_is_refused_before_a_stage_is_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -575,7 +662,7 @@ def test_throughput_is_of_the_last_steps_and_begins_anew_after_a_rollback() -> N
 def test_status_shows_who_is_lost_and_who_was_never_there() -> None:
     found = [Seen(record=replace(RECORD, stage=0), age_s=2.0), Seen(record=replace(RECORD, stage=1), age_s=50.0)]
     run = RunRecord(run="demo", configuration=RECORD.configuration, toml="")
-    figures = as_figures(run, 4, 200, found, Counter({"malformed-frame": 2}), ["warning: one"])
+    figures = as_figures(run, grid(4, 1), 200, found, Counter({"malformed-frame": 2}), ["warning: one"])
     states = [[node["state"] for node in stage["nodes"]] for stage in figures["stages"]]
     assert states == [["training"], ["lost"], [], []]
     table = status_table(figures)
@@ -583,12 +670,23 @@ def test_status_shows_who_is_lost_and_who_was_never_there() -> None:
     assert str(table.caption) == "records left out: 2 malformed-frame\nwarning: one"
 
 
+def test_status_shows_each_lane() -> None:
+    found = [Seen(record=replace(RECORD, stage=1, stages=2, lane=1, lanes=2), age_s=2.0)]
+    run = RunRecord(run="demo", configuration=RECORD.configuration, toml="")
+    figures = as_figures(run, grid(2, 2), 200, found, Counter(), [])
+    places = [(stage["lane"], stage["stage"], len(stage["nodes"])) for stage in figures["stages"]]
+    assert places == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 1)]
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(status_table(figures))
+    assert "1-1" in console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def test_status_prints_what_strangers_wrote_as_they_wrote_it() -> None:
     endpoint, reason = "[fd00:ab:1::7]:7001", "a.example:1 refuses: [bold]no[/x] [/] :ab:"
     found = [Seen(record=replace(RECORD, endpoint=endpoint), age_s=2.0)]
     run = RunRecord(run="demo", configuration=RECORD.configuration, toml="")
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(status_table(as_figures(run, 4, 200, found, Counter(), [reason])))
+    console.print(status_table(as_figures(run, grid(4, 1), 200, found, Counter(), [reason])))
     text: str = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
     assert endpoint in text
     assert reason in text
@@ -641,7 +739,7 @@ def test_who_cannot_enter_the_dht_again_goes_on_without(monkeypatch: pytest.Monk
 
     async def story() -> None:
         nonlocal now_s
-        where = member.where(2, report)
+        where = member.where(GridPlace(2), report)
         for _ in range(2):
             await member._publish(report)
             assert await where() is None
@@ -670,15 +768,15 @@ def test_a_neighbour_without_a_record_is_dialled_where_it_was() -> None:
         dht = cast("Discovery", Dht())
         security = Security(insecure=True)
         member = Membership(discovery=dht, record=RECORD, run=RUN, security=security, clock=lambda: now_s)
-        where = member.where(2, lambda *_: None)
+        where = member.where(GridPlace(2), lambda *_: None)
         assert await where() == below.record.endpoint
         stale, left = replace(below, age_s=100.0), replace(below, record=replace(below.record, state=NodeState.LEFT))
         cases = [([stale], below.record.endpoint), ([], below.record.endpoint), (None, below.record.endpoint)]
         for records, expected in [*cases, ([left], None)]:
             now_s, told = now_s + 10.0, records
             assert await where() == expected
-            assert await member.where(2, lambda *_: None)() == expected  # a new generation's link
-        assert await member.where(3, lambda *_: None)() is None
+            assert await member.where(GridPlace(2), lambda *_: None)() == expected  # a new generation's link
+        assert await member.where(GridPlace(3), lambda *_: None)() is None
 
     asyncio.run(story())
 
@@ -698,7 +796,7 @@ def test_plain_text_does_not_leave_the_machine_because_a_record_says_so() -> Non
         member = Membership(
             discovery=cast("Discovery", Dht()), record=RECORD, run=RUN, security=security, clock=lambda: now_s
         )
-        where, found = member.where(2, lambda _, line: said.append(line)), []
+        where, found = member.where(GridPlace(2), lambda _, line: said.append(line)), []
         for records in ([far], [far], [far, near]):
             now_s, told = now_s + 10.0, records
             found.append(await where())
@@ -866,6 +964,9 @@ REFUSED = [
     (["node", "--join", "127.0.0.1:1", "--stage", "1", "--speed", "2"], "--speed goes with --stage auto"),
     (["node", "--stage", "0"], "say which run: --config run.toml and the addresses, or --join"),
     (["node", "--stage", "0", "--next", "a:1", "--join", "b:1"], "--next and --join contradict each other"),
+    (["node", "--stage", "0", "--lateral", "0=a:1", "--join", "b:1"], "--lateral and --join contradict each other"),
+    (["node", "--stage", "0", "--lane", "auto", "--config", "run.toml"], "--lane auto goes with --join"),
+    (["node", "--stage", "0", "--lane", "-1", "--join", "b:1"], "'-1' is neither a lane, from 0, nor auto"),
     (["node", "--stage", "0", "--join", "nonsense"], "--join nonsense: neither host:port"),
     (["node", "--stage", "0", "--join", "/ip4/192.0.2.7/tcp/1"], "not a multiaddr such as"),
     (["node", "--stage", "most", "--join", "127.0.0.1:1"], "'most' is neither a stage, from 0, nor auto"),

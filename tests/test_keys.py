@@ -27,15 +27,16 @@ from thinpipe.node.security import certificates
 from thinpipe.node.security.certificates import (
     CertificateError,
     Flaw,
+    all_lanes_name,
     judge,
     parse,
     read,
     run_label,
-    spell_stages,
-    stage_name,
+    spell_numbers,
 )
 from thinpipe.node.security.key_directory import KeysError, describe, init, issue, load, parse_stages
 from thinpipe.node.security.policy import PLAIN, Security, choose
+from thinpipe.protocol.grid_place import GridPlace, grid
 from typer.testing import CliRunner
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
@@ -73,13 +74,36 @@ def test_modes_whatever_the_umask(tmp_path: Path) -> None:
 def test_a_certificate_names_run_and_stages(node: Path) -> None:
     certificate = parse((node / "node.crt").read_bytes())
     said = read(certificate)
-    assert (said.run, said.stages, said.authority) == ("my-run", (0, 1, 2, 3), False)
-    assert said.names == {"my-run.thinpipe", *(f"stage-{stage}.my-run.thinpipe" for stage in range(4))}
+    assert (said.run, said.stages, said.lanes, said.authority) == ("my-run", (0, 1, 2, 3), (), False)
+    assert said.names == {"my-run.thinpipe", *(f"*.stage-{stage}.my-run.thinpipe" for stage in range(4))}
     assert (said.begins, said.ends) == (NOW - timedelta(hours=1), NOW + 30 * DAY)
     assert certificate.subject.rfc4514_string() == "CN=stages 0-3,O=my-run"
     key = certificate.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
     assert key.curve.name == "secp256r1"
+
+
+def test_a_certificate_for_some_lanes_names_each_place(authority: Path, tmp_path: Path) -> None:
+    """And one for all lanes a wildcard, so that whoever dials a place asks for one name, whichever was issued."""
+    issue([1, 2], authority, tmp_path / "some", lanes=[0, 3], days=30, now=NOW)
+    said = read(parse((tmp_path / "some" / "node.crt").read_bytes()))
+    places = [f"lane-{lane}.stage-{stage}.my-run.thinpipe" for stage in (1, 2) for lane in (0, 3)]
+    assert said.names == {"my-run.thinpipe", *places}
+    assert (said.stages, said.lanes, str(said)) == ((1, 2), (0, 3), "stages 1-2 of lanes 0,3 of run 'my-run'")
+    load(tmp_path / "some", now=NOW, run="my-run", places=[GridPlace(1, 3), GridPlace(2, 0)])
+    wrong = (
+        r"is for stages 1-2 of lanes 0,3 of run 'my-run', not for stage 2 of lane 1; issue one that names it: .* 2 …"
+    )
+    with pytest.raises(KeysError, match=wrong):
+        load(tmp_path / "some", now=NOW, run="my-run", places=[GridPlace(2, 1)])
+    assert describe(tmp_path / "some", now=NOW)["lanes"] == "0,3"
+
+
+def test_no_name_of_a_place_stands_for_another(node: Path) -> None:
+    said = read(parse((node / "node.crt").read_bytes()))
+    assert said.serves("my-run", GridPlace(3, 63))
+    assert not said.serves("my-run", GridPlace(4))
+    assert not said.serves("other", GridPlace(0))
 
 
 def test_another_library_takes_them(node: Path) -> None:
@@ -106,7 +130,7 @@ def test_a_run_whose_name_is_no_dns_label_has_a_digest() -> None:
 
 @given(st.sets(st.integers(0, 1023), min_size=1, max_size=256))
 def test_stages_are_spelled_and_read_back(stages: set[int]) -> None:
-    assert parse_stages(spell_stages(stages)) == sorted(stages)
+    assert parse_stages(spell_numbers(stages)) == sorted(stages)
 
 
 @given(st.text(max_size=20))
@@ -138,7 +162,7 @@ def test_a_damaged_certificate_is_judged_or_refused(node: Path, at: int, flip: i
     damaged[at % len(damaged)] ^= flip
     authority = parse((node / "authority.crt").read_bytes())
     with suppress(CertificateError):
-        judge(parse(bytes(damaged)), authority, run="my-run", stage=1, now=NOW)
+        judge(parse(bytes(damaged)), authority, run="my-run", place=GridPlace(1), now=NOW)
 
 
 def test_nothing_is_overwritten(authority: Path, node: Path) -> None:
@@ -247,10 +271,10 @@ BAD: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize(("spoil", "expected"), BAD.values(), ids=BAD)
 def test_a_directory_that_is_no_good(spoil: Spoil, expected: str, node: Path) -> None:
-    load(node, now=NOW, run="my-run", stages=[0])
+    load(node, now=NOW, run="my-run", places=[GridPlace(0)])
     spoil(node)
     with pytest.raises(KeysError, match=expected) as caught:
-        load(node, now=NOW, run="my-run", stages=[0])
+        load(node, now=NOW, run="my-run", places=[GridPlace(0)])
     assert str(caught.value).isprintable()
 
 
@@ -297,13 +321,13 @@ def test_dates(moment: datetime, expected: str | None, node: Path) -> None:
 
 
 def test_another_run_and_other_stages(node: Path) -> None:
-    load(node, now=NOW, run="my-run", stages=[0, 1, 2, 3])
+    load(node, now=NOW, run="my-run", places=grid(4, 1))
     with pytest.raises(
         KeysError, match=r"is for run 'my-run', not for 'another'; issue one with the authority of this"
     ):
-        load(node, now=NOW, run="another", stages=[0])
+        load(node, now=NOW, run="another", places=[GridPlace(0)])
     with pytest.raises(KeysError, match=r"is for stages 0-3 of run 'my-run', not for stage 4; issue one that names it"):
-        load(node, now=NOW, run="my-run", stages=[3, 4])
+        load(node, now=NOW, run="my-run", places=[GridPlace(3), GridPlace(4)])
 
 
 def test_an_authority_that_is_over_takes_its_certificates_with_it(tmp_path: Path) -> None:
@@ -311,7 +335,7 @@ def test_an_authority_that_is_over_takes_its_certificates_with_it(tmp_path: Path
     short = certificates.make_authority("r", made, now=NOW, days=1)
     own = certificates.new_key()
     long = certificates.make_certificate([0], own.public_key(), short, made, now=NOW, days=30)
-    flaw = judge(long, short, run="r", stage=0, now=NOW + 2 * DAY)
+    flaw = judge(long, short, run="r", place=GridPlace(0), now=NOW + 2 * DAY)
     assert flaw == (Flaw.EXPIRED, "expired on 2030-01-02 00:00 UTC, as the authority's own")
     init("r", tmp_path / "keys", days=10, now=NOW)
     with pytest.raises(KeysError, match=r"--days 30: the authority in .* itself ends on .*; say --days 10 or fewer"):
@@ -345,7 +369,7 @@ def test_from_authority_to_show(tmp_path: Path) -> None:
     assert "(3 days left)" in shown
     found = json.loads(said_by(["keys", "show", node, "--json"]))
     assert (found["kind"], found["run"], found["stages"], found["problem"]) == ("node", "My_Run", "0-3,7", None)
-    assert stage_name("My_Run", 7) in found["names"]
+    assert all_lanes_name("My_Run", 7) in found["names"]
     assert json.loads(said_by(["keys", "show", keys, "--json"]))["kind"] == "authority"
 
 
@@ -378,6 +402,18 @@ WRONG = [
     (["keys", "issue", "--stages", "3-1", "--out", "{dir}/x"], r"--stages: '3-1' runs backwards; say 1-3"),
     (["keys", "issue", "--stages", "1-", "--out", "{dir}/x"], r"--stages: '1-' is not stages from 0 to 1023"),
     (["keys", "issue", "--stages", "1024", "--out", "{dir}/x"], r"--stages: '1024' is not stages from 0 to 1023"),
+    (
+        ["keys", "issue", "--stages", "0", "--lanes", "64", "--out", "{dir}/x"],
+        r"'64' is not lanes from 0 to 63, such as",
+    ),
+    (
+        ["keys", "issue", "--stages", "0", "--lanes", "2-1", "--out", "{dir}/x"],
+        r"--lanes: '2-1' runs backwards; say 1-2",
+    ),
+    (
+        ["keys", "issue", "--stages", "0-127", "--lanes", "0-3", "--authority", "{dir}", "--out", "{dir}/x"],
+        r"128 stages of 4 lanes are 512 places; a certificate names 256 at most: issue several, or omit --lanes",
+    ),
     (["keys", "issue", "--stages", "0-300", "--out", "{dir}/x"], r"301 stages; a certificate names 256 at most"),
     (["keys", "show", "{dir}/none"], r"none is no directory of keys"),
     (["keys", "show", "{dir}"], r"node\.crt is missing"),
@@ -419,4 +455,4 @@ def test_what_stays_on_this_machine_needs_no_keys(node: Path) -> None:
             with pytest.raises(KeysError, match="connects to other machines"):
                 choose(None, insecure=False, **where)
             assert choose(None, insecure=True, **where) == Security(insecure=True)
-            assert choose(node, insecure=False, run="my-run", stages=[1], now=NOW, **where).keys
+            assert choose(node, insecure=False, run="my-run", places=[GridPlace(1)], now=NOW, **where).keys

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
+from thinpipe.protocol.grid_place import GridPlace, grid
 from thinpipe.protocol.node_record import (
     CONFIGURATION_BYTES_MAX,
     RECORD_BYTES_MAX,
@@ -43,11 +44,11 @@ from thinpipe.protocol.stage_choice import (
     CLAIM_WAIT_S,
     better,
     choose,
+    finished_lanes,
     fitting,
     has_started,
-    is_finished,
     neediest,
-    of_stage,
+    of_place,
     rival,
 )
 
@@ -225,27 +226,59 @@ def test_of_two_claims_one_is_better(a: NodeRecord, b: NodeRecord) -> None:
 
 @given(st.lists(st.builds(Seen, record=records, age_s=st.floats(0, 400)), max_size=12), st.integers(0, 100))
 def test_only_a_stage_without_a_node_is_chosen(found: list[Seen], drawn: int) -> None:
-    chosen = choose(found, range(4), lambda count: drawn % count)
-    served = {each.record.stage for each in found if each.living}
+    places = grid(4, 1)
+    chosen = choose(found, places, lambda count: drawn % count)
+    served = {each.record.place for each in found if each.living}
     if chosen is None:
-        assert served == set(range(4))
+        assert served == set(places)
     else:
         assert chosen not in served
-        never = {stage for stage in range(4) if all(each.record.stage != stage for each in found)}
-        ages = {stage: min((e.age_s for e in found if e.record.stage == stage), default=1e9) for stage in range(4)}
-        assert (
-            chosen in never if never else ages[chosen] == max(ages[stage] for stage in range(4) if stage not in served)
-        )
+        never = {place for place in places if all(each.record.place != place for each in found)}
+        ages = {place: min((e.age_s for e in found if e.record.place == place), default=1e9) for place in places}
+        assert chosen in never if never else ages[chosen] == max(ages[place] for place in places if place not in served)
+
+
+grid_records = st.builds(replace, records, lane=st.integers(0, 2), lanes=st.just(3))
+
+
+@given(st.lists(st.builds(Seen, record=grid_records, age_s=st.floats(0, 400)), max_size=16), st.integers(0, 100))
+def test_a_lane_is_filled_before_the_next_one(found: list[Seen], drawn: int) -> None:
+    places = grid(4, 3)
+    chosen = choose(found, places, lambda count: drawn % count)
+    served = {each.record.place for each in found if each.living}
+    in_part = {place.lane for place in served if any(GridPlace(stage, place.lane) not in served for stage in range(4))}
+    if chosen is None:
+        assert served == set(places)
+    elif in_part:
+        assert chosen not in served
+        assert chosen.lane in in_part
+    else:
+        assert chosen.lane == min(place.lane for place in places if place not in served)
+
+
+def test_of_lanes_that_lack_a_stage_who_is_lost_longest_comes_first() -> None:
+    kept = [seen(stage=0, incarnation=1, lanes=2), seen(stage=0, lane=1, incarnation=2, lanes=2)]
+    lost = [seen(100, stage=1, incarnation=3, lanes=2), seen(200, stage=1, lane=1, incarnation=4, lanes=2)]
+    both = grid(2, 2)
+    assert neediest([*kept, *lost], both) == [GridPlace(1, 1)]
+    assert neediest(kept, both) == [GridPlace(1, 0), GridPlace(1, 1)]
+    assert neediest([], both) == [GridPlace(0, 0), GridPlace(1, 0)]
+    assert neediest(kept[1:], both) == [GridPlace(1, 1)]
+    assert neediest(kept[1:], [GridPlace(0, 0), GridPlace(1, 0)]) == [
+        GridPlace(0, 0),
+        GridPlace(1, 0),
+    ]  # what it may serve
 
 
 def test_who_is_lost_longest_needs_a_node_most() -> None:
     lost = [seen(100, stage=0, incarnation=1), seen(200, stage=1, incarnation=2), seen(stage=2, incarnation=3)]
-    assert neediest([*lost, seen(stage=3, incarnation=4)], range(4)) == [1]
-    assert neediest(lost, range(4)) == [3]  # never served
-    assert neediest([], range(4)) == [0, 1, 2, 3]
-    assert neediest(lost, [0, 2]) == [0]  # what a certificate is for
-    assert of_stage(lost, 1) == []
-    assert neediest([seen(stage=stage, incarnation=stage) for stage in range(4)], range(4)) == []
+    places = grid(4, 1)
+    assert neediest([*lost, seen(stage=3, incarnation=4)], places) == [GridPlace(1)]
+    assert neediest(lost, places) == [GridPlace(3)]  # never served
+    assert neediest([], places) == places
+    assert neediest(lost, [GridPlace(0), GridPlace(2)]) == [GridPlace(0)]  # what a certificate is for
+    assert of_place(lost, GridPlace(1)) == []
+    assert neediest([seen(stage=stage, incarnation=stage) for stage in range(4)], places) == []
 
 
 @pytest.mark.parametrize(
@@ -265,17 +298,17 @@ def test_who_is_lost_longest_needs_a_node_most() -> None:
 def test_a_machine_prefers_a_stage_cut_for_its_speed(
     stages: list[int], speeds: tuple[float, ...], own: float | None, expected: list[int]
 ) -> None:
-    assert fitting(stages, speeds, own) == expected
+    assert fitting([*map(GridPlace, stages)], speeds, own) == [*map(GridPlace, expected)]
 
 
 def test_need_comes_before_speed() -> None:
     """A stage that was served and lost waits for whoever comes; those never served come first, and among them the
     machine has a choice."""
     prefer = functools.partial(fitting, speeds=(1.0, 0.5, 0.25), own=0.5)
-    assert choose([], range(3), lambda count: count - 1, prefer) == 1
+    assert choose([], grid(3, 1), lambda count: count - 1, prefer) == GridPlace(1)
     others = [seen(stage=stage, incarnation=stage) for stage in (0, 1)]
-    assert choose(others, range(3), lambda count: count - 1, prefer) == 2
-    assert choose([*others, seen(stage=2, incarnation=2)], range(3), lambda count: count - 1, prefer) is None
+    assert choose(others, grid(3, 1), lambda count: count - 1, prefer) == GridPlace(2)
+    assert choose([*others, seen(stage=2, incarnation=2)], grid(3, 1), lambda count: count - 1, prefer) is None
 
 
 def test_who_has_settled_is_not_overtaken_by_an_earlier_clock() -> None:
@@ -289,18 +322,22 @@ def test_who_has_settled_is_not_overtaken_by_an_earlier_clock() -> None:
 
 def test_a_run_has_begun_when_anybody_has_trained_or_waited_in_that_place() -> None:
     fresh = {"generation": 0, "completed_steps": 0, "committed_steps": 0}
-    assert not has_started([], 1)
-    assert not has_started([seen(state=NodeState.CLAIMING, **fresh), seen(state=NodeState.STARTING, **fresh)], 1)
-    assert not has_started([seen(state=NodeState.WAITING, **fresh)], 0)
-    assert has_started([seen(state=NodeState.WAITING, **fresh)], 1)
-    assert has_started([seen(state=NodeState.TRAINING, **fresh)], 0)
-    assert has_started([seen(500, state=NodeState.WAITING)], 0)
+    assert not has_started([], GridPlace(1))
+    assert not has_started(
+        [seen(state=NodeState.CLAIMING, **fresh), seen(state=NodeState.STARTING, **fresh)], GridPlace(1)
+    )
+    assert not has_started([seen(state=NodeState.WAITING, **fresh)], GridPlace(0))
+    assert has_started([seen(state=NodeState.WAITING, **fresh)], GridPlace(1))
+    assert has_started([seen(state=NodeState.TRAINING, **fresh)], GridPlace(0))
+    assert has_started([seen(500, state=NodeState.WAITING)], GridPlace(0))
+    assert not has_started([seen(state=NodeState.TRAINING, lanes=2)], GridPlace(1, 1))  # another lane has
 
 
 def test_a_run_is_through_when_somebody_left_after_the_last_step() -> None:
-    assert is_finished([seen(state=NodeState.LEFT, completed_steps=40)], 40)
-    assert not is_finished([seen(state=NodeState.LEFT, completed_steps=39)], 40)
-    assert not is_finished([seen(state=NodeState.WAITING, completed_steps=40)], 40)
+    assert finished_lanes([seen(state=NodeState.LEFT, completed_steps=40)], 40) == {0}
+    assert finished_lanes([seen(state=NodeState.LEFT, completed_steps=40, lane=1, lanes=2)], 40) == {1}
+    assert not finished_lanes([seen(state=NodeState.LEFT, completed_steps=39)], 40)
+    assert not finished_lanes([seen(state=NodeState.WAITING, completed_steps=40)], 40)
     assert not seen(state=NodeState.LEFT).living
 
 
@@ -308,6 +345,8 @@ def test_larger_swarms_renew_less_often() -> None:
     assert renew_every_s(4) == 5.0
     assert renew_every_s(64) == 20.0
     assert not seen(stale_after_s(4)).living
+    assert seen(stale_after_s(4), stages=64).living
+    assert seen(stale_after_s(4), stages=16, lanes=4).living
     assert seen(stale_after_s(4) - 0.1).living
 
 

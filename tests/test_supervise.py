@@ -23,6 +23,8 @@ from thinpipe.commands import reports, supervise
 from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.one_process import OneProcess
+from thinpipe.protocol.grid_place import GridPlace
 from thinpipe.sim.launch import privileges, service_supervisor, stage_lock
 from thinpipe.sim.launch.node_launch import free_ports, node_environment
 from thinpipe.sim.launch.service_supervisor import Assignment, Supervisor
@@ -34,6 +36,7 @@ from typer.testing import CliRunner
 
 from .conftest import TinyConfig
 from .in_memory import run_reference
+from .real_faults import records
 from .test_checkpoint import small
 
 DEADLINE_S = 150.0
@@ -142,6 +145,28 @@ def test_a_standby_takes_the_place_of_whoever_is_killed(tmp_path: Path, settings
 
 
 @alone
+@pytest.mark.slow
+def test_each_lane_is_kept_and_the_first_one_sums_up(tmp_path: Path, tiny: TinyConfig) -> None:
+    """Two lanes of one stage each, so that all is said on lateral links; one is killed, and the standby takes it."""
+    lanes = {"lanes.count": 2, "lanes.average": "outer:every=5", "pipeline.stages": 1}
+    config = tiny({**lanes, "run.steps": 60, "checkpoint.every": 10, "link.link": "300mbit,2ms"})
+    (tmp_path / "settings.toml").write_text(dump_config(config))
+    with swarm(tmp_path, tmp_path / "settings.toml") as made:
+        made.start("standby", "--standby")
+        made.start("lane-0", "--stage", "0", "--lane", "0")
+        made.start("lane-1", "--stage", "0", "--lane", "1")
+        made.until(lambda: len(records(tmp_path / "run" / "lane-1", 0, "round")) > 2, "rounds")
+        made.kill("lane-1")
+        word = "stage 0 of lane 1 was lost; this one takes its place"
+        made.until(lambda: word in made.log("standby"), "the standby's word")
+        assert made.codes() == {"standby": 0, "lane-0": 0}
+        assert "60 steps of 512 tokens (swarm, 2 lanes: means and sums)" in made.log("lane-0")
+        reference = OneProcess(config)
+        reference.train()
+        assert made.digests() == [lane.stages[0].state_sha256() for lane in reference.lanes]
+
+
+@alone
 @pytest.mark.long  # what `up` does at SIGTERM is in test_recovery
 def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
     tmp_path: Path, settings: Path, reference: list[str]
@@ -203,7 +228,7 @@ def test_where_other_stages_leave_no_records_nobody_is_waited_for(tmp_path: Path
     said: list[str] = []
     assignment = Assignment(run=tmp_path, stage=1, peers=["a:1", "b:2"], steps=3)
     (tmp_path / "stage-1.jsonl").write_text('{"event": "start"}\n{"event": "end", "steps": 3}\n')
-    assert Supervisor(assignment, said.append)._conclude(1) == 0
+    assert Supervisor(assignment, said.append)._conclude(GridPlace(1)) == 0
     assert "thinpipe summary" in said[0]
 
 
@@ -234,6 +259,13 @@ PEERS = ("--peers", "127.0.0.1:1,127.0.0.1:2")
         ((*PEERS,), "say which stage to serve"),
         (("--stage", "0", "--standby", *PEERS), "say which stage to serve"),
         (("--stage", "2", *PEERS), "--peers has 2 stages"),
+        (("--stage", "0", *PEERS, "--lane", "1"), "--lane 1: the run has 1 lane, so only 0"),
+        (("--stage", "1", *PEERS, "--lanes", "2"), "--peers has 2 addresses, for 1 stages of 2 lanes"),
+        (("--stage", "0", *PEERS, "--lanes", "3"), "--peers has 2 addresses, for 0.666667 stages of 3 lanes"),
+        (
+            ("--standby", *PEERS, "--lane", "0"),
+            "--standby serves any stage that is lost, in whatever lane; omit --lane",
+        ),
         (("--stage", "0", *PEERS, "--cap", "tight"), "there is no 'tight'; choose user, kernel, auto"),
         (("--stage", "0", *PEERS, "--codec", "bf16 int8 int8 int8"), "has 4 parts"),
         (("--stage", "0", *PEERS, "--link", "300mbits"), "unknown unit 'mbits'"),
@@ -413,7 +445,7 @@ def test_data_that_takes_long_is_progress(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(service_supervisor, "POLL_S", 0.05)
     monkeypatch.setattr(service_supervisor, "STARTING_S", -1e9)  # and so nothing is healthy that does not move
     assignment = Assignment(run=tmp_path, stage=0, peers=["a:1", "b:2"], steps=2, health=health)
-    Supervisor(assignment, lambda _: None)._one_life(0, os.open(tmp_path / "lock", os.O_CREAT))
+    Supervisor(assignment, lambda _: None)._one_life(GridPlace(0), os.open(tmp_path / "lock", os.O_CREAT))
     assert health.read_text() == "stage 0 starts\n"
 
 

@@ -5,7 +5,7 @@ import re
 import socket
 import struct
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -27,6 +27,7 @@ from thinpipe.node.security import certificates
 from thinpipe.node.security.handshake_diagnosis import PREFACE
 from thinpipe.node.security.key_directory import init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
+from thinpipe.protocol.grid_place import GridPlace
 from thinpipe.protocol.messages import Kind, Limits, Message, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.path_probe import TOKEN_BYTES
 from thinpipe.protocol.rollback import Rollback
@@ -61,6 +62,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Security]:
         "1": ([1], "authority", NOW),
         "2": ([2], "authority", NOW),
         "all": ([*range(256)], "authority", NOW),
+        "0 of lane 0": ([0], "authority", NOW),
+        "1 of lane 0": ([1], "authority", NOW),
+        "0 of lane 1": ([0], "authority", NOW),
+        "1 of lane 1": ([1], "authority", NOW),
         "over": ([0, 1], "authority", AGO),
         "early": ([0, 1], "authority", HENCE),
         "foreign": ([0, 1], "foreign authority", NOW),
@@ -68,7 +73,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Security]:
     }
     made = {"plain": PLAIN}
     for name, (stages, authority, moment) in kinds.items():
-        issue(stages, root / authority, root / name, days=30, now=moment)
+        lanes = [int(name[-1])] if "of lane" in name else []
+        issue(stages, root / authority, root / name, lanes=lanes, days=30, now=moment)
         made[name] = Security(load(root / name, now=moment))
     keys = made["1"].keys
     foreign = made["foreign"].keys
@@ -168,7 +174,9 @@ async def talking(listener: Listener, security: Security) -> AsyncIterator[Link]
     assert lost == []
 
 
-@pytest.mark.parametrize("pair", [("0", "1"), ("all", "all"), ("plain", "plain")], ids=str)
+@pytest.mark.parametrize(
+    "pair", [("0", "1"), ("all", "all"), ("0 of lane 0", "1 of lane 0"), ("plain", "plain")], ids=str
+)
 def test_the_right_pair_talks(pair: tuple[str, str], made: dict[str, Security]) -> None:
     async def story() -> None:
         async with Listener(made[pair[1]]).running() as listener, talking(listener, made[pair[0]]):
@@ -188,7 +196,11 @@ REFUSED = {
     ("0", "foreign"): r"its certificate is from another authority than this run's; start both with keys from one",
     ("0", "other run"): r"its certificate is from another authority than this run's, for run 'other'; ",
     ("0", "of q"): r"the node at 127\.0\.0\.1:\d+: its certificate is for run 'q', not for 'r'; start it with keys of",
-    ("0", "2"): r"its certificate is for stage 2 of run 'r', not for stage 1; start it with keys of its stage",
+    ("0", "2"): r"its certificate is for stage 2 of run 'r', not for stage 1; start it with keys of its place",
+    ("0", "1 of lane 1"): r"its certificate is for stage 1 of lane 1 of run 'r', not for stage 1 of lane 0; start it",
+    ("0 of lane 1", "1"): (
+        r"wrong-certificate: the greeting says stage 0 of lane 0 of run 'r', the certificate is for stage 0 of lane 1"
+    ),
     ("0", "plain"): r"the node at 127\.0\.0\.1:\d+ speaks no TLS and this one does; start it with --keys DIR",
     ("0", "takes others"): r"does not take this node's certificate, for stage 0 of run 'r', valid from .* closed the ",
     ("plain", "1"): r"the node at 127\.0\.0\.1:\d+ speaks TLS and this one does not; start this one with --keys DIR",
@@ -198,7 +210,7 @@ REFUSED = {
     ("other run", "1"): r"its certificate is from another authority than this run's, for run 'r'",
     ("2", "1"): (
         r"refused by the node at .*wrong-certificate: the greeting says stage 0 of run 'r', the certificate is for "
-        r"stage 2 of run 'r'; start that node with keys of its stage: thinpipe keys issue --stages 0"
+        r"stage 2 of run 'r'; start that node with keys of its place: thinpipe keys issue --stages 0"
     ),
 }
 
@@ -247,7 +259,7 @@ def test_a_wrong_pair_is_refused_by_name(pair: tuple[str, str], refusals: Refusa
     assert not listener.control.met["above"].is_set()
     assert not listener.link.opened.is_set()
     told = [line for line in listener.faults if line.startswith("wrong-certificate: ")]
-    assert len(told) == (2 if pair in (("2", "1"), ("of q", "1")) else 0)
+    assert len(told) == (2 if pair in (("2", "1"), ("of q", "1"), ("0 of lane 1", "1")) else 0)
 
 
 @pytest.mark.slow
@@ -303,7 +315,7 @@ def test_whatever_comes_before_a_greeting_is_refused(made: dict[str, Security]) 
     """The check of the first frame cannot be passed by saying something else first."""
 
     async def first(security: Security, address: str, frames: list[bytes]) -> str:
-        async with security.channel(address, 1, []) as channel:
+        async with security.channel(address, GridPlace(1), []) as channel:
             calling = channel.stream_stream(METHOD)()
             for frame in frames:
                 await calling.write(frame)
@@ -466,11 +478,11 @@ def test_a_replacement_with_wrong_keys_is_said_and_waited_for(made: dict[str, Se
 # -- real processes ---------------------------------------------------------------------------------------------------
 
 
-def keys_for(stages: list[int], root: Path, run: str = "run") -> Path:
+def keys_for(stages: list[int], root: Path, run: str = "run", lanes: Sequence[int] = ()) -> Path:
     if not (root / "authority").exists():
         init(run, root / "authority", days=365, now=NOW)
     out = root / f"node-{'-'.join(map(str, stages))}"
-    issue(stages, root / "authority", out, days=30, now=NOW)
+    issue(stages, root / "authority", out, lanes=lanes, days=30, now=NOW)
     return out
 
 
@@ -491,6 +503,12 @@ def test_keys_for_some_of_the_stages_are_refused_before_anything_starts(tiny: Ti
         run_local(tiny({"pipeline.stages": 2}), tmp_path / "swarm", quiet=True, keys=keys_for([0], tmp_path))
     assert caught.value.exit_code == 2
     assert not (tmp_path / "swarm").exists()
+
+
+def test_keys_for_some_of_the_lanes_are_refused_too(tiny: TinyConfig, tmp_path: Path) -> None:
+    config, keys = tiny({"pipeline.stages": 2, "lanes.count": 2}), keys_for([0, 1], tmp_path, lanes=[1])
+    with pytest.raises(LocalRunError, match=r"is for stages 0-1 of lane 1 of run 'run', not for stage 0 of lane 0"):
+        run_local(config, tmp_path / "swarm", quiet=True, keys=keys)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ...protocol.node_record import RunRecord
 from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousResponse
 from ..addresses import check_listen, is_loopback
-from ..config import RunConfig, check_one_lane
+from ..config import RunConfig
 from ..links.transport import serving
 from ..security.policy import Security
 from .client import Discovery, DiscoveryError
@@ -39,8 +39,6 @@ def serve(
 ) -> None:
     """Until SIGINT or SIGTERM. Raises DiscoveryError, ListenError and ConfigError."""
     entry = ask_all_rendezvous(join, say, security) if join else EntryPoints(rendezvous=(), peers=())
-    if config:
-        check_one_lane(config, "dht")
     run = shareable(config) if config else None
     here = place(listen, announce, dht_port, free_port, entry.source_host())
     check_listen(here.listen)

@@ -1,8 +1,8 @@
-"""How a new node takes a stage: the rules of `protocol.stage_choice`, carried out over the DHT.
+"""How a new node takes a place, a stage of a lane: the rules of `protocol.stage_choice`, carried out over the DHT.
 
 It reads, claims, waits, and reads again. A record whose endpoint refuses connections counts as dead at once, and need
-not go stale first. So a stage that crashed is taken over in seconds. If every stage is served, the node waits as a
-spare. That costs nothing, and the next lost node is replaced without human help. The spare ends when the run is
+not go stale first. So a place whose node crashed is taken over in seconds. If every place is served, the node waits as
+a spare. That costs nothing, and the next lost node is replaced without human help. The spare ends when the run is
 complete.
 """
 
@@ -17,8 +17,10 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from ...protocol.grid_place import GridPlace
 from ...protocol.node_record import NodeRecord, NodeState, Seen, stale_after_s
-from ...protocol.stage_choice import CLAIM_WAIT_S, choose, has_started, is_finished, of_stage, rival
+from ...protocol.stage_choice import CLAIM_WAIT_S, choose, finished_lanes, has_started, of_place, rival
+from ...sim.reports.lanes import node_name
 from ..addresses import split_address
 from .client import DiscoveryError
 
@@ -34,7 +36,7 @@ LISTENING = (NodeState.WAITING, NodeState.TRAINING)
 
 
 class StageTaken(ValueError):
-    """Another node has the stage; the message names it."""
+    """Another node has the place; the message names it."""
 
 
 class RunFinished(Exception):
@@ -75,21 +77,23 @@ class Environment:
     connect_probe: Callable[[str], ConnectProbe] = connect_probe
     now: Callable[[], float] = time.time
     sleep: Callable[[float], None] = time.sleep
-    fits: Callable[[Sequence[int]], Sequence[int]] = list  # of stages that need a node alike, those for this machine
+    fits: Callable[[Sequence[GridPlace]], Sequence[GridPlace]] = (
+        list  # of places that need a node alike, those for this machine
+    )
 
     def others(self, mine: NodeRecord) -> list[Seen]:
         return [each for each in self.read() if each.record.incarnation != mine.incarnation]
 
-    def without_dead(self, seen: Sequence[Seen], stages: Collection[int]) -> list[Seen]:
-        """Those of these stages whose endpoint refuses connections are as stale as if nobody had renewed them. Who has
+    def without_dead(self, seen: Sequence[Seen], places: Collection[GridPlace]) -> list[Seen]:
+        """Those of these places whose endpoint refuses connections are as stale as if nobody had renewed them. Who has
         only claimed, or builds its stage, does not listen yet."""
 
         def listens(each: Seen) -> bool:
-            return each.living and each.record.state in LISTENING and each.record.stage in stages
+            return each.living and each.record.state in LISTENING and each.record.place in places
 
         refused = self._refused({each.record.endpoint for each in seen if listens(each)})
         return [
-            replace(each, age_s=max(each.age_s, stale_after_s(each.record.stages)))
+            replace(each, age_s=max(each.age_s, stale_after_s(each.record.nodes)))
             if listens(each) and each.record.endpoint in refused
             else each
             for each in seen
@@ -106,10 +110,10 @@ class Environment:
         pool.shutdown(wait=False, cancel_futures=True)
         return {asked[each] for each in known if each.result() is ConnectProbe.REFUSED}
 
-    def still_answering(self, seen: Sequence[Seen], stage: int, mine: NodeRecord) -> Seen | None:
-        """The stage's last node, if it still answers: its record may be stale only because it lost the DHT. Where a
-        later process has its endpoint, or this one, nobody would answer for it."""
-        listened = [each for each in seen if each.record.stage == stage and each.record.state in LISTENING]
+    def still_answering(self, seen: Sequence[Seen], place: GridPlace, mine: NodeRecord) -> Seen | None:
+        """The last node of that place, if it still answers: its record may be stale only because it lost the DHT. Where
+        a later process has its endpoint, or this one, nobody would answer for it."""
+        listened = [each for each in seen if each.record.place == place and each.record.state in LISTENING]
         last = min(listened, key=lambda each: each.age_s, default=None)
         if last is None:
             return None
@@ -118,19 +122,19 @@ class Environment:
         return last if endpoint not in later and self.connect_probe(endpoint) is ConnectProbe.ANSWERED else None
 
 
-def take_stage(
-    environment: Environment, mine: NodeRecord, stage: int | None, *, steps: int, among: Collection[int]
+def take_place(
+    environment: Environment, mine: NodeRecord, place: GridPlace | None, *, steps: int, among: Sequence[GridPlace]
 ) -> tuple[NodeRecord, bool]:
-    """Claim `stage` (None: the one of `among` that needs a node most); returns the record with which it is held, and
-    whether the run has begun. Raises StageTaken, and RunFinished."""
+    """Claim `place` (None: the one of `among` that needs a node most); returns the record with which it is held, and
+    whether its lane has begun. Raises StageTaken, and RunFinished."""
     draw = random.Random(mine.incarnation).randrange
-    if stage is not None:
-        _until_free(environment, mine, stage, steps)
-        return _claim(environment, replace(mine, stage=stage))
+    if place is not None:
+        _until_free(environment, mine, place, steps)
+        return _claim(environment, _at(mine, place))
     while True:
         wanted = _until_needed(environment, mine, among, draw, steps)
         try:
-            return _claim(environment, replace(mine, stage=wanted))
+            return _claim(environment, _at(mine, wanted))
         except StageTaken as error:
             environment.say(f"{error}; looks for another one")
         except DiscoveryError as error:
@@ -138,36 +142,51 @@ def take_stage(
             environment.sleep(TROUBLE_S)
 
 
+def _at(mine: NodeRecord, place: GridPlace) -> NodeRecord:
+    return replace(mine, stage=place.stage, lane=place.lane)
+
+
+def _name(mine: NodeRecord, place: GridPlace) -> str:
+    """For people; which lane, where there are several."""
+    return node_name(place.stage, place.lane, mine.lanes)
+
+
 def _claim(environment: Environment, mine: NodeRecord) -> tuple[NodeRecord, bool]:
     """Claim what `mine` says. Raises StageTaken if somebody's claim is better."""
     mine = replace(mine, state=NodeState.CLAIMING, claimed_at_s=environment.now())
     environment.publish(mine)
     environment.sleep(CLAIM_WAIT_S)
-    seen = environment.without_dead(environment.others(mine), (mine.stage,))
+    seen = environment.without_dead(environment.others(mine), (mine.place,))
     if other := rival(seen, mine):
         environment.publish(replace(mine, state=NodeState.LEFT))
         raise StageTaken(
-            f"stage {mine.stage} goes to the node at {other.endpoint} ({other.state}), whose claim takes precedence"
+            f"{_name(mine, mine.place)} goes to the node at {other.endpoint} ({other.state}), "
+            "whose claim takes precedence"
         )
     mine = replace(mine, state=NodeState.STARTING)
     environment.publish(mine)
-    return mine, has_started(seen, mine.stage)
+    return mine, has_started(seen, mine.place)
 
 
-def _still_on(seen: Sequence[Seen], mine: NodeRecord, steps: int) -> None:
-    if is_finished(seen, steps):
-        raise RunFinished(f"run '{mine.run}' is complete: all {steps} steps are done, so no stage needs a node")
+def _unfinished(seen: Sequence[Seen], mine: NodeRecord, steps: int, among: Sequence[GridPlace]) -> list[GridPlace]:
+    """Those whose lane has steps to do. Raises RunFinished where there are none."""
+    done = finished_lanes(seen, steps)
+    left = [place for place in among if place.lane not in done]
+    if not left:
+        whose = "" if len(done) == mine.lanes else f" in lane {', '.join(map(str, sorted(done)))}"
+        raise RunFinished(f"run '{mine.run}' is complete: all {steps} steps are done{whose}, so no stage needs a node")
+    return left
 
 
 def _wanted(
     environment: Environment,
     mine: NodeRecord,
     seen: Sequence[Seen],
-    stages: Collection[int],
+    places: Sequence[GridPlace],
     draw: Callable[[int], int],
-) -> int | None:
-    """The stage to take now, if there is one whose last node does not answer."""
-    free, told, probed = list(stages), seen, False
+) -> GridPlace | None:
+    """The place to take now, if there is one whose last node does not answer."""
+    free, told, probed = list(places), seen, False
     while True:
         wanted = choose(told, free, draw, environment.fits)
         if wanted is None:
@@ -181,10 +200,9 @@ def _wanted(
 
 
 def _until_needed(
-    environment: Environment, mine: NodeRecord, among: Collection[int], draw: Callable[[int], int], steps: int
-) -> int:
-    """The stage that needs a node most, once there is one."""
-    mine_to_serve = [stage for stage in range(mine.stages) if stage in among]
+    environment: Environment, mine: NodeRecord, among: Sequence[GridPlace], draw: Callable[[int], int], steps: int
+) -> GridPlace:
+    """The place that needs a node most, once there is one."""
     spare, trouble = False, ""
     while True:
         try:
@@ -195,28 +213,28 @@ def _until_needed(
             trouble = str(error)
             environment.sleep(TROUBLE_S)
             continue
-        _still_on(seen, mine, steps)
-        wanted = _wanted(environment, mine, seen, mine_to_serve, draw)
+        wanted = _wanted(environment, mine, seen, _unfinished(seen, mine, steps, among), draw)
         if wanted is not None:
             return wanted
         if not spare:
-            which = "" if len(mine_to_serve) == mine.stages else " that this node's certificate is for"
-            line = f"all {len(mine_to_serve)} stages{which} are served"
+            which = "" if len(among) == mine.nodes else " that this node may serve"
+            what = "stages" if mine.lanes == 1 else "places"
+            line = f"all {len(among)} {what}{which} are served"
             environment.say(f"{line}; waits as a spare for one that is lost (Ctrl-C ends it)")
             spare = True
         environment.sleep(LOOK_AGAIN_S)
 
 
-def _until_free(environment: Environment, mine: NodeRecord, stage: int, steps: int) -> None:
-    """Wait while it is only a record that holds the stage: of a machine that is off, it goes stale. Raises StageTaken
+def _until_free(environment: Environment, mine: NodeRecord, place: GridPlace, steps: int) -> None:
+    """Wait while it is only a record that holds the place: of a machine that is off, it goes stale. Raises StageTaken
     when the node itself is there, by its port or by a record that it renews."""
     first: dict[int, float] = {}  # by incarnation, when its record was renewed last, at first sight
     while True:
         seen = environment.others(mine)
-        _still_on(seen, mine, steps)
-        holder = next(iter(of_stage(environment.without_dead(seen, (stage,)), stage)), None)
+        _unfinished(seen, mine, steps, [place])
+        holder = next(iter(of_place(environment.without_dead(seen, (place,)), place)), None)
         if holder is None:
-            if last := environment.still_answering(seen, stage, mine):
+            if last := environment.still_answering(seen, place, mine):
                 raise _served(last)
             return
         record, renewed_s = holder.record, environment.now() - holder.age_s
@@ -225,7 +243,7 @@ def _until_free(environment: Environment, mine: NodeRecord, stage: int, steps: i
             raise _served(holder)
         if len(first) == 1 and first[record.incarnation] == renewed_s:
             environment.say(
-                f"stage {stage} was served at {record.endpoint}, which does not answer; "
+                f"{_name(mine, place)} was served at {record.endpoint}, which does not answer; "
                 "waiting until its record goes stale"
             )
         environment.sleep(LOOK_AGAIN_S)
@@ -234,6 +252,6 @@ def _until_free(environment: Environment, mine: NodeRecord, stage: int, steps: i
 def _served(holder: Seen) -> StageTaken:
     record = holder.record
     return StageTaken(
-        f"stage {record.stage} is served by process {record.incarnation:x} at {record.endpoint} ({record.state}, "
-        f"{holder.age_s:.0f} s ago); stop that one first, or say --stage auto"
+        f"{_name(record, record.place)} is served by process {record.incarnation:x} at {record.endpoint} "
+        f"({record.state}, {holder.age_s:.0f} s ago); stop that one first, or say --stage auto"
     )

@@ -148,15 +148,16 @@ class Discovery:
 
     def publish(self, record: NodeRecord, *, lease_s: float) -> bool:
         """Tell all; it is renewed for `lease_s` seconds from now. Whether anybody took it."""
-        renew_s = renew_every_s(record.stages)
+        renew_s = renew_every_s(record.nodes)
         return self._publish(run_key(record.run), encode_record(record), renew_s, lease_s)
 
     def publish_run(self, record: RunRecord, *, lease_s: float) -> bool:
         return self._publish(RUNS_KEY, encode_run(record), RUN_RENEW_S, lease_s)
 
-    def read(self, run: str, configuration: str, stages: int) -> tuple[list[Seen], Counter[str]]:
+    def read(self, run: str, configuration: str, stages: int, lanes: int = 1) -> tuple[list[Seen], Counter[str]]:
         """The records of that run's nodes, and how many others lay there, by fault."""
-        return read_records(self._read(run_key(run)), run=run, configuration=configuration, stages=stages)
+        found = self._read(run_key(run))
+        return read_records(found, run=run, configuration=configuration, stages=stages, lanes=lanes)
 
     def runs(self) -> tuple[list[RunRecord], Counter[str]]:
         """The runs that are announced here, each once, and how many records were left out, by fault. Two records of one

@@ -1,7 +1,7 @@
 """`thinpipe node --join`: from nothing but an address to a node that serves a stage.
 
 In this order: ask at the rendezvous addresses; enter the DHT; learn the run's configuration and check it; claim a
-stage; find out whether the run has begun. Then `node.node_process` runs the stage as it always does. The DHT's process
+place; find out whether the run has begun. Then `node.node_process` runs the stage as it always does. The DHT's process
 is started before torch is imported here, since both take seconds.
 """
 
@@ -18,15 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...protocol.grid_place import GridPlace, grid
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen
 from ...protocol.stage_choice import fitting
 from ..addresses import ListenError, check_listen, is_loopback
-from ..config import ConfigError, RunConfig, check_one_lane
+from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, load_config, merge, parse_config
 from ..config_sections import LinkSection
+from ..run_lanes import check_lane, check_text_stays, of_lane
 from ..security.key_directory import KeysError
 from ..security.policy import Security, choose
-from .claiming import LOOK_AGAIN_S, Environment, take_stage
+from .claiming import LOOK_AGAIN_S, Environment, take_place
 from .client import Discovery, DiscoveryError
 from .entry_points import EntryPoints, ask_all_rendezvous, choose_for, place
 from .multiaddr import Multiaddr
@@ -41,11 +43,12 @@ RUN_LOOKS = 4  # for a run in the DHT, before nobody is believed to know of one
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinOptions:
-    """What the user said. stage: None for the one that needs a node most. run: a name, if the DHT has several. speed:
-    of this machine, in the unit of pipeline.speeds."""
+    """What the user said. stage, lane: None for the one that needs a node most. run: a name, if the DHT has several.
+    speed: of this machine, in the unit of pipeline.speeds."""
 
     join: tuple[str, ...]
     stage: int | None
+    lane: int | None = None
     listen: str | None = None
     announce: str | None = None
     dht_port: int | None = None
@@ -56,15 +59,19 @@ class JoinOptions:
     keys: Path | None = None
     insecure: bool = False
     speed: float | None = None
+    data_changed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinResult:
-    """What `node.node_process` needs to know. resume: the run has begun."""
+    """What `node.node_process` needs to know. run: the run's directory here; out: that of the lane in it. resume: the
+    lane has begun."""
 
     config: RunConfig
     stage: int
+    lane: int
     listen: str
+    run: Path
     out: Path
     resume: bool
     membership: Membership
@@ -92,7 +99,7 @@ def join(options: JoinOptions) -> JoinResult:
     member = Member(discovery, options.join, security)
     try:
         # torch and transformers, while the DHT starts
-        from ..preparation import check_codec, check_device, check_link
+        from ..preparation import check_codec, check_device, check_lanes, check_link
         from .membership import Membership
 
         discovery.ready()
@@ -100,21 +107,27 @@ def join(options: JoinOptions) -> JoinResult:
         check_device(config)
         check_codec(config)
         check_link(config)
-        check_one_lane(config, "--join")
+        check_lanes(config)
+        check_text_stays(config, data_changed=options.data_changed)
         among = _may_serve(options, config, security)
-        out = _room(options.out or Path("runs") / config.run.name, config)
+        home = _room(options.out or Path("runs") / config.run.name, config)
         held, has_started = _hold(options, config, run, here.endpoint, among, member)
+        config, out = of_lane(config, home, held.lane)
+        _writable(out)
         has_started = has_started or any(config.checkpoint.path(out).glob(f"stage-{held.stage}/step-*"))
         how = "which has begun: takes the stage's place there" if has_started else "which has not begun"
+        where = "" if held.lanes == 1 else f" in lane {held.lane} of {held.lanes}"
         say(
-            f"joins run '{run.run}' (fingerprint {short(run.configuration)}) as stage {held.stage} of {held.stages} at "
-            f"{held.endpoint}, {how}; records in {out}"
+            f"joins run '{run.run}' (fingerprint {short(run.configuration)}) as stage {held.stage} of {held.stages}"
+            f"{where} at {held.endpoint}, {how}; records in {out}"
         )
         rendezvous = tuple(rendezvous.address for rendezvous in entry.rendezvous)
         return JoinResult(
             config=config,
             stage=held.stage,
+            lane=held.lane,
             listen=here.listen,
+            run=home,
             out=out,
             resume=has_started,
             membership=Membership(
@@ -155,7 +168,7 @@ class Member:
     join: tuple[str, ...]
     security: Security
 
-    def read(self, run: RunRecord, stages: int) -> list[Seen]:
+    def read(self, run: RunRecord, stages: int, lanes: int = 1) -> list[Seen]:
         """The records of the run's nodes; enters the DHT again if need be. Raises DiscoveryError."""
         if not self.discovery.alive:
             peers = list(self.discovery.peers)
@@ -163,46 +176,58 @@ class Member:
                 peers += ask_all_rendezvous(self.join, lambda _: None, self.security).peers
             self.discovery = self.discovery.again(list(dict.fromkeys(peers)))
             say("this node is in the DHT again")
-        return self.discovery.read(run.run, run.configuration, stages)[0]
+        return self.discovery.read(run.run, run.configuration, stages, lanes)[0]
 
 
-def _may_serve(options: JoinOptions, config: RunConfig, security: Security) -> list[int]:
-    """The stages that this node may take, by what it was told and by its certificate. Raises ConfigError, KeysError."""
-    stages = config.pipeline.stages
+def _may_serve(options: JoinOptions, config: RunConfig, security: Security) -> list[GridPlace]:
+    """The places that this node may take, by what it was told and by its certificate. Raises ConfigError, KeysError."""
+    stages, lanes = config.pipeline.stages, config.lanes.count
     if options.stage is not None and options.stage >= stages:
         raise ConfigError(f"--stage {options.stage}: the run has {stages} stages, so 0 to {stages - 1}")
+    if options.lane is not None:
+        check_lane(config, options.lane)
+    among = [
+        place
+        for place in grid(stages, lanes)
+        if options.stage in (None, place.stage) and options.lane in (None, place.lane)
+    ]
     if security.keys is None:
-        return list(range(stages))
-    explicit = None if options.stage is None else [options.stage]
-    choose(options.keys, insecure=False, run=config.run.name, stages=explicit)
-    among = [stage for stage in range(stages) if stage in security.keys.said.stages]
-    if not among:
-        raise KeysError(f"{security.keys.directory}: its certificate is for none of the {stages} stages of this run")
-    return among
+        return among
+    choose(options.keys, insecure=False, run=config.run.name, places=among if len(among) == 1 else ())
+    said = security.keys.said
+    allowed = [place for place in among if said.serves(config.run.name, place)]
+    if not allowed:
+        which = f"of the {stages} stages of this run" if len(among) == stages else "of the places that it may take"
+        raise KeysError(f"{security.keys.directory}: its certificate, for {said}, is for none {which}")
+    return allowed
 
 
 def _hold(
-    options: JoinOptions, config: RunConfig, run: RunRecord, endpoint: str, among: list[int], member: Member
+    options: JoinOptions, config: RunConfig, run: RunRecord, endpoint: str, among: list[GridPlace], member: Member
 ) -> tuple[NodeRecord, bool]:
-    """The record with which a stage is held, and whether the run has begun. Raises StageTaken, RunFinished."""
-    stages = config.pipeline.stages
+    """The record with which a place is held, and whether its lane has begun. Raises StageTaken, RunFinished."""
+    stages, lanes = config.pipeline.stages, config.lanes.count
     mine = NodeRecord(
         run=run.run,
         configuration=run.configuration,
         stage=options.stage or 0,
         stages=stages,
+        lane=options.lane or 0,
+        lanes=lanes,
         endpoint=endpoint,
         state=NodeState.CLAIMING,
         incarnation=secrets.randbits(63),
         claimed_at_s=time.time(),
     )
     world = Environment(
-        read=lambda: member.read(run, stages),
+        read=lambda: member.read(run, stages, lanes),
         publish=lambda record: member.discovery.publish(record, lease_s=LEASE_S),
         say=say,
         fits=lambda wanted: fitting(wanted, config.pipeline.speeds, options.speed),
     )
-    return take_stage(world, mine, options.stage, steps=config.run.steps, among=among)
+    lane = 0 if lanes == 1 else options.lane
+    explicit = None if options.stage is None or lane is None else GridPlace(options.stage, lane)
+    return take_place(world, mine, explicit, steps=config.run.steps, among=among)
 
 
 def _settle(options: JoinOptions, entry: EntryPoints, discovery: Discovery) -> tuple[RunConfig, RunRecord]:
@@ -246,12 +271,7 @@ def _from_dht(options: JoinOptions, discovery: Discovery) -> RunRecord | None:
 
 def _room(out: Path, config: RunConfig) -> Path:
     """The directory for this node's records, with the run's configuration in it. Raises ConfigError."""
-    from ..run_directory import LocalRunError, writable
-
-    try:
-        writable(out)
-    except LocalRunError as error:
-        raise ConfigError(str(error)) from None
+    _writable(out)
     path = out / "run.toml"
     if path.exists():
         before = load_config(path)
@@ -267,6 +287,15 @@ def _room(out: Path, config: RunConfig) -> Path:
     with suppress(FileNotFoundError):
         fresh.replace(path)
     return out
+
+
+def _writable(out: Path) -> None:
+    from ..run_directory import LocalRunError, writable
+
+    try:
+        writable(out)
+    except LocalRunError as error:
+        raise ConfigError(str(error)) from None
 
 
 def free_port(host: str, options: int | None) -> int:

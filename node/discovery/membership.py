@@ -1,5 +1,6 @@
-"""A node that serves its stage as a member of the swarm: it keeps its record current, looks up the stage below before
-each connection, answers at the swarm's rendezvous, and checks that it can be reached at its announced address.
+"""A node that serves its place as a member of the swarm: it keeps its record current, looks up whom it dials (the stage
+below, and its own in lower lanes) before each connection, answers at the swarm's rendezvous, and checks that it can be
+reached at its announced address.
 
 None of it is needed while neighbours are connected. What fails here is reported, once each time that it changes, and
 training goes on.
@@ -15,10 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ...protocol.grid_place import GridPlace
 from ...protocol.node_record import NodeRecord, NodeState, RunRecord, Seen, renew_every_s, stale_after_s
 from ...protocol.rendezvous_messages import ADDRESSES_MAX, RendezvousRequest, RendezvousResponse
 from ...protocol.rollback import RollbackPhase
-from ...protocol.stage_choice import of_stage, rival
+from ...protocol.stage_choice import of_place, rival
+from ...sim.reports.lanes import node_name
 from ..links.transport import Report, StreamHandler
 from ..security.policy import PLAIN, Security
 from .claiming import ConnectProbe, connect_probe
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
 
 TICK_S = 1.0
 RUN_LEASE_S = 3600.0
-TELLERS = 3  # stages that publish the run's configuration: one would be its only source
+TELLERS = 3  # nodes, lane after lane, that publish the run's configuration: one would be its only source
 FAILED_LATELY_S = 30.0
 RETURN_EVERY_S = 30.0  # to the DHT, if its process here has ended
 
@@ -68,12 +71,12 @@ class Membership:
     clock: Callable[[], float] = time.monotonic
     _complaint: str = ""
     _rival: str = ""
-    _barred: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was said to be so
+    _barred: dict[GridPlace, str] = field(default_factory=dict)  # the endpoint that was said to be so
     _seen: list[Seen] = field(default_factory=list)
     _seen_at_s: float = float("-inf")
     _recovery_loop: RecoveryLoop | None = None
     _returned_at_s: float = float("-inf")
-    _last: dict[int, str] = field(default_factory=dict)  # by stage, the endpoint that was given last
+    _last: dict[GridPlace, str] = field(default_factory=dict)  # the endpoint that was given last
     _reading: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     # -- what others ask ---------------------------------------------------------------------------------------------
@@ -97,13 +100,13 @@ class Membership:
         """The records of the run, as of a second ago at most."""
         async with self._reading:
             if self.clock() > self._seen_at_s + TICK_S:
-                run, stages = self.run, self.record.stages
-                self._seen, _ = await asyncio.to_thread(self.discovery.read, run.run, run.configuration, stages)
+                run, grid = self.run, (self.record.stages, self.record.lanes)
+                self._seen, _ = await asyncio.to_thread(self.discovery.read, run.run, run.configuration, *grid)
                 self._seen_at_s = self.clock()
             return self._seen
 
-    def where(self, stage: int, report: Report) -> Where:
-        """Asks at each call where a node of that stage is now, for one dialler: None while nobody is known.
+    def where(self, place: GridPlace, report: Report) -> Where:
+        """Asks at each call where the node of that place is now, for one dialler: None while nobody is known.
 
         It gives the best record's endpoint, if a connection to it is not refused; one that it gave lately, so that the
         dialler must have failed there, comes after the others. Where no record says, a neighbour that was there may
@@ -113,7 +116,7 @@ class Membership:
         given: dict[str, float] = {}
 
         def last() -> str | None:
-            return max(given, key=lambda endpoint: given[endpoint], default=self._last.get(stage))
+            return max(given, key=lambda endpoint: given[endpoint], default=self._last.get(place))
 
         async def request() -> str | None:
             try:
@@ -121,10 +124,10 @@ class Membership:
             except DiscoveryError as error:
                 self._complain(report, str(error))
                 return last()
-            told = [each.record.endpoint for each in of_stage(seen, stage)]
+            told = [each.record.endpoint for each in of_place(seen, place)]
             candidates = [endpoint for endpoint in told if self.security.may_dial(endpoint)]
             if not candidates:
-                self._bar(report, stage, told)
+                self._bar(report, place, told)
                 left = {each.record.endpoint for each in seen if each.record.state is NodeState.LEFT}
                 return None if last() in left else last()
             now = self.clock()
@@ -139,7 +142,7 @@ class Membership:
                 found = next(
                     (e for e, k in zip(order, connect_probes, strict=True) if k is ConnectProbe.ANSWERED), found
                 )
-            given[found], self._last[stage] = now, found
+            given[found], self._last[place] = now, found
             return found
 
         return request
@@ -158,7 +161,7 @@ class Membership:
                 before, rate = self.record, throughput.note(now, recovery_loop.machine.completed)
                 self.record = _current(before, recovery_loop, rate)
                 if now >= due_s or (self.record.state, self.record.generation) != (before.state, before.generation):
-                    due_s = now + renew_every_s(self.record.stages)
+                    due_s = now + renew_every_s(self.record.nodes)
                     await self._publish(report)
                     if not any(met.is_set() for met in recovery_loop.control.met.values()):
                         await self._look_for_rivals(report)
@@ -168,9 +171,9 @@ class Membership:
 
     async def _publish(self, report: Report) -> None:
         def tell() -> bool:
-            if self.record.stage < TELLERS:
+            if self.record.lane * self.record.stages + self.record.stage < TELLERS:
                 self.discovery.publish_run(self.run, lease_s=RUN_LEASE_S)
-            return self.discovery.publish(self.record, lease_s=stale_after_s(self.record.stages))
+            return self.discovery.publish(self.record, lease_s=stale_after_s(self.record.nodes))
 
         try:
             taken = await asyncio.to_thread(tell)
@@ -199,7 +202,7 @@ class Membership:
             self._complain(report, str(error))
 
     async def _look_for_rivals(self, report: Report) -> None:
-        """Another node of this stage, whose claim takes precedence, is reported. Which of the two is in the
+        """Another node of this place, whose claim takes precedence, is reported. Which of the two is in the
         run, the neighbours decide. (A stranger's record looks the same.)"""
         try:
             other = rival(await self.seen(), self.record)
@@ -213,18 +216,21 @@ class Membership:
             self._rival = other.endpoint
             report(
                 "stage-taken",
-                f"stage {self.record.stage} is served by process {other.incarnation:x} at {other.endpoint} too, whose "
-                "claim takes precedence; if neighbours connect there, stop this one, or start it again with "
+                f"{self._name(self.record.place)} is served by process {other.incarnation:x} at {other.endpoint} too, "
+                "whose claim takes precedence; if neighbours connect there, stop this one, or start it again with "
                 "--stage auto",
             )
         return None
 
-    def _bar(self, report: Report, stage: int, endpoints: list[str]) -> None:
-        if endpoints and self._barred.get(stage) != endpoints[0]:
-            self._barred[stage] = endpoints[0]
+    def _name(self, place: GridPlace) -> str:
+        return node_name(place.stage, place.lane, self.record.lanes)
+
+    def _bar(self, report: Report, place: GridPlace, endpoints: list[str]) -> None:
+        if endpoints and self._barred.get(place) != endpoints[0]:
+            self._barred[place] = endpoints[0]
             report(
                 "discovery",
-                f"stage {stage} is announced at {endpoints[0]}, on another machine; to connect there, start this "
+                f"{self._name(place)} is announced at {endpoints[0]}, on another machine; to connect there, start this "
                 "node with --keys DIR (thinpipe keys issue makes one), or with --insecure, which lets anyone who can "
                 "reach it read and change the run",
             )

@@ -10,8 +10,9 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from ...protocol.grid_place import GridPlace, grid
 from ...protocol.node_record import NodeState, RunRecord, Seen
-from ...protocol.stage_choice import of_stage, priority
+from ...protocol.stage_choice import of_place, priority
 from ..config import ConfigError
 from ..security.policy import Security
 from .entry_points import look_around
@@ -41,26 +42,36 @@ def find_status(join: Sequence[str], run: str | None, security: Security) -> dic
             raise ConfigError(f"no node at {', '.join(join)} knows of {f'run {run!r}' if run else 'a run'}")
         record = shareable[0]
         config = verified(record, ", ".join(join))
-        seen, left_out = discovery.read(record.run, record.configuration, config.pipeline.stages)
+        seen, left_out = discovery.read(record.run, record.configuration, config.pipeline.stages, config.lanes.count)
     finally:
         discovery.close()
-    return as_figures(record, config.pipeline.stages, config.run.steps, seen, left_out, notes)
+    places = grid(config.pipeline.stages, config.lanes.count)
+    return as_figures(record, places, config.run.steps, seen, left_out, notes)
 
 
 def as_figures(
-    run: RunRecord, stages: int, steps: int, seen: Sequence[Seen], left_out: Counter[str], notes: Sequence[str]
+    run: RunRecord,
+    places: Sequence[GridPlace],
+    steps: int,
+    seen: Sequence[Seen],
+    left_out: Counter[str],
+    notes: Sequence[str],
 ) -> dict[str, Any]:
-    """stages: for each the nodes that serve it, or the last one that did."""
+    """stages: for each place the nodes that serve it, or the last one that did; which lane, where there are several."""
+    several = any(place.lane for place in places)
 
-    def of(stage: int) -> list[Seen]:
-        last = sorted((s for s in seen if s.record.stage == stage), key=lambda s: (s.age_s, priority(s.record)))
-        return of_stage(seen, stage) or last[:1]
+    def of(place: GridPlace) -> list[Seen]:
+        last = sorted((s for s in seen if s.record.place == place), key=lambda s: (s.age_s, priority(s.record)))
+        return of_place(seen, place) or last[:1]
 
     return {
         "run": run.run,
         "configuration": run.configuration,
         "steps": steps,
-        "stages": [{"stage": stage, "nodes": [_node(each) for each in of(stage)]} for stage in range(stages)],
+        "stages": [
+            {**({"lane": place.lane} if several else {}), "stage": place.stage, "nodes": list(map(_node, of(place)))}
+            for place in places
+        ],
         "left_out": dict(left_out),
         "notes": list(notes),
     }
@@ -96,8 +107,9 @@ def status_table(figures: dict[str, Any]) -> Table:
         padding=(0, 2, 0, 0),
         pad_edge=False,
     )
+    lanes = any("lane" in stage for stage in figures["stages"])
     columns: list[tuple[str, JustifyMethod]] = [
-        ("stage", "right"),
+        ("lane-stage" if lanes else "stage", "right"),
         ("endpoint", "left"),
         ("state", "left"),
         ("generation", "right"),
@@ -109,12 +121,13 @@ def status_table(figures: dict[str, Any]) -> Table:
     for column, justify in columns:
         table.add_column(column, justify=justify, no_wrap=column != "endpoint", overflow="fold")
     for stage in figures["stages"]:
+        name = f"{stage['lane']}-{stage['stage']}" if lanes else str(stage["stage"])
         if not stage["nodes"]:
-            table.add_row(str(stage["stage"]), "-", "[red]nobody[/red]", "-", "-", "-", "-", "-")
+            table.add_row(name, "-", "[red]nobody[/red]", "-", "-", "-", "-", "-")
         for node in stage["nodes"]:
             colour = COLOURS.get(node["state"], "yellow")
             table.add_row(
-                str(stage["stage"]),
+                name,
                 Text(node["endpoint"]),
                 f"[{colour}]{node['state']}[/{colour}]",
                 str(node["generation"]),

@@ -3,12 +3,14 @@
     authority     O = the run's name, CN = "authority"
     node          O = the run's name, CN = "stages 0-3"      (to be read by people)
                   DNS: my-run.thinpipe                        any node of the run: what a probe holds a listener to
-                  DNS: stage-0.my-run.thinpipe, stage-1...    the stages that its holder may serve
+                  DNS: *.stage-0.my-run.thinpipe, *.stage-1.  the stages that its holder may serve, in every lane
+                  DNS: lane-1.stage-0.my-run.thinpipe, ...    or: in these lanes alone
 
-The stages are names, because names are what TLS itself compares: whoever dials stage 3 asks for
-`stage-3.my-run.thinpipe`, and a server without that name does not get through the handshake (RFC 9525). Why not an
-extension of our own: only our own code would look at it, after the connection stands. Why an authority for each run,
-and not one for all: then its certificate alone says who is in the run, and it can be thrown away with it.
+The places are names, because names are what TLS itself compares: whoever dials stage 3 of lane 0 asks for
+`lane-0.stage-3.my-run.thinpipe`, and a server without that name, or the wildcard for all lanes, does not get through
+the handshake (RFC 9525). So a run of one lane has no other names than one of many. Why not an extension of our own:
+only our own code would look at it, after the connection stands. Why an authority for each run, and not one for all:
+then its certificate alone says who is in the run, and it can be thrown away with it.
 
 Keys are P-256: what every TLS library takes, and a handshake of a millisecond. The moment is an argument, everywhere.
 """
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -29,15 +31,17 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
+from ...protocol.grid_place import GridPlace
+
 DOMAIN = "thinpipe"
-STAGES_MAX = (
-    256  # in a certificate: each is a name of up to 83 bytes, and TLS libraries read some 100 kB of certificate
+PLACES_MAX = (
+    256  # in a certificate: each is a name of up to 91 bytes, and TLS libraries read some 100 kB of certificate
 )
 BACKDATED = timedelta(hours=1)  # clocks of machines differ
 _LABEL = re.compile(
     r"(?!sha256-)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 )  # RFC 1123, in the one case that compares as itself
-_STAGE = re.compile(r"stage-(0|[1-9]\d{0,3})\.(?P<run>[a-z0-9-]+\.thinpipe)")
+_PLACE = re.compile(r"(?:\*|lane-(?P<lane>0|[1-9]\d?))\.stage-(?P<stage>0|[1-9]\d{0,3})\.(?P<run>[a-z0-9-]+\.thinpipe)")
 _UNREADABLE = (
     ValueError,
     TypeError,
@@ -58,19 +62,28 @@ def run_name(run: str) -> str:
     return f"{run_label(run)}.{DOMAIN}"
 
 
-def stage_name(run: str, stage: int) -> str:
-    """The name that a certificate has whose holder may serve that stage of that run."""
+def place_name(run: str, place: GridPlace) -> str:
+    """What TLS looks for in the certificate of who serves that place of that run."""
+    return f"lane-{place.lane}.{_of_stage(run, place.stage)}"
+
+
+def all_lanes_name(run: str, stage: int) -> str:
+    """The name that stands for that stage in every lane."""
+    return f"*.{_of_stage(run, stage)}"
+
+
+def _of_stage(run: str, stage: int) -> str:
     return f"stage-{stage}.{run_name(run)}"
 
 
-def spell_stages(stages: Iterable[int]) -> str:
+def spell_numbers(numbers: Iterable[int]) -> str:
     """`0-3,5` for 0, 1, 2, 3, 5."""
     spans: list[list[int]] = []
-    for stage in sorted(set(stages)):
-        if spans and stage == spans[-1][1] + 1:
-            spans[-1][1] = stage
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
         else:
-            spans.append([stage, stage])
+            spans.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
@@ -103,13 +116,17 @@ def make_certificate(
     authority: x509.Certificate,
     authority_key: ec.EllipticCurvePrivateKey,
     *,
+    lanes: Iterable[int] = (),
     now: datetime,
     days: int,
 ) -> x509.Certificate:
-    """A node's certificate for these stages of the authority's run."""
-    run, stages = read(authority).run, sorted(set(stages))
-    unsigned = _unsigned(_subject(run, _short(stages)), authority.subject, key, now, now + timedelta(days=days))
-    names = [run_name(run), *(stage_name(run, stage) for stage in stages)]
+    """A node's certificate for these stages of the authority's run, in these lanes (none: in all)."""
+    run, stages, lanes = read(authority).run, sorted(set(stages)), sorted(set(lanes))
+    subject = _subject(run, _short(stages, lanes))
+    unsigned = _unsigned(subject, authority.subject, key, now, now + timedelta(days=days))
+    names = [run_name(run)]
+    for stage in stages:
+        names += [place_name(run, GridPlace(stage, lane)) for lane in lanes] or [all_lanes_name(run, stage)]
     signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
     both_ends = x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH])
     return (
@@ -122,10 +139,17 @@ def make_certificate(
     )
 
 
-def _short(stages: list[int]) -> str:
+def _short(stages: Sequence[int], lanes: Sequence[int]) -> str:
     """For people, in the 64 characters that a common name may have."""
-    text = f"stage{'s' * (len(stages) > 1)} {spell_stages(stages)}"
-    return text if len(text) <= 64 else f"{len(stages)} stages, {stages[0]} to {stages[-1]}"
+    text = _counted("stage", stages) + (f" of {_counted('lane', lanes)}" if lanes else "")
+    if len(text) <= 64:
+        return text
+    some = f"{len(stages)} stages, {stages[0]} to {stages[-1]}"
+    return f"{some}, of {len(lanes)} lanes, {lanes[0]} to {lanes[-1]}" if lanes else some
+
+
+def _counted(what: str, numbers: Sequence[int]) -> str:
+    return f"{what}{'s' * (len(numbers) > 1)} {spell_numbers(numbers)}"
 
 
 def _subject(run: str, what: str) -> x509.Name:
@@ -163,17 +187,27 @@ class CertificateError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CertificateIdentity:
-    """What a certificate says. names: all its DNS names, which is what counts; run, stages: the same, readable."""
+    """What a certificate says. names: all its DNS names, which is what counts; run, stages, lanes (none: all): the
+    same, readable."""
 
     run: str
     names: frozenset[str]
     stages: tuple[int, ...]
+    lanes: tuple[int, ...]
     authority: bool
     begins: datetime
     ends: datetime
 
     def __str__(self) -> str:
-        return f"{'no stage' if not self.stages else _short(list(self.stages))} of run '{self.run}'"
+        return f"{'no stage' if not self.stages else _short(self.stages, self.lanes)} of run '{self.run}'"
+
+    def asked(self, place: GridPlace) -> str:
+        """What it does not say, of a place that its holder may not serve: which stage, or in which lane."""
+        return f"stage {place.stage}{f' of lane {place.lane}' if self.lanes or place.lane else ''}"
+
+    def serves(self, run: str, place: GridPlace) -> bool:
+        """Whether its holder may serve that place of that run."""
+        return not self.names.isdisjoint((place_name(run, place), all_lanes_name(run, place.stage)))
 
 
 def parse(data: bytes) -> x509.Certificate:
@@ -197,15 +231,22 @@ def read(certificate: x509.Certificate) -> CertificateIdentity:
             elif isinstance(extension.value, x509.BasicConstraints):
                 authority = extension.value.ca
         run = str(runs[0].value) if runs else ""
-        found = [_STAGE.fullmatch(name) for name in names]
-        stages = sorted(int(each[1]) for each in found if each and each["run"] == run_name(run))
+        found = [each for each in map(_PLACE.fullmatch, names) if each and each["run"] == run_name(run)]
+        stages = sorted({int(each["stage"]) for each in found})
+        lanes = [] if any(each["lane"] is None for each in found) else sorted({int(each["lane"]) for each in found})
         begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     except _UNREADABLE:
         raise CertificateError("it is no certificate that can be read") from None
     if not (0 < len(run) <= 64 and run.isprintable()) or not (authority or run_name(run) in names):
         raise CertificateError("it does not name a run of thinpipe")
     return CertificateIdentity(
-        run=run, names=names, stages=tuple(stages), authority=authority, begins=begins, ends=ends
+        run=run,
+        names=names,
+        stages=tuple(stages),
+        lanes=tuple(lanes),
+        authority=authority,
+        begins=begins,
+        ends=ends,
     )
 
 
@@ -217,14 +258,14 @@ class Flaw(StrEnum):
     RUN = "run"
     EXPIRED = "expired"
     EARLY = "not yet valid"
-    STAGE = "stage"
+    PLACE = "place"
 
 
 def judge(
-    certificate: x509.Certificate, authority: x509.Certificate, *, run: str, stage: int | None, now: datetime
+    certificate: x509.Certificate, authority: x509.Certificate, *, run: str, place: GridPlace | None, now: datetime
 ) -> tuple[Flaw, str] | None:
     """What is wrong with a node's certificate, as the rest of a sentence that begins with "its certificate"; None if
-    its holder may serve `stage` of `run` now (None: any stage)."""
+    its holder may serve `place` of `run` now (None: any)."""
     try:
         said = read(certificate)
     except CertificateError as error:
@@ -243,8 +284,8 @@ def judge(
             return Flaw.EXPIRED, f"expired on {spell_moment(each.ends)}{whose}"
         if now < each.begins:
             return Flaw.EARLY, f"is not valid before {spell_moment(each.begins)}{whose}"
-    if stage is not None and stage_name(run, stage) not in said.names:
-        return Flaw.STAGE, f"is for {said}, not for stage {stage}"
+    if place is not None and not said.serves(run, place):
+        return Flaw.PLACE, f"is for {said}, not for {said.asked(place)}"
     return None
 
 

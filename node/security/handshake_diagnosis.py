@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from ...protocol.grid_place import GridPlace
 from ..addresses import split_address
 from .certificates import CertificateError, Flaw, judge, parse, spell_moment
 from .key_directory import NODE, NODE_KEY, Keys
@@ -35,7 +36,7 @@ _REMEDIES = {
     Flaw.RUN: "start it with keys of this run, or dial the right address",
     Flaw.EXPIRED: "issue it a new one (thinpipe keys issue) and start it again with that",
     Flaw.EARLY: "are the clocks of both machines right?",
-    Flaw.STAGE: "start it with keys of its stage, or dial the right address",
+    Flaw.PLACE: "start it with keys of its place, or dial the right address",
 }
 
 
@@ -48,38 +49,43 @@ class Verdict:
 
 
 async def diagnose(
-    address: str, keys: Keys | None, stage: int | None, clock: Callable[[], datetime], *, deadline_s: float = DEADLINE_S
+    address: str,
+    keys: Keys | None,
+    place: GridPlace | None,
+    clock: Callable[[], datetime],
+    *,
+    deadline_s: float = DEADLINE_S,
 ) -> str | None:
     """One line on why the peer at `address` (host:port) and this node cannot agree on TLS; None if nothing definite is
     to be seen there (nobody listens, it is silent, or it would take the connection now).
 
-    keys: None for a node that speaks no TLS, which only asks whether the peer does. stage: whose certificate the peer
-    should have; None: any of the run's. deadline_s: for each of two looks, at most.
+    keys: None for a node that speaks no TLS, which only asks whether the peer does. place: whose certificate the peer
+    should have; None: that of any in the run. deadline_s: for each of two looks, at most.
     """
-    if keys and (flaw := judge(keys.certificate, keys.authority, run=keys.said.run, stage=None, now=clock())):
+    if keys and (flaw := judge(keys.certificate, keys.authority, run=keys.said.run, place=None, now=clock())):
         return f"{keys.directory / NODE}: this node's own certificate {flaw[1]}; issue a new one and start it with that"
-    first = await _look(address, keys, stage, clock, deadline_s)
+    first = await _look(address, keys, place, clock, deadline_s)
     if first is None or first.sure:
         return first and first.line
     await asyncio.sleep(AGAIN_S)
-    again = await _look(address, keys, stage, clock, deadline_s)
+    again = await _look(address, keys, place, clock, deadline_s)
     return first.line if again == first else None
 
 
 async def _look(
-    address: str, keys: Keys | None, stage: int | None, clock: Callable[[], datetime], deadline_s: float
+    address: str, keys: Keys | None, place: GridPlace | None, clock: Callable[[], datetime], deadline_s: float
 ) -> Verdict | None:
     host, port = split_address(address)
     writer: asyncio.StreamWriter | None = None
     try:
         async with asyncio.timeout(deadline_s):
             context = _context(keys)
-            wanted = host if keys is None else keys.name(stage)
+            wanted = host if keys is None else keys.name(place)
             reader, writer = await asyncio.open_connection(host, port, ssl=context, server_hostname=wanted)
             shown: ssl.SSLObject = writer.get_extra_info("ssl_object")
             if keys is None:
                 return Verdict(_SPEAKS_TLS.format(address))
-            if verdict := _judged(address, shown, keys, stage, clock()):
+            if verdict := _judged(address, shown, keys, place, clock()):
                 return verdict
             writer.write(PREFACE)
             return None if await reader.read(1) else Verdict(_refused(address, keys, "it closed the connection"), False)
@@ -116,12 +122,12 @@ def _context(keys: Keys | None) -> ssl.SSLContext:
     return context
 
 
-def _judged(address: str, shown: ssl.SSLObject, keys: Keys, stage: int | None, now: datetime) -> Verdict | None:
+def _judged(address: str, shown: ssl.SSLObject, keys: Keys, place: GridPlace | None, now: datetime) -> Verdict | None:
     try:
         certificate = parse(shown.getpeercert(binary_form=True) or b"")
     except CertificateError:
         return Verdict(f"the node at {address} shows no certificate that can be read; {_REMEDIES[Flaw.UNREADABLE]}")
-    if flaw := judge(certificate, keys.authority, run=keys.said.run, stage=stage, now=now):
+    if flaw := judge(certificate, keys.authority, run=keys.said.run, place=place, now=now):
         return Verdict(f"the node at {address}: its certificate {flaw[1]}; {_REMEDIES[flaw[0]]}")
     if shown.selected_alpn_protocol() != "h2":
         return Verdict(f"what answers at {address} speaks TLS but not HTTP/2, so it is no node; check the address")

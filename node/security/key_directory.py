@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -35,13 +36,14 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from ...protocol.grid_place import LANES_MAX, GridPlace
 from . import certificates
-from .certificates import STAGES_MAX, CertificateError, CertificateIdentity, Flaw, judge, spell_moment, spell_stages
+from .certificates import PLACES_MAX, CertificateError, CertificateIdentity, Flaw, judge, spell_moment, spell_numbers
 
 AUTHORITY_KEY, AUTHORITY, NODE_KEY, NODE = "authority.key", "authority.crt", "node.key", "node.crt"
 FILE_BYTES_MAX = 256 * 1024
 DAYS_MAX = 36_500
-STAGE_MAX = 1023  # as in pipeline.stages
+STAGE_MAX, LANE_MAX = 1023, LANES_MAX - 1  # as in pipeline.stages and lanes.count
 
 
 class KeysError(ValueError):
@@ -60,26 +62,36 @@ class Keys:
     authority_pem: bytes
     key_pem: bytes
 
-    def name(self, stage: int | None) -> str:
-        """What a node of that stage of this run has to be called; None: any node of it."""
+    def name(self, place: GridPlace | None) -> str:
+        """What a node at that place of this run has to be called; None: any node of it."""
         run = self.said.run
-        return certificates.run_name(run) if stage is None else certificates.stage_name(run, stage)
+        return certificates.run_name(run) if place is None else certificates.place_name(run, place)
 
 
 def parse_stages(text: str) -> list[int]:
     """`0-3,5` -> 0, 1, 2, 3, 5. Raises KeysError."""
-    stages: set[int] = set()
+    stages = _numbers("stages", text, STAGE_MAX)
+    if len(stages) > PLACES_MAX:
+        raise KeysError(f"--stages: {len(stages)} stages; a certificate names {PLACES_MAX} at most, so issue several")
+    return stages
+
+
+def parse_lanes(text: str | None) -> list[int]:
+    """The same of lanes; None: none, which stands for all. Raises KeysError."""
+    return [] if text is None else _numbers("lanes", text, LANE_MAX)
+
+
+def _numbers(what: str, text: str, most: int) -> list[int]:
+    found: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         numbers = (first, last if dash else first)
-        if not all(number.isascii() and number.isdecimal() and int(number) <= STAGE_MAX for number in numbers):
-            raise KeysError(f"--stages: '{text}' is not stages from 0 to {STAGE_MAX}, such as 3 or 0-3 or 0,2,4-6")
+        if not all(number.isascii() and number.isdecimal() and int(number) <= most for number in numbers):
+            raise KeysError(f"--{what}: '{text}' is not {what} from 0 to {most}, such as 3 or 0-3 or 0,2,4-6")
         if int(numbers[1]) < int(numbers[0]):
-            raise KeysError(f"--stages: '{part.strip()}' runs backwards; say {numbers[1]}-{numbers[0]}")
-        stages |= set(range(int(numbers[0]), int(numbers[1]) + 1))
-    if len(stages) > STAGES_MAX:
-        raise KeysError(f"--stages: {len(stages)} stages; a certificate names {STAGES_MAX} at most, so issue several")
-    return sorted(stages)
+            raise KeysError(f"--{what}: '{part.strip()}' runs backwards; say {numbers[1]}-{numbers[0]}")
+        found |= set(range(int(numbers[0]), int(numbers[1]) + 1))
+    return sorted(found)
 
 
 # -- made -----------------------------------------------------------------------------------------------------------
@@ -94,9 +106,16 @@ def init(run: str, out: Path, *, days: int, now: datetime) -> CertificateIdentit
     return certificates.read(certificate)
 
 
-def issue(stages: list[int], authority: Path, out: Path, *, days: int, now: datetime) -> CertificateIdentity:
-    """Make a key and a certificate for these stages in `out`. Raises KeysError."""
+def issue(
+    stages: list[int], authority: Path, out: Path, *, lanes: Sequence[int] = (), days: int, now: datetime
+) -> CertificateIdentity:
+    """Make a key and a certificate for these stages, in these lanes (none: in all), in `out`. Raises KeysError."""
     _check_days(days)
+    if (places := len(stages) * len(lanes)) > PLACES_MAX:
+        raise KeysError(
+            f"{len(stages)} stages of {len(lanes)} lanes are {places} places; a certificate names {PLACES_MAX} at "
+            "most: issue several, or omit --lanes for one that is good in all lanes"
+        )
     issuer, _ = _certificate(authority, AUTHORITY, "make one with thinpipe keys init, or name its directory")
     said = _said(authority / AUTHORITY, issuer)
     issuer_key, _ = _key(authority / AUTHORITY_KEY, issuer, "certificates are issued where the authority was made")
@@ -111,7 +130,7 @@ def issue(stages: list[int], authority: Path, out: Path, *, days: int, now: date
             f"say --days {left} or fewer, or make another authority with keys init"
         )
     key = certificates.new_key()
-    made = certificates.make_certificate(stages, key.public_key(), issuer, issuer_key, now=now, days=days)
+    made = certificates.make_certificate(stages, key.public_key(), issuer, issuer_key, lanes=lanes, now=now, days=days)
     _write(out, {NODE_KEY: _private(key), NODE: certificates.pem(made), AUTHORITY: certificates.pem(issuer)})
     return certificates.read(made)
 
@@ -148,6 +167,12 @@ def _write(out: Path, files: dict[str, bytes]) -> None:
 
 # -- read and checked -----------------------------------------------------------------------------------------------
 
+
+def issue_command(place: GridPlace | None) -> str:
+    """Which makes keys for that place, in whatever other lanes too."""
+    return f"thinpipe keys issue --stages {place.stage}" if place else "thinpipe keys issue"
+
+
 _ISSUE = "issue one with thinpipe keys issue"
 _REMEDIES = {
     Flaw.UNREADABLE: _ISSUE,
@@ -158,8 +183,8 @@ _REMEDIES = {
 }
 
 
-def load(directory: Path, *, now: datetime, run: str | None = None, stages: list[int] | None = None) -> Keys:
-    """A node's keys, if they are good for all of `stages` of `run` now (None: for any). Raises KeysError."""
+def load(directory: Path, *, now: datetime, run: str | None = None, places: Sequence[GridPlace] = ()) -> Keys:
+    """A node's keys, if they are good for all of `places` of `run` now (none: for any). Raises KeysError."""
     path = directory / NODE
     if (directory / AUTHORITY_KEY).exists() and not path.exists():
         raise KeysError(
@@ -171,10 +196,10 @@ def load(directory: Path, *, now: datetime, run: str | None = None, stages: list
     if not (issuer := _said(directory / AUTHORITY, authority)).authority:
         raise KeysError(f"{directory / AUTHORITY} is not an authority's certificate; {_REMEDIES[Flaw.AUTHORITY]}")
     _, key_pem = _key(directory / NODE_KEY, certificate, _ISSUE)
-    for stage in stages or [None]:
-        flaw = judge(certificate, authority, run=issuer.run if run is None else run, stage=stage, now=now)
+    for place in places or [None]:
+        flaw = judge(certificate, authority, run=issuer.run if run is None else run, place=place, now=now)
         if flaw:
-            remedy = _REMEDIES.get(flaw[0], f"issue one that names it: thinpipe keys issue --stages {stage} …")
+            remedy = _REMEDIES.get(flaw[0]) or f"issue one that names it: {issue_command(place)} …"
             raise KeysError(f"{path}: the certificate {flaw[1]}; {remedy}")
     return Keys(
         directory=directory,
@@ -206,7 +231,8 @@ def describe(directory: Path, *, now: datetime) -> dict[str, Any]:
         "directory": str(directory),
         "kind": "node" if name == NODE else "authority",
         "run": said.run,
-        "stages": spell_stages(said.stages) if name == NODE else None,
+        "stages": spell_numbers(said.stages) if name == NODE else None,
+        "lanes": (spell_numbers(said.lanes) or "all") if name == NODE else None,
         "begins": said.begins.isoformat(),
         "ends": said.ends.isoformat(),
         "days_left": round((said.ends - now).total_seconds() / 86400, 1),

@@ -2,10 +2,10 @@
 
 One object carries this policy to everything that listens or dials. Both ends show a certificate of the run's authority:
 
-- A node that dials stage 3 has TLS look for the name of that stage in the server's certificate, so a server of another
-  stage, run or authority fails in the handshake, before a byte of the run.
-- A node that listens has TLS ask for a certificate of the authority, and then compares the greeting: its run and stage
-  must be among the certificate's names, or the peer is refused by name (`wrong-certificate`).
+- A node that dials stage 3 of lane 0 has TLS look for the name of that place in the server's certificate, so a server
+  of another stage, lane, run or authority fails in the handshake, before a byte of the run.
+- A node that listens has TLS ask for a certificate of the authority, and then compares the greeting: its run, stage and
+  lane must be among the certificate's names, or the peer is refused by name (`wrong-certificate`).
 
 Unencrypted connections are for loopback. Connections to other machines need keys, unless somebody says `--insecure`: a
 default that is secure only if one remembers it would not be secure. That holds for addresses that are typed (`choose`)
@@ -25,11 +25,12 @@ import grpc
 import grpc.aio
 
 from ...protocol.errors import Fault, RemoteProtocolError
+from ...protocol.grid_place import GridPlace
 from ...protocol.messages import Greeting, Limits, decode_frame
 from ..addresses import is_loopback
-from .certificates import CertificateError, CertificateIdentity, parse, read, run_name, spell_moment, stage_name
+from .certificates import CertificateError, CertificateIdentity, parse, read, run_name, spell_moment
 from .handshake_diagnosis import diagnose
-from .key_directory import Keys, KeysError, clock, load
+from .key_directory import Keys, KeysError, clock, issue_command, load
 
 LIMITS = Limits(message_bytes=1)  # of a greeting
 ENDS_SOON = timedelta(days=3)
@@ -63,19 +64,21 @@ class Security:
         """Whether it may be talked to as this node talks. Raises ListenError for what is no host:port."""
         return self.keys is not None or self.insecure or is_loopback(address)
 
-    def channel(self, address: str, stage: int | None, options: Sequence[tuple[str, int | str]]) -> grpc.aio.Channel:
-        """To a node of that stage; None: to any of the run. Whether that may be, who learnt the address has asked."""
+    def channel(
+        self, address: str, place: GridPlace | None, options: Sequence[tuple[str, int | str]]
+    ) -> grpc.aio.Channel:
+        """To the node at that place; None: to any of the run. Whether that may be, who learnt the address has asked."""
         if self.keys is None:
             return grpc.aio.insecure_channel(address, options=options)
         credentials = grpc.ssl_channel_credentials(
             self.keys.authority_pem, self.keys.key_pem, self.keys.certificate_pem
         )
-        options = [*options, ("grpc.ssl_target_name_override", self.keys.name(stage))]
+        options = [*options, ("grpc.ssl_target_name_override", self.keys.name(place))]
         return grpc.aio.secure_channel(address, credentials, options=options)
 
-    async def fault(self, address: str, stage: int | None) -> str | None:
+    async def fault(self, address: str, place: GridPlace | None) -> str | None:
         """One line on why there is no connection, if TLS is why; see `handshake.diagnose`."""
-        return await diagnose(address, self.keys, stage, self.clock)
+        return await diagnose(address, self.keys, place, self.clock)
 
     # -- who listens -------------------------------------------------------------------------------------------------
 
@@ -95,11 +98,12 @@ class Security:
         greeting = decode_frame(frame, LIMITS)
         if not isinstance(greeting, Greeting):
             return  # and refused for that, by whoever reads it
-        if stage_name(greeting.run_id, greeting.stage) not in said.names:
+        place = GridPlace(greeting.stage, greeting.lane)
+        if not said.serves(greeting.run_id, place):
             raise RemoteProtocolError(
                 Fault.CERTIFICATE,
-                f"the greeting says stage {greeting.stage} of run '{greeting.run_id}', the certificate is for {said}; "
-                f"start that node with keys of its stage: thinpipe keys issue --stages {greeting.stage}",
+                f"the greeting says {said.asked(place)} of run '{greeting.run_id}', the certificate is for {said}; "
+                f"start that node with keys of its place: {issue_command(place)}",
             )
 
     def admit_any(self, context: CallContext) -> None:
@@ -133,15 +137,15 @@ def choose(
     dial: str | None = None,
     dial_option: str = "--next",
     run: str | None = None,
-    stages: list[int] | None = None,
+    places: Sequence[GridPlace] = (),
     now: datetime | None = None,
 ) -> Security:
-    """What --keys and --insecure come to. Raises KeysError: for keys that are no good for these stages of this run, and
+    """What --keys and --insecure come to. Raises KeysError: for keys that are no good for these places of this run, and
     for an address that others reach where neither was said; ListenError for what is no address."""
     if keys is not None:
         if insecure:
             raise KeysError("--keys and --insecure contradict each other; omit one")
-        return Security(load(keys, now=now or clock(), run=run, stages=stages))
+        return Security(load(keys, now=now or clock(), run=run, places=places))
     for option, address in (("--listen", listen), (dial_option, dial)):
         if address and not insecure and not is_loopback(address):
             raise KeysError(

@@ -1,9 +1,9 @@
 """A local swarm in network namespaces, one node in each, whose links the kernel caps instead of the transport.
 
 The transport's own shaper caps what thinpipe sends; here tbf caps whatever passes the node's interface, headers, TCP's
-acknowledgements and other programs included, both ways (see netns.py). A node between two neighbours has one interface
-for both, as a machine at the end of one thin line does, where `--link` gives each neighbour a wire of its own: so the
-same number is a thinner swarm, and `thinpipe plan --rule shared` is the nearer plan.
+acknowledgements and other programs included, both ways (see netns.py). A node has one interface for its
+neighbours and for its own stage in other lanes, as a machine at the end of one thin line does, where `--link` gives
+each a wire of its own: so the same number is a thinner swarm, and `thinpipe plan --rule shared` is the nearer plan.
 
 Delay is netem's where the kernel has it (tried, not guessed). Where it has not, the transport's delay line does that
 part, and the nodes are told which part is whose: they need the whole link to size their windows and to verify the cap.
@@ -53,16 +53,16 @@ class Isolation:
 
 
 @contextmanager
-def isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
-    """Namespaces for `stages` nodes, while the body runs. Raises KernelLinkError with one line where that cannot be:
+def isolated(nodes: int, profile: LinkProfile) -> Iterator[Isolation]:
+    """Namespaces for so many `nodes`, while the body runs. Raises KernelLinkError with one line where that cannot be:
     no root, no `ip` or `tc`, a cap that the kernel refuses, more nodes than fit. Whatever ends the process otherwise,
     but for SIGKILL, ends the body as Ctrl-C does, and nothing stays behind."""
-    with ending_as_ctrl_c(), _isolated(stages, profile) as made:
+    with ending_as_ctrl_c(), _isolated(nodes, profile) as made:
         yield made
 
 
 @contextmanager
-def _isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
+def _isolated(nodes: int, profile: LinkProfile) -> Iterator[Isolation]:
     tc.require("ip", "tc")
     if profile.rate_bits_per_s is None:  # nothing to cap; a delay alone is the transport's
         by_kernel, link = LinkProfile(rate_bits_per_s=None), profile
@@ -70,5 +70,5 @@ def _isolated(stages: int, profile: LinkProfile) -> Iterator[Isolation]:
         by_kernel, link = profile, replace(profile, kernel="all")
     else:
         by_kernel, link = replace(profile, latency_s=0.0, jitter_s=0.0), replace(profile, kernel="rate")
-    with network(stages, by_kernel) as made:
+    with network(nodes, by_kernel) as made:
         yield Isolation(made, link)

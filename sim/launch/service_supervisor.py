@@ -11,9 +11,11 @@ without a clock. A *standby* waits for just that, on all stages, and serves the 
 container engine's restart policy: it does nothing about a container that was ended by `docker kill`, which counts as
 wanted.
 
-At the end the supervisor of stage 0 prints the run's summary, and the others stay until it has. So nothing is cut off
-if an engine ends all containers with the first one (`--abort-on-container-exit`). If each machine has a directory of
-its own, there is nothing to wait for, and nothing to summarise.
+In a run of several lanes it keeps one stage of one lane; each lane has a directory of its own in RUN, with its locks.
+
+At the end the supervisor of stage 0 (of lane 0) prints the run's summary, and the others stay until it has. So nothing
+is cut off if an engine ends all containers with the first one (`--abort-on-container-exit`). If each machine has a
+directory of its own, there is nothing to wait for, and nothing to summarise.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...protocol.grid_place import GridPlace, grid
+from ..reports.lanes import lane_path, node_name
 from ..reports.record_tail import RecordTail, whole_bytes
 from ..reports.wording import counted
 from .node_ends import AGAIN, Failure
@@ -41,6 +45,8 @@ STANDBY_S = 3.0  # that a lost stage stays free for its own supervisor, if that 
 SUMMARY_S = 120.0  # for the other stages to end, and for a summary
 PAUSE_FIRST_S, PAUSE_MOST_S = 1.0, 30.0  # before a node is started again
 
+FIRST = GridPlace(0)  # whose supervisor speaks for the run
+
 Say = Callable[[str], None]
 
 
@@ -48,9 +54,10 @@ Say = Callable[[str], None]
 class Assignment:
     """What a supervisor is for.
 
-    stage: None is a standby, for any. peers: host:port of every stage, in order; a node listens on its own port, and
-    dials its successor. steps: of the whole run. node: further options for the node. health: a file that is touched as
-    long as the stage makes progress. restarts: how often a node that failed is started again.
+    stage: None is a standby, for any of any lane. peers: host:port of every stage, in order, lane after lane; a node
+    listens on its own port, and dials its successor and its own stage in lower lanes. steps: of the whole run. node:
+    further options for the node. health: a file that is touched as long as the stage makes progress. restarts: how
+    often a node that failed is started again.
     """
 
     run: Path
@@ -60,10 +67,35 @@ class Assignment:
     node: Sequence[str] = ()
     health: Path | None = None
     restarts: int = 5
+    lane: int = 0
+    lanes: int = 1
 
     @property
-    def candidates(self) -> list[int]:
-        return list(range(len(self.peers))) if self.stage is None else [self.stage]
+    def stages(self) -> int:
+        return len(self.peers) // self.lanes
+
+    @property
+    def places(self) -> list[GridPlace]:
+        """All of the run."""
+        return grid(self.stages, self.lanes)
+
+    @property
+    def own(self) -> GridPlace | None:
+        return None if self.stage is None else GridPlace(self.stage, self.lane)
+
+    @property
+    def candidates(self) -> list[GridPlace]:
+        return self.places if self.own is None else [self.own]
+
+    def peer(self, place: GridPlace) -> str:
+        return self.peers[place.lane * self.stages + place.stage]
+
+    def of(self, place: GridPlace) -> tuple[Path, int]:
+        """Where its records and its lock are, and as which stage."""
+        return lane_path(self.run, place.lane, self.lanes), place.stage
+
+    def name(self, place: GridPlace) -> str:
+        return node_name(place.stage, place.lane, self.lanes)
 
 
 class Supervisor:
@@ -105,16 +137,16 @@ class Supervisor:
         claimed = self._claim()
         if isinstance(claimed, int):
             return claimed
-        stage, lock = claimed
+        place, lock = claimed
         try:
-            if stage == 0:
+            if place == FIRST:
                 (self.assignment.run / "summary.json").unlink(missing_ok=True)  # of an earlier life of the run
             os.ftruncate(lock, 0)
-            code = self._serve(stage, lock)
+            code = self._serve(place, lock)
             if code and not self._told:
                 with suppress(OSError):  # a full disk may be why
                     os.write(lock, f"exit code {code}\n".encode())
-            return code if code or self._told else self._conclude(stage)
+            return code if code or self._told else self._conclude(place)
         finally:
             os.close(lock)
 
@@ -123,69 +155,70 @@ class Supervisor:
     def _complete(self) -> bool:
         """Whether every stage has done all steps; where other machines have their records, whether this one was let go
         after them. Its own `end` alone does not say that: a stage that was lost may need it to go back once more."""
-        if self.assignment.stage is not None and self._elsewhere():
-            return newest_life(self.assignment.run, self.assignment.stage) == (self.assignment.steps, True)
-        return all(
-            ended_after(self.assignment.run, stage) == self.assignment.steps
-            for stage in range(len(self.assignment.peers))
-        )
+        assignment = self.assignment
+        if assignment.own and self._elsewhere():
+            return newest_life(*assignment.of(assignment.own)) == (assignment.steps, True)
+        return all(ended_after(*assignment.of(place)) == assignment.steps for place in assignment.places)
 
     def _over(self) -> bool:
         """Whether every stage has ended, be it early."""
-        return all(ended_after(self.assignment.run, stage) is not None for stage in range(len(self.assignment.peers)))
+        return all(ended_after(*self.assignment.of(place)) is not None for place in self.assignment.places)
 
     def _again(self) -> int:
         self._say(
             f"the run in {self.assignment.run} is complete: {self.assignment.steps} steps; another one needs "
             "another directory, or this one to be removed"
         )
-        return self._summary() if self.assignment.stage == 0 and not self._elsewhere() else 0
+        return self._summary() if self.assignment.own == FIRST and not self._elsewhere() else 0
 
     def _elsewhere(self) -> bool:
         """Whether some of the stages leave no records in this directory."""
-        return not all(began(self.assignment.run, stage) for stage in range(len(self.assignment.peers)))
+        return not all(began(*self.assignment.of(place)) for place in self.assignment.places)
 
-    def _claim(self) -> tuple[int, int] | int:
-        """(stage, lock) as soon as there is one to serve; the exit code when the run is over, or this process told to
+    def _claim(self) -> tuple[GridPlace, int] | int:
+        """(place, lock) as soon as there is one to serve; the exit code when the run is over, or this process told to
         stop."""
-        standby = self.assignment.stage is None
+        assignment, standby = self.assignment, self.assignment.own is None
         said = served = False
-        free_s: dict[int, float] = {}
+        free_s: dict[GridPlace, float] = {}
         earlier = True  # what records say may be of an earlier life of the run, until they say that it goes on
-        began_s, taken_up = time.monotonic(), set[int]()  # and so may a mark, until it was seen to be gone
+        if assignment.own:
+            with suppress(OSError):  # then taking the lock says so
+                assignment.of(assignment.own)[0].mkdir(exist_ok=True)
+        began_s, taken_up = time.monotonic(), set[GridPlace]()  # and so may a mark, until it was seen to be gone
         while not self._told:
             over = self._over()
             earlier = earlier and over
-            for stage in self.assignment.candidates:
-                if standby and not began(self.assignment.run, stage):
+            for place in assignment.candidates:
+                if standby and not began(*assignment.of(place)):
                     continue
-                lock = take_lock(self.assignment.run, stage)
+                lock = take_lock(*assignment.of(place))
                 if lock is None:
                     served = True
-                    free_s.pop(stage, None)
+                    free_s.pop(place, None)
                     continue
                 if served and over and not earlier:  # a run that was ended early is over too
-                    unsaid = stage == 0 and not (self.assignment.run / "summary.json").exists()
+                    unsaid = place == FIRST and not (assignment.run / "summary.json").exists()
                     code = self._summary() if unsaid else 0
                     os.close(lock)
                     return code
-                since_s = free_s.setdefault(stage, time.monotonic())
+                since_s = free_s.setdefault(place, time.monotonic())
                 if not standby or time.monotonic() - since_s >= STANDBY_S:
                     if standby or served:
-                        self._say(f"stage {stage} was lost; this one takes its place")
-                    return stage, lock
+                        self._say(f"{assignment.name(place)} was lost; this one takes its place")
+                    return place, lock
                 os.close(lock)
             if not said and (standby or served):
                 said = True
                 self._say(
                     "stands by for any stage"
-                    if standby
-                    else f"stage {self.assignment.stage} is served elsewhere; this one stands by"
+                    if assignment.own is None
+                    else f"{assignment.name(assignment.own)} is served elsewhere; this one stands by"
                 )
-            marked = {stage for stage in self.assignment.candidates if gave_up(self.assignment.run, stage)}
-            taken_up |= set(self.assignment.candidates) - marked
+            marked = {place for place in assignment.candidates if gave_up(*assignment.of(place))}
+            taken_up |= set(assignment.candidates) - marked
             late = time.monotonic() - began_s >= STARTING_S  # then nobody corrects what they say
-            if standby and len(marked) == len(self.assignment.candidates) and (late or len(taken_up) == len(marked)):
+            if standby and len(marked) == len(assignment.candidates) and (late or len(taken_up) == len(marked)):
                 self._say("no stage could be served, so there is nothing to stand by for; see what each says")
                 return 1
             self._healthy("stands by")
@@ -194,12 +227,12 @@ class Supervisor:
 
     # -- its node -----------------------------------------------------------------------------------------------
 
-    def _serve(self, stage: int, lock: int) -> int:
+    def _serve(self, place: GridPlace, lock: int) -> int:
         """Start the node, and again, until it ends well, or need not be tried again; returns its exit code."""
         left, pause_s, before = self.assignment.restarts, PAUSE_FIRST_S, set[Failure]()
         while True:
             self._failure = None
-            code = self._one_life(stage, lock)
+            code = self._one_life(place, lock)
             if self._told or code in (0, 2):  # 2: bad input stays bad
                 return code if code >= 0 else 128 - code
             if self._failure and self._failure.replays and self._failure in before:
@@ -209,26 +242,27 @@ class Supervisor:
             why = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             if not left:
                 self._say(
-                    f"stage {stage}: its node was {why}, and was restarted {self.assignment.restarts} times already"
+                    f"{self.assignment.name(place)}: its node was {why}, and was restarted "
+                    f"{self.assignment.restarts} times already"
                 )
                 return code if code > 0 else 128 - code
-            self._say(f"stage {stage}: its node was {why}; it is started again in {pause_s:g} s")
+            self._say(f"{self.assignment.name(place)}: its node was {why}; it is started again in {pause_s:g} s")
             left -= 1
             time.sleep(pause_s)
             pause_s = min(PAUSE_MOST_S, 2 * pause_s)
 
-    def _one_life(self, stage: int, lock: int) -> int:
-        assignment, records = self.assignment, self.assignment.run / f"stage-{stage}.jsonl"
-        resume = began(assignment.run, stage)
+    def _one_life(self, place: GridPlace, lock: int) -> int:
+        name, (directory, stage) = self.assignment.name(place), self.assignment.of(place)
+        records, resume = directory / f"stage-{stage}.jsonl", began(directory, stage)
         tail, newest = RecordTail(records, offset=whole_bytes(records) if resume else 0), None
         if resume:
-            self._say(f"stage {stage} has been started before, and is resumed")
+            self._say(f"{name} has been started before, and is resumed")
         self._moved_s, longest_s, shown = time.monotonic() + STARTING_S - PROGRESS_S, 0.0, None
         restored = False
         if self._told:
             return 0
         self._node = subprocess.Popen(
-            self._command(stage, resume=resume),
+            self._command(place, resume=resume),
             stdin=subprocess.DEVNULL,
             env=node_environment(),
             start_new_session=True,  # a Ctrl-C in a terminal reaches the supervisor, which passes it on
@@ -246,30 +280,34 @@ class Supervisor:
                     self._moved_s = time.monotonic()
                 elif record["event"] == "rollback" and resume and not restored:
                     restored = True
-                    self._say(f"stage {stage} {_goes_on(record['completed'])}")
+                    self._say(f"{name} {_goes_on(record['completed'])}")
                 elif record["event"] == "failed":
                     self._failure = Failure.of(record)
             if newest and newest is not shown:
                 self._moved_s = time.monotonic()
                 longest_s = max(longest_s, newest["seconds"])
-                if stage == 0:
+                if place == FIRST:
                     self._show(newest, shown)
                 shown = newest
             if code is not None:
                 return code
             quiet_s = time.monotonic() - self._moved_s
             if quiet_s <= max(PROGRESS_S, PROGRESS_STEPS * longest_s):
-                self._healthy(f"stage {stage}: step {shown['step'] + 1}" if shown else f"stage {stage} starts")
+                self._healthy(f"{name}: step {shown['step'] + 1}" if shown else f"{name} starts")
             elif not self._stuck:
                 self._stuck = True
-                self._say(f"stage {stage}: no step for {quiet_s:.0f} s")
+                self._say(f"{name}: no step for {quiet_s:.0f} s")
 
-    def _command(self, stage: int, *, resume: bool) -> list[str]:
-        assignment, above, below = self.assignment, stage > 0, stage + 1 < len(self.assignment.peers)
+    def _command(self, place: GridPlace, *, resume: bool) -> list[str]:
+        assignment, (stage, lane) = self.assignment, place
+        dialled, below = stage > 0 or lane + 1 < assignment.lanes, stage + 1 < assignment.stages
         command = [sys.executable, "-m", "thinpipe.cli", "node", "--config", str(assignment.run / "run.toml")]
         command += ["--stage", str(stage), "--out", str(assignment.run), "--parent", str(os.getpid()), *assignment.node]
-        command += ["--listen", f"0.0.0.0:{assignment.peers[stage].rpartition(':')[2]}"] if above else []
-        command += ["--next", assignment.peers[stage + 1]] if below else []
+        command += ["--listen", f"0.0.0.0:{assignment.peer(place).rpartition(':')[2]}"] if dialled else []
+        command += ["--next", assignment.peer(GridPlace(stage + 1, lane))] if below else []
+        command += ["--lane", str(lane)] if assignment.lanes > 1 else []
+        for lower in range(lane):
+            command += ["--lateral", f"{lower}={assignment.peer(GridPlace(stage, lower))}"]
         return [*command, "--resume"] if resume else command
 
     def _show(self, step: dict[str, float], shown: dict[str, float] | None) -> None:
@@ -298,15 +336,15 @@ class Supervisor:
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def _conclude(self, stage: int) -> int:
+    def _conclude(self, place: GridPlace) -> int:
         """The node has ended the run; wait for the others of this directory. Returns the exit code."""
         if self._elsewhere():
             self._say(
-                f"stage {stage} has ended; the records of other stages are not in {self.assignment.run}: copy them "
-                f"here, and `thinpipe summary {self.assignment.run}` sums up"
+                f"{self.assignment.name(place)} has ended; the records of other stages are not in "
+                f"{self.assignment.run}: copy them here, and `thinpipe summary {self.assignment.run}` sums up"
             )
             return 0
-        if stage:
+        if place != FIRST:
             done = self._until((self.assignment.run / "summary.json").exists, "the summary, by stage 0")
             return 0 if done or self._told else 1
         return self._summary() if self._until(self._over, "all stages to end") else 1

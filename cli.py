@@ -26,6 +26,7 @@ from .commands.hosting import node
 from .commands.inference import evaluate, generate
 from .commands.keys import keys
 from .commands.measuring import bench, plan, probe
+from .commands.recompute import recompute
 from .commands.reports import summary
 from .commands.supervise import supervise
 from .commands.training import up
@@ -57,7 +58,24 @@ def options(
     del version  # the callback has printed it
 
 
-for command in (up, export, node, supervise, dht, status, top, summary, doctor, plan, bench, compare, probe, chaos):
+COMMANDS = (
+    up,
+    export,
+    node,
+    supervise,
+    dht,
+    status,
+    top,
+    summary,
+    recompute,
+    doctor,
+    plan,
+    bench,
+    compare,
+    probe,
+    chaos,
+)
+for command in COMMANDS:
     app.command()(from_home(command))
 app.command("eval")(from_home(evaluate))
 app.command()(from_home(generate))

@@ -46,7 +46,7 @@ def checkpoint_ls(run: Run, lane: OfLane = None, as_json: Json = False) -> None:
 def checkpoint_verify(run: Run, lane: OfLane = None, as_json: Json = False) -> None:
     """Read every checkpoint and compare its digests with its manifest.
 
-    Exit code 1 if any is damaged, or there is none, 2 if RUN is not the directory of a run.
+    Exit code 1 if any is damaged or of another format, or there is none, 2 if RUN is not the directory of a run.
     """
     if _show_checkpoints(run, lane, as_json, thorough=True):
         raise typer.Exit(1)
@@ -94,7 +94,7 @@ def checkpoint_convert(
     done = False
     try:
         begun = with_start(settings, run)
-        check_named_tokenizer(begun, first_checkpoints(begun, run))
+        check_named_tokenizer(begun, first_checkpoints(begun, run), run)
         config = recut(begun, asked)
         check_settings(config)
         found = assemble(run, step=step, report=lambda line: print(f"thinpipe: {line}", file=sys.stderr))
@@ -208,7 +208,7 @@ def _print_checkpoints(found: dict[str, Any], title: str) -> None:
 
 
 def _faults(found: dict[str, Any], *, thorough: bool) -> int:
-    damaged = [held["problem"] for row in found["checkpoints"] for held in row["stages"] if held["state"] == "damaged"]
+    damaged = [held["problem"] for row in found["checkpoints"] for held in row["stages"] if held["problem"]]
     for line in damaged:
         print(f"thinpipe: {line}", file=sys.stderr)
     if thorough and not found["checkpoints"]:

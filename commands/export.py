@@ -69,8 +69,9 @@ def _told(written: dict[str, Any]) -> str:
     kind = f"{written['architecture']}, {written['parameters']:,} parameters"
     if boundaries:
         kind += f", {_counted(boundaries)} of {written['codec']}"
+    of = f"lane {written['lane']} of {written['run']}" if "lane" in written else written["run"]
     lines = [
-        f"{written['out']}: {kind}, after step {written['step']} of {written['run']} ({size:.1f} MB)",
+        f"{written['out']}: {kind}, after step {written['step']} of {of} ({size:.1f} MB)",
         f"held-out loss, {held_out['sequences']} sequences of {held_out['sequence_length']} tokens:",
         *(f"  {'   -  ' if loss is None else f'{loss:.4f}'}  {what}" for loss, what in _losses(written)),
     ]

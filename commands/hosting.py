@@ -31,11 +31,20 @@ AUTO = -1
 
 def _stage(text: str) -> int:
     """The option --stage: a number, or -1 for auto."""
+    return _number_or_auto(text, "stage")
+
+
+def _lane(text: str) -> int:
+    """The option --lane: the same."""
+    return _number_or_auto(text, "lane")
+
+
+def _number_or_auto(text: str, what: str) -> int:
     if text == "auto":
         return AUTO
     if text.isascii() and text.isdecimal():
         return int(text)
-    raise typer.BadParameter(f"'{text}' is neither a stage, from 0, nor auto")
+    raise typer.BadParameter(f"'{text}' is neither a {what}, from 0, nor auto")
 
 
 def node(
@@ -56,7 +65,13 @@ def node(
         str | None, typer.Option("--next", help="host:port of the next stage, such as stage2.example:7002.")
     ] = None,
     lane: Annotated[
-        int | None, typer.Option(min=0, help="Lane to serve the stage in, counted from 0, in a run that has several.")
+        int | None,
+        typer.Option(
+            help="Lane to serve the stage in, counted from 0, in a run that has several; auto, the default with "
+            "--join: the one that needs a node most.",
+            parser=_lane,
+            show_default=False,
+        ),
     ] = None,
     lateral: Annotated[
         list[str] | None,
@@ -115,17 +130,18 @@ def node(
     if join and not check:
         if speed is not None and stage != AUTO:
             fail("--speed goes with --stage auto, which chooses a stage by it; omit one of the two", 2)
-        if next_:
-            fail("--next and --join contradict each other: the DHT says where the stage below is; omit one", 2)
-        if lane is not None or lateral:
-            fail("--lane and --lateral do not go with --join, which finds the nodes of one lane; give all addresses", 2)
-        wish = {"stage": None if stage == AUTO else stage, "listen": listen, "announce": announce, "config": config}
+        for option, given, what in (("--next", next_, "stage below is"), ("--lateral", lateral, "other lanes are")):
+            if given:
+                fail(f"{option} and --join contradict each other: the DHT says where the {what}; omit one", 2)
+        wish = {"stage": None if stage == AUTO else stage, "lane": None if lane == AUTO else lane, "config": config}
+        wish |= {"listen": listen, "announce": announce}
         wish |= {"join": tuple(join), "dht_port": dht_port, "run": run, "out": out}
-        wish |= {"keys": keys, "insecure": insecure, "speed": speed}
+        wish |= {"keys": keys, "insecure": insecure, "speed": speed, "data_changed": data_changed}
         how = {"trace": trace, "parent": parent, "resume": resume, "data_changed": data_changed}
         return _join(wish, options, overrides, how)
     for option, given in (
         ("--stage auto", stage == AUTO),
+        ("--lane auto", lane == AUTO),
         ("--announce", announce),
         ("--dht-port", dht_port),
         ("--run", run),
@@ -162,15 +178,16 @@ def node(
     from ..node.run_directory import LocalRunError, writable
     from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
+    from ..protocol.grid_place import GridPlace
 
     try:
         others = lateral_addresses(lateral or [], lane, settings.lanes.count)
         addresses = Addresses(listen=listen, next=next_, lateral=others)
         check_input(settings, stage, addresses, lane)
-        name, who = settings.run.name, [stage]
+        name, who = settings.run.name, [GridPlace(stage, lane)]
         for address in others.values():
-            choose(keys, insecure=insecure, dial=address, dial_option="--lateral", run=name, stages=who)
-        security = choose(keys, insecure=insecure, listen=listen, dial=next_, run=name, stages=who)
+            choose(keys, insecure=insecure, dial=address, dial_option="--lateral", run=name, places=who)
+        security = choose(keys, insecure=insecure, listen=listen, dial=next_, run=name, places=who)
         if security.warning:
             print(f"thinpipe: warning: {security.warning}", file=sys.stderr)
         home = writable(out or config.parent)
@@ -233,7 +250,14 @@ def _join(
     from ..node.node_process import Addresses, NodeError, NodeOptions, run_node
 
     how["resume"] = joined.resume or how["resume"]
-    chosen = NodeOptions(out=joined.out, security=joined.security, membership=joined.membership, **how)
+    chosen = NodeOptions(
+        out=joined.out,
+        run=joined.run,
+        lane=joined.lane,
+        security=joined.security,
+        membership=joined.membership,
+        **how,
+    )
     try:
         run_node(joined.config, joined.stage, Addresses(listen=joined.listen, next=None), chosen)
     except NodeError as error:

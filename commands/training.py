@@ -234,7 +234,7 @@ def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     wanted = configuration(path, {"run.steps": steps, "run.extended": []}, None).run.steps  # if it is a number of steps
     try:
         found = with_start(settings, run)
-        check_named_tokenizer(found, first_checkpoints(found, run))
+        check_named_tokenizer(found, first_checkpoints(found, run), run)
         return with_length(settings, steps_done(found, run), wanted)
     except BAD_INPUT as error:
         fail(f"--resume {run}: {error}", 2)

@@ -57,8 +57,7 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine: ports, reachability, clock, versions, cores, memory, disk, GPU, speed,
-    root, tc.
+    """Check this machine: ports, reachability, clock, versions, cores, memory, disk, GPU, speed, root, tc.
 
     With --to, the neighbour is asked to connect back to this machine's --listen: only the other side can tell whether a
     port is reachable. Each finding names its remedy. Exit code 1 if there is a fault.

@@ -84,6 +84,19 @@ def write_codec_start(found: Assembled, config: RunConfig, directory: Path) -> s
     return _digest(path)
 
 
+def layers_at_start(config: RunConfig) -> list[range] | None:
+    """The layers of the stages that a run's codec was learned by before the run began; None where it begins untrained.
+    Raises ModelError for a file that is missing."""
+    if not config.run.origin_codec:
+        return None
+    path = (config.model.path or Path()) / FILE
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return _layers(file)
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from None
+
+
 def begin_with(
     config: RunConfig,
     layers: Sequence[range],
@@ -100,19 +113,16 @@ def begin_with(
     is missing, or is not the one that the run began with."""
     if not config.run.origin_codec:
         return
-    directory = config.model.path or Path()
-    path = directory / FILE
-    remedy = f"copy {directory} from the machine where the run was begun"
+    path = (config.model.path or Path()) / FILE
     try:
         found = _digest(path)
         if found != config.run.origin_codec:
             raise ModelError(
                 f"{path} is not what the run began with: its digest is {found[:12]}…, run.origin_codec says "
-                f"{config.run.origin_codec[:12]}…; {remedy}"
+                f"{config.run.origin_codec[:12]}…; {_remedy(path)}"
             )
         with safe_open(path, framework="pt", device="cpu") as file:
-            before = layer_ranges([int(count) for count in file.metadata()["layers"].split(",")])
-            kept = kept_boundaries(before, layers)
+            kept = kept_boundaries(_layers(file), layers)
             if tokens is not None and (source := kept.tokens[index]) is not None:
                 tokens.load_state_dict(_under(file, f"stage_{source}.tokens."))
             if sender is not None and below and (old := kept.boundaries[index]) is not None:
@@ -126,8 +136,21 @@ def begin_with(
                 _fill(receiver, _under(file, f"boundary_{old}.receiver."))
                 _give(above, _under(file, f"boundary_{old}.gradients."), file)
     except (OSError, SafetensorError) as error:
-        cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise ModelError(f"cannot read {path}: {cause}; {remedy}") from None
+        raise _unreadable(path, error) from None
+
+
+def _layers(file: Any) -> list[range]:
+    """Of the stages that learned what an open file has."""
+    return layer_ranges([int(count) for count in file.metadata()["layers"].split(",")])
+
+
+def _unreadable(path: Path, error: OSError | SafetensorError) -> ModelError:
+    cause = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+    return ModelError(f"cannot read {path}: {cause}; {_remedy(path)}")
+
+
+def _remedy(path: Path) -> str:
+    return f"copy {path.parent} from the machine where the run was begun"
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from ..protocol.grid_place import grid
 from ..sim.launch.fork_server import ForkServer
 from ..sim.launch.isolation import isolated
 from ..sim.launch.local_swarm import SwarmError, Watch, run_swarm
@@ -109,13 +110,13 @@ def run_local(
                 config = anchored(origin.place(aside))
             elif resume:
                 config = with_start(config, out)
-                check_named_tokenizer(config, first_checkpoints(config, out))
+                check_named_tokenizer(config, first_checkpoints(config, out), out)
             check_text_stays(config, data_changed=data_changed)
             width = check_settings(config)
             watch = _watch(config, isolate=isolate)
             _check_one_process(config, isolate=isolate, one_process=one_process, keys=keys)
             if keys is not None:
-                load(keys, now=clock(), run=config.run.name, stages=list(range(config.pipeline.stages)))
+                load(keys, now=clock(), run=config.run.name, places=grid(config.pipeline.stages, config.lanes.count))
             _check_room(out, overwrite or resume)
             if not resume:
                 check_outlives(config, out)
@@ -243,7 +244,7 @@ def _report(summary: dict[str, Any], out: Path, console: Console, told: str | No
         if lanes := summary.get("lanes"):
             files = f"run.toml, summary.json, and in lane-0 to lane-{len(lanes) - 1} one stage-N.jsonl per stage"
         console.print(f"everything is in {out}: {files}", markup=False, soft_wrap=True)
-    early = told and summary["steps"] < summary["of_steps"]
+    early = told and summary["completed"] < summary["of_steps"]
     if early:
         console.print(f"stopped by {told}", highlight=False)
     if early or not quiet:

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.reports.liveness import liveness
 from ..sim.reports.wording import counted
-from .checkpoints.listing import steps_held
+from .checkpoints.listing import other_format, steps_held
 from .checkpoints.manifest import CheckpointError
 from .config import RunConfig
 from .preparation import resolve_architecture, state_digest
@@ -26,9 +26,10 @@ from .run_lanes import all_lanes
 def newest_common(config: RunConfig, out: Path) -> int | None:
     """The newest step of which every stage has a checkpoint, or its neighbour a copy, under these settings; None if
     there is none. Looks at manifests and lengths alone. Raises CheckpointError for a directory that cannot be listed,
-    and where stages have steps in common, but all under other settings; and what `preparation.BAD_INPUT` names."""
-    directory = config.checkpoint.path(out)
-    found = steps_held(directory, run=config.run.name, stages=config.pipeline.stages)
+    where stages have steps in common, but all under other settings, and where another version wrote what there is; and
+    what `preparation.BAD_INPUT` names."""
+    directory, whose = config.checkpoint.path(out), {"run": config.run.name, "stages": config.pipeline.stages}
+    found = steps_held(directory, **whose)
     common = sorted(set.intersection(*map(set, found)), reverse=True)
     wanted = state_digest(config, resolve_architecture(config)) if common else ""
     for step in common:
@@ -37,6 +38,8 @@ def newest_common(config: RunConfig, out: Path) -> int | None:
             return step
     if common:
         raise CheckpointError(_of_others([of_stage[common[0]] for of_stage in found], common[0], wanted, directory))
+    if told := other_format(directory, **whose):
+        raise CheckpointError(told)
     return None
 
 

@@ -110,7 +110,7 @@ def open_run_corpus(
 ) -> RunCorpus:
     """Open the text of the run whose records are in `out`, and `corpus_of_run`. Raises DataError."""
     checkpoints = first_checkpoints(config, out)
-    corpus = prepare_corpus(config, report, kept=kept_tokenizer(checkpoints) if resume else None)
+    corpus = prepare_corpus(config, report, kept=tokenizer_of_run(checkpoints, out) if resume else None)
     return corpus_of_run(corpus, config, out, checkpoints=checkpoints, resume=resume, changed=changed)
 
 
@@ -126,7 +126,7 @@ def corpus_of_run(
     """An open corpus as that of the run whose records are in `out`. resume: what was kept there has to agree with it.
     checkpoints: the directory that its tokenizer is kept in. Raises DataError."""
     kept = read_record(out) if resume else None
-    own = _own_tokenizer(config, checkpoints)
+    own = _own_tokenizer(config, checkpoints, kept)
     if not corpus.digest:
         return RunCorpus(corpus=corpus, record=None, own=own)
     record = _record(corpus, config)
@@ -141,14 +141,20 @@ def corpus_of_run(
     return RunCorpus(corpus=corpus, record=record, own=own, changed=changed)
 
 
-def check_named_tokenizer(config: RunConfig, checkpoints: Path) -> None:
+def tokenizer_of_run(checkpoints: Path, out: Path) -> Path | None:
+    """`kept_tokenizer` of the run whose records are in `out`. Raises DataError for a damaged record."""
+    return kept_tokenizer(checkpoints, _tokenizer_of(read_record(out)))
+
+
+def check_named_tokenizer(config: RunConfig, checkpoints: Path, out: Path) -> None:
     """Raises DataError where the settings lead to a tokenizer that cannot be read, or is another one than is kept with
-    the run's `checkpoints`. Before anything else of a run that is resumed: with another one the model has another
-    vocabulary, and its checkpoints seem to be of other settings; and to code a text takes hours."""
-    kept = kept_tokenizer(checkpoints)
+    the `checkpoints` of the run in `out`. Before anything else of a run that is resumed: with another one the model has
+    another vocabulary, and its checkpoints seem to be of other settings; and to code a text takes hours."""
+    record = read_record(out)
+    kept = kept_tokenizer(checkpoints, _tokenizer_of(record))
     if kept is None or not (config.data.tokenizer or config.model.pretrained):
         return
-    own = _own_tokenizer(config, checkpoints)
+    own = _own_tokenizer(config, checkpoints, record)
     try:
         named = read_vocabulary(text_settings(config).tokenizer or kept)
         run = read_vocabulary(kept)
@@ -159,9 +165,13 @@ def check_named_tokenizer(config: RunConfig, checkpoints: Path) -> None:
         raise DataError(f"{named.name} is not the run's: its digest is {here}, the run's was {there}; {own}")
 
 
-def _own_tokenizer(config: RunConfig, checkpoints: Path) -> str:
-    """Where the run's is, for who has another one."""
-    if kept := kept_tokenizer(checkpoints):
+def _tokenizer_of(record: CorpusRecord | None) -> str:
+    return record.tokenizer if record else ""
+
+
+def _own_tokenizer(config: RunConfig, checkpoints: Path, record: CorpusRecord | None) -> str:
+    """Where the run's is, for who has another one. record: what is kept beside the run."""
+    if kept := kept_tokenizer(checkpoints, _tokenizer_of(record)):
         return f"the run has kept its own: set data.tokenizer={kept}"
     there = checkpoints / FIRST / TOKENIZER
     if config.data.tokenizer is not None:
@@ -180,12 +190,8 @@ def check_trained_on(corpus: Corpus, run: Path, found: Assembled, remedy: str) -
         there = _of_record(kept, run)
     else:
         return
-    _compare(
-        _record(corpus, found.config),
-        there,
-        remedy,
-        own=_own_tokenizer(found.config, first_checkpoints(found.config, run)),
-    )
+    own = _own_tokenizer(found.config, first_checkpoints(found.config, run), kept)
+    _compare(_record(corpus, found.config), there, remedy, own=own)
 
 
 def vocabulary_of_run(run: Path, found: Assembled) -> Vocabulary:
@@ -195,7 +201,7 @@ def vocabulary_of_run(run: Path, found: Assembled) -> Vocabulary:
     here = hashlib.sha256(vocabulary.content).hexdigest()
     if found.text[1] and here != found.text[1]:
         there = _of_checkpoint(*found.text, found.completed)
-        raise _another_tokenizer(here, there, _own_tokenizer(found.config, first_checkpoints(found.config, run)))
+        raise _another_tokenizer(here, there, _own_tokenizer(found.config, first_checkpoints(found.config, run), None))
     return vocabulary
 
 

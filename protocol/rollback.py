@@ -20,7 +20,8 @@ Stage 0 alone knows which step is under way; it answers downwards after which st
 
 A stage that fails for a reason of its own says it both ways (Failed), and all end with that reason. It would be waited
 for in vain otherwise, or fail in the same way again. Only a member of the generation can say so: a process that has yet
-to take a place, with the wrong settings or no disk, must not end a run that waits for a better one.
+to take a place, with the wrong settings, other data or no disk, must not end a run that waits for a better one. Nor
+must one that was started as for a new run and finds, before its first step, that the run has begun.
 
 Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
 them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
@@ -89,6 +90,7 @@ class Rollback:
         # In this generation. Never taken back: a StartViewChange may pass an AllFinished that is on its way.
         self._said_finished = False
         self._draining = False
+        self._began_before = False  # the run had, as neighbours show, and this node takes itself for one of a new run
         self.end: int | None = None  # all end when so many steps are completed
         self.failure: Failed | None = None  # why the run ends
 
@@ -108,6 +110,8 @@ class Rollback:
         self.peers[side] = peer.incarnation
         self._member_of[side] = None if peer.joining else peer.generation
         self.heartbeats.meet(side)
+        # One more than this node is no sign: a neighbour may be that far ahead, and connected late on this stream.
+        self._began_before |= not peer.joining and peer.completed_steps > self.completed + 1
         if self.failure:
             return [Send(side=side, frame=self.failure)]
         effects: list[Effect] = []
@@ -223,9 +227,10 @@ class Rollback:
 
     def fail(self, reason: str, *, replays: bool) -> list[Effect]:
         """This stage itself has failed, for this reason (printable, of bounded length), and leaves. replays: whoever
-        comes to this step again will fail so, too. No effect from a process that is no member, after the end, or where
-        another stage has failed already."""
-        if self.failure or self.joining or self.phase is RollbackPhase.FINISHED:
+        comes to this step again will fail so, too. No effect from a process that is no member, or came to a run that
+        had begun and has done no step of it, after the end, or where another stage has failed already."""
+        newcomer = self._began_before and self.members is None and self.completed == 0
+        if self.failure or self.joining or newcomer or self.phase is RollbackPhase.FINISHED:
             return []
         stage, completed = self.identity.stage, self.completed
         self.failure = failure = Failed(stage=stage, completed_steps=completed, reason=reason, replays=replays)
@@ -255,6 +260,7 @@ class Rollback:
         return [] if self.peers[side] is None else [Send(side=side, frame=frame)]
 
     def _start_view_change(self) -> list[Effect]:
+        self._began_before = True  # nobody changes the view of a run that has yet to begin
         self.phase = RollbackPhase.STOPPING
         self._finished_here = self._finished_below = False
         self._do_view_change_sent = None

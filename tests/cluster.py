@@ -163,6 +163,7 @@ class Cluster:
         self._flushed = 0
         self._background: set[asyncio.Task[Any]] = set()
         self._sleepers: list[Process] = []
+        self.mistaken: int | None = None  # the stage that is first started as for a new run, and again when that ends
 
     async def run(self, *, resume: bool = False) -> Ended:
         await self._play(resume=resume)
@@ -187,7 +188,7 @@ class Cluster:
         try:
             async with asyncio.timeout(RUN_S):
                 for stage in range(self.stages):
-                    self._start(stage, joining=resume)
+                    self._start(stage, joining=resume and stage != self.mistaken)
                 for seat in self.seats:
                     await seat.through.wait()
                 if fails:
@@ -259,6 +260,10 @@ class Cluster:
             error = first_of(raised)
             if seat.process is not process and not process.dead:
                 self.fenced.append((process.stage, f"{type(error).__name__}: {error}"))
+            elif process.stage == self.mistaken:
+                self.mistaken = None
+                self.fenced.append((process.stage, f"{type(error).__name__}: {error}"))
+                self._start(process.stage, joining=True)
             elif not process.dead:
                 self.failures.append(error)
                 self.ends[process.stage] = (str(error), self._loop.time())
@@ -580,11 +585,14 @@ def run_cluster(
     hurry: bool = False,
     late: Late | None = None,
     open_corpus: OpenCorpus = lambda corpus: corpus,
+    mistaken: int | None = None,
 ) -> Ended:
     """The whole story on the jumping clock. resume: go on with what an earlier call left in `out`. seed: of how long
     everything takes. hurry: everything takes no time. late: control streams that are. open_corpus: what stage 0 does to
-    open its data: it gives it, or an awaitable of it, or raises."""
+    open its data: it gives it, or an awaitable of it, or raises. mistaken: with `resume`, the one stage that is started
+    as for a new run, and with --resume once that process has ended by an error (then it is among the `fenced`)."""
     cluster = Cluster(config, out, faults, late)
+    cluster.mistaken = mistaken
     with _stage(cluster, open_corpus), asyncio.Runner(loop_factory=lambda: JumpingClock(seed, hurry=hurry)) as runner:
         return runner.run(cluster.run(resume=resume))
 

@@ -97,9 +97,9 @@ def tiny(tiny_settings: dict[str, Any]) -> TinyConfig:
 
 
 @pytest.fixture
-def up() -> Iterator[Up]:
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """`thinpipe up` with these options, as a process."""
-    yield from started()
+    yield from started(tmp_path_factory.mktemp("up"))
 
 
 @pytest.fixture(scope="session")

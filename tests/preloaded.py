@@ -31,14 +31,16 @@ def _environment() -> dict[str, str]:
     return {**node_environment(), "GRPC_VERBOSITY": "NONE"}  # it counts when gRPC is imported
 
 
-def start(arguments: Sequence[str], out: IO[str]) -> Process:
-    """`thinpipe` with these arguments, writing all its words to `out`. It does not outlive this process."""
+def start(arguments: Sequence[str], out: IO[str], err: IO[str] | None = None) -> Process:
+    """`thinpipe` with these arguments, writing all its words to `out`, or what it says of faults to `err`. It does not
+    outlive this process."""
     environment = _environment()
+    err = err or out
     try:
         return forks().start(
             arguments,
             stdout=out.fileno(),
-            stderr=out.fileno(),
+            stderr=err.fileno(),
             environment=environment,
             session=False,
             dies_with=True,
@@ -46,4 +48,4 @@ def start(arguments: Sequence[str], out: IO[str]) -> Process:
     except CannotFork as error:
         print(f"an interpreter of its own: {error}")
         command = [sys.executable, "-m", "thinpipe.cli", *arguments]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment)
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)

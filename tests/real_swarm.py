@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 from thinpipe.cli import app
+from thinpipe.protocol.grid_place import GridPlace
 from typer.testing import CliRunner
 
 from .preloaded import start
@@ -130,13 +131,19 @@ class Scene:
 
 DOOR = r"node --join (\S+) --stage auto"
 MULTIADDR = r"or by --join (/\S+)"
-JOINED = r"as stage (\d+) of \d+ at (\S+),"
+JOINED = r"as stage (\d+) of \d+(?: in lane (\d+) of \d+)? at (\S+),"
 
 
 def served(process: Process) -> tuple[int, str]:
     """(stage, endpoint) of a node that has joined."""
     found = process.until_says(JOINED)
-    return int(found[1]), found[2]
+    return int(found[1]), found[3]
+
+
+def served_place(process: Process) -> GridPlace:
+    """Of a node that has joined a run of several lanes."""
+    found = process.until_says(JOINED)
+    return GridPlace(int(found[1]), int(found[2]))
 
 
 def end_of(directory: Path, stage: int) -> str:

@@ -156,7 +156,7 @@ NODE = [
     ),
     (["--stage", "0", "--next", "127.0.0.1:1", "--lane", "1"], r"--lane 1: the run has 1 lane, so only 0"),
     (["--stage", "0", "--next", "127.0.0.1:1", "--lateral", "0=127.0.0.1:1"], r"that is lane 0, .* this node's own"),
-    (["--stage", "0", "--join", "127.0.0.1:1", "--lane", "0"], r"--lane and --lateral do not go with --join"),
+    (["--stage", "0", "--join", "127.0.0.1:1", "--lateral", "0=a:1"], r"--lateral and --join contradict each other"),
 ]
 
 OF_THREE_LANES = ["--stage", "0", "--next", "127.0.0.1:1", "--set", "lanes.count=3"]

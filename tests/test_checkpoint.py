@@ -30,12 +30,14 @@ from hypothesis import strategies as st
 from thinpipe.cli import app
 from thinpipe.node.checkpoints import store as checkpoint_module
 from thinpipe.node.checkpoints.background_writer import CheckpointWriter
+from thinpipe.node.checkpoints.listing import other_format
 from thinpipe.node.checkpoints.manifest import (
     MANIFEST,
     MANIFEST_BYTES_MAX,
     CheckpointError,
     Fingerprint,
     ForeignCheckpoint,
+    OtherFormat,
     read_manifest,
 )
 from thinpipe.node.checkpoints.restore_points import RestorePoints
@@ -52,6 +54,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
+from .manifests import as_format_1, resealed
 
 PUBLISHED = "mapl:anchors=factorized,context=0,table=1,every=1"  # everything switched on
 BOOKS = "rvq:codes=16,delta=drift/4"
@@ -585,15 +588,9 @@ def cut(path: Path, place: float) -> None:
     os.truncate(path, int(place * path.stat().st_size))
 
 
-def resealed(path: Path, **fields: Any) -> None:
-    """A manifest with other content and the right digest of it."""
-    tree = json.loads(path.read_bytes())
-    del tree["manifest_sha256"]
-    tree |= fields
-    import hashlib
-
-    content = (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
-    tree["manifest_sha256"] = hashlib.sha256(content).hexdigest()
+def forge_version(path: Path) -> None:
+    """Another format, and the digest of ours."""
+    tree = json.loads(path.read_bytes()) | {"format": 9}
     path.write_bytes((json.dumps(tree, indent=1, sort_keys=True) + "\n").encode())
 
 
@@ -622,7 +619,7 @@ TEARS: dict[str, Callable[[Path], object]] = {
     "manifest of an empty file": lambda at: (resealed(at / MANIFEST, file_bytes=0), (at / STATE).write_bytes(b"")),
     "manifest of another step": lambda at: resealed(at / MANIFEST, completed=19),
     "manifest of another digest": lambda at: resealed(at / MANIFEST, file_sha256="0" * 64),
-    "manifest of the future": lambda at: resealed(at / MANIFEST, format=2),
+    "manifest of a version that nobody wrote": lambda at: forge_version(at / MANIFEST),
     "manifest with more": lambda at: resealed(at / MANIFEST, more=1),
     "manifest with a number as text": lambda at: resealed(at / MANIFEST, generation="0"),
     "both of another stage": lambda at: resealed(at / MANIFEST, stage=2),
@@ -663,6 +660,30 @@ def test_what_is_torn_is_named_and_left_out(tear: Callable[[Path], object], tmp_
     if "another run" not in line:
         write(store, 20)  # the step comes again
         assert intact(store) == [10, 20]
+
+
+VERSIONS: dict[str, Callable[[Path], object]] = {
+    "format 1": as_format_1,
+    "format 3": lambda path: resealed(path, format=3, more={"than": ["is", "known"]}),
+}
+
+
+@pytest.mark.parametrize(("version", "rewrite"), VERSIONS.items(), ids=VERSIONS)
+def test_a_checkpoint_of_another_version_is_named_and_kept(
+    version: str, rewrite: Callable[[Path], object], tmp_path: Path
+) -> None:
+    store = store_of(tmp_path)
+    write(store, 10, 20)
+    rewrite(store.path(20) / MANIFEST)
+    line = f"{store.path(20) / MANIFEST} is of {version}, and this version reads format 2 only: "
+    line += "another version of thinpipe wrote it; go on with that one"
+    lines: list[str] = []
+    assert store.newest_intact(2, lines.append) == [10]
+    assert lines == [line]
+    with pytest.raises(OtherFormat):  # what it was is not lost to this version's
+        write(store, 20)
+    assert other_format(tmp_path, run="run", stages=STAGES) == line
+    assert other_format(tmp_path / "none", run="run", stages=2) is None
 
 
 def test_a_swap_of_two_checkpoints_is_seen(tmp_path: Path) -> None:
@@ -1091,6 +1112,52 @@ def test_a_stage_goes_back_to_memory_or_disk_and_forgets_what_comes_after(tmp_pa
         assert [(await points.find(completed))[1] for completed in (0, 1, 2)] == ["settings", "disk", "memory"]
         points.forget_after(2)
         assert [completed in points for completed in (1, 2, 3)] == [False, True, False]
+        await points.close()
+
+    asyncio.run(story())
+
+
+def test_how_far_a_rollback_may_lead(tmp_path: Path) -> None:
+    """A run that has just begun, and a new disk that was given two copies, have few checkpoints."""
+
+    async def story() -> None:
+        points = RestorePoints(store_of(tmp_path), on_written=lambda *_: None, on_error=pytest.fail)
+        found = [points.oldest]
+        for completed in (8, 9):
+            await points.keep(small(completed), generation=0)
+        await points.flush(30)
+        found.append(points.oldest)
+        points.gone_back(9)
+        found.append(points.oldest)
+        points.gone_back(7)  # lost here
+        await points.keep(small(10), generation=1)
+        await points.flush(30)
+        found.append(points.oldest)
+        assert found == [0, 0, 9, 8]
+        await points.close()
+
+    asyncio.run(story())
+
+
+def test_what_is_void_is_neither_kept_nor_gone_back_to(tmp_path: Path) -> None:
+    """Other lanes have decided otherwise on a round that was used with step 3. Training goes on until it is told."""
+
+    async def story() -> None:
+        points = RestorePoints(store_of(tmp_path), on_written=lambda *_: None, on_error=pytest.fail)
+        for completed in (1, 2, 3):
+            await points.keep(small(completed), generation=0)
+        await points.flush(30)
+        await points.make_void(3)
+        await points.keep(small(5), generation=0)
+        await points.flush(30)
+        assert await points.offered() == {1, 2}
+        assert [points.is_void(completed) for completed in (2, 3, 5)] == [False, True, True]
+        points.gone_back(4)  # agreed before that was known: it will not stay so
+        assert points.is_void(4)
+        points.gone_back(2)
+        await points.keep(small(3), generation=1)
+        await points.flush(30)
+        assert await points.offered() == {1, 2, 3}
         await points.close()
 
     asyncio.run(story())

@@ -145,7 +145,7 @@ class NodeUnderTest:
         self.store = CheckpointStore(directory, stage=stage, fingerprint=FINGERPRINT)
         self.faults: list[str] = []
         self.copied: list[tuple[int, int]] = []
-        self.fetched: list[int] = []
+        self.fetched: list[tuple[int, int]] = []
         self.held: list[int] = []
         self.refused: list[RemoteProtocolError] = []
         self.peers: dict[Side, NodeUnderTest] = {}
@@ -167,7 +167,7 @@ class NodeUnderTest:
 
     def _on_copy(self, completed: int, size: int, fetched: bool) -> None:
         if fetched:
-            self.fetched.append(completed)
+            self.fetched.append((completed, size))
         else:
             self.copied.append((completed, size))
 
@@ -274,9 +274,10 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
                 await until(lambda step=step: step in buddy.kept(owner).steps())
                 await until(lambda step=step: own.copied and own.copied[-1][0] == step)
             cut(*first)
-        size = own.store.manifest(15).copy_bytes
-        assert size - own.store.manifest(15).file_bytes == (sum(map(len, TOKENIZER.values())) if owner == 0 else 0)
-        assert own.copied == [(5, size), (10, size), (15, size)]
+        size, beside = own.store.manifest(15).file_bytes, own.store.manifest(15).beside_bytes
+        assert beside == (sum(map(len, TOKENIZER.values())) if owner == 0 else 0)
+        assert own.copied == [(5, size + beside), (10, size), (15, size)]  # what does not change crosses once
+        assert sum(len(part.data) for part in own.parts) == 3 * size + beside
         shutil.rmtree(own.directory)
 
         anew = NodeUnderTest(owner, tmp_path / "another machine")
@@ -287,13 +288,13 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
             connect(*pair)
             assert await bringing
-            assert anew.fetched == [15, 10]
+            assert anew.fetched == [(15, size + beside), (10, size)]
             assert torch.equal(anew.store.load(15).tensors["weight/w"], snapshot(15).tensors["weight/w"])
             assert anew.store.newest_intact(3, report=print) == [15, 10]
         assert not anew.faults
         assert not buddy.faults
         if owner == 0:
-            there = kept_tokenizer(anew.directory)
+            there = kept_tokenizer(anew.directory, hashlib.sha256(TOKENIZER["tokenizer.json"]).hexdigest())
             assert there
             assert {path.name: path.read_bytes() for path in there.iterdir()} == TOKENIZER
 
@@ -356,6 +357,7 @@ def test_a_cut_costs_no_part_twice(part: int, tmp_path: Path) -> None:
             connect(upper, lower)
             await until(lambda: lower.kept(0).steps() == [5])
             await until(lambda: upper.copied)
+            assert upper.copied == [(5, upper.store.manifest(5).file_bytes)]  # over both connections
             total = -(-upper.store.manifest(5).file_bytes // PART_BYTES)
             lost = PARTS_AHEAD_LEAST  # may have been under way
             assert len(upper.parts) - before <= total - part + lost
@@ -415,7 +417,7 @@ def test_a_damaged_copy_is_declined_and_an_older_one_comes(tmp_path: Path) -> No
         anew, lower = NodeUnderTest(0, tmp_path / "anew"), NodeUnderTest(1, lower.directory)
         async with connected(anew, lower):
             assert await anew.fetch([])
-            assert anew.fetched == [5]
+            assert [completed for completed, _ in anew.fetched] == [5]
         assert anew.store.steps() == [5]
         assert "is damaged: it has the digest" in anew.faults[0]  # seen before it was sent
         assert not lower.fetched
@@ -564,7 +566,7 @@ def test_a_buddy_that_comes_late_is_waited_for(tmp_path: Path) -> None:
             await asyncio.sleep(0.2)
             connect(anew, lower)
             assert await bringing
-        assert anew.fetched == [5]
+        assert [completed for completed, _ in anew.fetched] == [5]
 
     asyncio.run(story())
 
@@ -657,7 +659,7 @@ def test_who_was_cut_off_does_not_write_any_more(tmp_path: Path) -> None:
     assert receiver.write(earlier, [content[150:200]]) is None
     assert receiver.complete() is None
     assert receiver.write(later, [content[150:]]) == len(content)
-    assert receiver.complete() == 5
+    assert receiver.complete() == (5, len(content))
     there.verify(5)
 
 

@@ -40,12 +40,13 @@ COSTS = PipelineCosts(
 )
 WORK_S = (0.2, 0.2, 0.2, 0.8)  # of a step of one second; the first step takes long everywhere
 LINE = r"stage 3 computes 80% of its time, stage 0 20%: --set pipeline\.cut=2,3,3,0 would give \d\.\dx \(simulated\)"
+GO_ON = r"; go on so: thinpipe checkpoint convert .*run --cut 2,3,3,0 --out DIR"
 
 
 def written(run: Path, *, steps: int = 5, costs: dict[str, Any] | None = None) -> Path:
     """Records of four stages, of which the last one has the head and takes four times as long as the others."""
     run.mkdir()
-    (run / "run.toml").write_text("[run]\nsteps = 5\n[pipeline]\nstages = 4\n")
+    (run / "run.toml").write_text("[run]\nsteps = 5\n[pipeline]\nstages = 4\n[checkpoint]\nevery = 2\n")
     for stage, work_s in enumerate(WORK_S):
         told = [start(stage, stages=4, host="elsewhere")]
         told += [{"event": "costs", "time_s": 1.0, **(costs or COSTS.record())}] if stage == 0 else []
@@ -60,14 +61,17 @@ def test_top_and_summary_say_the_same(tmp_path: Path) -> None:
     run = written(tmp_path / "run", steps=9)
     (swarm,) = look(sources([run], []), 120.0)
     shares = [of.figures.compute_share or 0.0 for of in swarm.stages.values()]
-    found = advice_on_record(run, shares)
+    found = advice_on_record(run, shares, run)
     assert found
     assert found["best_layers"] == [2, 3, 3, 0]
     assert found["gain"] > 1.3
     assert swarm.advice == found["line"]
-    assert re.fullmatch(LINE.replace("80", r"\d\d").replace("20", r"\d\d"), found["line"])
-    told = CliRunner().invoke(app, ["top", "--once", str(run)], env={"COLUMNS": "200"}).stdout
+    assert re.fullmatch(LINE.replace("80", r"\d\d").replace("20", r"\d\d") + GO_ON, found["line"])
+    told = CliRunner().invoke(app, ["top", "--once", str(run)], env={"COLUMNS": "400"}).stdout
     assert found["line"] in told
+    several = advice_on_record(run, shares)  # as of a run of several lanes, which is not converted
+    assert several
+    assert several["line"] == found["line"].partition(";")[0]
 
 
 def test_top_knows_it_without_torch(tmp_path: Path) -> None:

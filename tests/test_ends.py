@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -290,6 +291,35 @@ def test_data_that_cannot_be_prepared_ends_all_with_the_reason(tiny: TinyConfig,
     for line in ended.lines[1:]:
         assert line == f"stage 0 failed after 0 steps: {ended.lines[0]}"
     assert 500 <= max(ended.seconds) < 500 + SOON_S
+
+
+@pytest.mark.parametrize("noticed", ["before its text is open", "afterwards"])
+def test_who_comes_by_mistake_with_other_data_ends_alone(
+    noticed: str, tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path
+) -> None:
+    """All others were started with --resume. It finds out when it meets them, and then its text is the wrong one."""
+    ended = run_cluster(tiny(SETTINGS), tmp_path, [Drain(at=Frame(number=120), stage=0)])
+    assert ended.checkpoints[0]
+    opened: list[Corpus] = []
+
+    async def open_corpus(corpus: Corpus) -> Corpus:
+        opened.append(corpus)
+        if len(opened) > 1:
+            return corpus
+        if noticed == "afterwards":
+            other = copy.copy(corpus)
+            other.digest = "0" * 64
+            return other
+        await asyncio.sleep(100)
+        raise DataError("no such text")
+
+    again = run_cluster(tiny(SETTINGS), tmp_path, [], resume=True, open_corpus=open_corpus, mistaken=0)
+    ((stage, line),) = again.fenced
+    assert stage == 0
+    assert line.startswith("AnotherText: data.source has changed" if noticed == "afterwards" else "DataError: no such")
+    assert len(opened) == 2
+    assert [of[-1] for of in again.losses] == [of[-1] for of in undisturbed.losses]
+    assert again.state_sha256 == undisturbed.state_sha256
 
 
 def test_whoever_hangs_is_not_taken_for_one_that_prepares() -> None:

@@ -153,6 +153,9 @@ def test_the_tables_tell_lanes_apart(run: Path) -> None:
         assert f"lane {lane}: 0-1 forward" in text
     assert "averaging between lanes" in text
     assert "0.5 s (stage 0 of lane 0)" in text
+    narrow = drawn(*summary_tables({**summary_of(run), "dense_simulation": None}), width=80)
+    assert "…" not in narrow
+    assert "5.500 -> 5.200" in narrow
 
 
 def test_lanes_that_used_other_contributions_are_named(run: Path) -> None:
@@ -304,7 +307,7 @@ def test_a_run_has_ended_when_all_lanes_have(run: Path) -> None:
     found = liveness(run, 1000.0)
     assert (found.state, found.completed) == ("not ended", STEPS)
     assert [(row["lane"], row["stage"]) for row in found.stages] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert "stage 1 of lane 1 training" in found.line()
+    assert "(lane 0 ended; lane 1: stage 0 ended, stage 1 training" in found.line()
 
 
 def test_a_lane_without_records_is_said(run: Path) -> None:
@@ -312,4 +315,4 @@ def test_a_lane_without_records_is_said(run: Path) -> None:
         path.unlink()
     found = liveness(run, 120.0)
     assert (found.state, found.completed) == ("not ended", 0)
-    assert "stage 0 of lane 1 no records" in found.line()
+    assert found.line().endswith("(lane 0 ended; lane 1 no records)")

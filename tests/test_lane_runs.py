@@ -20,6 +20,7 @@ from thinpipe.sim.reports.summary import read_records
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
+from .manifests import as_format_1
 from .trained_run import train
 
 STAGES, STEPS = 2, 4
@@ -117,7 +118,10 @@ def test_without_a_word_it_is_the_first_whole_lane(run: Path, tmp_path: Path) ->
     result = CliRunner().invoke(app, ["export", str(run), "--out", str(tmp_path / "export"), "--json"])
     assert result.exit_code == 0, result.output
     assert f"lane 1 of 2 is taken; {run}/lane-N names another" in result.stderr
-    assert json.loads(result.stdout)["held_out"]["loss_recorded"] == recorded_loss(run / "lane-1", STEPS)
+    written = json.loads(result.stdout)
+    assert written["lane"] == 1
+    assert written["held_out"]["loss_recorded"] == recorded_loss(run / "lane-1", STEPS)
+    assert f"{run}, lane 1, after step {STEPS} on the held-out part" in " ".join(done("eval", run).split())
     assert "stage 1 has no checkpoint" in refused("export", run, "--lane", "0", "--out", tmp_path / "other")
 
 
@@ -164,6 +168,11 @@ def test_a_run_is_gone_on_with_when_all_lanes_can(run: Path) -> None:
     assert steps_done(config, run) == STEPS
     check_checkpoints(config, run)
     assert f"--resume {run} goes on after step {STEPS}" in interrupted("Ctrl-C", config, run, begun=True, swarm=True)
+    manifests = list((run / "lane-1" / "checkpoints").rglob("manifest.json"))
+    for each in manifests:
+        as_format_1(each)
+    with pytest.raises(LocalRunError, match=r"lane-1/.* is of format 1, and this version reads format 2 only: another"):
+        check_checkpoints(config, run)
     shutil.rmtree(run / "lane-1" / "checkpoints")
     with pytest.raises(LocalRunError, match=r"lane-1/checkpoints has no checkpoint that all stages have"):
         check_checkpoints(config, run)
@@ -204,23 +213,24 @@ REFUSALS: list[tuple[list[str], str]] = [
         ["checkpoint", "convert", "{run}", "--stages", "1", "--out", "{new}"],
         "checkpoint convert takes runs of one lane",
     ),
+    (["chaos", "--kinds", "join", "--out", "{new}"], "--kinds: join needs at least 2 lanes; say --lanes 2, or omit it"),
     (
-        ["supervise", "{new}", "--stage", "0", "--peers", "a:1,b:2", "--set", "lanes.count=2"],
-        "supervise takes",
+        ["chaos", "--lanes", "2", "--stages", "1", "--kinds", "kill,cut", "--out", "{new}"],
+        "--kinds: cut needs at least 2 stages; say --stages 2, or omit it",
     ),
-    (["plan", "--from", "{run}"], "plan takes runs of one lane, and this one has 2; set lanes.count = 1"),
-    (["chaos", "--config", "{run}/run.toml", "--out", "{new}"], "chaos takes runs of one lane, and this one has 2"),
+    (["chaos", "--stages", "1", "--out", "{new}"], "chaos needs at least 2 stages, because neighbours notice a fault"),
     (
-        ["bench", "--free-running", "tiny@2", "--link", "none", "--set", "lanes.count=2", "--out", "{new}"],
-        "bench takes",
+        ["chaos", "--lanes", "2", "--schedule", "zb:rtt_ratio=auto", "--out", "{new}"],
+        "--schedule with rtt_ratio=auto finds its depth in a first run",
     ),
-    (["compare", "--set", "lanes.count=2", "--out", "{new}"], "compare takes runs of one lane"),
-    (["dht", "--listen", "127.0.0.1:0", "--config", "{run}/run.toml"], "dht takes runs of one lane"),
+    (["chaos", "--lanes", "2", "--kinds", "flood", "--out", "{new}"], "--kinds: no fault is called 'flood'"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), REFUSALS, ids=lambda value: value[0] if value else "")
-def test_what_takes_one_lane_says_so(arguments: list[str], expected: str, trained: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_done_with_lanes_is_said(
+    arguments: list[str], expected: str, trained: Path, tmp_path: Path
+) -> None:
     where: dict[str, Any] = {"run": trained, "new": tmp_path / "new"}
     assert expected.format(**where) in refused(*(each.format(**where) for each in arguments))
     assert not (tmp_path / "new").exists()

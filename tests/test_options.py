@@ -17,11 +17,11 @@ COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttribu
 # Which commands take which of them, each with its own default.
 TAKE = {
     "up": {*HELP},
-    "chaos": {*HELP} - {"--lanes", "--average"},
+    "chaos": {*HELP},
     "supervise": {"--model", "--data", "--codec", "--link", "--steps", "--schedule", "--seed", "--checkpoint-every"},
     "plan": {"--codec", "--forward", "--backward", "--link", "--schedule", "--microbatches", "--batch-size"}
-    | {"--sequence-length", "--cut", "--speeds"},
-    "bench": {"--link", "--microbatches", "--batch-size", "--sequence-length"},
+    | {"--sequence-length", "--cut", "--speeds", "--lanes", "--average"},
+    "bench": {"--link", "--microbatches", "--batch-size", "--sequence-length", "--lanes", "--average"},
     "compare": {"--model", "--data", "--link", "--steps", "--schedule", "--eval-every"},
     "node": {"--link"},
 }
@@ -113,8 +113,8 @@ def test_chaos_trains_what_it_is_told_to(tmp_path, monkeypatch) -> None:
     """Its own defaults give way to --config, and a codec that is given brings its own formats."""
     seen = []
 
-    def run_chaos(config, _, **how):
-        seen.append((config, how))
+    def run_chaos(config, _, faults, **how):
+        seen.append((config, faults, how))
         return {}, True
 
     monkeypatch.setattr("thinpipe.node.measuring.chaos_run.run_chaos", run_chaos)
@@ -122,10 +122,11 @@ def test_chaos_trains_what_it_is_told_to(tmp_path, monkeypatch) -> None:
     toml.write_text("[pipeline]\nstages = 3\n[codec]\ncodec = 'int8'\n")
     calls = [[], ["--codec", "bf16"], ["--config", str(toml)], ["--model", "150m", "--data", "x.txt", "--seed", "7"]]
     calls += [["--schedule", "zb:rtt_ratio=auto", "--batch-size", "4", "--eval-every", "5", "--codec", "mapl rvq int8"]]
+    calls += [["--lanes", "3", "--set", "lanes.round_timeout_s=9", "--kinds", "cut,join"]]
     for options in calls:
         result = CliRunner().invoke(app, ["chaos", "--json", "--out", str(tmp_path), *options])
         assert result.exit_code == 0, result.stderr
-    plain, bf16, file, named, more = (config for config, _ in seen)
+    plain, bf16, file, named, more, lanes = (config for config, _, _ in seen)
     assert (plain.codec.codec, plain.codec.forward, plain.pipeline.batch_size) == ("mapl:r=16,anchors=full", "int4", 8)
     assert plain.checkpoint.every == 2
     assert (bf16.codec.codec, bf16.codec.forward, bf16.codec.backward) == ("bf16", None, None)
@@ -133,5 +134,8 @@ def test_chaos_trains_what_it_is_told_to(tmp_path, monkeypatch) -> None:
     assert (named.model.preset, named.data.source, named.run.seed) == ("150m", "x.txt", 7)
     assert (more.codec.codec, more.codec.forward, more.codec.backward) == ("mapl", "rvq", "int8")
     assert (more.pipeline.schedule, more.pipeline.batch_size, more.run.eval_every) == ("zb", 4, 5)
-    assert seen[4][1]["schedule"] == "zb:rtt_ratio=auto"
-    assert seen[3][1]["seed"] == 7
+    assert seen[4][2]["schedule"] == "zb:rtt_ratio=auto"
+    assert seen[3][1].seed == 7
+    assert (plain.lanes.count, lanes.lanes.count, lanes.lanes.average) == (1, 3, "outer:every=5")
+    assert (plain.lanes.round_timeout_s, lanes.lanes.round_timeout_s, file.lanes.round_timeout_s) == (3, 9, 120)
+    assert (seen[0][1].kinds, seen[5][1].kinds) == (None, ("cut", "join"))

@@ -319,6 +319,32 @@ def test_a_converted_run_has_what_it_began_with(begun: Path, tmp_path: Path) -> 
     assert len(ended.losses[0]) == 1
 
 
+def test_a_boundary_that_only_the_start_had_begins_as_it_did(trained: Path, tmp_path: Path) -> None:
+    """After two layers: the earlier run had one there, the run has none, and the converted one has one again."""
+    out, other = tmp_path / "begun", tmp_path / "other"
+    config = begin_from(trained, {"run.steps": 2, "checkpoint.every": 1, "pipeline.cut": "1,3"}).place(out / START)
+    run_cluster(config, out, [], hurry=True)
+    (out / "run.toml").write_text(dump_config(config))
+    done = CliRunner().invoke(app, ["checkpoint", "convert", str(out), "--out", str(other), "--cut", "1,1,2"])
+    assert done.exit_code == 0, done.output
+    if config.codec.codec == "fp32":
+        assert "boundary 0" not in done.stdout
+        return
+    assert done.stdout.splitlines()[:2] == [
+        "boundary 0, after 1 layer: goes on as boundary 0 was",
+        "boundary 1, after 2 layers: is new, its codec begins with what the run began with there",
+    ]
+    then, now = assemble(trained).boundaries[0], assemble(other).boundaries[1]
+    if then.master is not None:
+        assert torch.equal(now.master, then.master)
+    for half in ("sender", "receiver"):
+        learned = getattr(then, half)
+        assert all(torch.equal(tensor, learned[name]) for name, tensor in getattr(now, half).items())
+    longer = load_config(other / "run.toml")
+    longer = longer.model_copy(update={"run": longer.run.model_copy(update={"steps": 3})})
+    assert len(run_cluster(longer, other, [], resume=True).losses[0]) == 1
+
+
 @pytest.mark.pairwise(1)
 def test_a_run_that_was_moved_is_found_with_its_first_weights(begun: Path, tmp_path: Path) -> None:
     moved = begun.rename(tmp_path / "moved")

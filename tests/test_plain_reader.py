@@ -80,7 +80,11 @@ def read_message(name: str, raw: bytes) -> dict[str, Any]:
         else:
             size, at = varint(raw, at)
             value, at = raw[at : at + size], at + size
-        values[field] = value_of(kind, value)
+        repeated = kind.removeprefix("repeated ")
+        if kind != repeated and repeated[0].isupper():
+            values[field] = [*values[field], read_message(repeated, value)]
+        else:
+            values[field] = value_of(kind, value)
     return values
 
 
@@ -96,7 +100,7 @@ def value_of(kind: str, value: bytes) -> Any:
             return value
         case "repeated fixed64":
             return list(struct.unpack(f"<{len(value) // 8}Q", value))
-        case "repeated uint64":
+        case "repeated uint64" | "repeated uint32":
             numbers, at = [], 0
             while at < len(value):
                 number, at = varint(value, at)
@@ -130,6 +134,32 @@ def covered_by_checksum(chunk: dict[str, Any]) -> bytes:
     longer += [head["dictionary_bytes"], chunk["next_sequence"], chunk["granted_bytes"]]
     envelope = struct.pack("<6I8Qd", *numbers, *longer, head["loss_sum"])
     return envelope + codec + head["codec_header"] + chunk["data"]
+
+
+def history(stretches: list[dict[str, Any]], entries: list[dict[str, Any]], lane: int, round: int, used: int) -> int:
+    """Of a lane's contribution to a round before which it used so many."""
+
+    def numbers(entry: dict[str, Any]) -> list[int]:
+        return [entry[name] for name in ("lane", "first", "begins", "source", "copied")]
+
+    before = [each for each in stretches if each["first"] < used and (each["first"] or each["members"] != [0, 1, 2])]
+    own = [each for each in entries if each["lane"] == lane and each["first"] <= round][-1:]
+    if not before and not own:
+        return 0
+    covered = [len(own), *(number for each in own for number in numbers(each))]
+    for each in before:
+        covered += [each["first"], len(each["members"]), *each["members"], len(each["entered"])]
+        covered += [number for entry in each["entered"] for number in numbers(entry)]
+    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(covered)}Q", *covered)) % 2**48
+
+
+def test_histories_are_what_the_document_says() -> None:
+    vectors = load("histories")
+    for vector in vectors:
+        entries = [each for stretch in vector["stretches"] for each in stretch["entered"]] + vector["admitted"]
+        known = [vector[name] for name in ("lane", "round", "used")]
+        assert history(vector["stretches"], entries, *known) == vector["history"]
+    assert len({vector["history"] for vector in vectors}) > 4
 
 
 def read_msgpack(raw: bytes, at: int = 0) -> tuple[Any, int]:

@@ -422,3 +422,33 @@ def test_a_wild_generation_is_refused():
     world.settle()
     with pytest.raises(RemoteProtocolError, match="a DoViewChange of generation"):
         world.processes[1].machine.receive("below", DoViewChange(generation=2**47, incarnations=(3,), steps=(0,)))
+
+
+def test_who_finds_that_the_run_has_begun_ends_alone():
+    """Started as for a new run, in the place of a stage that was lost in the first generation: the others train."""
+    newcomer = Rollback(identity(0, 2, incarnation=1), joining=False)
+    lower = Rollback(identity(1, 2, incarnation=2), joining=False)
+    lower.completed = 2
+    newcomer.meet("below", lower.greeting())
+    assert newcomer.fail("other data", replays=True) == []
+
+
+@pytest.mark.parametrize("completed", [0, 1])
+def test_a_member_of_the_first_generation_says_why_it_fails(completed):
+    """A neighbour may be a step ahead, and be met late."""
+    machine = Rollback(identity(0, 2, incarnation=1), joining=False)
+    lower = Rollback(identity(1, 2, incarnation=2), joining=False)
+    lower.completed = completed
+    machine.meet("below", lower.greeting())
+    (told,) = machine.fail("not finite", replays=True)
+    assert isinstance(told, Send)
+
+
+def test_a_member_that_has_done_a_step_says_why_it_fails_in_a_view_change():
+    machine = Rollback(identity(0, 2, incarnation=1), joining=False)
+    machine.meet("below", Rollback(identity(1, 2, incarnation=2), joining=False).greeting())
+    machine.completed = 1
+    machine.part("below")
+    machine.meet("below", Rollback(identity(1, 2, incarnation=3), joining=True).greeting())
+    (told,) = machine.fail("a disk", replays=False)
+    assert isinstance(told, Send)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from thinpipe.cli import app
 from thinpipe.node.checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer
-from thinpipe.node.checkpoints.manifest import NOTES, Manifest, seal
+from thinpipe.node.checkpoints.manifest import FORMAT, NOTES, Manifest, seal
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.data import DataError
-from thinpipe.node.run_corpus import RECORD, RunCorpus, open_run_corpus, read_record
+from thinpipe.node.run_corpus import RECORD, RunCorpus, open_run_corpus, read_record, tokenizer_of_run
 from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
@@ -64,7 +64,7 @@ def checkpoint(corpus: str, tokenizer: str) -> Manifest:
     """After 4 steps, of that text."""
     return seal(
         {
-            "format": 1,
+            "format": FORMAT,
             "notes": NOTES,
             "run": "run",
             "configuration": "c0ffee",
@@ -155,7 +155,7 @@ def test_whose_tokenizer_has_changed_or_is_gone_is_told_where_it_was_kept(text: 
     anew = CliRunner().invoke(app, ["up", "--config", f"{text.out}/run.toml", "--out", str(text.out), "--overwrite"])
     assert (anew.exit_code, anew.stderr.count("\n")) == (2, 1)
     assert f"data.tokenizer = {kept} is a part of the run that would be replaced; copy it" in anew.stderr
-    assert kept_tokenizer(text.checkpoints) == kept
+    assert tokenizer_of_run(text.checkpoints, text.out) == kept
 
 
 def test_a_damaged_tokenizer_is_not_used(text: Text) -> None:
@@ -173,6 +173,22 @@ def test_a_damaged_tokenizer_is_not_used(text: Text) -> None:
     there = re.escape(str(own / "tokenizer"))
     with pytest.raises(DataError, match=rf"the tokenizer is not the run's: .*; bring the directory {there} from where"):
         text.resume()
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["after the first step", "before it"])
+def test_a_tokenizer_that_another_run_left_there_is_not_used(
+    recorded: bool, text: Text, tiny: TinyConfig, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Until the first checkpoint only the record beside run.toml says whose it is, and until the first step nothing."""
+    (tmp_path / "earlier").mkdir()
+    earlier = Text(tiny, tiny_text, tmp_path / "earlier")
+    earlier.change()
+    others = earlier.begin().corpus.tokenizer_files
+    shutil.copytree(earlier.checkpoints, text.checkpoints)
+    begun = open_run_corpus(text.config, text.out, resume=False)
+    if recorded:
+        begun.keep(text.out)
+    assert text.resume().corpus.tokenizer_files == begun.corpus.tokenizer_files != others
 
 
 def test_checkpoints_say_what_they_were_trained_on(text: Text) -> None:

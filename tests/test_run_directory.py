@@ -321,6 +321,22 @@ def test_the_tables_say_what_was_in_vain_and_what_went_wrong(tiny: TinyConfig, t
     )
 
 
+def test_a_converted_run_has_steps_before_its_records(tiny: TinyConfig, tmp_path: Path) -> None:
+    run, config = tmp_path / "run", tiny({"run.steps": 2, "pipeline.stages": 2})
+    (tmp_path / "settings.toml").write_text(dump_config(config))
+    assert up("--config", str(tmp_path / "settings.toml"), "--out", str(run), "--one-process") == (0, "")
+    for path in run.glob("stage-*.jsonl"):
+        moved = {"step": lambda found: {"step": found["step"] + 3}, "end": lambda found: {"steps": found["steps"] + 3}}
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        later = [each | moved.get(each["event"], lambda _: {})(each) for each in found]
+        path.write_text("".join(f"{json.dumps(each)}\n" for each in later))
+    for of_steps, title, early in ((5, "2 steps of 256 tokens", False), (9, "5 of 9 steps of 256 tokens", True)):
+        summary = summarise(run, stages=2, width=64, mode="swarm", of_steps=of_steps)
+        add_comparison(summary, run, config)
+        assert title in shown(summary)
+        assert closing_lines(summary, run)[0].startswith("this run ended after 5 of 9 steps") == early
+
+
 def test_old_progress_is_not_shown(run: Path) -> None:
     record(run, 0, step(0), step(1))
     with (run / "stage-0.jsonl").open("a") as file:

@@ -2,7 +2,8 @@
 
 Weights and the optimizer's buffers belong to parameters, whose names in the whole model do not depend on the cut, so
 they move with their layers. The state of a codec belongs to a boundary: one that stays between the same layers goes on
-with all of it, a new one begins untrained, and that of a closed one is dropped (`kept_boundaries`). The position in the
+with all of it, a new one begins as it would at the run's start, and that of a closed one is dropped
+(`kept_boundaries`). The position in the
 data is the number of steps. A new boundary's dictionaries have no version yet; they begin with its first message, as at
 a run's start.
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ...compress.registry import parse_codec
 from ...sim.reports.wording import counted
+from ..codec_start import layers_at_start
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config
 from ..preparation import state_digest
@@ -85,7 +87,8 @@ def convert(found: Assembled, config: RunConfig, out: Path, *, written_s: float)
         (out / "run.toml").write_text(dump_config(config), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"cannot write {out}/run.toml: {error.strerror}; make room there") from None
-    lines = kept.lines() if any("codec" in name for each in found.snapshots for name in each.tensors) else []
+    at_start = {layers.stop for layers in (layers_at_start(config) or [])[:-1]}
+    lines = kept.lines(at_start) if any("codec" in name for each in found.snapshots for name in each.tensors) else []
     if config.optim.clip and config.optim.clip_norm == "stage":
         lines.append(
             f"gradients are clipped by stage (optim.clip = {config.optim.clip:g}), and stages have other parts now: "

@@ -31,7 +31,8 @@ class _Arrival:
     file: IO[bytes]
     beside: IO[bytes]  # what comes before the state, and has a place of its own
     state: Receiving
-    written: int  # bytes, of both
+    began: int  # bytes, of both, that were here already
+    written: int  # and are now
 
     def write(self, data: bytes) -> None:
         before = max(0, self.manifest.beside_bytes - self.written)
@@ -80,7 +81,7 @@ class CopyReceiver:
             have = manifest.beside_bytes if beside(self._store.directory) == manifest.beside else 0
             state = Receiving(size=manifest.copy_bytes, offset=have)
             aside = tempfile.TemporaryFile(dir=self._path.parent)  # noqa: SIM115 (closed with the arrival)
-            self._arrival = _Arrival(manifest, self._path, self._path.open("wb"), aside, state, have)
+            self._arrival = _Arrival(manifest, self._path, self._path.open("wb"), aside, state, have, have)
             return state
 
     def write(self, state: Receiving, parts: list[bytes]) -> int | None:
@@ -98,9 +99,9 @@ class CopyReceiver:
                 raise
             return arrival.written
 
-    def complete(self) -> int | None:
-        """Hand it over to the store if it is whole; after how many steps it was, None if it is not whole. Raises
-        CheckpointError for one that is damaged."""
+    def complete(self) -> tuple[int, int] | None:
+        """Hand it over to the store if it is whole; after how many steps it was, and how many bytes have come, on
+        however many connections. None if it is not whole. Raises CheckpointError for one that is damaged."""
         with self._lock:
             arrival = self._arrival
             if arrival is None or arrival.written != arrival.manifest.copy_bytes:
@@ -113,7 +114,7 @@ class CopyReceiver:
                 self._store.adopt(arrival.manifest, arrival.path, supersede=self._supersede)
             finally:
                 self._drop()
-            return arrival.manifest.completed
+            return arrival.manifest.completed, arrival.written - arrival.began
 
     def drop(self) -> None:
         """Nothing is expected any more."""

@@ -4,13 +4,13 @@ lacks.
 This comes first, because the process says only once from which steps it could go on. It waits as long as data arrives.
 It also waits for a buddy that is not there, because without it no stage could go on anyway, unless the run is over
 meanwhile. It gives up on a buddy that is there but silent: the run can still go on from an older step, or from the
-first.
+first. Where this process itself was paused (`node.process_pause`), it begins to wait again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ...protocol.control_messages import CopyWanted
 from ...protocol.rollback_actions import Side
@@ -27,7 +27,8 @@ BROUGHT_BACK = 2  # of the newest copies: the others may not have completed the 
 class CopyRestore:
     """What one node asks its buddy, on `side`, to give back into `store`.
 
-    talks: the connections there are. `heard` has to be set whenever the buddy has come, gone, or said something.
+    sessions: the connections there are. paused_ago_s: how long ago the last pause of this process ended. `heard` has to
+    be set whenever the buddy has come, gone, or said something.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class CopyRestore:
         *,
         say: Say,
         on_fault: Reporter,
+        paused_ago_s: Callable[[], float],
     ) -> None:
         self.receiver = CopyReceiver(store, check=self._check, supersede=False, directory=store.directory.parent)
         self.wanted: set[int] = set()
@@ -48,7 +50,7 @@ class CopyRestore:
         self._stage, self._sessions = store.stage, sessions
         self._side: Side = side
         self._peer = store.stage + (1 if side == "below" else -1)
-        self._say, self._on_fault = say, on_fault
+        self._say, self._on_fault, self._paused_ago_s = say, on_fault, paused_ago_s
 
     def _check(self, manifest: Manifest) -> None:
         if manifest.completed not in self.wanted:
@@ -89,7 +91,7 @@ class CopyRestore:
                 async with asyncio.timeout(timeout_s):
                     await self.heard.wait()
             except TimeoutError:
-                if self.completing or self.heard.is_set():
+                if self.completing or self.heard.is_set() or self._paused_ago_s() < timeout_s:
                     continue
                 line = f"waited {timeout_s:g} s in vain for copies of checkpoints at stage {self._peer}"
                 self._on_fault("timeout", f"{line}; goes on with what is on this disk: steps {have or 'none'}")

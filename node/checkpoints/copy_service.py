@@ -57,9 +57,9 @@ class CopyService:
     store: the node's own. bytes_max: the largest state of a neighbour that is kept; 0: this node neither keeps nor
     sends copies. say: have a frame sent to a side; for a part it waits until the link is idle. refuse: end the
     connection to a side, which broke a rule. on_copy(completed, bytes, fetched): a copy of ours is whole, at the buddy
-    or here; 0 bytes: nothing had to be sent. on_held(completed): the newest of our states that the buddy has a copy
-    of; 0: none. Frames come in through `receive`, and `met` and `parted` say whether
-    anybody is there; all on the event loop.
+    or here, and so many bytes of it crossed; 0: nothing had to be sent. on_held(completed): the newest of our states
+    that the buddy has a copy of; 0: none. paused_ago_s: how long ago the last pause of this process ended. Frames come
+    in through `receive`, and `met` and `parted` say whether anybody is there; all on the event loop.
     """
 
     def __init__(
@@ -76,6 +76,7 @@ class CopyService:
         on_fault: Reporter,
         on_copy: Callable[[int, int, bool], None],
         on_held: Callable[[int], None],
+        paused_ago_s: Callable[[], float] = lambda: float("inf"),
     ) -> None:
         self.side: Side | None = buddy_side(stage, stages)
         self._stage, self._store, self._enabled = stage, store, bytes_max > 0
@@ -88,9 +89,13 @@ class CopyService:
             if 0 <= other < stages and buddy_side(other, stages) == towards_us:
                 self._stores[side] = CopyStore(other, store, bytes_max)
         self._sessions: dict[Side, CopySession] = {}
-        self._restore = CopyRestore(store, self.side, self._sessions, say=say, on_fault=on_fault) if self.side else None
+        self._restore: CopyRestore | None = None
+        if self.side:
+            given = {"say": say, "on_fault": on_fault, "paused_ago_s": paused_ago_s}
+            self._restore = CopyRestore(store, self.side, self._sessions, **given)
         self._closed = False
         self._newest = 0  # of our checkpoints: the one that was written last
+        self._begun: tuple[int, int] | None = None  # a copy of ours, and what the buddy had of it before we began
 
     # -- what the node does ---------------------------------------------------------------------------------------
 
@@ -230,6 +235,8 @@ class CopyService:
             case CopyProgress():
                 if sending := session.under_way(frame.stage, frame.completed_steps):
                     sending.progress(frame.offset)
+                    if mine and (self._begun is None or self._begun[0] != frame.completed_steps):
+                        self._begun = frame.completed_steps, frame.offset
                     if sending.done and not mine:  # of a restored one nobody says that it is held
                         del session.outgoing[frame.stage]
             case CopyDeclined():
@@ -249,7 +256,8 @@ class CopyService:
         completed, sending = session.outgoing.get(self._stage, (None, None))
         if completed in steps and sending:
             del session.outgoing[self._stage]
-            self._on_copy(completed, sending.size if sending.done else 0, False)
+            had = self._begun[1] if self._begun and self._begun[0] == completed else 0
+            self._on_copy(completed, sending.size - had if sending.done else 0, False)
         session.held = steps
         self._tell_newest(session)
         session.offers.set()
@@ -297,7 +305,7 @@ class CopyService:
                 return
             del session.incoming[stage]
             if store_of_copies is None:
-                await self._complete_own(offset)
+                await self._complete_own()
             elif await asyncio.to_thread(store_of_copies.receiver.complete) is not None:
                 await self._tell_held(side)
         except (CheckpointError, OSError) as error:
@@ -307,7 +315,7 @@ class CopyService:
             self._on_fault("copy", f"a copy of stage {stage} after {completed} steps: {line}")
             await self._say(side, CopyDeclined(stage=stage, completed_steps=completed, reason=printable(line)))
 
-    async def _complete_own(self, size: int) -> None:
+    async def _complete_own(self) -> None:
         assert self._restore
         self._restore.completing = True
         try:
@@ -315,5 +323,6 @@ class CopyService:
         finally:
             self._restore.completing = False
         if came is not None:
-            self._restore.came.add(came)
-            self._on_copy(came, size, True)
+            completed, size = came
+            self._restore.came.add(completed)
+            self._on_copy(completed, size, True)

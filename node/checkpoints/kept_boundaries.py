@@ -7,12 +7,13 @@ from different stages has to choose, since it has one such module: the lower bou
 subtracts decides what crosses at all.
 
 Why not give new boundaries the projector of the nearest one: what a projector keeps of other hidden states is chance,
-and the next steps would first have to undo it.
+and the next steps would first have to undo it. Where the run itself began from another one (`node.codec_start`) that
+had a boundary at the very place, that one's is taken: it is older than the weights, and of the same hidden states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 
@@ -28,12 +29,15 @@ class KeptBoundaries:
     mixed: list[int]
     closed: list[tuple[int, int]]
 
-    def lines(self) -> list[str]:
-        """What becomes of each boundary, for people."""
+    def lines(self, at_start: Container[int] = ()) -> list[str]:
+        """What becomes of each boundary, for people. at_start: after how many layers the run had found boundaries with
+        learned codecs when it began."""
         said = []
         for boundary, (place, old) in enumerate(zip(self.places, self.boundaries, strict=True)):
             where = f"boundary {boundary}, after {_layers(place)}"
-            if old is None:
+            if old is None and place in at_start:
+                said.append(f"{where}: is new, its codec begins with what the run began with there")
+            elif old is None:
                 said.append(f"{where}: is new, its codec begins untrained")
             elif boundary in self.mixed:
                 said.append(

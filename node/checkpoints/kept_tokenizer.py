@@ -8,7 +8,8 @@ moved. So stage 0 leaves a copy where its checkpoints go, with what names the en
                                   tokenizer_config.json
 
 Whoever needs it asks `kept_tokenizer`: a run that is resumed, an export, an evaluation, a new run from this one. Each
-checkpoint's manifest has its digest, so another one in its place is not taken for it. A checkpoint that is copied to a
+checkpoint's manifest has its digest, and so has the record of the text beside run.toml; another one in its place (of a
+run that had its checkpoints there before) is not taken for it. A checkpoint that is copied to a
 neighbour takes it along (`beside`), and so does one that comes back from there.
 
 Why not in every checkpoint: it never changes. Why not beside run.toml: a stage 0 that comes back on another machine has
@@ -52,15 +53,15 @@ def keep_tokenizer(checkpoints: Path, files: Mapping[str, bytes]) -> None:
         ) from None
 
 
-def kept_tokenizer(checkpoints: Path) -> Path | None:
+def kept_tokenizer(checkpoints: Path, recorded: str = "") -> Path | None:
     """Its directory, in the checkpoints' directory of a run or among the copies of a neighbour's; None where it is not
-    there whole, so that it has to be made again and compared."""
+    there whole, so that it has to be made again and compared. recorded: its digest, for a run that has no checkpoint
+    yet; without either nobody knows whose a tokenizer is."""
     places = [checkpoints / FIRST, checkpoints / COPIES / FIRST]
-    wanted = next(filter(None, map(_digest_in_manifests, places)), None)
+    wanted = next(filter(None, map(_digest_in_manifests, places)), recorded)
     for place in places:
         with suppress(OSError):
-            found = hashlib.sha256((place / TOKENIZER / "tokenizer.json").read_bytes()).hexdigest()
-            if wanted in (found, None):  # None: there is no checkpoint yet
+            if hashlib.sha256((place / TOKENIZER / "tokenizer.json").read_bytes()).hexdigest() == wanted:
                 return place / TOKENIZER
     return None
 

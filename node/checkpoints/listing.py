@@ -12,13 +12,14 @@ from typing import Any
 
 from rich.table import Table
 
-from .manifest import COPIES, CheckpointError, Fingerprint
+from .manifest import COPIES, CheckpointError, Fingerprint, OtherFormat
 from .store import CheckpointStore
 
 
 def list_checkpoints(directory: Path, *, run: str, stages: int, thorough: bool) -> list[dict[str, Any]]:
     """All checkpoints of a run, for people and scripts: a row for each step, ascending, of {"step", "resumable",
-    "stages": [{"stage", "state": "ok", "missing" or "damaged", "bytes", "generation", "configuration", "problem"}]}.
+    "stages": [{"stage", "state", "bytes", "generation", "configuration", "problem"}]}; the state is "ok", "missing",
+    "damaged" or "other format".
 
     `thorough`: compare the digests of the tensors too. Raises CheckpointError for a directory that cannot be listed.
     """
@@ -43,7 +44,8 @@ def _look(store: CheckpointStore, completed: int, thorough: bool, present: bool)
     try:
         manifest = store.verify(completed) if thorough else store.manifest(completed)
     except CheckpointError as error:
-        return row | {"state": "damaged", "problem": str(error)}
+        state = "other format" if isinstance(error, OtherFormat) else "damaged"
+        return row | {"state": state, "problem": str(error)}
     fields = {"bytes": manifest.file_bytes, "generation": manifest.generation, "configuration": manifest.configuration}
     return row | {"state": "ok", **fields}
 
@@ -59,6 +61,14 @@ def steps_held(directory: Path, *, run: str, stages: int) -> list[dict[int, set[
                 if held["state"] == "ok":
                     found[held["stage"]][row["step"]].add(held["configuration"])
     return [dict(of_stage) for of_stage in found]
+
+
+def other_format(directory: Path, *, run: str, stages: int) -> str | None:
+    """What is said of the newest checkpoint there that another version of thinpipe wrote; None without one. Raises
+    CheckpointError for a directory that cannot be listed."""
+    rows = list_checkpoints(directory, run=run, stages=stages, thorough=False)
+    told = [held["problem"] for row in rows for held in row["stages"] if held["state"] == "other format"]
+    return told[-1] if told else None
 
 
 def checkpoint_table(rows: list[dict[str, Any]], title: str = "checkpoints") -> Table:

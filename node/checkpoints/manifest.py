@@ -3,7 +3,8 @@
 A small JSON file beside the tensors, so that a listing reads kilobytes and not gigabytes. It may be incomplete, damaged
 or from another machine, so it is read like a message from a stranger: up to a limit, by a strict schema (pydantic), in
 the one spelling in which it is written, and only if the digest that it carries of itself is right. Sizes
-that it states are compared with what is there, and never used to allocate. Why not as metadata in the tensors' file:
+that it states are compared with what is there, and never used to allocate. One that another version of thinpipe wrote,
+in another format, is refused by that name, and not as damaged. Why not as metadata in the tensors' file:
 whether that file is whole could not be seen without hashing all of it.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 MANIFEST = "manifest.json"
 COPIES = "copies"  # of neighbours' checkpoints, a directory beside those of this machine's stages
+FORMAT = 2  # rises with each field: 2 has what goes with a copy (`beside`)
 MANIFEST_BYTES_MAX = 64 * 1024  # what is written takes about 1.5 KB
 _LINE_CHARACTERS_MAX = 1500
 _FAULTS_LISTED_MAX = 100  # the list of all that is wrong with a file of this size would take a hundred times as much
@@ -58,6 +61,10 @@ class ForeignCheckpoint(CheckpointError):
     """It may be whole, but it is another run's, model's or stage's."""
 
 
+class OtherFormat(ForeignCheckpoint):
+    """It is whole, and another version of thinpipe wrote it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
     """What all checkpoints of a run have in common."""
@@ -90,7 +97,7 @@ class Beside(_Strict):
 class Manifest(_Strict):
     """manifest.json: whose state it is, after which step, and what its file must be."""
 
-    format: Literal[1]
+    format: Literal[2]  # FORMAT
     notes: str = Field(max_length=1000)
     run: str = Field(max_length=64)
     configuration: str = Field(max_length=1000)
@@ -146,12 +153,17 @@ def read_manifest(directory: Path) -> Manifest:
 
 def parse_manifest(raw: bytes, *, where: str, remedy: str) -> Manifest:
     """The manifest that these bytes are; `where` they come from and the `remedy` are for the error. Raises
-    CheckpointError unless it is whole and spelled as it was written."""
+    OtherFormat, or CheckpointError unless it is whole and spelled as it was written."""
     if len(raw) > MANIFEST_BYTES_MAX:
         raise CheckpointError(f"{where} is longer than the {MANIFEST_BYTES_MAX} bytes that one can have; {remedy}")
     try:
         manifest = Manifest.model_validate_json(raw)
     except ValidationError as error:
+        if (other := _other_format(raw)) is not None:
+            raise OtherFormat(
+                f"{where} is of format {other}, and this version reads format {FORMAT} only: another version of "
+                "thinpipe wrote it; go on with that one"
+            ) from None
         if (count := error.error_count()) > _FAULTS_LISTED_MAX:
             raise CheckpointError(f"{where} is damaged: it has {count} faults; {remedy}") from None
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
@@ -166,6 +178,17 @@ def parse_manifest(raw: bytes, *, where: str, remedy: str) -> Manifest:
             f"it says {manifest.manifest_sha256[:16]}…; {remedy}"
         )
     return manifest
+
+
+def _other_format(raw: bytes) -> int | None:
+    """Of a manifest that is whole by its own digest, whatever fields it has; None: it is of ours, or damaged. By its
+    lines, as `_render` spells them: what has no known shape is not made into a tree."""
+    found = re.search(rb'^ "format": ([0-9]{1,9}),$', raw, re.MULTILINE)
+    stated = re.search(rb'^ "manifest_sha256": "([0-9a-f]{64})",\n', raw, re.MULTILINE)
+    if not found or not stated:
+        return None
+    whole = hashlib.sha256(raw[: stated.start()] + raw[stated.end() :]).hexdigest().encode() == stated[1]
+    return int(found[1]) if whole and int(found[1]) != FORMAT else None
 
 
 def regular_size(path: Path) -> int:

@@ -113,7 +113,8 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
     if config.pipeline.stages > 1:
         measured.insert(0, ("as trained, rounded", chain.rounded_logits))
     results = [_result(words, text_loss(logits_of, rows(), size)) for words, logits_of in measured]
-    return chain, _found(run, name, length, results) | {"step": assembled.completed}
+    of_lane = {"lane": lane} if config.lanes.count > 1 else {}
+    return chain, _found(run, name, length, results) | {"step": assembled.completed, **of_lane}
 
 
 def _directory(directory: Path, asked: Asked, *, with_text: bool) -> tuple[Subject, dict[str, Any]]:

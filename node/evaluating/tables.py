@@ -14,6 +14,8 @@ def evaluation_tables(found: dict[str, Any]) -> list[str | Table]:
     of_run = "step" in found
     if rows := found["text"]:
         after = f" after step {found['step']}" if of_run else ""
+        if "lane" in found:
+            after = f", lane {found['lane']},{after}"
         about = f"{rows[0]['tokens']:,} tokens, {rows[0]['bytes']:,} bytes, windows of {found['sequence_length']}"
         table = Table("boundaries" if of_run else "model")
         for column in ("loss", "perplexity", "bits/byte"):

@@ -54,7 +54,7 @@ def export_run(
     `assemble`. Raises ExportError, what these two raise, and OSError where `out` cannot be written.
     """
     check_out(out)
-    _, config, place = chosen_lane(run, lane, config=config, step=step, report=report)
+    lane, config, place = chosen_lane(run, lane, config=config, step=step, report=report)
     assembled = assemble(place, step=step, config=config, report=report)
     vocabulary = vocabulary_of_run(run, assembled)
     transformers = quiet_transformers()
@@ -79,6 +79,7 @@ def export_run(
                 directory.rmdir()
     return {
         "run": str(run),
+        **({"lane": lane} if config.lanes.count > 1 else {}),
         "step": assembled.completed,
         "out": str(out),
         "architecture": assembled.architecture.model_type,

@@ -2,9 +2,9 @@
 
 How fast each machine is follows from what its stage had to compute and how long that took. With these speeds the best
 cut is found as `pipeline.cut=auto` finds its own, and both cuts are simulated over the run's own link and schedule. So
-an uneven swarm is told what to set, and in how far it is worth a restart. Why not move layers while the run goes on:
-weights, optimizer states and codecs would have to cross the thin links, at a moment that all agree on, and a new cut is
-another run for every checkpoint.
+an uneven swarm is told what to set, in how far it is worth a restart, and which command takes what was trained along.
+Why not move layers while the run goes on: weights, optimizer states and codecs would have to cross the thin links, at a
+moment that all agree on, and a new cut is another run for every checkpoint.
 
 What has to be known of the model and the messages is a handful of numbers, `PipelineCosts`. Stage 0 writes them into
 its records when it starts (event `costs`), so whoever reads records gives the same advice: `thinpipe top` while the run
@@ -14,6 +14,7 @@ goes on, from the last steps, and the end of the run and `thinpipe summary` from
 from __future__ import annotations
 
 import functools
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,24 +126,29 @@ def _best(costs: PipelineCosts, times: tuple[StageTimes, ...]) -> tuple[tuple[in
     return best, before_s / after_s
 
 
-def advice_line(advice: dict[str, Any], shares: Sequence[float]) -> str | None:
-    """One line for people; None where another cut would not help. `shares`: of its time that each stage computes."""
+def advice_line(advice: dict[str, Any], shares: Sequence[float], run: Path | None = None) -> str | None:
+    """One line for people; None where another cut would not help. `shares`: of its time that each stage computes. run:
+    the directory of one that can go on with another cut."""
     if advice["gain"] < WORTH_SAYING:
         return None
     busiest, idlest = (pick(range(len(shares)), key=shares.__getitem__) for pick in (max, min))
     cut = ",".join(map(str, advice["best_layers"]))
-    return (
+    line = (
         f"stage {busiest} computes {shares[busiest]:.0%} of its time, stage {idlest} {shares[idlest]:.0%}: "
         f"--set pipeline.cut={cut} would give {advice['gain']:.2g}x (simulated)"
     )
+    if run is None:
+        return line
+    return f"{line}; go on so: thinpipe checkpoint convert {shlex.quote(str(run))} --cut {cut} --out DIR"
 
 
 def advise(
-    costs: PipelineCosts | None, step_s: Sequence[Sequence[float]], shares: Sequence[float]
+    costs: PipelineCosts | None, step_s: Sequence[Sequence[float]], shares: Sequence[float], run: Path | None = None
 ) -> dict[str, Any] | None:
     """`cut_advice` with the `line` that says it to people, None where there is nothing to say; None where nothing is
     known: a run that wrote no costs, a stage that has computed nothing yet, or more than can be simulated in a moment.
-    step_s: by stage, how long it computed in each of some steps. shares: of its time, by stage."""
+    step_s: by stage, how long it computed in each of some steps. shares: of its time, by stage. run: as for
+    `advice_line`."""
     if costs is None or len(costs.layers) != len(step_s) or len(step_s) < 2 or not all(step_s):
         return None
     if len(step_s) * costs.microbatches > MICROBATCHES_MAX:
@@ -151,17 +157,17 @@ def advise(
         found = cut_advice(costs, [measured_times(of_stage, costs.microbatches) for of_stage in step_s])
     except (StageWorkError, ArithmeticError):  # ArithmeticError: of times that are next to nothing
         return None
-    return {**found, "line": advice_line(found, shares)}
+    return {**found, "line": advice_line(found, shares, run)}
 
 
-def advice_on_record(run: Path, shares: Sequence[float]) -> dict[str, Any] | None:
-    """`advise` for the run whose records are in the directory `run`, from all steps but each stage's first, which warms
-    up. shares: as for `advise`, of all stages. None for records that cannot be read, too."""
+def advice_on_record(records: Path, shares: Sequence[float], run: Path | None = None) -> dict[str, Any] | None:
+    """`advise` for the stages whose records are in the directory `records`, from all steps but each stage's first,
+    which warms up. shares, run: as for `advise`, of all stages. None for records that cannot be read, too."""
     try:
-        by_stage = [read_records(run / f"stage-{stage}.jsonl") for stage in range(len(shares))]
+        by_stage = [read_records(records / f"stage-{stage}.jsonl") for stage in range(len(shares))]
         costs = [record for record in by_stage[0] if record["event"] == "costs"]
-        steps = [[record for record in records if record["event"] == "step"][1:] for records in by_stage]
+        steps = [[record for record in of if record["event"] == "step"][1:] for of in by_stage]
         step_s = [[record["compute_s"] + record["codec_s"] for record in of_stage] for of_stage in steps]
-        return advise(PipelineCosts.of(costs[-1]) if costs else None, step_s, shares)
+        return advise(PipelineCosts.of(costs[-1]) if costs else None, step_s, shares, run)
     except (OSError, LookupError, TypeError, ValueError):
         return None

@@ -12,7 +12,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from .quantities import LANES_MAX, lane_number
+from ...protocol.grid_place import LANES_MAX
+from .quantities import lane_number
 
 _LATERAL = re.compile(r"lateral (?P<stage>[0-9]{1,4}): lane (?P<one>[0-9]{1,2})-(?P<other>[0-9]{1,2})")
 

@@ -58,6 +58,7 @@ def summarise_run(
         **each[0],
         **rows,
         "steps": min(found["steps"] for found in each),
+        "completed": min(found["completed"] for found in each),
         "repeated_steps": sum(found["repeated_steps"] for found in each),
         "tokens": tokens,
         "tokens_per_step": sum(found["tokens_per_step"] for found in each),

@@ -36,7 +36,8 @@ class Liveness:
         return {"state": self.state, "completed": self.completed, "steps": self.steps, "stages": self.stages}
 
     def line(self) -> str:
-        """For people: `is under way, after 120 of 2000 steps (stage 0 training, stage 1 training)`."""
+        """For people: `is under way, after 120 of 2000 steps (stage 0 training, stage 1 training)`. Of several lanes
+        each has its words: `(lane 0 ended; lane 1: stage 0 ended, stage 1 training)`."""
         if self.state == "not begun":
             return "has not begun: no stage has records here"
         words = {
@@ -45,10 +46,9 @@ class Liveness:
             "not ended": "has not ended, and nobody works on it",
         }
         of = "" if self.steps is None else f" of {self.steps}"
-        told = ", ".join(
-            f"{_name(stage)} {stage['state']}" + (f": {stage['note']}" if stage["note"] else "")
-            for stage in self.stages
-        )
+        lanes = sorted({stage["lane"] for stage in self.stages if "lane" in stage})
+        of_lanes = [(f"lane {lane}", [stage for stage in self.stages if stage["lane"] == lane]) for lane in lanes]
+        told = "; ".join(_of_lane(*each) for each in of_lanes) if lanes else _each(self.stages)
         return f"{words[self.state]}, after {self.completed}{of} steps ({told})"
 
 
@@ -89,8 +89,15 @@ def served_here(run: Path, now_s: float) -> dict[str, int]:
     }
 
 
-def _name(row: dict[str, Any]) -> str:
-    return f"stage {row['stage']} of lane {row['lane']}" if "lane" in row else f"stage {row['stage']}"
+def _each(rows: list[dict[str, Any]]) -> str:
+    return ", ".join(
+        f"stage {row['stage']} {row['state']}" + (f": {row['note']}" if row["note"] else "") for row in rows
+    )
+
+
+def _of_lane(name: str, rows: list[dict[str, Any]]) -> str:
+    states = {(row["state"], row["note"]) for row in rows}
+    return f"{name} {rows[0]['state']}" if len(states) == 1 and not rows[0]["note"] else f"{name}: {_each(rows)}"
 
 
 def _row(stage: int, seen: StageView | None) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ...protocol.grid_place import LANES_MAX
+
 STAGES_MAX = 1024  # of a run, as its configuration has it
-LANES_MAX = 64
 TIME_MAX_S = 253_402_300_800.0  # the year 10000: further on, calendars end
 QUANTITY_MAX = 2.0**63  # bytes, bits a second, seconds, counts
 

@@ -18,11 +18,14 @@ from .loss_chart import POINTS_MIN, LossChart
 from .wording import counted, plain
 
 FAULTS_SHOWN = 5
+TIGHT = (0, 0, 0, 1)  # padding of tables of many columns, which so fit into a terminal of 80
 FIGURES = ("train loss", "held-out loss", "tokens/s", "bytes/token", "ratio to dense bf16")
 
 
 def _bits_per_s(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.1f} Mb/s"
+    if value is None:
+        return "-"
+    return f"{value / 1e6:.1f} Mb/s" if value >= 1e5 or not value else f"{value / 1e3:.0f} kb/s"
 
 
 def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
@@ -33,7 +36,7 @@ def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
     for column in FIGURES:
         run.add_column(column, justify="right")
     run.add_row(*_figures(summary))
-    stages = Table(title="stages")
+    stages = Table(title="stages", padding=TIGHT)
     of_lane = ["lane"] if lanes > 1 else []
     for column in (*of_lane, "stage", "layers", "computes", "compute", "codec", "waiting", "peak memory", "state"):
         stages.add_column(column, justify="right")
@@ -42,7 +45,7 @@ def summary_tables(summary: dict[str, Any]) -> list[RenderableType]:
         memory = f"{stage['peak_rss_bytes'] / 2**20:.0f} MiB"
         layers, share = str(stage["layers"]), f"{stage['compute_share']:.0%}"
         name = [str(stage["lane"]), str(stage["stage"])] if lanes > 1 else [str(index)]
-        stages.add_row(*name, layers, share, *seconds, memory, stage["state_sha256"][:12])
+        stages.add_row(*name, layers, share, *seconds, memory, stage["state_sha256"][: 8 if lanes > 1 else 12])
     tables: list[RenderableType] = [run, *(_lanes_tables(summary) if lanes > 1 else []), stages]
     if summary["boundaries"]:
         tables.append(_links_table(summary))
@@ -75,7 +78,7 @@ def _figures(found: dict[str, Any]) -> list[str]:
 
 def _lanes_tables(summary: dict[str, Any]) -> list[RenderableType]:
     """Each lane's figures, and what the averaging between them took."""
-    lanes = Table(title="lanes")
+    lanes = Table(title="lanes", padding=TIGHT)
     for column in ("lane", *FIGURES):
         lanes.add_column(column, justify="right")
     for found in summary["lanes"]:
@@ -90,8 +93,8 @@ def _lanes_tables(summary: dict[str, Any]) -> list[RenderableType]:
 
 
 def _steps(summary: dict[str, Any]) -> str:
-    done, of = summary["steps"], summary.get("of_steps") or summary["steps"]
-    return counted(done, "step") if done >= of else f"{done} of {counted(of, 'step')}"
+    done, of = summary["completed"], summary.get("of_steps") or summary["completed"]
+    return counted(summary["steps"], "step") if done >= of else f"{done} of {counted(of, 'step')}"
 
 
 def _in_vain(summary: dict[str, Any]) -> str | None:
@@ -120,7 +123,7 @@ def closing_lines(summary: dict[str, Any], run: Path) -> list[str]:
     """What comes after the tables: how a run that ended early goes on; dense training over the same link in a line; and
     what to try next."""
     lines, dense = [], summary["dense_simulation"]
-    if (of := summary.get("of_steps")) and summary["steps"] < of:
+    if (of := summary.get("of_steps")) and summary["completed"] < of:
         lines.append(f"this run ended after {_steps(summary)}; thinpipe up --resume {shlex.quote(str(run))} goes on")
     if dense:
         own = " (all stages in one process)" if summary["mode"] == "one-process" else ""
@@ -171,7 +174,11 @@ def _boundary(entry: dict[str, Any]) -> str:
 
 
 def _projectors_table(summary: dict[str, Any]) -> Table:
-    projectors = Table(title="learned projections", caption="at the last step; distance from the manifold in ‖AᵀA - I‖")
+    projectors = Table(
+        title="learned projections",
+        caption="at the last step; distance from the manifold in ‖AᵀA - I‖",
+        padding=TIGHT,
+    )
     for column in ("boundary", "distance, as learned", "as shipped", "moved", "lost by projecting", "anchors"):
         projectors.add_column(column, justify="right")
     for entry in summary["boundaries"]:
@@ -193,6 +200,7 @@ def _codebooks_table(summary: dict[str, Any]) -> Table:
     codebooks = Table(
         title="codebooks",
         caption="in the last step, for each level; lost by coding; stale: learned but not yet sent, as a share",
+        padding=TIGHT,
     )
     for column in ("boundary", "of", "used", "perplexity", "revived", "lost", "stale"):
         codebooks.add_column(column, justify="right")
@@ -262,54 +270,3 @@ def probe_table(figures: dict[str, Any]) -> Table:
         cells = ["-" if value is None else f"{value * 1000:.2f} ms" for value in (configured, trip[name])]
         table.add_row(said, *cells, off(configured, trip[name]))
     return table
-
-
-def plan_tables(figures: dict[str, Any]) -> list[Table]:
-    """What `thinpipe plan` found, for people."""
-    whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")
-    for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
-        whole.add_column(column, justify="right")
-    whole.add_row(
-        f"{figures['step_s']:.3g}",
-        f"{figures['tokens_per_s']:,.0f}",
-        f"{figures['tokens_per_s'] / figures['uncapped_tokens_per_s']:.1%}",
-        f"{figures['machines_used']:.1%}",
-        figures["bottleneck"],
-        f"{figures['ratio']:.1f}x",
-    )
-    stages = Table(title="stages, for one microbatch")
-    for column in ("stage", "layers", "forward", "backward", "computes", "in flight at most"):
-        stages.add_column(column, justify="right")
-    for index, stage in enumerate(figures["stages"]):
-        milliseconds = [f"{stage[way] * 1000:.3g} ms" for way in ("forward_s", "backward_s")]
-        layers, in_flight = str(stage["layers"]), str(stage["microbatches_in_flight"])
-        stages.add_row(str(index), layers, *milliseconds, f"{stage['compute_share']:.1%}", in_flight)
-    if not figures["boundaries"]:
-        return [whole, stages]
-    sizes = figures["bytes_per_microbatch"]
-    links = Table(
-        title="boundaries",
-        caption=f"a microbatch is {sizes['forward']:,} bytes down and {sizes['backward']:,} up, framed",
-    )
-    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of"):
-        links.add_column(column, justify="right")
-    for index, boundary in enumerate(figures["boundaries"]):
-        bound = boundary["compute_bound_at_ratio"]
-        links.add_row(
-            f"{index}-{index + 1}",
-            f"{boundary['forward_share']:.1%}",
-            f"{boundary['backward_share']:.1%}",
-            "any" if bound is None or bound <= 1 else f"{bound:.1f}x",
-        )
-    return [whole, stages, links]
-
-
-def cut_lines(figures: dict[str, Any]) -> list[str]:
-    """Which layers the stages have, what that gains over stages of equal length, and an order of the machines that is
-    faster."""
-    cut, gain = ",".join(str(stage["layers"]) for stage in figures["stages"]), figures["gain_over_equal_cut"]
-    lines = [f"layers of the stages: {cut}" + ("" if gain is None else f", {gain:.2f}x of stages of equal length")]
-    if better := figures["better_order"]:
-        order = ",".join(f"{speed:g}" for speed in better["speeds"])
-        lines.append(f"the same machines in another order, --speeds {order}: {better['gain']:.2f}x")
-    return lines

@@ -201,6 +201,7 @@ def summary_of(
         "state": "ended",
         "mode": mode,
         "steps": len(head),
+        "completed": head[-1]["step"] + 1,  # with those before these records, of a run that was converted
         "of_steps": of_steps,
         "repeated_steps": sum(record["event"] == "step" for record in by_stage[0]) - len(head),
         "tokens": tokens,

@@ -57,13 +57,15 @@ class StageView:
 
 @dataclass(slots=True)
 class SwarmView:
-    """Stages that belong together, of one lane. notes: what could not be read."""
+    """Stages that belong together, of one lane. notes: what could not be read. run: its directory, where it can go on
+    at another cut: that of a run of one lane."""
 
     name: str
     stages: dict[int, StageView] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     lane: int = 0
     lanes: int = 1
+    run: Path | None = None
 
     @property
     def size(self) -> int:
@@ -77,7 +79,8 @@ class SwarmView:
         nobody knows. Nodes that are asked over HTTP do not say what the model costs."""
         figures = [self.stages[stage].figures for stage in range(self.size) if stage in self.stages]
         costs = next((of.costs for of in figures if of.costs), None)
-        found = advise(costs, [of.recent_work_s for of in figures], [of.compute_share or 0.0 for of in figures])
+        shares = [of.compute_share or 0.0 for of in figures]
+        found = advise(costs, [of.recent_work_s for of in figures], shares, self.run)
         return found["line"] if found else None
 
     @property
@@ -118,7 +121,8 @@ class Directory:
         return found
 
     def look(self, now_s: float) -> SwarmView:
-        swarm = SwarmView(str(self._records), lane=self._lane, lanes=self._lanes)
+        run = self._run if self._lanes == 1 and _has_checkpoints(self._run) else None
+        swarm = SwarmView(str(self._records), lane=self._lane, lanes=self._lanes, run=run)
         for stage, path in sorted(self._paths().items()):
             figures = self._fold(stage, path)
             swarm.stages[stage] = _seen(figures, now_s)
@@ -162,6 +166,14 @@ def _settings(run: Path) -> tuple[int | None, int | None]:
         return stage_count(tree["pipeline"]["stages"]), whole(tree["run"]["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, None
+
+
+def _has_checkpoints(run: Path) -> bool:
+    """Whether run.toml asks for any."""
+    try:
+        return tomllib.loads((run / "run.toml").read_text(encoding="utf-8"))["checkpoint"]["every"] != 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _seen(figures: StageFigures, now_s: float) -> StageView:

@@ -117,6 +117,7 @@ class RoundMembership:
         self._preparing: set[int] = set()  # who has not begun yet
         self._ended: set[int] = set()
         self._since_s: tuple[int, float] | None = None  # the round that this lane waits in, and since when
+        self._in_vain_s: float | None = None  # since when this lane, which is to end, waits for nobody who could come
         self._gone_s: float | None = None  # since when no member is there, of a lane that is none
 
     # -- inputs -------------------------------------------------------------------------------------------------------
@@ -156,6 +157,8 @@ class RoundMembership:
             self._since_s = self._waits(now_s)
         self._admit()
         self._take_over(now_s)
+        in_vain = self.frozen and self._since_s is not None and self._waits_in_vain()
+        self._in_vain_s = None if not in_vain else now_s if self._in_vain_s is None else self._in_vain_s
 
     def paused(self) -> None:
         """This process did not run for a while: what it waited for is waited for anew."""
@@ -176,6 +179,15 @@ class RoundMembership:
     def entry(self) -> Entry | None:
         """Of this lane, where it has been admitted and the round is not decided yet."""
         return next((each for each in self.admitted if each.lane == self.lane), None)
+
+    def is_in_vain(self, now_s: float) -> bool:
+        """Whether this lane, which is to end, has waited in a round for long enough for lanes that have ended before
+        it: nobody is left out for that."""
+        return self._in_vain_s is not None and now_s >= self._in_vain_s + ENDED_S
+
+    def _waits_in_vain(self) -> bool:
+        awaited = [*self.lacking()] or [lane for lane in self._candidates()[:1] if lane != self.lane]  # who decides
+        return all(lane in self._ended or lane not in self._peers for lane in awaited)
 
     def lacking(self) -> dict[int, str]:
         """For whom the next round waits, by lane, in words."""

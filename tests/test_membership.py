@@ -617,3 +617,24 @@ def test_what_was_held_by_another_log_is_not_held_by_the_one_that_counts() -> No
     assert mine.log == theirs.log
     mine.report((3, 3), 2.0)
     assert mine.log.members_of(2) == (0, 1)
+
+
+def test_who_is_to_end_does_not_wait_for_who_has_ended() -> None:
+    """Lanes that are told to end do so at steps of their own. Nobody is left out because of that."""
+    log = MembershipLog.begin(2)
+    mine = RoundMembership(0, 2, deadline_s=10.0, begins=lambda _: None, log=log)
+    mine.hear(1, LaneStatus(held=(0, 0), log=log), 0.0)
+    mine.report((1, 0), 0.0)
+    mine.frozen = True
+    mine.tick(50.0)
+    assert not mine.is_in_vain(99.0)  # it is on its way to the same round
+    mine.part(1, ended=True)
+    mine.tick(100.0)
+    assert [mine.is_in_vain(at) for at in (100.0, 109.0, 110.0)] == [False, False, True]
+    mine.tick(200.0)
+    assert mine.log.decided == 0
+    mine.part(1)
+    mine.hear(1, LaneStatus(held=(1, 1), log=log), 210.0)  # it was started again
+    mine.report((1, 1), 210.0)
+    assert mine.log.decided == 1
+    assert not mine.is_in_vain(300.0)

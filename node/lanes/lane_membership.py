@@ -85,6 +85,7 @@ class LaneMembership:
         self._taken = read_taken(self._path, self.log, self._lane) if identity.first else None  # and all stages have
         self._has_state = self._taking = self._taken
         self._fetching: asyncio.Task[None] | None = None
+        self._in_vain: list[int] = []  # for whom the next round waits, though they have ended and this lane is to
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
         self._exchanges = {side: StatusExchange(lanes, plan.count) for side in ("above", "below")}
         self._below: LaneStatus | None = None
@@ -107,8 +108,15 @@ class LaneMembership:
     # -- for the rounds of this stage ---------------------------------------------------------------------------------
 
     async def members_of(self, round: int) -> tuple[int, ...]:
-        """Waits until they are decided, for as long as that takes."""
+        """Waits until they are decided, for as long as that takes; raises TimeoutError where this lane is to end, and
+        those that it waits for have ended before it."""
         while self.log.decided <= round:
+            if self._in_vain:
+                lanes = ", ".join(f"lane {lane}" for lane in self._in_vain)
+                raise TimeoutError(
+                    f"stage {self._identity.stage}: this lane is to end, and waits in round {round} for {lanes}, which "
+                    "ended before; start all lanes again with --resume"
+                )
             await self.changed()
         return self.log.members_of(round)
 
@@ -292,6 +300,7 @@ class LaneMembership:
         machine.saved, machine.kept, machine.forgot = mine.saved, mine.kept, mine.forgot
         machine.source = self._taken[0] + 1 if self._taken and self._following == self._taken[1] else 0
         machine.report(mine.held, now_s)
+        self._in_vain = [*machine.lacking()] if machine.is_in_vain(now_s) else []
         await self._choose_state(machine, mine)
         while (machine.log, machine.admitted) != (self.log, self.admitted):
             log, admitted = machine.log, machine.admitted

@@ -1,7 +1,8 @@
-"""Which lane of a run to take out: the one that the user names, else the first that has a whole checkpoint.
+"""Which lane of a run to take out: the one that the user names, else the first of those that have come furthest.
 
-Lanes end with the same weights, so it matters only for a run that is under way, or was broken off: then its lanes have
-gone different ways since the last round, and may have gone on to different steps.
+Lanes that come to the end have the same weights, so it matters for a run that is under way, or was broken off, whose
+lanes have gone different ways since the last round; and for a lane that was left out and did not come back, which has
+older ones.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ def chosen_lane(
     step: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> tuple[int, RunConfig, Path]:
-    """The lane that is asked for, or where none is the first of which all stages have a checkpoint (after `step`
-    steps), which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
+    """The lane that is asked for, or where none is that of which all stages have the newest checkpoint (or one after
+    `step` steps), and of several the first, which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
     config = with_start(config or load_config(run / "run.toml"), run)
     if lane is not None:
         check_lane(config, lane)
@@ -34,16 +35,18 @@ def chosen_lane(
     lanes = all_lanes(config, run)
     if len(lanes) == 1:
         return 0, *lanes[0]
-    chosen = next((number for number, place in enumerate(lanes) if _complete(*place, step)), 0)
+    newest = [_newest(*place, step) for place in lanes]
+    chosen = newest.index(max(newest))
     if report:
         report(f"lane {chosen} of {len(lanes)} is taken; {run}/lane-N names another")
     return chosen, *lanes[chosen]
 
 
-def _complete(config: RunConfig, directory: Path, step: int | None) -> bool:
+def _newest(config: RunConfig, directory: Path, step: int | None) -> int:
+    """Steps after which all stages have a checkpoint: the most, or `step`; -1: there is none."""
     try:
         held = steps_held(config.checkpoint.path(directory), run=config.run.name, stages=config.pipeline.stages)
     except CheckpointError:
-        return False
+        return -1
     common = set.intersection(*map(set, held))
-    return bool(common) if step is None else step in common
+    return max(common if step is None else common & {step}, default=-1)

@@ -76,11 +76,12 @@ class LongPreparation:
     def held_up(self, why: Callable[[], str]) -> Iterator[None]:
         """This stage waits for something outside of the chain meanwhile, and its neighbours are to wait for it. why: in
         words, as it is now."""
+        before = self._figures.preparing, self._why  # one within another one
         self._figures.preparing, self._why = True, why
         try:
             yield
         finally:
-            self._figures.preparing, self._why = False, None
+            self._figures.preparing, self._why = before
 
     def ago_s(self) -> float:
         """How long ago a stage was last known to prepare its data; 0: one does."""

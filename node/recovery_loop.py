@@ -181,6 +181,8 @@ class RecoveryLoop:
         """This stage's state of another lane, in the place of its own."""
         await self._points.discard_after(completed - 1)
         await self.states.fetch(lane, completed)
+        # Its tables are named with that lane's generation, and names never go back.
+        self.machine.generation = max(self.machine.generation, self._store.manifest(completed).generation)
         self._metrics.write("took_up", lane=lane, completed=completed)
 
     async def run(self) -> None:
@@ -288,6 +290,8 @@ class RecoveryLoop:
                 await self._restore(start)
                 self._say_end()
                 self._begin(start)
+                if self.rounds and self._identity.first:
+                    await self.rounds.membership.forget_state(start.completed)
                 if not self._valid({start.completed}):  # learned since this stage offered it
                     self.control.act(self.machine.start_view_change())
             case ChooseEnd():

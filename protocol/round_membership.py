@@ -180,6 +180,10 @@ class RoundMembership:
         """Of this lane, where it has been admitted and the round is not decided yet."""
         return next((each for each in self.admitted if each.lane == self.lane), None)
 
+    def is_there(self, lane: int) -> bool:
+        """Whether that lane is connected."""
+        return lane in self._peers
+
     def is_in_vain(self, now_s: float) -> bool:
         """Whether this lane, which is to end, has waited in a round for long enough for lanes that have ended before
         it: nobody is left out for that."""
@@ -212,7 +216,8 @@ class RoundMembership:
             return None
         for lane, status in sorted(there.items(), key=lambda each: (-each[1].saved, each[0])):
             made, first = rounds_before(status.saved)
-            if status.saved and made >= left and first >= max(self.forgot, *gone.values()):
+            # What is under way in that state must not be of rounds that this lane has a part in.
+            if status.saved and min(made, first) >= left and first >= max(self.forgot, *gone.values()):
                 return lane, status.saved
         return None
 
@@ -364,6 +369,7 @@ class RoundMembership:
             return
         self._gone_s = now_s if self._gone_s is None else self._gone_s
         begins = self._begins(round - 1) if round and self.returning else None
+        begins = None if begins is None or begins < self.returning else begins  # it copied what is later
         if now_s < self._gone_s + self._deadline_s * (1 + SUCCESSION * (self.lanes + self.lane)) or begins is None:
             return
         if all(self._held[lane] >= needed for lane, needed in self._contributed_before().items() if lane != self.lane):

@@ -49,6 +49,8 @@ class RestorePoints:
         few as well, but one of them is known to be everywhere (`common`). Older ones do not count then: before its loss
         this stage may have said of them that it would not go back there."""
         steps = self.store.steps()
+        own = [step for step in steps if step not in self.store.pinned]  # those are kept for another lane
+        steps = own if len(own) >= KEEP_MIN else steps
         if len(steps) < KEEP_MIN:
             return self.common if self.common in steps else 0
         return min(steps)

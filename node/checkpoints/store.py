@@ -219,8 +219,9 @@ class CheckpointStore:
     def discard_after(self, completed: int) -> None:
         """All later ones go. Raises CheckpointError."""
         try:
-            for later in [number for number in self.numbers() if number > completed]:
-                self._discard(later)
+            with self._writing:
+                for later in [number for number in self.numbers() if number > completed]:
+                    self._discard(later)
         except OSError as error:
             raise CheckpointError(f"cannot put away {self.directory}: {error.strerror}") from None
 

@@ -34,6 +34,7 @@ from .members_file import FILE, read_members, read_taken, write_members
 from .state_copies import ASK_AGAIN_S
 from .stays import Stays
 
+TAKING_S = 3600.0  # after which a state that has not come is given up for another one
 LOOK_EVERY_S = 0.25  # a deadline may have passed
 
 
@@ -85,12 +86,17 @@ class LaneMembership:
         self._taken = read_taken(self._path, self.log, self._lane) if identity.first else None  # and all stages have
         self._has_state = self._taking = self._taken
         self._fetching: asyncio.Task[None] | None = None
+        self.is_ending = False
+        self._deadline_s = deadline_s
+        self._taking_s = self._source_s = 0.0  # when it began, and when its source was there last
+        self._knows = identity.first  # which log counts
         self._in_vain: list[int] = []  # for whom the next round waits, though they have ended and this lane is to
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
         self._exchanges = {side: StatusExchange(lanes, plan.count) for side in ("above", "below")}
         self._below: LaneStatus | None = None
         self._news: LaneStatus | None = None  # from above, not taken yet
         self._said_up: LaneStatus | None = None
+        self._told_below: LaneStatus | None = None
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()  # replaced whenever there is something that somebody may wait for
 
@@ -187,6 +193,12 @@ class LaneMembership:
             self._following = None
         self._wake.set()
 
+    async def forget_state(self, completed: int) -> None:
+        """This lane goes on from another step than that of the state that it took up, which was lost again."""
+        if self._taken and self._taken[1] != completed:
+            self._taken = self._taking = self._has_state = None
+            await asyncio.to_thread(write_members, self._path, self.log)
+
     def valid(self, completed: int) -> bool:
         """Whether what this lane had after so many steps is a part of the run, by what is known."""
         if self._taken and (completed < self._taken[1] or self.entry(self._taken[1]) is None):
@@ -209,8 +221,10 @@ class LaneMembership:
 
     def freeze(self) -> None:
         """This lane is to end: nobody is left out any more by its decision."""
+        self.is_ending = True
         if self._machine:
             self._machine.frozen = True
+        self._wake.set()
 
     # -- what comes ---------------------------------------------------------------------------------------------------
 
@@ -269,7 +283,8 @@ class LaneMembership:
 
     async def run(self) -> None:
         """Never returns. Raises ContributionError for this node's own disk."""
-        await self._links.expect(self._stays(self.log, self.admitted))
+        if self._machine:  # who knows nothing yet has nothing to say of what is on its disk
+            await self._links.expect(self._stays(self.log, self.admitted))
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_EVERY_S if self._machine else None):
@@ -283,6 +298,7 @@ class LaneMembership:
                 self._following = news.returning - 1 if news.returning else None
                 self._take_state((news.source - 1, news.returning - 1) if news.source else None)
                 self._tell_below()
+            self._tell_below(anew=False)
             self._say(self._aggregated())
             self._notify()
 
@@ -309,6 +325,7 @@ class LaneMembership:
             await asyncio.to_thread(write_members, self._path, log, self._taken)
             await self._take(log, admitted)
             self._tell_below()
+            machine.report(self._aggregated().held, self._now_s())  # by the log that counts now
 
     async def _choose_state(self, machine: RoundMembership, mine: LaneStatus) -> None:
         """Where this lane follows, and lacks what nobody has any more, it takes up the state of another one."""
@@ -320,10 +337,21 @@ class LaneMembership:
                 if found and found != self._taken:
                     self._take_state(found)
                     self._tell_below()
-        elif mine.source:
+        elif not mine.source:
+            if self._is_overdue(machine, self._now_s()):  # the source is gone, or has nothing to give
+                self._take_state(None)
+                self._tell_below()
+        else:
             self._taken = self._taking
             await asyncio.to_thread(write_members, self._path, self.log, self._taken)
             self._on_left_out()  # and goes on from there
+
+    def _is_overdue(self, machine: RoundMembership, now_s: float) -> bool:
+        """Whether a state that is taken up has not come for too long, or its source has been away for long."""
+        assert self._taking
+        if machine.is_there(self._taking[0]):
+            self._source_s = now_s
+        return now_s >= min(self._source_s + self._deadline_s, self._taking_s + TAKING_S)
 
     def _take_state(self, taking: tuple[int, int] | None) -> None:
         if taking == self._taking:
@@ -331,6 +359,7 @@ class LaneMembership:
         self._taking, self._taken = taking, None
         if self._fetching:
             self._fetching.cancel()
+        self._taking_s = self._source_s = self._now_s()
         if taking:
             self._links.forget_before(self._plan.first_after(taking[1]))
             self._fetching = asyncio.create_task(self._fetch(*taking))
@@ -352,7 +381,8 @@ class LaneMembership:
         told, self.log, self.admitted = self.log, log, admitted
         if self._taken and any(each.copied == self._taken[1] for each in log.entries_of(self._lane)):
             self._taking = self._taken = None  # by the log, this lane is back with it
-        if expected.stretches != before.stretches:
+        if expected.stretches != before.stretches or not self._knows:
+            self._knows = True
             await self._links.expect(self._stays(log, admitted))
         self._links.need(log.decided)
         for lane in log.members:
@@ -377,7 +407,8 @@ class LaneMembership:
         """What this stage and all below it hold, and whether all of them follow, or have entered."""
         held = self._links.held()
         if not self._identity.last:
-            below = self._below.held if self._below else (0,) * len(held)
+            agrees = self._below is not None and self._below.log.differs_from(self.log) is None
+            below = self._below.held if self._below and agrees else (0,) * len(held)
             held = tuple(min(pair) for pair in zip(held, below, strict=True))
         place = self._place
         follows = place is not None and place == self._following and self.below_follows(place)
@@ -412,18 +443,22 @@ class LaneMembership:
             self._said_up = mine
             self._tell("above", self._exchanges["above"].say(mine))
 
-    def _tell_below(self) -> None:
-        if not self._identity.last:
-            source, following = 0, self._following
-            if self._taking and self._taken is None:
-                source, following = self._taking[0] + 1, self._taking[1]
-            status = LaneStatus(
-                held=(0,) * self._identity.lanes,
-                log=self.log,
-                admitted=self.admitted,
-                returning=0 if following is None else following + 1,
-                source=source,
-            )
+    def _tell_below(self, *, anew: bool = True) -> None:
+        """What stage 0 knows; not anew: if that is not what was told last."""
+        if self._identity.last:
+            return
+        source, following = 0, self._following
+        if self._taking and self._taken is None:
+            source, following = self._taking[0] + 1, self._taking[1]
+        status = LaneStatus(
+            held=(0,) * self._identity.lanes,
+            log=self.log,
+            admitted=self.admitted,
+            returning=0 if following is None else following + 1,
+            source=source,
+        )
+        if anew or status != self._told_below:
+            self._told_below = status
             self._tell("below", self._exchanges["below"].say(status))
 
     def _notify(self) -> None:

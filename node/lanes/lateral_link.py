@@ -472,8 +472,15 @@ class LateralLink:
             if not ranges:
                 await self._sendable.wait()
                 continue
-            for each, data in zip(ranges, await asyncio.to_thread(self._read, ranges), strict=True):
-                self.outgoing.push(self.session.part(each, data), "averaging")
+            try:
+                datas = await asyncio.to_thread(self._read, ranges)
+                frames = [self.session.part(each, data) for each, data in zip(ranges, datas, strict=True)]
+            except (KeyError, ContributionError):
+                if all(each.round in self._own.kept for each in ranges):
+                    raise
+                raise LateralLinkEnded("what was being sent does not count any more") from None
+            for frame in frames:
+                self.outgoing.push(frame, "averaging")
             await self.outgoing.until_short()
 
     def _read(self, ranges: list[PartRange]) -> list[bytes]:

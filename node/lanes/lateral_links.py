@@ -4,9 +4,9 @@ The node of the higher lane dials that of the lower one, so each pair has one st
 that dial it. What a training loop needs is `publish`, `contributions` and `forget_before`; that connections break, that
 processes come back, and that a lane is set back to an earlier step and asks again, stays in here.
 
-Who is a member of which rounds is decided elsewhere (node/lanes/membership.py), and said here by `expect`. A lane that
+Who is a member of which rounds is decided elsewhere (node/lanes/lane_membership.py), and said here by `expect`. A lane that
 was left out has contributions that count for nobody; they are dropped at both ends, and what it gives once it has come
-back is asked for as another stay's.
+back is asked for by the number of another history (stays.py).
 
 What is on the disk below `directory`: `own`, this node's contributions until no peer will ask for them again, and
 `lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both.
@@ -148,7 +148,17 @@ class LateralLinks:
                 await link.until_received(round)
         finally:
             self._waited_s += asyncio.get_running_loop().time() - began_s
-        return {lane: await asyncio.to_thread(link.received.load, round) for lane, link in due.items()}
+        return {lane: await self._loaded(link, round) for lane, link in due.items()}
+
+    @staticmethod
+    async def _loaded(link: LateralLink, round: int) -> bytes:
+        while True:
+            await link.until_received(round)
+            try:
+                return await asyncio.to_thread(link.received.load, round)
+            except (KeyError, ContributionError):
+                if round in link.received.kept:
+                    raise  # and did not go meanwhile, because another one counts
 
     def need(self, round: int) -> None:
         """This node has come to that round."""
@@ -168,9 +178,10 @@ class LateralLinks:
             dropped = [(self._own, self._own.unkeep_others(partial(stays.stay_of, identity.lane)))]
             if (left := stays.expected.left_at(identity.lane)) is not None:
                 self._made = min(self._made, left)
-            for lane, link in self._links.items():
+            for link in self._links.values():
                 link.session.sender.patient = True  # who lacks what is gone is left out, and takes up a state
-                link.expect(stays)
+                link.expect(stays)  # all, before anything is waited for: what they were sending is gone
+            for lane, link in self._links.items():
                 await link.arrivals.settle()
                 dropped.append((link.received, link.received.unkeep_others(partial(stays.stay_of, lane))))
                 await asyncio.to_thread(link.received.drop_partial)
@@ -226,9 +237,15 @@ class LateralLinks:
         await asyncio.gather(*self._jobs)
         for link in self._links.values():
             link.finish()
-        for lane, link in self._links.items():
-            if members is None or lane in members or link.session.greeted:
-                await link.until_finished()
+        awaited = [
+            link.until_finished()
+            for lane, link in self._links.items()
+            if members is None or lane in members or link.session.greeted
+        ]
+        ended = await asyncio.gather(*awaited, return_exceptions=True)  # one that is gone is no reason to leave others
+        for each in ended:
+            if isinstance(each, BaseException):
+                raise each
 
     def waits_for(self) -> str:
         """For whom `contributions` or `finish` waits now, and how that lane is, for people; "" if for nobody."""

@@ -58,8 +58,9 @@ class Rounds:
         self._links.forget_before(averager.plan.first_after(oldest))
 
     async def hold(self, averager: Averager, completed: int, compute: Worker, watch: Stopwatch) -> None:
-        """All that is due once `completed` steps are, or with gradients the step under way. Raises TimeoutError when a
-        lane shows no life, RoundError for a contribution that is none."""
+        """All that is due once `completed` steps are, or with gradients the step under way. Waits until the members of
+        a round are decided. Raises TimeoutError where a member shows no life whose contribution is not here, RoundError
+        for a contribution that is none."""
         used = averager.plan.used_at(completed)
         for round_ in used:
             if round_.made < completed:
@@ -85,7 +86,7 @@ class Rounds:
         membership.follow(copied)
         with self._held_up(membership.waits_for):
             while (entry := membership.entry(copied)) is None or stage.completed < entry.begins:
-                if stage.completed == averager.plan.steps:
+                if stage.completed == averager.plan.steps or membership.is_ending:
                     break
                 if self._may_follow(averager, stage.completed + 1, entry is not None):
                     await self._follow(stage, averager, compute, watch, norm)
@@ -93,9 +94,11 @@ class Rounds:
                     with watch.waiting():
                         await membership.changed()
             await compute.run("enter", stage.enter, stage.completed)
-            if entry:
+            if entry and stage.completed == entry.begins:
                 membership.entered(entry)
-                while not membership.below_entered(entry):  # or it would forget what comes of the next step
+                while not (
+                    membership.below_entered(entry) or membership.is_ending
+                ):  # or it would forget what comes of the next step
                     await membership.changed()
         membership.train()
 

@@ -73,10 +73,11 @@ class StateCopies:
             while not self._came:
                 self._heard.clear()
                 session = self._sessions.get(lane)
-                if session and (self._store.stage, completed) in session.declined:
+                if session and session is asked and (self._store.stage, completed) in session.declined:
                     raise CheckpointError(f"lane {lane} cannot give its state after {completed} steps")
                 if session and session is not asked:
                     asked = session
+                    session.declined.discard((self._store.stage, completed))
                     await self._say(lane, CopyWanted(stage=self._store.stage, completed_steps=completed))
                 await self._heard.wait()
         finally:

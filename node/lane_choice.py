@@ -26,8 +26,11 @@ def chosen_lane(
     step: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> tuple[int, RunConfig, Path]:
-    """The lane that is asked for, or where none is that of which all stages have the newest checkpoint (or one after
-    `step` steps), and of several the first, which `report` is told; with `of_lane` of it. config: in the place of run.toml. Raises ConfigError."""
+    """The lane that is asked for. Where none is: that of which all stages have the newest checkpoint (or one after
+    `step` steps), of several the first, which `report` is told. With `of_lane` of it.
+
+    config: in the place of run.toml. Raises ConfigError.
+    """
     config = with_start(config or load_config(run / "run.toml"), run)
     if lane is not None:
         check_lane(config, lane)

@@ -4,9 +4,9 @@ The node of the higher lane dials that of the lower one, so each pair has one st
 that dial it. What a training loop needs is `publish`, `contributions` and `forget_before`; that connections break, that
 processes come back, and that a lane is set back to an earlier step and asks again, stays in here.
 
-Who is a member of which rounds is decided elsewhere (node/lanes/lane_membership.py), and said here by `expect`. A lane that
-was left out has contributions that count for nobody; they are dropped at both ends, and what it gives once it has come
-back is asked for by the number of another history (stays.py).
+Who is a member of which rounds is decided elsewhere (node/lanes/lane_membership.py), and said here by `expect`. A lane
+that was left out has contributions that count for nobody; they are dropped at both ends, and what it gives once it has
+come back is asked for by the number of another history (stays.py).
 
 What is on the disk below `directory`: `own`, this node's contributions until no peer will ask for them again, and
 `lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both.

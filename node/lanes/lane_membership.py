@@ -90,6 +90,8 @@ class LaneMembership:
         self._deadline_s = deadline_s
         self._taking_s = self._source_s = 0.0  # when it began, and when its source was there last
         self._knows = identity.first  # which log counts
+        if not self._knows:
+            links.hold_back()
         self._in_vain: list[int] = []  # for whom the next round waits, though they have ended and this lane is to
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
         self._exchanges = {side: StatusExchange(lanes, plan.count) for side in ("above", "below")}
@@ -445,7 +447,7 @@ class LaneMembership:
 
     def _tell_below(self, *, anew: bool = True) -> None:
         """What stage 0 knows; not anew: if that is not what was told last."""
-        if self._identity.last:
+        if self._identity.last or not self._knows:
             return
         source, following = 0, self._following
         if self._taking and self._taken is None:

@@ -102,6 +102,8 @@ class LateralLinks:
         self._waited_s = 0.0
         self._needed_from: int | None = None  # None: this node has not said yet where it is
         self._writing = asyncio.Lock()
+        self._may_write = asyncio.Event()  # it is known which log counts
+        self._may_write.set()
         self._jobs: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what ends this node
         self._broken.add_done_callback(lambda broken: broken.exception())  # seen, if `run` is over by then
@@ -187,6 +189,7 @@ class LateralLinks:
                 await asyncio.to_thread(link.received.drop_partial)
             for store, void in dropped:
                 await asyncio.to_thread(store.remove, void)
+        self._may_write.set()
         self._on_held()
 
     @property
@@ -205,6 +208,10 @@ class LateralLinks:
     def refuse(self, lane: int, error: RemoteProtocolError) -> None:
         """What came from that lane breaks a rule, as was found later."""
         self._links[lane].end(error)
+
+    def hold_back(self) -> None:
+        """What is published is not kept, nor given, before `expect` has said which contributions count."""
+        self._may_write.clear()
 
     def has_made(self, before: int) -> None:
         """This node has contributed to all earlier rounds that it is a member of, whatever is kept of that."""
@@ -294,6 +301,8 @@ class LateralLinks:
             link.end(LateralLinkEnded("this node leaves"))
         for link in self._links.values():
             await link.arrivals.settle()
+        for job in () if self._may_write.is_set() else self._jobs:
+            job.cancel()  # it waits for what will not come any more
         await asyncio.gather(*self._jobs, return_exceptions=True)
 
     async def handler(self, _: object, context: grpc.aio.ServicerContext) -> None:
@@ -347,6 +356,7 @@ class LateralLinks:
     # -- within -------------------------------------------------------------------------------------------------------
 
     async def _write(self, round: int, contribution: bytes) -> None:
+        await self._may_write.wait()
         async with self._writing:  # in order
             stay = self._stays.stay_of(self._identity.lane, round)
             if stay is None:

@@ -25,7 +25,7 @@ from rich.console import Console
 from ..compress.byte_format import CodecError
 from ..protocol.greeting import NodeIdentity
 from ..protocol.grid_place import GridPlace
-from ..protocol.round_membership import LaneStatus
+from ..protocol.lane_status import LaneStatus
 from ..sim.launch.end_signals import ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay

@@ -153,11 +153,11 @@ def _status_to_pb(frame: RoundStatus) -> pb.RoundStatus:
         for each in frame.stretches
     ]
     admitted = [_entry_to_pb(entry) for entry in frame.admitted]
-    known = {each: getattr(frame, each) for each in ("held", "decided", *_STATUS_NUMBERS)}
+    known = {each: getattr(frame, each) for each in ("held", "decided", *STATUS_NUMBERS)}
     return pb.RoundStatus(**known, stretches=stretches, admitted=admitted)
 
 
-_STATUS_NUMBERS = ("returning", "source", "saved", "kept", "forgot")
+STATUS_NUMBERS = ("returning", "source", "saved", "kept", "forgot")
 
 
 def _entry_to_pb(entry: Entry) -> pb.RoundEntry:
@@ -169,7 +169,7 @@ def _status(body: pb.RoundStatus) -> RoundStatus:
         raise RemoteProtocolError(
             Fault.OVERSIZED, "a status of more lanes, or more stretches of rounds, than there can be"
         )
-    for field in ("decided", *_STATUS_NUMBERS):
+    for field in ("decided", *STATUS_NUMBERS):
         _check_range(field, getattr(body, field))
     for count in body.held:
         _check_range("held", count)
@@ -186,7 +186,7 @@ def _status(body: pb.RoundStatus) -> RoundStatus:
         decided=body.decided,
         stretches=stretches,
         admitted=_entries(body.admitted),
-        **{each: getattr(body, each) for each in _STATUS_NUMBERS},
+        **{each: getattr(body, each) for each in STATUS_NUMBERS},
     )
 
 

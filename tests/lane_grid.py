@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from thinpipe.protocol.lane_status import LaneStatus
 from thinpipe.protocol.membership_log import Entry, MembershipLog
-from thinpipe.protocol.round_membership import LaneStatus, RoundMembership
+from thinpipe.protocol.round_membership import RoundMembership
 from thinpipe.protocol.round_transfer import ROUNDS_AHEAD
 
 DEADLINE_S = 8.0

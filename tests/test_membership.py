@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from thinpipe.node.lanes.stays import Stays
 from thinpipe.protocol.control_messages import STEP_MAX
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
+from thinpipe.protocol.lane_status import LaneStatus, StatusExchange
 from thinpipe.protocol.membership_log import Entry, MembershipLog, Stretch
 from thinpipe.protocol.messages import decode_frame, encode_frame
-from thinpipe.protocol.round_membership import ENDED_S, LaneStatus, RoundMembership, StatusExchange
+from thinpipe.protocol.round_membership import ENDED_S, RoundMembership
 from thinpipe.protocol.round_messages import LANES_MAX, RoundStatus
 from thinpipe.protocol.round_session import LIMITS
 

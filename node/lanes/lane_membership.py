@@ -22,9 +22,10 @@ from dataclasses import asdict
 
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
+from ...protocol.lane_status import LaneStatus, StatusExchange
 from ...protocol.membership_log import Entry, MembershipLog, Stretch
 from ...protocol.rollback_actions import Side
-from ...protocol.round_membership import LaneStatus, RoundMembership, StatusExchange
+from ...protocol.round_membership import RoundMembership
 from ...protocol.round_messages import RoundStatus
 from ..averaging.round_plan import RoundPlan
 from ..checkpoints.manifest import CheckpointError

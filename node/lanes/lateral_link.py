@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from ...protocol.control_messages import STEP_MAX, CopyFrame, CopyPart, Heartbeat
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
+from ...protocol.lane_status import LaneStatus, StatusExchange
 from ...protocol.messages import Greeting, encode_frame
-from ...protocol.round_membership import LaneStatus, StatusExchange
 from ...protocol.round_session import (
     PartCame,
     PeerAlive,

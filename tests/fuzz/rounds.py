@@ -11,9 +11,10 @@ from typing import Any
 import xxhash
 from thinpipe.protocol.control_messages import STEP_MAX, Heartbeat
 from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
+from thinpipe.protocol.lane_status import LaneStatus, StatusExchange
 from thinpipe.protocol.membership_log import Entry, MembershipLog
 from thinpipe.protocol.messages import Frame, Goodbye, Greeting, Refusal, decode_frame, encode_frame
-from thinpipe.protocol.round_membership import LaneStatus, RoundMembership, StatusExchange
+from thinpipe.protocol.round_membership import RoundMembership
 from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
 from thinpipe.protocol.round_session import LIMITS, PartCame, PeerDone, PeerGreeted, PeerTold, RoundSession
 from thinpipe.protocol.round_transfer import ROUNDS_AHEAD, WINDOW_PARTS_LEAST, Contribution

@@ -31,6 +31,7 @@ from thinpipe.protocol.errors import Fault, RefusedError, RemoteProtocolError
 from thinpipe.protocol.global_norm import norm_message
 from thinpipe.protocol.greeting import NodeIdentity
 from thinpipe.protocol.header import HEADER_DEPTH_MAX
+from thinpipe.protocol.lane_status import LaneStatus, StatusExchange
 from thinpipe.protocol.membership_log import Stretch
 from thinpipe.protocol.messages import (
     MICROBATCH_MAX,
@@ -52,7 +53,6 @@ from thinpipe.protocol.messages import (
 from thinpipe.protocol.reassembly import message_cost
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback
 from thinpipe.protocol.rollback_actions import SIDES, Effect, End, Leave, Send, Side, Stop
-from thinpipe.protocol.round_membership import LaneStatus, StatusExchange
 from thinpipe.protocol.round_messages import RoundStatus
 from thinpipe.protocol.session import LinkSession, Opened, Received
 

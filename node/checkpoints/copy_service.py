@@ -17,8 +17,7 @@ hop is the least traffic that survives the loss of any one machine. The loss of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Callable
 
 from ...protocol.control_messages import (
     PART_BYTES_MAX,
@@ -111,13 +110,13 @@ class CopyService:
         if self._closed:
             return
         session = self._sessions[side] = CopySession()
-        self._begin(session, self._hear, side, session)
+        session.begin(self._hear(side, session), self._failed)
         if side in self._stores:
-            self._begin(session, self._tell_held, side)
+            session.begin(self._tell_held(side), self._failed)
         if self._restore and side == self.side:
             self._restore.heard.set()
             if self._enabled:
-                self._begin(session, self._trickle, side, session)
+                session.begin(self._trickle(side, session), self._failed)
 
     def parted(self, side: Side) -> None:
         """Its connection is gone."""
@@ -157,16 +156,8 @@ class CopyService:
     def _peer(self, side: Side) -> int:
         return self._stage + (1 if side == "below" else -1)
 
-    def _begin(self, session: CopySession, job: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        async def told() -> None:
-            try:
-                await job(*arguments)
-            except (CheckpointError, OSError) as error:
-                self._on_fault("copy", f"copies of checkpoints: {error}")
-
-        task = asyncio.create_task(told())
-        session.jobs.add(task)
-        task.add_done_callback(session.jobs.discard)
+    def _failed(self, error: Exception) -> None:
+        self._on_fault("copy", f"copies of checkpoints: {error}")
 
     # -- sending --------------------------------------------------------------------------------------------------
 
@@ -273,10 +264,7 @@ class CopyService:
             del session.outgoing[store_of_copies.stage]
             raise
 
-        async def send() -> None:
-            await self._sender.send(side, session, source, completed, verify=True)
-
-        self._begin(session, send)
+        session.begin(self._sender.send(side, session, source, completed, verify=True), self._failed)
 
     async def _arrive(
         self, side: Side, session: CopySession, frame: CopyOffer | CopyPart, store_of_copies: CopyStore | None

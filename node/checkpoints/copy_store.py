@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from ...protocol.control_messages import CopyFrame
@@ -53,6 +54,19 @@ class CopySession:
     offers: asyncio.Event = field(default_factory=asyncio.Event)  # there may be something to send to the buddy
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # what is outgoing got further, or is settled
     jobs: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def begin(self, job: Awaitable[None], on_error: Callable[[Exception], None]) -> None:
+        """Have it run for as long as the connection stands. on_error: of a disk, which ends no connection."""
+
+        async def told() -> None:
+            try:
+                await job
+            except (CheckpointError, OSError) as error:
+                on_error(error)
+
+        task = asyncio.create_task(told())
+        self.jobs.add(task)
+        task.add_done_callback(self.jobs.discard)
 
     def under_way(self, stage: int, completed: int) -> Sending | None:
         found, sending = self.outgoing.get(stage, (None, None))

@@ -22,32 +22,32 @@ from dataclasses import asdict
 
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
-from ...protocol.lane_status import LaneStatus, StatusExchange
-from ...protocol.membership_log import Entry, MembershipLog, Stretch
+from ...protocol.lane_status import LaneStatus
+from ...protocol.membership_log import Entry, MembershipLog
 from ...protocol.rollback_actions import Side
 from ...protocol.round_membership import RoundMembership
 from ...protocol.round_messages import RoundStatus
 from ..averaging.round_plan import RoundPlan
-from ..checkpoints.manifest import CheckpointError
 from ..run_records import MetricsWriter
+from .chain_statuses import ChainStatuses
 from .lateral_links import LateralLinks
-from .members_file import FILE, read_members, read_taken, write_members
-from .state_copies import ASK_AGAIN_S
+from .members_file import FILE, in_words, read_members, read_taken, write_members
+from .own_part import OwnPart
+from .state_taking import StateTaking
 from .stays import Stays
 
-TAKING_S = 3600.0  # after which a state that has not come is given up for another one
 LOOK_EVERY_S = 0.25  # a deadline may have passed
 
 
 class LaneMembership:
     """Of the node that `identity` describes.
 
-    tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back; of
-    stage 0 alone, as on_void: what this lane had after so many steps, and later, came of a log that does not count, so
-    no process must go on from it. on_changed: something is known that was not. under_way: steps that are
-    completed once the present one is. saved: steps of this stage's newest
-    checkpoint. take_up: fetches this stage's state of another lane after so many steps; let_go: that lane needs none
-    any more. paused_ago_s: how long ago this process was stopped for a while.
+    tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back.
+    on_void: what this lane had after so many steps, and later, came of a log that does not count; no process must go on
+    from it. Both of stage 0 alone. on_changed: something is known that was not. under_way: steps that are completed
+    once the present one is. saved: steps of this stage's newest checkpoint. take_up: fetches this stage's state of
+    another lane after so many steps; let_go: that lane needs none any more. paused_ago_s: how long ago this process was
+    stopped for a while.
     """
 
     def __init__(
@@ -70,10 +70,9 @@ class LaneMembership:
         paused_ago_s: Callable[[], float],
     ) -> None:
         self._identity, self._plan, self._links, self._metrics = identity, plan, links, metrics
-        self._tell, self._refuse, self._on_left_out = tell, refuse, on_left_out
-        self._on_void = on_void
-        self._under_way = under_way
-        self._on_changed, self._saved, self._take_up, self._let_go = on_changed, saved, take_up, let_go
+        self._on_left_out = on_left_out
+        self._on_void, self._under_way = on_void, under_way
+        self._on_changed, self._saved, self._let_go = on_changed, saved, let_go
         self._paused_ago_s, self._paused_s = paused_ago_s, float("inf")
         self._path = links.directory / FILE
         self._lane, lanes = identity.lane, identity.lanes
@@ -84,22 +83,21 @@ class LaneMembership:
         self._following: int | None = None  # the steps from which this lane is to follow; of stage 0: and does
         self._place: int | None = None  # the steps from which this stage does
         self._entered: Entry | None = None  # how this stage last came back
-        self._taken = read_taken(self._path, self.log, self._lane) if identity.first else None  # and all stages have
-        self._has_state = self._taking = self._taken
-        self._fetching: asyncio.Task[None] | None = None
+        self._state = StateTaking(
+            read_taken(self._path, self.log, self._lane) if identity.first else None,
+            deadline_s=deadline_s,
+            fetch=take_up,
+            on_want=lambda completed: links.forget_before(plan.first_after(completed)),
+            on_here=self._wake_up,
+        )
         self.is_ending = False
-        self._deadline_s = deadline_s
-        self._taking_s = self._source_s = 0.0  # when it began, and when its source was there last
         self._knows = identity.first  # which log counts
         if not self._knows:
             links.hold_back()
         self._in_vain: list[int] = []  # for whom the next round waits, though they have ended and this lane is to
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
-        self._exchanges = {side: StatusExchange(lanes, plan.count) for side in ("above", "below")}
-        self._below: LaneStatus | None = None
-        self._news: LaneStatus | None = None  # from above, not taken yet
-        self._said_up: LaneStatus | None = None
-        self._told_below: LaneStatus | None = None
+        self._chain = ChainStatuses(identity, plan.count, tell=tell, refuse=refuse)
+        self._said: LaneStatus | None = None  # to other lanes
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()  # replaced whenever there is something that somebody may wait for
 
@@ -138,36 +136,20 @@ class LaneMembership:
         its own."""
         if self._machine is None or self._following == completed:
             return self._following == completed
-        if self.entry(completed) is not None or self._took(completed) or self.is_stuck(completed):
+        if self.part.entry(completed) is not None or self._state.took(completed) or self.is_stuck(completed):
             return True
-        # Of all rounds that it is a member of, this lane has made its contribution.
-        return self.valid(completed) and self._plan.made_by(completed) == self._left
+        return not self._state.taken and self.part.has_made_all(completed)
 
     def is_stuck(self, completed: int) -> bool:
         """Whether who goes on from there would need rounds that this lane may not ask for any more: it was set back too
         far, and has to take up the state of another one."""
-        below = self._below.forgot if self._below else 0
+        below = self._chain.below.forgot if self._chain.below else 0
         return self._plan.first_after(completed) < max(self._links.forgot, below)
 
-    def _took(self, completed: int) -> bool:
-        """Whether the state after so many steps is another lane's, which this one has taken up."""
-        return self._taken is not None and self._taken[1] == completed
-
     @property
-    def _left(self) -> int | None:
-        """The round that the others go on with, without this lane; None: it is a member, or admitted."""
-        return self.log.expecting(self.admitted).left_at(self._lane)
-
-    def entry(self, copied: int) -> Entry | None:
-        """With which this lane comes back, having followed from `copied` steps on."""
-        known = (*self.log.entries_of(self._lane), *(each for each in self.admitted if each.lane == self._lane))
-        return next((each for each in reversed(known) if each.copied == copied), None)
-
-    def entered_before(self, round: int, completed: int) -> bool:
-        """Whether this lane is no member of that round and uses it all the same, because it came when it was under
-        way."""
-        known = (*self.log.entries_of(self._lane), *(each for each in self.admitted if each.lane == self._lane))
-        return any(each.begins <= completed and round < each.first for each in known)
+    def part(self) -> OwnPart:
+        """What is known of this lane's own steps."""
+        return OwnPart(self._lane, self.log, self.admitted, self._plan)
 
     def follow(self, completed: int) -> None:
         """This stage, which has completed so many steps, does nothing but follow from here."""
@@ -178,7 +160,7 @@ class LaneMembership:
 
     def below_follows(self, completed: int) -> bool:
         """Whether all stages below do, from the same step."""
-        return self._identity.last or (self._below is not None and self._below.returning == completed + 1)
+        return self._chain.follow(completed)
 
     def entered(self, entry: Entry) -> None:
         """This stage is where the lane trains on."""
@@ -187,7 +169,8 @@ class LaneMembership:
 
     def below_entered(self, entry: Entry) -> bool:
         """Whether all stages below are, too."""
-        return self._identity.last or (self._below is not None and entry in self._below.admitted)
+        below = self._chain.below
+        return self._identity.last or (below is not None and entry in below.admitted)
 
     def train(self) -> None:
         """This stage has caught up, or was set back."""
@@ -198,22 +181,13 @@ class LaneMembership:
 
     async def forget_state(self, completed: int) -> None:
         """This lane goes on from another step than that of the state that it took up, which was lost again."""
-        if self._taken and self._taken[1] != completed:
-            self._taken = self._taking = self._has_state = None
-            await asyncio.to_thread(write_members, self._path, self.log)
+        if self._state.taken and not self._state.took(completed):
+            self._state.forget()
+            await self._write(self.log)
 
     def valid(self, completed: int) -> bool:
         """Whether what this lane had after so many steps is a part of the run, by what is known."""
-        if self._taken and (completed < self._taken[1] or self.entry(self._taken[1]) is None):
-            return self._took(completed)  # whatever is older lacks rounds that nobody has
-        left, expected = self._left, self.log.expecting(self.admitted)
-        if left is not None and left < self._plan.count and completed >= self._plan.round(left).made:
-            return False
-        for entry in expected.entries_of(self._lane):
-            made = self._plan.round(expected.left_before(entry)).made
-            if entry.copied < completed < entry.begins or made <= completed < entry.copied:
-                return False
-        return True
+        return self.part.valid(completed, self._state.taken)
 
     def waits_for(self) -> str:
         """For whom the next round waits, for people."""
@@ -231,34 +205,24 @@ class LaneMembership:
 
     # -- what comes ---------------------------------------------------------------------------------------------------
 
-    def held(self) -> None:
-        """What this node holds has changed."""
+    def _wake_up(self) -> None:
         self._wake.set()
+
+    held = _wake_up  # what this node holds has changed
 
     def met(self, side: Side) -> None:
         """A neighbour is connected, and knows nothing yet."""
-        self._exchanges[side] = StatusExchange(self._identity.lanes, self._plan.count)
-        self._said_up = None if side == "above" else self._said_up
-        if side == "below":
-            self._tell_below()
+        self._chain.met(side)
         self._wake.set()
 
     def parted(self, side: Side) -> None:
-        if side == "below":
-            self._below = None
-            self._wake.set()
+        """It is not any more."""
+        self._chain.parted(side)
+        self._wake.set()
 
     def receive(self, side: Side, frame: RoundStatus) -> None:
         """A neighbour's."""
-        try:
-            status = self._exchanges[side].hear(frame)
-        except RemoteProtocolError as error:
-            self._refuse(side, error)
-            return
-        if side == "below":
-            self._below = status
-        else:
-            self._news = status
+        self._chain.receive(side, frame)
         self._wake.set()
 
     def status(self) -> LaneStatus:
@@ -295,14 +259,11 @@ class LaneMembership:
             self._wake.clear()
             if self._machine:
                 await self._decide(self._machine)
-            elif self._news is not None:
-                news, self._news = self._news, None
+            elif news := self._chain.take():
                 await self._take(news.log, news.admitted)
                 self._following = news.returning - 1 if news.returning else None
-                self._take_state((news.source - 1, news.returning - 1) if news.source else None)
-                self._tell_below()
-            self._tell_below(anew=False)
-            self._say(self._aggregated())
+                self._state.want((news.source - 1, news.returning - 1) if news.source else None)
+            self._say()
             self._notify()
 
     async def _decide(self, machine: RoundMembership) -> None:
@@ -312,12 +273,13 @@ class LaneMembership:
         self._paused_s = paused_s
         for link in self._links.links:
             machine.prepares(link.lane, bool(link.heartbeat and link.heartbeat.preparing))
-        mine = self._aggregated()
+        mine = self._joined()
         stuck = self._following is not None and self.is_stuck(self._following)
         # Not yet, while a state is only there to be taken up, or has to be.
         machine.returning = 0 if mine.source or stuck else mine.returning
         machine.saved, machine.kept, machine.forgot = mine.saved, mine.kept, mine.forgot
-        machine.source = self._taken[0] + 1 if self._taken and self._following == self._taken[1] else 0
+        taken = self._state.taken
+        machine.source = taken[0] + 1 if taken and self._following == taken[1] else 0
         machine.report(mine.held, now_s)
         self._in_vain = [*machine.lacking()] if machine.is_in_vain(now_s) else []
         await self._choose_state(machine, mine)
@@ -325,66 +287,37 @@ class LaneMembership:
             log, admitted = machine.log, machine.admitted
             if (first := self.log.differs_from(log)) is not None and first < self._plan.count:
                 await self._on_void(self._plan.round(first).used)
-            await asyncio.to_thread(write_members, self._path, log, self._taken)
+            await self._write(log)
             await self._take(log, admitted)
-            self._tell_below()
-            machine.report(self._aggregated().held, self._now_s())  # by the log that counts now
+            self._say()
+            machine.report(self._joined().held, self._now_s())  # by the log that counts now
 
     async def _choose_state(self, machine: RoundMembership, mine: LaneStatus) -> None:
         """Where this lane follows, and lacks what nobody has any more, it takes up the state of another one."""
-        if self._taking is None or self._taken is not None:
+        state = self._state
+        if not state.under_way:
             at = mine.returning - 1
-            if mine.returning and self.entry(at) is None:
+            if mine.returning and self.part.entry(at) is None:
                 before = lambda at: (self._plan.made_by(at), self._plan.first_after(at))  # noqa: E731
-                found = machine.state_to_take(before, stuck=self.is_stuck(at))
-                if found and found != self._taken:
-                    self._take_state(found)
-                    self._tell_below()
-        elif not mine.source:
-            if self._is_overdue(machine, self._now_s()):  # the source is gone, or has nothing to give
-                self._take_state(None)
-                self._tell_below()
-        else:
-            self._taken = self._taking
-            await asyncio.to_thread(write_members, self._path, self.log, self._taken)
+                if found := machine.state_to_take(before, stuck=self.is_stuck(at)):
+                    state.want(found)
+        elif mine.source:
+            state.taken = state.wanted
+            await self._write(self.log)
             self._on_left_out()  # and goes on from there
+        elif state.is_overdue(source_is_there=machine.is_there(state.under_way[0])):
+            state.want(None)
 
-    def _is_overdue(self, machine: RoundMembership, now_s: float) -> bool:
-        """Whether a state that is taken up has not come for too long, or its source has been away for long."""
-        assert self._taking
-        if machine.is_there(self._taking[0]):
-            self._source_s = now_s
-        return now_s >= min(self._source_s + self._deadline_s, self._taking_s + TAKING_S)
-
-    def _take_state(self, taking: tuple[int, int] | None) -> None:
-        if taking == self._taking:
-            return
-        self._taking, self._taken = taking, None
-        if self._fetching:
-            self._fetching.cancel()
-        self._taking_s = self._source_s = self._now_s()
-        if taking:
-            self._links.forget_before(self._plan.first_after(taking[1]))
-            self._fetching = asyncio.create_task(self._fetch(*taking))
-
-    async def _fetch(self, lane: int, completed: int) -> None:
-        while True:
-            try:
-                await self._take_up(lane, completed)
-                break
-            except CheckpointError as error:
-                print(f"stage {self._identity.stage}: {error}; asks again", flush=True)
-                await asyncio.sleep(ASK_AGAIN_S)
-        self._has_state = lane, completed
-        self._wake.set()
+    async def _write(self, log: MembershipLog) -> None:
+        await asyncio.to_thread(write_members, self._path, log, self._state.taken)
 
     async def _take(self, log: MembershipLog, admitted: tuple[Entry, ...]) -> None:
         """What counts from now on."""
-        before, expected = self.log.expecting(self.admitted), log.expecting(admitted)
-        told, self.log, self.admitted = self.log, log, admitted
-        if self._taken and any(each.copied == self._taken[1] for each in log.entries_of(self._lane)):
-            self._taking = self._taken = None  # by the log, this lane is back with it
-        if expected.stretches != before.stretches or not self._knows:
+        before, told, self.log, self.admitted = self.part, self.log, log, admitted
+        part = self.part
+        if any(self._state.took(each.copied) for each in log.entries_of(self._lane)):
+            self._state.forget()  # by the log, this lane is back with it
+        if log.expecting(admitted).stretches != told.expecting(before.admitted).stretches or not self._knows:
             self._knows = True
             await self._links.expect(self._stays(log, admitted))
         self._links.need(log.decided)
@@ -392,77 +325,58 @@ class LaneMembership:
             self._let_go(lane)
         if self._machine:
             self._record(told, log)
-            changed = before.parts_from(expected, self._lane)
-            came = changed is not None and self._comes_back(expected, changed)
-            if told.differs_from(log) is not None or (changed is not None and not came):
+            changed = before.differs_at(part)
+            if told.differs_from(log) is not None or (changed is not None and not self._comes_back(changed)):
                 self._on_left_out()
 
     def _stays(self, log: MembershipLog, admitted: tuple[Entry, ...]) -> Stays:
         return Stays(log, self._identity.lanes, admitted, self._plan.used_before)
 
-    def _comes_back(self, expected: MembershipLog, round: int) -> bool:
+    def _comes_back(self, round: int) -> bool:
         """Whether what is new of this lane is just that it is admitted, as it asked for: it follows from there, or has
         not got there yet."""
-        entry = next((each for each in reversed(expected.entries_of(self._lane)) if each.first == round), None)
+        entry = next((each for each in reversed(self.part.entries) if each.first == round), None)
         return entry is not None and (self._following == entry.copied or self._under_way() <= entry.copied)
 
-    def _aggregated(self) -> LaneStatus:
-        """What this stage and all below it hold, and whether all of them follow, or have entered."""
-        held = self._links.held()
-        if not self._identity.last:
-            agrees = self._below is not None and self._below.log.differs_from(self.log) is None
-            below = self._below.held if self._below and agrees else (0,) * len(held)
-            held = tuple(min(pair) for pair in zip(held, below, strict=True))
-        place = self._place
-        follows = place is not None and place == self._following and self.below_follows(place)
-        returning = place + 1 if follows and place is not None else 0  # who still takes up a state does not yet
-        entered = (self._entered,) if self._entered and self.below_entered(self._entered) else ()
-        saved, kept, forgot, source = self._saved(), self._links.kept(), self._links.forgot, 0
-        if self._below:
-            saved, kept = min(saved, self._below.saved), max(kept, self._below.kept)
-            forgot = max(forgot, self._below.forgot)
-        if self._taking and self._taking == self._has_state:
-            below = self._below and (self._below.source - 1, self._below.returning - 1)
-            if self._identity.last or below == self._taking:
-                source, returning = self._taking[0] + 1, self._taking[1] + 1
-        return LaneStatus(
-            held=held,
+    def _joined(self) -> LaneStatus:
+        """What this stage and all below it hold, and whether all of them follow, have entered, or have a state here."""
+        place, wanted = self._place, self._state.wanted
+        source, returning = 0, place + 1 if place is not None and place == self._following else 0
+        if wanted and wanted == self._state.here and not self._state.taken:
+            source, returning = wanted[0] + 1, wanted[1] + 1
+        mine = LaneStatus(
+            held=self._links.held(),
             log=self.log,
-            admitted=entered,
+            admitted=(self._entered,) if self._entered else (),
             returning=returning,
             source=source,
-            saved=saved,
-            kept=kept,
-            forgot=forgot,
+            saved=self._saved(),
+            kept=self._links.kept(),
+            forgot=self._links.forgot,
         )
+        return self._chain.joined(mine)
 
-    def _say(self, mine: LaneStatus) -> None:
-        """To the stage above, or to the other lanes, if it is new."""
-        if self._machine:
-            if self._said_up != (status := self._machine.status()):
-                self._said_up = status
-                self._links.tell_status()
-        elif self._said_up != mine:
-            self._said_up = mine
-            self._tell("above", self._exchanges["above"].say(mine))
+    def _say(self) -> None:
+        """What is new: to the stages above and below, or to the other lanes."""
+        if self._knows:  # which is what stage 0 knows
+            self._chain.say("below", self._for_below())
+        if not self._machine:
+            self._chain.say("above", self._joined())
+        elif self._said != (status := self._machine.status()):
+            self._said = status
+            self._links.tell_status()
 
-    def _tell_below(self, *, anew: bool = True) -> None:
-        """What stage 0 knows; not anew: if that is not what was told last."""
-        if self._identity.last or not self._knows:
-            return
+    def _for_below(self) -> LaneStatus:
         source, following = 0, self._following
-        if self._taking and self._taken is None:
-            source, following = self._taking[0] + 1, self._taking[1]
-        status = LaneStatus(
+        if under_way := self._state.under_way:
+            source, following = under_way[0] + 1, under_way[1]
+        return LaneStatus(
             held=(0,) * self._identity.lanes,
             log=self.log,
             admitted=self.admitted,
             returning=0 if following is None else following + 1,
             source=source,
         )
-        if anew or status != self._told_below:
-            self._told_below = status
-            self._tell("below", self._exchanges["below"].say(status))
 
     def _notify(self) -> None:
         self._changed.set()
@@ -477,21 +391,7 @@ class LaneMembership:
         """Write down, and say, who has left or come."""
         known = set(before.stretches)
         for stretch in log.stretches:
-            if stretch in known:
-                continue
-            entered = [asdict(each) for each in stretch.entered]
-            self._metrics.write("members", first=stretch.first, members=list(stretch.members), entered=entered)
-            print(_line(log, stretch, self._identity.lanes), flush=True)
-
-
-def _line(log: MembershipLog, stretch: Stretch, lanes: int) -> str:
-    """Who has left or come with it, for people."""
-    at = log.stretches.index(stretch)
-    before = log.stretches[at - 1].members if at else tuple(range(lanes))
-    left = [f"lane {lane} is left out" for lane in before if lane not in stretch.members]
-    came = [
-        f"lane {each.lane} is back: it followed the others from {each.copied} steps on and trains from {each.begins}"
-        for each in stretch.entered
-    ]
-    members = ", ".join(map(str, stretch.members))
-    return f"from round {stretch.first} on: {'; '.join(left + came) or 'another log counts'}; members: {members}"
+            if stretch not in known:
+                entered = [asdict(each) for each in stretch.entered]
+                self._metrics.write("members", first=stretch.first, members=list(stretch.members), entered=entered)
+                print(in_words(log, stretch, self._identity.lanes), flush=True)

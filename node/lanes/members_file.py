@@ -1,4 +1,4 @@
-"""The log of members on a disk: FILE, beside the contributions of stage 0.
+"""The log of members on a disk, FILE beside the contributions of stage 0, and in words.
 
 It says which lanes took part in which rounds and how lanes came back, which with the settings and the text is all that
 a run came from: `node.one_process` does it again. It is written as a whole, under another name first, since it is
@@ -73,3 +73,16 @@ def _said(stretch: Stretch) -> dict[str, Any]:
 def _stretch(said: dict[str, Any]) -> Stretch:
     entered = tuple(Entry(**each) for each in said.get("entered", []))
     return Stretch(first=int(said["first"]), members=tuple(map(int, said["members"])), entered=entered)
+
+
+def in_words(log: MembershipLog, stretch: Stretch, lanes: int) -> str:
+    """Who has left or come with that stretch, for people."""
+    at = log.stretches.index(stretch)
+    before = log.stretches[at - 1].members if at else tuple(range(lanes))
+    left = [f"lane {lane} is left out" for lane in before if lane not in stretch.members]
+    came = [
+        f"lane {each.lane} is back: it followed the others from {each.copied} steps on and trains from {each.begins}"
+        for each in stretch.entered
+    ]
+    members = ", ".join(map(str, stretch.members))
+    return f"from round {stretch.first} on: {'; '.join(left + came) or 'another log counts'}; members: {members}"

@@ -85,7 +85,7 @@ class Rounds:
             self._metrics.write("follows", completed=copied)
         membership.follow(copied)
         with self._held_up(membership.waits_for):
-            while (entry := membership.entry(copied)) is None or stage.completed < entry.begins:
+            while (entry := membership.part.entry(copied)) is None or stage.completed < entry.begins:
                 if stage.completed == averager.plan.steps or membership.is_ending:
                     break
                 if self._may_follow(averager, stage.completed + 1, entry is not None):
@@ -134,7 +134,7 @@ class Rounds:
         lane, membership, lap = averager.place.lane, self.membership, Lap()
         with watch.waiting(), self._held_up(membership.waits_for):
             members = await membership.members_of(round_.number)
-            if not following and lane not in members and not membership.entered_before(round_.number, completed):
+            if not following and lane not in members and not membership.part.entered_before(round_.number, completed):
                 await asyncio.get_running_loop().create_future()  # this lane has to go back, and is told so
             others = await self._links.contributions(round_.number, members)
         waited_s = lap.seconds

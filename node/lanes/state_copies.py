@@ -94,7 +94,7 @@ class StateCopies:
         """That lane is connected."""
         self.parted(lane)
         session = self._sessions[lane] = CopySession()
-        self._begin(session, self._hear, lane, session)
+        session.begin(self._hear(lane, session), self._failed)
         self._heard.set()
 
     def parted(self, lane: int) -> None:
@@ -129,16 +129,8 @@ class StateCopies:
 
     # -- within -------------------------------------------------------------------------------------------------------
 
-    def _begin(self, session: CopySession, job: Callable[..., Awaitable[None]], *arguments: Any) -> None:
-        async def told() -> None:
-            try:
-                await job(*arguments)
-            except (CheckpointError, OSError) as error:
-                self._on_fault("copy", f"a state for another lane: {error}")
-
-        task = asyncio.create_task(told())
-        session.jobs.add(task)
-        task.add_done_callback(session.jobs.discard)
+    def _failed(self, error: Exception) -> None:
+        self._on_fault("copy", f"a state for another lane: {error}")
 
     async def _hear(self, lane: int, session: CopySession) -> None:
         while True:
@@ -162,8 +154,8 @@ class StateCopies:
                     self._pinned[lane] = completed
                     self._store.pinned = set(self._pinned.values())
                     session.outgoing[stage] = (completed, None)
-                    send = self._sender.send(lane, session, self._store, completed, verify=True)
-                    self._begin(session, lambda: send)
+                    sending = self._sender.send(lane, session, self._store, completed, verify=True)
+                    session.begin(sending, self._failed)
             case CopyProgress():
                 if sending := session.under_way(stage, completed):
                     sending.progress(frame.offset)

@@ -21,9 +21,12 @@ from averaging_peer import Place, Tool, serve
 from thinpipe.node.averaging import averager as averagers
 from thinpipe.node.averaging.modes import parse_averaging
 from thinpipe.node.averaging.stage_averager import stage_averager
+from thinpipe.node.checkpoints.manifest import Fingerprint
+from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.lanes.lane_membership import LaneMembership
 from thinpipe.node.lanes.rounds import Rounds
+from thinpipe.node.lanes.state_copies import StateCopies
 from thinpipe.node.link_settings import make_lateral_links
 from thinpipe.node.links.transport import serving
 from thinpipe.node.run_records import MetricsWriter, Stopwatch, Tracer
@@ -136,7 +139,11 @@ class Group:
             paused_ago_s=lambda: float("inf"),
         )
         self._running = asyncio.gather(self._links.run(), self._membership.run())
-        self._rounds = Rounds(self._links, self._membership, metrics, held_up=lambda _: nullcontext())
+        fingerprint = Fingerprint(run="averaging", configuration="averaging", stages=1)
+        store = CheckpointStore(self._directory / "checkpoints", stage=0, fingerprint=fingerprint)
+        words = {"say": self._links.say, "refuse": self._links.refuse, "on_fault": complain}
+        states = StateCopies(store, part_bytes=2**16, parts_ahead=8, **words)  # of which there are none here
+        self._rounds = Rounds(self._links, self._membership, states, metrics, held_up=lambda _: nullcontext())
         self._rounds.begin(self.averager, 0, 0)
 
     @torch.no_grad()

@@ -37,11 +37,11 @@ from .averaging.averager import RoundUsed
 from .boundary.endpoints import Encoded
 from .config import RunConfig
 from .data import Corpus
+from .data.batches import draw
 from .links.outgoing import chunk_bytes_for
 from .measuring.message_sizes import accounted
 from .run_records import MetricsWriter, Stopwatch, peak_rss_bytes, rss_bytes
 from .stage import Stage
-from .training_loop import draw
 from .watching.views import Watching
 
 if TYPE_CHECKING:

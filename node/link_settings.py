@@ -17,8 +17,8 @@ from ..protocol.session import LinkSession
 from ..sim.links.shaper import LinkProfile
 from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
-from .lanes.lateral_link import LateralSettings
 from .lanes.lateral_links import LateralLinks
+from .lanes.lateral_settings import LateralSettings
 from .links.control_stream import HEARTBEAT_EVERY_S
 from .links.dialling import Where
 from .links.link import Link

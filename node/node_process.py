@@ -36,7 +36,7 @@ from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .data import Corpus
-from .lanes.lane_membership import LaneMembership
+from .lanes.rounds import Rounds
 from .link_settings import make_lateral_links
 from .links.dialling import Where, dial, dial_control
 from .links.transport import listening
@@ -287,14 +287,14 @@ async def _run(
         assert averager
         return averager
 
-    def lane_now() -> LaneMembership:
+    def rounds_now() -> Rounds:
         assert recovery_loop.rounds
-        return recovery_loop.rounds.membership
+        return recovery_loop.rounds
 
     def lane_told(lane: int, status: LaneStatus | None) -> None:
         if status is None:
-            recovery_loop.states.parted(lane)
-        lane_now().hear(lane, status)
+            rounds_now().states.parted(lane)
+        rounds_now().membership.hear(lane, status)
 
     lateral = None
     if stage.averager:
@@ -310,13 +310,13 @@ async def _run(
             heartbeat=lambda: recovery_loop.heartbeat(),
             report=on_fault,
             security=security,
-            on_held=lambda: lane_now().held(),
+            on_held=lambda: rounds_now().membership.held(),
             rounds=lambda: averager_now().plan.count,
-            status=(lambda: lane_now().status()) if index == 0 else None,
+            status=(lambda: rounds_now().membership.status()) if index == 0 else None,
             on_status=lane_told,
-            on_met=lambda lane: recovery_loop.states.met(lane),
-            on_copy=lambda lane, frame: recovery_loop.states.receive(lane, frame),
-            on_ended=lambda lane: lane_now().ended(lane),
+            on_met=lambda lane: rounds_now().states.met(lane),
+            on_copy=lambda lane, frame: rounds_now().states.receive(lane, frame),
+            on_ended=lambda lane: rounds_now().membership.ended(lane),
         )
     recovery_loop = RecoveryLoop(
         config,
@@ -362,7 +362,7 @@ async def _run(
             endless.append(watch_parent(options.parent))
         work = recovery_loop.run()
         if lateral:
-            endless.append(lane_now().run())
+            endless.append(rounds_now().membership.run())
             open_ends.push_async_callback(lateral.close)
             work = while_calling(work, lateral.run(), lambda: link.greeting_timeout_s)
         if stage.downstream_endpoint:

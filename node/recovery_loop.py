@@ -34,10 +34,8 @@ from .config import RunConfig
 from .data import Corpus
 from .free_memory import give_back_free_memory
 from .generation import Dial, IdleWires, break_off, links_of, train
-from .lanes.lane_membership import LaneMembership
+from .lanes.lane_rounds import rounds_over
 from .lanes.lateral_links import LateralLinks
-from .lanes.rounds import Rounds
-from .lanes.state_copies import StateCopies
 from .link_settings import heartbeat_timeout_s, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
 from .links.link import Link
@@ -119,7 +117,25 @@ class RecoveryLoop:
         self._farewell = Farewell(self.control, metrics)
         self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics, lanes=identity.lanes)
         self.pause = ProcessPause()  # whoever has a deadline asks it
-        self.rounds = lateral and self._rounds_over(lateral)
+        self.rounds = None
+        if lateral:
+            assert stage.averager
+            self.rounds = rounds_over(
+                lateral,
+                config,
+                identity,
+                stage.averager,
+                machine=self.machine,
+                control=self.control,
+                points=self._points,
+                metrics=metrics,
+                under_way=lambda: self._node.under_way if self._node else self.machine.completed,
+                committed=lambda: self.committed,
+                on_changed=lambda: self._node and self._node.look_again(),
+                on_fault=on_fault,
+                held_up=self._preparing.held_up,
+                paused_ago_s=self.pause.ago_s,
+            )
         self._deadline = ReceiveDeadline(
             transfer_s=transfer_s(config, stage, profile),
             fixed_s=config.link.progress_timeout_s,
@@ -145,45 +161,6 @@ class RecoveryLoop:
             on_held=self._held_at_buddy,
             paused_ago_s=self.pause.ago_s,
         )
-
-    def _rounds_over(self, lateral: LateralLinks) -> Rounds:
-        assert self.stage.averager
-        profile = LinkProfile.parse(self.config.link.link)
-        self.states = StateCopies(
-            self._store,
-            part_bytes=part_bytes_for(profile),
-            parts_ahead=parts_ahead_for(profile),
-            say=lateral.say,
-            refuse=lateral.refuse,
-            on_fault=self._on_fault,
-        )
-        membership = LaneMembership(
-            self._identity,
-            self.stage.averager.plan,
-            lateral,
-            self._metrics,
-            deadline_s=self.config.lanes.round_timeout_s,
-            tell=self.control.tell,
-            refuse=self.control.refuse,
-            on_left_out=lambda: self.control.act(self.machine.start_view_change()),
-            on_void=self._points.make_void,
-            on_changed=lambda: self._node and self._node.look_again(),
-            under_way=lambda: self._node.under_way if self._node else self.machine.completed,
-            saved=lambda: self.committed,
-            take_up=self._take_up,
-            let_go=self.states.let_go,
-            paused_ago_s=self.pause.ago_s,
-        )
-        self.control.rounds = membership
-        return Rounds(lateral, membership, self._metrics, held_up=self._preparing.held_up)
-
-    async def _take_up(self, lane: int, completed: int) -> None:
-        """This stage's state of another lane, in the place of its own."""
-        await self._points.discard_after(completed - 1)
-        await self.states.fetch(lane, completed)
-        # Its tables are named with that lane's generation, and names never go back.
-        self.machine.generation = max(self.machine.generation, self._store.manifest(completed).generation)
-        self._metrics.write("took_up", lane=lane, completed=completed)
 
     async def run(self) -> None:
         """Returns when every stage has finished."""
@@ -218,7 +195,7 @@ class RecoveryLoop:
             await self._break_off()
             await self._copies.close()
             if self.rounds:
-                await self.states.close()
+                await self.rounds.states.close()
             # What was submitted is written; its records come before the end.
             await self._points.close()
 

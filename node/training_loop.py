@@ -35,6 +35,7 @@ from ..sim.reports.summary import dense_bytes_one_way
 from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .data import Corpus
+from .data.batches import draw
 from .lanes.rounds import Rounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
@@ -394,12 +395,3 @@ class TrainingLoop:
             state_sha256=self.stage.state_sha256(),
             links=[self.totals.record(link) for link in self._links] + (self._rounds.records() if self._rounds else []),
         )
-
-
-def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: int, lane: int = 0) -> np.ndarray:
-    """The ids (B, T+1) of one microbatch of training or held-out text. Lanes take turns at the batches of the text, so
-    that none is read twice."""
-    if kind is Kind.EVALUATION:
-        return corpus.heldout_batch(microbatch, config.microbatch_size)
-    turn = step * config.lanes.count + lane
-    return corpus.batch(turn, microbatch, microbatches=config.pipeline.microbatches, batch_size=config.microbatch_size)

@@ -96,11 +96,6 @@ class MembershipLog:
             stretches = (*(each for each in stretches if each.first < new.first), new)
         return MembershipLog(stretches, self.decided + 1)
 
-    def cut(self, decided: int) -> MembershipLog:
-        """What of it is about the first `decided` rounds."""
-        kept = tuple(each for each in self.stretches if each.first < max(1, decided))
-        return MembershipLog(kept, min(decided, self.decided))
-
     def expecting(self, admitted: tuple[Entry, ...]) -> MembershipLog:
         """The same as it will be if all who are admitted come."""
         stretches = self.stretches

@@ -104,15 +104,6 @@ class RoundMembership:
         numbers = {each: getattr(self, each) for each in STATUS_NUMBERS}
         return LaneStatus(held=self._held, log=self.log, admitted=self.admitted, **numbers)
 
-    @property
-    def is_out(self) -> bool:
-        """The others go on without this lane, and it has not been admitted again."""
-        return self.lane not in self.log.members and not any(each.lane == self.lane for each in self.admitted)
-
-    def entry(self) -> Entry | None:
-        """Of this lane, where it has been admitted and the round is not decided yet."""
-        return next((each for each in self.admitted if each.lane == self.lane), None)
-
     def is_there(self, lane: int) -> bool:
         """Whether that lane is connected."""
         return lane in self._peers

@@ -125,10 +125,6 @@ class RoundSender:
         """The peer needs nothing more."""
         self._next = None
 
-    def has_all_before(self, round: int) -> bool:
-        """Whether the peer has said that it has all rounds before this one."""
-        return self.acknowledged >= (round, 0)
-
     def next(self, most: int = PARTS_TOGETHER) -> list[PartRange]:
         """At most so many parts that may leave now, in order; none: wait for the peer, or for the next contribution.
 

@@ -138,16 +138,16 @@ class Lane:
             if round >= self.log.decided or members != self.log.members_of(round):
                 del self.rounds[round:], self.weights[round + 1 :]
                 break
-        if self.membership.is_out and self.membership.returning == 0:
+        if is_out(self.membership) and self.membership.returning == 0:
             self.membership.returning = 1 + self.used * STEPS_A_ROUND
-        elif not self.membership.is_out and self.lane in self.log.members:
+        elif not is_out(self.membership) and self.lane in self.log.members:
             self.membership.returning = 0
 
     def make(self) -> None:
         round = self.count(self.lane)
         if not self.is_in(self.lane, round) or self.used < round - self.grid.delay:
             return
-        if self.lane not in self.log.members and self.membership.entry() is None and round >= self.log.decided:
+        if self.lane not in self.log.members and entry_of(self.membership) is None and round >= self.log.decided:
             return
         name = self.name(self.lane, round)
         assert name is not None
@@ -346,3 +346,13 @@ def by_history(lane: Lane, of: int, round: int) -> Name:
     """How it entered, and the members of all rounds that were used before."""
     used, lanes = max(0, round - lane.grid.delay), lane.grid.lanes
     return lane.log.history_of(of, round, used, lane.membership.admitted, lanes=lanes)
+
+
+def entry_of(membership: RoundMembership) -> Entry | None:
+    """Of its own lane, where that has been admitted and the round is not decided yet."""
+    return next((each for each in membership.admitted if each.lane == membership.lane), None)
+
+
+def is_out(membership: RoundMembership) -> bool:
+    """The others go on without its lane, and it has not been admitted again."""
+    return membership.lane not in membership.log.members and entry_of(membership) is None

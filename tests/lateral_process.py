@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from thinpipe.node.lanes.lateral_link import LateralSettings
 from thinpipe.node.lanes.lateral_links import LateralLinks
+from thinpipe.node.lanes.lateral_settings import LateralSettings
 from thinpipe.node.links.transport import serving
 from thinpipe.protocol.control_messages import Heartbeat
 from thinpipe.protocol.greeting import NodeIdentity
@@ -24,6 +24,12 @@ SIZE = 1_000_000
 
 def content(lane: int, round: int) -> bytes:
     return hashlib.sha256(bytes([lane, round])).digest() * (SIZE // 32)
+
+
+def received_by_all(links: LateralLinks, round: int) -> bool:
+    """Whether all peers have this node's contributions to that round and all before it, so that it may forget how to
+    make them."""
+    return all(link.session.sender.acknowledged >= (round + 1, 0) for link in links.links)
 
 
 async def train(lane: int, directory: Path, port: int, dial: int, rounds: int) -> None:
@@ -53,7 +59,7 @@ async def train(lane: int, directory: Path, port: int, dial: int, rounds: int) -
             links.publish(round, content(lane, round))
             taken = await links.contributions(round)
             assert taken == {1 - lane: content(1 - lane, round)}
-            if links.received_by_all(round):
+            if received_by_all(links, round):
                 at_round.with_suffix(".tmp").write_text(str(round + 1))
                 at_round.with_suffix(".tmp").rename(at_round)
                 links.forget_before(round + 1)

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 from thinpipe.node.lanes.contribution_store import ContributionError
-from thinpipe.node.lanes.lateral_link import LateralLink, LateralSettings
+from thinpipe.node.lanes.lateral_link import LateralLink
 from thinpipe.node.lanes.lateral_links import LateralLinks
+from thinpipe.node.lanes.lateral_settings import LateralSettings
 from thinpipe.node.links.dialling import NeighbourMismatch
 from thinpipe.node.links.outgoing import Write, part_bytes_for
 from thinpipe.node.links.transport import listening, serving, tell
@@ -38,6 +39,7 @@ from thinpipe.sim.links.shaper import LinkProfile
 
 from .builders import identity
 from .in_memory import Connection
+from .lateral_process import received_by_all
 from .links import make_link
 from .virtual import JumpingClock
 
@@ -263,8 +265,8 @@ def test_a_lane_that_was_set_back_makes_and_takes_the_same_again(tmp_path: Path)
             lane.links.forget_before(0)
         async with joined(lanes[1], lanes[0]):
             await asyncio.gather(*(lane.train(range(4)) for lane in lanes))
-            assert all(lane.links.received_by_all(3) for lane in lanes)
-            assert not lanes[0].links.received_by_all(4)
+            assert all(received_by_all(lane.links, 3) for lane in lanes)
+            assert not received_by_all(lanes[0].links, 4)
             for lane in lanes:
                 lane.links.forget_before(2)
             await asyncio.sleep(1)
@@ -374,7 +376,7 @@ def test_a_lane_that_lives_is_waited_for_and_one_that_falls_silent_is_not(tmp_pa
         await asyncio.sleep(20 * DEADLINE_S)
         giver.completed = 7
         await asyncio.sleep(2)
-        assert taker[0].heartbeat == Heartbeat(generation=0, completed_steps=7)
+        assert taker[0].peer.heartbeat == Heartbeat(generation=0, completed_steps=7)
         await giver.give(0)
         await waiting
         waiting = asyncio.create_task(taker.take(1))
@@ -676,7 +678,7 @@ class Life:
             await lane.give(round)
             others = await lane.take(round)
             assert self.taken.setdefault(round, others) == others
-            if self.chance.random() < 0.5 and lane.links.received_by_all(round):
+            if self.chance.random() < 0.5 and received_by_all(lane.links, round):
                 self.checkpoint = round + 1
                 lane.links.forget_before(self.checkpoint)
         await lane.links.finish()

@@ -22,7 +22,7 @@ from thinpipe.protocol.round_membership import ENDED_S, RoundMembership
 from thinpipe.protocol.round_messages import LANES_MAX, RoundStatus
 from thinpipe.protocol.round_session import LIMITS
 
-from .lane_grid import DEADLINE_S, Grid, Lane, begins, by_stay
+from .lane_grid import DEADLINE_S, Grid, Lane, begins, by_stay, entry_of, is_out
 
 # -- grids ------------------------------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ def test_who_was_left_out_goes_on_when_all_members_are_gone() -> None:
     grid.kill(2)
     grid.run(4 * DEADLINE_S)
     grid.revive(2, disk=True)
-    while grid.lane[2].membership.entry() is None or grid.lane[2].used < grid.lane[2].log.decided:
+    while entry_of(grid.lane[2].membership) is None or grid.lane[2].used < grid.lane[2].log.decided:
         grid.run(0.5)
     assert 2 not in grid.lane[2].log.members
     for lane in (0, 1):
@@ -362,21 +362,6 @@ def test_a_log_is_a_list_of_members(both: tuple[MembershipLog, Plain]) -> None:
         if lane not in log.members:
             left = max([round for round, stay in enumerate(stays) if stay is not None], default=-1) + 1
         assert log.left_at(lane) == left
-
-
-@given(histories(), st.integers(0, 9))
-@settings(deadline=None)
-def test_what_is_cut_is_what_was_there(both: tuple[MembershipLog, Plain], decided: int) -> None:
-    log, plain = both
-    cut, again = log.cut(decided), MembershipLog.begin(LANES)
-    for members, entered in plain.rounds[:decided]:
-        again = again.then(members, entered)
-    if decided:
-        assert cut == again
-    assert cut.decided == again.decided
-    assert cut.differs_from(log) is None
-    assert not log.yields_to(cut)
-    assert cut.yields_to(log) == (cut.decided < log.decided)
 
 
 @st.composite
@@ -594,7 +579,7 @@ def test_a_lane_that_is_admitted_by_two_enters_as_it_says_itself() -> None:
     third = machine(2, log=log)
     third.hear(1, LaneStatus(held=(1, 1, 0), log=log, admitted=(by_1,)), 0.0)
     third.hear(0, LaneStatus(held=(1, 1, 0), log=log, admitted=(by_0,)), 0.0)
-    assert third.entry() == by_1
+    assert entry_of(third) == by_1
     first = machine(log=log)
     first.hear(1, LaneStatus(held=(1, 1, 0), log=log, admitted=(by_0,)), 0.0)
     assert first.admitted == (by_0,)
@@ -602,10 +587,10 @@ def test_a_lane_that_is_admitted_by_two_enters_as_it_says_itself() -> None:
     assert first.admitted == (by_1,)
     for _ in range(5):
         third.hear(0, LaneStatus(held=(7, 7, 0), log=(log := log.then((0, 1)))), 0.0)
-    assert third.entry() == by_1
+    assert entry_of(third) == by_1
     third.hear(0, LaneStatus(held=(8, 8, 0), log=log.then((0, 1))), 0.0)  # its round has passed
-    assert third.entry() is None
-    assert third.is_out
+    assert entry_of(third) is None
+    assert is_out(third)
 
 
 def test_what_was_held_by_another_log_is_not_held_by_the_one_that_counts() -> None:

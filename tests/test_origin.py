@@ -16,6 +16,7 @@ from thinpipe.node.checkpoints.assemble import Assembled, assemble
 from thinpipe.node.codec_start import FILE
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config, load_config
+from thinpipe.node.data.batches import draw
 from thinpipe.node.evaluating.chain import Chain
 from thinpipe.node.export.portable_model import plain_model
 from thinpipe.node.export.tokenizer_files import portable_tokenizer
@@ -25,7 +26,6 @@ from thinpipe.node.origin import begin_from
 from thinpipe.node.preparation import prepare_vocabulary
 from thinpipe.node.run_corpus import vocabulary_of_run
 from thinpipe.node.run_directory import START, hold_aside
-from thinpipe.node.training_loop import draw
 from thinpipe.protocol.messages import Kind
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F

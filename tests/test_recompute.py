@@ -52,7 +52,11 @@ def disturbed(tiny: TinyConfig, run: Path, average: str, *, steps: int) -> None:
     process.close()
     open_run_corpus(config, run, resume=False).keep(run)
     for lane in range(3):  # the third knows less, and the second went on alone
-        known = (log, MembershipLog.begin(3).then((0, 1, 2)).then((1,)), log.cut(2))[lane]
+        known = (
+            log,
+            MembershipLog.begin(3).then((0, 1, 2)).then((1,)),
+            MembershipLog(tuple(each for each in log.stretches if each.first < 2), 2),
+        )[lane]
         write_members(run / f"lane-{lane}" / "rounds" / "stage-0" / "members.json", known)
     records = run / "lane-2" / "stage-0.jsonl"
     follows = {"event": "follows", "time_s": 0.0, "completed": followed.copied}

@@ -150,7 +150,7 @@ class End:
 
     def save(self) -> None:
         """A checkpoint, once the peer has all that this node will not make again."""
-        if self.session.sender.has_all_before(self.at):
+        if self.session.sender.acknowledged >= (self.at, 0):
             self.checkpoint = self.at
             self.session.receiver.forget(self.at)
             for round in [each for each in self.received if each < self.at]:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.data import DataError, SourceLost, document_streams, readers, streamed
+from thinpipe.node.data.batches import draw
 from thinpipe.node.data.document_streams import PATIENCE_S, FileDocuments, Patience, PatientDocuments
 from thinpipe.node.long_preparation import in_daemon
 from thinpipe.node.preparation import BAD_INPUT
 from thinpipe.node.stage_failure import FAILED
-from thinpipe.node.training_loop import draw
 from thinpipe.protocol.messages import Kind
 
 from .corpora import open_it, texts, write_jsonl

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from ...protocol.control_messages import (
     PART_BYTES_MAX,
@@ -110,13 +111,13 @@ class CopyService:
         if self._closed:
             return
         session = self._sessions[side] = CopySession()
-        session.begin(self._hear(side, session), self._failed)
+        session.begin(partial(self._hear, side, session), self._failed)
         if side in self._stores:
-            session.begin(self._tell_held(side), self._failed)
+            session.begin(partial(self._tell_held, side), self._failed)
         if self._restore and side == self.side:
             self._restore.heard.set()
             if self._enabled:
-                session.begin(self._trickle(side, session), self._failed)
+                session.begin(partial(self._trickle, side, session), self._failed)
 
     def parted(self, side: Side) -> None:
         """Its connection is gone."""
@@ -264,7 +265,8 @@ class CopyService:
             del session.outgoing[store_of_copies.stage]
             raise
 
-        session.begin(self._sender.send(side, session, source, completed, verify=True), self._failed)
+        send = partial(self._sender.send, side, session, source, completed, verify=True)
+        session.begin(send, self._failed)
 
     async def _arrive(
         self, side: Side, session: CopySession, frame: CopyOffer | CopyPart, store_of_copies: CopyStore | None

@@ -55,18 +55,19 @@ class CopySession:
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # what is outgoing got further, or is settled
     jobs: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def begin(self, job: Awaitable[None], on_error: Callable[[Exception], None]) -> None:
+    def begin(self, job: Callable[[], Awaitable[None]], on_error: Callable[[Exception], None]) -> asyncio.Task[None]:
         """Have it run for as long as the connection stands. on_error: of a disk, which ends no connection."""
 
         async def told() -> None:
             try:
-                await job
+                await job()
             except (CheckpointError, OSError) as error:
                 on_error(error)
 
         task = asyncio.create_task(told())
         self.jobs.add(task)
         task.add_done_callback(self.jobs.discard)
+        return task
 
     def under_way(self, stage: int, completed: int) -> Sending | None:
         found, sending = self.outgoing.get(stage, (None, None))

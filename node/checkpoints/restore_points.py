@@ -14,6 +14,7 @@ from ..stage_state import StageSnapshot
 from .background_writer import CheckpointWriter
 from .store import HELD_TIMES, KEEP_MIN, CheckpointStore
 
+VOID_S = 60.0  # for a checkpoint that is being written, before it is discarded
 IN_MEMORY = 2  # snapshots; neighbours are at most one step apart, so at most one checkpoint apart
 
 
@@ -84,6 +85,7 @@ class RestorePoints:
         discarded, and so is what training, which is still to be broken off, makes until `gone_back`. Raises
         CheckpointError."""
         self._void_from = first if self._void_from is None else min(first, self._void_from)
+        await self.flush(VOID_S)  # what is being written would come after that
         await self.discard_after(first - 1)
 
     def is_void(self, completed: int) -> bool:

@@ -193,7 +193,7 @@ class LaneMembership:
         """For whom the next round waits, for people."""
         if self._machine is None:
             return self._links.waits_for() or "stage 0 says who takes part in the round"
-        known = {link.lane: link.state for link in self._links.links}
+        known = {link.lane: link.peer.state for link in self._links.links}
         return "; ".join(known[lane] for lane in self._machine.lacking())
 
     def freeze(self) -> None:
@@ -272,7 +272,7 @@ class LaneMembership:
             machine.paused()
         self._paused_s = paused_s
         for link in self._links.links:
-            machine.prepares(link.lane, bool(link.heartbeat and link.heartbeat.preparing))
+            machine.prepares(link.lane, bool(link.peer.heartbeat and link.peer.heartbeat.preparing))
         mine = self._joined()
         stuck = self._following is not None and self.is_stuck(self._following)
         # Not yet, while a state is only there to be taken up, or has to be.

@@ -29,6 +29,7 @@ class LateralArrivals:
     def __init__(self, store: ContributionStore) -> None:
         self.store = store
         self._parts: list[RoundPart] = []  # not written yet, all of one round
+        self.void = False  # what has come of a contribution is of one that does not count
         self._damaged: Counter[int] = Counter()
         self._job: asyncio.Future[Any] | None = None
 
@@ -36,6 +37,9 @@ class LateralArrivals:
         """What came on the last one and was not written is lost with it; what is being written is waited for."""
         self._parts.clear()
         await self.settle()
+        if self.void:
+            self.void = False
+            await self._on_disk(self.store.drop_partial)
 
     async def settle(self) -> None:
         """Wait for what is being written."""

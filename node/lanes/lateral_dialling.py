@@ -43,11 +43,11 @@ async def dial_lane(where: str | Where, link: LateralLink, report: Report, secur
             await _one_connection(address, link, attempt_s, security)
             line = f"{link.name}: the node at {address} ended the stream"
         except NotReached:
-            link.fault = f"there is no connection to {address}"
+            link.peer.fault = f"there is no connection to {address}"
         except NoTls as error:
             if isinstance(where, str) and not link.connections:
                 raise NeighbourMismatch(f"{link.name}: {error}") from None
-            line, code, link.fault = f"{link.name}: {error}", "tls", str(error)
+            line, code, link.peer.fault = f"{link.name}: {error}", "tls", str(error)
         except LateralLinkEnded:
             pass
         except ProtocolError as error:

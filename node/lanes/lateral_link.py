@@ -17,12 +17,11 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
-from ...protocol.control_messages import STEP_MAX, CopyFrame, CopyPart, Heartbeat
+from ...protocol.control_messages import CopyFrame, CopyPart
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
-from ...protocol.lane_status import LaneStatus, StatusExchange
+from ...protocol.lane_status import StatusExchange
 from ...protocol.messages import Greeting, encode_frame
 from ...protocol.round_session import (
     PartCame,
@@ -34,7 +33,7 @@ from ...protocol.round_session import (
     PeerTold,
     RoundSession,
 )
-from ...protocol.round_transfer import ContributionBytes, PartRange
+from ...protocol.round_transfer import PartRange
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.shaper import LinkProfile
 from ..links.control_stream import HEARTBEAT_EVERY_S
@@ -43,38 +42,13 @@ from ..links.outgoing import Write, part_bytes_for
 from .contribution_store import ContributionError, ContributionStore
 from .lateral_arrivals import LateralArrivals
 from .lateral_outgoing import Kind, LateralOutgoing, window_bytes_for
+from .lateral_settings import LateralSettings
 from .stays import Stays, all_stay
+from .waited_peer import WaitedPeer
 
 
 class LateralLinkEnded(ConnectionError):
     """This node itself ends the connection, to ask anew or to leave: nobody is to blame."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LateralSettings:
-    """What all lateral links of a node have in common.
-
-    contribution_bytes: of this stage's contribution to a round; any round, and 1 or more. profile: of each link.
-    silence_s: without a frame, after which a peer counts as gone. deadline_s: without a sign of life, after which who
-    waits for a peer gives up. heartbeat: what this node would say now. rounds: how
-    many the run has. status: what it says of its lane, if it speaks
-    for it; on_status is told what the peers say, with None where one is not connected any more, on_ended which of them
-    needs nothing more, on_met who is connected, on_copy of frames on copies of states.
-    """
-
-    contribution_bytes: ContributionBytes
-    profile: LinkProfile
-    silence_s: float
-    greeting_timeout_s: float
-    deadline_s: float
-    heartbeat: Callable[[], Heartbeat]
-    seed: int = 0
-    rounds: Callable[[], int] = lambda: STEP_MAX
-    status: Callable[[], LaneStatus] | None = None
-    on_status: Callable[[int, LaneStatus | None], None] = lambda *_: None
-    on_ended: Callable[[int], None] = lambda *_: None
-    on_met: Callable[[int], None] = lambda *_: None
-    on_copy: Callable[[int, CopyFrame], None] = lambda *_: None
 
 
 class LateralLink:
@@ -107,21 +81,16 @@ class LateralLink:
         self.received, self.arrivals = received, LateralArrivals(received)
         self.received_bytes: Counter[Kind] = Counter()  # framed
         self.connections = 0  # on which the peer greeted
-        self.waited_for = 0  # how many wait for the peer now
-        self.heartbeat: Heartbeat | None = None  # the peer's last one
-        self.fault: str | None = None  # why the last connection ended, or there is none
-        self.failure: Exception | None = None  # no connection can mend this link
+        self.peer = WaitedPeer(identity.stage, peer_lane, settings)
         self._own, self._settings, self._on_peer_moved = own, settings, on_peer_moved
         self._on_held = on_held
         self._statuses = StatusExchange(identity.lanes)  # of each connection another one
         self._status_due = False
         self._stay = 0  # of the peer, as it was asked for on this connection
-        self._heard_s = self._part_s = float("-inf")  # when a frame came last, and a part of a contribution
-        self._finishing = self._peer_done = False
+        self._finishing = False
         self._attached = asyncio.Lock()
         self._end: asyncio.Future[None] | None = None  # ends the present connection
         self._greeted, self._news, self._sendable = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._moved = asyncio.Event()  # replaced whenever there is something that somebody may wait for
         self._said_all = asyncio.Event()  # the goodbye was handed to gRPC
 
     @property
@@ -134,26 +103,8 @@ class LateralLink:
         return self._settings.profile
 
     @property
-    def state(self) -> str:
-        """How the peer's lane is, as far as is known here, for people."""
-        if not self.session.greeted:
-            return f"lane {self.lane} is not connected ({self.fault or 'it was not there yet'})"
-        if (beat := self.heartbeat) is None:
-            return f"lane {self.lane} has just connected"
-        if beat.preparing:
-            return f"lane {self.lane}: its stage {beat.preparing - 1} prepares its data"
-        if beat.missing:
-            return f"lane {self.lane}: its stage {beat.missing - 1} is missing"
-        return f"lane {self.lane} has completed {beat.completed_steps} steps"
-
-    @property
     def greeting_timeout_s(self) -> float:
         return self._settings.greeting_timeout_s
-
-    @property
-    def peer_done(self) -> bool:
-        """The peer needs nothing more, and makes no more contributions."""
-        return self._peer_done
 
     @property
     def held_before(self) -> int:
@@ -171,7 +122,7 @@ class LateralLink:
     @property
     def finished(self) -> bool:
         """Neither side needs anything of the other."""
-        return self._peer_done and self._said_all.is_set()
+        return self.peer.done and self._said_all.is_set()
 
     # -- what the node does -------------------------------------------------------------------------------------------
 
@@ -196,7 +147,7 @@ class LateralLink:
 
     def expect(self, stays: Stays) -> None:
         """Which contributions are expected from now on: they are asked for anew."""
-        self.stays = stays
+        self.stays, self.arrivals.void = stays, True
         self.end(LateralLinkEnded("a lane has left, or entered"))
         self._news.set()
         self._sendable.set()
@@ -210,67 +161,19 @@ class LateralLink:
         """Wait for the peer's contribution. Raises TimeoutError, which says for whom and for how long, when nothing was
         heard for the deadline, or, of a peer that needs nothing more, no contribution; or what made this link fail."""
         waiting_for = f"lane {self.lane}'s contribution to round {round}"
-        await self._until(lambda: round in self.received.kept, waiting_for)
+        await self.peer.until(lambda: round in self.received.kept, waiting_for)
 
     async def until_finished(self) -> None:
         """Wait until the peer needs nothing more either; the same errors."""
-        await self._until(lambda: self._peer_done, f"the end of lane {self.lane}")
+        await self.peer.until(lambda: self.peer.done, f"the end of lane {self.lane}")
         with suppress(TimeoutError):  # whether it knows that this node is through, too, is of use to it alone
             async with asyncio.timeout(LAST_WORD_S):
                 await self._said_all.wait()
 
-    async def _until(self, there: Callable[[], bool], waiting_for: str) -> None:
-        loop = asyncio.get_running_loop()
-        began_s = loop.time()
-        self.waited_for += 1
-        try:
-            while not there():
-                if self.failure:
-                    raise self.failure
-                heard_s = self._part_s if self._peer_done else self._heard_s
-                due_s = max(began_s, heard_s) + self._patience_s
-                if loop.time() >= due_s:
-                    raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
-                with suppress(TimeoutError):
-                    async with asyncio.timeout_at(due_s):
-                        await self._moved.wait()
-        finally:
-            self.waited_for -= 1
-
-    @property
-    def _patience_s(self) -> float:
-        """A peer that needs nothing more has made all contributions that it will make, and they are on their way."""
-        settings = self._settings
-        ended_s = max(settings.silence_s, settings.greeting_timeout_s)
-        return min(ended_s, settings.deadline_s) if self._peer_done else settings.deadline_s
-
-    def _late(self, waiting_for: str, waited_s: float) -> str:
-        stage, told = self.session.identity.stage, f"stage {self.session.identity.stage}: waited {waited_s:.0f} s for"
-        if self._peer_done:
-            done = f" after {self.heartbeat.completed_steps} steps" if self.heartbeat else ""
-            return (
-                f"{told} {waiting_for}, but that lane has ended{done}, and nothing came of it for "
-                f"{self._patience_s:g} s; start all lanes again with --resume"
-            )
-        why = self.fault or "there was no connection"
-        return (
-            f"{told} {waiting_for}, and nothing was heard of it for {self._patience_s:g} s ({why}); is stage {stage} "
-            f"of lane {self.lane} running? If it was lost, start it again with --resume"
-        )
-
     async def until_over(self) -> None:
         """Wait until neither side needs anything of the other, for as long as that takes."""
         while not self.finished:
-            await self._moved.wait()
-
-    def fail(self, error: Exception) -> None:
-        """No connection can mend this link."""
-        self.failure = self.failure or error
-        self._notify()
-
-    def _notify(self) -> None:
-        self._moved.set()
-        self._moved = asyncio.Event()
+            await self.peer.changed()
 
     async def say(self, frame: CopyFrame) -> None:
         """On a copy of a state, if the peer is connected. Parts wait for those that are queued."""
@@ -335,20 +238,20 @@ class LateralLink:
                         each.result()
             except ProtocolError as error:
                 refused = isinstance(error, RefusedError)
-                self.fault = f"a refusal by the peer: {error}" if refused else str(error)
+                self.peer.fault = f"a refusal by the peer: {error}" if refused else str(error)
                 raise
             except ConnectionError as error:
-                self.fault = str(error)
+                self.peer.fault = str(error)
                 raise
             except ContributionError as error:
-                self.fail(ContributionError(f"{self.name}: {error}"))
-                raise self.failure or error from None
+                self.peer.fail(ContributionError(f"{self.name}: {error}"))
+                raise self.peer.failure or error from None
             finally:
                 if not self.finished:
-                    self.fault = self.fault or "the last connection broke"
+                    self.peer.fault = self.peer.fault or "the last connection broke"
                 self._end.cancel()
                 self._end = None
-                greeted = session.greeted
+                greeted, self.peer.connected = session.greeted, False
                 session.disconnect()
                 if greeted:
                     self._settings.on_status(self.lane, None)
@@ -368,11 +271,11 @@ class LateralLink:
                     raise RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {timeout_s:g} s") from None
                 raise ConnectionError(f"{self.name}: nothing was heard for {timeout_s:.1f} s") from None
             if raw is None:
-                if self._peer_done and session.done:  # who has both ends the stream: sooner than gRPC says we sent it
+                if self.peer.done and session.done:  # who has both ends the stream: sooner than gRPC says we sent it
                     self._said_all.set()
-                    self._notify()
+                    self.peer.notify()
                 return
-            self._heard_s = loop.time()
+            self.peer.heard_s = loop.time()
             try:
                 event = session.receive(raw)
             except RemoteProtocolError:
@@ -385,14 +288,15 @@ class LateralLink:
             self.received_bytes[kind] += framed_bytes(len(raw))
             match event:
                 case PeerGreeted():
-                    self._peer_done, self.connections = False, self.connections + 1
-                    self.fault = self.heartbeat = None
+                    self.peer.done, self.connections = False, self.connections + 1
+                    self.peer.fault = self.peer.heartbeat = None
                     if answers:
                         self.outgoing.push(session.greeting(self._settings.heartbeat()))
                     self._greeted.set()
+                    self.peer.connected = True
                     self._settings.on_met(self.lane)
                 case PeerAlive(heartbeat=heartbeat):
-                    self.heartbeat = heartbeat
+                    self.peer.heartbeat = heartbeat
                 case PeerTold(status=status):
                     self._settings.on_status(self.lane, self._statuses.hear(status))
                 case PeerCopies(frame=frame):
@@ -401,7 +305,7 @@ class LateralLink:
                     self._sendable.set()
                     self._on_peer_moved()
                 case PartCame(part=part):
-                    self._part_s = self._heard_s
+                    self.peer.part_s = self.peer.heard_s
                     self.arrivals.add(part)
                     if session.receiver.write_due:
                         await self.arrivals.write(self._stay)
@@ -410,11 +314,11 @@ class LateralLink:
                         if not self._finishing:
                             self.outgoing.push(session.received())
                 case PeerDone():
-                    self._peer_done = True
+                    self.peer.done = True
                     self._settings.on_ended(self.lane)
                 case None:
                     pass
-            self._notify()
+            self.peer.notify()
 
     async def _tell(self) -> None:
         """Say where this node is, and whatever has changed of that."""
@@ -430,7 +334,7 @@ class LateralLink:
                     out.push(self.session.goodbye())
                     await out.until_sent()
                     self._said_all.set()
-                    self._notify()
+                    self.peer.notify()
                     continue
                 await self._news.wait()  # of statuses: there is nothing else to tell
                 continue

@@ -41,8 +41,9 @@ from ..links.transport import Report, both_ways, linger, tell
 from ..security.policy import PLAIN, Security
 from .contribution_store import ContributionError, ContributionStore
 from .lateral_dialling import dial_lane
-from .lateral_link import LateralLink, LateralLinkEnded, LateralSettings
+from .lateral_link import LateralLink, LateralLinkEnded
 from .lateral_outgoing import Kind
+from .lateral_settings import LateralSettings
 from .stays import Stays, all_stay
 
 
@@ -186,7 +187,6 @@ class LateralLinks:
             for lane, link in self._links.items():
                 await link.arrivals.settle()
                 dropped.append((link.received, link.received.unkeep_others(partial(stays.stay_of, lane))))
-                await asyncio.to_thread(link.received.drop_partial)
             for store, void in dropped:
                 await asyncio.to_thread(store.remove, void)
         self._may_write.set()
@@ -233,11 +233,6 @@ class LateralLinks:
                 self._begin(asyncio.to_thread(link.received.remove, dropped))
         self._on_held()
 
-    def received_by_all(self, round: int) -> bool:
-        """Whether all peers have this node's contributions to that round and all before it. Until then a checkpoint
-        from a later step must not be the only one: who goes on from it would not make them again."""
-        return all(link.session.sender.has_all_before(round + 1) for link in self._links.values())
-
     async def finish(self, members: Collection[int] | None = None) -> None:
         """This node needs nothing more: say so, and wait until no peer needs anything of it: of the `members` each
         (default: all), of the others who is there. Raises what `contributions` does."""
@@ -256,7 +251,7 @@ class LateralLinks:
 
     def waits_for(self) -> str:
         """For whom `contributions` or `finish` waits now, and how that lane is, for people; "" if for nobody."""
-        return "; ".join(link.state for link in self._links.values() if link.waited_for)
+        return "; ".join(link.peer.state for link in self._links.values() if link.peer.waited_for)
 
     def figures(self) -> LateralFigures:
         sent: Counter[Kind] = Counter()
@@ -408,6 +403,6 @@ class LateralLinks:
 
     def _break(self, error: Exception) -> None:
         for link in self._links.values():
-            link.fail(error)
+            link.peer.fail(error)
         if not self._broken.done():
             self._broken.set_exception(error)

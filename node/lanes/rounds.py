@@ -28,6 +28,7 @@ from ..worker_thread import Reporter, Worker
 from .lane_membership import LaneMembership
 from .lateral_link import LateralLink
 from .lateral_links import LateralLinks
+from .state_copies import StateCopies
 
 Holding = Callable[[Callable[[], str]], AbstractContextManager[object]]
 Norm = Callable[[int], Awaitable[float | None]]
@@ -38,9 +39,15 @@ class Rounds:
     that is, it may ask for."""
 
     def __init__(
-        self, links: LateralLinks, membership: LaneMembership, metrics: MetricsWriter, *, held_up: Holding
+        self,
+        links: LateralLinks,
+        membership: LaneMembership,
+        states: StateCopies,
+        metrics: MetricsWriter,
+        *,
+        held_up: Holding,
     ) -> None:
-        self._links, self.membership = links, membership
+        self._links, self.membership, self.states = links, membership, states
         self._metrics, self._held_up = metrics, held_up
         self._counted: dict[int, int] = {}  # by lane: bytes up to the last step
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from ...protocol.control_messages import (
@@ -58,6 +59,7 @@ class StateCopies:
         self._sessions: dict[int, CopySession] = {}  # by lane
         self._wanted: tuple[int, int] | None = None  # from which lane, after how many steps
         self._pinned: dict[int, int] = {}  # by lane: what it is given, or has asked for
+        self._sending: dict[int, asyncio.Task[None]] = {}  # by lane
         self._heard = asyncio.Event()
         self._came = False
 
@@ -94,7 +96,7 @@ class StateCopies:
         """That lane is connected."""
         self.parted(lane)
         session = self._sessions[lane] = CopySession()
-        session.begin(self._hear(lane, session), self._failed)
+        session.begin(partial(self._hear, lane, session), self._failed)
         self._heard.set()
 
     def parted(self, lane: int) -> None:
@@ -150,12 +152,14 @@ class StateCopies:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a copy of stage {stage} is not for stage {self._store.stage}")
         match frame:
             case CopyWanted():
-                if stage not in session.outgoing:
-                    self._pinned[lane] = completed
-                    self._store.pinned = set(self._pinned.values())
-                    session.outgoing[stage] = (completed, None)
-                    sending = self._sender.send(lane, session, self._store, completed, verify=True)
-                    session.begin(sending, self._failed)
+                if before := self._sending.pop(lane, None):  # it was asked for otherwise, and that is void
+                    before.cancel()
+                    await asyncio.wait([before])
+                self._pinned[lane] = completed
+                self._store.pinned = set(self._pinned.values())
+                session.outgoing[stage] = (completed, None)
+                sending = partial(self._sender.send, lane, session, self._store, completed, verify=True)
+                self._sending[lane] = session.begin(sending, self._failed)
             case CopyProgress():
                 if sending := session.under_way(stage, completed):
                     sending.progress(frame.offset)

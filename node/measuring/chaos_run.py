@@ -18,10 +18,11 @@ from typing import Any
 from rich.console import Console
 
 from ...sim.launch.chaos_report import report, report_lanes, survived
-from ...sim.launch.fault_injection import Grid, Story, disturb
+from ...sim.launch.fault_injection import disturb
 from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.launch.planned_faults import Kind, PlannedFault, joining_lane, kinds_for, plan, plan_every
+from ...sim.launch.swarm_keeper import Grid, Story
 from ...sim.reports.chaos_console import chaos_tables
 from ...sim.reports.summary import summarise, write_summary
 from ..config import RunConfig

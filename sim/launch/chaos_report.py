@@ -15,7 +15,7 @@ from typing import Any
 
 from ..reports.lanes import lane_path
 from ..reports.summary import read_records, steps_of
-from .fault_injection import Grid, Injected, Story
+from .swarm_keeper import Grid, Injected, Story
 
 LOSSES = ("kill", "twice", "sleeper", "disk")  # of a process
 

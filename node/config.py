@@ -21,6 +21,7 @@ from .config_sections import (
     CheckpointSection,
     CodecSection,
     ComputeSection,
+    ContextSection,
     DataSection,
     LanesSection,
     LinkSection,
@@ -31,6 +32,7 @@ from .config_sections import (
     Section,
     WatchSection,
 )
+from .context.chunk_layout import ChunkLayout
 
 
 class ConfigError(ValueError):
@@ -47,6 +49,7 @@ class RunConfig(Section):
     codec: CodecSection = CodecSection()
     pipeline: PipelineSection = PipelineSection()
     lanes: LanesSection = LanesSection()
+    context: ContextSection = ContextSection()
     link: LinkSection = LinkSection()
     compute: ComputeSection = ComputeSection()
     checkpoint: CheckpointSection = CheckpointSection()
@@ -88,6 +91,32 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _chunks_fit(self) -> Self:
+        if not self.context.method:
+            return self
+        if self.lanes.count == 1:
+            raise ValueError(
+                f"context.method = '{self.context.method}' is for several chunks, and lanes.count = 1; set the number "
+                "of chunks, --chunks 2 or more"
+            )
+        try:
+            self.chunk_layout  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"data.sequence_length: {error}") from None
+        return self
+
+    @property
+    def chunk_layout(self) -> ChunkLayout:
+        """Which positions of a sequence each lane holds; of one chunk where lanes hold different sequences."""
+        chunks = self.lanes.count if self.context.method else 1
+        return ChunkLayout(self.data.sequence_length, chunks, self.context.order)
+
+    @property
+    def lane_tokens(self) -> int:
+        """Tokens of one sequence that a node computes."""
+        return self.chunk_layout.lane_length
+
     @property
     def evaluation_microbatches(self) -> int:
         """Held-out microbatches in one evaluation; what does not fill a microbatch is left out."""
@@ -111,7 +140,8 @@ class RunConfig(Section):
 
     @property
     def tokens_per_step(self) -> int:
-        return self.pipeline.batch_size * self.data.sequence_length
+        """Of one lane."""
+        return self.pipeline.batch_size * self.lane_tokens
 
     def shared(self) -> dict[str, Any]:
         """All that must agree between the nodes of a run, by section.

@@ -214,6 +214,21 @@ class LanesSection(Section):
     )
 
 
+class ContextSection(Section):
+    """Lanes that hold chunks of the same sequences, and not sequences of their own."""
+
+    method: str = Field(
+        default="",
+        description="how keys and values cross to the other chunks: full, full:format=int8, mos:k=0.06,v=0.12; "
+        "empty: lanes hold different sequences",
+    )
+    order: Literal["zigzag", "plain"] = Field(
+        default="zigzag",
+        description="zigzag: each lane holds an early and a late part of each sequence, and all compute alike; plain: "
+        "one part, and the last lane computes the most",
+    )
+
+
 class LinkSection(Section):
     """The thin link and the buffers around it."""
 

@@ -1,0 +1,71 @@
+"""How keys and values cross to the other chunks of a sequence: what every method of that says and does.
+
+Attention of a chunk looks at the keys and values of all earlier tokens, and those are on other machines. In each layer
+a node gives, for each segment of its tokens, a *wire tensor* z (B, T, W) and a few exact numbers s (B, N); the others
+make keys and values of that again. A byte format packs z, as at a boundary of stages; autograd passes straight through.
+
+A method may replace what makes keys and values in the model (`attach`), before an optimizer is made.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Rotate = Callable[[Tensor], Tensor]  # keys (B, H, T, D) -> the same with the rotary embedding of their positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContextShape:
+    """What all nodes know of one layer's keys and values from the configuration alone. heads: of keys and values, H;
+    head_width: D; segments: how many a lane's tokens are cut into; segment_length: T, tokens."""
+
+    seed: int
+    layer: int  # in the whole model
+    width: int  # of hidden states
+    heads: int
+    head_width: int
+    segments: int
+    segment_length: int
+    dtype: torch.dtype
+
+
+class ContextLayer(ABC):
+    """One layer's part on one node."""
+
+    @abstractmethod
+    def encode(self, segment: int, k_BHTD: Tensor, v_BHTD: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, T, W) and s (B, N) of this node's `segment`, counted from 0 among its own. Keys have their rotary
+        embedding already. Inside the graph."""
+
+    @abstractmethod
+    def decode(self, z_BTW: Tensor, s_BN: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
+        """Keys, with the rotary embedding of their positions, and values, each (B, H, T, D), of a segment of another
+        node. Differentiable in z and s, and in nothing else."""
+
+
+class ContextMethod(ABC):
+    """Options of one method, never state. format: the byte format of z, "" for the dtype that it has anyway; backward:
+    that of its gradient."""
+
+    name: ClassVar[str]
+    format: str = ""
+    backward: str = ""
+
+    @abstractmethod
+    def wire_width(self, shape: ContextShape) -> int:
+        """W: numbers a token."""
+
+    @abstractmethod
+    def scalars(self, shape: ContextShape) -> int:
+        """N: exact numbers a sequence and segment."""
+
+    @abstractmethod
+    def attach(self, attention: nn.Module, shape: ContextShape) -> ContextLayer:
+        """This method's part in one layer; may replace modules of `attention` by others, with their parameters. Raises
+        CodecError, by name, for an architecture that it does not fit."""

@@ -1,0 +1,1 @@
+"""Chunks: the lanes of a run hold parts of the same sequences, and exchange keys and values in every layer."""

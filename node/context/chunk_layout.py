@@ -1,0 +1,99 @@
+"""Which positions of a sequence each lane holds, and whose keys and values it needs.
+
+A sequence is cut into segments of equal length, numbered from its beginning. In *plain* order lane i holds segment i;
+attention looks back only, so the last lane then computes the most and the first one the least. In *zigzag* order there
+are twice as many segments, and lane i of C holds i and 2C-1-i: every lane has the same number of pairs of a query and a
+key that it looks at. That order comes from the context parallelism of Llama 3 (arXiv 2407.21783, 3.3.2), and is the
+default.
+
+Between two segments there are three cases: the key's is earlier (all is seen), it is the same (a triangle), it is later
+(nothing). So no block of attention ever needs a mask of its own, and what is not seen is neither sent nor computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Order = Literal["zigzag", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLayout:
+    """Sequences of `sequence_length` tokens over `chunks` lanes. Raises ValueError for a length that they do not
+    divide, which says what would do."""
+
+    sequence_length: int
+    chunks: int
+    order: Order = "zigzag"
+
+    def __post_init__(self) -> None:
+        if self.sequence_length % self.segments:
+            whole = max(1, round(self.sequence_length / self.segments)) * self.segments
+            raise ValueError(
+                f"a sequence of {self.sequence_length} tokens is not {self.segments} equal segments, which "
+                f"{self.chunks} chunks in {self.order} order need; choose a length such as {whole}"
+            )
+
+    @property
+    def segments(self) -> int:
+        """Of one sequence."""
+        return self.chunks * self.segments_per_lane
+
+    @property
+    def segments_per_lane(self) -> int:
+        return 2 if self.order == "zigzag" and self.chunks > 1 else 1
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens."""
+        return self.sequence_length // self.segments
+
+    @property
+    def lane_length(self) -> int:
+        """Tokens of one sequence that a lane holds."""
+        return self.sequence_length // self.chunks
+
+    def of_lane(self, lane: int) -> tuple[int, ...]:
+        """The segments that a lane holds, from the earliest."""
+        if self.segments_per_lane == 1:
+            return (lane,)
+        return (lane, self.segments - 1 - lane)
+
+    def owner(self, segment: int) -> int:
+        """The lane that holds it."""
+        return min(segment, self.segments - 1 - segment) if self.segments_per_lane == 2 else segment
+
+    def positions(self, segment: int) -> range:
+        """Of a segment's tokens in the sequence, from 0."""
+        return range(segment * self.segment_length, (segment + 1) * self.segment_length)
+
+    def lane_positions(self, lane: int) -> list[int]:
+        """Of all that a lane holds, in the order in which it holds it."""
+        return [position for segment in self.of_lane(lane) for position in self.positions(segment)]
+
+    def needed_by(self, lane: int) -> tuple[int, ...]:
+        """The segments of other lanes that a lane looks at, in the order in which it does: the nearest before its last
+        one first."""
+        own = self.of_lane(lane)
+        return tuple(segment for segment in range(own[-1] - 1, -1, -1) if segment not in own)
+
+    def users(self, segment: int) -> tuple[int, ...]:
+        """The other lanes that look at a segment, in order."""
+        return tuple(lane for lane in range(self.chunks) if segment in self.needed_by(lane))
+
+    def take(self, ids_BS: np.ndarray, lane: int) -> np.ndarray:
+        """Of whole sequences with one target more, (B, T+1), what a lane trains on: for each of its segments the inputs
+        and, one further, the last target; (B, lane_length + segments_per_lane)."""
+        if self.chunks == 1:
+            return ids_BS
+        parts = [self.positions(segment) for segment in self.of_lane(lane)]
+        return np.concatenate([ids_BS[:, part.start : part.stop + 1] for part in parts], axis=1)
+
+    def inputs_and_targets(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What `take` gave, as inputs and their targets, each (B, lane_length)."""
+        parts = np.split(ids_BS, self.segments_per_lane, axis=1)
+        inputs, targets = [part[:, :-1] for part in parts], [part[:, 1:] for part in parts]
+        return np.concatenate(inputs, axis=1), np.concatenate(targets, axis=1)

@@ -10,6 +10,7 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,17 +23,20 @@ from torch import Tensor
 
 from ..compress.anchors import Anchors
 from ..compress.byte_format import CodecError
+from ..compress.context_registry import parse_context
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
 from .averaging.averager import Averager, Place
 from .averaging.gradients import GradientAverager
 from .averaging.modes import parse_averaging
-from .averaging.stage_averager import stage_averager
+from .averaging.stage_averager import rounding_seed, stage_averager
 from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
 from .config import ConfigError, RunConfig
 from .constrained_stage import constrain
+from .context.chunked_model import ChunkedModel, LaneContext, with_chunks
+from .context.exchange import ContextTransport
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
@@ -75,7 +79,7 @@ class Stage:
         self._all_layers = architecture.num_hidden_layers
         self.layers = stage_layers(config, architecture)[index]
         self.model = build_stage(
-            architecture,
+            with_chunks(copy.deepcopy(architecture)) if config.context.method else architecture,
             stage=index,
             stages=config.pipeline.stages,
             seed=config.run.seed,
@@ -89,6 +93,7 @@ class Stage:
             layers=self.layers,
         )
         self.width = self.model.width
+        self._chunk = self._chunked(compute_dtype)
         self.upstream_endpoint: UpstreamEndpoint | None = None
         self.downstream_endpoint: DownstreamEndpoint | None = None
         context = stage_context(config, index, self.model, dtype=self.dtype)
@@ -136,6 +141,33 @@ class Stage:
     def _constrain(self, model: StageModel) -> None:
         context = stage_context(self.config, self.index, model, dtype=self.dtype)
         constrain(self._codec, model, replace(context, device="cpu"), self._all_layers)  # where weights are made
+
+    def _chunked(self, dtype: torch.dtype) -> ChunkedModel | None:
+        """What the model has of its chunk, where lanes hold parts of the same sequences."""
+        config = self.config
+        if not config.context.method:
+            return None
+        context = LaneContext(
+            method=parse_context(config.context.method),
+            layout=self._layout,
+            lane=self.lane,
+            seed=config.run.seed,
+            batch=config.microbatch_size,
+            seeds=[rounding_seed(config.run.seed, lane) for lane in range(config.lanes.count)],
+            dtype=dtype,
+        )
+        return ChunkedModel(self.model, context)
+
+    def use_transport(self, transport: ContextTransport) -> None:
+        """How keys and values get to the other chunks from now on."""
+        assert self._chunk
+        self._chunk.connect(transport)
+
+    def _at(self, step: int, microbatch: int, *, evaluation: bool = False) -> None:
+        """What is computed next."""
+        if self._chunk:
+            moment = self._chunk.moment
+            moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
 
     def _averager(self) -> Averager | None:
         """What this stage does in rounds, if there are other lanes. Raises ConfigError for a mode that does not fit."""
@@ -195,6 +227,7 @@ class Stage:
         z_in = self._accept(received)
         if z_in is not None:
             z_in.requires_grad_(True)
+        self._at(step, microbatch)
         out = self._run(ids_BS, z_in)
         self._saved[microbatch] = _Saved(z_in, out)
         if self.last:
@@ -319,8 +352,11 @@ class Stage:
         self.restore(self._state.moved(self.completed, completed))
 
     @torch.no_grad()
-    def evaluate(self, ids_BS: np.ndarray, received: ReceivedTensor | None) -> Encoded | float:
+    def evaluate(
+        self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
+    ) -> Encoded | float:
         """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
+        self._at(step, microbatch, evaluation=True)
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)
 

@@ -90,7 +90,7 @@ def settings_of(
     if chunks is not None:
         if given.get("lanes") is not None:
             fail(
-                "--chunks and --lanes: the lanes of a run are chunks of the same sequences or not; omit one of the two",
+                "--chunks are lanes of the same sequences, --lanes of different ones; omit one of the two",
                 2,
             )
         found |= {"lanes.count": chunks, "lanes.average": "gradients", "context.method": "full"}

@@ -66,7 +66,7 @@ def trained(settings: Any) -> tuple[list[dict[str, torch.Tensor]], float]:
 def test_each_token_is_computed_once_and_each_earlier_one_is_there(chunks: int, length: int, order: Any) -> None:
     layout = ChunkLayout(2 * chunks * length, chunks, order)
     held = [layout.lane_positions(lane) for lane in range(chunks)]
-    assert sorted(sum(held, [])) == list(range(layout.sequence_length))
+    assert sorted(position for each in held for position in each) == list(range(layout.sequence_length))
     assert {len(each) for each in held} == {layout.lane_length}
     for lane in range(chunks):
         there = {*layout.of_lane(lane), *layout.needed_by(lane)}
@@ -104,7 +104,7 @@ def test_what_a_lane_is_given_has_its_inputs_targets_and_what_is_before(chunks: 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_merged_segments_are_attention_over_all_keys(groups: int, plain: bool, monkeypatch: Any) -> None:
     if plain:
-        monkeypatch.setattr(segment_attention, "_has_kernel", lambda q: False)
+        monkeypatch.setattr(segment_attention, "_has_kernel", lambda _: False)
     made = torch.Generator().manual_seed(groups)
     q, do = (torch.randn(2, 4, 5, 8, dtype=torch.float64, generator=made) for _ in range(2))
     k, v = (torch.randn(2, groups, 12, 8, dtype=torch.float64, generator=made) for _ in range(2))
@@ -210,11 +210,11 @@ def test_a_format_that_learns_is_refused() -> None:
 
 
 def test_settings_that_cannot_be_are_one_line() -> None:
-    with pytest.raises(ConfigError, match="not 8 equal segments.*choose a length such as 48"):
+    with pytest.raises(ConfigError, match=r"not 8 equal segments.*choose a length such as 48"):
         config(4, data={"sequence_length": 50}, context={"method": "full"})
-    with pytest.raises(ConfigError, match="lanes.count = 1"):
+    with pytest.raises(ConfigError, match=r"lanes\.count = 1"):
         config(1, context={"method": "full"})
-    with pytest.raises(ConfigError, match="context.method: unknown context method 'fool'"):
+    with pytest.raises(ConfigError, match=r"context\.method: unknown context method 'fool'"):
         check_lanes(config(2, context={"method": "fool"}))
 
 
@@ -236,7 +236,7 @@ def test_a_lane_that_fails_ends_the_waiting_of_the_others() -> None:
 
 
 def test_a_part_that_does_not_come_is_named() -> None:
-    with pytest.raises(TimeoutError, match="lane 0 waited 0.01 s for keys and values of layer 2, segment 1, step 1"):
+    with pytest.raises(TimeoutError, match=r"lane 0 waited 0\.01 s for keys and values of layer 2, segment 1, step 1"):
         Mailbox(deadline_s=0.01).of(0, 0).receive(1, KEY)
 
 

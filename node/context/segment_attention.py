@@ -6,8 +6,8 @@ Gimelshein, arXiv 1805.02867; over machines: Ring Attention, Liu et al., arXiv 2
 parts stay apart: with the *merged* o and lse, the gradient through one part's keys needs nothing of the others.
 
 torch has the parts: its fused kernels return lse, and their backward takes o and lse from outside. They are what
-torch's own context parallelism calls, under names with an underscore, so `plain_forward` and `plain_backward` are the same in
-ordinary operations, for devices and dtypes without a kernel, and for tests to compare.
+torch's own context parallelism calls, under names with an underscore. `plain_forward` and `plain_backward` are the same
+in ordinary operations, for devices and dtypes without a kernel, and for tests to compare.
 
 Shapes: q, o (B, H, T, D); k, v (B, G, S, D) with H a multiple of G: H/G query heads share a key head; lse (B, H, T),
 float32, or float64 with float64.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -11,11 +14,15 @@ import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
+from thinpipe.node.recomputed_run import recompute
 from thinpipe.node.security.key_directory import init, issue
+from thinpipe.sim.launch.node_launch import free_ports, node_environment
 
 from .conftest import TinyConfig
 from .real_faults import Done, Kill, carry_out, records
-from .real_up import Up, ended
+from .real_up import END_S, Up, ended
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GRID = {"lanes.count": 2, "pipeline.stages": 2, "run.steps": 12, "checkpoint.every": 4}
 MODES = {
@@ -110,3 +117,39 @@ def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: 
     starts = [[len(records(run / f"lane-{lane}", stage, "start")) for stage in range(2)] for lane in range(2)]
     assert starts == [[2, 1], [1, 2]]
     assert [len(records(run / f"lane-{lane}", 1 - lane, "rollback")) for lane in range(2)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_lane_that_gives_nonsense_is_left_out_of_that_round(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Both other lanes refuse it, and say so; nobody ends, and all have the bits that follow from who took part."""
+    more = {"lanes.average": "outer:every=3", "run.steps": 60, "lanes.round_timeout_s": 3}
+    config = tiny({**GRID, "lanes.count": 3, "pipeline.stages": 1, **more})
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run, ports = tmp_path / "run", free_ports(2)
+    logs = [tmp_path / f"lane-{lane}.log" for lane in range(3)]
+    with ExitStack() as stack:
+        nodes: list[subprocess.Popen[bytes]] = []
+        for lane, program in enumerate(("thinpipe.cli", "tests.nonsense_node", "thinpipe.cli")):
+            command = [sys.executable, "-m", program, *(["4"] if "nonsense" in program else []), "node"]
+            command += ["--config", str(tmp_path / "run.toml"), "--out", str(run), "--stage", "0", "--lane", str(lane)]
+            command += ["--listen", f"127.0.0.1:{ports[lane]}"] if lane < 2 else []
+            command += [part for lower in range(lane) for part in ("--lateral", f"{lower}=127.0.0.1:{ports[lower]}")]
+            log = stack.enter_context(logs[lane].open("w"))
+            nodes.append(subprocess.Popen(command, cwd=ROOT, env=node_environment(), stdout=log, stderr=log))
+            stack.callback(nodes[-1].wait)
+            stack.callback(nodes[-1].kill)
+        for lane, node in enumerate(nodes):
+            assert node.wait(END_S) == 0, logs[lane].read_text()
+    refused = "lane 1's contribution to round 4 of stage 0 is refused: int4 payload"
+    for lane in (0, 2):
+        faults = [each for each in records(run / f"lane-{lane}", 0, "fault") if each["code"] == "bad-payload"]
+        assert len(faults) == 3
+        assert all(refused in each["reason"] for each in faults)
+        assert "the round goes on without this lane" in faults[-1]["reason"]
+    told = [each["reason"] for each in records(run / "lane-1", 0, "fault") if each["code"] == "bad-payload"]
+    assert len(told) == 6
+    members = records(run / "lane-0", 0, "members")
+    assert (members[0]["first"], members[0]["members"]) == (4, [0, 2])
+    found = recompute(run, tmp_path / "again", config)
+    assert found.equal, [each.words() for each in found.lanes]
+    assert all(each.ended for each in found.lanes)

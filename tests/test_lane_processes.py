@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
@@ -20,6 +21,7 @@ from thinpipe.sim.launch.node_launch import free_ports, node_environment
 
 from .conftest import TinyConfig
 from .real_faults import Done, Kill, carry_out, records
+from .real_node import until
 from .real_up import END_S, Up, ended
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +119,30 @@ def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: 
     starts = [[len(records(run / f"lane-{lane}", stage, "start")) for stage in range(2)] for lane in range(2)]
     assert starts == [[2, 1], [1, 2]]
     assert [len(records(run / f"lane-{lane}", 1 - lane, "rollback")) for lane in range(2)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_lane_that_is_told_to_end_ahead_of_the_others_ends_alike(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """It waits in a round to which the other one, which ends before it, contributes no more."""
+    config = tiny({**GRID, "run.steps": 60, "lanes.average": "outer:every=20"})
+    process, run = started(up, config, tmp_path)
+    until(lambda: len(records(run / "lane-1", 0, "step")) >= 8, "lane 1's first steps")
+    nodes = [psutil.Process(records(run / "lane-1", stage, "start")[0]["process"]) for stage in range(2)]
+    for node in nodes:
+        node.suspend()
+    ahead = len(records(run / "lane-1", 0, "step")) // 20 * 20 + 19
+    until(lambda: len(records(run / "lane-0", 0, "step")) >= ahead, "lane 0's coming to a round")
+    process.terminate()
+    until(lambda: "the run stops after" in (run / "lane-0" / "stage-0.log").read_text(), "the word to end")
+    for node in nodes:
+        node.resume()
+    ended(process)
+    assert "which ended before: this lane goes back" in (run / "lane-0" / "stage-0.log").read_text()
+    for lane, stage in product(range(2), range(2)):
+        assert records(run / f"lane-{lane}", stage, "end")
+        assert not records(run / f"lane-{lane}", stage, "failed")
+    ended(up("--resume", str(run)))
+    assert ends(run, config) == digests(config)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from thinpipe.node.security.key_directory import init, issue
 from thinpipe.sim.launch.node_launch import free_ports, node_environment
 
 from .conftest import TinyConfig
+from .preloaded import start
 from .real_faults import Done, Kill, carry_out, records
 from .real_node import until
 from .real_up import END_S, Up, ended
@@ -148,23 +149,29 @@ def test_a_lane_that_is_told_to_end_ahead_of_the_others_ends_alike(up: Up, tiny:
 @pytest.mark.slow
 def test_a_lane_that_gives_nonsense_is_left_out_of_that_round(tiny: TinyConfig, tmp_path: Path) -> None:
     """Both other lanes refuse it, and say so; nobody ends, and all have the bits that follow from who took part."""
-    more = {"lanes.average": "outer:every=3", "run.steps": 60, "lanes.round_timeout_s": 3}
+    more = {"lanes.average": "outer:every=3", "run.steps": 45, "lanes.round_timeout_s": 5}
     config = tiny({**GRID, "lanes.count": 3, "pipeline.stages": 1, **more})
     (tmp_path / "run.toml").write_text(dump_config(config))
     run, ports = tmp_path / "run", free_ports(2)
     logs = [tmp_path / f"lane-{lane}.log" for lane in range(3)]
     with ExitStack() as stack:
-        nodes: list[subprocess.Popen[bytes]] = []
-        for lane, program in enumerate(("thinpipe.cli", "tests.nonsense_node", "thinpipe.cli")):
-            command = [sys.executable, "-m", program, *(["4"] if "nonsense" in program else []), "node"]
-            command += ["--config", str(tmp_path / "run.toml"), "--out", str(run), "--stage", "0", "--lane", str(lane)]
+        nodes = {}
+        start(["--version"], stack.enter_context((tmp_path / "version.log").open("w"))).wait(END_S)
+        for lane in (1, 0, 2):  # nobody must be late for the first round: lane 1 has an interpreter to start
+            command = ["node", "--config", str(tmp_path / "run.toml"), "--out", str(run)]
+            command += ["--stage", "0", "--lane", str(lane)]
             command += ["--listen", f"127.0.0.1:{ports[lane]}"] if lane < 2 else []
             command += [part for lower in range(lane) for part in ("--lateral", f"{lower}=127.0.0.1:{ports[lower]}")]
             log = stack.enter_context(logs[lane].open("w"))
-            nodes.append(subprocess.Popen(command, cwd=ROOT, env=node_environment(), stdout=log, stderr=log))
-            stack.callback(nodes[-1].wait)
-            stack.callback(nodes[-1].kill)
-        for lane, node in enumerate(nodes):
+            if lane == 1:
+                command = [sys.executable, "-m", "tests.nonsense_node", "4", *command]
+                nodes[lane] = subprocess.Popen(command, cwd=ROOT, env=node_environment(), stdout=log, stderr=log)
+            else:
+                nodes[lane] = start(command, log)
+            stack.callback(nodes[lane].wait)
+            stack.callback(nodes[lane].kill)
+            until(lambda: records(run / "lane-1", 0, "start"), "the start of lane 1")
+        for lane, node in nodes.items():
             assert node.wait(END_S) == 0, logs[lane].read_text()
     refused = "lane 1's contribution to round 4 of stage 0 is refused: int4 payload"
     for lane in (0, 2):

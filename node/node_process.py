@@ -314,6 +314,7 @@ async def _run(
             security=security,
             on_held=lambda: rounds_now().membership.held(),
             rounds=lambda: averager_now().plan.count,
+            check=lambda number, lane, content: averager_now().check(number, lane, content),
             status=(lambda: rounds_now().membership.status()) if index == 0 else None,
             on_status=lane_told,
             on_met=lambda lane: rounds_now().states.met(lane),

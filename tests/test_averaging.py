@@ -294,9 +294,11 @@ def test_a_contribution_that_is_none_is_refused_by_name_and_changes_nothing(spec
     good = other.averager.contribute(round_)
     lane.averager.contribute(round_)
     before = lane.weights() + [each.clone() for each in lane.averager.state_tensors().values()]
+    lane.averager.check(0, 1, good)
     for bad in (good[:-1], good + b"\0", b"\xff" * len(good)):
-        with pytest.raises(RoundError, match=r"lane 1's contribution to round 0 of stage 1"):
-            lane.averager.use(round_, {1: bad})
+        for refuses in (lambda bad: lane.averager.use(round_, {1: bad}), lambda bad: lane.averager.check(0, 1, bad)):
+            with pytest.raises(RoundError, match=r"lane 1's contribution to round 0 of stage 1"):
+                refuses(bad)
         assert same(lane.weights() + list(lane.averager.state_tensors().values()), before)
     lane.averager.use(round_, {1: good})
 

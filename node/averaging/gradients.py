@@ -81,6 +81,13 @@ class GradientAverager(Averager):
                 )
         return error
 
+    def _check(self, round_: Round, lane: int, contribution: bytes) -> None:
+        cut = self._format.body_bytes(self._shape)
+        like = torch.empty(0, dtype=self._parameters[0][1].dtype)
+        self._unpacked(round_, lane, contribution[:cut], self._format, self._shape, like)
+        if self._has_table(round_):
+            self._unpacked(round_, lane, contribution[cut:], self._table_format, self._table_shape, like)
+
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         cut = self._format.body_bytes(self._shape)
         grads = self._gradients()

@@ -16,8 +16,11 @@ from thinpipe.compress.mixture_projection import MixtureProjection, Phase
 from thinpipe.compress.principal_components import add_to_gram, principal
 from thinpipe.compress.spec_strings import built
 from thinpipe.compress.turned_subspace import frame_of, orthogonality_error, subspace_at
+from thinpipe.node.model import StageModel, build_stage
 from thinpipe.node.model.deferred import defer_linears
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .test_model import EXACT, whole_model
 
@@ -524,3 +527,62 @@ def test_architectures(name: str) -> None:
     if fault is None:
         with pytest.raises(CodecError, match="outputs for"):
             method_of().attach(Attention(), replace(SHAPE, heads=heads + 7))
+
+
+# -- in a model ------------------------------------------------------------------------------------------------------
+
+
+def test_in_a_decoder_others_make_the_very_keys_that_its_attention_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of Llama with grouped heads, its own rotary embedding, and a split backward."""
+    config = EXACT["llama"]()
+    shape = ContextShape(
+        seed=1,
+        layer=0,
+        width=config.hidden_size,
+        heads=config.num_key_value_heads,
+        head_width=config.hidden_size // config.num_attention_heads,
+        segments=2,
+        segment_length=4,
+        dtype=torch.float64,
+    )
+    layers: list[MixtureLayer] = []
+
+    def constrain(model: StageModel) -> None:
+        for number, module in zip(model.layers, model.layer_modules, strict=True):
+            attention = module.get_submodule("self_attn")
+            layers.append(method_of("mos:k=0.3,v=0.5,warm=1").attach(attention, replace(shape, layer=number)))
+
+    plain = build_stage(config, stage=0, stages=1, seed=1, dtype=torch.float64, device="cpu")
+    model = build_stage(
+        config, stage=0, stages=1, seed=1, dtype=torch.float64, device="cpu", constrain=constrain, deferred=True
+    )
+    given: list[tuple[Tensor, Tensor]] = []
+
+    def spy(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
+        given.append((key, value))
+        return sdpa(module, query, key, value, *args, **more)
+
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    ids = torch.arange(16).reshape(2, 8)
+    with torch.no_grad():
+        assert torch.equal(model(ids), plain(ids))  # warm, with the weights of the plain model
+    for layer in layers:
+        layer.begin("mixed")
+    given.clear()
+    assert model.deferral
+    with model.deferral.putting_aside() as owed:
+        model(ids).square().sum().backward()
+    owed.add_up()
+    assert all(each.grad is not None for _, each in model.full_names() if each.requires_grad)
+    cos, sin = model.base.rotary_emb(given[0][0], torch.arange(8)[None])
+    for layer, (key, value) in zip(layers, given, strict=True):
+        for segment in range(2):
+            part = slice(4 * segment, 4 * segment + 4)
+
+            def rotate(k_BHTD: Tensor, part: slice = part) -> Tensor:
+                return apply_rotary_pos_emb(k_BHTD, k_BHTD, cos[:, part], sin[:, part])[1]
+
+            k, v = layer.decode(*layer.encode(segment, key[:, :, part], value[:, :, part]), rotate)
+            torch.testing.assert_close(k, key[:, :, part])
+            torch.testing.assert_close(v, value[:, :, part])

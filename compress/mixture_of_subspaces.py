@@ -34,7 +34,8 @@ need no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -43,13 +44,14 @@ from torch import Tensor, nn
 from .byte_format import CodecError
 from .context_method import ContextLayer, ContextMethod, ContextShape, Rotate
 from .exact_orthonormal import exact_orthonormal
-from .mixture_projection import Looks, MixtureProjection, Phase
+from .mixture_projection import Looks, MixtureProjection, Phase, folded
 from .principal_components import principal
 from .token_table import UNIT, integers
 from .turned_subspace import frame_of
 
 Mixture = Literal["learned", "random", "none"]
 PROJECTIONS = ("k_proj", "v_proj")
+_WHICH = {name: which for which, name in enumerate(PROJECTIONS)}
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "qkv", "in_proj")
 _STREAMS = 0x4D6F53 << 24  # "MoS": of the seed's draws; the layer and what is drawn are added
 _DRAWS = 3  # of one matrix: Ū, A, ψ
@@ -164,8 +166,12 @@ class MixtureOfSubspaces(ContextMethod):
         return of_keys, of_values
 
     def wire_width(self, shape: ContextShape) -> int:
-        """Behind the warm phase, in which it is the width of keys and values."""
+        """Behind the warm phase; see `width_in`."""
         return sum(self.ranks(shape))
+
+    def width_in(self, phase: Phase, shape: ContextShape) -> int:
+        """W in a phase: while it is warm, z is keys before their rotary embedding, and values, as they are."""
+        return 2 * shape.heads * shape.head_width if phase == "warm" else self.wire_width(shape)
 
     def scalars(self, shape: ContextShape) -> int:
         del shape
@@ -195,6 +201,29 @@ class MixtureOfSubspaces(ContextMethod):
             yield self._frame(shape, which, rank)
             if self.mixture == "random":
                 yield _drawn_head(shape, which)
+
+    @property
+    def ends_plain(self) -> bool:
+        """Whether a run's last model is the plain one of `plain_weights`, and not near it only."""
+        return self.mixture == "none" or self.fold > 0
+
+    def plain_weights(self, weights: Mapping[str, Tensor], shape: ContextShape) -> dict[str, Tensor]:
+        """Of a model's weights, by their names in the whole model, those of the plain model that it is at θ = 0. shape:
+        of any layer. Each layer's number is the only one in its weights' names."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in weights.items():
+            owner, _, kind = name.rpartition(".")
+            which = _WHICH.get(owner.rpartition(".")[2])
+            if which is None:
+                found[name] = tensor
+            elif kind in ("weight", "bias"):
+                layer = next(int(part) for part in name.split(".") if part.isdigit())
+                frame = weights.get(f"{owner}.frame")
+                if frame is None:
+                    own = replace(shape, layer=layer)
+                    frame = self._frame(own, which, self.ranks(own)[which])
+                found[name] = folded(tensor, frame[0])
+        return found
 
     def _frame(self, shape: ContextShape, which: int, rank: int) -> Tensor:
         size = shape.heads * shape.head_width

@@ -142,11 +142,14 @@ class MixtureProjection(nn.Linear):
         }
         return found if theta_BS is None else {"angle": float(theta_BS.abs().mean()), **found}
 
-    @torch.no_grad()
     def folded(self) -> dict[str, Tensor]:
         """Weight, and bias where there is one, of the plain projection that this is at θ = 0: B Ū Ūᵀ."""
-        u = self.frame[0].double()
-        found = {"weight": (u @ (u.mT @ self.weight.double())).to(self.weight.dtype)}
-        if self.bias is not None:
-            found["bias"] = (u @ (u.mT @ self.bias.double())).to(self.bias.dtype)
-        return found
+        given = {"weight": self.weight, "bias": self.bias}
+        return {kind: folded(tensor, self.frame[0]) for kind, tensor in given.items() if tensor is not None}
+
+
+@torch.no_grad()
+def folded(tensor_K: Tensor, u_KR: Tensor) -> Tensor:
+    """Ū Ūᵀ W of a weight (K, D), or of a bias (K,): rounded once, at the end."""
+    u = u_KR.to(tensor_K.device, torch.float64)
+    return (u @ (u.mT @ tensor_K.to(torch.float64))).to(tensor_K.dtype)

@@ -341,7 +341,7 @@ def test_warm_projections_are_the_plain_ones(mixture: str) -> None:
     keys, values = (of_heads(part(hidden())) for part in (attention.k_proj, attention.v_proj))
     assert torch.equal(keys, of_heads(plain.k_proj(hidden())))
     z, s = layer.encode(1, keys, values)
-    assert z.shape == (BATCH, SHAPE.segment_length, 2 * K)
+    assert z.shape == (BATCH, SHAPE.segment_length, method_of().width_in("warm", SHAPE))
     k, v = layer.decode(z, s, turned_by(0.5))
     own = slice(SHAPE.segment_length, None)
     assert torch.equal(k, turned_by(0.5)(keys[:, :, own]))
@@ -354,6 +354,7 @@ def test_every_parameter_that_learns_has_a_gradient_in_every_phase(phase: Phase)
     layer.begin(phase)
     keys, values = (of_heads(part(hidden())) for part in (attention.k_proj, attention.v_proj))
     z, s = layer.encode(0, keys, values)
+    assert z.shape[-1] == method_of().width_in(phase, SHAPE)
     assert bool(s.abs().max() > 0) == (phase == "mixed")
     taken = [each.detach().requires_grad_() for each in (z, s)]
     k, v = layer.decode(taken[0], taken[1], turned_by(0.5))
@@ -431,6 +432,27 @@ def test_folded_projections_are_plain_ones() -> None:
         torch.testing.assert_close(one, other)
     layer.begin("mixed")
     assert not torch.allclose(attention.k_proj(hidden()), folded.k_proj(hidden()))
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"), [("", False), (",fold=0.3", True), (",mixture=none", True), (",warm=2", False)]
+)
+def test_a_models_weights_without_the_model(options: str, plain: bool) -> None:
+    """As an export has them: by their names, from a checkpoint."""
+    spec = f"mos:k=0.17,v=0.33{options}"
+    attention, layer = attached(spec, bias=True)
+    assert method_of(spec).ends_plain == plain
+    if "warm" in options:
+        gram = random(K, K, seed=1)
+        layer.use_grams(gram @ gram.mT, gram.mT @ gram)
+    named = {f"model.layers.1.self_attn.{name}": each for name, each in attention.named_parameters()}
+    other = random(3, seed=1)
+    found = method_of(spec).plain_weights({**named, "model.norm.weight": other}, replace(SHAPE, layer=0))
+    assert found.pop("model.norm.weight") is other
+    expected = {f"model.layers.1.self_attn.{name}": each for name, each in layer.folded().items()}
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        torch.testing.assert_close(found[name], each, rtol=1e-13, atol=1e-13)
 
 
 def test_a_plain_model_starts_it_and_generated_parts_are_in_no_checkpoint() -> None:

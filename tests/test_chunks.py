@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from thinpipe.node.context.context_exchange import ContextCoder
 from thinpipe.node.context.exchange import ContextKey
 from thinpipe.node.context.lane_threads import LaneThreads
 from thinpipe.node.context.mailbox import Mailbox
+from thinpipe.node.model import ModelError
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import check_lanes
 
@@ -156,6 +159,15 @@ def test_a_codec_that_looks_at_the_last_tokens_sees_those_of_the_chunk_before() 
     assert part_loss == pytest.approx(whole_loss, rel=1e-9)
     name = next(each for each in whole if "context.embedding" in each)
     assert (parts[1][name] - whole[name]).norm() <= 1e-8 * whole[name].norm()
+
+
+def test_a_window_is_refused_by_name(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = {"model_type": "mistral", **sizes, "num_key_value_heads": 2, "vocab_size": 512, "sliding_window": 16}
+    (tmp_path / "config.json").write_text(json.dumps(model), encoding="utf-8")
+    settings = config(2, model={"path": str(tmp_path), "width": None, "layers": None}, context={"method": "full"})
+    with pytest.raises(ModelError, match=r"architecture 'mistral' cannot be cut into chunks: .* takes sliding_window"):
+        trained(settings)
 
 
 def test_bits_do_not_depend_on_which_thread_is_first() -> None:

@@ -37,7 +37,7 @@ _WITHOUT_EFFECT = {"position_ids", "use_cache", "cache_position", "is_causal", "
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -51,7 +51,8 @@ def attend(
     odd = sorted(name for name, value in options.items() if value is not None and name not in _WITHOUT_EFFECT)
     if odd:
         raise ModelError(
-            f"its attention takes {', '.join(odd)}, which attention over chunks of a sequence does not have"
+            f"{describe(module.config)} cannot be cut into chunks: its attention takes {', '.join(odd)}, which "
+            f"attention over chunks of a sequence does not have; {REMEDY}"
         )
     if torch.is_autocast_enabled(query.device.type):  # which casts what torch's own attention is given
         dtype = torch.get_autocast_dtype(query.device.type)

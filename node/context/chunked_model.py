@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.context_method import ContextMethod, ContextShape, Rotate
-from ..model.architecture import REMEDY, ModelError, describe, quiet_transformers
+from ..model.architecture import ModelError, describe, quiet_transformers
 from .chunk_layout import ChunkLayout
 from .context_exchange import ContextCoder, ContextExchange
 from .exchange import ContextTransport
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from ..model import StageModel
 
+WITHOUT_THAT = "choose a decoder that looks at all earlier tokens, such as llama or qwen3"
 ATTENTION = "thinpipe_chunks"  # as transformers knows it
 _PLACE = "chunk_attention"  # of the LayerAttention, in an attention module
 # Of an attention function's arguments: those that change nothing of what is computed here.
@@ -52,7 +53,7 @@ def attend(
     if odd:
         raise ModelError(
             f"{describe(module.config)} cannot be cut into chunks: its attention takes {', '.join(odd)}, which "
-            f"attention over chunks of a sequence does not have; {REMEDY}"
+            f"attention over chunks of a sequence does not have; {WITHOUT_THAT}"
         )
     if torch.is_autocast_enabled(query.device.type):  # which casts what torch's own attention is given
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -130,7 +131,7 @@ def _attention_of(layer: nn.Module, model: StageModel) -> nn.Module:
     if isinstance(found, nn.Module):
         return found
     raise ModelError(
-        f"{describe(model.causal.config)} cannot be cut into chunks: its layers have no 'self_attn'; {REMEDY}"
+        f"{describe(model.causal.config)} cannot be cut into chunks: its layers have no 'self_attn'; {WITHOUT_THAT}"
     )
 
 

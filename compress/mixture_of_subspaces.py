@@ -100,10 +100,10 @@ class MixtureLayer(ContextLayer):
         return self.keys.gram, self.values.gram
 
     @torch.no_grad()
-    def use_grams(self, keys_KK: Tensor, values_KK: Tensor) -> None:
-        """Ū from now on: their principal components. Give the sums over all lanes. Raises CodecError for matrices that
-        are not finite."""
-        for which, (projection, gram) in enumerate(((self.keys, keys_KK), (self.values, values_KK))):
+    def use_grams(self, *sums: Tensor) -> None:
+        """Ū from now on: the principal components of keys, and of values, from the sums over all lanes, each (K, K).
+        Raises CodecError for matrices that are not finite."""
+        for which, (projection, gram) in enumerate(zip((self.keys, self.values), sums, strict=True)):
             try:
                 u_KR = principal(gram, projection.frame.shape[2])
             except ValueError as error:
@@ -172,6 +172,12 @@ class MixtureOfSubspaces(ContextMethod):
     def width_in(self, phase: Phase, shape: ContextShape) -> int:
         """W in a phase: while it is warm, z is keys before their rotary embedding, and values, as they are."""
         return 2 * shape.heads * shape.head_width if phase == "warm" else self.wire_width(shape)
+
+    def width_at(self, step: int, shape: ContextShape) -> int:
+        return self.width_in("warm" if step < self.warm else "mixed", shape)
+
+    def begin(self, layer: MixtureLayer, step: int, steps: int) -> None:
+        layer.begin(self.phase(step, steps), gathers=self.gathers(step))
 
     def scalars(self, shape: ContextShape) -> int:
         del shape

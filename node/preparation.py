@@ -118,9 +118,15 @@ def check_lanes(config: RunConfig) -> None:
     if not config.context.method:
         return
     try:
-        parse_context(config.context.method)
+        parse_context(config.context.method).check_steps(config.run.steps)
     except CodecError as error:
         raise ConfigError(f"context.method: {error}") from None
+    codec = parse_codec(config.codec.codec).codec
+    if codec.constrains:
+        raise ConfigError(
+            f"codec '{codec.name}' does not go with chunks (context.method): what it makes of a model is tried on "
+            "whole sequences; choose codec 'mapl'"
+        )
     for what, set_, remedy in (
         ("activation_checkpointing", config.compute.activation_checkpointing, "false"),
         ("compile", config.compute.compile, "false"),

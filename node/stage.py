@@ -23,19 +23,18 @@ from torch import Tensor
 
 from ..compress.anchors import Anchors
 from ..compress.byte_format import CodecError
-from ..compress.context_registry import parse_context
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
 from .averaging.averager import Averager, Place
 from .averaging.gradients import GradientAverager
 from .averaging.modes import parse_averaging
-from .averaging.stage_averager import rounding_seed, stage_averager
+from .averaging.stage_averager import stage_averager
 from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
 from .config import ConfigError, RunConfig
 from .constrained_stage import constrain
-from .context.chunked_model import ChunkedModel, LaneContext, with_chunks
+from .context.chunked_model import ChunkedModel, with_chunks
 from .context.exchange import ContextTransport
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
@@ -78,6 +77,7 @@ class Stage:
         self._codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
         self._all_layers = architecture.num_hidden_layers
         self.layers = stage_layers(config, architecture)[index]
+        self.chunk: ChunkedModel | None = None  # of sequences whose other parts are in other lanes
         self.model = build_stage(
             with_chunks(copy.deepcopy(architecture)) if config.context.method else architecture,
             stage=index,
@@ -89,11 +89,10 @@ class Stage:
             activation_checkpointing=config.compute.activation_checkpointing,
             compile=config.compute.compile,
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
-            constrain=self._constrain if self._codec.constrains else None,
+            constrain=self._constrain if self._codec.constrains or config.context.method else None,
             layers=self.layers,
         )
         self.width = self.model.width
-        self._chunk = self._chunked(compute_dtype)
         self.upstream_endpoint: UpstreamEndpoint | None = None
         self.downstream_endpoint: DownstreamEndpoint | None = None
         context = stage_context(config, index, self.model, dtype=self.dtype)
@@ -139,35 +138,16 @@ class Stage:
         return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
 
     def _constrain(self, model: StageModel) -> None:
-        context = stage_context(self.config, self.index, model, dtype=self.dtype)
-        constrain(self._codec, model, replace(context, device="cpu"), self._all_layers)  # where weights are made
-
-    def _chunked(self, dtype: torch.dtype) -> ChunkedModel | None:
-        """What the model has of its chunk, where lanes hold parts of the same sequences."""
-        config = self.config
-        if not config.context.method:
-            return None
-        context = LaneContext(
-            method=parse_context(config.context.method),
-            layout=self._layout,
-            lane=self.lane,
-            seed=config.run.seed,
-            batch=config.microbatch_size,
-            seeds=[rounding_seed(config.run.seed, lane) for lane in range(config.lanes.count)],
-            dtype=dtype,
-        )
-        return ChunkedModel(self.model, context)
+        if self._codec.constrains:
+            context = stage_context(self.config, self.index, model, dtype=self.dtype)
+            constrain(self._codec, model, replace(context, device="cpu"), self._all_layers)  # where weights are made
+        if self.config.context.method:
+            self.chunk = ChunkedModel(self.config, model, self.lane, DTYPES[self.config.compute.dtype])
 
     def use_transport(self, transport: ContextTransport) -> None:
         """How keys and values get to the other chunks from now on."""
-        assert self._chunk
-        self._chunk.connect(transport)
-
-    def _at(self, step: int, microbatch: int, *, evaluation: bool = False) -> None:
-        """What is computed next."""
-        if self._chunk:
-            moment = self._chunk.moment
-            moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
+        assert self.chunk
+        self.chunk.connect(transport)
 
     def _averager(self) -> Averager | None:
         """What this stage does in rounds, if there are other lanes. Raises ConfigError for a mode that does not fit."""
@@ -218,6 +198,10 @@ class Stage:
                 out = self.model(hidden)
             return out.to(self.dtype) if self.last else self.sender.encode(out.to(self.dtype), inputs_BT)
 
+    def _begin(self, step: int, microbatch: int, *, evaluation: bool = False) -> None:
+        if self.chunk:
+            self.chunk.begin(step, microbatch, evaluation=evaluation)
+
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
     ) -> Encoded | None:
@@ -227,7 +211,7 @@ class Stage:
         z_in = self._accept(received)
         if z_in is not None:
             z_in.requires_grad_(True)
-        self._at(step, microbatch)
+        self._begin(step, microbatch)
         out = self._run(ids_BS, z_in)
         self._saved[microbatch] = _Saved(z_in, out)
         if self.last:
@@ -356,7 +340,7 @@ class Stage:
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
     ) -> Encoded | float:
         """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
-        self._at(step, microbatch, evaluation=True)
+        self._begin(step, microbatch, evaluation=True)
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)
 
@@ -369,7 +353,7 @@ class Stage:
     def measures(self) -> dict[str, float]:
         """Figures of what the codecs learned here since the last call: the projector and the codebook of activations
         below, and of gradients above."""
-        figures = {} if self.last else self.sender.measures()
+        figures = ({} if self.last else self.sender.measures()) | (self.chunk.measures() if self.chunk else {})
         for name, port in (("activation", self.downstream_endpoint), ("gradient", self.upstream_endpoint)):
             if port:
                 figures |= {f"{name}_{figure}": value for figure, value in port.measures().items()}

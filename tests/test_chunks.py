@@ -24,9 +24,11 @@ from thinpipe.node.context.context_exchange import ContextCoder
 from thinpipe.node.context.exchange import ContextKey
 from thinpipe.node.context.lane_threads import LaneThreads
 from thinpipe.node.context.mailbox import Mailbox
-from thinpipe.node.model import ModelError
+from thinpipe.node.data.batches import draw
+from thinpipe.node.model import ModelError, StageModel, build_stage
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.preparation import check_lanes
+from thinpipe.node.preparation import check_lanes, resolve_architecture
+from thinpipe.protocol.messages import Kind
 
 STEPS = 3
 KEY = ContextKey(step=1, evaluation=False, microbatch=0, layer=2, segment=1)
@@ -161,6 +163,63 @@ def test_a_codec_that_looks_at_the_last_tokens_sees_those_of_the_chunk_before() 
     assert (parts[1][name] - whole[name]).norm() <= 1e-8 * whole[name].norm()
 
 
+@pytest.mark.parametrize("mixture", ["learned", "random", "none"])
+@pytest.mark.parametrize("order", ["zigzag", "plain"])
+def test_gradients_of_mixtures_of_subspaces_are_those_of_one_graph(order: Any, mixture: str) -> None:
+    """Angles and what crosses: against ordinary attention over whole sequences whose keys and values are made by the
+    same projections, all segments on one node."""
+    spec = f"mos:k=0.25,v=0.5,mixture={mixture}"
+    settings = config(2, pipeline={"stages": 1}, context={"method": spec, "order": order})
+    run = OneProcess(settings)
+    try:
+        run._each(lambda lane: lane.work(0), run.lanes)
+        gradients = [{name: each.grad for name, each in lane.stages[0].trained} for lane in run.lanes]
+    finally:
+        run.close()
+    method, layout = parse_context(spec), settings.chunk_layout
+    whole = config(1, pipeline={"stages": 1})
+
+    def attach(model: StageModel) -> None:
+        for layer, module in enumerate(model.layer_modules):
+            attention: Any = module.self_attn
+            shape = ContextShape(
+                seed=1,
+                layer=layer,
+                width=64,
+                heads=model.causal.config.num_key_value_heads,
+                head_width=attention.head_dim,
+                segments=layout.segments,
+                segment_length=layout.segment_length,
+                dtype=torch.float64,
+            )
+            method.attach(attention, shape)
+
+    model = build_stage(
+        resolve_architecture(whole), stage=0, stages=1, seed=1, dtype=torch.float64, device="cpu", constrain=attach
+    )
+    for microbatch in range(2):
+        ids = torch.from_numpy(draw(run.corpus, whole, Kind.ACTIVATION, 0, microbatch).astype(np.int64))
+        logits = model(ids[:, :-1])
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+    for name, parameter in model.full_names():
+        assert parameter.grad is not None
+        mine = sum(each[name] for each in gradients)
+        assert isinstance(mine, torch.Tensor)
+        assert (mine - parameter.grad).norm() <= 1e-9 * parameter.grad.norm(), name
+
+
+def test_after_a_warm_start_all_lanes_have_the_same_subspaces() -> None:
+    method = "mos:k=0.25,v=0.5,warm=1,fold=0.34"
+    lanes, loss = trained(config(3, context={"method": method}, pipeline={"schedule": "zb"}))
+    frames = [name for name in lanes[0] if name.endswith(".frame")]
+    assert len(frames) == 4
+    assert np.isfinite(loss)
+    cold, _ = trained(config(3, context={"method": "mos:k=0.25,v=0.5"}))
+    assert not set(frames) & set(cold[0])
+    for lane in lanes[1:]:
+        assert all(torch.equal(lane[name], lanes[0][name]) for name in lane)
+
+
 def test_a_window_is_refused_by_name(tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = {"model_type": "mistral", **sizes, "num_key_value_heads": 2, "vocab_size": 512, "sliding_window": 16}
@@ -196,7 +255,7 @@ def coder(spec: str) -> ContextCoder:
 def test_parts_have_the_length_that_was_agreed_and_come_out_alike(spec: str) -> None:
     both, z = coder(spec), torch.randn(3, 4, 32)
     body = both.pack(KEY, 7, (z, z.new_empty(3, 0)))
-    assert len(body) == both.body_bytes(gradient=False)
+    assert len(body) == both.body_bytes(KEY)
     found, _ = both.unpack(KEY, 7, body, lane=0)
     torch.testing.assert_close(found, z, atol=0.6, rtol=0.1)
     with pytest.raises(CodecError, match=r"lane 3: keys and values of layer 2, segment 1.*bytes"):
@@ -226,6 +285,10 @@ def test_settings_that_cannot_be_are_one_line() -> None:
         config(4, data={"sequence_length": 50}, context={"method": "full"})
     with pytest.raises(ConfigError, match=r"lanes\.count = 1"):
         config(1, context={"method": "full"})
+    with pytest.raises(ConfigError, match="codec 'ssn' does not go with chunks"):
+        check_lanes(config(2, codec={"codec": "ssn:k=16"}, context={"method": "full"}))
+    with pytest.raises(ConfigError, match=r"warm=3 of 3 steps.*lower warm"):
+        check_lanes(config(2, context={"method": "mos:k=0.25,v=0.5,warm=3"}))
     with pytest.raises(ConfigError, match=r"context\.method: unknown context method 'fool'"):
         check_lanes(config(2, context={"method": "fool"}))
 

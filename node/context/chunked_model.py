@@ -12,15 +12,16 @@ arguments that this function does not have. The unknown is refused by `chunk_exa
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ...compress.context_method import ContextMethod, ContextShape, Rotate
+from ...compress.context_method import ContextLayer, ContextShape, Rotate
+from ...compress.context_registry import parse_context
+from ..averaging.stage_averager import rounding_seed
+from ..config import RunConfig
 from ..model.architecture import ModelError, describe, quiet_transformers
-from .chunk_layout import ChunkLayout
 from .context_exchange import ContextCoder, ContextExchange
 from .exchange import ContextTransport
 from .layer_attention import LayerAttention, Moment
@@ -72,53 +73,78 @@ def with_chunks(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaneContext:
-    """Which chunk a model computes, and how. batch: sequences of a microbatch; seeds: by lane; dtype: of computing."""
-
-    method: ContextMethod
-    layout: ChunkLayout
-    lane: int
-    seed: int
-    batch: int
-    seeds: list[int]
-    dtype: torch.dtype
-
-
 class ChunkedModel:
-    """What a stage's model has of its chunk. Changes modules of `model` as the method wants, so before an optimizer is
-    made; `connect` before anything is computed. Raises ModelError or CodecError for a model that does not fit."""
+    """What the model of a stage in lane `lane` has of its chunk. Changes modules of `model` as the method wants, so
+    before an optimizer is made; `connect` before anything is computed. dtype: in which the stage computes. Raises
+    ModelError or CodecError for a model that does not fit."""
 
-    def __init__(self, model: StageModel, context: LaneContext) -> None:
-        self.moment = Moment()
-        self._model, self._context = model, context
-        self._layers = {}
-        self.coders: dict[int, ContextCoder] = {}  # by layer of the whole model
-        device = next(model.parameters()).device
+    def __init__(self, config: RunConfig, model: StageModel, lane: int, dtype: torch.dtype) -> None:
+        self._config, self._model, self._lane = config, model, lane
+        self._layout = config.chunk_layout
+        self._method = parse_context(config.context.method)
+        self._moment = Moment(step=-1)
+        self._layers: dict[int, tuple[nn.Module, ContextLayer]] = {}
+        self._coders: dict[int, ContextCoder] = {}  # by layer of the whole model
+        device = torch.device(config.compute.device)
+        sizes = {"batch": config.microbatch_size, "dtype": dtype, "device": device}
         for layer, module in zip(model.layers, model.layer_modules, strict=True):
             attention = _attention_of(module, model)
-            shape = _shape(attention, layer, model, context)
-            self._layers[layer] = (attention, context.method.attach(attention, shape))
-            self.coders[layer] = ContextCoder(
-                context.method, shape, batch=context.batch, dtype=context.dtype, device=device
-            )
-        positions = torch.tensor(context.layout.lane_positions(context.lane), device=device)
-        model.positions = positions.unsqueeze(0)
+            shape = self._shape(attention, layer, dtype)
+            self._layers[layer] = (attention, self._method.attach(attention, shape))
+            self._coders[layer] = ContextCoder(self._method, shape, **sizes)
+        model.positions = torch.tensor(self._layout.lane_positions(lane), device=device).unsqueeze(0)
+
+    def _shape(self, attention: nn.Module, layer: int, dtype: torch.dtype) -> ContextShape:
+        architecture = self._model.causal.config
+        heads = architecture.num_attention_heads
+        return ContextShape(
+            seed=self._config.run.seed,
+            layer=layer,
+            width=self._model.width,
+            heads=getattr(architecture, "num_key_value_heads", None) or heads,
+            head_width=getattr(attention, "head_dim", None) or architecture.hidden_size // heads,
+            segments=self._layout.segments_per_lane,
+            segment_length=self._layout.segment_length,
+            dtype=dtype,
+        )
 
     def connect(self, transport: ContextTransport) -> None:
         """Parts go by `transport` from now on."""
-        context = self._context
-        exchange = ContextExchange(context.layout, context.lane, transport, self.coders, context.seeds)
-        rotations = [self._rotation(segment) for segment in range(context.layout.segments)]
+        seeds = [rounding_seed(self._config.run.seed, lane) for lane in range(self._layout.chunks)]
+        exchange = ContextExchange(self._layout, self._lane, transport, self._coders, seeds)
+        rotations = [self._rotation(segment) for segment in range(self._layout.segments)]
         for layer, (attention, method) in self._layers.items():
-            setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self.moment, rotations))
+            setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self._moment, rotations))
+
+    def begin(self, step: int, microbatch: int, *, evaluation: bool) -> None:
+        """What is computed next."""
+        moment = self._moment
+        if step != moment.step:
+            for _, layer in self._layers.values():
+                self._method.begin(layer, step, self._config.run.steps)
+        moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
+
+    def grams(self, step: int) -> list[tuple[Tensor, ...]]:
+        """By layer, what this node has added up in that step, where its method gathers."""
+        return [layer.grams() for _, layer in self._layers.values()] if self._method.gathers(step) else []
+
+    def use_grams(self, sums: list[tuple[Tensor, ...]]) -> None:
+        """The same, added over all lanes."""
+        for (_, layer), each in zip(self._layers.values(), sums, strict=True):
+            layer.use_grams(*each)
+
+    def measures(self) -> dict[str, float]:
+        """Figures of the last forward in training, each the mean over layers."""
+        found = [layer.measures() for _, layer in self._layers.values()]
+        return {f"context_{name}": sum(each[name] for each in found) / len(found) for name in (found or [{}])[0]}
 
     def _rotation(self, segment: int) -> Rotate:
         """The architecture's own rotary embedding, of a segment's positions."""
-        positions = torch.tensor(self._context.layout.positions(segment)).unsqueeze(0)
+        positions = torch.tensor(self._layout.positions(segment)).unsqueeze(0)
+        like = torch.empty(0, dtype=next(self._model.parameters()).dtype)  # as hidden states, for the angles' own dtype
 
         def rotate(k_BHTD: Tensor) -> Tensor:
-            cos, sin = self._model.base.rotary_emb(k_BHTD, positions.to(k_BHTD.device))
+            cos, sin = self._model.base.rotary_emb(like.to(k_BHTD.device), positions.to(k_BHTD.device))
             attention, _ = next(iter(self._layers.values()))
             own = sys.modules[type(attention).__module__]
             return own.apply_rotary_pos_emb(k_BHTD, k_BHTD, cos, sin)[1]
@@ -132,19 +158,4 @@ def _attention_of(layer: nn.Module, model: StageModel) -> nn.Module:
         return found
     raise ModelError(
         f"{describe(model.causal.config)} cannot be cut into chunks: its layers have no 'self_attn'; {WITHOUT_THAT}"
-    )
-
-
-def _shape(attention: nn.Module, layer: int, model: StageModel, context: LaneContext) -> ContextShape:
-    config = model.causal.config
-    head_width = getattr(attention, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return ContextShape(
-        seed=context.seed,
-        layer=layer,
-        width=model.width,
-        heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_width=head_width,
-        segments=context.layout.segments_per_lane,
-        segment_length=context.layout.segment_length,
-        dtype=context.dtype,
     )

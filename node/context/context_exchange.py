@@ -31,8 +31,8 @@ class ContextCoder:
     def __init__(
         self, method: ContextMethod, shape: ContextShape, *, batch: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        self._method, self._shape, self._batch = method, shape, batch
         self._dtype, self._device = dtype, device
-        self._z_shape = (batch, shape.segment_length, method.wire_width(shape))
         self._s_shape = (batch, method.scalars(shape))
         self._s_dtype = torch.float64 if dtype is torch.float64 else torch.float32
         self._formats = {
@@ -40,9 +40,12 @@ class ContextCoder:
             for gradient, spec in ((False, method.format), (True, method.backward))
         }
 
-    def body_bytes(self, *, gradient: bool) -> int:
-        """Exact length of every part."""
-        return self._formats[gradient].body_bytes(self._z_shape) + self._s_bytes
+    def _z_shape(self, key: ContextKey) -> tuple[int, int, int]:
+        return (self._batch, self._shape.segment_length, self._method.width_at(key.step, self._shape))
+
+    def body_bytes(self, key: ContextKey) -> int:
+        """Exact length of that part."""
+        return self._formats[key.gradient].body_bytes(self._z_shape(key)) + self._s_bytes
 
     @property
     def _s_bytes(self) -> int:
@@ -57,13 +60,14 @@ class ContextCoder:
 
     def unpack(self, key: ContextKey, seed: int, body: bytes | memoryview, *, lane: int) -> Part:
         """What `pack` was given, of the node in `lane` that has this `seed`. Raises CodecError, which names it."""
-        fmt, wanted = self._formats[key.gradient], self.body_bytes(gradient=key.gradient)
+        fmt, wanted = self._formats[key.gradient], self.body_bytes(key)
         if len(body) != wanted:
             raise CodecError(f"lane {lane}: {key} is {len(body)} bytes, {wanted} were agreed")
         cut = wanted - self._s_bytes
-        payload = Payload(codec=fmt.id, header={"shape": list(self._z_shape)}, body=memoryview(body)[:cut])
+        shape = self._z_shape(key)
+        payload = Payload(codec=fmt.id, header={"shape": list(shape)}, body=memoryview(body)[:cut])
         try:
-            z = fmt.unpack(payload, shape=self._z_shape, dtype=self._dtype, device=self._device, key=_key(key, seed))
+            z = fmt.unpack(payload, shape=shape, dtype=self._dtype, device=self._device, key=_key(key, seed))
         except CodecError as error:
             raise CodecError(f"lane {lane}: {key}: {error}") from None
         numbers = np.frombuffer(body, np.float64 if self._s_dtype is torch.float64 else np.float32, offset=cut)

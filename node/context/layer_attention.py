@@ -63,7 +63,8 @@ class LayerAttention:
     def decode(self, segment: int, z: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of another node's segment, the same forward and backward."""
         with torch.autocast(z.device.type, enabled=False):
-            return self.method.decode(z, s, self._rotations[segment])
+            k, v = self.method.decode(z, s, self._rotations[segment])
+        return k.to(z.dtype), v.to(z.dtype)
 
 
 class _Attention(torch.autograd.Function):

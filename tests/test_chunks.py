@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from pathlib import Path
@@ -16,11 +17,13 @@ from thinpipe.compress.byte_format import CodecError
 from thinpipe.compress.context_method import ContextShape
 from thinpipe.compress.context_registry import parse_context
 from thinpipe.compress.full_context import FullContext
+from thinpipe.compress.mixture_of_subspaces import MixtureLayer
+from thinpipe.compress.principal_components import principal
 from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import parse_config
 from thinpipe.node.context import segment_attention
 from thinpipe.node.context.chunk_layout import ChunkLayout
-from thinpipe.node.context.context_exchange import ContextCoder
+from thinpipe.node.context.context_exchange import ContextCoder, _key
 from thinpipe.node.context.exchange import ContextKey
 from thinpipe.node.context.lane_threads import LaneThreads
 from thinpipe.node.context.mailbox import Mailbox
@@ -169,7 +172,7 @@ def test_gradients_of_mixtures_of_subspaces_are_those_of_one_graph(order: Any, m
     """Angles and what crosses: against ordinary attention over whole sequences whose keys and values are made by the
     same projections, all segments on one node."""
     spec = f"mos:k=0.25,v=0.5,mixture={mixture}"
-    settings = config(2, pipeline={"stages": 1}, context={"method": spec, "order": order})
+    settings = config(3, pipeline={"stages": 1}, context={"method": spec, "order": order})
     run = OneProcess(settings)
     try:
         run._each(lambda lane: lane.work(0), run.lanes)
@@ -206,6 +209,26 @@ def test_gradients_of_mixtures_of_subspaces_are_those_of_one_graph(order: Any, m
         mine = sum(each[name] for each in gradients)
         assert isinstance(mine, torch.Tensor)
         assert (mine - parameter.grad).norm() <= 1e-9 * parameter.grad.norm(), name
+
+
+def test_subspaces_are_the_principal_components_of_what_all_lanes_saw() -> None:
+    run = OneProcess(config(3, context={"method": "mos:k=0.25,v=0.5,warm=1"}))
+    try:
+        run._step(0)
+        for stages in zip(*(lane.stages for lane in run.lanes), strict=True):
+            chunks = [stage.chunk for stage in stages if stage.chunk]
+            by_lane = [chunk.grams(0)[0] for chunk in chunks]
+            for which in range(2):
+                total = sum(grams[which] for grams in by_lane)
+                assert isinstance(total, torch.Tensor)
+                assert all((grams[which] - total).norm() > 0.1 * total.norm() for grams in by_lane)
+                for chunk in chunks:
+                    _, layer = next(iter(chunk._layers.values()))
+                    assert isinstance(layer, MixtureLayer)
+                    frame = (layer.keys, layer.values)[which].frame[0]
+                    torch.testing.assert_close(frame, principal(total, frame.shape[1]), rtol=0, atol=1e-12)
+    finally:
+        run.close()
 
 
 def test_after_a_warm_start_all_lanes_have_the_same_subspaces() -> None:
@@ -273,6 +296,14 @@ def test_parts_have_the_length_that_was_agreed_and_come_out_alike(spec: str) -> 
 def test_an_unknown_method_is_named(spec: str, line: str) -> None:
     with pytest.raises(CodecError, match=line):
         parse_context(spec)
+
+
+def test_no_two_parts_of_a_run_round_with_the_same_numbers() -> None:
+    fields = itertools.product(range(2), (False, True), range(2), range(3), range(4), (False, True))
+    names = ("step", "evaluation", "microbatch", "layer", "segment", "gradient")
+    keys = [ContextKey(**dict(zip(names, each, strict=True))) for each in fields]
+    drawn = {tuple(_key(key, seed).generator().random_raw(2)) for key in keys for seed in (1, 2)}
+    assert len(drawn) == 2 * len(keys)
 
 
 def test_a_format_that_learns_is_refused() -> None:

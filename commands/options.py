@@ -30,7 +30,7 @@ HELP = {
     "--lanes": "Number of lanes: replicas of the whole chain of stages, each with its own part of the data.",
     "--average": "How lanes become one model: gradients, outer:every=20,lr=0.7,... or sparta:p=0.05,every=10,...",
     "--chunks": "Number of chunks: lanes that hold parts of the same sequences, and exchange keys and values.",
-    "--context": "How keys and values cross to the other chunks: full, full:format=int8,...",
+    "--context": "How keys and values cross to the other chunks: full, full:format=int8, mos:k=0.02,v=0.05,...",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
     "depth by simulation.",

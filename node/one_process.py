@@ -64,7 +64,8 @@ class OneProcess:
             self._threads = LaneThreads(count, mailbox)
             for lane in self.lanes:
                 for stage in lane.stages:
-                    stage.use_transport(mailbox.of(stage.index, lane.lane))
+                    assert stage.chunk
+                    stage.chunk.connect(mailbox.of(stage.index, lane.lane))
         self._members = members or MembershipLog.begin(count)
         self._given: dict[tuple[int, int], dict[int, bytes]] = {}  # (stage, round) -> lane -> contribution
 

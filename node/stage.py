@@ -22,20 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compress.anchors import Anchors
-from ..compress.byte_format import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
-from .averaging.averager import Averager, Place
 from .averaging.gradients import GradientAverager
-from .averaging.modes import parse_averaging
-from .averaging.stage_averager import stage_averager
+from .averaging.stage_averager import averager_of
 from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
-from .config import ConfigError, RunConfig
+from .config import RunConfig
 from .constrained_stage import constrain
 from .context.chunked_model import ChunkedModel, with_chunks
-from .context.exchange import ContextTransport
+from .context.stage_tokens import StageTokens
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
@@ -114,7 +111,15 @@ class Stage:
             self.trained, config.optim, total_steps=config.run.steps, extended=config.run.extended
         )
         self._table_gradient: Tensor | None = None  # of the table below, whole, from `gather` to the step
-        self.averager = self._averager()
+        self.averager = averager_of(
+            config,
+            index,
+            lane,
+            parameters=self.trained,
+            sender=None if self.last else self.sender,
+            table=self.downstream_endpoint and self.downstream_endpoint.table,
+            table_gradient=lambda: self._table_gradient,
+        )
         self._state = StageState(
             stage=index,
             trained=self.trained,
@@ -144,31 +149,6 @@ class Stage:
         if self.config.context.method:
             self.chunk = ChunkedModel(self.config, model, self.lane, DTYPES[self.config.compute.dtype])
 
-    def use_transport(self, transport: ContextTransport) -> None:
-        """How keys and values get to the other chunks from now on."""
-        assert self.chunk
-        self.chunk.connect(transport)
-
-    def _averager(self) -> Averager | None:
-        """What this stage does in rounds, if there are other lanes. Raises ConfigError for a mode that does not fit."""
-        config = self.config
-        if config.lanes.count == 1:
-            return None
-        table = self.downstream_endpoint and self.downstream_endpoint.table
-        learned = table.table if table and table.table.every else None
-        try:
-            return stage_averager(
-                parse_averaging(config.lanes.average),
-                Place(stage=self.index, lane=self.lane, lanes=config.lanes.count, seed=config.run.seed),
-                steps=config.run.steps,
-                parameters=self.trained,
-                sender=self.sender if learned else None,
-                table_moves=lambda step: learned is not None and moves_after(learned, step),
-                table_gradient=lambda: self._table_gradient,
-            )
-        except CodecError as error:
-            raise ConfigError(f"lanes.average: {error}") from None
-
     def _precision(self) -> AbstractContextManager[object]:
         if self._autocast:
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -176,17 +156,9 @@ class Stage:
 
     def _run(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
         """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
-        parts = self._layout.apart(ids_BS.astype(np.int64), self.lane, self._ids_before)
-        inputs_BT = self._on_device(np.concatenate([part.inputs_BT for part in parts], axis=1))
-        known = [(self._on_device(part.known_BT), part.before) for part in parts]
-        out = self._computed(inputs_BT, z_in, known if self._layout.chunks > 1 else [])
-        if not self.last:
-            return out
-        targets_BT = self._on_device(np.concatenate([part.targets_BT for part in parts], axis=1))
-        return F.cross_entropy(out.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-
-    def _on_device(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
+        tokens = StageTokens.of(self._layout.apart(ids_BS, self.lane, self._ids_before), self.device)
+        out = self._computed(tokens.inputs_BT, z_in, tokens.known if self.chunk else ())
+        return F.cross_entropy(out.flatten(0, 1), tokens.targets_BT.flatten(), reduction="sum") if self.last else out
 
     def _computed(self, inputs_BT: Tensor, z_in: Tensor | None, known: Sequence[tuple[Tensor, int]] = ()) -> Tensor:
         """z for the next stage, or the last one's logits (B, T, V). known: the inputs with those before them, where

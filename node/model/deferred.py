@@ -31,8 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ...compress.mixture_projection import MixtureProjection
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Product:
@@ -177,8 +175,8 @@ def defer_linears(model: nn.Module, *, compiled: bool) -> Deferral:
     """
     deferral = Deferral()
     for path, module in list(model.named_modules()):
-        if isinstance(module, MixtureProjection):
-            module.product = functools.partial(deferred_product, deferral=deferral)
+        if "product" in vars(module):
+            vars(module)["product"] = functools.partial(deferred_product, deferral=deferral)
         elif type(module) is nn.Linear:
             deferred = DeferredLinear(module, deferral)
             if compiled:

@@ -24,12 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from one_line_errors import one_line_errors
 from thinpipe.node.comparing.loss_curve import interval, over_first
 from thinpipe.node.comparing.recipe import Recipe, check_names
 from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
 from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import parse_override
-from thinpipe.node.run_directory import LocalRunError
 
 METAVAR = "NAME=METHOD [SECTION.KEY=VALUE ...]"
 # 1.1M parameters, as in `benchmarks/quality.py --preset compute-optimal`
@@ -127,19 +127,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for all recipes alike")
     given = parser.parse_args()
     seeds = range(given.first_seed, given.first_seed + given.seeds)
-    try:
+    with one_line_errors(parser):
         recipes = [recipe_of(text, given.chunks) for text in given.recipe or published(given.steps)]
         check_names(recipes)
         shared = {**SETTINGS, "run.steps": given.steps, "data.sequence_length": given.sequence_length}
         summaries = trained(recipes, seeds, shared | dict(map(parse_override, given.set)), given.out, given.jobs)
-    except ConfigError as error:
-        parser.error(str(error))
-    except LocalRunError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        print(f"{str(error) or 'interrupted'}; no run goes on, those that have ended are kept", file=sys.stderr)
-        sys.exit(130)
     tokens = next(iter(summaries.values()))[0]["tokens"]
     print(f"\n{tokens / 1e6:.2f}M tokens, {given.sequence_length} in a sequence, {given.chunks} chunks\n")
     print("\n".join(table(summaries)))

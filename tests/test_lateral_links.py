@@ -585,7 +585,7 @@ def test_nonsense_is_never_held_and_its_lane_can_be_left_out(tmp_path: Path) -> 
             await asyncio.gather(giver.train(range(2)), taker.train(range(2)))
         why = "lane 0's contribution to round 2 is nonsense"
         again = f"{why}; it is asked for again"
-        last = f"{why}; that was the 3. time, and the round goes on without this lane"
+        last = f"{why}; this was refused 3 times, and the round goes on without this lane"
         assert await gives_nonsense(giver, taker, 2) == [again, again, last]
         assert taker[0].peer.state == why
         await taker.links.expect(without_lane_0(2))

@@ -100,7 +100,7 @@ class LateralArrivals:
         reasons.append(why)
         if len(reasons) < REFUSED_MAX:
             return f"{why}; it is asked for again"
-        return f"{why}; that was the {len(reasons)}. time, and the round goes on without this lane"
+        return f"{why}; this was refused {len(reasons)} times, and the round goes on without this lane"
 
     def given_up(self, round: int, stay: int | None) -> str | None:
         """Why this contribution was refused, if it is not asked for any more."""

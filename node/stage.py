@@ -10,7 +10,7 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
 from .config import ConfigError, RunConfig
 from .constrained_stage import constrain
+from .context.exchange import ContextKey, ContextTransport
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
@@ -122,6 +123,9 @@ class Stage:
             ends={name: end for port in self._ports for name, end in port.ends.items()},
             memories={name: memory for port in self._ports for name, memory in port.memories.items()},
         )
+        # Of a stage whose lane holds a chunk: lengths of packed keys and values, and who moves them.
+        self.context_body_bytes: Callable[[ContextKey], int] | None = None
+        self.transport: ContextTransport | None = None
         self._backwards = 0
         self._saved: dict[int, _Saved] = {}
         self._owed: dict[int, WeightGradients] = {}  # by microbatch, between its input gradient and its weight gradient
@@ -132,6 +136,10 @@ class Stage:
     @property
     def _ports(self) -> list[UpstreamEndpoint | DownstreamEndpoint]:
         return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
+
+    def use_transport(self, transport: ContextTransport) -> None:
+        """By which keys and values cross to other lanes from now on, in this generation."""
+        self.transport = transport
 
     def _constrain(self, model: StageModel) -> None:
         context = stage_context(self.config, self.index, model, dtype=self.dtype)

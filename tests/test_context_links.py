@@ -142,8 +142,14 @@ def test_parts_that_no_schedule_sends_ahead_are_refused_and_what_is_held_is_boun
 def test_the_end_of_a_generation_wakes_the_thread_that_waits() -> None:
     async def job() -> None:
         async with joined() as (_, upper):
-            waiting = asyncio.create_task(upper.compute.run("receive", upper.transport.receive, 0, FIRST))
-            await upper.links[0].opened.wait()
+            loop, began = asyncio.get_running_loop(), asyncio.Event()
+
+            def receive() -> bytes:
+                loop.call_soon_threadsafe(began.set)
+                return upper.transport.receive(0, FIRST)
+
+            waiting = asyncio.create_task(upper.compute.run("receive", receive))
+            await began.wait()
             await upper.end()  # which joins the thread
             with pytest.raises(GenerationEnded):
                 await waiting

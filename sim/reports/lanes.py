@@ -73,7 +73,6 @@ def other_lane(name: str, own: int) -> int:
     found = _BETWEEN_LANES.fullmatch(name)
     ends = [lane_number(int(found[end])) for end in ("one", "other")] if found else []
     if own not in ends or ends[0] == ends[1]:
-        raise ValueError(
-            f"'{name}' is no {'context' if is_context(name) else 'lateral'} link of lane {own}, of {LANES_MAX} lanes at most"
-        )
+        kind = CONTEXT_LINK if is_context(name) else LATERAL
+        raise ValueError(f"'{name}' is no {kind} link of lane {own}, of {LANES_MAX} lanes at most")
     return ends[1 - ends.index(own)]

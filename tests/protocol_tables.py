@@ -321,6 +321,12 @@ KINDS: dict[Kind, Row] = {
     Kind.CONTEXT: ("Context", "keys and values of a layer and segment, of the sender's own tokens", "0"),
     Kind.CONTEXT_GRADIENT: ("Context", "the gradient of such a message, from who took it to who sent it", "0"),
     Kind.CONTEXT_EVALUATION: ("Context", "as CONTEXT, of held-out text", "0"),
+    Kind.CONTEXT_GRAM: (
+        "Context",
+        "to lane 0: Gram matrices of a layer, of the sender's tokens",
+        "0",
+    ),
+    Kind.CONTEXT_SUBSPACE: ("Context", "from lane 0: that layer's subspaces from now on", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ...protocol.schedule import ScheduleError
+from ...protocol.sought_schedule import plain_schedule
 from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
@@ -36,7 +37,8 @@ from .contribution_sizes import check_contributions
 from .emulated_machine import EmulatedMachine
 from .lanes_plan import lanes_figures
 from .pipeline_costs import pipeline_costs
-from .plan import AUTO, PLANNED, check_auto, plan, resolved_schedule
+from .plan import PLANNED, plan
+from .schedule_search import checked, resolved_schedule
 from .stage_times import times_measured
 
 if TYPE_CHECKING:
@@ -71,8 +73,8 @@ class Bench:
     def _check(self, cell: PlannedCell) -> None:
         """What can be seen to be wrong before the first cell runs."""
         try:
-            check_auto(cell.schedule)
-            config = cell.config(cell.schedule.removesuffix(AUTO), 1)
+            checked(cell.schedule)
+            config = cell.config(plain_schedule(cell.schedule), 1)
             architecture = resolve_architecture(config)
             check_codec(config, architecture)
             check_lanes(config)
@@ -93,7 +95,7 @@ class Bench:
             draw_bench(self._out / "bench.png", self.found)
 
     def _cell(self, cell: PlannedCell) -> dict[str, Any]:
-        lanes = cell.config(cell.schedule.removesuffix(AUTO), 1).lanes
+        lanes = cell.config(plain_schedule(cell.schedule), 1).lanes
         entry: dict[str, Any] = {
             "mode": "emulated" if cell.emulated else "free-running",
             "of": cell.mode,
@@ -120,7 +122,7 @@ class Bench:
         return entry
 
     def _fill(self, cell: PlannedCell, entry: dict[str, Any]) -> None:
-        plain = cell.schedule.removesuffix(AUTO)
+        plain = plain_schedule(cell.schedule)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
         layers, inner = None, False
@@ -130,7 +132,7 @@ class Bench:
             layers = [len(of_stage) for of_stage in machine.layers(config, architecture)]
         else:
             times = self._times_of(cell, config)
-        schedule = resolved_schedule(cell.schedule, config, architecture, times, layers=layers) if times else plain
+        schedule = resolved_schedule(cell.schedule, config, architecture, times) if times else plain
         entry["schedule"] = schedule
         count, mode = config.lanes.count, parse_averaging(config.lanes.average) if config.lanes.count > 1 else None
         delay, stride = (mode.delay, mode.every // mode.fragments) if mode else (0, 1)

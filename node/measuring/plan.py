@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compress.byte_format import CodecError
-from ...protocol.schedule import RTT_RATIO_MAX, OneFOneB, ScheduleError, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile
 from ...sim.reports.cut_advice import WORTH_SAYING
@@ -23,19 +22,16 @@ from ..config_file import load_config
 from ..data import DataError
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, check_lanes, resolve_architecture
-from ..schedule_file import schedule_setting
 from ..stage_costs import best_order, speeds, stage_layers
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .lanes_plan import lanes_figures
 from .message_sizes import Sizes
-from .stage_times import times_calibrated, times_measured, times_recut
+from .schedule_search import resolved_schedule, with_pipeline
+from .stage_times import times_measured, times_recut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-AUTO = ":rtt_ratio=auto"
-HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, RTT_RATIO_MAX)
-AUTO_WITHIN = 1.003
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
 
@@ -119,64 +115,10 @@ def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int)
     return 34 * config.microbatch_size * config.data.sequence_length * architecture.hidden_size * layers
 
 
-def resolved_schedule(
-    spec: str,
-    config: RunConfig,
-    architecture: PretrainedConfig,
-    times: Sequence[StageTimes],
-    *,
-    rule: Rule = "duplex",
-    layers: Sequence[int] | None = None,
-) -> str:
-    """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
-    costs memory, and where a link is the bottleneck time too. layers: as for `plan`. Raises ConfigError for a schedule
-    without an rtt_ratio."""
-    check_auto(spec)
-    name, auto, _ = spec.partition(AUTO)
-    if not auto:
-        return schedule_setting(spec)
-    layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]  # once, not for every depth
-    found: list[tuple[str, float]] = []
-    for rtt_ratio in HOPS:
-        schedule = f"{name}:rtt_ratio={rtt_ratio:g}" if rtt_ratio else name
-        figures, _ = plan(_with_pipeline(config, schedule=schedule), architecture, times, rule=rule, layers=layers)
-        found.append((schedule, figures["step_s"]))
-    least = min(step_s for _, step_s in found)
-    return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
-
-
-def with_depth(config: RunConfig, spec: str) -> RunConfig:
-    """The run with the depth that `spec`, which says rtt_ratio=auto, needs on this machine. Raises what PLANNED
-    names."""
-    check_auto(spec)  # before a microbatch is timed
-    architecture = resolve_architecture(config)
-    times = times_calibrated(config, architecture)
-    return _with_pipeline(config, schedule=resolved_schedule(spec, config, architecture, times))
-
-
-def check_auto(spec: str) -> None:
-    """Raises ConfigError for `rtt_ratio=auto` of a schedule that there is not, or that has no rtt_ratio."""
-    name, auto, _ = spec.partition(AUTO)
-    if not auto:
-        return
-    try:
-        deepens = isinstance(get_schedule(name), OneFOneB) and ":" not in name
-    except ScheduleError as error:
-        raise ConfigError(str(error)) from None
-    if not deepens:
-        raise ConfigError(
-            f"schedule '{name}{AUTO}': there is no depth to choose for {name}; say 1f1b{AUTO} or zb{AUTO}, or {name}"
-        )
-
-
-def _with_pipeline(config: RunConfig, **changed: Any) -> RunConfig:
-    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update=changed)})
-
-
 def planned(
     config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
-    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Besides,
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have to be found. Besides,
     what averaging between lanes costs (None: there is one), what the cut gains over stages of equal length, and an
     order of the machines that is faster: None where there is nothing to gain, or where nobody knows. Raises what
     PLANNED names."""
@@ -195,8 +137,8 @@ def planned(
         ran, architecture = load_config(measured / "run.toml"), resolve_architecture(config)
         check_codec(config, architecture)
         times = times_recut(ran, config, architecture, times_measured(measured, ran), ran=resolve_architecture(ran))
-    found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers)
-    config = _with_pipeline(config, schedule=found)
+    found = resolved_schedule(schedule, config, architecture, times, rule=rule)
+    config = with_pipeline(config, schedule=found)
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
     of_run = config.compute.emulate and EmulatedMachine.parse(config.compute.emulate)
     inner = bool((machine := emulated or of_run) and machine.part)
@@ -207,10 +149,10 @@ def planned(
     if emulated and emulated.knows_cuts and emulated.stages <= architecture.num_hidden_layers:
 
         def found_for(**pipeline: Any) -> dict[str, Any]:
-            other = _with_pipeline(config, **pipeline)
+            other = with_pipeline(config, **pipeline)
             of_stages = emulated.times(other, architecture)
             deep = resolved_schedule(schedule, other, architecture, of_stages, rule=rule)
-            return plan(_with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule)[0]
+            return plan(with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule)[0]
 
         before = found_for(cut="equal")
         if [stage["layers"] for stage in before["stages"]] != layers:

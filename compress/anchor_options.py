@@ -27,6 +27,11 @@ class AnchorOptions:
     context_embedding: int
     context_hidden: int
 
+    @property
+    def looks_back(self) -> int:
+        """Tokens before its own that what is known of a token depends on."""
+        return max(self.context - 1, 1 if self.pairs else 0)
+
     def check(self, codec: str) -> None:
         """Raises CodecError for what cannot be at any width."""
         for fault, bad, wanted in (

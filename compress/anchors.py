@@ -24,7 +24,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -99,10 +99,17 @@ class Anchors(nn.Module):
         self.register_buffer("table", None if table is None else table.detach(), persistent=False)
 
     @contextmanager
-    def once(self) -> Iterator[None]:
+    def once(self, ids_BT: Tensor | None = None, parts: Sequence[tuple[Tensor, int]] = ()) -> Iterator[None]:
         """Within it, the same ids are answered with the same tensor: a stage adds and subtracts it in one graph, where
-        it is computed once, and so is its gradient."""
+        it is computed once, and so is its gradient.
+
+        `ids_BT` may be parts of sequences, one after the other: then `parts` are the same ids with those before them,
+        and how many these are."""
         self._once = []
+        if ids_BT is not None and parts:
+            known = [self._known(part_BT) for part_BT, _ in parts]
+            own = [each[:, before:] for each, (_, before) in zip(known, parts, strict=True) if each is not None]
+            self._once.append((ids_BT, torch.cat(own, dim=1) if own else None))
         try:
             yield
         finally:

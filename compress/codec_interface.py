@@ -135,6 +135,7 @@ class Codec(ABC):
     default_forward: str  # spec of the byte format of activations
     default_backward: str  # and of gradients
     table_scale: float = 0.0  # of the frozen token table that is a part of stage 0's embedding; 0: there is none
+    looks_back: int = 0  # tokens before its own that what is known of a token depends on
     constrains: bool = False  # it changes the stage's model, so that what crosses a boundary fits it
 
     @property

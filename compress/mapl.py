@@ -306,6 +306,7 @@ class MaplCodec(Codec):
         self.known = AnchorOptions(
             anchors=anchors, rank=ar or r, pairs=pairs, context=context, context_embedding=ce, context_hidden=ch
         )
+        self.looks_back = self.known.looks_back
         self.known.check(self.name)
         check_table_scale(self.name, table)
         self.rank = r

@@ -119,6 +119,7 @@ class ResbmCodec(Codec):
         self.known = AnchorOptions(
             anchors=anchors, rank=ar or b, pairs=pairs, context=context, context_embedding=ce, context_hidden=ch
         )
+        self.looks_back = self.known.looks_back
         self.known.check(self.name)
         check_table_scale(self.name, table)
         self.table_scale = table

@@ -14,7 +14,9 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
+from ..compress.byte_format import CodecError
 from ..compress.recommended_rates import recommended_for
+from ..compress.registry import parse_codec
 from ..protocol.global_norm import WithGlobalNorm
 from ..protocol.schedule import Schedule, get_schedule
 from .config_sections import (
@@ -116,6 +118,16 @@ class RunConfig(Section):
     def lane_tokens(self) -> int:
         """Tokens of one sequence that a node computes."""
         return self.chunk_layout.lane_length
+
+    @property
+    def ids_before(self) -> int:
+        """How many ids before each of its segments a lane is given, for what codecs know of the last few tokens."""
+        if not self.context.method:
+            return 0
+        try:
+            return parse_codec(self.codec.codec, self.codec.forward, self.codec.backward).codec.looks_back
+        except CodecError as error:
+            raise ConfigError(str(error)) from None
 
     @property
     def evaluation_microbatches(self) -> int:

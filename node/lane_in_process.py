@@ -215,7 +215,7 @@ class LaneInProcess:
         for index, action in interleave(get_schedule("evaluation"), len(self.stages), count):
             assert isinstance(action, Evaluate)
             loss_sum += self._forward(index, step, action.microbatch, Kind.EVALUATION)
-        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
+        tokens = count * self.config.microbatch_size * self.config.lane_tokens
         for metrics in self._metrics:
             metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
         return loss_sum / tokens

@@ -10,6 +10,7 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,7 @@ class Stage:
     def __init__(self, config: RunConfig, architecture: PretrainedConfig, index: int, lane: int = 0) -> None:
         self.config = config
         self.index, self.lane = index, lane
+        self._layout, self._ids_before = config.chunk_layout, config.ids_before
         self.first, self.last = index == 0, index == config.pipeline.stages - 1
         self.device = torch.device(config.compute.device)
         compute_dtype = DTYPES[config.compute.dtype]
@@ -162,17 +164,23 @@ class Stage:
 
     def _run(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
         """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
-        ids = torch.from_numpy(ids_BS.astype(np.int64)).to(self.device)
-        inputs_BT, targets_BT = ids[:, :-1], ids[:, 1:]
-        out = self._computed(inputs_BT, z_in)
+        parts = self._layout.apart(ids_BS.astype(np.int64), self.lane, self._ids_before)
+        inputs_BT = self._on_device(np.concatenate([part.inputs_BT for part in parts], axis=1))
+        known = [(self._on_device(part.known_BT), part.before) for part in parts]
+        out = self._computed(inputs_BT, z_in, known if self._layout.chunks > 1 else [])
         if not self.last:
             return out
+        targets_BT = self._on_device(np.concatenate([part.targets_BT for part in parts], axis=1))
         return F.cross_entropy(out.flatten(0, 1), targets_BT.flatten(), reduction="sum")
 
-    def _computed(self, inputs_BT: Tensor, z_in: Tensor | None) -> Tensor:
-        """z for the next stage, or the last one's logits (B, T, V)."""
+    def _on_device(self, ids: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
+
+    def _computed(self, inputs_BT: Tensor, z_in: Tensor | None, known: Sequence[tuple[Tensor, int]] = ()) -> Tensor:
+        """z for the next stage, or the last one's logits (B, T, V). known: the inputs with those before them, where
+        they are parts of sequences, as `Anchors.once` takes them."""
         # The codec stays out of autocast: a projector rounded to bfloat16 is off the manifold.
-        with self.tokens.once() if isinstance(self.tokens, Anchors) else nullcontext():
+        with self.tokens.once(inputs_BT, known) if isinstance(self.tokens, Anchors) else nullcontext():
             hidden = inputs_BT if z_in is None else self.receiver.decode(z_in, inputs_BT)
             with self._precision():
                 out = self.model(hidden)

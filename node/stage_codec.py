@@ -81,9 +81,10 @@ def boundary_of(
         codec,
         of_boundary,
         microbatch_size=config.microbatch_size,
-        sequence_length=config.data.sequence_length,
+        sequence_length=config.lane_tokens,
         microbatches=config.pipeline.microbatches,
         seed=rounding_seed(config.run.seed, lane),
+        ids_length=config.chunk_layout.ids_length(lane, config.ids_before),
     )
     return codec, of_boundary, shape
 

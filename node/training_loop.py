@@ -324,7 +324,7 @@ class TrainingLoop:
         if self._to_above:
             message = Message(kind=Kind.EVALUATION_LOSS, step=step, microbatch=0, loss_sum=loss_sum)
             await self._to_above.put("evaluation loss", lambda: message)
-        tokens = count * self.config.microbatch_size * self.config.data.sequence_length
+        tokens = count * self.config.microbatch_size * self.config.lane_tokens
         self._metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
 
     async def _input(self, kind: Kind, step: int, microbatch: int) -> tuple[np.ndarray, ReceivedTensor | None]:

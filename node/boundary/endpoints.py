@@ -52,6 +52,7 @@ class BoundaryShape:
     table: LearnedTable | None
     dtype: torch.dtype
     microbatches: int  # of one step
+    ids_length: int = 0  # ids of one sequence that travel; 0: the inputs and, one further, the last target
 
     @classmethod
     def of(
@@ -63,6 +64,7 @@ class BoundaryShape:
         sequence_length: int,
         microbatches: int,
         seed: int,
+        ids_length: int = 0,
     ) -> BoundaryShape:
         return cls(
             boundary=context.boundary,
@@ -76,6 +78,7 @@ class BoundaryShape:
             table=codec.codec.table(context.width),
             dtype=context.dtype,
             microbatches=microbatches,
+            ids_length=ids_length,
         )
 
     @property
@@ -93,8 +96,8 @@ class BoundaryShape:
 
     @property
     def token_ids(self) -> int:
-        """Ids that travel with one microbatch: the inputs and, one further, the last target."""
-        return self.microbatch_size * (self.sequence_length + 1)
+        """Ids that travel with one microbatch."""
+        return self.microbatch_size * (self.ids_length or self.sequence_length + 1)
 
     @property
     def limits(self) -> Limits:
@@ -292,7 +295,8 @@ class UpstreamEndpoint(_Endpoint):
             self.memories["gradient_memory_above"] = memory
 
     def unpack_activation(self, message: Message) -> tuple[np.ndarray, ReceivedTensor]:
-        """Token ids (B, T+1), and z (B, T, W) with the table that it needs. Raises RemoteProtocolError.
+        """Token ids (B, S), S = T+1 but for chunks, and z (B, T, W) with the table that it needs. Raises
+        RemoteProtocolError.
 
         Messages have to come in order: each may bring a change of a table.
         """
@@ -303,7 +307,7 @@ class UpstreamEndpoint(_Endpoint):
             raise RemoteProtocolError(Fault.PAYLOAD, f"{self._where(message)}: token ids: {error}") from None
         table, _ = self._followed(message, self.table, self._activations)
         z_BTW = self._unpacked(shape.forward, message)
-        return ids.reshape(shape.microbatch_size, shape.sequence_length + 1), ReceivedTensor(z_BTW=z_BTW, table=table)
+        return ids.reshape(shape.microbatch_size, -1), ReceivedTensor(z_BTW=z_BTW, table=table)
 
     def pack_gradient(self, dz_BTW: Tensor, step: int, microbatch: int, loss_sum: float) -> Message:
         """A GRADIENT message, with the microbatch's loss beside it. Raises CodecError."""

@@ -58,6 +58,8 @@ class ChunkLayout:
 
     def of_lane(self, lane: int) -> tuple[int, ...]:
         """The segments that a lane holds, from the earliest."""
+        if self.chunks == 1:  # whichever lane it is has the whole sequence
+            return (0,)
         if self.segments_per_lane == 1:
             return (lane,)
         return (lane, self.segments - 1 - lane)
@@ -84,16 +86,41 @@ class ChunkLayout:
         """The other lanes that look at a segment, in order."""
         return tuple(lane for lane in range(self.chunks) if segment in self.needed_by(lane))
 
-    def take(self, ids_BS: np.ndarray, lane: int) -> np.ndarray:
-        """Of whole sequences with one target more, (B, T+1), what a lane trains on: for each of its segments the inputs
-        and, one further, the last target; (B, lane_length + segments_per_lane)."""
-        if self.chunks == 1:
-            return ids_BS
-        parts = [self.positions(segment) for segment in self.of_lane(lane)]
-        return np.concatenate([ids_BS[:, part.start : part.stop + 1] for part in parts], axis=1)
+    def _drawn(self, segment: int, history: int) -> range:
+        """Of a sequence with one target more, the ids that go with a segment: as far as `history` before it, its
+        inputs, and its last target."""
+        own = self.positions(segment)
+        return range(max(0, own.start - history), own.stop + 1)
 
-    def inputs_and_targets(self, ids_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `take` gave, as inputs and their targets, each (B, lane_length)."""
-        parts = np.split(ids_BS, self.segments_per_lane, axis=1)
-        inputs, targets = [part[:, :-1] for part in parts], [part[:, 1:] for part in parts]
-        return np.concatenate(inputs, axis=1), np.concatenate(targets, axis=1)
+    def ids_length(self, lane: int, history: int = 0) -> int:
+        """Ids of one sequence that a lane is given."""
+        return sum(len(self._drawn(segment, history)) for segment in self.of_lane(lane))
+
+    def take(self, ids_BS: np.ndarray, lane: int, history: int = 0) -> np.ndarray:
+        """Of whole sequences with one target more, (B, T+1), what a lane is given, (B, ids_length): for each of its
+        segments up to `history` ids before it, its inputs and, one further, its last target."""
+        parts = [self._drawn(segment, history) for segment in self.of_lane(lane)]
+        return np.concatenate([ids_BS[:, part.start : part.stop] for part in parts], axis=1)
+
+    def apart(self, ids_BS: np.ndarray, lane: int, history: int = 0) -> list[LaneSegment]:
+        """What `take` gave, by segment."""
+        lengths = [len(self._drawn(segment, history)) for segment in self.of_lane(lane)]
+        parts = np.split(ids_BS, np.cumsum(lengths)[:-1], axis=1)
+        before = [length - 1 - self.segment_length for length in lengths]
+        return [
+            LaneSegment(known_BT=part[:, :-1], before=count, targets_BT=part[:, count + 1 :])
+            for part, count in zip(parts, before, strict=True)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneSegment:
+    """Ids of one segment. known_BT: inputs, with `before` more in front of them; targets_BT: of the inputs."""
+
+    known_BT: np.ndarray
+    before: int
+    targets_BT: np.ndarray
+
+    @property
+    def inputs_BT(self) -> np.ndarray:
+        return self.known_BT[:, self.before :]

@@ -15,7 +15,7 @@ def draw(corpus: Corpus, config: RunConfig, kind: Kind, step: int, microbatch: i
     `ChunkLayout.take` gives it."""
     layout = config.chunk_layout
     if kind is Kind.EVALUATION:
-        return layout.take(corpus.heldout_batch(microbatch, config.microbatch_size), lane)
+        return layout.take(corpus.heldout_batch(microbatch, config.microbatch_size), lane, config.ids_before)
     turn = step if layout.chunks > 1 else step * config.lanes.count + lane
     sizes = {"microbatches": config.pipeline.microbatches, "batch_size": config.microbatch_size}
-    return layout.take(corpus.batch(turn, microbatch, **sizes), lane)
+    return layout.take(corpus.batch(turn, microbatch, **sizes), lane, config.ids_before)

@@ -49,9 +49,10 @@ class Sizes:
             codec,
             context,
             microbatch_size=config.microbatch_size,
-            sequence_length=config.data.sequence_length,
+            sequence_length=config.lane_tokens,
             microbatches=config.pipeline.microbatches,
             seed=0,
+            ids_length=config.chunk_layout.ids_length(config.chunk_layout.chunks - 1, config.ids_before),
         )
         self.microbatches = config.pipeline.microbatches
         self._norms = config.clips_by_global_norm

@@ -64,7 +64,7 @@ def plan(
         [Boundary(forward_bytes=0, backward_bytes=0, link=free)] * (stages - 1),
         microbatches=config.pipeline.microbatches,
     )
-    tokens = config.microbatch_size * config.data.sequence_length
+    tokens = config.microbatch_size * config.lane_tokens
     dense_bytes, rate = 2 * tokens * architecture.hidden_size, boundary.link.rate_bits_per_s
     norm_bytes = boundary.norm_bytes / config.pipeline.microbatches
     forward_bytes, backward_bytes = (each + norm_bytes for each in (boundary.forward_bytes, boundary.backward_bytes))
@@ -115,7 +115,7 @@ def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int)
     """About what so many layers keep of one microbatch for their backward, in 16 bits, with fused attention and without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
     less the attention scores). What a head keeps is left out."""
-    return 34 * config.microbatch_size * config.data.sequence_length * architecture.hidden_size * layers
+    return 34 * config.microbatch_size * config.lane_tokens * architecture.hidden_size * layers
 
 
 def resolved_schedule(

@@ -130,6 +130,7 @@ class Group:
             tell=lambda *_: None,
             refuse=lambda *_: None,
             on_left_out=lambda: complain("left-out", f"lane {place.lane} was left out"),
+            on_in_vain=lambda: complain("in-vain", f"lane {place.lane} waits for lanes that have ended"),
             on_void=_nothing,
             on_changed=lambda: None,
             under_way=lambda: self.completed,

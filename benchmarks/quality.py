@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import installed_text
+from one_line_errors import one_line_errors
 from thinpipe.node.comparing.loss_curve import interval, over_first
 from thinpipe.node.comparing.recipe import METAVAR, Recipe, check_names
 from thinpipe.node.comparing.recipe_runs import RecipeRun, run_all
@@ -38,7 +39,6 @@ from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import parse_override
 from thinpipe.node.config_sections import DataSection
 from thinpipe.node.data.cache import cache_directory
-from thinpipe.node.run_directory import LocalRunError
 
 # Of recipes that state no others: the same for every codec, whatever it recommends.
 RATES = {"optim.muon_lr": 0.02, "optim.adamw_lr": 0.005}
@@ -150,7 +150,7 @@ def main() -> None:
     if not given.recipe:
         parser.error("name at least one --recipe, or a --preset")
     seeds = range(given.first_seed, given.first_seed + given.seeds)
-    try:
+    with one_line_errors(parser):
         check_names(given.recipe)
         shared = {**RATES, "run.steps": given.steps, **dict(map(parse_override, settings))}
         if given.preset:
@@ -159,14 +159,6 @@ def main() -> None:
         if given.sweep:
             given.recipe = swept(given.recipe, given.first_seed, shared, given.out, given.jobs)
         summaries = trained(given.recipe, seeds, shared, given.out, given.jobs)
-    except ConfigError as error:
-        parser.error(str(error))
-    except LocalRunError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt as error:
-        print(f"{str(error) or 'interrupted'}; no run goes on, those that have ended are kept", file=sys.stderr)
-        sys.exit(130)
     first = [summary["val_loss"] for summary in summaries[given.recipe[0]]]
     one = summaries[given.recipe[0]][0]
     print(f"\n{one['tokens'] / 1e6:.2f}M tokens, {one['tokens_per_step']} a step, {given.seeds} seed(s)\n")

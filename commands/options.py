@@ -29,6 +29,8 @@ HELP = {
     "--speeds": "Speed of each stage's machine, relative, such as 1,1,0.5,0.25.",
     "--lanes": "Number of lanes: replicas of the whole chain of stages, each with its own part of the data.",
     "--average": "How lanes become one model: gradients, outer:every=20,lr=0.7,... or sparta:p=0.05,every=10,...",
+    "--chunks": "Number of chunks: lanes that hold parts of the same sequences, and exchange keys and values.",
+    "--context": "How keys and values cross to the other chunks: full, full:format=int8, mos:k=0.02,v=0.05,...",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
     "depth by simulation.",
@@ -47,6 +49,7 @@ SETTING = {
     "speeds": "pipeline.speeds",
     "lanes": "lanes.count",
     "average": "lanes.average",
+    "context": "context.method",
     "steps": "run.steps",
     "schedule": "pipeline.schedule",
     "microbatches": "pipeline.microbatches",
@@ -71,10 +74,11 @@ def settings_of(
     codec: str | None = None,
     forward: str | None = None,
     backward: str | None = None,
+    chunks: int | None = None,
     **given: Any,
 ) -> dict[str, Any]:
     """The settings that were given, by the names of their options; None is not given. Ends with 2 for a --codec that
-    cannot be taken apart."""
+    cannot be taken apart, and for options that exclude each other."""
     from ..node.codec_words import codec_settings
     from ..node.config import ConfigError
 
@@ -83,6 +87,13 @@ def settings_of(
         found |= codec_settings(codec, forward, backward)
     except ConfigError as error:
         fail(str(error), 2)
+    if chunks is not None:
+        if given.get("lanes") is not None:
+            fail(
+                "--chunks are lanes of the same sequences, --lanes of different ones; omit one of the two",
+                2,
+            )
+        found |= {"lanes.count": chunks, "lanes.average": "gradients", "context.method": "full"}
     return found | {SETTING[name]: value for name, value in given.items() if value is not None}
 
 

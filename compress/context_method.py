@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,18 @@ class ContextLayer(ABC):
         """z (B, T, W) and s (B, N) of this node's `segment`, counted from 0 among its own. Keys have their rotary
         embedding already. Inside the graph."""
 
+    def measures(self) -> dict[str, float]:
+        """Figures of the last forward in training, for the records."""
+        return {}
+
+    def grams(self) -> tuple[Tensor, ...]:
+        """What this node has added up in a step for which `ContextMethod.gathers` says so, float64."""
+        return ()
+
+    def use_grams(self, *sums: Tensor) -> None:
+        """The sums of that over all lanes, behind the step."""
+        del sums
+
     @abstractmethod
     def decode(self, z_BTW: Tensor, s_BN: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
         """Keys, with the rotary embedding of their positions, and values, each (B, H, T, D), of a segment of another
@@ -60,6 +72,24 @@ class ContextMethod(ABC):
     @abstractmethod
     def wire_width(self, shape: ContextShape) -> int:
         """W: numbers a token."""
+
+    def width_at(self, step: int, shape: ContextShape) -> int:
+        """W in step `step`, and in an evaluation after it."""
+        del step
+        return self.wire_width(shape)
+
+    def check_steps(self, steps: int) -> None:
+        """Raises CodecError for options that do not fit a run of so many steps."""
+        del steps
+
+    def begin(self, layer: Any, step: int, steps: int) -> None:
+        """What `attach` gave, before the first forward of step `step` of so many."""
+        del layer, step, steps
+
+    def gathers(self, step: int) -> bool:
+        """Whether behind that step `grams` of all lanes are added, in lane order, and given to each."""
+        del step
+        return False
 
     @abstractmethod
     def scalars(self, shape: ContextShape) -> int:

@@ -14,9 +14,7 @@ from typing import Any, Self
 
 from pydantic import model_validator
 
-from ..compress.byte_format import CodecError
 from ..compress.recommended_rates import recommended_for
-from ..compress.registry import parse_codec
 from ..protocol.global_norm import WithGlobalNorm
 from ..protocol.schedule import Schedule, get_schedule
 from .config_sections import (
@@ -124,6 +122,9 @@ class RunConfig(Section):
         """How many ids before each of its segments a lane is given, for what codecs know of the last few tokens."""
         if not self.context.method:
             return 0
+        from ..compress.byte_format import CodecError  # late: they lead to torch, and who reads settings needs none
+        from ..compress.registry import parse_codec
+
         try:
             return parse_codec(self.codec.codec, self.codec.forward, self.codec.backward).codec.looks_back
         except CodecError as error:

@@ -85,7 +85,7 @@ class LaneInProcess:
 
     def work(self, step: int) -> list[tuple[int, Action]]:
         """All of a step up to its gradients; returns the rest, which may have to wait for other lanes."""
-        began, cpu = time.perf_counter(), time.process_time()
+        began, cpu = time.perf_counter(), time.thread_time()
         rest: list[tuple[int, Action]] = []
         schedule = self.config.training_schedule
         for index, action in interleave(schedule, len(self.stages), self.config.pipeline.microbatches):
@@ -93,7 +93,7 @@ class LaneInProcess:
                 rest.append((index, action))
         for stage in self.stages:
             stage.gather(step, self._table_gradient(stage.index, step))
-        self._work_s, self._work_cpu_s = time.perf_counter() - began, time.process_time() - cpu
+        self._work_s, self._work_cpu_s = time.perf_counter() - began, time.thread_time() - cpu
         return rest
 
     def make_room(self, step: int) -> list[tuple[int, Action]]:
@@ -120,7 +120,7 @@ class LaneInProcess:
 
     def finish(self, step: int, rest: list[tuple[int, Action]], *, computed: bool = True) -> float:
         """The rest of a step; returns its loss. computed: this lane has done it, so there is something to record."""
-        began, cpu, loss = time.perf_counter(), time.process_time(), float("nan")
+        began, cpu, loss = time.perf_counter(), time.thread_time(), float("nan")
         for index, action in rest:
             match action:
                 case ReduceNorm():
@@ -131,13 +131,13 @@ class LaneInProcess:
                     with self.watches[index].measure("compute"):
                         loss, stats = self.stages[index].finish(step, self._squares.pop(index, None))
                     seconds = self._work_s + time.perf_counter() - began
-                    cpu_s = self._work_cpu_s + time.process_time() - cpu
+                    cpu_s = self._work_cpu_s + time.thread_time() - cpu
                     if computed:
                         self._record(index, step, loss, stats.grad_norm, seconds, cpu_s)
                 case _:
                     raise AssertionError(action)
         self._train_s += self._work_s + time.perf_counter() - began
-        self._cpu_s += self._work_cpu_s + time.process_time() - cpu
+        self._cpu_s += self._work_cpu_s + time.thread_time() - cpu
         return loss
 
     def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
@@ -150,7 +150,8 @@ class LaneInProcess:
             ids_BS, received = draw(self.corpus, self.config, kind, step, microbatch, self.lane), None
         with watch.measure("compute"):
             evaluating = kind is Kind.EVALUATION
-            out = stage.evaluate(ids_BS, received) if evaluating else stage.forward(step, microbatch, ids_BS, received)
+            work = stage.evaluate if evaluating else stage.forward
+            out = work(step, microbatch, ids_BS, received)
         if not isinstance(out, Encoded):
             return out or 0.0
         assert stage.downstream_endpoint

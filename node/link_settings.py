@@ -112,8 +112,8 @@ def make_lateral_links(
 ) -> LateralLinks:
     """The links to this stage in all other lanes; each has the rate of any other link.
 
-    addresses: of the lower lanes. directory: for contributions. lane: what else LateralSettings takes, of a node that
-    speaks for its lane. Must be called in an event loop. Raises ContributionError.
+    addresses: of the lower lanes. directory: for contributions. lane: what else LateralSettings
+    takes. Must be called in an event loop. Raises ContributionError.
     """
     link = config.link
     profile = LinkProfile.parse(link.link)

@@ -50,6 +50,7 @@ from .preparation import (
     check_device,
     check_lanes,
     check_link,
+    check_swarm,
     prepare,
     prepare_corpus,
     resolve_architecture,
@@ -97,6 +98,7 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int =
         check_codec(config)
         check_link(config)
         check_lanes(config)
+        check_swarm(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
@@ -312,6 +314,7 @@ async def _run(
             security=security,
             on_held=lambda: rounds_now().membership.held(),
             rounds=lambda: averager_now().plan.count,
+            check=lambda number, lane, content: averager_now().check(number, lane, content),
             status=(lambda: rounds_now().membership.status()) if index == 0 else None,
             on_status=lane_told,
             on_met=lambda lane: rounds_now().states.met(lane),

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from ..protocol.membership_log import MembershipLog
 from .averaging.averager import Averager
 from .averaging.round_plan import Round
 from .config import RunConfig
+from .context.lane_threads import LaneThreads
+from .context.mailbox import Mailbox
 from .data import Corpus
 from .lane_in_process import LaneInProcess
 from .model import check_sliceable
@@ -26,6 +30,8 @@ from .preparation import check_codec, check_device, check_lanes, prepare_corpus,
 from .run_directory import lane_directory
 from .stage import Stage
 from .stage_costs import stage_layers
+
+T = TypeVar("T")
 
 
 class OneProcess:
@@ -52,6 +58,14 @@ class OneProcess:
             LaneInProcess(config, architecture, self.corpus, lane, out and lane_directory(out, lane, count))
             for lane in range(count)
         ]
+        self._threads: LaneThreads | None = None
+        if config.context.method:
+            mailbox = Mailbox()
+            self._threads = LaneThreads(count, mailbox)
+            for lane in self.lanes:
+                for stage in lane.stages:
+                    assert stage.chunk
+                    stage.chunk.connect(mailbox.of(stage.index, lane.lane))
         self._members = members or MembershipLog.begin(count)
         self._given: dict[tuple[int, int], dict[int, bytes]] = {}  # (stage, round) -> lane -> contribution
 
@@ -71,7 +85,8 @@ class OneProcess:
                 on_step(step, loss)
             due = run.eval_every and (step + 1) % run.eval_every == 0
             if due or step + 1 == run.steps:
-                evaluated = [lane.evaluate(step) for lane in self.lanes if self._trains(lane.lane, step)]
+                there = [lane for lane in self.lanes if self._trains(lane.lane, step)]
+                evaluated = self._each(lambda lane, step=step: lane.evaluate(step), there)
                 val_loss = evaluated[0]
         self._take_up_states(run.steps)
         for lane in self.lanes:
@@ -83,7 +98,8 @@ class OneProcess:
         self._take_up_states(step)
         training = [lane for lane in self.lanes if self._trains(lane.lane, step)]
         following = [lane for lane in self.lanes if self._follows(lane.lane, step)]
-        rest = {lane.lane: lane.work(step) for lane in training}
+        done = self._each(lambda lane: lane.work(step), training)
+        rest = {lane.lane: ended for lane, ended in zip(training, done, strict=True)}
         of_gradients = self._of_gradients
         if of_gradients:
             rest |= {lane.lane: lane.make_room(step) for lane in following}
@@ -96,11 +112,25 @@ class OneProcess:
                 for stage in lane.stages:
                     stage.follow_to(step + 1)
         self._hold_rounds(step + 1, training, following, of_gradients=False)
+        self._share_grams(step)
         for lane in following:
             if self._trains(lane.lane, step + 1) or step + 1 == self.config.run.steps:
                 for stage in lane.stages:
                     stage.enter(step + 1)
         return ended[0]
+
+    def _each(self, work: Callable[[LaneInProcess], T], lanes: list[LaneInProcess]) -> list[T]:
+        """In turn, or at the same time where lanes wait for each other's keys and values."""
+        return self._threads.each(work, lanes) if self._threads else [work(lane) for lane in lanes]
+
+    def _share_grams(self, step: int) -> None:
+        """Of chunks: what each lane has added up in that step, added in lane order and given to all."""
+        for stages in zip(*(lane.stages for lane in self.lanes), strict=True):
+            chunks = [stage.chunk for stage in stages if stage.chunk]
+            by_lane = [chunk.grams(step) for chunk in chunks]
+            sums = [tuple(map(_sum, zip(*of_layer, strict=True))) for of_layer in zip(*by_lane, strict=True)]
+            for chunk in chunks if sums else ():
+                chunk.use_grams(sums)
 
     def _take_up_states(self, completed: int) -> None:
         """Lanes that go on from there with the state of another one."""
@@ -167,8 +197,17 @@ class OneProcess:
 
     def close(self) -> None:
         """Close the records, also of a run that failed."""
+        if self._threads:
+            self._threads.close()
         for lane in self.lanes:
             lane.close()
+
+
+def _sum(parts: tuple[Tensor, ...]) -> Tensor:
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _averager(lane: LaneInProcess, index: int) -> Averager:

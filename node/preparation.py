@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..compress.byte_format import CodecError
+from ..compress.context_registry import parse_context
 from ..compress.registry import parse_codec
 from ..protocol.greeting import TABLE_DIGEST
 from ..sim.links.shaper import LinkError, LinkProfile
@@ -114,6 +115,34 @@ def check_lanes(config: RunConfig) -> None:
         parse_averaging(config.lanes.average)
     except CodecError as error:
         raise ConfigError(f"lanes.average: {error}") from None
+    if not config.context.method:
+        return
+    try:
+        parse_context(config.context.method).check_steps(config.run.steps)
+    except CodecError as error:
+        raise ConfigError(f"context.method: {error}") from None
+    codec = parse_codec(config.codec.codec).codec
+    if codec.constrains:
+        raise ConfigError(
+            f"codec '{codec.name}' does not go with chunks (context.method): what it makes of a model is tried on "
+            "whole sequences; choose codec 'mapl'"
+        )
+    for what, set_, remedy in (
+        ("activation_checkpointing", config.compute.activation_checkpointing, "false"),
+        ("compile", config.compute.compile, "false"),
+        ("emulate", config.compute.emulate is not None, "none"),
+    ):
+        if set_:
+            raise ConfigError(f"compute.{what} does not go with chunks (context.method); set it to {remedy}")
+
+
+def check_swarm(config: RunConfig) -> None:
+    """Raises ConfigError for what trains in one process alone, as yet."""
+    if config.context.method:
+        raise ConfigError(
+            f"context.method = '{config.context.method}': chunks of a sequence train in one process alone as yet; say "
+            "--one-process"
+        )
 
 
 def check_settings(config: RunConfig) -> int:

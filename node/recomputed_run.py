@@ -8,12 +8,13 @@ has ended, `thinpipe chaos` for one that it has disturbed.
 The log is not what one lane says, since lanes that could not hear each other may have decided on their own: of all
 lanes' logs the one counts that the lanes would have agreed on (`MembershipLog.yields_to`). A lane that was left out and
 had no round left to enter has followed the others up to the end; from which step, and with whose state, its records
-`follows` and `took_up` say.
+`follows` and `took_up` say. One whose own log says otherwise has followed nobody: it never heard of the others again,
+and what it came to is another run's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import reduce
@@ -89,22 +90,26 @@ def recompute(
     `OneProcess` does."""
     lanes, stages, steps = config.lanes.count, config.pipeline.stages, config.run.steps
     log = log_that_counts(run, config)
-    followed = following(run, config, log)
+    apart = by_their_own(run, config, log)
+    followed = following(run, config, log, apart)
     with closing(OneProcess(config, again, log.expecting(followed), corpus)) as process:
         process.train(on_step)
     entries = [entry for stretch in log.expecting(followed).stretches for entry in stretch.entered]
     since = {each.lane: each.copied for each in entries if each.source != each.lane}
-    verdicts = compare_lanes(run, again, lanes=lanes, stages=stages, steps=steps, since=since)
+    verdicts = compare_lanes(run, again, lanes=lanes, stages=stages, steps=steps, since=since, apart=apart)
     return Recomputation(log=log, followed=tuple(each.lane for each in followed), lanes=verdicts)
 
 
 def log_that_counts(run: Path, config: RunConfig) -> MembershipLog:
     """Of all lanes of the run in `run`. Raises ConfigError for one that is damaged."""
+    return counting([_log_of(run, config, lane) for lane in range(config.lanes.count)])
+
+
+def _log_of(run: Path, config: RunConfig, lane: int) -> MembershipLog:
+    """That lane's own. Raises ConfigError."""
     count = config.lanes.count
     try:
-        return counting(
-            [read_members(lane_path(run, lane, count) / "rounds" / "stage-0" / FILE, count) for lane in range(count)]
-        )
+        return read_members(lane_path(run, lane, count) / "rounds" / "stage-0" / FILE, count)
     except ContributionError as error:
         raise ConfigError(str(error)) from None
 
@@ -114,11 +119,23 @@ def counting(logs: Sequence[MembershipLog]) -> MembershipLog:
     return reduce(lambda best, each: each if best.yields_to(each) else best, logs)
 
 
-def following(run: Path, config: RunConfig, log: MembershipLog) -> tuple[Entry, ...]:
-    """Those lanes that were no members at the end, but are through, as entries past the last round that is decided."""
+def by_their_own(run: Path, config: RunConfig, log: MembershipLog) -> dict[int, int]:
+    """Those lanes that were no members at the end, but are through by a log that does not count: by lane, the first
+    round that it decides otherwise."""
+    found = {}
+    for lane in range(config.lanes.count):
+        if log.left_at(lane) is not None and _ended(run, config, lane):
+            first = _log_of(run, config, lane).differs_from(log)
+            found |= {} if first is None else {lane: first}
+    return found
+
+
+def following(run: Path, config: RunConfig, log: MembershipLog, apart: Collection[int] = ()) -> tuple[Entry, ...]:
+    """Those lanes that were no members at the end, but are through, as entries past the last round that is decided; not
+    those that ended by a log of their own (`apart`)."""
     found = []
     for lane in range(config.lanes.count):
-        if log.left_at(lane) is None or not _ended(run, config, lane):
+        if lane in apart or log.left_at(lane) is None or not _ended(run, config, lane):
             continue
         records = read_records(lane_path(run, lane, config.lanes.count) / "stage-0.jsonl")
         copied, source, taken = 0, lane, (0, lane)

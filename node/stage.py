@@ -10,6 +10,7 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,18 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compress.anchors import Anchors
-from ..compress.byte_format import CodecError
 from ..compress.registry import parse_codec
 from ..protocol.schedule import get_schedule, splits_backward
-from .averaging.averager import Averager, Place
 from .averaging.gradients import GradientAverager
-from .averaging.modes import parse_averaging
-from .averaging.stage_averager import stage_averager
+from .averaging.stage_averager import averager_of
 from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
 from .boundary.learned_tables import gradient_due, moves_after
 from .codec_start import begin_with
-from .config import ConfigError, RunConfig
+from .config import RunConfig
 from .constrained_stage import constrain
+from .context.chunked_model import ChunkedModel, with_chunks
+from .context.stage_tokens import StageTokens
 from .model import StageModel, WeightGradients, build_stage
 from .model.pull import pull
 from .optim import OptimStats, StageOptimizer
@@ -74,8 +74,9 @@ class Stage:
         self._codec = parse_codec(config.codec.codec, config.codec.forward, config.codec.backward).codec
         self._all_layers = architecture.num_hidden_layers
         self.layers = stage_layers(config, architecture)[index]
+        self.chunk: ChunkedModel | None = None  # of sequences whose other parts are in other lanes
         self.model = build_stage(
-            architecture,
+            with_chunks(copy.deepcopy(architecture)) if config.context.method else architecture,
             stage=index,
             stages=config.pipeline.stages,
             seed=config.run.seed,
@@ -85,7 +86,7 @@ class Stage:
             activation_checkpointing=config.compute.activation_checkpointing,
             compile=config.compute.compile,
             deferred=splits_backward(get_schedule(config.pipeline.schedule)),
-            constrain=self._constrain if self._codec.constrains else None,
+            constrain=self._constrain if self._codec.constrains or config.context.method else None,
             layers=self.layers,
         )
         self.width = self.model.width
@@ -110,7 +111,15 @@ class Stage:
             self.trained, config.optim, total_steps=config.run.steps, extended=config.run.extended
         )
         self._table_gradient: Tensor | None = None  # of the table below, whole, from `gather` to the step
-        self.averager = self._averager()
+        self.averager = averager_of(
+            config,
+            index,
+            lane,
+            parameters=self.trained,
+            sender=None if self.last else self.sender,
+            table=self.downstream_endpoint and self.downstream_endpoint.table,
+            table_gradient=lambda: self._table_gradient,
+        )
         self._state = StageState(
             stage=index,
             trained=self.trained,
@@ -134,28 +143,11 @@ class Stage:
         return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
 
     def _constrain(self, model: StageModel) -> None:
-        context = stage_context(self.config, self.index, model, dtype=self.dtype)
-        constrain(self._codec, model, replace(context, device="cpu"), self._all_layers)  # where weights are made
-
-    def _averager(self) -> Averager | None:
-        """What this stage does in rounds, if there are other lanes. Raises ConfigError for a mode that does not fit."""
-        config = self.config
-        if config.lanes.count == 1:
-            return None
-        table = self.downstream_endpoint and self.downstream_endpoint.table
-        learned = table.table if table and table.table.every else None
-        try:
-            return stage_averager(
-                parse_averaging(config.lanes.average),
-                Place(stage=self.index, lane=self.lane, lanes=config.lanes.count, seed=config.run.seed),
-                steps=config.run.steps,
-                parameters=self.trained,
-                sender=self.sender if learned else None,
-                table_moves=lambda step: learned is not None and moves_after(learned, step),
-                table_gradient=lambda: self._table_gradient,
-            )
-        except CodecError as error:
-            raise ConfigError(f"lanes.average: {error}") from None
+        if self._codec.constrains:
+            context = stage_context(self.config, self.index, model, dtype=self.dtype)
+            constrain(self._codec, model, replace(context, device="cpu"), self._all_layers)  # where weights are made
+        if self.config.context.method:
+            self.chunk = ChunkedModel(self.config, model, self.lane, DTYPES[self.config.compute.dtype])
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._autocast:
@@ -164,17 +156,9 @@ class Stage:
 
     def _run(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
         """This stage's part of the model: z for the next stage, or the loss sum (a scalar) of the last."""
-        parts = self._layout.apart(ids_BS.astype(np.int64), self.lane, self._ids_before)
-        inputs_BT = self._on_device(np.concatenate([part.inputs_BT for part in parts], axis=1))
-        known = [(self._on_device(part.known_BT), part.before) for part in parts]
-        out = self._computed(inputs_BT, z_in, known if self._layout.chunks > 1 else [])
-        if not self.last:
-            return out
-        targets_BT = self._on_device(np.concatenate([part.targets_BT for part in parts], axis=1))
-        return F.cross_entropy(out.flatten(0, 1), targets_BT.flatten(), reduction="sum")
-
-    def _on_device(self, ids: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids)).to(self.device)
+        tokens = StageTokens.of(self._layout.apart(ids_BS, self.lane, self._ids_before), self.device)
+        out = self._computed(tokens.inputs_BT, z_in, tokens.known if self.chunk else ())
+        return F.cross_entropy(out.flatten(0, 1), tokens.targets_BT.flatten(), reduction="sum") if self.last else out
 
     def _computed(self, inputs_BT: Tensor, z_in: Tensor | None, known: Sequence[tuple[Tensor, int]] = ()) -> Tensor:
         """z for the next stage, or the last one's logits (B, T, V). known: the inputs with those before them, where
@@ -186,6 +170,10 @@ class Stage:
                 out = self.model(hidden)
             return out.to(self.dtype) if self.last else self.sender.encode(out.to(self.dtype), inputs_BT)
 
+    def _begin(self, step: int, microbatch: int, *, evaluation: bool = False) -> None:
+        if self.chunk:
+            self.chunk.begin(step, microbatch, evaluation=evaluation)
+
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
     ) -> Encoded | None:
@@ -195,6 +183,7 @@ class Stage:
         z_in = self._accept(received)
         if z_in is not None:
             z_in.requires_grad_(True)
+        self._begin(step, microbatch)
         out = self._run(ids_BS, z_in)
         self._saved[microbatch] = _Saved(z_in, out)
         if self.last:
@@ -319,8 +308,11 @@ class Stage:
         self.restore(self._state.moved(self.completed, completed))
 
     @torch.no_grad()
-    def evaluate(self, ids_BS: np.ndarray, received: ReceivedTensor | None) -> Encoded | float:
+    def evaluate(
+        self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
+    ) -> Encoded | float:
         """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
+        self._begin(step, microbatch, evaluation=True)
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)
 
@@ -333,7 +325,7 @@ class Stage:
     def measures(self) -> dict[str, float]:
         """Figures of what the codecs learned here since the last call: the projector and the codebook of activations
         below, and of gradients above."""
-        figures = {} if self.last else self.sender.measures()
+        figures = ({} if self.last else self.sender.measures()) | (self.chunk.measures() if self.chunk else {})
         for name, port in (("activation", self.downstream_endpoint), ("gradient", self.upstream_endpoint)):
             if port:
                 figures |= {f"{name}_{figure}": value for figure, value in port.measures().items()}

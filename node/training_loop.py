@@ -313,7 +313,7 @@ class TrainingLoop:
             assert isinstance(action, Evaluate)
             ids_BS, received = await self._input(Kind.EVALUATION, step, action.microbatch)
             name = f"evaluate {action.microbatch}"
-            out = await self._compute.run(name, self.stage.evaluate, ids_BS, received)
+            out = await self._compute.run(name, self.stage.evaluate, step, action.microbatch, ids_BS, received)
             if isinstance(out, Encoded):
                 await self._send_below(out, ids_BS, step, action.microbatch, Kind.EVALUATION)
             else:

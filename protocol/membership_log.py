@@ -140,8 +140,8 @@ class MembershipLog:
         one lane to one round that have the same number are the same bytes. admitted: who is to enter. lanes: how many
         the run has; 0 then says that all of them were members of all, so the number stays while nobody leaves.
 
-        The stay (`stay_of`) does not tell them apart: a lane that had used what others decided makes other
-        contributions once it goes by this log, and may be a member all along by both.
+        Since when it is a member (`joined_at`) does not tell them apart: a lane that had used what others decided makes
+        other contributions once it goes by this log, and may be a member all along by both.
         """
         entries = [each for each in (*self.entries_of(lane), *admitted) if each.lane == lane and each.first <= round]
         before = [each for each in self.stretches if each.first < used]
@@ -155,7 +155,7 @@ class MembershipLog:
             numbers += [number for entry in each.entered for number in _numbers(entry)]
         return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(numbers)}Q", *numbers)) % HISTORY_MAX
 
-    def stay_of(self, lane: int, round: int) -> int | None:
+    def joined_at(self, lane: int, round: int) -> int | None:
         """Of the rounds that the lane is a member of without a break, up to and with `round`: the first. None: it is no
         member of it. For a round that is not decided, as if the newest members stayed."""
         first = None
@@ -170,7 +170,7 @@ class MembershipLog:
 
     def next_stay(self, lane: int, round: int) -> int | None:
         """The first round from `round` on of which the lane is a member; None: as far as is known, of none."""
-        if self.stay_of(lane, round) is not None:
+        if self.joined_at(lane, round) is not None:
             return round
         return next((each.first for each in self.stretches if each.first > round and lane in each.members), None)
 
@@ -189,10 +189,10 @@ class MembershipLog:
         return before[last + 1].first if last + 1 < len(before) else entry.first
 
     def parts_from(self, other: MembershipLog, lane: int) -> int | None:
-        """The first round in which the lane's part differs in the two: it is a member in one alone, or of another
-        stay. None: in none. Rounds that one of them has not decided count as if its newest members stayed."""
+        """The first round in which the lane's part differs in the two: it is a member in one alone, or since
+        another round. None: in none. Rounds that one of them has not decided count as if its newest members stayed."""
         for first in sorted({each.first for log in (self, other) for each in log.stretches}):
-            if self.stay_of(lane, first) != other.stay_of(lane, first):
+            if self.joined_at(lane, first) != other.joined_at(lane, first):
                 return first
         return None
 

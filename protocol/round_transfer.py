@@ -184,7 +184,7 @@ class RoundReceiver:
         self._written: Position = (0, 0)
         self._xxh3: int | None = None  # of the contribution that is under way
         self._parts = 0  # that came and are not written
-        self.changed: int | None = None  # a round whose contribution was other bytes when it went on
+        self.faulty: int | None = None  # a round whose contribution is not of the agreed size, or changed on its way
         self._told_granted = self._told_forget = 0
 
     # -- what this node does ------------------------------------------------------------------------------------------
@@ -275,11 +275,12 @@ class RoundReceiver:
                 Fault.OVERDRAWN, f"round {part.round} came, granted is what is before {self.granted_before}"
             )
         if part.total_bytes != (expected := self._contribution_bytes(part.round)):
+            self.faulty = part.round
             fault = Fault.OVERSIZED if part.total_bytes > expected else Fault.MALFORMED
             line = f"a contribution of {part.total_bytes} bytes to round {part.round}, which has {expected} here"
             raise RemoteProtocolError(fault, line)
         if part.offset and part.contribution_xxh3 != self._xxh3:
-            self.changed = part.round
+            self.faulty = part.round
             line = f"the contribution to round {part.round} has changed at byte {part.offset}: it was made anew"
             raise RemoteProtocolError(Fault.PAYLOAD, f"{line}, with other bytes")
         complete = part.end == part.total_bytes

@@ -215,6 +215,7 @@ class Grid:
         self.connected: set[tuple[int, int]] = set()
         self.latency_s = dict.fromkeys(pairs, 0.1)
         self.loss = 0.0
+        self.nonsense: set[tuple[int, int]] = set()  # of whom, to which round: whoever gets it refuses it
         self.held_once: set[tuple[int, int, int, int]] = set()  # who held what of whom: lane, of, round, content
         self.contents: dict[tuple[int, int], set[int]] = {}
         self.decisions: list[tuple[int, int, MembershipLog]] = []  # by whom, round, log
@@ -305,7 +306,7 @@ class Grid:
         if not self._up("body", one, other):
             self.bodies[one, other].pieces.clear()
         for round, contribution in self.bodies[one, other].arrived(self.now_s):
-            if contribution.name == to.name(one, round):
+            if contribution.name == to.name(one, round) and (one, round) not in self.nonsense:
                 to.got[one][round] = contribution
                 self.held_once.add((other, one, round, contribution.content))
 

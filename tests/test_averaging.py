@@ -294,9 +294,11 @@ def test_a_contribution_that_is_none_is_refused_by_name_and_changes_nothing(spec
     good = other.averager.contribute(round_)
     lane.averager.contribute(round_)
     before = lane.weights() + [each.clone() for each in lane.averager.state_tensors().values()]
+    lane.averager.check(0, 1, good)
     for bad in (good[:-1], good + b"\0", b"\xff" * len(good)):
-        with pytest.raises(RoundError, match=r"lane 1's contribution to round 0 of stage 1"):
-            lane.averager.use(round_, {1: bad})
+        for refuses in (lambda bad: lane.averager.use(round_, {1: bad}), lambda bad: lane.averager.check(0, 1, bad)):
+            with pytest.raises(RoundError, match=r"lane 1's contribution to round 0 of stage 1"):
+                refuses(bad)
         assert same(lane.weights() + list(lane.averager.state_tensors().values()), before)
     lane.averager.use(round_, {1: good})
 
@@ -363,3 +365,23 @@ def test_a_gradient_that_is_not_there_is_named():
     lane.parameters[2][1].grad = None
     with pytest.raises(RuntimeError, match="parameter 'w2' has no gradient to average"):
         lane.averager.contribute(lane.averager.plan.made_at(1)[0])
+
+
+def test_what_does_not_learn_has_no_gradient_to_average():
+    lane = Lane("gradients", 0)
+    frozen = nn.Parameter(torch.ones(3, 50, 4), requires_grad=False)
+    lane.parameters.append(("frame", frozen))
+    more = stage_averager(
+        parse_averaging("gradients"),
+        lane.averager.place,
+        steps=STEPS,
+        parameters=lane.parameters,
+        sender=None,
+        table_moves=lambda _: False,
+        table_gradient=lambda: None,
+    )
+    lane.parameters.pop()
+    lane.gradients()
+    round_ = lane.averager.plan.made_at(1)[0]
+    assert more.contribute(round_) == lane.averager.contribute(round_)
+    assert frozen.grad is None

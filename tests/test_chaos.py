@@ -146,7 +146,7 @@ def test_what_a_lane_did_before_it_took_up_another_ones_state_is_not_compared() 
 
 
 def test_a_lane_that_is_not_through_is_forgiven_if_it_was_kept_away() -> None:
-    lanes = [{"lane": lane, "ended": lane != 2} for lane in range(3)]
+    lanes = [{"lane": lane, "ended": lane != 2, "apart": None} for lane in range(3)]
     for away, equal, expected in (([2], True, True), ([], True, False), ([1], True, False), ([2], False, False)):
         found = {"recomputed": {"equal": equal, "lanes": lanes}, "away_at_the_end": away}
         assert survived(found) is expected

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
+from thinpipe.node.recomputed_run import recompute
 from thinpipe.node.security.key_directory import init, issue
+from thinpipe.sim.launch.node_launch import free_ports, node_environment
 
 from .conftest import TinyConfig
+from .preloaded import start
 from .real_faults import Done, Kill, carry_out, records
-from .real_up import Up, ended
+from .real_node import until
+from .real_up import END_S, Up, ended
+
+ROOT = Path(__file__).resolve().parent.parent
 
 GRID = {"lanes.count": 2, "pipeline.stages": 2, "run.steps": 12, "checkpoint.every": 4}
 MODES = {
@@ -110,3 +120,69 @@ def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: 
     starts = [[len(records(run / f"lane-{lane}", stage, "start")) for stage in range(2)] for lane in range(2)]
     assert starts == [[2, 1], [1, 2]]
     assert [len(records(run / f"lane-{lane}", 1 - lane, "rollback")) for lane in range(2)] == [1, 1]
+
+
+@pytest.mark.slow
+def test_a_lane_that_is_told_to_end_ahead_of_the_others_ends_alike(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """It waits in a round to which the other one, which ends before it, contributes no more."""
+    config = tiny({**GRID, "run.steps": 60, "lanes.average": "outer:every=20"})
+    process, run = started(up, config, tmp_path)
+    until(lambda: len(records(run / "lane-1", 0, "step")) >= 8, "lane 1's first steps")
+    nodes = [psutil.Process(records(run / "lane-1", stage, "start")[0]["process"]) for stage in range(2)]
+    for node in nodes:
+        node.suspend()
+    ahead = len(records(run / "lane-1", 0, "step")) // 20 * 20 + 19
+    until(lambda: len(records(run / "lane-0", 0, "step")) >= ahead, "lane 0's coming to a round")
+    process.terminate()
+    until(lambda: "the run stops after" in (run / "lane-0" / "stage-0.log").read_text(), "the word to end")
+    for node in nodes:
+        node.resume()
+    ended(process)
+    assert "which ended before: this lane goes back" in (run / "lane-0" / "stage-0.log").read_text()
+    for lane, stage in product(range(2), range(2)):
+        assert records(run / f"lane-{lane}", stage, "end")
+        assert not records(run / f"lane-{lane}", stage, "failed")
+    ended(up("--resume", str(run)))
+    assert ends(run, config) == digests(config)
+
+
+@pytest.mark.slow
+def test_a_lane_that_gives_nonsense_is_left_out_of_that_round(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Both other lanes refuse it, and say so; nobody ends, and all have the bits that follow from who took part."""
+    more = {"lanes.average": "outer:every=3", "run.steps": 45, "lanes.round_timeout_s": 5}
+    config = tiny({**GRID, "lanes.count": 3, "pipeline.stages": 1, **more})
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run, ports = tmp_path / "run", free_ports(2)
+    logs = [tmp_path / f"lane-{lane}.log" for lane in range(3)]
+    with ExitStack() as stack:
+        nodes = {}
+        start(["--version"], stack.enter_context((tmp_path / "version.log").open("w"))).wait(END_S)
+        for lane in (1, 0, 2):  # nobody must be late for the first round: lane 1 has an interpreter to start
+            command = ["node", "--config", str(tmp_path / "run.toml"), "--out", str(run)]
+            command += ["--stage", "0", "--lane", str(lane)]
+            command += ["--listen", f"127.0.0.1:{ports[lane]}"] if lane < 2 else []
+            command += [part for lower in range(lane) for part in ("--lateral", f"{lower}=127.0.0.1:{ports[lower]}")]
+            log = stack.enter_context(logs[lane].open("w"))
+            if lane == 1:
+                command = [sys.executable, "-m", "tests.nonsense_node", "4", *command]
+                nodes[lane] = subprocess.Popen(command, cwd=ROOT, env=node_environment(), stdout=log, stderr=log)
+            else:
+                nodes[lane] = start(command, log)
+            stack.callback(nodes[lane].wait)
+            stack.callback(nodes[lane].kill)
+            until(lambda: records(run / "lane-1", 0, "start"), "the start of lane 1")
+        for lane, node in nodes.items():
+            assert node.wait(END_S) == 0, logs[lane].read_text()
+    refused = "lane 1's contribution to round 4 of stage 0 is refused: int4 payload"
+    for lane in (0, 2):
+        faults = [each for each in records(run / f"lane-{lane}", 0, "fault") if each["code"] == "bad-payload"]
+        assert len(faults) == 3
+        assert all(refused in each["reason"] for each in faults)
+        assert "the round goes on without this lane" in faults[-1]["reason"]
+    told = [each["reason"] for each in records(run / "lane-1", 0, "fault") if each["code"] == "bad-payload"]
+    assert len(told) == 6
+    members = records(run / "lane-0", 0, "members")
+    assert (members[0]["first"], members[0]["members"]) == (4, [0, 2])
+    found = recompute(run, tmp_path / "again", config)
+    assert found.equal, [each.words() for each in found.lanes]
+    assert all(each.ended for each in found.lanes)

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from thinpipe.compress.byte_format import CodecError
 from thinpipe.node.lanes.contribution_store import ContributionError
 from thinpipe.node.lanes.lateral_link import LateralLink
 from thinpipe.node.lanes.lateral_links import LateralLinks
-from thinpipe.node.lanes.lateral_settings import LateralSettings
+from thinpipe.node.lanes.lateral_settings import Check, LateralSettings
+from thinpipe.node.lanes.stays import Stays
 from thinpipe.node.links.dialling import NeighbourMismatch
 from thinpipe.node.links.outgoing import Write, part_bytes_for
 from thinpipe.node.links.transport import listening, serving, tell
@@ -29,10 +31,10 @@ from thinpipe.node.security.key_directory import init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security
 from thinpipe.protocol.control_messages import Heartbeat
 from thinpipe.protocol.errors import Fault, LocalProtocolError, ProtocolError, RefusedError, RemoteProtocolError
+from thinpipe.protocol.membership_log import MembershipLog
 from thinpipe.protocol.messages import encode_frame
 from thinpipe.protocol.round_messages import RoundPart
 from thinpipe.protocol.round_session import LIMITS, decode_frame
-from thinpipe.protocol.round_transfer import Contribution
 from thinpipe.sim.launch.node_launch import free_ports
 from thinpipe.sim.links.proxy import Proxy
 from thinpipe.sim.links.shaper import LinkProfile
@@ -67,6 +69,7 @@ class Lane:
         incarnation: int | None = None,
         security: Security = PLAIN,
         size: int = ROUND_BYTES,
+        check: Check = lambda *_: None,
         **other: Any,
     ) -> None:
         self.lane, self.size = lane, size
@@ -76,6 +79,7 @@ class Lane:
         self.others: dict[str, int] = {}
         settings = LateralSettings(
             contribution_bytes=lambda _: size,
+            check=check,
             profile=LinkProfile.parse(profile),
             silence_s=SILENCE_S,
             greeting_timeout_s=5.0,
@@ -520,30 +524,152 @@ def test_a_contribution_that_is_made_again_is_the_same(tmp_path: Path) -> None:
     story(job())
 
 
-def test_one_that_comes_damaged_is_asked_for_again_and_not_for_ever(tmp_path: Path) -> None:
+def test_who_sends_what_its_disk_has_damaged_ends_by_name(tmp_path: Path) -> None:
     async def job() -> None:
         giver, taker = (Lane(lane, tmp_path) for lane in (0, 1))
         taker.links.forget_before(0)
         await giver.give(0)
         (path,) = (giver.directory / "own").iterdir()
         right = path.read_bytes()
-        waiting = asyncio.create_task(taker.take(0))
         path.write_bytes(bytes(ROUND_BYTES))
-        for attempt in range(3):
-            upper, lower = await attached(taker, giver, Connection(None))
-            for error in (upper, lower):
-                assert isinstance(error, RefusedError if error is lower else RemoteProtocolError)
-                assert error.fault is Fault.PAYLOAD
-            if attempt == 0:
-                path.write_bytes(right)
-                async with joined(taker, giver):
-                    assert (await waiting)[0] == content(0, 0)
-                giver.links._own.keep(1, Contribution(total_bytes=ROUND_BYTES, xxh3=1))
-                path.with_name(f"1-{1:016x}").write_bytes(right)
-                waiting = asyncio.create_task(taker.take(1))
-        await attached(taker, giver, Connection(None))
-        with pytest.raises(ContributionError, match="lateral 1: lane 0-1: the contribution to round 1 came damaged 3"):
+        waiting = asyncio.create_task(taker.take(0))
+        upper, lower = await attached(taker, giver, Connection(None))
+        assert isinstance(upper, RemoteProtocolError)
+        assert upper.reason == "the contribution to round 0 does not have its checksum; it is asked for again"
+        assert isinstance(lower, ContributionError)
+        assert "is damaged; delete it and start this node again" in str(lower)
+        path.write_bytes(right)
+        async with joined(taker, Lane(0, tmp_path, incarnation=900)):
+            assert (await waiting)[0] == content(0, 0)
+
+    story(job())
+
+
+def sound(round: int, lane: int, body: bytes) -> None:
+    if body != content(lane, round, len(body)):
+        raise CodecError(f"lane {lane}'s contribution to round {round} is nonsense")
+
+
+def without_lane_0(from_round: int) -> Stays:
+    log = MembershipLog.begin(2)
+    for _ in range(from_round):
+        log = log.then((0, 1))
+    return Stays(log.then((1,)), 2, (), lambda round: round)
+
+
+async def gives_nonsense(giver: Lane, taker: Lane, round: int) -> list[str]:
+    """What the taker says of it, each time, until it asks no more."""
+    giver.links.publish(round, content(9, 9))
+    said = []
+    for _ in range(3):
+        upper, lower = await attached(taker, giver, Connection(None))
+        assert isinstance(upper, RemoteProtocolError)
+        assert isinstance(lower, RefusedError)
+        assert upper.fault is lower.fault is Fault.PAYLOAD
+        assert lower.reason == upper.reason
+        said.append(upper.reason)
+    sent = giver.links.figures().sent_bytes["averaging"]
+    async with joined(taker, giver):
+        await asyncio.sleep(2 * DEADLINE_S)
+        assert giver.links.figures().sent_bytes["averaging"] == sent
+        assert taker.links.held()[giver.lane] == round
+    return said
+
+
+def test_nonsense_is_never_held_and_its_lane_can_be_left_out(tmp_path: Path) -> None:
+    async def job() -> None:
+        giver, taker = Lane(0, tmp_path), Lane(1, tmp_path, check=sound)
+        for lane in (giver, taker):
+            lane.links.forget_before(0)
+        async with joined(taker, giver):
+            await asyncio.gather(giver.train(range(2)), taker.train(range(2)))
+        why = "lane 0's contribution to round 2 is nonsense"
+        again = f"{why}; it is asked for again"
+        last = f"{why}; this was refused 3 times, and the round goes on without this lane"
+        assert await gives_nonsense(giver, taker, 2) == [again, again, last]
+        assert taker[0].peer.state == why
+        await taker.links.expect(without_lane_0(2))
+        assert taker[0].peer.state.startswith("lane 0 is not connected")
+        assert await taker.links.contributions(2, (1,)) == {}
+
+    story(job())
+
+
+def test_who_needs_a_contribution_that_it_has_given_up_ends_by_name(tmp_path: Path) -> None:
+    """The other lanes hold it, by what they have decided: this one cannot go on with them."""
+
+    async def job() -> None:
+        giver, taker = Lane(0, tmp_path), Lane(1, tmp_path, check=sound)
+        for lane in (giver, taker):
+            lane.links.forget_before(0)
+        waiting = asyncio.create_task(taker.take(0))
+        await gives_nonsense(giver, taker, 0)
+        with pytest.raises(ContributionError, match=r"lateral 1: .* is nonsense \(3 times\), and other lanes count it"):
             await waiting
+
+    story(job())
+
+
+def test_a_new_process_is_asked_for_what_was_given_up(tmp_path: Path) -> None:
+    async def job() -> None:
+        giver, taker = Lane(0, tmp_path), Lane(1, tmp_path, check=sound)
+        for lane in (giver, taker):
+            lane.links.forget_before(0)
+        await gives_nonsense(giver, taker, 0)
+        await giver.links.close()
+        back = Lane(0, tmp_path / "mended", incarnation=900)
+        await back.give(0)
+        async with joined(taker, back):
+            await asyncio.sleep(1)
+            assert taker.links.held()[0] == 1
+            assert (await taker.take(0))[0] == content(0, 0)
+
+    story(job())
+
+
+@pytest.mark.parametrize("right", [False, True], ids=["and is wrong", "and is right"])
+def test_who_is_refused_looks_at_its_own_contribution(right: bool, tmp_path: Path) -> None:
+    looked: list[int] = []
+
+    def check(round: int, lane: int, body: bytes) -> None:
+        looked.append(lane)
+        sound(round, lane, body)
+
+    def refuse(*_: object) -> None:
+        raise CodecError("not with me")
+
+    async def job() -> None:
+        giver, taker = Lane(0, tmp_path, check=check), Lane(1, tmp_path, check=refuse)
+        taker.links.forget_before(0)
+        await giver.links.publish(0, content(0, 0) if right else content(9, 9))
+        _, lower = await attached(taker, giver, Connection(None))
+        if right:
+            assert isinstance(lower, RefusedError)
+            await attached(taker, giver, Connection(None))
+            await giver.give(1)  # it goes on, and has looked once
+        else:
+            assert isinstance(lower, ContributionError)
+            assert str(lower).startswith(
+                "lateral 1: lane 0-1: what this node wrote is refused by lane 1, and here: lane 0's contribution to "
+                "round 0 is nonsense; look at its memory"
+            )
+        assert looked == [0]
+
+    story(job())
+
+
+def test_one_of_another_size_is_given_up_as_well(tmp_path: Path) -> None:
+    async def job() -> None:
+        giver, taker = Lane(0, tmp_path, size=ROUND_BYTES + 1), Lane(1, tmp_path)
+        taker.links.forget_before(0)
+        await giver.give(0)
+        for _ in range(3):
+            upper, _ = await attached(taker, giver, Connection(None))
+            assert isinstance(upper, RemoteProtocolError)
+            assert upper.fault is Fault.OVERSIZED
+        async with joined(taker, giver):
+            with pytest.raises(ContributionError, match="a contribution of 600001 bytes to round 0, which has 600000"):
+                await taker.take(0)
 
     story(job())
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
 }
 # Rooms of node: which other rooms of node each may import. All may import the modules that lie in node itself.
 MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
-    "averaging": set(),
+    "averaging": {"boundary"},
     "boundary": set(),
     "checkpoints": set(),
     "data": set(),
@@ -27,7 +27,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "security": set(),
     "watching": set(),
     "links": {"checkpoints", "security"},
-    "context": {"links", "model", "security"},
+    "context": {"averaging", "model"},
     "lanes": {"averaging", "checkpoints", "links", "security"},
     "measuring": {"averaging", "boundary", "data", "links", "model"},
     "comparing": {"data", "measuring"},

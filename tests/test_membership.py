@@ -211,6 +211,20 @@ def test_who_can_never_follow_is_not_admitted_again_and_again() -> None:
     check_end(grid)
 
 
+@pytest.mark.parametrize("lane", range(3))
+@pytest.mark.parametrize("delay", [0, 2])
+def test_who_gives_nonsense_is_left_out_of_that_round_and_comes_back(lane: int, delay: int) -> None:
+    """It is the others that refuse it; it has all of theirs, and may be the first to decide."""
+    grid = Grid(3, delay=delay)
+    grid.nonsense = {(lane, 5)}
+    grid.run(6 * DEADLINE_S)
+    for each in grid.lane:
+        assert each.log.members_of(5) == tuple(grid.others(lane))
+        assert each.log.members == (0, 1, 2)
+        assert each.used > 12
+    check_end(grid)
+
+
 @given(lanes=st.integers(2, 5), delay=st.integers(0, 2), seed=st.integers(0, 99))
 @settings(max_examples=10, deadline=None)
 def test_the_last_lane_goes_on_alone(lanes: int, delay: int, seed: int) -> None:
@@ -352,7 +366,7 @@ def test_a_log_is_a_list_of_members(both: tuple[MembershipLog, Plain]) -> None:
             log.members_of(outside)
     for lane in range(LANES):
         stays = plain.stays(lane, log.members)
-        assert [log.stay_of(lane, round) for round in range(log.decided + 1)] == stays
+        assert [log.joined_at(lane, round) for round in range(log.decided + 1)] == stays
         entries = [each for _, entered in plain.rounds for each in entered if each.lane == lane]
         assert log.entries_of(lane) == entries
         for round in range(log.decided + 1):
@@ -389,7 +403,7 @@ def test_one_of_two_logs_counts_and_the_same_for_all(some: list[tuple[Membership
             assert one.differs_from(other) == next((round for round, (a, b) in pairs if a != b), None)
             for lane in range(LANES):
                 longest = max(len(plain.rounds), len(others.rounds))
-                stays = [[log.stay_of(lane, round) for round in range(longest + 1)] for log in (one, other)]
+                stays = [[log.joined_at(lane, round) for round in range(longest + 1)] for log in (one, other)]
                 parts = [round for round, (a, b) in enumerate(zip(*stays, strict=True)) if a != b]
                 assert one.parts_from(other, lane) == (parts[0] if parts else None)
 

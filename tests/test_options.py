@@ -17,7 +17,7 @@ COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttribu
 # Which commands take which of them, each with its own default.
 TAKE = {
     "up": {*HELP},
-    "chaos": {*HELP},
+    "chaos": {*HELP} - {"--chunks", "--context"},
     "supervise": {"--model", "--data", "--codec", "--link", "--steps", "--schedule", "--seed", "--checkpoint-every"},
     "plan": {"--codec", "--forward", "--backward", "--link", "--schedule", "--microbatches", "--batch-size"}
     | {"--sequence-length", "--cut", "--speeds", "--lanes", "--average"},
@@ -51,6 +51,7 @@ def test_every_shared_option_is_a_setting() -> None:
         "--codec",
         "--forward",
         "--backward",
+        "--chunks",
     }
     given = settings_of(stages=2, steps=3, seed=4, codec="mapl:r=8 rvq int8", model="150m", checkpoint_every=5)
     config = parse_config(merge({}, given))
@@ -139,3 +140,13 @@ def test_chaos_trains_what_it_is_told_to(tmp_path, monkeypatch) -> None:
     assert (plain.lanes.count, lanes.lanes.count, lanes.lanes.average) == (1, 3, "outer:every=5")
     assert (plain.lanes.round_timeout_s, lanes.lanes.round_timeout_s, file.lanes.round_timeout_s) == (3, 9, 120)
     assert (seen[0][1].kinds, seen[5][1].kinds) == (None, ("cut", "join"))
+
+
+def test_chunks_are_lanes_of_the_same_sequences() -> None:
+    config = parse_config(merge({}, settings_of(chunks=4, context="full:format=int8")))
+    assert (config.lanes.count, config.lanes.average) == (4, "gradients")
+    assert (config.context.method, config.chunk_layout.segments) == ("full:format=int8", 8)
+    done = CliRunner().invoke(app, ["up", "--chunks", "2", "--lanes", "2"])
+    assert done.exit_code == 2
+    done = CliRunner().invoke(app, ["up", "--chunks", "2", "--out", "/nonexistent/run"])
+    assert (done.exit_code, "say --one-process" in done.output) == (2, True)

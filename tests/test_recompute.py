@@ -132,6 +132,33 @@ def test_a_lane_that_was_given_up_is_not_compared(run: Path) -> None:
     assert done(run)[-1] == "lane 2: has not come to the end, so there is nothing to compare"
 
 
+def test_a_lane_that_ended_by_a_log_that_does_not_count_followed_nobody(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Lanes 0 and 1 could not hear lane 2 from round 2 on, and all went to their ends."""
+    lanes = {"lanes.count": 3, "lanes.average": "gradients"}
+    config = tiny({"pipeline.stages": 1, "run.steps": 5, **lanes})
+    for name, members in (("run", (0, 1)), ("alone", (2,))):
+        log = MembershipLog.begin(3).then((0, 1, 2)).then((0, 1, 2))
+        while log.decided < 5:
+            log = log.then(members)
+        process = OneProcess(config, tmp_path / name, log)
+        process.train()
+        process.close()
+        for lane in range(3):
+            write_members(tmp_path / name / f"lane-{lane}" / "rounds" / "stage-0" / "members.json", log)
+    run = tmp_path / "run"
+    shutil.rmtree(run / "lane-2")
+    shutil.copytree(tmp_path / "alone" / "lane-2", run / "lane-2")
+    (run / "run.toml").write_text(dump_config(config))
+    open_run_corpus(config, run, resume=False).keep(run)
+    lines = done(run)
+    assert lines[-3:-1] == ["lane 0: equal bit for bit", "lane 1: equal bit for bit"]
+    assert lines[-1] == (
+        "lane 2: came to the end by a log of its own, which does not count from round 2 on, so there is nothing to "
+        "compare"
+    )
+    assert not any("followed" in line for line in lines)
+
+
 def test_one_lane_is_a_run_too(tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny({"pipeline.stages": 2, "run.steps": 3})
     run = tmp_path / "run"

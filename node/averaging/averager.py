@@ -77,8 +77,24 @@ class Averager(ABC):
         """This lane's contribution; moves the error that formats carry."""
 
     @abstractmethod
+    def _check(self, round_: Round, lane: int, contribution: bytes) -> None:
+        """Unpack that lane's contribution, of the right length, on the CPU. Raises RoundError where `_apply` would."""
+
+    @abstractmethod
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         """Move the weights by all contributions, by lane, in order. Returns the norm of their mean."""
+
+    @torch.no_grad()
+    def check(self, number: int, lane: int, contribution: bytes) -> None:
+        """Raises RoundError for what `use` would refuse of that lane in round `number`. Changes nothing, so any thread
+        may do it; takes the memory of one unpacked contribution."""
+        if number < self.plan.count:
+            self._check_length(self.plan.round(number), lane, contribution)
+            self._check(self.plan.round(number), lane, contribution)
+
+    def _check_length(self, round_: Round, lane: int, contribution: bytes) -> None:
+        if len(contribution) != (wanted := self.contribution_bytes(round_)):
+            raise self._refusal(round_, lane, f"has {len(contribution)} bytes, {wanted} were agreed")
 
     def bytes_of(self, number: int) -> int:
         """`contribution_bytes` of round `number`, for links, which may ask for any: past the last one, 1."""
@@ -101,8 +117,7 @@ class Averager(ABC):
         own = {self.place.lane: self._own[round_.fragment]} if member else {}
         contributions = dict(sorted({**others, **own}.items()))
         for lane, contribution in contributions.items():
-            if len(contribution) != (wanted := self.contribution_bytes(round_)):
-                raise self._refusal(round_, lane, f"has {len(contribution)} bytes, {wanted} were agreed")
+            self._check_length(round_, lane, contribution)
         self.contributed = len(contributions)
         norm = self._apply(round_, contributions)
         self._own.pop(round_.fragment, None)

@@ -22,8 +22,8 @@ from .round_plan import Round
 
 
 class GradientAverager(Averager):
-    """parameters: what the optimizer moves. table_gradient: this step's gradient of the learned table, whole, where it
-    moves after that step; of `table_shape`. table_moves: whether it does, by step."""
+    """parameters: of the stage; those that do not learn are left out. table_gradient: this step's gradient of the
+    learned table, whole, where it moves after that step; of `table_shape`. table_moves: whether it does, by step."""
 
     def __init__(
         self,
@@ -37,11 +37,11 @@ class GradientAverager(Averager):
         table_moves: Callable[[int], bool],
     ) -> None:
         super().__init__(mode, place, steps=steps, moved=lambda: None)  # the optimizer will
-        self._parameters = parameters
+        self._parameters = [(name, each) for name, each in parameters if each.requires_grad]
         self._format = mode.byte_format()
         self._table_gradient, self._table_shape, self._table_moves = table_gradient, table_shape, table_moves
         self._table_format = parse_format("fp64" if parameters[0][1].dtype is torch.float64 else "fp32")
-        self._shape = row_shape(sum(parameter.numel() for _, parameter in parameters))
+        self._shape = row_shape(sum(parameter.numel() for _, parameter in self._parameters))
 
     def contribution_bytes(self, round_: Round) -> int:
         table = self._table_format.body_bytes(self._table_shape) if self._has_table(round_) else 0
@@ -80,6 +80,13 @@ class GradientAverager(Averager):
                     "with a lower learning rate or a higher precision"
                 )
         return error
+
+    def _check(self, round_: Round, lane: int, contribution: bytes) -> None:
+        cut = self._format.body_bytes(self._shape)
+        like = torch.empty(0, dtype=self._parameters[0][1].dtype)
+        self._unpacked(round_, lane, contribution[:cut], self._format, self._shape, like)
+        if self._has_table(round_):
+            self._unpacked(round_, lane, contribution[cut:], self._table_format, self._table_shape, like)
 
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         cut = self._format.body_bytes(self._shape)

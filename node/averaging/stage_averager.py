@@ -11,10 +11,13 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ...compress.byte_format import CodecError
 from ...compress.codec_interface import Encoder
+from ..boundary.learned_tables import TableOwner, moves_after
+from ..config import ConfigError, RunConfig
 from .averager import Averager, Place
 from .gradients import GradientAverager
-from .modes import AveragingMode, Gradients, Outer, Sparta
+from .modes import AveragingMode, Gradients, Outer, Sparta, parse_averaging
 from .weights import OuterAverager, SpartaAverager, StageWeights
 
 
@@ -55,6 +58,35 @@ def stage_averager(
             return SpartaAverager(mode, place, weights, steps=steps)
         case _:
             raise AssertionError(mode)
+
+
+def averager_of(
+    config: RunConfig,
+    stage: int,
+    lane: int,
+    *,
+    parameters: list[tuple[str, nn.Parameter]],
+    sender: Encoder | None,
+    table: TableOwner | None,
+    table_gradient: Callable[[], Tensor | None],
+) -> Averager | None:
+    """What that stage does in rounds, if there are other lanes. table: that of the boundary below. Raises ConfigError
+    for a mode that does not fit."""
+    if config.lanes.count == 1:
+        return None
+    learned = table.table if table and table.table.every else None
+    try:
+        return stage_averager(
+            parse_averaging(config.lanes.average),
+            Place(stage=stage, lane=lane, lanes=config.lanes.count, seed=config.run.seed),
+            steps=config.run.steps,
+            parameters=parameters,
+            sender=sender if learned else None,
+            table_moves=lambda step: learned is not None and moves_after(learned, step),
+            table_gradient=table_gradient,
+        )
+    except CodecError as error:
+        raise ConfigError(f"lanes.average: {error}") from None
 
 
 LANE_SEED = 0x9E3779B97F4A7C15  # an odd number (the golden ratio's), so that lanes have seeds far from one another

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...compress.byte_format import ByteFormat
 from .averager import Averager, Place, octets
 from .fragments import fragments_of, row_shape
 from .modes import AveragingMode, Outer, Sparta
@@ -83,6 +84,11 @@ class WeightAverager(Averager):
             self._began[round_.fragment] = like.copy_(state[f"began/{round_.fragment}"])
             self._own[round_.fragment] = state[f"own/{round_.fragment}"].numpy().tobytes()
 
+    def _check_rows(
+        self, round_: Round, lane: int, contribution: bytes, fmt: ByteFormat, shape: tuple[int, ...]
+    ) -> None:
+        self._unpacked(round_, lane, contribution, fmt, shape, torch.empty(0, dtype=self._dtype))
+
     @property
     def _dtype(self) -> torch.dtype:
         return self._fragments[0].dtype
@@ -106,6 +112,10 @@ class OuterAverager(WeightAverager):
         self._remember(round_, rows)
         gone = self._anchors[round_.fragment] - rows
         return bytes(self._formats[round_.fragment].pack_training(gone, self._key(round_, self.place.lane)).body)
+
+    def _check(self, round_: Round, lane: int, contribution: bytes) -> None:
+        place = round_.fragment
+        self._check_rows(round_, lane, contribution, self._formats[place], self._fragments[place].shape)
 
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         place = round_.fragment
@@ -180,6 +190,9 @@ class SpartaAverager(WeightAverager):
         chosen = rows.new_zeros(row_shape(self._chosen(round_)))
         chosen.view(-1)[: self._chosen(round_)] = rows.view(-1)[self._places(round_).to(rows.device)]
         return bytes(self._format.pack(chosen, self._key(round_, self.place.lane)).body)
+
+    def _check(self, round_: Round, lane: int, contribution: bytes) -> None:
+        self._check_rows(round_, lane, contribution, self._format, row_shape(self._chosen(round_)))
 
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         rows = self._fragments[0].read()

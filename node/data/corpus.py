@@ -13,6 +13,7 @@ replacement, which needs no order at all? A third of the corpus would be missed 
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -51,6 +52,7 @@ class Corpus(ABC):
         self.digest = digest
         self.position = 0
         self.known: KnownIds | None = None  # what to look at of each batch, where that could not be done at once
+        self._draws = threading.Lock()  # another thread may draw: a lane, or one for whom nobody waits any more
         self.sequence_length = sequence_length
         available = (len(heldout) - 1) // sequence_length
         if available < 1:
@@ -70,7 +72,8 @@ class Corpus(ABC):
                 "count steps and microbatches from 0"
             )
         self.position = step
-        ids_BS = self._sequences((step * microbatches + microbatch) * batch_size, batch_size)
+        with self._draws:
+            ids_BS = self._sequences((step * microbatches + microbatch) * batch_size, batch_size)
         if self.known:
             self.known.check(ids_BS)
         return ids_BS

@@ -194,13 +194,11 @@ class StreamedCorpus(Corpus):
         self._windows_NT = np.empty((0, length + 1), dtype=np.int32)
         self._ahead: tuple[int, Future[np.ndarray]] | None = None  # the block that a thread reads
         self._loads = threading.Lock()  # one reads at a time
-        self._draws = threading.Lock()  # a draw that nobody waits for any more may still be under way
 
     def _sequences(self, first: int, count: int) -> np.ndarray:
         out_BT = np.empty((count, self.sequence_length + 1), dtype=np.int32)
-        with self._draws:
-            for row in range(count):
-                out_BT[row] = self._window(first + row)
+        for row in range(count):
+            out_BT[row] = self._window(first + row)
         return out_BT
 
     def _window(self, number: int) -> np.ndarray:

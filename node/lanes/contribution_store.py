@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -166,10 +166,17 @@ class ContributionStore:
         return found
 
     def append(
-        self, round: int, made: Contribution, offset: int, datas: Sequence[bytes | memoryview], stay: int = 0
+        self,
+        round: int,
+        made: Contribution,
+        offset: int,
+        datas: Sequence[bytes | memoryview],
+        stay: int = 0,
+        check: Callable[[bytes], None] = lambda _: None,
     ) -> bool | None:
         """Its next bytes, which begin at `offset`. True: now it is whole; None: all bytes are there and have
-        another checksum than `made`, so they are dropped; False: more have to come."""
+        another checksum than `made`, so they are dropped; False: more have to come. What `check` raises of the whole is
+        passed on, and they are dropped too: a file that has its name was checked."""
         path = self.directory / f".partial-{round}-{made.xxh3:016x}"
         try:
             make(self.directory)
@@ -179,9 +186,15 @@ class ContributionStore:
                 file.truncate()
                 if file.tell() < made.total_bytes:
                     return False
-            if xxhash.xxh3_64_intdigest(path.read_bytes()) != made.xxh3:
+            content = path.read_bytes()
+            if xxhash.xxh3_64_intdigest(content) != made.xxh3:
                 path.unlink()
                 return None
+            try:
+                check(content)
+            except BaseException:
+                path.unlink()
+                raise
             path.rename(self._path(round, made, stay))
         except OSError as error:
             raise self._refusing(round, error) from None

@@ -43,8 +43,9 @@ class LaneMembership:
     """Of the node that `identity` describes.
 
     tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back.
+    on_in_vain: it is to end, and cannot do the step under way, since other lanes have ended before it.
     on_void: what this lane had after so many steps, and later, came of a log that does not count; no process must go on
-    from it. Both of stage 0 alone. on_changed: something is known that was not. under_way: steps that are completed
+    from it. All of stage 0 alone. on_changed: something is known that was not. under_way: steps that are completed
     once the present one is. saved: steps of this stage's newest checkpoint. take_up: fetches this stage's state of
     another lane after so many steps; let_go: that lane needs none any more. paused_ago_s: how long ago this process was
     stopped for a while.
@@ -61,6 +62,7 @@ class LaneMembership:
         tell: Callable[[Side, RoundStatus], None],
         refuse: Callable[[Side, RemoteProtocolError], None],
         on_left_out: Callable[[], None],
+        on_in_vain: Callable[[], None],
         on_void: Callable[[int], Awaitable[None]],
         on_changed: Callable[[], None],
         under_way: Callable[[], int],
@@ -70,7 +72,7 @@ class LaneMembership:
         paused_ago_s: Callable[[], float],
     ) -> None:
         self._identity, self._plan, self._links, self._metrics = identity, plan, links, metrics
-        self._on_left_out = on_left_out
+        self._on_left_out, self._on_in_vain = on_left_out, on_in_vain
         self._on_void, self._under_way = on_void, under_way
         self._on_changed, self._saved, self._let_go = on_changed, saved, let_go
         self._paused_ago_s, self._paused_s = paused_ago_s, float("inf")
@@ -94,7 +96,7 @@ class LaneMembership:
         self._knows = identity.first  # which log counts
         if not self._knows:
             links.hold_back()
-        self._in_vain: list[int] = []  # for whom the next round waits, though they have ended and this lane is to
+        self._is_in_vain = False  # this lane is to end, and waits in a round for lanes that have ended
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
         self._chain = ChainStatuses(identity, plan.count, tell=tell, refuse=refuse)
         self._said: LaneStatus | None = None  # to other lanes
@@ -115,15 +117,8 @@ class LaneMembership:
     # -- for the rounds of this stage ---------------------------------------------------------------------------------
 
     async def members_of(self, round: int) -> tuple[int, ...]:
-        """Waits until they are decided, for as long as that takes; raises TimeoutError where this lane is to end, and
-        those that it waits for have ended before it."""
+        """Waits until they are decided, for as long as that takes."""
         while self.log.decided <= round:
-            if self._in_vain:
-                lanes = ", ".join(f"lane {lane}" for lane in self._in_vain)
-                raise TimeoutError(
-                    f"stage {self._identity.stage}: this lane is to end, and waits in round {round} for {lanes}, which "
-                    "ended before; start all lanes again with --resume"
-                )
             await self.changed()
         return self.log.members_of(round)
 
@@ -281,7 +276,11 @@ class LaneMembership:
         taken = self._state.taken
         machine.source = taken[0] + 1 if taken and self._following == taken[1] else 0
         machine.report(mine.held, now_s)
-        self._in_vain = [*machine.lacking()] if machine.is_in_vain(now_s) else []
+        if machine.is_in_vain(now_s) and not self._is_in_vain:
+            self._is_in_vain = True
+            lanes = ", ".join(f"lane {lane}" for lane in machine.lacking())
+            print(f"round {self.log.decided} waits for {lanes}, which ended before: this lane goes back", flush=True)
+            self._on_in_vain()
         await self._choose_state(machine, mine)
         while (machine.log, machine.admitted) != (self.log, self.admitted):
             log, admitted = machine.log, machine.admitted

@@ -53,6 +53,11 @@ def rounds_over(
         on_fault=on_fault,
     )
 
+    def end_at_checkpoint() -> None:
+        """All stages go back to the newest step that they share, and end there: with 0 steps to do, none is left."""
+        control.act(machine.end_after(0))
+        control.act(machine.start_view_change())
+
     async def take_up(lane: int, completed: int) -> None:
         """This stage's state of another lane, in the place of its own."""
         await points.discard_after(completed - 1)
@@ -70,6 +75,7 @@ def rounds_over(
         tell=control.tell,
         refuse=control.refuse,
         on_left_out=lambda: control.act(machine.start_view_change()),
+        on_in_vain=end_at_checkpoint,
         on_void=points.make_void,
         on_changed=on_changed,
         under_way=under_way,

@@ -39,8 +39,9 @@ from ...sim.links.shaper import LinkProfile
 from ..links.control_stream import HEARTBEAT_EVERY_S
 from ..links.link import LAST_WORD_S, Read
 from ..links.outgoing import Write, part_bytes_for
+from .contribution_check import ContributionCheck
 from .contribution_store import ContributionError, ContributionStore
-from .lateral_arrivals import LateralArrivals
+from .lateral_arrivals import REFUSED_MAX, LateralArrivals
 from .lateral_outgoing import Kind, LateralOutgoing, window_bytes_for
 from .lateral_settings import LateralSettings
 from .stays import Stays, all_stay
@@ -63,6 +64,7 @@ class LateralLink:
         received: ContributionStore,
         settings: LateralSettings,
         on_peer_moved: Callable[[], None],
+        check: ContributionCheck,
         on_held: Callable[[], None] = lambda: None,
     ) -> None:
         profile = settings.profile
@@ -78,7 +80,9 @@ class LateralLink:
         self.stays = all_stay(identity.lanes)  # whose contributions to which rounds are expected
         self.lane = peer_lane
         self.outgoing = LateralOutgoing(profile, seed=settings.seed)
-        self.received, self.arrivals = received, LateralArrivals(received)
+        self._check = check
+        self.received = received
+        self.arrivals = LateralArrivals(received, lambda round, content: check(round, peer_lane, content))
         self.received_bytes: Counter[Kind] = Counter()  # framed
         self.connections = 0  # on which the peer greeted
         self.peer = WaitedPeer(identity.stage, peer_lane, settings)
@@ -147,7 +151,7 @@ class LateralLink:
 
     def expect(self, stays: Stays) -> None:
         """Which contributions are expected from now on: they are asked for anew."""
-        self.stays, self.arrivals.void = stays, True
+        self.stays, self.arrivals.void, self.peer.refused = stays, True, None
         self.end(LateralLinkEnded("a lane has left, or entered"))
         self._news.set()
         self._sendable.set()
@@ -159,9 +163,19 @@ class LateralLink:
 
     async def until_received(self, round: int) -> None:
         """Wait for the peer's contribution. Raises TimeoutError, which says for whom and for how long, when nothing was
-        heard for the deadline, or, of a peer that needs nothing more, no contribution; or what made this link fail."""
+        heard for the deadline, or, of a peer that needs nothing more, no contribution; ContributionError for one that
+        was given up here, and counts all the same; or what made this link fail."""
+
+        def given_up() -> str | None:
+            return self.arrivals.given_up(round, self.stays.stay_of(self.lane, round))
+
         waiting_for = f"lane {self.lane}'s contribution to round {round}"
-        await self.peer.until(lambda: round in self.received.kept, waiting_for)
+        await self.peer.until(lambda: round in self.received.kept or given_up() is not None, waiting_for)
+        if round not in self.received.kept:
+            raise ContributionError(
+                f"{self.name}: {given_up()} ({REFUSED_MAX} times), and other lanes count it; look at the node of lane "
+                f"{self.lane}, start it again with --resume, then this lane"
+            )
 
     async def until_finished(self) -> None:
         """Wait until the peer needs nothing more either; the same errors."""
@@ -278,16 +292,23 @@ class LateralLink:
             self.peer.heard_s = loop.time()
             try:
                 event = session.receive(raw)
-            except RemoteProtocolError:
-                if (changed := session.receiver.changed) is not None:
-                    await self.arrivals.begin_again(changed)
+            except RemoteProtocolError as error:
+                if (faulty := session.receiver.faulty) is not None:
+                    await self._refuse(faulty, error)
+                raise
+            except RefusedError as error:
+                if error.fault is Fault.PAYLOAD:
+                    refused = session.sender.acknowledged[0]  # the first that the peer does not have
+                    await self._check.own(self._own, refused, session.identity.lane, refused_by=self.lane)
                 raise
             kind: Kind = "averaging" if isinstance(event, PartCame) else "control"
             if isinstance(event, PeerCopies) and isinstance(event.frame, CopyPart):
                 kind = "checkpoint_copy"
             self.received_bytes[kind] += framed_bytes(len(raw))
             match event:
-                case PeerGreeted():
+                case PeerGreeted(peer=greeting):
+                    if self.arrivals.begin_process(greeting.incarnation):
+                        self.peer.refused = None
                     self.peer.done, self.connections = False, self.connections + 1
                     self.peer.fault = self.peer.heartbeat = None
                     if answers:
@@ -308,7 +329,7 @@ class LateralLink:
                     self.peer.part_s = self.peer.heard_s
                     self.arrivals.add(part)
                     if session.receiver.write_due:
-                        await self.arrivals.write(self._stay)
+                        await self._write(part.round)
                         session.receiver.written()
                         self._on_held()
                         if not self._finishing:
@@ -319,6 +340,20 @@ class LateralLink:
                 case None:
                     pass
             self.peer.notify()
+
+    async def _write(self, round: int) -> None:
+        try:
+            await self.arrivals.write(self._stay)
+        finally:
+            self._say_given_up(round)
+
+    async def _refuse(self, round: int, error: RemoteProtocolError) -> None:
+        await self.arrivals.refuse(round, self._stay, error.reason)
+        self._say_given_up(round)
+
+    def _say_given_up(self, round: int) -> None:
+        self.peer.refused = self.arrivals.given_up(round, self._stay)
+        self.peer.notify()
 
     async def _tell(self) -> None:
         """Say where this node is, and whatever has changed of that."""
@@ -342,7 +377,8 @@ class LateralLink:
                 raise LateralLinkEnded("this node has gone on to a later round")
             before, stays = receiver.forget_before, self.stays
             first, expected = self._next_lacking(before or 0)
-            if before is not None and not receiver.asked and expected:
+            given_up = self.arrivals.given_up(first, self.stays.stay_of(self.lane, first)) is not None
+            if before is not None and not receiver.asked and expected and not given_up:
                 bytes_of = self._settings.contribution_bytes
                 position, xxh3 = await self.arrivals.lacking(first, bytes_of)
                 unchanged = receiver.forget_before == before and self.stays is stays and not self._finishing

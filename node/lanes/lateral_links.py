@@ -39,6 +39,7 @@ from ..links.link import Read
 from ..links.outgoing import Write
 from ..links.transport import Report, both_ways, linger, tell
 from ..security.policy import PLAIN, Security
+from .contribution_check import ContributionCheck
 from .contribution_store import ContributionError, ContributionStore
 from .lateral_dialling import dial_lane
 from .lateral_link import LateralLink, LateralLinkEnded
@@ -84,6 +85,7 @@ class LateralLinks:
         self._stays = all_stay(identity.lanes)
         self.directory = directory
         self._own = ContributionStore(directory / "own")
+        check = ContributionCheck(settings.check)
         self._links: dict[int, LateralLink] = {}
         for lane in range(identity.lanes):
             if lane != identity.lane:
@@ -95,6 +97,7 @@ class LateralLinks:
                     settings=settings,
                     on_peer_moved=self._drop_own,
                     on_held=on_held,
+                    check=check,
                 )
         for store in (self._own, *(link.received for link in self._links.values())):
             for line in store.restore():

@@ -26,7 +26,7 @@ class Stays:
     def stay_of(self, lane: int, round: int) -> int | None:
         """The history from which the lane's contribution to that round follows; None: it is no member."""
         expected = self.expected  # and not the log: who is admitted moves into that, and no history changes by it
-        if expected.stay_of(lane, round) is None:
+        if expected.joined_at(lane, round) is None:
             return None
         return expected.history_of(lane, round, self.used_before(round), lanes=self.lanes)
 

@@ -26,12 +26,15 @@ class WaitedPeer:
         self.heard_s = self.part_s = float("-inf")  # when a frame came last, and a part of a contribution
         self.fault: str | None = None  # why the last connection ended, or there is none
         self.failure: Exception | None = None  # no connection can mend it
+        self.refused: str | None = None  # why the contribution that is due is not asked for any more
         self.waited_for = 0  # how many wait for it now
         self._moved = asyncio.Event()  # replaced whenever there is something that somebody may wait for
 
     @property
     def state(self) -> str:
         """How its lane is, as far as is known here, for people."""
+        if self.refused:
+            return self.refused
         if not self.connected:
             return f"lane {self.lane} is not connected ({self.fault or 'it was not there yet'})"
         if (beat := self.heartbeat) is None:

@@ -153,6 +153,9 @@ def _try_next(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str
     dense, thinner = summary["dense_simulation"], (summary["run_simulation"] or {}).get("thinner_link")
     given = _given(config)
     learned = {key: value for key, value in given.items() if not key.startswith("codec.")}
+    if config.context.method:
+        whole = {key: value for key, value in given.items() if not key.startswith(("lanes.", "context."))}
+        return _command(whole, run, "whole", "whole sequences in one lane: the same up to rounding")
     if summary["mode"] == "one-process":
         link = USUAL_LINK if config.link.link == "none" else config.link.link
         return _command({**given, "link.link": link}, run, "swarm", "the same, a process for each stage: the same bits")

@@ -23,6 +23,9 @@ class EmulatedAverager(Averager):
     def _packed(self, round_: Round) -> bytes:
         return bytes(self.contribution_bytes(round_))
 
+    def _check(self, round_: Round, lane: int, contribution: bytes) -> None:
+        del round_, lane, contribution  # any zeros will do
+
     def _apply(self, round_: Round, contributions: Mapping[int, bytes]) -> float:
         del round_, contributions
         return 0.0

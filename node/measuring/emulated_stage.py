@@ -208,8 +208,10 @@ class EmulatedStage(Stage):
         self.completed = step + 1
         return 0.0, OptimStats(grad_norm=0.0, clip_coefficient=1.0, muon_lr=0.0, adamw_lr=0.0)
 
-    def evaluate(self, ids_BS: np.ndarray, received: ReceivedTensor | None) -> Encoded | float:
-        del ids_BS, received
+    def evaluate(
+        self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
+    ) -> Encoded | float:
+        del step, microbatch, ids_BS, received
         return self._sent() or 0.0
 
     def measures(self) -> dict[str, float]:

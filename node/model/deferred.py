@@ -20,6 +20,7 @@ that the forward kept is freed by the first. On the last stage the head's dy is 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,24 +152,32 @@ class DeferredLinear(nn.Linear):
         self._deferral = deferral
 
     def forward(self, input: Tensor) -> Tensor:
-        kind = input.device.type
-        # Out here, where autograd sees the cast and casts the gradient back; autocast leaves float64 alone, too.
-        if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
-            input = input.to(torch.get_autocast_dtype(kind))
-        if input.requires_grad:
-            input = _Saved.apply(input)  # pyright: ignore
-        return _Deferred.apply(input, self.weight, self.bias, self._deferral, input.grad_fn)  # pyright: ignore
+        return deferred_product(input, self.weight, self.bias, deferral=self._deferral)
+
+
+def deferred_product(input: Tensor, weight: Tensor, bias: Tensor | None, *, deferral: Deferral) -> Tensor:
+    """F.linear, whose backward asks `deferral` where the weight gradient goes."""
+    kind = input.device.type
+    # Out here, where autograd sees the cast and casts the gradient back; autocast leaves float64 alone, too.
+    if torch.is_autocast_enabled(kind) and input.dtype != torch.float64:
+        input = input.to(torch.get_autocast_dtype(kind))
+    if input.requires_grad:
+        input = _Saved.apply(input)  # pyright: ignore
+    return _Deferred.apply(input, weight, bias, deferral, input.grad_fn)  # pyright: ignore
 
 
 def defer_linears(model: nn.Module, *, compiled: bool) -> Deferral:
-    """Put a `DeferredLinear` in the place of every linear of `model`; subclasses, whose forward is their own, stay.
+    """Put a `DeferredLinear` in the place of every linear of `model`; subclasses, whose forward is their own, stay, and
+    those that say which product they use get this one.
 
     `compiled`: the layers will be compiled. A compiler traces the backward once, and what that puts aside with it, so
     these stay outside: each breaks the graph around its product, which is a library's kernel either way.
     """
     deferral = Deferral()
     for path, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
+        if "product" in vars(module):
+            vars(module)["product"] = functools.partial(deferred_product, deferral=deferral)
+        elif type(module) is nn.Linear:
             deferred = DeferredLinear(module, deferral)
             if compiled:
                 deferred.forward = torch.compiler.disable(deferred.forward)  # pyright: ignore

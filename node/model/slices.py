@@ -58,6 +58,7 @@ class StageModel(nn.Module):
         self.width: int = causal.config.hidden_size
         self.vocab_size: int = causal.config.vocab_size
         self.token_table_VD: Tensor | None = None  # the frozen part of the embedding, if there is one; first only
+        self.positions: Tensor | None = None  # of the tokens in their sequences, where they are not 0, 1, 2...: (1, T)
         self.deferral: Deferral | None = None  # where weight gradients wait, if they can
 
     @property
@@ -70,6 +71,8 @@ class StageModel(nn.Module):
         entry = {"input_ids": x} if self.first else {"inputs_embeds": x}
         if self.first and self.token_table_VD is not None:
             entry = {"inputs_embeds": self._embedding(x) + F.embedding(x, self.token_table_VD)}
+        if self.positions is not None:
+            entry["position_ids"] = self.positions
         if self.last:
             return self.causal(**entry, use_cache=False).logits
         return self.base(**entry, use_cache=False).last_hidden_state

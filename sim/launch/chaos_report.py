@@ -150,6 +150,6 @@ def _spread(values: list[float]) -> dict[str, float] | None:
 def survived(report: dict[str, Any]) -> bool:
     """Whether nothing was lost: all came out as it had to, and of several lanes each that was not away at the end."""
     if again := report.get("recomputed"):
-        missing = {each["lane"] for each in again["lanes"] if not each["ended"]}
+        missing = {each["lane"] for each in again["lanes"] if not each["ended"] or each["apart"] is not None}
         return bool(again["equal"]) and missing <= set(report["away_at_the_end"])
     return bool(report["losses_equal"] and report["val_loss_equal"] and all(report["state_equal"]))

@@ -56,7 +56,7 @@ def _lanes(found: dict[str, Any]) -> Table:
     table.add_row("seconds", f"{found['seconds']:.1f}")
     _times(table, found)
     again = found["recomputed"]
-    names = ("lane", "ended", "states_equal", "loss", "round", "val_loss_equal")
+    names = ("lane", "ended", "states_equal", "loss", "round", "val_loss_equal", "apart")
     for each in again["lanes"]:
         verdict = LaneVerdict(**{name: each[name] for name in names})
         how = ""

@@ -6,7 +6,8 @@ does each step once; the swarm's newest record of the same thing has to say the 
 
 A lane that took up the state of another one is compared from there on (`since`): what it had done before has an effect
 in the others' rounds alone. A node that has not ended, because its lane was lost and not started again, has nothing to
-compare.
+compare; nor has a lane that went to its end by a log of its own, unheard by the others (`apart`): what it came to is no
+part of the run.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ Records = list[dict[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneVerdict:
-    """Of one lane. ended: whether all its stages were through. states_equal: by stage, at the end. loss, round: what
+    """Of one lane. ended: whether all its stages were through. apart: the first round that its own log, by which it
+    went to the end, decides otherwise than the one that counts. states_equal: by stage, at the end. loss, round: what
     differs first; None: nothing."""
 
     lane: int
@@ -34,11 +36,12 @@ class LaneVerdict:
     loss: int | None = None
     round: int | None = None
     val_loss_equal: bool = True
+    apart: int | None = None
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs; true of a lane that did not end, too."""
-        if not self.ended:
+        """Whether nothing differs; true of a lane of which nothing is compared, too."""
+        if not self.ended or self.apart is not None:
             return True
         return all(self.states_equal) and self.val_loss_equal and self.loss is None and self.round is None
 
@@ -50,6 +53,9 @@ class LaneVerdict:
         """For people."""
         if not self.ended:
             return "has not come to the end, so there is nothing to compare"
+        if self.apart is not None:
+            how = f"came to the end by a log of its own, which does not count from round {self.apart} on"
+            return f"{how}, so there is nothing to compare"
         differs = [f"state of stage {stage}" for stage, equal in enumerate(self.states_equal) if not equal]
         differs += [f"loss from step {self.loss + 1} on"] if self.loss is not None else []
         differs += [f"averaging from round {self.round} on"] if self.round is not None else []
@@ -58,11 +64,22 @@ class LaneVerdict:
 
 
 def compare_lanes(
-    run: Path, again: Path, *, lanes: int, stages: int, steps: int, since: Mapping[int, int]
+    run: Path,
+    again: Path,
+    *,
+    lanes: int,
+    stages: int,
+    steps: int,
+    since: Mapping[int, int],
+    apart: Mapping[int, int] | None = None,
 ) -> list[LaneVerdict]:
-    """The run in `run` against its recomputation in `again`, lane by lane. since: by lane, as for `compare_lane`."""
+    """The run in `run` against its recomputation in `again`, lane by lane. since: by lane, as for `compare_lane`.
+    apart: lanes that ended by a log of their own, with the round from which on."""
+    apart = apart or {}
     return [
-        compare_lane(
+        LaneVerdict(lane=lane, ended=True, states_equal=[], apart=apart[lane])
+        if lane in apart
+        else compare_lane(
             *(
                 [read_records(lane_path(place, lane, lanes) / f"stage-{stage}.jsonl") for stage in range(stages)]
                 for place in (run, again)

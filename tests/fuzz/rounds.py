@@ -116,7 +116,7 @@ class _Node:
             raise Finding(f"another lane would read something else than {said}")
         for lane in range(3):
             log.history_of(lane, log.decided, log.decided, self.membership.admitted)
-            if (log.stay_of(lane, max(0, log.decided - 1)) is None) == (lane in log.members):
+            if (log.joined_at(lane, max(0, log.decided - 1)) is None) == (lane in log.members):
                 raise Finding(f"lane {lane} is a member and is none: {log}")
 
     def publish(self) -> None:

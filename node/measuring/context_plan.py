@@ -8,33 +8,31 @@ lanes compute alike (zigzag); in plain order lanes that are done early could beg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ...compress.context_method import ContextMethod, ContextShape
-from ...compress.registry import parse_format
-from ...protocol.messages import Kind, Message
+import torch
+
+from ...compress.context_method import ContextShape
+from ...compress.context_registry import parse_context
 from ...sim.links.context_exchange import (
     ContextTimes,
     ContextWork,
     LaneLayer,
-    Route,
     TakenSegment,
-    simulate_context,
 )
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile
+from ...sim.links.stage_work import Operations
 from ..config import RunConfig
-from ..links.outgoing import chunk_bytes_for
+from ..context.context_exchange import ContextCoder
+from ..context.exchange import ContextKey
+from ..links.outgoing import part_bytes_for
 from ..stage import DTYPES
-from ..stage_costs import operations
-from .message_sizes import accounted
+from .contribution_sizes import framed_contribution
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-PLAIN_FORMATS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16"}  # of what a method leaves as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,45 +46,43 @@ class ContextSizes:
     tokens: int
 
 
-def context_sizes(config: RunConfig, architecture: PretrainedConfig, method: ContextMethod) -> ContextSizes:
-    """Raises CodecError for a format that there is not."""
-    layout, batch, dtype = config.chunk_layout, config.microbatch_size, DTYPES[config.compute.dtype]
-    heads_width, _ = _widths(architecture)
+def context_sizes(config: RunConfig, architecture: PretrainedConfig, *, step: int) -> ContextSizes:
+    """In step `step`: a method may begin wider than it goes on. Raises CodecError for a method or format that there is
+    not, or that has a memory."""
+    method, layout, batch = parse_context(config.context.method), config.chunk_layout, config.microbatch_size
+    dtype, heads = DTYPES[config.compute.dtype], architecture.num_attention_heads
     shape = ContextShape(
         seed=config.run.seed,
         layer=0,
         width=architecture.hidden_size,
-        heads=architecture.num_key_value_heads,
-        head_width=heads_width // architecture.num_attention_heads,
+        heads=getattr(architecture, "num_key_value_heads", None) or heads,
+        head_width=head_width(architecture),
         segments=layout.segments_per_lane,
         segment_length=layout.segment_length,
         dtype=dtype,
     )
-    z_BTW = (batch, layout.segment_length, method.wire_width(shape))
-    scalars = batch * method.scalars(shape)
-    exact_bytes = 8 if config.compute.dtype == "float64" else 4
-    link = LinkProfile.parse(config.link.link)
-    chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(link)
+    coder = ContextCoder(method, shape, batch=batch, dtype=dtype, device=torch.device("cpu"))
+    part_bytes = part_bytes_for(LinkProfile.parse(config.link.link))
 
-    def framed(spec: str) -> int:
-        form = parse_format(spec or PLAIN_FORMATS[config.compute.dtype])
-        body = bytes(form.body_bytes(z_BTW) + scalars * exact_bytes)
-        header = {"shape": list(z_BTW)}
-        # As a message of a boundary, whose head lacks but two small numbers.
-        message = Message(kind=Kind.GRADIENT, step=1000, microbatch=1, codec=form.id, codec_header=header, body=body)
-        return sum(accounted(message, chunk_bytes).values())
+    def framed(*, gradient: bool) -> int:
+        key = ContextKey(step=step, evaluation=False, microbatch=0, layer=0, segment=0, gradient=gradient)
+        # In the frames of a contribution to a round, which crosses the same links.
+        return framed_contribution(coder.body_bytes(key), round=1000, part_bytes=part_bytes)
 
+    tokens, exact_bytes = batch * layout.segment_length, 8 if dtype is torch.float64 else 4
     return ContextSizes(
-        forward_bytes=framed(method.format),
-        backward_bytes=framed(method.backward),
-        stored_bytes=z_BTW[0] * z_BTW[1] * z_BTW[2] * dtype.itemsize + scalars * exact_bytes,
-        tokens=batch * layout.segment_length,
+        forward_bytes=framed(gradient=False),
+        backward_bytes=framed(gradient=True),
+        stored_bytes=tokens * method.width_at(step, shape) * dtype.itemsize
+        + batch * method.scalars(shape) * exact_bytes,
+        tokens=tokens,
     )
 
 
 def context_work(
     config: RunConfig,
     architecture: PretrainedConfig,
+    costs: Operations,
     sizes: ContextSizes,
     times: StageTimes,
     *,
@@ -95,8 +91,8 @@ def context_work(
 ) -> ContextWork:
     """Of one stage with so many layers. times: of one microbatch on one lane with the mean attention, as they are
     without any exchange. other_operations: a token, of what it does besides its layers."""
-    layout, costs, batch = config.chunk_layout, operations(config, architecture), config.microbatch_size
-    heads_width, kv_width = _widths(architecture)
+    layout, batch = config.chunk_layout, config.microbatch_size
+    heads_width, kv_width = widths(architecture)
     tokens = batch * layout.lane_length
     operation_s = times.forward_s / (tokens * (layers * costs.layer + other_operations))
     projections = 2.0 * architecture.hidden_size * (heads_width + 2 * kv_width)
@@ -128,20 +124,15 @@ def context_work(
     )
 
 
-def with_exchange(
-    work: ContextWork,
-    times: StageTimes,
-    link: LinkProfile,
-    *,
-    other_s: float = 0.0,
-    route: Route = "direct",
-    interface: bool = False,
-) -> tuple[StageTimes, ContextTimes]:
-    """The stage's times with its waits, and what they are made of. other_s: of `times` forward, outside of layers."""
-    found = simulate_context(work, link, route=route, interface=interface)
-    forward_s = found.forward_s + other_s
-    backward_s = found.backward_s + work.backward * other_s
-    return replace(times, forward_s=forward_s, backward_s=backward_s, weight_s=times.weight_gradient_s), found
+def with_exchange(times: StageTimes, found: ContextTimes, *, backward: float, other_s: float = 0.0) -> StageTimes:
+    """The stage's times with its waits. backward: how many times as long as forward it computes; other_s: of `times`
+    forward, outside of layers."""
+    return replace(
+        times,
+        forward_s=found.forward_s + other_s,
+        backward_s=found.backward_s + backward * other_s,
+        weight_s=times.weight_gradient_s,
+    )
 
 
 def stored_bytes(config: RunConfig, sizes: ContextSizes, *, layers: int, in_flight: int) -> int:
@@ -151,7 +142,12 @@ def stored_bytes(config: RunConfig, sizes: ContextSizes, *, layers: int, in_flig
     return most * sizes.stored_bytes * layers * in_flight
 
 
-def _widths(architecture: PretrainedConfig) -> Sequence[int]:
+def widths(architecture: PretrainedConfig) -> tuple[int, int]:
     """Of all heads of queries together, and of all those of keys."""
-    head = getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads
-    return architecture.num_attention_heads * head, architecture.num_key_value_heads * head
+    heads, head = architecture.num_attention_heads, head_width(architecture)
+    return heads * head, (getattr(architecture, "num_key_value_heads", None) or heads) * head
+
+
+def head_width(architecture: PretrainedConfig) -> int:
+    """Of one head."""
+    return getattr(architecture, "head_dim", None) or architecture.hidden_size // architecture.num_attention_heads

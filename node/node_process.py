@@ -14,11 +14,11 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -35,11 +35,13 @@ from .checkpoints.kept_tokenizer import keep_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
+from .context.context_links import link_for
 from .data import Corpus
 from .lanes.rounds import Rounds
 from .link_settings import make_lateral_links
 from .links.dialling import Where, dial, dial_control
-from .links.transport import listening
+from .links.link import Link
+from .links.transport import LinkStreams, listening
 from .links.transport import serving as serving_only
 from .measuring.pipeline_costs import pipeline_costs
 from .model import ModelError
@@ -263,6 +265,18 @@ async def _run(
             return addresses.lateral
         return {lane: membership.where(GridPlace(index, lane), on_fault) for lane in range(options.lane)}
 
+    def dial_link(link: Link) -> Coroutine[Any, Any, None]:
+        """To the stage below, or to the own one in a lower lane; of a later generation one may be lost anew."""
+        if not link.of_context:
+            return dial(where(), link, **waits)
+        timeout_s = config.link.connect_timeout_s
+        if link.session.identity.generation:
+            timeout_s = max(timeout_s, config.link.replacement_timeout_s)
+        return dial(laterals()[link.session.place.lane], link, **{**waits, "deadline_s": lambda: timeout_s})
+
+    def context_link(frame: bytes | None) -> Link | None:
+        return link_for(frame, recovery_loop.context, identity)
+
     store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
 
     def open_data() -> Corpus:
@@ -328,7 +342,7 @@ async def _run(
         joining=options.resume,
         rebuild=lambda: prepare(config, index, options.lane)[0],
         store=store,
-        dial=lambda link: dial(where(), link, **waits),
+        dial=dial_link,
         open_corpus=open_data if index == 0 else None,
         on_corpus=lambda corpus: tell_of_text(corpus, metrics),
         metrics=metrics,
@@ -341,6 +355,11 @@ async def _run(
         methods = membership.methods(on_fault) if membership else {}
         if lateral:
             methods["Rounds"] = lateral.handler
+        streams = config.lanes.count - 1  # that last, beside those to neighbours
+        if config.context.method:
+            given = {"greeting_timeout_s": link.greeting_timeout_s, "report": on_fault, "security": security}
+            methods["Context"] = LinkStreams(context_link, what="context link", **given).serve
+            streams *= 2
         if stage.upstream_endpoint:
             assert addresses.listen
             serving = listening(
@@ -351,13 +370,12 @@ async def _run(
                 control=recovery_loop.control,
                 security=security,
                 more=methods,
-                more_streams=config.lanes.count - 1,
+                more_streams=streams,
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
         elif methods and addresses.listen:  # no stage is above, but new nodes may join here
-            lasting = {"more_streams": config.lanes.count - 1}
-            await open_ends.enter_async_context(serving_only(addresses.listen, methods, security, **lasting))
+            await open_ends.enter_async_context(serving_only(addresses.listen, methods, security, more_streams=streams))
         endless: list[Awaitable[None]] = [until_signal(recovery_loop.drain)]
         if membership:
             endless.append(membership.keep_current(recovery_loop, config.tokens_per_step, on_fault))

@@ -1,4 +1,5 @@
-"""A stage that trains imports nothing that it does not use; at each start these seconds would be paid on every core."""
+"""What trains a stage, and what exports or evaluates it, imports nothing that it does not use; at each start these
+seconds would be paid on every core."""
 
 from __future__ import annotations
 
@@ -21,8 +22,11 @@ def test_a_step_with_all_that_is_learned_imports_no_compiler(tiny: TinyConfig, t
         "import sys\n"
         "from pathlib import Path\n"
         "from thinpipe.node.config_file import load_config\n"
+        "from thinpipe.node.export.portable_model import modeling\n"
         "from thinpipe.node.one_process import OneProcess\n"
         f"OneProcess(load_config(Path({str(tmp_path / 'run.toml')!r}))).train()\n"
+        "import thinpipe.node.evaluating.chain, thinpipe.node.evaluating.subject\n"
+        "modeling()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

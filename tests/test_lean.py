@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from thinpipe.node.config_file import dump_config
+from thinpipe.node.model.lean import scanned_once
+from transformers.utils import import_utils
 
 from .conftest import TinyConfig
 
@@ -32,3 +35,13 @@ def test_a_step_with_all_that_is_learned_imports_no_compiler(tiny: TinyConfig, t
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_what_models_define_is_read_once_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Path(import_utils.__file__).parents[1] / "models"
+    scan = import_utils.define_import_structure
+    expected = scan.__wrapped__(str(models / "__init__.py"))  # without what it remembers
+    monkeypatch.setattr(import_utils, "create_import_structure_from_path", lambda _: pytest.fail("read again"))
+    found = scanned_once(scan, models)(str(models / "__init__.py"))
+    assert found == expected
+    assert sum(map(len, found.values())) > 1000

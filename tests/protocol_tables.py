@@ -83,7 +83,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "refusal": "any stream, last frame",
         "chunk": "Link",
         "credit": "Link",
-        "goodbye": "Link, after the last chunk of its sender. Rounds, after its last request",
+        "goodbye": "Link, after the last chunk of its sender. Rounds, after its last request, and once more",
         "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [

@@ -248,6 +248,8 @@ class LateralLinks:
             if members is None or lane in members or link.session.greeted
         ]
         ended = await asyncio.gather(*awaited, return_exceptions=True)  # one that is gone is no reason to leave others
+        for link in self._links.values():
+            link.leave()
         for each in ended:
             if isinstance(each, BaseException):
                 raise each

@@ -201,10 +201,10 @@ class RoundSession:
 
     # -- what this node says ------------------------------------------------------------------------------------------
 
-    def greeting(self, heartbeat: Heartbeat) -> bytes:
-        """Who this node is. heartbeat: what it would say now."""
+    def greeting(self, heartbeat: Heartbeat, *, joining: bool = False) -> bytes:
+        """Who this node is. heartbeat: what it would say now. joining: it has yet to take its place in its lane."""
         now = replace(self.identity, generation=heartbeat.generation)
-        return encode_frame(now.greeting(completed_steps=heartbeat.completed_steps))
+        return encode_frame(now.greeting(completed_steps=heartbeat.completed_steps, joining=joining))
 
     def heartbeat(self, heartbeat: Heartbeat) -> bytes:
         return encode_frame(heartbeat)

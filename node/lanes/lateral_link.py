@@ -217,17 +217,24 @@ class LateralLink:
             self.outgoing.push(encode_frame(frame), "checkpoint_copy" if part else "control")
 
     def take_place(self, peer: Greeting) -> None:
-        """Another connection comes. The same process dials again: its first connection must be half-dead, and ends.
-        Raises RemoteProtocolError for another process while the first one answers."""
-        if self._end is None or self.session.peer is None or not self.session.greeted:
+        """Another connection comes. The same process dials again: its first connection must be half-dead, and ends. Or
+        one dials that has its place in its lane, and the connected one has none, or had it in an earlier generation:
+        that was replaced, and may not know yet. Raises RemoteProtocolError for any other process while the first one
+        answers."""
+        present, beat = self.session.peer, self.peer.heartbeat
+        if self._end is None or present is None or not self.session.greeted:
             return
-        if self.session.peer.incarnation != peer.incarnation:
+        same = present.incarnation == peer.incarnation
+        generation = max(present.generation, beat.generation if beat else 0)
+        place_since = None if present.joining and generation == present.generation else generation
+        succeeds = not peer.joining and (place_since is None or peer.generation > place_since)
+        if not (same or succeeds):
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
-                f"lane {self.lane} of stage {peer.stage} is served by process {self.session.peer.incarnation:x}, which "
+                f"lane {self.lane} of stage {peer.stage} is served by process {present.incarnation:x}, which "
                 f"answers, so there is no place for process {peer.incarnation:x}; stop one of the two",
             )
-        self.end(LateralLinkEnded("the same process opened another connection"))
+        self.end(LateralLinkEnded("the same process opened another connection" if same else "its successor came"))
 
     def end(self, why: Exception) -> None:
         """End the present connection, if there is one."""
@@ -253,7 +260,7 @@ class LateralLink:
             self._statuses = StatusExchange(session.identity.lanes, self._settings.rounds())
             self._status_due = self._settings.status is not None
             if speaks_first:
-                out.push(session.greeting(self._settings.heartbeat()))
+                out.push(self._greeting())
             parts = (
                 self._hear(read, answers=not speaks_first),
                 out.admission(),
@@ -293,6 +300,9 @@ class LateralLink:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self.peer.notify()
 
+    def _greeting(self) -> bytes:
+        return self.session.greeting(self._settings.heartbeat(), joining=self._settings.joining())
+
     async def _hear(self, read: Read, *, answers: bool) -> None:
         loop, session = asyncio.get_running_loop(), self.session
         while True:
@@ -329,7 +339,7 @@ class LateralLink:
                     self.peer.done, self.connections = False, self.connections + 1
                     self.peer.fault = self.peer.heartbeat = None
                     if answers:
-                        self.outgoing.push(session.greeting(self._settings.heartbeat()))
+                        self.outgoing.push(self._greeting())
                     self._greeted.set()
                     self.peer.connected = True
                     self._settings.on_met(self.lane)

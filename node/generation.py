@@ -13,6 +13,8 @@ from typing import Any
 
 from ..protocol.control_messages import CopyFrame, CopyPart
 from ..protocol.greeting import NodeIdentity
+from ..protocol.grid_place import GridPlace
+from ..protocol.group_chain import GroupChain
 from ..protocol.rollback_actions import Side
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
@@ -36,13 +38,17 @@ def links_of(
     *,
     tracer: Tracer,
     sent: Mapping[Side, Counter[str]],
+    grouped: bool = False,
 ) -> tuple[Link | None, Link | None]:
     """To the stages above and below, where there are any, in the generation of `identity`. members: the only process
-    that may serve each stage; none: any may. sent: the accounts to go on with."""
+    that may serve each stage, or where lanes are one group (`grouped`) each position of its chain; none: any may. sent:
+    the accounts to go on with."""
+    chain = GroupChain(identity.stages, identity.lanes)
 
     def link(side: Side, shape: BoundaryShape) -> Link:
         peer = identity.beside(side)
-        member = members[peer] if members else None
+        at = chain.position(GridPlace(peer, identity.lane)) if grouped else peer
+        member = members[at] if members else None
         return make_link(config, identity, peer, shape, tracer, member=member, sent=sent[side])
 
     above = link("above", stage.upstream_endpoint.shape) if stage.upstream_endpoint else None

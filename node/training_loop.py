@@ -36,7 +36,7 @@ from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .data import Corpus
 from .data.batches import draw
-from .lanes.rounds import Rounds
+from .lanes.held_rounds import HeldRounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .long_preparation import in_daemon
@@ -75,7 +75,7 @@ class TrainingLoop:
         totals: RunTotals | None = None,
         deadline: ReceiveDeadline | None = None,
         last: int | None = None,
-        rounds: Rounds | None = None,
+        rounds: HeldRounds | None = None,
         on_met: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus

@@ -88,12 +88,15 @@ async def listening(
     is open. `more`: methods to serve beside the run's own; `more_streams` of them are expected to last. Raises
     ListenError for a taken or malformed address.
     """
-    streams = _Handlers(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
+    current = link if callable(link) else lambda: link
+    streams = _Handlers(current, control, greeting_timeout_s, report, security)
     probes = ProbeService(busy=streams.busy, terms_timeout_s=greeting_timeout_s)
     handlers = {"Link": streams.link, "Probe": probe_handler(probes, report, security)}
     handlers |= {"Rounds": _without_lanes(report), **(more or {})}
     if control:
-        handlers["Control"] = streams.control
+        handlers["Control"] = control_handler(
+            control, greeting_timeout_s, report, security, stopping=lambda: streams.stopping
+        )
     async with serving(address, handlers, security, more_streams=more_streams) as port:
         try:
             yield port
@@ -156,6 +159,43 @@ def _without_lanes(report: Report) -> StreamHandler:
         await linger(read)
 
     return refuse
+
+
+def control_handler(
+    control: Control,
+    greeting_timeout_s: float,
+    report: Report,
+    security: Security = PLAIN,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+) -> StreamHandler:
+    """What a server does with a stream of the method Control, of whichever neighbour dials this node. stopping: that a
+    connection ends is nothing to report any more."""
+
+    async def converse(_: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = both_ways(context)
+        admitted = False
+
+        async def read() -> bytes | None:
+            nonlocal admitted
+            frame = await receive()
+            if frame is not None and not admitted:
+                identity = control.machine.identity
+                security.admit(context, frame, identity.place_of if identity.chain else None)
+                admitted = True
+            return frame
+
+        try:
+            await control.converse(None, read, write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
+        except RemoteProtocolError as error:
+            report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+        except (RefusedError, ConnectionError) as error:
+            if not stopping():
+                report("connection-lost", f"control stream from {context.peer()}: {error}")
+
+    return converse
 
 
 class _Handlers:
@@ -239,31 +279,6 @@ class _Handlers:
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
             if ended and not (self.stopping or link is None or link.finished or link.over):
                 self._report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
-
-    async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        assert self._control
-        receive, write = both_ways(context)
-        admitted = False
-
-        async def read() -> bytes | None:
-            nonlocal admitted
-            frame = await receive()
-            if frame is not None and not admitted:
-                self._security.admit(context, frame)
-                admitted = True
-            return frame
-
-        try:
-            await self._control.converse(
-                "above", read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s
-            )
-        except RemoteProtocolError as error:
-            self._report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
-            await tell(write, error)
-            await linger(read)
-        except (RefusedError, ConnectionError) as error:
-            if not self.stopping:
-                self._report("connection-lost", f"control stream from {context.peer()}: {error}")
 
 
 async def tell(write: Write, error: RemoteProtocolError) -> None:

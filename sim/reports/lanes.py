@@ -20,7 +20,12 @@ _LATERAL = re.compile(r"lateral (?P<stage>[0-9]{1,4}): lane (?P<one>[0-9]{1,2})-
 
 def lane_path(run: Path, lane: int, lanes: int) -> Path:
     """Where lane `lane` of the run in `run` keeps its records."""
-    return run if lanes == 1 else run / f"lane-{lane}"
+    return run if lanes == 1 else run / lane_directory(lane)
+
+
+def lane_directory(lane: int) -> str:
+    """What a lane's directory is called in that of a run of several."""
+    return f"lane-{lane}"
 
 
 def lanes_of(run: Path) -> int:

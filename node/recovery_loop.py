@@ -227,8 +227,8 @@ class RecoveryLoop:
         `FAREWELL_S` at most; does nothing the second time."""
         links: dict[Side, Link | None] = {"above": self._node.above, "below": self._node.below} if self._node else {}
         there: set[Side] = set()
-        for side, link in links.items():
-            lateral = self._lateral_to(side)
+        for side in SIDES:
+            link, lateral = links.get(side), self._lateral_to(side)
             if lateral.session.greeted if lateral else link and link.session.peer:
                 there.add(side)
         await self._farewell.say(error, there=there)

@@ -14,12 +14,12 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -36,12 +36,14 @@ from .checkpoints.kept_tokenizer import keep_tokenizer
 from .checkpoints.manifest import CheckpointError, Fingerprint, Manifest
 from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
+from .context.context_links import link_for
 from .data import Corpus
 from .lanes.held_rounds import HeldRounds
 from .link_settings import make_lateral_links
 from .links.control_stream import Control
 from .links.dialling import Where, dial, dial_control
-from .links.transport import control_handler, listening
+from .links.link import Link
+from .links.transport import LinkStreams, control_handler, listening
 from .links.transport import serving as serving_only
 from .measuring.pipeline_costs import pipeline_costs
 from .model import ModelError
@@ -271,6 +273,18 @@ async def _run(
             return addresses.lateral
         return {lane: membership.where(GridPlace(index, lane), on_fault) for lane in range(options.lane)}
 
+    def dial_link(link: Link) -> Coroutine[Any, Any, None]:
+        """To the stage below, or to the own one in a lower lane; of a later generation one may be lost anew."""
+        if not link.of_context:
+            return dial(where(GridPlace(below, options.lane)), link, deadline_s=deadline_s, **waits)
+        timeout_s = config.link.connect_timeout_s
+        if link.session.identity.generation:
+            timeout_s = max(timeout_s, config.link.replacement_timeout_s)
+        return dial(laterals()[link.session.place.lane], link, deadline_s=lambda: timeout_s, **waits)
+
+    def context_link(frame: bytes | None) -> Link | None:
+        return link_for(frame, recovery_loop.context, identity)
+
     store = CheckpointStore(checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep)
 
     def open_data() -> Corpus:
@@ -332,7 +346,7 @@ async def _run(
         joining=options.resume,
         rebuild=lambda: prepare(config, index, options.lane)[0],
         store=store,
-        dial=lambda link: dial(where(GridPlace(below, options.lane)), link, deadline_s=deadline_s, **waits),
+        dial=dial_link,
         open_corpus=open_data if index == 0 else None,
         on_corpus=lambda corpus: tell_of_text(corpus, metrics),
         metrics=metrics,
@@ -343,9 +357,13 @@ async def _run(
     )
     async with AsyncExitStack() as open_ends:
         methods, leaving = membership.methods(on_fault) if membership else {}, asyncio.Event()
-        lasting = config.lanes.count - 1 + grouped
         if lateral:
             methods["Rounds"] = lateral.handler
+        streams = config.lanes.count - 1  # that last, beside those to neighbours
+        if grouped:
+            given = {"greeting_timeout_s": link.greeting_timeout_s, "report": on_fault, "security": security}
+            methods["Context"] = LinkStreams(context_link, what="context link", **given).serve
+            streams += config.lanes.count  # of the chain of all of them there is one more
         if stage.upstream_endpoint:
             assert addresses.listen
             serving = listening(
@@ -356,7 +374,7 @@ async def _run(
                 control=recovery_loop.control,
                 security=security,
                 more=methods,
-                more_streams=lasting,
+                more_streams=streams,
             )
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
@@ -369,7 +387,7 @@ async def _run(
                     security,
                     stopping=lambda: leaving.is_set(),
                 )
-            serving = serving_only(addresses.listen, methods, security, more_streams=lasting)
+            serving = serving_only(addresses.listen, methods, security, more_streams=streams)
             await open_ends.enter_async_context(serving)
             open_ends.callback(leaving.set)
         endless: list[Awaitable[None]] = [until_signal(recovery_loop.drain)]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -32,9 +32,10 @@ from .checkpoints.manifest import Manifest
 from .checkpoints.restore_points import RestorePoints
 from .checkpoints.store import HELD_TIMES, CheckpointStore
 from .config import RunConfig
+from .context.link_transport import LinkTransport
 from .data import Corpus
 from .free_memory import give_back_free_memory
-from .generation import Dial, IdleWires, break_off, links_of, train
+from .generation import Dial, IdleWires, break_off, context_of, context_parts_of, links_of, train
 from .lanes.group_rounds import GroupRounds
 from .lanes.held_rounds import HeldRounds
 from .lanes.lane_rounds import rounds_over
@@ -60,12 +61,12 @@ TIDY_EVERY = 100  # steps, where there are no checkpoints
 class RecoveryLoop:
     """Stage `stage.index` from its first generation to its last.
 
-    `dial` keeps a link to the stage below connected; `link_above` is what a listener serves. `rebuild` makes the stage
-    anew, as it is before the first step. `open_corpus`, of stage 0, may take hours, in a thread; `on_corpus` is told
-    of the result. `accept_corpus` is given what it opened and the manifests of the checkpoints that this node could go
-    on from, raises what is wrong with them, and returns what writes down which text it is. Raises that, what
-    `node.training_loop.TrainingLoop` and `open_corpus` do, TimeoutError if no new generation is agreed in time, and
-    StageFailed if another stage has failed.
+    `dial` keeps a link to the stage below, or to a lower lane, connected; `link_above` and the links of `context` are
+    what a listener serves. `rebuild` makes the stage anew, as it is before the first step. `open_corpus`, of stage 0,
+    may take hours, in a thread; `on_corpus` is told of the result. `accept_corpus` is given what it opened and the
+    manifests of the checkpoints that this node could go on from, raises what is wrong with them, and returns what
+    writes down which text it is. Raises that, what `node.training_loop.TrainingLoop` and `open_corpus` do, TimeoutError
+    if no new generation is agreed in time, and StageFailed if another stage has failed.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class RecoveryLoop:
         self.config, self.stage = config, stage
         self.committed = 0  # steps, in the newest checkpoint on disk
         self.link_above: Link | None = None
+        self.context: LinkTransport | None = None
         self._identity, self._joining = identity, joining
         self._grouped = bool(config.context.method)  # all lanes are one chain, and this node a position in it
         chained = identity.in_group() if self._grouped else identity
@@ -100,6 +102,7 @@ class RecoveryLoop:
         self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
         self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
+        self._sent_to_lanes: defaultdict[int, Counter[str]] = defaultdict(Counter)  # keys and values
         self._end_asked = asyncio.Event()
         self._finishing = False  # all steps are done, here and in all stages
         self._said_end: int | None = None
@@ -144,7 +147,7 @@ class RecoveryLoop:
                 paused_ago_s=self.pause.ago_s,
             )
         self._deadline = ReceiveDeadline(
-            transfer_s=transfer_s(config, stage, profile),
+            transfer_s=transfer_s(config, stage, profile, context_parts_of(config, stage)),
             fixed_s=config.link.progress_timeout_s,
             replacement_s=config.link.replacement_timeout_s,
             missing_s=self.control.missing_s,
@@ -388,8 +391,18 @@ class RecoveryLoop:
     def _begin(self, start: Start) -> None:
         """Train in this generation, in the background."""
         identity = replace(self._identity, generation=start.generation)
-        given = {"tracer": self._tracer, "sent": self._sent, "grouped": self._grouped}
-        above, below = links_of(self.config, self.stage, identity, start.members, **given)
+        above, below = links_of(self.config, self.stage, identity, start.members, tracer=self._tracer, sent=self._sent)
+        self.context = context_of(
+            self.config,
+            self.stage,
+            identity,
+            start.members,
+            tracer=self._tracer,
+            sent=self._sent_to_lanes,
+            deadline=self._deadline,
+            on_fault=self._on_fault,
+            totals=self._totals,
+        )
         self._node = TrainingLoop(
             self.config,
             self.stage,
@@ -406,6 +419,7 @@ class RecoveryLoop:
             last=self.machine.end,
             rounds=self.rounds,
             on_met=self._met,
+            context=self.context,
         )
         self.link_above = above
         work = train(self._node, self._dial, last_word_s=self.config.link.greeting_timeout_s)
@@ -427,7 +441,7 @@ class RecoveryLoop:
             self.rounds.broken_off()
         node, self._node = self._node, None
         training, self._training = self._training, None
-        self.link_above = None
+        self.link_above = self.context = None
         if node is not None:
             await break_off(node, training, self._totals)
 

@@ -107,10 +107,13 @@ class NodeIdentity:
 TABLE_DIGEST = " table "
 
 
-def check_greeting(peer: Greeting, mine: NodeIdentity, peer_stage: int) -> None:
-    """Raises RemoteProtocolError, with both values, if the peer is not the neighbour that this node expects, in the
-    same generation."""
-    check_handshake(peer, mine, peer_stage)
+def check_greeting(peer: Greeting, mine: NodeIdentity, place: GridPlace) -> None:
+    """Raises RemoteProtocolError, with both values, if the peer does not serve that place, a neighbour's or that of the
+    own stage in another lane, in the same generation."""
+    if place.lane == mine.lane:
+        check_handshake(peer, mine, place.stage)
+    else:
+        check_lateral(peer, mine, place.lane)
     _hold_to([(Fault.GENERATION, "generation", peer.generation, mine.generation)], peer, mine)
 
 

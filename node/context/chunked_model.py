@@ -23,7 +23,7 @@ from ..averaging.stage_averager import rounding_seed
 from ..config import RunConfig
 from ..model.architecture import ModelError, describe, quiet_transformers
 from .context_exchange import ContextCoder, ContextExchange
-from .exchange import ContextTransport
+from .exchange import ContextKey, ContextTransport
 from .layer_attention import LayerAttention, Moment
 
 if TYPE_CHECKING:
@@ -115,6 +115,10 @@ class ChunkedModel:
         rotations = [self._rotation(segment) for segment in range(self._layout.segments)]
         for layer, (attention, method) in self._layers.items():
             setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self._moment, rotations))
+
+    def body_bytes(self, key: ContextKey) -> int:
+        """Exact length of that part."""
+        return self._coders[key.layer].body_bytes(key)
 
     def begin(self, step: int, microbatch: int, *, evaluation: bool) -> None:
         """What is computed next."""

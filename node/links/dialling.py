@@ -21,7 +21,17 @@ from ..security.policy import PLAIN, Security
 from .control_stream import Control
 from .link import LAST_WORD_S, GenerationEnded, Link, Read
 from .outgoing import Write
-from .transport import CONTROL_METHOD, FRAME_BYTES_MAX, METHOD, PASSING, Report, both_ways, channel_options, tell
+from .transport import (
+    CONTEXT_METHOD,
+    CONTROL_METHOD,
+    FRAME_BYTES_MAX,
+    METHOD,
+    PASSING,
+    Report,
+    both_ways,
+    channel_options,
+    tell,
+)
 
 RETRY_FIRST_S, RETRY_MOST_S = 0.1, 2.0
 ASK_AGAIN_S = 4.0  # without a connection; a name, a handshake and a slow path together take less
@@ -89,7 +99,7 @@ async def dial(
     security: Security = PLAIN,
     paused_ago_s: Callable[[], float] = never_paused,
 ) -> None:
-    """Keep a stream to the neighbour below open until both sides said goodbye.
+    """Keep a stream to the neighbour below, or to a lower lane, open until both sides said goodbye.
 
     Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
     never agree (another run, configuration, stage), and TimeoutError after `deadline_s()` without a connection, or
@@ -112,7 +122,7 @@ async def dial(
             why = f"the last one ended with {link.fault}; " if link.fault else unlike
             raise TimeoutError(
                 f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
-                f"{why}is stage {link.session.peer_stage} running there?"
+                f"{why}is {link.session.peer_name} running there?"
             ) from None
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
@@ -162,8 +172,9 @@ async def find_address(where: str | Where, remaining_s: float) -> tuple[str, flo
 async def _one_connection(
     address: str, link: Link, connect_timeout_s: float, greeting_timeout_s: float, security: Security
 ) -> None:
-    place = GridPlace(link.session.peer_stage, link.session.identity.lane)
-    opening = stream_to(address, METHOD, connect_timeout_s, greeting_timeout_s, security, place)
+    method = CONTEXT_METHOD if link.of_context else METHOD
+    place = link.session.place
+    opening = stream_to(address, method, connect_timeout_s, greeting_timeout_s, security, place)
     try:
         async with opening as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)

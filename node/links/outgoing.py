@@ -41,6 +41,9 @@ ROW = {
     Kind.PROBE: "probe",
     Kind.PROJECTOR_GRADIENT: "projector_gradient",
     Kind.GRADIENT_NORM: "gradient_norm",
+    Kind.CONTEXT: "context",
+    Kind.CONTEXT_GRADIENT: "context_gradient",
+    Kind.CONTEXT_EVALUATION: "evaluation",
 }
 APART = ("evaluation", "probe")  # counted whole, outside the ratio
 

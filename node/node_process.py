@@ -54,7 +54,6 @@ from .preparation import (
     check_device,
     check_lanes,
     check_link,
-    check_swarm,
     prepare,
     prepare_corpus,
     resolve_architecture,
@@ -102,7 +101,6 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int =
         check_codec(config)
         check_link(config)
         check_lanes(config)
-        check_swarm(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))

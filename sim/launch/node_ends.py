@@ -41,7 +41,7 @@ class Failure:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Failure:
         """Of a record `failed`."""
-        return cls(**{name: record[name] for name in cls.__slots__ if name != "lane"}, lane=record.get("lane"))
+        return cls(**{name: record[name] for name in cls.__slots__ if name in record})
 
 
 def failure_in(records: Iterable[Mapping[str, Any]]) -> Failure | None:

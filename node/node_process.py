@@ -325,6 +325,7 @@ async def _run(
             directory=rounds,
             contribution_bytes=lambda number: averager_now().bytes_of(number),
             heartbeat=lambda: recovery_loop.heartbeat(),
+            joining=lambda: recovery_loop.machine.joining,
             report=on_fault,
             security=security,
             on_held=lambda: rounds_now().held(),

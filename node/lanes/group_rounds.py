@@ -41,11 +41,16 @@ class GroupRounds(HeldRounds):
     def begin(self, averager: Averager, completed: int, oldest: int) -> None:
         del oldest
         self._links.has_made(averager.plan.made_by(completed))
-        self._links.forget_before(averager.plan.first_after(completed))
+        self._forget_before(averager, completed)
+        for round_, contribution in averager.under_way(completed).items():  # made, and used by a later step
+            self._links.publish(round_.number, contribution)
 
     async def hold(self, averager: Averager, completed: int, compute: Worker, watch: Stopwatch) -> None:
         await super().hold(averager, completed, compute, watch)
-        self._links.forget_before(averager.plan.first_after(completed))
+        self._forget_before(averager, completed)
+
+    def _forget_before(self, averager: Averager, completed: int) -> None:
+        self._links.forget_before(averager.plan.first_after(completed), lasting=False)
 
     def _waits_for(self) -> str:
         return self._links.waits_for()

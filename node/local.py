@@ -177,6 +177,7 @@ def run_local(
                         out,
                         stages=config.pipeline.stages,
                         lanes=config.lanes.count,
+                        grouped=bool(config.context.method),
                         trace=trace,
                         resume=resume,
                         restarts=restarts,

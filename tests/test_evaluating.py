@@ -365,7 +365,7 @@ def test_the_command_writes_the_text_and_what_follows(directory: Path) -> None:
 
 REFUSED = [
     (["eval", "{dir}/none"], r"none holds neither run\.toml nor config\.json; give a run, or a model's directory"),
-    (["eval", "{fresh}"], r"there is no checkpoint in .*fresh.*; a swarm writes them every checkpoint\.every steps"),
+    (["eval", "{fresh}"], r"there is no checkpoint in .*fresh.*; a run writes them every checkpoint\.every steps"),
     (["eval", "{run}", "--step", "2"], r"stage 0 has no checkpoint after 2 steps in "),
     (["eval", "{run}", "--data", "{dir}/missing"], r"no such file or directory: .*missing"),
     (["eval", "{run}", "--data", "{dir}/empty.txt"], r"the text is empty; give one with --data|holds no text"),

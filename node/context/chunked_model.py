@@ -128,6 +128,10 @@ class ChunkedModel:
                 self._method.begin(layer, step, self._config.run.steps)
         moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
 
+    def break_off(self) -> None:
+        """The step under way, if there is one, will be begun again: what was added up in it does not count."""
+        self._moment.step = -1
+
     def grams(self, step: int) -> list[tuple[Tensor, ...]]:
         """By layer, what this node has added up in that step, where its method gathers."""
         return [layer.grams() for _, layer in self._layers.values()] if self._method.gathers(step) else []

@@ -77,7 +77,7 @@ def test_a_run_is_measured_in_the_bits_that_it_wrote_down(codec: str, tiny: Tiny
     found = asked("eval", tmp_path / "run")
     rounded, exact = found["text"]
     assert found["step"] == config.run.steps
-    assert rounded["loss"] == recorded_loss(tmp_path / "run", config.run.steps)
+    assert rounded["loss"] == recorded_loss(config, tmp_path / "run", 0, config.run.steps)
     assert rounded["tokens"] == exact["tokens"] == TINY["data.heldout_sequences"] * TINY["data.sequence_length"]
     assert exact["loss"] != rounded["loss"]
     assert exact["loss"] == pytest.approx(rounded["loss"], rel=0.02)

@@ -48,12 +48,22 @@ class ContextLayer(ABC):
         return {}
 
     def grams(self) -> tuple[Tensor, ...]:
-        """What this node has added up in a step for which `ContextMethod.gathers` says so, float64."""
+        """What this node has added up in a step for which `ContextMethod.gathers` says so, float64; in any other, of
+        the same shapes."""
         return ()
 
-    def use_grams(self, *sums: Tensor) -> None:
-        """The sums of that over all lanes, behind the step."""
-        del sums
+    def subspaces(self) -> tuple[Tensor, ...]:
+        """What is chosen by the sums of `grams` over all lanes, as it is now."""
+        return ()
+
+    def choose(self, *grams: Tensor) -> tuple[Tensor, ...]:
+        """The subspaces, by those sums. Raises CodecError for sums that are not finite."""
+        del grams
+        return ()
+
+    def use_subspaces(self, *chosen: Tensor) -> None:
+        """From the next step on."""
+        del chosen
 
     @abstractmethod
     def decode(self, z_BTW: Tensor, s_BN: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
@@ -97,10 +107,14 @@ class ContextMethod(ABC):
         """What `attach` gave, before the first forward of step `step` of so many."""
         del layer, step, steps
 
+    @property
+    def gathering_step(self) -> int | None:
+        """Behind which lane 0 adds the `grams` of all lanes, in their order, and chooses for all."""
+        return None
+
     def gathers(self, step: int) -> bool:
-        """Whether behind that step `grams` of all lanes are added, in lane order, and given to each."""
-        del step
-        return False
+        """Whether that step is it."""
+        return step == self.gathering_step
 
     @abstractmethod
     def scalars(self, shape: ContextShape) -> int:

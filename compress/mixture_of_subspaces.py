@@ -15,9 +15,10 @@ and 95 % of the values' numbers are saved with k = 0.02 and v = 0.05. `mixture=n
 
 *Warm start.* In the first `warm` steps keys and values cross as they are, and Ū is then their principal components, of
 keys before the rotary embedding. In the last of those steps (`gathers`) each node adds up the Gram matrices of its own
-tokens, in float64; those of all lanes are then added in lane order, so that all lanes have one matrix and compute the
-same components before the next step. It is one step's, and not a running sum over all: that would weigh weights that
-are gone, and would be state that a checkpoint has to keep. The frame is a part of the model's state then.
+tokens, in float64; lane 0 adds those of all lanes in their order, computes the components, and tells all: computed by
+each, they would differ where CPUs round differently, and where two components weigh the same by much. It is one step's,
+and not a running sum over all: that would weigh weights that are gone, and would be state that a checkpoint has to
+keep. The frame is a part of the model's state then.
 
 *Folding.* In the last share `fold` of the steps θ is 0, the wire stays as narrow, and the model learns to do without
 angles; then `folded` gives the plain projections B Ū Ūᵀ, and the model is an ordinary one. (The paper's heads fold
@@ -94,20 +95,32 @@ class MixtureLayer(ContextLayer):
 
     def grams(self) -> tuple[Tensor, Tensor]:
         """Of keys and of values, each (K, K), float64: of this node's tokens in the step that gathers."""
-        assert self.keys.gram is not None
-        assert self.values.gram is not None
-        return self.keys.gram, self.values.gram
+        keys, values = (
+            projection.weight.new_zeros(2 * (projection.out_features,), dtype=torch.float64)
+            if projection.gram is None
+            else projection.gram
+            for projection in (self.keys, self.values)
+        )
+        return keys, values
 
-    @torch.no_grad()
-    def use_grams(self, *sums: Tensor) -> None:
-        """Ū from now on: the principal components of keys, and of values, from the sums over all lanes, each (K, K).
-        Raises CodecError for matrices that are not finite."""
-        for which, (projection, gram) in enumerate(zip((self.keys, self.values), sums, strict=True)):
+    def subspaces(self) -> tuple[Tensor, Tensor]:
+        return self.keys.frame.detach(), self.values.frame.detach()
+
+    def choose(self, *grams: Tensor) -> tuple[Tensor, ...]:
+        """Frames of Ū, the principal components of keys, and of values."""
+        chosen: list[Tensor] = []
+        for which, (projection, gram) in enumerate(zip((self.keys, self.values), grams, strict=True)):
             try:
                 u_KR = principal(gram, projection.frame.shape[2])
             except ValueError as error:
                 raise CodecError(f"context method 'mos': layer {self._shape.layer}: {error}") from None
-            projection.frame.copy_(frame_of(u_KR, self._shape.seed, _stream(self._shape.layer, which, 1)))
+            chosen.append(frame_of(u_KR, self._shape.seed, _stream(self._shape.layer, which, 1)).to(projection.frame))
+        return tuple(chosen)
+
+    @torch.no_grad()
+    def use_subspaces(self, *chosen: Tensor) -> None:
+        for projection, frame in zip((self.keys, self.values), chosen, strict=True):
+            projection.frame.copy_(frame)
 
     def folded(self) -> dict[str, Tensor]:
         """Weights of the plain projections that these are at θ = 0, by their names in the attention module."""
@@ -198,9 +211,10 @@ class MixtureOfSubspaces(ContextMethod):
             return "warm"
         return "folding" if step >= steps - round(self.fold * steps) else "mixed"
 
-    def gathers(self, step: int) -> bool:
-        """Whether Gram matrices of that step are added up; behind it the subspaces are chosen."""
-        return step == self.warm - 1
+    @property
+    def gathering_step(self) -> int | None:
+        """The last that is warm."""
+        return self.warm - 1 if self.warm else None
 
     def frozen(self, shape: ContextShape) -> Iterator[Tensor]:
         """What all nodes generate and have to have alike, for a digest."""

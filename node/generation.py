@@ -57,7 +57,9 @@ def links_of(
 
 def context_parts_of(config: RunConfig, stage: Stage) -> ContextParts | None:
     """What the stage exchanges with its own in other lanes; None: nothing."""
-    return parts_of(config, stage.lane, stage.layers, stage.chunk.body_bytes) if stage.chunk else None
+    if not stage.chunk:
+        return None
+    return parts_of(config, stage.lane, stage.layers, stage.chunk.body_bytes, stage.chunk.gathering_step)
 
 
 def context_of(

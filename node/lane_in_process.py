@@ -156,6 +156,12 @@ class LaneInProcess:
         self._cpu_s += self._work_cpu_s + time.thread_time() - cpu
         return loss
 
+    def choose_subspaces(self, step: int) -> None:
+        """Where behind that step all lanes of chunks do."""
+        for stage in self.stages:
+            if stage.chunk and step == stage.chunk.gathering_step:
+                stage.chunk.choose_subspaces(step)
+
     def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
         """One forward (training or evaluation) of one stage; returns the loss sum if it is the last stage's."""
         stage, watch = self.stages[index], self.watches[index]

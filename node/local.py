@@ -42,7 +42,7 @@ from .measuring.plan import with_depth
 from .one_process import OneProcess
 from .origin import Origin
 from .preload import fork_server
-from .preparation import BAD_INPUT, check_settings, check_swarm, model_line
+from .preparation import BAD_INPUT, check_settings, model_line
 from .resuming import check_checkpoints, interrupted
 from .run_corpus import RunCorpus, check_named_tokenizer, first_checkpoints, open_run_corpus
 from .run_directory import (
@@ -271,14 +271,13 @@ def _claim(held: ExitStack, out: Path, lock: int | None) -> None:
 
 def _check_one_process(config: RunConfig, *, isolate: bool, one_process: bool, keys: Path | None) -> None:
     if not one_process:
-        return check_swarm(config)
+        return
     if isolate:
         raise ConfigError("--isolate: one process has no links to cap; omit --one-process")
     if config.compute.emulate:
         raise ConfigError("compute.emulate: one process has no links to wait for; omit --one-process")
     if keys is not None:
         raise ConfigError("--keys: one process has no links to secure; omit one of the two")
-    return None
 
 
 @contextmanager

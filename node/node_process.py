@@ -52,7 +52,7 @@ from .preparation import (
     check_device,
     check_lanes,
     check_link,
-    check_swarm,
+    # check_swarm,
     prepare,
     prepare_corpus,
     resolve_architecture,
@@ -100,7 +100,6 @@ def check_input(config: RunConfig, stage: int, addresses: Addresses, lane: int =
         check_codec(config)
         check_link(config)
         check_lanes(config)
-        check_swarm(config)
         if stage > 0:
             missing = f"stage {stage} has a stage above it: say where it listens, --listen host:port"
             check_listen(_need(addresses.listen, missing))
@@ -324,6 +323,7 @@ async def _run(
             directory=rounds,
             contribution_bytes=lambda number: averager_now().bytes_of(number),
             heartbeat=lambda: recovery_loop.heartbeat(),
+            joining=lambda: recovery_loop.machine.joining,
             report=on_fault,
             security=security,
             on_held=lambda: rounds_now().membership.held(),

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from ..protocol.membership_log import MembershipLog
 from .averaging.averager import Averager
@@ -154,7 +153,7 @@ class OneProcess:
                 for stage in lane.stages:
                     stage.follow_to(step + 1)
         self._hold_rounds(step + 1, training, following, of_gradients=False)
-        self._share_grams(step)
+        self._each(lambda lane: lane.choose_subspaces(step), training)
         for lane in following:
             if self._trains(lane.lane, step + 1) or step + 1 == self.config.run.steps:
                 for stage in lane.stages:
@@ -164,15 +163,6 @@ class OneProcess:
     def _each(self, work: Callable[[LaneInProcess], T], lanes: list[LaneInProcess]) -> list[T]:
         """In turn, or at the same time where lanes wait for each other's keys and values."""
         return self._threads.each(work, lanes) if self._threads else [work(lane) for lane in lanes]
-
-    def _share_grams(self, step: int) -> None:
-        """Of chunks: what each lane has added up in that step, added in lane order and given to all."""
-        for stages in zip(*(lane.stages for lane in self.lanes), strict=True):
-            chunks = [stage.chunk for stage in stages if stage.chunk]
-            by_lane = [chunk.grams(step) for chunk in chunks]
-            sums = [tuple(map(_sum, zip(*of_layer, strict=True))) for of_layer in zip(*by_lane, strict=True)]
-            for chunk in chunks if sums else ():
-                chunk.use_grams(sums)
 
     def _take_up_states(self, completed: int) -> None:
         """Lanes that go on from there with the state of another one."""
@@ -243,13 +233,6 @@ class OneProcess:
             self._threads.close()
         for lane in self.lanes:
             lane.close()
-
-
-def _sum(parts: tuple[Tensor, ...]) -> Tensor:
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 def _averager(lane: LaneInProcess, index: int) -> Averager:

@@ -214,6 +214,8 @@ class TrainingLoop:
                             await self._gather(step)
                         loss, grad_norm = await self._finish(step, squares)
             await self._hold_rounds(step + 1, of_gradients=False)
+            if self.stage.chunk and step == self.stage.chunk.gathering_step:
+                await self._compute.run("choice of subspaces", self.stage.chunk.choose_subspaces, step)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0

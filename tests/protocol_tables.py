@@ -90,9 +90,15 @@ FIELDS: dict[str, dict[str, str]] = {
     "Frame": {
         "greeting": "first frame of each stream, both ways",
         "refusal": "any stream, last frame",
+<<<<<<< HEAD
         "chunk": "Link, Context",
         "credit": "Link, Context",
         "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request",
+=======
+        "chunk": "Link",
+        "credit": "Link",
+        "goodbye": "Link, after the last chunk of its sender. Rounds, after its last request, and once more",
+>>>>>>> 1ae91ba71cd191f66c0bdf6c9ae9509c7502aa30
         "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [
@@ -123,10 +129,17 @@ FIELDS: dict[str, dict[str, str]] = {
         "stage": "of the sender, from 0",
         "stages": "of the pipeline",
         "incarnation": "random number of the sender's process, drawn once at its start",
+<<<<<<< HEAD
         "next_sequence": "Link, Context: number of the first chunk that the sender lacks. Else: 0",
         "granted_bytes": "Link, Context: as in Credit. Else: 0",
         "completed_steps": "Control, Rounds: steps completed, for people to read. Link, Context: 0",
         "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
+=======
+        "next_sequence": "Link: number of the first chunk that the sender lacks. Else: 0",
+        "granted_bytes": "Link: as in Credit. Else: 0",
+        "completed_steps": "Control, Rounds: steps completed, for people to read. Link: 0",
+        "joining": "Control, Rounds: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
+>>>>>>> 1ae91ba71cd191f66c0bdf6c9ae9509c7502aa30
         "lane": "of the sender, from 0",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},
@@ -321,6 +334,12 @@ KINDS: dict[Kind, Row] = {
     Kind.CONTEXT: ("Context", "keys and values of a layer and segment, of the sender's own tokens", "0"),
     Kind.CONTEXT_GRADIENT: ("Context", "the gradient of such a message, from who took it to who sent it", "0"),
     Kind.CONTEXT_EVALUATION: ("Context", "as CONTEXT, of held-out text", "0"),
+    Kind.CONTEXT_GRAM: (
+        "Context",
+        "to lane 0: Gram matrices of a layer, of the sender's tokens",
+        "0",
+    ),
+    Kind.CONTEXT_SUBSPACE: ("Context", "from lane 0: that layer's subspaces from now on", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
 

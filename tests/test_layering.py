@@ -27,7 +27,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "security": set(),
     "watching": set(),
     "links": {"checkpoints", "security"},
-    "context": {"averaging", "model"},
+    "context": {"averaging", "links", "model"},
     "lanes": {"averaging", "checkpoints", "links", "security"},
     "measuring": {"averaging", "boundary", "data", "links", "model"},
     "comparing": {"data", "measuring"},

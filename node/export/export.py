@@ -27,9 +27,8 @@ from ..model.initialise import set_constants
 from ..model.slices import allocate
 from ..preparation import check_device, prepare_corpus
 from ..run_corpus import check_trained_on, vocabulary_of_run
-from . import modeling_thinpipe
 from .heldout_loss import heldout_loss, recorded_loss
-from .portable_model import ExportError, PortableModel, plain_model, with_boundaries
+from .portable_model import MODELING, ExportError, PortableModel, modeling, plain_model, with_boundaries
 from .tokenizer_files import portable_tokenizer
 
 if TYPE_CHECKING:
@@ -124,7 +123,7 @@ def _write(model: PortableModel, tokenizer: PreTrainedTokenizerFast, directory: 
     GenerationConfig(**ids).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if model.boundaries:
-        shutil.copyfile(modeling_thinpipe.__file__, directory / "modeling_thinpipe.py")
+        shutil.copyfile(MODELING, directory / MODELING.name)
     _write_weights(model.weights, directory)
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
@@ -159,7 +158,7 @@ def _losses(
 ) -> dict[str, Any]:
     """Of what is in `directory`, and of the whole function where that is another one. A text that is not here leaves
     them open, and so does another one in its place: its loss would be no neighbour of the one that the run recorded."""
-    kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
+    kind = modeling().ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
     config = _with_tokenizer(assembled.config, vocabulary)
     try:
@@ -189,7 +188,7 @@ def in_memory(model: PortableModel) -> Any:
     """The model of transformers whose weights are the given tensors themselves, without a file between."""
     with torch.device("meta"):
         if model.boundaries:
-            built: Any = modeling_thinpipe.ThinpipeForCausalLM(model.config)
+            built: Any = modeling().ThinpipeForCausalLM(model.config)
         else:
             built = quiet_transformers().AutoModelForCausalLM.from_config(model.config)
     decoder = built.decoder if model.boundaries else built

@@ -94,8 +94,7 @@ class LaneMembership:
         )
         self.is_ending = False
         self._knows = identity.first  # which log counts
-        if not self._knows:
-            links.hold_back()
+        links.hold_back()
         self._is_in_vain = False  # this lane is to end, and waits in a round for lanes that have ended
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
         self._chain = ChainStatuses(identity, plan.count, tell=tell, refuse=refuse)

@@ -9,7 +9,8 @@ that was left out has contributions that count for nobody; they are dropped at b
 come back is asked for by the number of another history (stays.py).
 
 What is on the disk below `directory`: `own`, this node's contributions until no peer will ask for them again, and
-`lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both.
+`lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both, and in
+`forgot` what it has promised never to ask for: the peers have dropped it, whatever checkpoints lie here.
 
 A full mesh, because there are few lanes: every contribution crosses each thin link once, and nobody has to be waited
 for but who made it. A ring, or a tree, would send each byte over more links one after the other, and each node's adding
@@ -45,7 +46,8 @@ from .lateral_dialling import dial_lane
 from .lateral_link import LateralLink, LateralLinkEnded
 from .lateral_outgoing import Kind
 from .lateral_settings import LateralSettings
-from .stays import Stays, all_stay
+from .promise_file import read_promise, write_promise
+from .stays import Stays, all_stay, none_known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class LateralLinks:
         self._made = max(self._own.kept, default=-1) + 1  # rounds that this node has contributed to
         self._waited_s = 0.0
         self._needed_from: int | None = None  # None: this node has not said yet where it is
+        self._promised, self._promising = read_promise(directory), asyncio.Lock()
         self._writing = asyncio.Lock()
         self._may_write = asyncio.Event()  # it is known which log counts
         self._may_write.set()
@@ -198,7 +201,7 @@ class LateralLinks:
     @property
     def forgot(self) -> int:
         """This node will never ask for a round before this one."""
-        return self._needed_from or 0
+        return max(self._promised, self._needed_from or 0)
 
     def kept(self) -> int:
         """Of this node's contributions, those before this round are gone."""
@@ -213,8 +216,11 @@ class LateralLinks:
         self._links[lane].end(error)
 
     def hold_back(self) -> None:
-        """What is published is not kept, nor given, before `expect` has said which contributions count."""
+        """Nothing is kept of what is published, given or asked for before `expect` has said which contributions
+        count."""
         self._may_write.clear()
+        for link in self._links.values():
+            link.stays = none_known(self._identity.lanes)
 
     def has_made(self, before: int) -> None:
         """This node has contributed to all earlier rounds that it is a member of, whatever is kept of that."""
@@ -228,11 +234,24 @@ class LateralLinks:
     def forget_before(self, round: int) -> None:
         """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
         that it may be set back to. To be said once before anything is asked for (0 where a run begins), then whenever a
-        checkpoint makes more of it true."""
-        self._needed_from = max(round, self._needed_from or 0)
+        checkpoint makes more of it true. Later processes are held to it, so it is on the disk before it is told."""
+        self._needed_from = max(round, self.forgot)
+        if self._needed_from > self._promised:
+            self._begin(self._promise(self._needed_from))
+        else:
+            self._forget()
+
+    async def _promise(self, round: int) -> None:
+        async with self._promising:
+            if round > self._promised:
+                await asyncio.to_thread(write_promise, self.directory, round)
+                self._promised = round
+        self._forget()
+
+    def _forget(self) -> None:
         for link in self._links.values():
-            link.forget_before(round)
-            if dropped := link.received.unkeep(round):
+            link.forget_before(self._promised)
+            if dropped := link.received.unkeep(self._promised):
                 self._begin(asyncio.to_thread(link.received.remove, dropped))
         self._on_held()
 
@@ -248,6 +267,8 @@ class LateralLinks:
             if members is None or lane in members or link.session.greeted
         ]
         ended = await asyncio.gather(*awaited, return_exceptions=True)  # one that is gone is no reason to leave others
+        for link in self._links.values():
+            link.leave()
         for each in ended:
             if isinstance(each, BaseException):
                 raise each

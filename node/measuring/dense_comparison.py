@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...compress.identity import IdentityCodec
 from ...compress.context_registry import parse_context
+from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.shaper import LinkProfile

@@ -196,7 +196,10 @@ class RunConfig(Section):
 def check_one_lane(config: RunConfig, what: str) -> None:
     """Raises ConfigError for a run of several lanes, where `what` knows of one."""
     if config.lanes.count > 1:
-        raise ConfigError(f"{what} takes runs of one lane, and this one has {config.lanes.count}; set lanes.count = 1")
+        raise ConfigError(
+            f"{what} takes runs of one lane, and this one has {config.lanes.count}; begin a new one from it, thinpipe "
+            "up --from RUN --stages N"
+        )
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

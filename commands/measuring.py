@@ -43,7 +43,9 @@ def plan(
     batch_size: Annotated[int | None, shared("--batch-size", "256; of the run")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "1024; of the run")] = None,
     lanes: Annotated[int | None, shared("--lanes", "1; of the run")] = None,
-    average: Annotated[str | None, shared("--average", "outer; of the run")] = None,
+    average: Annotated[str | None, shared("--average", "outer; of the run; gradients with --chunks")] = None,
+    chunks: Annotated[int | None, shared("--chunks", "none; of the run")] = None,
+    context: Annotated[str | None, shared("--context", "full, where there are chunks; of the run")] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write a picture of what runs when, such as timeline.png. (none)")
     ] = None,
@@ -68,7 +70,7 @@ def plan(
     """Predict a run without running it: tokens/s, the bottleneck, and what the links must carry.
 
     This simulates the schedule that nodes execute and the bytes that they would send, on a virtual clock. With --lanes
-    it says what averaging costs too, and how to average so that no stage waits.
+    it says what averaging costs too, and how to average so that no stage waits; with --chunks what keys and values do.
     """
     one_arithmetic_thread()
     plain, auto = without_auto(schedule)
@@ -85,6 +87,8 @@ def plan(
         sequence_length=sequence_length,
         lanes=lanes,
         average=average,
+        chunks=chunks,
+        context=context,
     )
     from ..node.config import ConfigError
     from ..node.measuring.emulated_machine import EmulatedMachine
@@ -123,11 +127,12 @@ def plan(
     else:
         from rich.console import Console
 
-        from ..sim.reports.plan_console import cut_lines, lane_lines, plan_tables
+        from ..sim.reports.plan_console import chunk_lines, cut_lines, lane_lines, plan_tables
 
         console = Console(markup=False)
         console.print(*plan_tables(figures), sep="\n")
-        console.print(*cut_lines(figures), *lane_lines(figures), sep="\n", highlight=False, soft_wrap=True)
+        lines = (*cut_lines(figures), *chunk_lines(figures), *lane_lines(figures))
+        console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
     if timeline:
         from ..node.measuring.plan import events
         from ..sim.reports.trace import draw

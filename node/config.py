@@ -15,6 +15,7 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from ..compress.recommended_rates import recommended_for
+from ..protocol.control_messages import LISTED_MAX
 from ..protocol.global_norm import WithGlobalNorm
 from ..protocol.schedule import Schedule, ScheduleError, get_schedule
 from .config_sections import (
@@ -104,6 +105,13 @@ class RunConfig(Section):
                 f"context.method = '{self.context.method}' is for several chunks, and lanes.count = 1; set the number "
                 "of chunks, --chunks 2 or more"
             )
+        nodes = self.pipeline.stages * self.lanes.count
+        if nodes > LISTED_MAX:
+            product = f"{self.pipeline.stages} x {self.lanes.count} = {nodes}"
+            raise ValueError(
+                f"pipeline.stages x lanes.count = {product}: nodes that hold chunks are lost and go back together, and "
+                f"no more than {LISTED_MAX} nodes can agree on that; have fewer of one of the two"
+            )
         try:
             self.chunk_layout  # noqa: B018
         except ValueError as error:
@@ -192,7 +200,10 @@ class RunConfig(Section):
 def check_one_lane(config: RunConfig, what: str) -> None:
     """Raises ConfigError for a run of several lanes, where `what` knows of one."""
     if config.lanes.count > 1:
-        raise ConfigError(f"{what} takes runs of one lane, and this one has {config.lanes.count}; set lanes.count = 1")
+        raise ConfigError(
+            f"{what} takes runs of one lane, and this one has {config.lanes.count}; begin a new one from it, thinpipe "
+            "up --from RUN --stages N"
+        )
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

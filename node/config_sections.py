@@ -76,7 +76,7 @@ class RunSection(Section):
 class ModelSection(Section):
     """Which decoder is trained."""
 
-    preset: str = Field(default="tiny", description="tiny, 150m, 500m, 1b or 8b; ignored when `path` is given")
+    preset: str = Field(default="tiny", description="tiny, 150m, 500m, 800m, 1b or 8b; ignored when `path` is given")
     path: Path | None = Field(default=None, description="directory with a Hugging Face config.json (and safetensors)")
     pretrained: bool = Field(
         default=False, description="start from the safetensors in `path` instead of random weights"

@@ -378,6 +378,8 @@ class Stage:
         self._owed.clear()
         self.losses.clear()
         self._begun, self._backwards, self._table_gradient = False, 0, None
+        if self.chunk:
+            self.chunk.break_off()
         self.completed = snapshot.completed
 
     def set_generation(self, generation: int) -> None:

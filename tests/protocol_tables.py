@@ -92,7 +92,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "refusal": "any stream, last frame",
         "chunk": "Link, Context",
         "credit": "Link, Context",
-        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request",
+        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request, and once more",
         "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [
@@ -126,7 +126,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "next_sequence": "Link, Context: number of the first chunk that the sender lacks. Else: 0",
         "granted_bytes": "Link, Context: as in Credit. Else: 0",
         "completed_steps": "Control, Rounds: steps completed, for people to read. Link, Context: 0",
-        "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
+        "joining": "Control, Rounds: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
         "lane": "of the sender, from 0",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},

@@ -138,6 +138,10 @@ UP = [
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
     (["--lanes", "0"], r"lanes\.count: .*greater than or equal to 1 \(got 0\)"),
     (
+        ["--chunks", "64", "--stages", "17"],
+        r"stages x lanes\.count = 17 x 64 = 1088: .* no more than 1024 nodes .*; have fewer of one",
+    ),
+    (
         ["--lanes", "2", "--average", "outr"],
         r"lanes\.average: unknown averaging 'outr'; the nearest .* is 'outer'",
     ),

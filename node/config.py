@@ -17,7 +17,7 @@ from pydantic import model_validator
 from ..compress.recommended_rates import recommended_for
 from ..protocol.control_messages import LISTED_MAX
 from ..protocol.global_norm import WithGlobalNorm
-from ..protocol.schedule import Schedule, get_schedule
+from ..protocol.schedule import Schedule, ScheduleError, get_schedule
 from .config_sections import (
     CheckpointSection,
     CodecSection,
@@ -74,6 +74,10 @@ class RunConfig(Section):
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
+        try:
+            get_schedule(self.pipeline.schedule).check(0, self.pipeline.stages, parts)
+        except ScheduleError as error:
+            raise ValueError(f"pipeline.schedule: {error}") from None
         if (speeds := self.pipeline.speeds) and len(speeds) != self.pipeline.stages:
             raise ValueError(
                 f"pipeline.speeds = {','.join(f'{speed:g}' for speed in speeds)} is for {len(speeds)} stages, but "
@@ -196,7 +200,10 @@ class RunConfig(Section):
 def check_one_lane(config: RunConfig, what: str) -> None:
     """Raises ConfigError for a run of several lanes, where `what` knows of one."""
     if config.lanes.count > 1:
-        raise ConfigError(f"{what} takes runs of one lane, and this one has {config.lanes.count}; set lanes.count = 1")
+        raise ConfigError(
+            f"{what} takes runs of one lane, and this one has {config.lanes.count}; begin a new one from it, thinpipe "
+            "up --from RUN --stages N"
+        )
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

@@ -134,6 +134,10 @@ class ChunkedModel:
                 self._method.begin(layer, step, self._config.run.steps)
         moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
 
+    def break_off(self) -> None:
+        """The step under way, if there is one, will be begun again: what was added up in it does not count."""
+        self._moment.step = -1
+
     @property
     def gathering_step(self) -> int | None:
         """Behind which `choose_subspaces` is due."""

@@ -17,7 +17,6 @@ from collections.abc import Hashable, Sequence
 
 import pytest
 
-
 # The longest first, in about this order: half a minute and more, of all tiers together.
 LONG_FILES = (
     "lane_processes",

@@ -44,9 +44,18 @@ def plan(
     batch_size: Annotated[int | None, shared("--batch-size", "256; of the run")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "1024; of the run")] = None,
     lanes: Annotated[int | None, shared("--lanes", "1; of the run")] = None,
-    average: Annotated[str | None, shared("--average", "outer; of the run")] = None,
+    average: Annotated[str | None, shared("--average", "outer; of the run; gradients with --chunks")] = None,
+    chunks: Annotated[int | None, shared("--chunks", "none; of the run")] = None,
+    context: Annotated[str | None, shared("--context", "full, where there are chunks; of the run")] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write a picture of what runs when, such as timeline.png. (none)")
+    ] = None,
+    write_schedule: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the schedule that was simulated as a CSV file, which --schedule and "
+            "torch.distributed.pipelining read. (none)"
+        ),
     ] = None,
     rule: Annotated[
         str,
@@ -62,7 +71,7 @@ def plan(
     """Predict a run without running it: tokens/s, the bottleneck, and what the links must carry.
 
     This simulates the schedule that nodes execute and the bytes that they would send, on a virtual clock. With --lanes
-    it says what averaging costs too, and how to average so that no stage waits.
+    it says what averaging costs too, and how to average so that no stage waits; with --chunks what keys and values do.
     """
     one_arithmetic_thread()
     plain, auto = without_auto(schedule)
@@ -79,11 +88,18 @@ def plan(
         sequence_length=sequence_length,
         lanes=lanes,
         average=average,
+        chunks=chunks,
+        context=context,
     )
     from ..node.config import ConfigError
     from ..node.measuring.emulated_machine import EmulatedMachine
     from ..node.measuring.plan import PLANNED, planned
+    from ..node.schedule_file import ENDING, csv_text, names_a_file
 
+    if write_schedule and not names_a_file(write_schedule.name):
+        fail(
+            f"--write-schedule {write_schedule}: --schedule knows a file by its ending; say {write_schedule}{ENDING}", 2
+        )
     try:
         emulated = None if emulate is None else EmulatedMachine.parse(emulate)
     except ConfigError as error:
@@ -96,20 +112,28 @@ def plan(
         config = run_toml(measured, "--from")
     settings = configuration(config, {**(emulated.settings() if emulated else {}), **given}, overrides)
     try:
-        spec = schedule or settings.pipeline.schedule
+        spec = auto or settings.pipeline.schedule
         figures, simulated = planned(settings, emulated, measured, schedule=spec, rule=rule)
     except PLANNED as error:
         fail(str(error), 2)
+    if write_schedule:
+        pipeline = settings.pipeline
+        text = csv_text(figures["schedule"], stages=pipeline.stages, microbatches=pipeline.microbatches)
+        try:
+            write_schedule.write_text(text, encoding="utf-8")
+        except OSError as error:
+            fail(f"--write-schedule: cannot write {write_schedule}: {error.strerror}; choose another file", 2)
     if as_json:
         print(json.dumps(figures, indent=2))
     else:
         from rich.console import Console
 
-        from ..sim.reports.plan_console import cut_lines, lane_lines, plan_tables
+        from ..sim.reports.plan_console import chunk_lines, cut_lines, lane_lines, plan_tables
 
         console = Console(markup=False)
         console.print(*plan_tables(figures), sep="\n")
-        console.print(*cut_lines(figures), *lane_lines(figures), sep="\n", highlight=False, soft_wrap=True)
+        lines = (*cut_lines(figures), *chunk_lines(figures), *lane_lines(figures))
+        console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
     if timeline:
         from ..node.measuring.plan import events
         from ..sim.reports.trace import draw

@@ -17,6 +17,7 @@ from ..protocol.session import LinkSession
 from ..sim.links.shaper import LinkProfile
 from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
+from .context.context_parts import ContextParts
 from .lanes.lateral_links import LateralLinks
 from .lanes.lateral_settings import LateralSettings
 from .links.control_stream import HEARTBEAT_EVERY_S
@@ -46,12 +47,42 @@ def make_link(
 
     member: the only process that may be at the other end. sent: the account to go on with.
     """
-    settings, limits = config.link, shape.limits
+    limits = shape.limits
     buffer_bytes = receive_buffer_bytes(config, limits, from_above=peer < identity.stage)
+    session = LinkSession(
+        identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member
+    )
+    return _link(config, session, tracer, sent)
+
+
+def make_context_link(
+    config: RunConfig,
+    identity: NodeIdentity,
+    lane: int,
+    message_bytes: int,
+    tracer: Tracer,
+    *,
+    member: int | None = None,
+    sent: Counter[str] | None = None,
+) -> Link:
+    """This node's end of the link to its own stage in that lane, whose messages have so many bytes at most; the rest as
+    above."""
+    limits = Limits(message_bytes=message_bytes)
+    session = LinkSession(
+        identity=identity,
+        peer_stage=identity.stage,
+        peer_lane=lane,
+        limits=limits,
+        receive_buffer_bytes=max(config.link.receive_buffer_bytes, 2 * (message_bytes + limits.frame_bytes)),
+        member=member,
+    )
+    return _link(config, session, tracer, sent)
+
+
+def _link(config: RunConfig, session: LinkSession, tracer: Tracer, sent: Counter[str] | None) -> Link:
+    settings = config.link
     return Link(
-        session=LinkSession(
-            identity=identity, peer_stage=peer, limits=limits, receive_buffer_bytes=buffer_bytes, member=member
-        ),
+        session=session,
         profile=LinkProfile.parse(settings.link),
         chunk_bytes=settings.chunk_bytes,
         send_buffer_bytes=settings.send_buffer_bytes,
@@ -79,12 +110,18 @@ def parts_ahead_for(profile: LinkProfile) -> int:
     return max(PARTS_AHEAD_LEAST, min(PARTS_AHEAD_MOST, wanted))
 
 
-def transfer_s(config: RunConfig, stage: Stage, profile: LinkProfile) -> float:
-    """What a step's bytes take on the wire, at most, and the way there."""
+def transfer_s(config: RunConfig, stage: Stage, profile: LinkProfile, parts: ContextParts | None = None) -> float:
+    """What a step's bytes take on the wire, at most, and the way there. parts: of keys and values, which go to other
+    lanes between the tensors of the boundaries."""
     ports = [port for port in (stage.upstream_endpoint, stage.downstream_endpoint) if port]
     largest = max((port.shape.limits.message_bytes for port in ports), default=0)
     messages = 2 * config.pipeline.microbatches
-    return messages * (profile.serialisation_s(largest) + profile.latency_s + profile.jitter_s)
+    way_s = profile.latency_s + profile.jitter_s
+    boundaries_s = messages * (profile.serialisation_s(largest) + way_s)
+    if parts is None:
+        return boundaries_s
+    lanes = [parts.step_bytes(lane) for lane in range(config.lanes.count) if lane != parts.lane]
+    return boundaries_s + max(profile.serialisation_s(size) + count * way_s for count, size in lanes)
 
 
 def heartbeat_timeout_s(profile: LinkProfile, chunk_bytes: int | None = None) -> float:

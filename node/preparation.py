@@ -107,8 +107,9 @@ def check_codec(config: RunConfig, architecture: PretrainedConfig | None = None)
         )
 
 
-def check_lanes(config: RunConfig) -> None:
-    """Raises ConfigError for a way to average that there is not."""
+def check_lanes(config: RunConfig, *, trains: bool = True) -> None:
+    """Raises ConfigError for a way to average, or to share keys and values, that there is not. trains: for so many
+    steps, as a run does and a plan does not."""
     if config.lanes.count == 1:
         return
     try:
@@ -118,7 +119,9 @@ def check_lanes(config: RunConfig) -> None:
     if not config.context.method:
         return
     try:
-        parse_context(config.context.method).check_steps(config.run.steps)
+        method = parse_context(config.context.method)
+        if trains:
+            method.check_steps(config.run.steps)
     except CodecError as error:
         raise ConfigError(f"context.method: {error}") from None
     codec = parse_codec(config.codec.codec).codec
@@ -130,19 +133,10 @@ def check_lanes(config: RunConfig) -> None:
     for what, set_, remedy in (
         ("activation_checkpointing", config.compute.activation_checkpointing, "false"),
         ("compile", config.compute.compile, "false"),
-        ("emulate", config.compute.emulate is not None, "none"),
+        ("emulate", trains and config.compute.emulate is not None, "none"),
     ):
         if set_:
             raise ConfigError(f"compute.{what} does not go with chunks (context.method); set it to {remedy}")
-
-
-def check_swarm(config: RunConfig) -> None:
-    """Raises ConfigError for what trains in one process alone, as yet."""
-    if config.context.method:
-        raise ConfigError(
-            f"context.method = '{config.context.method}': chunks of a sequence train in one process alone as yet; say "
-            "--one-process"
-        )
 
 
 def check_settings(config: RunConfig) -> int:

@@ -104,7 +104,7 @@ class ReceiveQueue:
             self.reject(RemoteProtocolError(Fault.OUT_OF_ORDER, f"{came} where {what} was due"))
 
     def reject(self, error: RemoteProtocolError) -> None:
-        self._on_fault(error.fault, f"{self.link.name}: refused stage {self.link.session.peer_stage}: {error}")
+        self._on_fault(error.fault, f"{self.link.name}: refused {self.link.session.peer_name}: {error}")
         self.link.reject(error)
 
 

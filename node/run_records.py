@@ -175,6 +175,16 @@ class Stopwatch:
         finally:
             self._spent["wait_s"] += lap.seconds
 
+    @contextmanager
+    def waiting_within(self, activity: Literal["compute", "codec"]) -> Iterator[None]:
+        """The calling thread waits in the middle of its work, which has not taken that long then."""
+        lap = Lap()
+        try:
+            yield
+        finally:
+            self._spent["wait_s"] += lap.seconds
+            self._spent[f"{activity}_s"] -= lap.seconds
+
     def take(self) -> dict[str, float]:
         """What was spent since the last call."""
         for name, value in self._spent.items():

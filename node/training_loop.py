@@ -34,9 +34,10 @@ from ..sim.links.link_check import LinkCheck
 from ..sim.reports.summary import dense_bytes_one_way
 from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
+from .context.link_transport import LinkTransport
 from .data import Corpus
 from .data.batches import draw
-from .lanes.rounds import Rounds
+from .lanes.held_rounds import HeldRounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .long_preparation import in_daemon
@@ -75,10 +76,14 @@ class TrainingLoop:
         totals: RunTotals | None = None,
         deadline: ReceiveDeadline | None = None,
         last: int | None = None,
-        rounds: Rounds | None = None,
+        rounds: HeldRounds | None = None,
         on_met: Callable[[], None] | None = None,
+        context: LinkTransport | None = None,
     ) -> None:
         self.config, self.stage, self.corpus = config, stage, corpus
+        self.context = context
+        if context and stage.chunk:
+            stage.chunk.connect(context)
         self._generation, self._on_completed, self._on_met = generation, on_completed, on_met
         self._last = config.run.steps if last is None else min(last, config.run.steps)
         self.under_way = stage.completed  # steps that are completed once the present one is
@@ -103,7 +108,8 @@ class TrainingLoop:
         ends = [end for end in (self._from_above, self._from_below, self._to_above, self._to_below) if end]
         async with asyncio.TaskGroup() as group:
             pumps = [group.create_task(end.pump()) for end in ends]
-            pumps += [group.create_task(link.until_lost()) for link in self._links]
+            pumps += [group.create_task(link.until_lost()) for link in self.links]
+            pumps += [group.create_task(self.context.pump())] if self.context else []
             await self._meet_neighbours()
             if self._on_met:
                 self._on_met()
@@ -111,13 +117,17 @@ class TrainingLoop:
             for outbox in (self._to_above, self._to_below):
                 if outbox:
                     await outbox.flush()
+            if self.context:
+                await self.context.flush()
             self._write_end()
             timeout_s = self.config.link.replacement_timeout_s
-            await asyncio.gather(*(link.drain(timeout_s) for link in self._links))
+            await asyncio.gather(*(link.drain(timeout_s) for link in self.links))
             for pump in pumps:
                 pump.cancel()
 
     def close(self) -> None:
+        if self.context:  # the compute thread may wait for it
+            self.context.end()
         self._compute.close()
         self._codec.close()
 
@@ -127,26 +137,31 @@ class TrainingLoop:
         self._codec.join()
 
     @property
-    def _links(self) -> list[Link]:
+    def _boundaries(self) -> list[Link]:
         return [link for link in (self.above, self.below) if link]
+
+    @property
+    def links(self) -> list[Link]:
+        """All, those of the boundaries first."""
+        return self._boundaries + (self.context.links if self.context else [])
 
     async def _meet_neighbours(self) -> None:
         timeout_s = self.config.link.connect_timeout_s
-        for link in self._links:
+        for link in self.links:
             # Who dials has the same deadline, and knows better what to say when it passes.
-            grace_s = self.config.link.greeting_timeout_s if link is self.below else 0.0
+            grace_s = self.config.link.greeting_timeout_s if link.dials else 0.0
             while not link.opened.is_set():
                 with suppress(TimeoutError):
                     async with asyncio.timeout(timeout_s + grace_s):
                         await link.opened.wait()
                 waits = self._deadline.excused(timeout_s) or (self._generation and self._deadline.extend(timeout_s))
                 if not (link.opened.is_set() or waits):
-                    raise TimeoutError(link.late(f"stage {link.session.peer_stage} to connect", timeout_s))
+                    raise TimeoutError(link.late(f"{link.session.peer_name} to connect", timeout_s))
         most_s = self.config.link.replacement_timeout_s if self._generation else timeout_s  # who is lost now comes back
         checks = await self._probe_links(most_s)
-        records = [{**link.way, **check.record()} for link, check in zip(self._links, checks, strict=True)]
+        records = [{**link.way, **check.record()} for link, check in zip(self.links, checks, strict=True)]
         self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes(), link_check=records)
-        for link, check in zip(self._links, checks, strict=True):
+        for link, check in zip(self.links, checks, strict=True):
             print(f"{link.name}: sends at {link.profile}, {check}", flush=True)
         for line in filter(None, (check.warning for check in checks)):
             if self.config.link.verify == "fail":
@@ -154,15 +169,18 @@ class TrainingLoop:
             print(f"stage {self.stage.index}: warning: {line}", file=sys.stderr, flush=True)
 
     async def _probe_links(self, timeout_s: float) -> list[LinkCheck]:
-        """In the order of `_links`. Where the kernel caps an interface, its links share that cap, so one is measured
-        after the other: all of the chain first what goes down, then what goes up. The last stage has nothing that goes
-        down and waits for that long. (Stages that do not begin together may still meet; then they try again.)"""
-        links = self._links
-        if not links or not links[0].profile.kernel:
-            return await asyncio.gather(*(link.probe(timeout_s) for link in links))
-        if self.below is None:
-            await asyncio.sleep(probe_s(links[0].profile))
-        return [await link.probe(timeout_s) for link in reversed(links)][::-1]
+        """In the order of `links`: those of the boundaries, then, one after the other, those to other lanes. Where the
+        kernel caps an interface, its links share that cap, so one is measured after the other: all of the chain first
+        what goes down, then what goes up. The last stage has nothing that goes down and waits for that long. (Stages
+        that do not begin together may still meet; then they try again.)"""
+        boundaries = self._boundaries
+        if not boundaries or not boundaries[0].profile.kernel:
+            checks = await asyncio.gather(*(link.probe(timeout_s) for link in boundaries))
+        else:
+            if self.below is None:
+                await asyncio.sleep(probe_s(boundaries[0].profile))
+            checks = [await link.probe(timeout_s) for link in reversed(boundaries)][::-1]
+        return checks + [await link.probe(timeout_s) for link in self.links[len(boundaries) :]]
 
     async def _train(self) -> None:
         pipeline, run = self.config.pipeline, self.config.run
@@ -196,6 +214,8 @@ class TrainingLoop:
                             await self._gather(step)
                         loss, grad_norm = await self._finish(step, squares)
             await self._hold_rounds(step + 1, of_gradients=False)
+            if self.stage.chunk and step == self.stage.chunk.gathering_step:
+                await self._compute.run("choice of subspaces", self.stage.chunk.choose_subspaces, step)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
@@ -369,10 +389,10 @@ class TrainingLoop:
             cpu_s=round(cpu_s, 6),
             loop_cpu_s=round(lap.thread_cpu_s, 6),
             tokens_per_s=round(tokens / seconds, 3),
-            sent_bytes={link.name: dict(link.sent) for link in self._links}
+            sent_bytes={link.name: dict(link.sent) for link in self.links}
             | (self._rounds.sent_bytes() if self._rounds else {}),
-            dense_bytes=len(self._links) * dense_bytes_one_way(width=self.stage.width, tokens=tokens),
-            links=[self.totals.step_record(link, seconds) for link in self._links]
+            dense_bytes=len(self._boundaries) * dense_bytes_one_way(width=self.stage.width, tokens=tokens),
+            links=[self.totals.step_record(link, seconds) for link in self.links]
             + (self._rounds.step_records(seconds) if self._rounds else []),
             rss_bytes=rss_bytes(),
             codec=self._measures,
@@ -393,5 +413,5 @@ class TrainingLoop:
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self.stage.state_bytes(),
             state_sha256=self.stage.state_sha256(),
-            links=[self.totals.record(link) for link in self._links] + (self._rounds.records() if self._rounds else []),
+            links=[self.totals.record(link) for link in self.links] + (self._rounds.records() if self._rounds else []),
         )

@@ -32,6 +32,7 @@ from . import stage_pb2 as pb
 from .control_messages import CONTROL, STEP_MAX, ControlFrame, control_from_pb, encode_control
 from .envelope import Data, Gathered, around_data, buffers_of, without_data
 from .errors import Fault, LocalProtocolError, RemoteProtocolError
+from .grid_place import LANES_MAX
 from .header import HEADER_BYTES_MAX, TEXT_CHARACTERS_MAX, check_text, decode_header, encode_header, printable
 from .round_messages import (
     ROUNDS,
@@ -48,6 +49,8 @@ PROTOCOL_VERSION = 1
 # Everything in a frame beside chunk data: a codec's header and id (UTF-8: 4 bytes a character), 20 numbers, lengths.
 ENVELOPE_BYTES_MAX = HEADER_BYTES_MAX + 4 * TEXT_CHARACTERS_MAX + 256
 MICROBATCH_MAX = 2**32
+LAYERS_MAX = 2**16
+SEGMENTS_MAX = 2 * LANES_MAX  # each lane holds two at most
 # Data of one chunk. Each chunk is work for both event loops and for gRPC's threads, whatever it holds, so this is more
 # than most messages have; where a control frame must not wait so long, the sender cuts finer (node/links/outgoing.py).
 CHUNK_BYTES_MAX = 4 * 2**20
@@ -63,6 +66,16 @@ class Kind(IntEnum):
     PROJECTOR_GRADIENT = 6  # the receiver's half of the gradient of a learned projector, once a step
     PROBE = 5  # filler that measures the link; the receiver drops it
     GRADIENT_NORM = 7  # a sum of squares on its way up, or the total on its way down (protocol/global_norm.py)
+    CONTEXT = 8  # keys and values of a layer, to another chunk of the same sequences
+    CONTEXT_GRADIENT = 9  # what comes back for them
+    CONTEXT_EVALUATION = 10  # the same as CONTEXT, of held-out text
+    CONTEXT_GRAM = 11  # what a layer's subspaces are chosen from, of the sender's tokens, to lane 0
+    CONTEXT_SUBSPACE = 12  # what lane 0 has chosen
+
+
+OF_CONTEXT = frozenset(
+    {Kind.CONTEXT, Kind.CONTEXT_GRADIENT, Kind.CONTEXT_EVALUATION, Kind.CONTEXT_GRAM, Kind.CONTEXT_SUBSPACE}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +103,8 @@ class Head:
     dictionary_bytes: int = 0
     body_bytes: int = 0
     loss_sum: float = 0.0
+    layer: int = 0
+    segment: int = 0
 
     @property
     def data_bytes(self) -> int:
@@ -103,7 +118,7 @@ class Message:
     token_ids: bit-packed ids (forward only, else empty). dictionary: the change of the decoder's dictionary that leads
     to the version with which the tensor was coded (`protocol.dictionary`), mostly empty. body: the tensor as `codec`
     packed it. loss_sum: sum of the microbatch's token losses, which travels upstream beside the gradient so that every
-    stage knows it.
+    stage knows it. layer, segment: of keys and values (`OF_CONTEXT`), and 0 in all else.
     """
 
     kind: Kind
@@ -115,6 +130,8 @@ class Message:
     dictionary: bytes | memoryview = b""
     body: bytes | memoryview = b""
     loss_sum: float = 0.0
+    layer: int = 0
+    segment: int = 0
 
     @property
     def head(self) -> Head:
@@ -128,6 +145,8 @@ class Message:
             dictionary_bytes=memoryview(self.dictionary).nbytes,
             body_bytes=memoryview(self.body).nbytes,
             loss_sum=self.loss_sum,
+            layer=self.layer,
+            segment=self.segment,
         )
 
 
@@ -243,7 +262,7 @@ _GREETING_FIELDS = [field.name for field in pb.Greeting.DESCRIPTOR.fields]
 
 def _head_to_pb(head: Head) -> pb.MessageHead:
     try:
-        _check_head(head.kind.name.lower(), head.step, head.microbatch, head.codec, head.loss_sum)
+        _check_head(head.kind, head)
     except RemoteProtocolError as error:  # the same rules, broken here
         raise LocalProtocolError(error.fault, error.reason) from None
     return pb.MessageHead(
@@ -256,6 +275,8 @@ def _head_to_pb(head: Head) -> pb.MessageHead:
         dictionary_bytes=head.dictionary_bytes,
         body_bytes=head.body_bytes,
         loss_sum=head.loss_sum,
+        layer=head.layer,
+        segment=head.segment,
     )
 
 
@@ -265,9 +286,10 @@ def _checksum(chunk: pb.Chunk, data: Data) -> int:
     head = chunk.head
     codec = head.codec.encode()
     flags = [head.kind, head.microbatch, len(codec), len(head.codec_header), chunk.HasField("head"), chunk.acknowledge]
+    flags += [head.layer, head.segment]
     numbers = [chunk.sequence, chunk.generation, head.step, head.token_ids_bytes, head.body_bytes]
     numbers += [head.dictionary_bytes, chunk.next_sequence, chunk.granted_bytes]
-    envelope = struct.pack("<6I8Qd", *flags, *numbers, head.loss_sum)
+    envelope = struct.pack("<8I8Qd", *flags, *numbers, head.loss_sum)
     checksum = xxhash.xxh3_64(envelope + codec + head.codec_header)
     for buffer in buffers_of(data):
         checksum.update(buffer)
@@ -347,7 +369,7 @@ def _chunk_from_pb(chunk: pb.Chunk, data: bytes | memoryview, limits: Limits) ->
 def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:
     if head.kind not in Kind._value2member_map_:
         raise RemoteProtocolError(Fault.MALFORMED, f"message kind {head.kind} is unknown")
-    _check_head(Kind(head.kind).name.lower(), head.step, head.microbatch, head.codec, head.loss_sum)
+    _check_head(Kind(head.kind), head)
     if (total := head.token_ids_bytes + head.dictionary_bytes + head.body_bytes) > limits.message_bytes:
         raise RemoteProtocolError(Fault.OVERSIZED, f"a message of {total} bytes, at most {limits.message_bytes} here")
     return Head(
@@ -360,15 +382,24 @@ def _head_from_pb(head: pb.MessageHead, limits: Limits) -> Head:
         dictionary_bytes=head.dictionary_bytes,
         body_bytes=head.body_bytes,
         loss_sum=head.loss_sum,
+        layer=head.layer,
+        segment=head.segment,
     )
 
 
-def _check_head(kind: str, step: int, microbatch: int, codec: str, loss_sum: float) -> None:
+def _check_head(kind: Kind, head: Head | pb.MessageHead) -> None:
     """The rules that both ends hold a head to. Raises RemoteProtocolError."""
+    step, microbatch = head.step, head.microbatch
     if not (0 <= step < STEP_MAX and 0 <= microbatch < MICROBATCH_MAX):
         raise RemoteProtocolError(Fault.MALFORMED, f"step {step}, microbatch {microbatch} is out of range")
-    if not math.isfinite(loss_sum):
+    if not math.isfinite(head.loss_sum):
         raise RemoteProtocolError(
-            Fault.PAYLOAD, f"{kind} of step {step}, microbatch {microbatch}: its loss is {loss_sum}; training diverged"
+            Fault.PAYLOAD,
+            f"{kind.name.lower()} of step {step}, microbatch {microbatch}: its loss is {head.loss_sum}; training "
+            "diverged",
         )
-    check_text("codec id", codec)
+    layers, segments = (LAYERS_MAX, SEGMENTS_MAX) if kind in OF_CONTEXT else (1, 1)
+    if not (0 <= head.layer < layers and 0 <= head.segment < segments):
+        where = f"layer {head.layer}, segment {head.segment} of {kind.name.lower()}"
+        raise RemoteProtocolError(Fault.MALFORMED, f"{where} is out of range")
+    check_text("codec id", head.codec)

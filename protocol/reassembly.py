@@ -77,4 +77,6 @@ class Assembly:
             dictionary=data[head.token_ids_bytes : tensor],
             body=data[tensor:],
             loss_sum=head.loss_sum,
+            layer=head.layer,
+            segment=head.segment,
         )

@@ -26,6 +26,7 @@ from enum import Enum
 from .envelope import Data
 from .errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from .greeting import NodeIdentity, check_greeting, check_resume
+from .grid_place import GridPlace
 from .messages import (
     Chunk,
     Credit,
@@ -101,7 +102,8 @@ Event = Opened | Received | Acknowledged | PeerDone
 
 
 class LinkSession:
-    """This node's side of the link to stage `peer_stage`, in one generation."""
+    """This node's side of the link to stage `peer_stage`, in one generation. peer_lane: where that is another lane, of
+    which it is this node's own stage; default: the same lane."""
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class LinkSession:
         limits: Limits,
         receive_buffer_bytes: int,
         member: int | None = None,
+        peer_lane: int | None = None,
     ) -> None:
         needed = message_cost(limits.message_bytes)
         if receive_buffer_bytes < needed:
@@ -120,7 +123,7 @@ class LinkSession:
                 f"raise link.receive_buffer_bytes to at least {needed}",
             )
         self.identity = identity
-        self.peer_stage = peer_stage
+        self.place = GridPlace(peer_stage, identity.lane if peer_lane is None else peer_lane)
         self.limits = limits
         self.state = SessionState.CLOSED
         self._member = member  # the only process that may greet here; None: whoever comes first
@@ -144,6 +147,16 @@ class LinkSession:
         self._delivered_cost = 0
         self._consumed_cost = 0
         self._assembly = Assembly()
+
+    @property
+    def peer_stage(self) -> int:
+        return self.place.stage
+
+    @property
+    def peer_name(self) -> str:
+        """Of the other node, for people: `stage 1`, and in another lane `stage 1 of lane 2`."""
+        stage, lane = self.place
+        return f"stage {stage}" if lane == self.identity.lane else f"stage {stage} of lane {lane}"
 
     # -- connection ---------------------------------------------------------------------------------------------
 
@@ -179,7 +192,7 @@ class LinkSession:
         credit, and for a part that does not continue the message that was begun.
         """
         if not self.may_send(len(data)):
-            raise LocalProtocolError(Fault.OVERDRAWN, f"stage {self.peer_stage} has not granted {len(data)} more bytes")
+            raise LocalProtocolError(Fault.OVERDRAWN, f"{self.peer_name} has not granted {len(data)} more bytes")
         if (head is None) != bool(self._unsent):
             what = "belongs to no message" if head is None else f"comes where {self._unsent} bytes of another are due"
             raise LocalProtocolError(Fault.OUT_OF_ORDER, f"a part of {len(data)} bytes {what}")
@@ -288,11 +301,11 @@ class LinkSession:
         return self._consumed_cost + self._receive_buffer_bytes
 
     def _take_greeting(self, peer: Greeting) -> Opened:
-        check_greeting(peer, self.identity, self.peer_stage)
+        check_greeting(peer, self.identity, self.place)
         if self._member is not None and peer.incarnation != self._member:
             raise RemoteProtocolError(
                 Fault.FENCED,
-                f"in generation {self.identity.generation} stage {self.peer_stage} is process {self._member:x}, not "
+                f"in generation {self.identity.generation} {self.peer_name} is process {self._member:x}, not "
                 f"{peer.incarnation:x}",
             )
         another = self.peer is not None and self.peer.incarnation != peer.incarnation

@@ -115,7 +115,7 @@ class Chunk(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., generation: _Optional[int] = ..., head: _Optional[_Union[MessageHead, _Mapping]] = ..., xxh3: _Optional[int] = ..., data: _Optional[bytes] = ..., next_sequence: _Optional[int] = ..., granted_bytes: _Optional[int] = ..., acknowledge: _Optional[int] = ...) -> None: ...
 
 class MessageHead(_message.Message):
-    __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "dictionary_bytes", "loss_sum")
+    __slots__ = ("kind", "step", "microbatch", "codec", "codec_header", "token_ids_bytes", "body_bytes", "dictionary_bytes", "loss_sum", "layer", "segment")
     KIND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICROBATCH_FIELD_NUMBER: _ClassVar[int]
@@ -125,6 +125,8 @@ class MessageHead(_message.Message):
     BODY_BYTES_FIELD_NUMBER: _ClassVar[int]
     DICTIONARY_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOSS_SUM_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
     kind: int
     step: int
     microbatch: int
@@ -134,7 +136,9 @@ class MessageHead(_message.Message):
     body_bytes: int
     dictionary_bytes: int
     loss_sum: float
-    def __init__(self, kind: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., codec: _Optional[str] = ..., codec_header: _Optional[bytes] = ..., token_ids_bytes: _Optional[int] = ..., body_bytes: _Optional[int] = ..., dictionary_bytes: _Optional[int] = ..., loss_sum: _Optional[float] = ...) -> None: ...
+    layer: int
+    segment: int
+    def __init__(self, kind: _Optional[int] = ..., step: _Optional[int] = ..., microbatch: _Optional[int] = ..., codec: _Optional[str] = ..., codec_header: _Optional[bytes] = ..., token_ids_bytes: _Optional[int] = ..., body_bytes: _Optional[int] = ..., dictionary_bytes: _Optional[int] = ..., loss_sum: _Optional[float] = ..., layer: _Optional[int] = ..., segment: _Optional[int] = ...) -> None: ...
 
 class Credit(_message.Message):
     __slots__ = ("next_sequence", "granted_bytes")

@@ -38,7 +38,16 @@ from thinpipe.protocol.dictionary_delta import DIGEST_BYTES, DictionarySpec
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.header import HEADER_BYTES_MAX, HEADER_DEPTH_MAX, HEADER_VALUES_MAX, TEXT_CHARACTERS_MAX
 from thinpipe.protocol.membership_log import STRETCHES_MAX
-from thinpipe.protocol.messages import ENVELOPE_BYTES_MAX, MICROBATCH_MAX, PROTOCOL_VERSION, Frame, Kind, Limits
+from thinpipe.protocol.messages import (
+    ENVELOPE_BYTES_MAX,
+    LAYERS_MAX,
+    MICROBATCH_MAX,
+    PROTOCOL_VERSION,
+    SEGMENTS_MAX,
+    Frame,
+    Kind,
+    Limits,
+)
 from thinpipe.protocol.path_probe import (
     BURST_BYTES_MAX,
     ECHOES_MAX,
@@ -81,9 +90,9 @@ FIELDS: dict[str, dict[str, str]] = {
     "Frame": {
         "greeting": "first frame of each stream, both ways",
         "refusal": "any stream, last frame",
-        "chunk": "Link",
-        "credit": "Link",
-        "goodbye": "Link, after the last chunk of its sender. Rounds, after its last request",
+        "chunk": "Link, Context",
+        "credit": "Link, Context",
+        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request, and once more",
         "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [
@@ -108,16 +117,16 @@ FIELDS: dict[str, dict[str, str]] = {
     "Greeting": {
         "protocol_version": f"{PROTOCOL_VERSION}",
         "run_id": "text",
-        "generation": "Link: the generation of this link. Else: the one that the sender is in, or was in last",
+        "generation": "Link, Context: the generation of this link. Else: the one that the sender is in, or was in last",
         "configuration": "text; hash of all settings that must agree; then, if a table is generated, ` table ` and its "
         "digest",
         "stage": "of the sender, from 0",
         "stages": "of the pipeline",
         "incarnation": "random number of the sender's process, drawn once at its start",
-        "next_sequence": "Link: number of the first chunk that the sender lacks. Else: 0",
-        "granted_bytes": "Link: as in Credit. Else: 0",
-        "completed_steps": "Control, Rounds: steps completed, for people to read. Link: 0",
-        "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
+        "next_sequence": "Link, Context: number of the first chunk that the sender lacks. Else: 0",
+        "granted_bytes": "Link, Context: as in Credit. Else: 0",
+        "completed_steps": "Control, Rounds: steps completed, for people to read. Link, Context: 0",
+        "joining": "Control, Rounds: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
         "lane": "of the sender, from 0",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},
@@ -141,6 +150,8 @@ FIELDS: dict[str, dict[str, str]] = {
         "body_bytes": "length of the third",
         "loss_sum": "sum over the microbatch's tokens; finite",
         "dictionary_bytes": "length of the second",
+        "layer": f"of keys and values, from 0 in the whole model; below {LAYERS_MAX}; else 0",
+        "segment": f"of keys and values, from 0 in the sequence; below {SEGMENTS_MAX}; else 0",
     },
     "Credit": {
         "next_sequence": "all chunks before this one have arrived",
@@ -307,6 +318,15 @@ KINDS: dict[Kind, Row] = {
     Kind.PROBE: ("both", "filler, dropped by the receiver", "0"),
     Kind.PROJECTOR_GRADIENT: ("up", "the receiver's half of a projector's gradient, once a step", "0"),
     Kind.GRADIENT_NORM: ("both", "the body: a sum of squares, float64, once a step", "0"),
+    Kind.CONTEXT: ("Context", "keys and values of a layer and segment, of the sender's own tokens", "0"),
+    Kind.CONTEXT_GRADIENT: ("Context", "the gradient of such a message, from who took it to who sent it", "0"),
+    Kind.CONTEXT_EVALUATION: ("Context", "as CONTEXT, of held-out text", "0"),
+    Kind.CONTEXT_GRAM: (
+        "Context",
+        "to lane 0: Gram matrices of a layer, of the sender's tokens",
+        "0",
+    ),
+    Kind.CONTEXT_SUBSPACE: ("Context", "from lane 0: that layer's subspaces from now on", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
 
@@ -370,6 +390,7 @@ def limits() -> list[Row]:
         ("any text, characters (code points)", str(TEXT_CHARACTERS_MAX)),
         ("step, completed steps, control frame's generation and offset: below", bits(STEP_MAX)),
         ("microbatch, a version's index: below", bits(MICROBATCH_MAX)),
+        ("layer; segment: below", f"{LAYERS_MAX}, {SEGMENTS_MAX}"),
         ("cost of a message beside its data, bytes of credit", str(MESSAGE_COST_BYTES)),
         ("stages or steps in a control frame", str(LISTED_MAX)),
         ("manifest of a copy, bytes", str(BYTES_MAX["manifest"])),

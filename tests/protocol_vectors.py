@@ -152,6 +152,12 @@ def all_frames() -> dict[str, Frame]:
             data=NORM.pack(0.1),
             head=Head(kind=Kind.GRADIENT_NORM, step=12, microbatch=0, body_bytes=8),
         ),
+        "chunk of keys and values": Chunk(
+            sequence=8,
+            generation=1,
+            data=bytes(range(9)),
+            head=Head(kind=Kind.CONTEXT, step=12, microbatch=3, body_bytes=9, layer=65535, segment=127),
+        ),
         "chunk of a change of a dictionary": Chunk(
             sequence=LARGEST,
             generation=LARGEST,
@@ -254,8 +260,9 @@ def checksums() -> list[dict[str, Any]]:
         head = chunk.head or Head(kind=0, step=0, microbatch=0)  # type: ignore[arg-type]
         codec, header = head.codec.encode(), encode_header("", head.codec_header)
         covered = struct.pack(
-            "<6I8Qd",
+            "<8I8Qd",
             *(head.kind, head.microbatch, len(codec), len(header), chunk.head is not None, chunk.acknowledge),
+            *(head.layer, head.segment),
             *(
                 chunk.sequence,
                 chunk.generation,

@@ -8,6 +8,7 @@ import re
 import struct
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -47,8 +48,11 @@ from thinpipe.protocol.header import (
 from thinpipe.protocol.membership_log import STRETCHES_MAX, Entry, Stretch
 from thinpipe.protocol.messages import (
     ENVELOPE_BYTES_MAX,
+    LAYERS_MAX,
     MICROBATCH_MAX,
+    OF_CONTEXT,
     PROTOCOL_VERSION,
+    SEGMENTS_MAX,
     Chunk,
     Credit,
     Frame,
@@ -91,9 +95,10 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(PRINTABLE, inner, max_size=4), max_leaves=8
 )
 headers = st.dictionaries(PRINTABLE, values, max_size=4)
-heads = st.builds(
+
+plain_heads = st.builds(
     Head,
-    kind=st.sampled_from(Kind),
+    kind=st.sampled_from(sorted(set(Kind) - OF_CONTEXT)),
     step=st.integers(0, STEP_MAX - 1),
     microbatch=U32,
     codec=PRINTABLE,
@@ -101,6 +106,13 @@ heads = st.builds(
     token_ids_bytes=st.integers(0, LIMITS.message_bytes // 2),
     body_bytes=st.integers(0, LIMITS.message_bytes // 2),
     loss_sum=st.floats(allow_nan=False, allow_infinity=False),
+)
+heads = plain_heads | st.builds(
+    replace,
+    plain_heads,
+    kind=st.sampled_from(sorted(OF_CONTEXT)),
+    layer=st.integers(0, LAYERS_MAX - 1),
+    segment=st.integers(0, SEGMENTS_MAX - 1),
 )
 chunks = st.builds(
     Chunk, sequence=U64, generation=U64, data=st.binary(max_size=LIMITS.chunk_bytes), head=st.none() | heads
@@ -370,7 +382,7 @@ def test_the_largest_legal_frames_pass() -> None:
     assert len(msgpack.packb(header)) == HEADER_BYTES_MAX
     limits = Limits(message_bytes=2**63)
     head = Head(
-        kind=Kind.EVALUATION_LOSS,
+        kind=Kind.CONTEXT_GRADIENT,
         step=STEP_MAX - 1,
         microbatch=MICROBATCH_MAX - 1,
         codec=wide,
@@ -378,6 +390,8 @@ def test_the_largest_legal_frames_pass() -> None:
         token_ids_bytes=2**62,
         body_bytes=2**62,
         loss_sum=-1e300,
+        layer=LAYERS_MAX - 1,
+        segment=SEGMENTS_MAX - 1,
     )
     largest: list[Frame] = [
         Chunk(sequence=2**64 - 1, generation=2**64 - 1, data=b"\xff" * limits.chunk_bytes, head=head),
@@ -656,6 +670,10 @@ def test_a_loss_that_is_not_finite_is_refused_at_both_ends(loss: float) -> None:
         ({"kind": 2**32 - 1}, Fault.MALFORMED),
         ({"step": STEP_MAX}, Fault.MALFORMED),
         ({"step": 2**64 - 1}, Fault.MALFORMED),
+        ({"kind": Kind.CONTEXT, "layer": LAYERS_MAX}, Fault.MALFORMED),
+        ({"kind": Kind.CONTEXT_EVALUATION, "segment": SEGMENTS_MAX}, Fault.MALFORMED),
+        ({"kind": Kind.ACTIVATION, "layer": 1}, Fault.MALFORMED),
+        ({"kind": Kind.GRADIENT, "segment": 1}, Fault.MALFORMED),
         ({"codec": "a\nb"}, Fault.MALFORMED),
         ({"codec": "a" * (TEXT_CHARACTERS_MAX + 1)}, Fault.OVERSIZED),
         ({"codec_header": b"\x81"}, Fault.MALFORMED),
@@ -674,6 +692,9 @@ def test_a_bad_head_is_refused(head: dict[str, Any], fault: Fault) -> None:
         Head(kind=Kind.GRADIENT, step=-1, microbatch=0),
         Head(kind=Kind.GRADIENT, step=0, microbatch=-1),
         Head(kind=Kind.GRADIENT, step=0, microbatch=MICROBATCH_MAX),
+        Head(kind=Kind.GRADIENT, step=0, microbatch=0, layer=1),
+        Head(kind=Kind.CONTEXT, step=0, microbatch=0, layer=LAYERS_MAX),
+        Head(kind=Kind.CONTEXT_GRADIENT, step=0, microbatch=0, segment=-1),
         Head(kind=Kind.GRADIENT, step=0, microbatch=0, codec="tab\t"),
         Head(kind=Kind.GRADIENT, step=0, microbatch=0, codec_header={"scale": math.nan}),
     ],

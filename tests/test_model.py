@@ -463,7 +463,14 @@ def resolve(corpus: int = 4096, sequence_length: int = 128, **settings: Any) -> 
 
 @pytest.mark.parametrize(
     ("preset", "vocab_size", "size"),
-    [("tiny", 4096, 5e6), ("150m", 32000, 150e6), ("500m", 32000, 500e6), ("1b", 32000, 1e9), ("8b", 32000, 8e9)],
+    [
+        ("tiny", 4096, 5e6),
+        ("150m", 32000, 150e6),
+        ("500m", 32000, 500e6),
+        ("800m", 32000, 800e6),
+        ("1b", 32000, 1e9),
+        ("8b", 32000, 8e9),
+    ],
 )
 def test_preset_sizes(preset: str, vocab_size: int, size: float) -> None:
     config = resolve(vocab_size, preset=preset)
@@ -491,7 +498,7 @@ def test_settings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_whole(tmp_path, tied=True)
     here = {"path": tmp_path, "vocab_size": None}
     for fault, change in (
-        ("unknown model.preset 'huge'; known: tiny, 150m, 500m, 1b, 8b", {"preset": "huge"}),
+        ("unknown model.preset 'huge'; known: tiny, 150m, 500m, 800m, 1b, 8b", {"preset": "huge"}),
         ("model.width = 100 does not divide into heads of 64", {"width": 100}),
         (
             "the corpus has 4096 token ids, the model's vocabulary 4000; .* model.vocab_size = 4096",

@@ -129,10 +129,10 @@ def covered_by_checksum(chunk: dict[str, Any]) -> bytes:
     head = chunk["head"] or read_message("MessageHead", b"")
     codec = head["codec"].encode()
     numbers = [head["kind"], head["microbatch"], len(codec), len(head["codec_header"])]
-    numbers += [int(chunk["head"] is not None), chunk["acknowledge"]]
+    numbers += [int(chunk["head"] is not None), chunk["acknowledge"], head["layer"], head["segment"]]
     longer = [chunk["sequence"], chunk["generation"], head["step"], head["token_ids_bytes"], head["body_bytes"]]
     longer += [head["dictionary_bytes"], chunk["next_sequence"], chunk["granted_bytes"]]
-    envelope = struct.pack("<6I8Qd", *numbers, *longer, head["loss_sum"])
+    envelope = struct.pack("<8I8Qd", *numbers, *longer, head["loss_sum"])
     return envelope + codec + head["codec_header"] + chunk["data"]
 
 

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import typer
 from thinpipe.cli import app
-from thinpipe.commands import reports, supervise
+from thinpipe.commands import supervise
 from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
@@ -740,7 +740,7 @@ def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatc
         "thinpipe.sim.reports.lanes_summary.summarise_run",
         lambda *_, **__: {"lacking": {}, "faults": [], "mode": "swarm", "stages": []},
     )
-    monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
+    monkeypatch.setattr("thinpipe.sim.reports.summary.mode_of", lambda _: "swarm")
     done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])
     assert done.exit_code == 2
     assert f"cannot write {tmp_path}/summary.json: Is a directory" in done.stderr

@@ -1,4 +1,5 @@
-"""A link to one neighbour: what a stage sends and receives at one boundary, over as many connections as needed.
+"""A link to one neighbour: what a stage sends and receives at one boundary, over as many connections as needed. Where
+lanes hold chunks of the same sequences, there is one to the own stage in each other lane too, a *context link*.
 
 A `Link` joins the pure rules (`protocol.session`), the outgoing half with its link model (outgoing.py) and whatever
 moves bytes. It outlives connections: `attach` runs one connection until it ends, and the next one goes on where that
@@ -25,6 +26,7 @@ from ...protocol.session import LinkSession, Opened, PeerDone, Received
 from ...protocol.wire_size import framed_bytes
 from ...sim.links.link_check import LinkCheck
 from ...sim.links.shaper import BusyMeter, LinkProfile
+from ...sim.reports.lanes import context_link_name
 from ..run_records import Tracer
 from .link_probe import AcknowledgedRate, fill, probe_s
 from .outgoing import Outgoing, Write, chunk_bytes_for
@@ -102,13 +104,28 @@ class Link:
         self._close_connection: Callable[[Exception], None] | None = None
 
     @property
+    def of_context(self) -> bool:
+        """Whether it leads to another lane."""
+        return self.session.place.lane != self.session.identity.lane
+
+    @property
+    def dials(self) -> bool:
+        """Whether this node opens its connections: those to the stage below, and to lower lanes."""
+        identity, place = self.session.identity, self.session.place
+        return place.lane < identity.lane if self.of_context else place.stage > identity.stage
+
+    @property
     def name(self) -> str:
-        mine, peer = self.session.identity.stage, self.session.peer_stage
-        return f"boundary {min(mine, peer)}-{max(mine, peer)}"
+        identity, place = self.session.identity, self.session.place
+        if self.of_context:
+            return context_link_name(identity.stage, identity.lane, place.lane)
+        return f"boundary {min(identity.stage, place.stage)}-{max(identity.stage, place.stage)}"
 
     @property
     def way(self) -> dict[str, int | str]:
         """Which way this node sends, for its records."""
+        if self.of_context:
+            return {"peer_lane": self.session.place.lane, "direction": "context"}
         mine, peer = self.session.identity.stage, self.session.peer_stage
         return {"boundary": min(mine, peer), "direction": "backward" if peer < mine else "forward"}
 
@@ -180,7 +197,7 @@ class Link:
                         found = again
                     if not again.misses:
                         return again
-                    if self.profile.kernel and self.way["direction"] == "backward":
+                    if self.profile.kernel and self.way["direction"] != "forward":
                         # A probe that goes down may share the interface: it tries again at once, this one later.
                         await asyncio.sleep(3 * probe_s(self.profile))
         except TimeoutError:
@@ -189,12 +206,17 @@ class Link:
             self._outgoing.probing = None
         return replace(found, tries=most)
 
+    @property
+    def _own_name(self) -> str:
+        stage, lane = self.session.identity.stage, self.session.identity.lane
+        return f"lane {lane}" if self.of_context else f"stage {stage}"
+
     def _count_probe(self, meter: AcknowledgedRate) -> None:
         self._outgoing.probing = meter
 
     def _checked(self, measured_bits_per_s: float | None, tries: int) -> LinkCheck:
         return LinkCheck(
-            name=f"{self.name}, from stage {self.session.identity.stage}",
+            name=f"{self.name}, from {self._own_name}",
             configured_bits_per_s=self.profile.rate_bits_per_s,
             measured_bits_per_s=measured_bits_per_s,
             round_trip_s=self.round_trip_s,
@@ -313,7 +335,7 @@ class Link:
             self.fault = str(error)
             raise
         except RefusedError as error:
-            self.fault = f"a refusal by stage {self.session.peer_stage}: {error}"
+            self.fault = f"a refusal by {self.session.peer_name}: {error}"
             self._rejected = opened and error.fault is Fault.PAYLOAD
             raise
         finally:

@@ -41,6 +41,11 @@ ROW = {
     Kind.PROBE: "probe",
     Kind.PROJECTOR_GRADIENT: "projector_gradient",
     Kind.GRADIENT_NORM: "gradient_norm",
+    Kind.CONTEXT: "context",
+    Kind.CONTEXT_GRADIENT: "context_gradient",
+    Kind.CONTEXT_EVALUATION: "evaluation",
+    Kind.CONTEXT_GRAM: "context",
+    Kind.CONTEXT_SUBSPACE: "context",
 }
 APART = ("evaluation", "probe")  # counted whole, outside the ratio
 

@@ -3,7 +3,7 @@ rules.
 
 Link carries tensors within one generation, Control outlives generations; Probe measures the path, for anybody who
 asks, Swarm (node/discovery/rendezvous.py) answers nodes that want to join, and Rounds (node/lanes/lateral_links.py)
-joins the lanes, where there are any.
+joins the lanes, where there are any. Context is as Link is, between lanes (node/context/context_links.py).
 
 The generic handler takes raw bytes on purpose: parsing happens in `protocol.messages`, so a malformed frame ends as a
 named refusal at both ends and not as gRPC's "exception deserializing request". Message limits and keep-alive are set
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # it leads to torch, which takes seconds that `thinpipe probe
 
 SERVICE = "thinpipe.v1.Stage"
 METHOD, CONTROL_METHOD, PROBE_METHOD = f"/{SERVICE}/Link", f"/{SERVICE}/Control", f"/{SERVICE}/Probe"
-ROUNDS_METHOD = f"/{SERVICE}/Rounds"
+ROUNDS_METHOD, CONTEXT_METHOD = f"/{SERVICE}/Rounds", f"/{SERVICE}/Context"
 CONNECTIONS_MAX = 8  # the neighbour, its next connections while the old ones die, and a few strangers
 REFUSAL_TIMEOUT_S = 2.0
 # A new generation is on its way here or there: dial again at once.
@@ -88,17 +88,28 @@ async def listening(
     is open. `more`: methods to serve beside the run's own; `more_streams` of them are expected to last. Raises
     ListenError for a taken or malformed address.
     """
-    streams = _Handlers(link if callable(link) else lambda: link, control, greeting_timeout_s, report, security)
-    probes = ProbeService(busy=streams.busy, terms_timeout_s=greeting_timeout_s)
-    handlers = {"Link": streams.link, "Probe": probe_handler(probes, report, security)}
-    handlers |= {"Rounds": _without_lanes(report), **(more or {})}
+    current = link if callable(link) else lambda: link
+    waits = {"greeting_timeout_s": greeting_timeout_s, "report": report, "security": security}
+    links = LinkStreams(lambda _: current(), **waits)
+
+    def busy() -> bool:
+        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
+        was none.)"""
+        now, met = current(), control is not None and any(event.is_set() for event in control.met.values())
+        return met or (now is not None and now.serving.locked())
+
+    probes = ProbeService(busy=busy, terms_timeout_s=greeting_timeout_s)
+    handlers = {"Link": links.serve, "Probe": probe_handler(probes, report, security)}
+    handlers |= {"Rounds": _without_lanes(report), "Context": _without_chunks(report), **(more or {})}
     if control:
-        handlers["Control"] = streams.control
+        handlers["Control"] = control_handler(
+            control, greeting_timeout_s, report, security, stopping=lambda: links.stopping
+        )
     async with serving(address, handlers, security, more_streams=more_streams) as port:
         try:
             yield port
         finally:
-            streams.stopping = True
+            links.stopping = True
 
 
 @asynccontextmanager
@@ -145,57 +156,97 @@ def probe_handler(probes: ProbeService, report: Report, security: Security = PLA
 
 def _without_lanes(report: Report) -> StreamHandler:
     """What a server does with a stream of the method Rounds that it has no use for."""
+    reason = "this node has no lanes beside it; check the lanes and addresses of both"
+    return _refusing("lateral link", reason, report)
 
+
+def _without_chunks(report: Report) -> StreamHandler:
+    """The same of the method Context."""
+    reason = "lanes of this node hold no chunks of one sequence; check the settings and addresses of both"
+    return _refusing("context link", reason, report)
+
+
+def _refusing(what: str, reason: str, report: Report) -> StreamHandler:
     async def refuse(_: object, context: grpc.aio.ServicerContext) -> None:
         read, write = both_ways(context)
-        error = RemoteProtocolError(
-            Fault.LANE, "this node has no lanes beside it; check the lanes and addresses of both"
-        )
-        report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
+        error = RemoteProtocolError(Fault.LANE, reason)
+        report(error.fault, f"{what}: refused the peer at {context.peer()}: {error}")
         await tell(write, error)
         await linger(read)
 
     return refuse
 
 
-class _Handlers:
-    """What a server does with each stream that a peer opens."""
+def control_handler(
+    control: Control,
+    greeting_timeout_s: float,
+    report: Report,
+    security: Security = PLAIN,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+) -> StreamHandler:
+    """What a server does with a stream of the method Control, of whichever neighbour dials this node. stopping: that a
+    connection ends is nothing to report any more."""
+
+    async def converse(_: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = both_ways(context)
+        admitted = False
+
+        async def read() -> bytes | None:
+            nonlocal admitted
+            frame = await receive()
+            if frame is not None and not admitted:
+                identity = control.machine.identity
+                security.admit(context, frame, identity.place_of if identity.chain else None)
+                admitted = True
+            return frame
+
+        try:
+            await control.converse(None, read, write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
+        except RemoteProtocolError as error:
+            report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+        except (RefusedError, ConnectionError) as error:
+            if not stopping():
+                report("connection-lost", f"control stream from {context.peer()}: {error}")
+
+    return converse
+
+
+class LinkStreams:
+    """What a server does with each stream of links that a peer opens. find: the link for which a first frame is meant
+    (None: it has not come yet), None between two generations; raises RemoteProtocolError where there is none. what: of
+    which kind they are."""
 
     def __init__(
         self,
-        current: Callable[[], Link | None],
-        control: Control | None,
+        find: Callable[[bytes | None], Link | None],
+        *,
         greeting_timeout_s: float,
         report: Report,
-        security: Security,
+        security: Security = PLAIN,
+        what: str = "link",
     ) -> None:
         self.stopping = False
-        self._security = security
-        self._current, self._control = current, control
-        self._greeting_timeout_s, self._report = greeting_timeout_s, report
+        self._find, self._what = find, what
+        self._greeting_timeout_s, self._report, self._security = greeting_timeout_s, report, security
 
-    def busy(self) -> bool:
-        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
-        was none.)"""
-        link = self._current()
-        met = self._control is not None and any(event.is_set() for event in self._control.met.values())
-        return met or (link is not None and link.serving.locked())
-
-    async def link(self, _: object, context: grpc.aio.ServicerContext) -> None:
+    async def serve(self, _: object, context: grpc.aio.ServicerContext) -> None:
         receive, write = both_ways(context)
         first: list[bytes] = []
 
         async def read() -> bytes | None:
             return first.pop() if first else await receive()
 
-        peer, ended, refused, link = context.peer(), "broke", False, self._current()
+        peer, ended, refused, link = context.peer(), "broke", False, self._find(None)
 
         async def refuse(error: RemoteProtocolError) -> None:
             nonlocal ended, refused
             refused = True
             ended = ""  # said here before it is told there: the peer may be gone as soon as it knows
             if error.fault is not Fault.STOPPED:
-                self._report(error.fault, f"{link.name if link else 'link'}: refused the peer at {peer}: {error}")
+                self._report(error.fault, f"{link.name if link else self._what}: refused the peer at {peer}: {error}")
             await tell(write, error)
 
         try:
@@ -209,6 +260,7 @@ class _Handlers:
                 return None
             try:
                 self._security.admit(context, frame)
+                link = self._find(frame)
             except RemoteProtocolError as error:
                 await refuse(error)
                 return await linger(read)
@@ -239,31 +291,6 @@ class _Handlers:
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
             if ended and not (self.stopping or link is None or link.finished or link.over):
                 self._report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
-
-    async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        assert self._control
-        receive, write = both_ways(context)
-        admitted = False
-
-        async def read() -> bytes | None:
-            nonlocal admitted
-            frame = await receive()
-            if frame is not None and not admitted:
-                self._security.admit(context, frame)
-                admitted = True
-            return frame
-
-        try:
-            await self._control.converse(
-                "above", read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s
-            )
-        except RemoteProtocolError as error:
-            self._report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
-            await tell(write, error)
-            await linger(read)
-        except (RefusedError, ConnectionError) as error:
-            if not self.stopping:
-                self._report("connection-lost", f"control stream from {context.peer()}: {error}")
 
 
 async def tell(write: Write, error: RemoteProtocolError) -> None:

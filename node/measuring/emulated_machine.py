@@ -138,5 +138,5 @@ def _times(
     """Of a stage with so many layers, and `of_ends` operations besides."""
     weights = layers * costs.layer_weights + head * costs.head
     forward = layers * costs.layer + of_ends
-    token_s = config.microbatch_size * config.data.sequence_length / (tflops * 1e12)
+    token_s = config.microbatch_size * config.lane_tokens / (tflops * 1e12)
     return StageTimes(forward_s=forward * token_s, backward_s=2 * forward * token_s, weight_s=weights * token_s)

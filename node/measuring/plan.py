@@ -23,7 +23,9 @@ from ..config_file import load_config
 from ..data import DataError
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, check_lanes, resolve_architecture
+from ..schedule_file import schedule_setting
 from ..stage_costs import best_order, speeds, stage_layers
+from .chunks_plan import StageExchange, bottleneck_with, chunks_figures, exchange_of
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .lanes_plan import lanes_figures
 from .message_sizes import Sizes
@@ -45,14 +47,16 @@ def plan(
     *,
     rule: Rule = "duplex",
     layers: Sequence[int] | None = None,
+    exchange: StageExchange | None = None,
 ) -> tuple[dict[str, Any], Simulation]:
-    """The figures, as JSON holds them, and the simulation that they are from. layers: of each stage, where they are not
-    those of the whole model."""
+    """The figures, of one lane, as JSON holds them, and the simulation that they are from. layers: of each stage, where
+    they are not those of the whole model. exchange: of these times, where lanes wait for keys and values."""
     boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]
+    held = exchange.held if exchange else times
     simulated = simulate(
         config.training_schedule,
-        times,
+        held,
         [boundary] * (stages - 1),
         microbatches=config.pipeline.microbatches,
         rule=rule,
@@ -60,11 +64,11 @@ def plan(
     free = LinkProfile(rate_bits_per_s=None)
     uncapped = simulate(
         config.training_schedule,
-        times,
+        exchange.instant if exchange else times,
         [Boundary(forward_bytes=0, backward_bytes=0, link=free)] * (stages - 1),
         microbatches=config.pipeline.microbatches,
     )
-    tokens = config.microbatch_size * config.data.sequence_length
+    tokens = config.microbatch_size * config.lane_tokens
     dense_bytes, rate = 2 * tokens * architecture.hidden_size, boundary.link.rate_bits_per_s
     norm_bytes = boundary.norm_bytes / config.pipeline.microbatches
     forward_bytes, backward_bytes = (each + norm_bytes for each in (boundary.forward_bytes, boundary.backward_bytes))
@@ -74,7 +78,7 @@ def plan(
         "step_s": simulated.step_s,
         "tokens_per_s": config.tokens_per_step / simulated.step_s,
         "uncapped_tokens_per_s": config.tokens_per_step / uncapped.step_s,
-        "bottleneck": simulated.bottleneck,
+        "bottleneck": bottleneck_with(exchange, simulated.bottleneck) if exchange else simulated.bottleneck,
         "machines_used": _machines_used(config, times, simulated.step_s),
         "bytes_per_microbatch": {"forward": round(forward_bytes), "backward": round(backward_bytes)},
         "ratio": 2 * dense_bytes / (forward_bytes + backward_bytes),
@@ -84,12 +88,13 @@ def plan(
                 "forward_s": each.forward_s,
                 "backward_s": each.backward_s,
                 "weight_gradient_s": each.weight_gradient_s,
-                "compute_share": simulated.compute_share[stage],
-                "microbatches_in_flight": simulated.peak_in_flight[stage],
-                "activation_bytes_in_flight": simulated.peak_in_flight[stage]
-                * _saved_bytes(config, architecture, layers[stage]),
+                "compute_share": simulated.compute_share[stage]
+                * (1 - exchange.waiting_share(stage) if exchange else 1),
+                "microbatches_in_flight": in_flight,
+                "activation_bytes_in_flight": in_flight * _saved_bytes(config, architecture, layers[stage])
+                + (exchange.stored_bytes(stage, in_flight) if exchange else 0),
             }
-            for stage, each in enumerate(times)
+            for stage, (each, in_flight) in enumerate(zip(held, simulated.peak_in_flight, strict=True))
         ],
         "boundaries": [
             {
@@ -97,7 +102,7 @@ def plan(
                 "backward_share": simulated.wire_share[stage + 1, stage],
                 # Each direction of a full-duplex link may take as long as the slower neighbour computes.
                 "compute_bound_at_ratio": rate
-                and dense_bytes * 8 / rate / max(each.forward_s + each.backward_s for each in times[stage : stage + 2]),
+                and dense_bytes * 8 / rate / max(each.forward_s + each.backward_s for each in held[stage : stage + 2]),
             }
             for stage in range(stages - 1)
         ],
@@ -115,7 +120,7 @@ def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int)
     """About what so many layers keep of one microbatch for their backward, in 16 bits, with fused attention and without
     activation checkpointing: 34 bytes a token, layer and unit of width (Korthikanti et al., arXiv 2205.05198, eq. 2
     less the attention scores). What a head keeps is left out."""
-    return 34 * config.microbatch_size * config.data.sequence_length * architecture.hidden_size * layers
+    return 34 * config.microbatch_size * config.lane_tokens * architecture.hidden_size * layers
 
 
 def resolved_schedule(
@@ -126,19 +131,21 @@ def resolved_schedule(
     *,
     rule: Rule = "duplex",
     layers: Sequence[int] | None = None,
+    exchange: StageExchange | None = None,
 ) -> str:
     """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
-    costs memory, and where a link is the bottleneck time too. layers: as for `plan`. Raises ConfigError for a schedule
-    without an rtt_ratio."""
+    costs memory, and where a link is the bottleneck time too. layers, exchange: as for `plan`. Raises ConfigError for a
+    schedule without an rtt_ratio."""
     check_auto(spec)
     name, auto, _ = spec.partition(AUTO)
     if not auto:
-        return spec
+        return schedule_setting(spec)
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]  # once, not for every depth
     found: list[tuple[str, float]] = []
     for rtt_ratio in HOPS:
         schedule = f"{name}:rtt_ratio={rtt_ratio:g}" if rtt_ratio else name
-        figures, _ = plan(_with_pipeline(config, schedule=schedule), architecture, times, rule=rule, layers=layers)
+        asked = _with_pipeline(config, schedule=schedule)
+        figures, _ = plan(asked, architecture, times, rule=rule, layers=layers, exchange=exchange)
         found.append((schedule, figures["step_s"]))
     least = min(step_s for _, step_s in found)
     return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
@@ -176,11 +183,15 @@ def planned(
     config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
     """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Besides,
-    what averaging between lanes costs (None: there is one), what the cut gains over stages of equal length, and an
-    order of the machines that is faster: None where there is nothing to gain, or where nobody knows. Raises what
-    PLANNED names."""
-    check_lanes(config)
-    layers = None
+    what averaging between lanes costs (None: there is one), what keys and values between chunks do (None: there are
+    none), what the cut gains over stages of equal length, and an order of the machines that is faster: None where there
+    is nothing to gain, or where nobody knows. Raises what PLANNED names."""
+    check_lanes(config, trains=False)
+    if config.context.method and rule != "duplex":
+        raise ConfigError(
+            f"--rule {rule} is for the links of one chain, and chunks have others between lanes; omit it, or say "
+            "--link RATE,LATENCY,kernel=rate for an interface that all links of a node share"
+        )
     if emulated:
         # A model from a directory has a vocabulary of its own.
         vocabulary = None if config.model.path else config.model.vocab_size or VOCABULARY
@@ -192,24 +203,43 @@ def planned(
     else:
         assert measured is not None
         ran, architecture = load_config(measured / "run.toml"), resolve_architecture(config)
+        if ran.context.method:
+            raise ConfigError(
+                f"{measured} trained in chunks: its lanes waited for each other in every layer, and nobody measured "
+                "how long they computed; give --from a run of one lane, or --emulate"
+            )
         check_codec(config, architecture)
         times = times_recut(ran, config, architecture, times_measured(measured, ran), ran=resolve_architecture(ran))
-    found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers)
-    config = _with_pipeline(config, schedule=found)
-    figures, simulated = plan(config, architecture, times, rule=rule, layers=layers)
+        layers = [len(of_stage) for of_stage in stage_layers(config, architecture)]
     of_run = config.compute.emulate and EmulatedMachine.parse(config.compute.emulate)
     inner = bool((machine := emulated or of_run) and machine.part)
-    counts = [stage["layers"] for stage in figures["stages"]]
-    step_s = figures["step_s"]
-    lanes = lanes_figures(config, architecture, times, counts, step_s=step_s, rule=rule, inner=inner)
-    figures |= {"lanes": lanes, "gain_over_equal_cut": None, "better_order": None}
+    exchange = exchange_of(config, architecture, times, layers, inner=inner)
+    found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers, exchange=exchange)
+    config = _with_pipeline(config, schedule=found)
+    figures, simulated = plan(config, architecture, times, rule=rule, layers=layers, exchange=exchange)
+    step_s, held = figures["step_s"], exchange.held if exchange else times
+    lanes = lanes_figures(config, architecture, held, layers, step_s=step_s, rule=rule, inner=inner)
+    figures |= {"lanes": lanes, "chunks": None, "gain_over_equal_cut": None, "better_order": None}
+    if exchange and lanes:
+        figures["chunks"] = chunks_figures(
+            config,
+            architecture,
+            exchange,
+            Sizes(config, architecture).boundary(),
+            uncapped_step_s=config.tokens_per_step / figures["uncapped_tokens_per_s"],
+            step_s=step_s,
+            in_flight=simulated.peak_in_flight,
+            lanes=lanes,
+        )
     if emulated and emulated.knows_cuts and emulated.stages <= architecture.num_hidden_layers:
 
         def found_for(**pipeline: Any) -> dict[str, Any]:
             other = _with_pipeline(config, **pipeline)
             of_stages = emulated.times(other, architecture)
-            deep = resolved_schedule(schedule, other, architecture, of_stages, rule=rule)
-            return plan(_with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule)[0]
+            counts = [len(of_stage) for of_stage in emulated.layers(other, architecture)]
+            waits = exchange_of(other, architecture, of_stages, counts)
+            deep = resolved_schedule(schedule, other, architecture, of_stages, rule=rule, exchange=waits)
+            return plan(_with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule, exchange=waits)[0]
 
         before = found_for(cut="equal")
         if [stage["layers"] for stage in before["stages"]] != layers:

@@ -85,5 +85,5 @@ def _microbatch_operations(config: RunConfig, architecture: PretrainedConfig, co
     """Of each stage in a forward pass, with the work of that codec at its boundaries."""
     counts = [len(layers) for layers in stage_layers(config, architecture)]
     costs = operations(config.model_copy(update={"codec": codec}), architecture)
-    tokens = config.microbatch_size * config.data.sequence_length
+    tokens = config.microbatch_size * config.lane_tokens
     return [tokens * each for each in costs.of_stages(counts)]

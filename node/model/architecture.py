@@ -6,13 +6,15 @@ first machine and the head on the last, so a shared matrix would have to cross e
 
 Presets are Llama decoders (pre-norm, RoPE, SwiGLU) of the widths of MAPL's experiments (arXiv 2606.05484). The paper
 does not print depth and FFN width here; ours give the size in the name with V = 32,000 and untied embeddings, in layer
-counts that 4 and 8 stages divide evenly (`tiny` is stated at V = 4,096):
+counts that 4 and 8 stages divide evenly (`tiny` is stated at V = 4,096). `800m` has depth and width of the experiments
+with long sequences of Mixtures of Subspaces (arXiv 2606.16384):
 
 | preset | width | layers | heads | FFN   | parameters  |
 |--------|-------|--------|-------|-------|-------------|
 | tiny   |   256 |      4 |     4 |   688 |     5,261,568 |
 | 150m   | 1,024 |      8 |    16 | 2,048 |   149,439,488 |
 | 500m   | 1,536 |     16 |    24 | 3,392 |   499,435,008 |
+| 800m   | 2,048 |      8 |    32 | 10,880 |  800,098,304 |
 | 1b     | 2,048 |     16 |    32 | 6,144 | 1,003,554,816 |
 | 8b     | 4,096 |     32 |    64 | 14,336 | 8,047,038,464 |
 
@@ -60,6 +62,7 @@ PRESETS = {
     "tiny": Preset(layers=4, width=256, ffn_width=688),
     "150m": Preset(layers=8, width=1024, ffn_width=2048),
     "500m": Preset(layers=16, width=1536, ffn_width=3392),
+    "800m": Preset(layers=8, width=2048, ffn_width=10880),
     "1b": Preset(layers=16, width=2048, ffn_width=6144),
     "8b": Preset(layers=32, width=4096, ffn_width=14336),
 }

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..reports.lanes import is_lateral, lane_path
-from ..reports.summary import AVERAGING, OUTSIDE_RATIO, read_records, total_by_kind
+from ..reports.lanes import between_lanes, is_lateral, lane_path
+from ..reports.summary import AVERAGING, CONTEXT, OUTSIDE_RATIO, read_records, total_by_kind
 from .fork_server import ForkServer
 from .local_swarm import run_swarm
 
@@ -122,6 +122,7 @@ def measure(directory: Path, cell: Cell) -> dict[str, Any]:
         (node.lane, check["boundary"], check["direction"]): check["measured_bits_per_s"]
         for node in nodes
         for check in node.checks
+        if "boundary" in check
     }
     figures: dict[str, Any] = {
         "tokens_per_s": sum(WINDOWS * tokens / head.wall_s for head in heads),
@@ -163,12 +164,12 @@ def _moved(nodes: list[_Node]) -> Counter[str]:
 def _link(
     link: dict[str, Any], checks: dict[tuple[int, int, str], float | None], node: _Node, wall_s: float
 ) -> dict[str, Any]:
-    """One direction of a boundary, or of a lateral link, in the windows. checks: what the probes at the start
+    """One direction of a boundary, or of a link between lanes, in the windows. checks: what the probes at the start
     measured, of boundaries."""
     rate = link["configured_bits_per_s"]
     if (peer := link.get("peer_lane")) is not None:
         one, other = sorted((node.lane, peer))
-        name = f"lateral {node.stage}: lane {one}-{other}"
+        name = f"{between_lanes(link)} {node.stage}: lane {one}-{other}"
         where = {"lane": node.lane, "peer_lane": peer, "stage": node.stage}
         probed = {}
     else:
@@ -176,8 +177,9 @@ def _link(
         name = f"boundary {boundary}-{boundary + 1}"
         where = {"lane": node.lane, "boundary": boundary, "direction": direction}
         probed = {"measured_bits_per_s": checks.get((node.lane, boundary, direction))}
-    lateral = is_lateral(name)
-    moved = sum(count for kind, count in node.sent(name).items() if lateral or kind not in OUTSIDE_RATIO)
+    lateral = "peer_lane" in link
+    outside = set(OUTSIDE_RATIO) - set(CONTEXT) if lateral and not is_lateral(name) else OUTSIDE_RATIO
+    moved = sum(count for kind, count in node.sent(name).items() if is_lateral(name) or kind not in outside)
     return {
         **where,
         "name": name if lateral else f"{name} {link['direction']}",

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .cut_advice import PipelineCosts
-from .lanes import is_lateral, other_lane
+from .lanes import CONTEXT_LINK, LATERAL, between_lanes, is_context, is_lateral, other_lane
 from .quantities import any_number, lane_number, moment, quantity, stage_count, stage_number, whole
-from .summary import OUTSIDE_RATIO
+from .summary import CONTEXT, OUTSIDE_RATIO
 
 RECENT_STEPS = 10  # over which rates and shares are taken
 FAULTS_KEPT = 100
@@ -32,8 +32,7 @@ CHECKPOINT_FAULT = "checkpoint"
 STATES = ("starting", "training", "halted", "ended", "stopped", "failed")
 STALENESS = {"projector": "staleness", "activations": "activation_staleness", "gradients": "gradient_staleness"}
 
-LATERAL = "lateral"
-Way = tuple[int, str]  # boundary and direction; of a link to another lane that lane, and LATERAL
+Way = tuple[int, str]  # boundary and direction; of a link to another lane that lane, and which kind of link it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +153,7 @@ class StageFigures:
             count
             for (_, direction), link in self.links.items()
             for kind, count in link.sent_bytes.items()
-            if direction != LATERAL and kind not in OUTSIDE_RATIO
+            if direction not in (LATERAL, CONTEXT_LINK) and kind not in OUTSIDE_RATIO
         )
 
     @property
@@ -162,6 +161,13 @@ class StageFigures:
         """Sent to other lanes, all of it."""
         lateral = [link for (_, direction), link in self.links.items() if direction == LATERAL]
         return sum(count for link in lateral for count in link.sent_bytes.values())
+
+    @property
+    def context_bytes(self) -> int:
+        """Sent to other lanes in training for their keys and values, all of it."""
+        links = [link for (_, direction), link in self.links.items() if direction == CONTEXT_LINK]
+        rows = [(kind, count) for link in links for kind, count in link.sent_bytes.items()]
+        return sum(count for kind, count in rows if kind in CONTEXT or kind not in OUTSIDE_RATIO)
 
     @property
     def ratio(self) -> float | None:
@@ -295,9 +301,11 @@ class StageFigures:
         return found
 
     def _named(self, name: str) -> Way:
-        """Of `boundary 0-1` or `lateral 0: lane 0-1`. Raises ValueError for what is neither."""
+        """Of `boundary 0-1`, `lateral 0: lane 0-1` or `context 0: lane 0-1`. Raises ValueError for what is none."""
         if is_lateral(name):
             return other_lane(name, self.lane), LATERAL
+        if is_context(name):
+            return other_lane(name, self.lane), CONTEXT_LINK
         boundary = stage_number(int(name.removeprefix("boundary ").partition("-")[0]))
         return boundary, "forward" if boundary == self.stage else "backward"
 
@@ -357,8 +365,8 @@ def _dictionary(said: dict[str, Any], codec: dict[str, Any]) -> DictionaryFigure
 
 
 def _way(link: dict[str, Any]) -> Way:
-    if "peer_lane" in link:
-        return lane_number(link["peer_lane"]), LATERAL
+    if (kind := between_lanes(link)) is not None:
+        return lane_number(link["peer_lane"]), kind
     direction = str(link["direction"])
     if direction not in ("forward", "backward"):
         raise ValueError(direction)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .lanes import lane_path, node_name
-from .summary import AVERAGING, faults_of, records_of, summary_of
+from .summary import AVERAGING, CONTEXT, faults_of, records_of, summary_of
 from .wording import counted
 
 OF_LANE = ("steps", "repeated_steps", "tokens", "first_loss", "train_loss", "val_loss", "train_s", "tokens_per_s")
@@ -73,6 +73,7 @@ def summarise_run(
         "bytes_per_token": None if lacks else in_ratio / tokens,
         "dense_bf16_bytes": dense,
         "ratio": dense / in_ratio if in_ratio and not lacks else None,
+        "context": _context(sent, tokens),
         "averaging": _averaging(records, sent[AVERAGING], tokens),
         "lanes": [{"lane": lane, **{name: found[name] for name in OF_LANE}} for lane, found in enumerate(each)],
         "faults": [{"lane": lane, **fault} for _, lane, fault in timed],
@@ -121,6 +122,13 @@ def _averaging(records: Sequence[Sequence[Sequence[dict[str, Any]]]], sent: int,
         "bytes_per_token": sent / tokens,
         "waited": waited,
     }
+
+
+def _context(sent: Counter[str], tokens: int) -> dict[str, Any] | None:
+    """Of lanes that hold chunks: what keys and values took, and their gradients; None for other lanes."""
+    rows = {kind: sent[kind] for kind in CONTEXT}
+    total = sum(rows.values())
+    return {**rows, "bytes": total, "bytes_per_token": total / tokens} if total else None
 
 
 def wait_words(summary: dict[str, Any]) -> str:

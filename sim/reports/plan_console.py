@@ -1,5 +1,5 @@
-"""What `thinpipe plan` found, for people: tables of the whole, its stages, boundaries and lanes, and lines on what to
-change. All figures are those of `plan --json`; nothing is computed here."""
+"""What `thinpipe plan` found, for people: tables of the whole, its stages, boundaries, chunks and lanes, and lines on
+what to change. All figures are those of `plan --json`; nothing is computed here."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
+from ...protocol.schedule import schedule_title
+
 WAITS_BELOW = 0.9  # of the tokens/s without links: more is within what a plan is off by
 
 
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
-    whole = Table(title=f"{figures['schedule']} over {figures['link']} (simulated, not measured)")
+    one = ", one lane" if figures["lanes"] else ""
+    schedule = schedule_title(figures["schedule"])
+    whole = Table(title=f"{schedule} over {figures['link']}{one} (simulated, not measured)")
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(
@@ -31,6 +35,8 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
         layers, in_flight = str(stage["layers"]), str(stage["microbatches_in_flight"])
         stages.add_row(str(index), layers, *milliseconds, f"{stage['compute_share']:.1%}", in_flight)
     lanes = lane_tables(figures["lanes"]) if figures["lanes"] else []
+    if figures["chunks"]:
+        lanes = [*chunk_tables(figures["chunks"]), *lanes]
     if not figures["boundaries"]:
         return [whole, stages, *lanes]
     sizes = figures["bytes_per_microbatch"]
@@ -83,6 +89,43 @@ def lane_tables(lanes: dict[str, Any]) -> list[Table]:
     return [whole, stages]
 
 
+def chunk_tables(chunks: dict[str, Any]) -> list[Table]:
+    """All chunks together, what each stage waits for keys and values, and how else these could cross."""
+    sizes = chunks["bytes_per_token"]
+    whole = Table(
+        title=f"{chunks['count']} chunks, {chunks['method']}, {chunks['order']} order",
+        caption="bytes: of a token and layer, framed, to each lane that looks at it; tokens/s: before averaging",
+    )
+    for column in ("tokens/s of all", "without links", "bytes forward", "bytes back", "ratio to dense bf16"):
+        whole.add_column(column, justify="right")
+    rates = [f"{chunks[name]:,.0f}" for name in ("tokens_per_s", "uncapped_tokens_per_s")]
+    ratio = f"{chunks['ratio']:.1f}x"
+    whole.add_row(*rates, f"{sizes['forward']:,.1f}", f"{sizes['backward']:,.1f}", ratio)
+    stages = Table(
+        title="keys and values, for one microbatch",
+        caption="exposed: what a layer takes longer; sent: by the lane that sends the most; kept: of others, in flight",
+    )
+    for column in ("stage", "exposed, forward", "exposed, back", "waits", "sent", "kept"):
+        stages.add_column(column, justify="right")
+    for index, stage in enumerate(chunks["stages"]):
+        waits, sent = f"{stage['waiting_share']:.1%}", f"{stage['sent_bytes_per_microbatch'] / 1e6:,.1f} MB"
+        stages.add_row(str(index), *_exposed(stage), waits, sent, f"{stage['stored_bytes_in_flight'] / 1e6:,.1f} MB")
+    ways = Table(title="direct, as nodes send, or from neighbour to neighbour")
+    for column in ("way", "links", "tokens/s of all", "exposed, forward", "exposed, back"):
+        ways.add_column(column, justify="left" if column in ("way", "links") else "right")
+    for way in chunks["ways"]:
+        ways.add_row(way["route"], way["links"], f"{way['tokens_per_s']:,.0f}", *_exposed(way))
+    return [whole, stages, ways]
+
+
+def _exposed(figures: dict[str, Any]) -> list[str]:
+    return [_milliseconds(figures[f"exposed_{way}_s"]) for way in ("forward", "backward")]
+
+
+def _milliseconds(value: float) -> str:
+    return "-" if value < 1e-6 else f"{value * 1000:.3g} ms"
+
+
 def _seconds(value: float) -> str:
     """Below a tenth of a millisecond it is what a simulation rounds."""
     return "-" if value < 1e-4 else f"{value:.3g} s"
@@ -100,13 +143,48 @@ def cut_lines(figures: dict[str, Any]) -> list[str]:
         order = ",".join(f"{speed:g}" for speed in better["speeds"])
         lines.append(f"the same machines in another order, --speeds {order}: {better['gain']:.2f}x")
     whole, plain = figures["tokens_per_s"] / figures["uncapped_tokens_per_s"], figures["schedule"].partition(":")[0]
+    if figures["chunks"]:  # what stages wait for in other lanes no depth hides
+        goes_to = figures["chunks"]["step_goes_to_s"]
+        whole = goes_to["computing"] / (goes_to["computing"] + goes_to["boundaries"])
     busiest = max((max(of["forward_share"], of["backward_share"]) for of in figures["boundaries"]), default=1.0)
     # The links would carry what the machines can compute: it is their delay that costs.
-    if whole < WAITS_BELOW and busiest < whole and "rtt_ratio" not in figures["schedule"]:
+    if (
+        whole < WAITS_BELOW
+        and busiest < whole
+        and plain in ("gpipe", "1f1b", "zb")
+        and "rtt_ratio" not in figures["schedule"]
+    ):
         deeper = "zb" if plain == "zb" else "1f1b"
         lines.append(
             f"stages wait for what is on its way, and links are idle: --schedule {deeper}:rtt_ratio=auto does more "
             "microbatches meanwhile"
+        )
+    return lines
+
+
+def chunk_lines(figures: dict[str, Any]) -> list[str]:
+    """Where the time of a step goes, and what would help."""
+    if not (chunks := figures["chunks"]):
+        return []
+    goes_to = chunks["step_goes_to_s"]
+    whole = sum(goes_to.values())
+    parts = [f"{part / whole:.0%} {name.replace('_', ' ')}" for name, part in goes_to.items() if part > 0.005 * whole]
+    bound, before = chunks["bounded_by"], chunks["bounded_before_averaging_by"]
+    bound += "" if before == bound else f", and before that by {before}"
+    lines = [
+        f"a step of {whole:.3g} s: {', '.join(parts)}; bounded by {bound}",
+        f"tokens/s of all, before averaging: {chunks['no_latency_tokens_per_s']:,.0f} without the latency of keys and "
+        f"values, {chunks['no_cap_tokens_per_s']:,.0f} without their cap",
+    ]
+    if (unsent := chunks["unsent_bytes"]) > (buffer := chunks["send_buffer_bytes"]):
+        lines.append(
+            f"a node has up to {unsent:,} bytes of keys and values for each lane at once, and stands still as long as "
+            f"more than link.send_buffer_bytes = {buffer:,} are queued, which is not simulated; raise that"
+        )
+    if first := chunks["at_first"]:
+        lines.append(
+            f"in its first steps the method sends {first['forward_bytes_per_token']:,.1f} bytes a token and layer, at "
+            f"{first['tokens_per_s']:,.0f} tokens/s"
         )
     return lines
 

@@ -21,7 +21,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from .figures import LATERAL, STATES, DictionaryFigures, FaultFigures, LinkFigures, RoundFigures, StageFigures, Way
+from .figures import STATES, DictionaryFigures, FaultFigures, LinkFigures, RoundFigures, StageFigures, Way
+from .lanes import CONTEXT_LINK, LATERAL
 from .quantities import any_number, lane_number, moment, quantity, stage_count, stage_number, whole
 
 PREFIX = "thinpipe_"
@@ -127,20 +128,22 @@ def _of_lane(figures: StageFigures) -> Iterator[Metric]:
     family = GaugeMetricFamily(f"{PREFIX}round_members", words, labels=["stage"])
     yield _filled(family, [stage], newest and newest.members)
     labels = ["stage", "peer_lane"]
-    words = "Framed bytes sent to another lane, by kind"
-    sent = CounterMetricFamily(f"{PREFIX}lateral_sent_bytes", words, labels=[*labels, "kind"])
-    came = CounterMetricFamily(f"{PREFIX}lateral_received_bytes", "Framed bytes from another lane", labels=labels)
-    for (peer, direction), link in figures.links.items():
-        if direction == LATERAL:
-            for kind, count in link.sent_bytes.items():
-                sent.add_metric([stage, str(peer), kind], count)
-            came.add_metric([stage, str(peer)], link.received_bytes)
-    yield from (sent, came)
+    for between, what in ((LATERAL, "for averaging"), (CONTEXT_LINK, "for keys and values")):
+        words = f"Framed bytes sent to another lane {what}, by kind"
+        sent = CounterMetricFamily(f"{PREFIX}{between}_sent_bytes", words, labels=[*labels, "kind"])
+        words = f"Framed bytes from another lane {what}"
+        came = CounterMetricFamily(f"{PREFIX}{between}_received_bytes", words, labels=labels)
+        for (peer, direction), link in figures.links.items():
+            if direction == between:
+                for kind, count in link.sent_bytes.items():
+                    sent.add_metric([stage, str(peer), kind], count)
+                came.add_metric([stage, str(peer)], link.received_bytes)
+        yield from (sent, came)
 
 
 def _of_links(figures: StageFigures) -> Iterator[Metric]:
     labels = ["stage", "boundary", "direction"]
-    boundaries = {way: link for way, link in figures.links.items() if way[1] != LATERAL}
+    boundaries = {way: link for way, link in figures.links.items() if way[1] not in (LATERAL, CONTEXT_LINK)}
     for name, (attribute, words) in LINK_GAUGES.items():
         rates = GaugeMetricFamily(PREFIX + name, words, labels=labels)
         for way, link in boundaries.items():
@@ -245,8 +248,8 @@ class _Reader:
             boundary, direction = _boundary(labels), labels["direction"]
             before = figures.links.get((boundary, direction), LinkFigures()).sent_bytes
             self._link(figures, labels, sent_bytes={**before, labels["kind"]: whole(value)})
-        elif name.startswith("lateral_"):
-            self._lateral(figures, name, labels, whole(value))
+        elif name.startswith((f"{LATERAL}_", f"{CONTEXT_LINK}_")):
+            self._between_lanes(figures, name, labels, whole(value))
         elif name in ("round", "round_members"):
             newest = figures.round or RoundFigures(number=0, fragment=0, members=0, norm=0.0)
             figures.round = replace(newest, **{"number" if name == "round" else "members": whole(value)})
@@ -265,12 +268,13 @@ class _Reader:
         way = (_boundary(labels), labels["direction"])
         figures.links[way] = replace(figures.links.get(way, LinkFigures()), **values)
 
-    def _lateral(self, figures: StageFigures, name: str, labels: dict[str, str], count: int) -> None:
-        way = (lane_number(int(labels["peer_lane"])), LATERAL)
+    def _between_lanes(self, figures: StageFigures, name: str, labels: dict[str, str], count: int) -> None:
+        kind, _, what = name.partition("_")
+        way = (lane_number(int(labels["peer_lane"])), kind)
         before = figures.links.get(way, LinkFigures())
-        if name == "lateral_sent_bytes_total":
+        if what == "sent_bytes_total":
             figures.links[way] = replace(before, sent_bytes={**before.sent_bytes, labels["kind"]: count})
-        elif name == "lateral_received_bytes_total":
+        elif what == "received_bytes_total":
             figures.links[way] = replace(before, received_bytes=count)
 
     def done(self, node: Node) -> StageFigures:

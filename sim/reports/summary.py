@@ -4,7 +4,8 @@ The ratio is always `dense bf16 bytes, both ways / all framed bytes, both ways`:
 pipeline would have to move (2 bytes x width x tokens x 2 directions x boundaries), the denominator everything that the
 nodes sent in training: tensors, token ids, envelopes, acknowledgements, HTTP/2 framing, resent frames; also what was
 sent in vain, for steps that a rewind took back (`repeated_steps`). Evaluation, the probe at the start and all that
-lanes send each other (`averaging`) have rows of their own outside the ratio: a dense pipeline would send none of it.
+lanes send each other (`averaging`, and of lanes that hold chunks `context`) have rows of their own outside the ratio: a
+dense pipeline would send none of it.
 Bytes are counted once, where they are sent. A run of several lanes: `sim.reports.lanes_summary`.
 """
 
@@ -15,14 +16,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .lanes import is_lateral, node_name
+from .lanes import CONTEXT_LINK, LATERAL, between_lanes, is_context, is_lateral, node_name
 from .wording import counted
 
 CURVE_POINTS = 200
 AVERAGING = "averaging"
-OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy", AVERAGING)
+CONTEXT = ("context", "context_gradient")  # keys and values between the chunks of sequences, and what comes back
+OUTSIDE_RATIO = ("evaluation", "probe", "checkpoint_copy", AVERAGING, *CONTEXT)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -31,6 +33,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def mode_of(run: Path) -> Literal["swarm", "one-process"] | None:
+    """Who made the records of the stages of one lane: the nodes of a swarm, which first of all say where they listen,
+    or one process for all stages, which begins with the text. None where they do not tell."""
+    head = next(iter(read_records(run / "stage-0.jsonl")), {}).get("event")
+    return "swarm" if head == "start" else "one-process" if head == "data" else None
 
 
 def dense_bytes(*, width: int, tokens: int, stages: int) -> int:
@@ -48,13 +57,19 @@ def total_by_kind(records: Iterable[dict[str, Any]]) -> Counter[str]:
     total: Counter[str] = Counter()
     for record in records:
         for name, rows in record["sent_bytes"].items():
-            total.update(_rows(rows, lateral=is_lateral(name)))
+            total.update(_rows(rows, LATERAL if is_lateral(name) else CONTEXT_LINK if is_context(name) else None))
     return total
 
 
-def _rows(rows: dict[str, int], *, lateral: bool) -> dict[str, int]:
-    """Bytes by kind; whatever crosses a lateral link is there for the averaging, the acknowledgements too."""
-    return {AVERAGING: sum(rows.values())} if lateral else rows
+def _rows(rows: dict[str, int], between: str | None) -> dict[str, int]:
+    """Bytes by kind. between: what kind of link between lanes it is, if one; whatever crosses a lateral link is there
+    for the averaging, the acknowledgements too; and of a context link for keys and values, but for what has a row."""
+    if between is None:
+        return rows
+    if between == LATERAL:
+        return {AVERAGING: sum(rows.values())}
+    apart = {kind: count for kind, count in rows.items() if kind in OUTSIDE_RATIO and kind != CONTEXT[0]}
+    return {CONTEXT[0]: sum(rows.values()) - sum(apart.values()), **apart}
 
 
 def steps_of(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,7 +102,7 @@ def sent_by(records: Iterable[dict[str, Any]]) -> Counter[str]:
         elif record["event"] == "end":
             newest = Counter()
             for link in record["links"]:
-                newest.update(_rows(link["sent_bytes"], lateral="peer_lane" in link))
+                newest.update(_rows(link["sent_bytes"], between_lanes(link)))
     total.update(newest)
     return total
 

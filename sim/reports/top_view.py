@@ -19,12 +19,14 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from .figures import LATERAL, DictionaryFigures, FaultFigures, LinkFigures, StageFigures, together
+from .figures import DictionaryFigures, FaultFigures, LinkFigures, StageFigures, together
+from .lanes import CONTEXT_LINK, LATERAL
 from .top_data import StageView, SwarmView
 from .wording import plain
 
 WIDE_COLUMNS = 140
 FAULTS_SHOWN = 5
+BETWEEN = {LATERAL: "", CONTEXT_LINK: ", keys and values"}  # links between lanes
 COLOURS = {
     "starting": "cyan",
     "training": "green",
@@ -208,7 +210,7 @@ def _share(value: float | None) -> str:
 
 def _links(figures: Sequence[StageFigures]) -> Table | None:
     found = [(way, link, of) for of in figures for way, link in of.links.items()]
-    found.sort(key=lambda each: (each[0][1] == LATERAL, each[0][0], each[0][1] != "forward"))
+    found.sort(key=lambda each: (each[0][1] in BETWEEN, each[0][0], each[0][1] != "forward"))
     if not found:
         return None
     table = _table(
@@ -225,7 +227,7 @@ def _links(figures: Sequence[StageFigures]) -> Table | None:
     table.columns[1].ratio, table.columns[1].justify = 1, "left"
     for (boundary, direction), link, of in found:
         ends = (boundary, boundary + 1) if direction == "forward" else (boundary + 1, boundary)
-        name = f"{of.stage} → lane {boundary}" if direction == LATERAL else f"{ends[0]} → {ends[1]}"
+        name = f"{of.stage} → lane {boundary}{BETWEEN[direction]}" if direction in BETWEEN else f"{ends[0]} → {ends[1]}"
         measured = link.measured_bits_per_s or link.at_start_bits_per_s
         table.add_row(
             name,

@@ -35,6 +35,7 @@ from thinpipe.protocol.lane_status import LaneStatus, StatusExchange
 from thinpipe.protocol.membership_log import Stretch
 from thinpipe.protocol.messages import (
     MICROBATCH_MAX,
+    OF_CONTEXT,
     PROTOCOL_VERSION,
     STEP_MAX,
     Credit,
@@ -112,6 +113,8 @@ def _check_message(message: Message, announced: int) -> None:
         raise Finding(f"step {message.step}, microbatch {message.microbatch} came through")
     if not (math.isfinite(message.loss_sum) and message.codec.isprintable()):
         raise Finding(f"loss {message.loss_sum}, codec {message.codec!a} came through")
+    if (message.layer or message.segment) and message.kind not in OF_CONTEXT:
+        raise Finding(f"layer {message.layer}, segment {message.segment} of {message.kind} came through")
     if message.head.data_bytes != announced or announced > LIMITS.message_bytes:
         raise Finding(f"a message of {message.head.data_bytes} bytes came through, announced were {announced}")
     header: Any = message.codec_header
@@ -193,6 +196,7 @@ def _frame_seeds() -> list[bytes]:
         [
             _message(Kind.ACTIVATION, 0, bytes(range(200)), token_ids=b"ids", dictionary=b"dictionary"),
             _message(Kind.EVALUATION, 1, bytes(600)),
+            Message(kind=Kind.CONTEXT, step=1, microbatch=3, layer=2, segment=5, body=bytes(range(100))),
             Message(kind=Kind.EVALUATION_LOSS, step=1, microbatch=2, loss_sum=2.5),
             norm_message(1, 2.5),
         ]
@@ -204,7 +208,7 @@ def _frame_seeds() -> list[bytes]:
     again = encode_frame(_greeting(ABOVE, next_sequence=1))
     stranger = encode_frame(_greeting(ABOVE, incarnation=0xAA))
     return [
-        b"\x03" + mutators.join([(2 * (raw in sent[-2:]), raw) for raw in sent]),
+        b"\x03" + mutators.join([(2 * (raw in sent[-3:]), raw) for raw in sent]),
         b"\x03" + mutators.join([(0, raw) for raw in (*sent[:1], credit, goodbye, credit)]),
         b"\x01" + mutators.join([(0, sent[0]), (5, again), (2, sent[1])]),
         b"\x00" + mutators.join([(5, stranger)]),

@@ -311,6 +311,10 @@ async def _run(
             rounds_now().states.parted(lane)
         rounds_now().membership.hear(lane, status)
 
+    def lane_met(lane: int) -> None:
+        rounds_now().states.met(lane)
+        rounds_now().membership.held()
+
     lateral = None
     if stage.averager:
         rounds = options.out / "rounds" / f"stage-{index}"
@@ -331,7 +335,7 @@ async def _run(
             check=lambda number, lane, content: averager_now().check(number, lane, content),
             status=(lambda: rounds_now().membership.status()) if index == 0 else None,
             on_status=lane_told,
-            on_met=lambda lane: rounds_now().states.met(lane),
+            on_met=lane_met,
             on_copy=lambda lane, frame: rounds_now().states.receive(lane, frame),
             on_ended=lambda lane: rounds_now().membership.ended(lane),
         )

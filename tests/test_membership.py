@@ -473,10 +473,10 @@ def test_a_log_is_said_when_it_changes_and_heard_as_it_was_meant() -> None:
     saying, hearing = StatusExchange(3), StatusExchange(3)
     log = MembershipLog.begin(3)
     said = [status(log), status(log.then((0, 1, 2))), status(log.then((0, 1, 2)).then((0, 2)), held=(2, 1, 2))]
-    said.append(status(log.then((0, 2)), returning=31))  # another one counts
+    said.append(status(log.then((0, 2)), returning=31, there=(0, 2)))  # another one counts
     frames = [saying.say(each) for each in said]
     assert [bool(each.stretches) for each in frames] == [True, False, True, True]
-    assert [hearing.hear(each) for each in frames] == said
+    assert [hearing.hear(decode_frame(encode_frame(each), LIMITS)) for each in frames] == said
 
 
 @pytest.mark.parametrize(
@@ -487,6 +487,7 @@ def test_a_log_is_said_when_it_changes_and_heard_as_it_was_meant() -> None:
         ({"stretches": (Stretch(first=0, members=(0, 3)),)}, r"members \[0, 3\], this run has 3"),
         ({"admitted": (Entry(lane=3, first=0, begins=0, source=0, copied=0),)}, "this run has 3"),
         ({"admitted": (Entry(lane=0, first=0, begins=0, source=3, copied=0),)}, "this run has 3"),
+        ({"there": (1, 3)}, "this run has 3"),
         ({"decided": 10}, "a status of 10 rounds, this run has 9"),
         ({"held": (0, 10, 0)}, "a status of 10 rounds, this run has 9"),
         ({"stretches": ()}, "by a log that goes further, or is not known"),

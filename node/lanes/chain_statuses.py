@@ -94,4 +94,5 @@ class ChainStatuses:
             saved=min(mine.saved, below.saved),
             kept=max(mine.kept, below.kept),
             forgot=max(mine.forgot, below.forgot),
+            there=tuple(sorted({*mine.there, *below.there})),
         )

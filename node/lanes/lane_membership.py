@@ -76,6 +76,7 @@ class LaneMembership:
         self._on_void, self._under_way = on_void, under_way
         self._on_changed, self._saved, self._let_go = on_changed, saved, let_go
         self._paused_ago_s, self._paused_s = paused_ago_s, float("inf")
+        self.deadline_s = deadline_s  # that a round waits for a lane
         self._path = links.directory / FILE
         self._lane, lanes = identity.lane, identity.lanes
         self.log, self.admitted = (
@@ -92,6 +93,7 @@ class LaneMembership:
             on_want=lambda completed: links.forget_before(plan.first_after(completed)),
             on_here=self._wake_up,
         )
+        self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
         self.is_ending = False
         self._knows = identity.first  # which log counts
         links.hold_back()
@@ -144,6 +146,12 @@ class LaneMembership:
     def part(self) -> OwnPart:
         """What is known of this lane's own steps."""
         return OwnPart(self._lane, self.log, self.admitted, self._plan)
+
+    @property
+    def there(self) -> set[int]:
+        """The lanes of which any stage is there. One that has lost a stage, and is on its way back, needs something of
+        this stage as well, once it is whole again."""
+        return {*self._there, *self._links.there}
 
     def follow(self, completed: int) -> None:
         """This stage, which has completed so many steps, does nothing but follow from here."""
@@ -202,7 +210,7 @@ class LaneMembership:
     def _wake_up(self) -> None:
         self._wake.set()
 
-    held = _wake_up  # what this node holds has changed
+    held = _wake_up  # what this node holds has changed, or to which lanes it is connected
 
     def met(self, side: Side) -> None:
         """A neighbour is connected, and knows nothing yet."""
@@ -226,13 +234,13 @@ class LaneMembership:
 
     def hear(self, lane: int, status: LaneStatus | None) -> None:
         """What another lane says of itself; None: it is not connected any more."""
+        self._wake.set()
         if self._machine is None:
             return
         if status is None:
             self._machine.part(lane)
         else:
             self._machine.hear(lane, status, self._now_s())
-        self._wake.set()
 
     def ended(self, lane: int) -> None:
         """It needs nothing more, and makes no more contributions."""
@@ -255,7 +263,7 @@ class LaneMembership:
                 await self._decide(self._machine)
             elif news := self._chain.take():
                 await self._take(news.log, news.admitted)
-                self._following = news.returning - 1 if news.returning else None
+                self._following, self._there = news.returning - 1 if news.returning else None, {*news.there}
                 self._state.want((news.source - 1, news.returning - 1) if news.source else None)
             self._say()
             self._notify()
@@ -274,6 +282,7 @@ class LaneMembership:
         machine.saved, machine.kept, machine.forgot = mine.saved, mine.kept, mine.forgot
         taken = self._state.taken
         machine.source = taken[0] + 1 if taken and self._following == taken[1] else 0
+        self._there = {*mine.there}
         machine.report(mine.held, now_s)
         if machine.is_in_vain(now_s) and not self._is_in_vain:
             self._is_in_vain = True
@@ -351,6 +360,7 @@ class LaneMembership:
             saved=self._saved(),
             kept=self._links.kept(),
             forgot=self._links.forgot,
+            there=self._links.there,
         )
         return self._chain.joined(mine)
 
@@ -374,6 +384,7 @@ class LaneMembership:
             admitted=self.admitted,
             returning=0 if following is None else following + 1,
             source=source,
+            there=tuple(sorted(self._there)),
         )
 
     def _notify(self) -> None:

@@ -154,7 +154,8 @@ class Rounds:
         """This lane is through: wait until no other one needs anything of this stage. That one of them is gone is no
         fault here, and is only said."""
         try:
-            await self._links.finish(self.membership.log.members)
+            membership = self.membership
+            await self._links.finish(membership.log.members, membership.there, membership.deadline_s)
         except TimeoutError as error:
             on_fault("timeout", str(error))
 

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.node.averaging.modes import parse_averaging
+from thinpipe.node.averaging.round_plan import RoundPlan
+from thinpipe.node.lanes.own_part import OwnPart
 from thinpipe.node.lanes.stays import Stays
 from thinpipe.protocol.control_messages import STEP_MAX
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
@@ -261,6 +264,30 @@ def test_who_was_left_out_goes_on_when_all_members_are_gone() -> None:
     for lane in (0, 1):
         grid.revive(lane, disk=True)
     check_end(grid)
+
+
+@pytest.mark.parametrize("spec", ["gradients", "outer:every=5", "outer:every=6,delay=2", "outer:every=6,fragments=2"])
+@pytest.mark.parametrize("decided", [3, 4, 7])
+def test_who_goes_on_by_itself_has_followed_no_further_than_it_trains_from(spec: str, decided: int) -> None:
+    """Steps that it passed over would be missing, and nobody who makes the run again would leave them out."""
+    plan = RoundPlan(parse_averaging(spec), 60)
+
+    def begins_at(round: int) -> int | None:
+        made = plan.round(round).made
+        return made if plan.round(round + 1).made > made else None
+
+    log = MembershipLog.begin(2).then((0, 1)).then((0, 1))
+    while log.decided < decided:
+        log = log.then((1,))
+    follower = RoundMembership(0, 2, deadline_s=DEADLINE_S, begins=begins_at, log=log)
+    follower.returning = 1 + plan.round(1).made
+    for now_s in (0.0, 20 * DEADLINE_S):
+        follower.report((2, decided), now_s)
+    (entry,) = follower.admitted
+    assert OwnPart(0, log, (), plan).waits_after == entry.begins
+    while log.decided < plan.count:
+        log = log.then((1,))
+    assert OwnPart(0, log, (), plan).waits_after == plan.steps
 
 
 @pytest.mark.parametrize("gone_s", [0.0, 8 * DEADLINE_S])

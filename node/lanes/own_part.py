@@ -35,6 +35,13 @@ class OwnPart:
         """With which it comes back, having followed from `copied` steps on."""
         return next((each for each in reversed(self.entries) if each.copied == copied), None)
 
+    @property
+    def waits_after(self) -> int:
+        """The steps up to which a lane follows that is not admitted yet: from no earlier ones it may have to train.
+        Should all others go, it goes on by itself from where the last decided round was made."""
+        decided = self.log.decided
+        return self.plan.steps if decided == self.plan.count else self.plan.round(max(0, decided - 1)).made
+
     def entered_before(self, round: int, completed: int) -> bool:
         """Whether it is no member of that round and uses it all the same, because it came when that was under way."""
         return any(each.begins <= completed and round < each.first for each in self.entries)

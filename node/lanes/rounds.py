@@ -100,6 +100,8 @@ class Rounds:
                 else:
                     with watch.waiting():
                         await membership.changed()
+            # Steps that were passed over are not trained: the others would make it again otherwise.
+            assert entry is None or stage.completed <= entry.begins or membership.is_ending
             await compute.run("enter", stage.enter, stage.completed)
             if entry and stage.completed == entry.begins:
                 membership.entered(entry)
@@ -114,7 +116,7 @@ class Rounds:
         plan, decided = averager.plan, self.membership.log.decided
         if any(each.number >= decided or each.number < self._links.forgot for each in plan.used_at(completed)):
             return False
-        return admitted or decided == plan.count or completed <= plan.round(decided).made
+        return admitted or completed <= self.membership.part.waits_after
 
     async def _follow(self, stage: Stage, averager: Averager, compute: Worker, watch: Stopwatch, norm: Norm) -> None:
         """One step, by the rounds that are used in it."""

@@ -290,6 +290,52 @@ def test_who_goes_on_by_itself_has_followed_no_further_than_it_trains_from(spec:
     assert OwnPart(0, log, (), plan).waits_after == plan.steps
 
 
+@pytest.mark.parametrize(("spec", "under_way"), [("outer:every=5", False), ("outer:every=5,delay=2", True)])
+def test_nobody_follows_through_a_round_that_it_would_have_to_train_for(spec: str, under_way: bool) -> None:
+    """Unless its own contribution was made before, and is a part of the state that it goes on from."""
+    plan, log = RoundPlan(parse_averaging(spec), 60), MembershipLog.begin(2).then((0, 1)).then((0, 1)).then((1,))
+    part = OwnPart(0, log, (), plan)
+
+    def may(copied: int, round: int) -> bool:
+        return part.may_follow(copied, plan.round(round).used, [round], admitted=True)
+
+    assert may(10, 2)
+    assert not may(9, 1)
+    assert may(10, 1)
+    assert not may(10, 3)  # it is not decided
+    assert part.may_follow(10, 14, [], admitted=False)
+    assert not part.may_follow(10, 16, [], admitted=False)
+    assert (plan.round(1).used > 10) is under_way
+
+
+def test_who_was_left_out_notices_what_nobody_can_give_any_more() -> None:
+    """Lane 0 lacks round 2 of lane 1, which was left out later, and rounds 2 and 3 of lane 2, a member."""
+    log = MembershipLog.begin(3).then((0, 1, 2)).then((0, 1, 2)).then((1, 2)).then((2,))
+    mine = RoundMembership(0, 3, deadline_s=DEADLINE_S, begins=begins, log=log)
+
+    def lacks(now_s: float, kept: tuple[int | None, int | None], held: tuple[int, ...] = (2, 2, 2)) -> bool:
+        for lane, each in enumerate(kept, start=1):
+            if each is None:
+                mine.part(lane)
+            else:
+                mine.hear(lane, LaneStatus(held=(2, 3, 4), log=log, kept=each), now_s)
+        mine.report(held, now_s)
+        return mine.lacks_what_is_gone(now_s)
+
+    assert not lacks(0.0, (2, 2))
+    assert lacks(0.0, (3, 2))
+    assert lacks(0.0, (2, 3))
+    assert not lacks(0.0, (3, 4), held=(2, 3, 4))  # it has got all
+    assert not lacks(0.0, (None, 2))  # it may be there again soon
+    assert not lacks(0.9 * DEADLINE_S, (None, 2))
+    assert not lacks(DEADLINE_S, (None, 2), held=(2, 3, 2))
+    assert lacks(DEADLINE_S, (None, 2))
+    assert not lacks(9 * DEADLINE_S, (2, None))  # a member comes back, or is left out
+    member = RoundMembership(0, 2, deadline_s=DEADLINE_S, begins=begins, log=MembershipLog.begin(2).then((0, 1)))
+    member.hear(1, LaneStatus(held=(1, 3), log=member.log, kept=3), 0.0)
+    assert not member.lacks_what_is_gone(0.0)  # a peer keeps what a member needs
+
+
 @pytest.mark.parametrize("gone_s", [0.0, 8 * DEADLINE_S])
 @pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("how", ["dies", "is cut off"])

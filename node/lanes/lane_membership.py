@@ -94,6 +94,7 @@ class LaneMembership:
             on_here=self._wake_up,
         )
         self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
+        self._lacks_for_good = False  # as members have dropped what this lane, which was left out, needs next
         self.is_ending = False
         self._knows = identity.first  # which log counts
         links.hold_back()
@@ -137,10 +138,10 @@ class LaneMembership:
         return not self._state.taken and self.part.has_made_all(completed)
 
     def is_stuck(self, completed: int) -> bool:
-        """Whether who goes on from there would need rounds that this lane may not ask for any more: it was set back too
-        far, and has to take up the state of another one."""
+        """Whether who goes on from there would need rounds that this lane may not ask for any more, or nobody can give:
+        it was set back too far, and has to take up the state of another one. The latter stage 0 alone knows."""
         below = self._chain.below.forgot if self._chain.below else 0
-        return self._plan.first_after(completed) < max(self._links.forgot, below)
+        return self._lacks_for_good or self._plan.first_after(completed) < max(self._links.forgot, below)
 
     @property
     def part(self) -> OwnPart:
@@ -284,6 +285,7 @@ class LaneMembership:
         machine.source = taken[0] + 1 if taken and self._following == taken[1] else 0
         self._there = {*mine.there}
         machine.report(mine.held, now_s)
+        self._see_what_is_gone(machine, now_s)
         if machine.is_in_vain(now_s) and not self._is_in_vain:
             self._is_in_vain = True
             lanes = ", ".join(f"lane {lane}" for lane in machine.lacking())
@@ -299,14 +301,23 @@ class LaneMembership:
             self._say()
             machine.report(self._joined().held, self._now_s())  # by the log that counts now
 
+    def _see_what_is_gone(self, machine: RoundMembership, now_s: float) -> None:
+        """What this lane lacks may be gone while it does steps again that it is a member of, and would wait for it in
+        vain: it breaks off, and follows."""
+        if not self._chain.is_agreed(self.log):
+            return  # what is held is not known
+        before, self._lacks_for_good = self._lacks_for_good, machine.lacks_what_is_gone(now_s)
+        if self._lacks_for_good and not before and self._following is None and self._state.under_way is None:
+            self._on_left_out()
+
     async def _choose_state(self, machine: RoundMembership, mine: LaneStatus) -> None:
         """Where this lane follows, and lacks what nobody has any more, it takes up the state of another one."""
         state = self._state
         if not state.under_way:
             at = mine.returning - 1
-            if mine.returning and self.part.entry(at) is None:
+            if mine.returning and self.part.entry(at) is None and self.is_stuck(at):
                 before = lambda at: (self._plan.made_by(at), self._plan.first_after(at))  # noqa: E731
-                if found := machine.state_to_take(before, stuck=self.is_stuck(at)):
+                if found := machine.state_to_take(before):
                     state.want(found)
         elif mine.source:
             state.taken = state.wanted

@@ -95,7 +95,7 @@ class Rounds:
             while (entry := membership.part.entry(copied)) is None or stage.completed < entry.begins:
                 if stage.completed == averager.plan.steps or membership.is_ending:
                     break
-                if self._may_follow(averager, stage.completed + 1, entry is not None):
+                if self._may_follow(averager, copied, stage.completed + 1, entry is not None):
                     await self._follow(stage, averager, compute, watch, norm)
                 else:
                     with watch.waiting():
@@ -111,12 +111,14 @@ class Rounds:
                     await membership.changed()
         membership.train()
 
-    def _may_follow(self, averager: Averager, completed: int, admitted: bool) -> bool:
+    def _may_follow(self, averager: Averager, copied: int, completed: int, admitted: bool) -> bool:
         """Whether nothing can be decided any more of which that step would have to know."""
-        plan, decided = averager.plan, self.membership.log.decided
-        if any(each.number >= decided or each.number < self._links.forgot for each in plan.used_at(completed)):
+        if self.membership.is_stuck(completed - 1):
             return False
-        return admitted or completed <= self.membership.part.waits_after
+        numbers = [each.number for each in averager.plan.used_at(completed)]
+        if any(number < self._links.forgot for number in numbers):
+            return False
+        return self.membership.part.may_follow(copied, completed, numbers, admitted=admitted)
 
     async def _follow(self, stage: Stage, averager: Averager, compute: Worker, watch: Stopwatch, norm: Norm) -> None:
         """One step, by the rounds that are used in it."""

@@ -68,7 +68,7 @@ class Bench:
         with ExitStack() as held:
             if self._forks:
                 computed = next((cell for cell in cells if not cell.emulated), cells[0])
-                found = fork_server(computed.config(computed.schedule.removesuffix(AUTO), 1))
+                found = fork_server(computed.config(plain_schedule(computed.schedule), 1))
                 self._server = held.enter_context(closing(found)) if isinstance(found, ForkServer) else None
             return self._run(cells)
 

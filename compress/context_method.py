@@ -10,7 +10,7 @@ A method may replace what makes keys and values in the model (`attach`), before 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -48,12 +48,22 @@ class ContextLayer(ABC):
         return {}
 
     def grams(self) -> tuple[Tensor, ...]:
-        """What this node has added up in a step for which `ContextMethod.gathers` says so, float64."""
+        """What this node has added up in a step for which `ContextMethod.gathers` says so, float64; in any other, of
+        the same shapes."""
         return ()
 
-    def use_grams(self, *sums: Tensor) -> None:
-        """The sums of that over all lanes, behind the step."""
-        del sums
+    def subspaces(self) -> tuple[Tensor, ...]:
+        """What is chosen by the sums of `grams` over all lanes, as it is now."""
+        return ()
+
+    def choose(self, *grams: Tensor) -> tuple[Tensor, ...]:
+        """The subspaces, by those sums. Raises CodecError for sums that are not finite."""
+        del grams
+        return ()
+
+    def use_subspaces(self, *chosen: Tensor) -> None:
+        """From the next step on."""
+        del chosen
 
     @abstractmethod
     def decode(self, z_BTW: Tensor, s_BN: Tensor, rotate: Rotate) -> tuple[Tensor, Tensor]:
@@ -82,14 +92,29 @@ class ContextMethod(ABC):
         """Raises CodecError for options that do not fit a run of so many steps."""
         del steps
 
+    def check_plain(self, step: int, steps: int) -> None:
+        """Raises CodecError where the model that an evaluation after step `step` of so many measures is none of plain
+        projections, those of `plain_weights`; it says when there is one."""
+        del step, steps
+
+    def plain_weights(self, weights: Mapping[str, Tensor], *, seed: int, step: int) -> dict[str, Tensor]:
+        """Of a model's weights, by their names in the whole model, those of the architecture's own projections that
+        compute as near to it as any, after step `step`. seed: of the run."""
+        del seed, step
+        return dict(weights)
+
     def begin(self, layer: Any, step: int, steps: int) -> None:
         """What `attach` gave, before the first forward of step `step` of so many."""
         del layer, step, steps
 
+    @property
+    def gathering_step(self) -> int | None:
+        """Behind which lane 0 adds the `grams` of all lanes, in their order, and chooses for all."""
+        return None
+
     def gathers(self, step: int) -> bool:
-        """Whether behind that step `grams` of all lanes are added, in lane order, and given to each."""
-        del step
-        return False
+        """Whether that step is it."""
+        return step == self.gathering_step
 
     @abstractmethod
     def scalars(self, shape: ContextShape) -> int:

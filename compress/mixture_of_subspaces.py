@@ -15,9 +15,10 @@ and 95 % of the values' numbers are saved with k = 0.02 and v = 0.05. `mixture=n
 
 *Warm start.* In the first `warm` steps keys and values cross as they are, and Ū is then their principal components, of
 keys before the rotary embedding. In the last of those steps (`gathers`) each node adds up the Gram matrices of its own
-tokens, in float64; those of all lanes are then added in lane order, so that all lanes have one matrix and compute the
-same components before the next step. It is one step's, and not a running sum over all: that would weigh weights that
-are gone, and would be state that a checkpoint has to keep. The frame is a part of the model's state then.
+tokens, in float64; lane 0 adds those of all lanes in their order, computes the components, and tells all: computed by
+each, they would differ where CPUs round differently, and where two components weigh the same by much. It is one step's,
+and not a running sum over all: that would weigh weights that are gone, and would be state that a checkpoint has to
+keep. The frame is a part of the model's state then.
 
 *Folding.* In the last share `fold` of the steps θ is 0, the wire stays as narrow, and the model learns to do without
 angles; then `folded` gives the plain projections B Ū Ūᵀ, and the model is an ordinary one. (The paper's heads fold
@@ -35,7 +36,6 @@ need no more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -95,20 +95,32 @@ class MixtureLayer(ContextLayer):
 
     def grams(self) -> tuple[Tensor, Tensor]:
         """Of keys and of values, each (K, K), float64: of this node's tokens in the step that gathers."""
-        assert self.keys.gram is not None
-        assert self.values.gram is not None
-        return self.keys.gram, self.values.gram
+        keys, values = (
+            projection.weight.new_zeros(2 * (projection.out_features,), dtype=torch.float64)
+            if projection.gram is None
+            else projection.gram
+            for projection in (self.keys, self.values)
+        )
+        return keys, values
 
-    @torch.no_grad()
-    def use_grams(self, *sums: Tensor) -> None:
-        """Ū from now on: the principal components of keys, and of values, from the sums over all lanes, each (K, K).
-        Raises CodecError for matrices that are not finite."""
-        for which, (projection, gram) in enumerate(zip((self.keys, self.values), sums, strict=True)):
+    def subspaces(self) -> tuple[Tensor, Tensor]:
+        return self.keys.frame.detach(), self.values.frame.detach()
+
+    def choose(self, *grams: Tensor) -> tuple[Tensor, ...]:
+        """Frames of Ū, the principal components of keys, and of values."""
+        chosen: list[Tensor] = []
+        for which, (projection, gram) in enumerate(zip((self.keys, self.values), grams, strict=True)):
             try:
                 u_KR = principal(gram, projection.frame.shape[2])
             except ValueError as error:
                 raise CodecError(f"context method 'mos': layer {self._shape.layer}: {error}") from None
-            projection.frame.copy_(frame_of(u_KR, self._shape.seed, _stream(self._shape.layer, which, 1)))
+            chosen.append(frame_of(u_KR, self._shape.seed, _stream(self._shape.layer, which, 1)).to(projection.frame))
+        return tuple(chosen)
+
+    @torch.no_grad()
+    def use_subspaces(self, *chosen: Tensor) -> None:
+        for projection, frame in zip((self.keys, self.values), chosen, strict=True):
+            projection.frame.copy_(frame)
 
     def folded(self) -> dict[str, Tensor]:
         """Weights of the plain projections that these are at θ = 0, by their names in the attention module."""
@@ -162,8 +174,10 @@ class MixtureOfSubspaces(ContextMethod):
     def ranks(self, shape: ContextShape) -> tuple[int, int]:
         """Of keys and of values."""
         size = shape.heads * shape.head_width
-        of_keys, of_values = (max(1, round(share * size)) for share in self.shares)
-        return of_keys, of_values
+        return self._rank(0, size), self._rank(1, size)
+
+    def _rank(self, which: int, size: int) -> int:
+        return max(1, round(self.shares[which] * size))
 
     def wire_width(self, shape: ContextShape) -> int:
         """Behind the warm phase; see `width_in`."""
@@ -197,55 +211,59 @@ class MixtureOfSubspaces(ContextMethod):
             return "warm"
         return "folding" if step >= steps - round(self.fold * steps) else "mixed"
 
-    def gathers(self, step: int) -> bool:
-        """Whether Gram matrices of that step are added up; behind it the subspaces are chosen."""
-        return step == self.warm - 1
+    @property
+    def gathering_step(self) -> int | None:
+        """The last that is warm."""
+        return self.warm - 1 if self.warm else None
 
     def frozen(self, shape: ContextShape) -> Iterator[Tensor]:
         """What all nodes generate and have to have alike, for a digest."""
-        for which, rank in enumerate(self.ranks(shape)):
-            yield self._frame(shape, which, rank)
+        for which in range(len(PROJECTIONS)):
+            yield self._frame(shape.seed, shape.layer, which, shape.heads * shape.head_width)
             if self.mixture == "random":
                 yield _drawn_head(shape, which)
 
-    @property
-    def ends_plain(self) -> bool:
-        """Whether a run's last model is the plain one of `plain_weights`, and not near it only."""
-        return self.mixture == "none" or self.fold > 0
+    def check_plain(self, step: int, steps: int) -> None:
+        if self.mixture == "none" or self.phase(step, steps) != "mixed":
+            return
+        folds = steps - round(self.fold * steps)
+        when = f"its angles are 0 from step {folds + 1} of {steps} on" if folds < steps else "fold=0: they stay"
+        raise CodecError(
+            f"context method 'mos': after step {step + 1} keys and values lie in subspaces that turn by angles, which "
+            f"no plain projection does ({when})"
+        )
 
-    def plain_weights(self, weights: Mapping[str, Tensor], shape: ContextShape) -> dict[str, Tensor]:
-        """Of a model's weights, by their names in the whole model, those of the plain model that it is at θ = 0. shape:
-        of any layer. Each layer's number is the only one in its weights' names."""
+    def plain_weights(self, weights: Mapping[str, Tensor], *, seed: int, step: int) -> dict[str, Tensor]:
+        """Those at θ = 0; of a model that is warm still, its own. Each layer's number is the only one in its weights'
+        names."""
         found: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             owner, _, kind = name.rpartition(".")
             which = _WHICH.get(owner.rpartition(".")[2])
-            if which is None:
+            if which is None or (kind in ("weight", "bias") and step < self.warm):
                 found[name] = tensor
             elif kind in ("weight", "bias"):
-                layer = next(int(part) for part in name.split(".") if part.isdigit())
                 frame = weights.get(f"{owner}.frame")
                 if frame is None:
-                    own = replace(shape, layer=layer)
-                    frame = self._frame(own, which, self.ranks(own)[which])
+                    layer = next(int(part) for part in name.split(".") if part.isdigit())
+                    frame = self._frame(seed, layer, which, len(tensor))
                 found[name] = folded(tensor, frame[0])
         return found
 
-    def _frame(self, shape: ContextShape, which: int, rank: int) -> Tensor:
-        size = shape.heads * shape.head_width
-        u_KR = exact_orthonormal(shape.seed, _stream(shape.layer, which, 0), size, rank)
-        return frame_of(u_KR, shape.seed, _stream(shape.layer, which, 1))
+    def _frame(self, seed: int, layer: int, which: int, size: int) -> Tensor:
+        u_KR = exact_orthonormal(seed, _stream(layer, which, 0), size, self._rank(which, size))
+        return frame_of(u_KR, seed, _stream(layer, which, 1))
 
     def attach(self, attention: nn.Module, shape: ContextShape) -> MixtureLayer:
         check_attention(attention, shape)
         made: list[MixtureProjection] = []
-        for which, (name, rank) in enumerate(zip(PROJECTIONS, self.ranks(shape), strict=True)):
+        for which, name in enumerate(PROJECTIONS):
             dense = attention.get_submodule(name)
             assert isinstance(dense, nn.Linear)
             angle_D = None if self.mixture == "none" else torch.zeros(shape.width)
             projection = MixtureProjection(
                 dense,
-                self._frame(shape, which, rank),
+                self._frame(shape.seed, shape.layer, which, dense.out_features),
                 learned_frame=self.warm > 0,
                 angle_D=_drawn_head(shape, which) if self.mixture == "random" else angle_D,
                 trained=self.mixture == "learned",

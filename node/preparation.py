@@ -139,15 +139,6 @@ def check_lanes(config: RunConfig, *, trains: bool = True) -> None:
             raise ConfigError(f"compute.{what} does not go with chunks (context.method); set it to {remedy}")
 
 
-def check_swarm(config: RunConfig) -> None:
-    """Raises ConfigError for what trains in one process alone, as yet."""
-    if config.context.method:
-        raise ConfigError(
-            f"context.method = '{config.context.method}': chunks of a sequence train in one process alone as yet; say "
-            "--one-process"
-        )
-
-
 def check_settings(config: RunConfig) -> int:
     """Raise what BAD_INPUT names for settings that cannot work; returns the model's width."""
     check_device(config)

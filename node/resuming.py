@@ -80,15 +80,12 @@ def check_checkpoints(config: RunConfig, out: Path) -> None:
             )
 
 
-def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, swarm: bool) -> str:
-    """The last line of a run that was ended from outside. begun: its processes had been started. swarm: with
-    checkpoints."""
+def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, one_process: bool = False) -> str:
+    """The last line of a run that was ended from outside. begun: it had been started."""
     if not begun:
         return f"{why} before the run began; nothing was changed in {out}"
     done, of, where = liveness(out, time.time()).completed, config.run.steps, shlex.quote(str(out))
-    line = f"{why} after {done} of {counted(of, 'step')}; all stages are stopped"
-    if not swarm:
-        return f"{line}, and one process writes no checkpoints: it begins anew, with --overwrite"
+    line, how = f"{why} after {done} of {counted(of, 'step')}; all stages are stopped", one_process * " --one-process"
     try:
         newest = [newest_common(*lane) for lane in all_lanes(config, out)]
     except CheckpointError as error:
@@ -96,4 +93,4 @@ def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, swarm: b
     after = [step for step in newest if step is not None]
     if len(after) < len(newest):
         return f"{line}, and there is no checkpoint yet: it begins anew, with --overwrite"
-    return f"{line}; thinpipe up --resume {where} goes on after step {min(after)}"
+    return f"{line}; thinpipe up --resume {where}{how} goes on after step {min(after)}"

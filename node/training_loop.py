@@ -37,7 +37,7 @@ from .config import RunConfig
 from .context.link_transport import LinkTransport
 from .data import Corpus
 from .data.batches import draw
-from .lanes.rounds import Rounds
+from .lanes.held_rounds import HeldRounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .long_preparation import in_daemon
@@ -76,7 +76,7 @@ class TrainingLoop:
         totals: RunTotals | None = None,
         deadline: ReceiveDeadline | None = None,
         last: int | None = None,
-        rounds: Rounds | None = None,
+        rounds: HeldRounds | None = None,
         on_met: Callable[[], None] | None = None,
         context: LinkTransport | None = None,
     ) -> None:
@@ -214,6 +214,8 @@ class TrainingLoop:
                             await self._gather(step)
                         loss, grad_norm = await self._finish(step, squares)
             await self._hold_rounds(step + 1, of_gradients=False)
+            if self.stage.chunk and step == self.stage.chunk.gathering_step:
+                await self._compute.run("choice of subspaces", self.stage.chunk.choose_subspaces, step)
             self._write_step(step, loss, grad_norm, lap)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0

@@ -69,9 +69,13 @@ class Kind(IntEnum):
     CONTEXT = 8  # keys and values of a layer, to another chunk of the same sequences
     CONTEXT_GRADIENT = 9  # what comes back for them
     CONTEXT_EVALUATION = 10  # the same as CONTEXT, of held-out text
+    CONTEXT_GRAM = 11  # what a layer's subspaces are chosen from, of the sender's tokens, to lane 0
+    CONTEXT_SUBSPACE = 12  # what lane 0 has chosen
 
 
-OF_CONTEXT = frozenset({Kind.CONTEXT, Kind.CONTEXT_GRADIENT, Kind.CONTEXT_EVALUATION})
+OF_CONTEXT = frozenset(
+    {Kind.CONTEXT, Kind.CONTEXT_GRADIENT, Kind.CONTEXT_EVALUATION, Kind.CONTEXT_GRAM, Kind.CONTEXT_SUBSPACE}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

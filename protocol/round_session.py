@@ -6,8 +6,10 @@ direction; here is in which order things are said.
 
 The rules, as data (`TRANSITIONS`): first a greeting. Then parts, heartbeats and statuses at any time, and the peer's
 own requests in their order: RoundsWanted once, RoundsReceived as often as it likes, Goodbye when it needs nothing more.
-Until this node says that too, it lives on and sends what is asked for. Anything else is the peer's fault, and closes
-the connection.
+Until this node says that too, it lives on and sends what is asked for. Who needs nothing more and has heard that of the
+peer says Goodbye a second time, which acknowledges the peer's: what was handed to a connection may be lost with it, and
+whoever left on the strength of that would be waited for in vain. Anything else is the peer's fault, and closes the
+connection.
 
 Why not on the control stream, which has the same form: that one joins neighbours of one lane and is a part of their
 generations. A loss in one lane must not be one in the other.
@@ -15,7 +17,7 @@ generations. A loss in one lane must not be one in the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -56,6 +58,7 @@ class RoundState(Enum):
     OPEN = "open"
     PULLED = "the peer has said where it is"
     PEER_DONE = "the peer needs nothing more"
+    PARTED = "the peer knows that this node needs nothing more either"
 
 
 # A lane that comes back may take up another one's state (protocol.copy_transfer).
@@ -86,6 +89,14 @@ TRANSITIONS: dict[RoundState, dict[type[Frame], RoundState]] = {
         RoundStatus: RoundState.PEER_DONE,
         **dict.fromkeys(COPY_FRAMES, RoundState.PEER_DONE),
         RoundPart: RoundState.PEER_DONE,
+        Goodbye: RoundState.PARTED,
+        Refusal: RoundState.CLOSED,
+    },
+    RoundState.PARTED: {
+        Heartbeat: RoundState.PARTED,
+        RoundStatus: RoundState.PARTED,
+        **dict.fromkeys(COPY_FRAMES, RoundState.PARTED),
+        RoundPart: RoundState.PARTED,
         Refusal: RoundState.CLOSED,
     },
 }
@@ -137,14 +148,20 @@ class PeerDone:
     """The peer needs no more of this node's contributions."""
 
 
-RoundEvent = PeerGreeted | PeerAlive | PeerTold | PeerCopies | PeerMoved | PartCame | PeerDone
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerParted:
+    """The peer, which needs nothing more, has heard that this node does not either."""
+
+
+RoundEvent = PeerGreeted | PeerAlive | PeerTold | PeerCopies | PeerMoved | PartCame | PeerDone | PeerParted
 
 
 class RoundSession:
     """This node's side of the link to its own stage in lane `peer_lane`.
 
     kept: this node's contributions by round, a mapping that its owner changes. contribution_bytes: the size of any
-    node's contribution of this stage to a round. stay_of: as of a RoundSender.
+    node's contribution of this stage to a round. stay_of: as of a RoundSender. generation: in which the peer has to
+    be; None: in whichever its lane is.
     """
 
     def __init__(
@@ -157,14 +174,16 @@ class RoundSession:
         part_bytes: int,
         window_bytes: int,
         stay_of: StayOf = always,
+        generation: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self.identity, self.peer_lane = identity, peer_lane
+        self.identity, self.peer_lane, self._generation = identity, peer_lane, generation
         self.state = RoundState.CLOSED
         self.peer: Greeting | None = None  # who greeted last
         sizes = {"part_bytes": part_bytes, "window_bytes": window_bytes}
         self.sender = RoundSender(kept, contribution_bytes, stay_of=stay_of, **sizes)
         self.receiver = RoundReceiver(contribution_bytes)
         self.done = False  # this node said goodbye on this connection
+        self.parted = False  # and a second time, since it has heard the peer's
 
     def connect(self) -> None:
         """A new connection stands; greetings are due."""
@@ -173,9 +192,15 @@ class RoundSession:
 
     def disconnect(self) -> None:
         """The connection is gone, and with it all that was agreed on it."""
-        self.state, self.done = RoundState.CLOSED, False
+        self.state, self.done, self.parted = RoundState.CLOSED, False, False
         self.sender.reset()
         self.receiver.reset()
+
+    def begin_anew(self) -> None:
+        """Both lanes go on from another step: what either promised, or came to, does not hold any more."""
+        self.disconnect()
+        self.sender.begin_anew()
+        self.receiver.begin_anew()
 
     @property
     def greeted(self) -> bool:
@@ -184,10 +209,10 @@ class RoundSession:
 
     # -- what this node says ------------------------------------------------------------------------------------------
 
-    def greeting(self, heartbeat: Heartbeat) -> bytes:
-        """Who this node is. heartbeat: what it would say now."""
+    def greeting(self, heartbeat: Heartbeat, *, joining: bool = False) -> bytes:
+        """Who this node is. heartbeat: what it would say now. joining: it has yet to take its place in its lane."""
         now = replace(self.identity, generation=heartbeat.generation)
-        return encode_frame(now.greeting(completed_steps=heartbeat.completed_steps))
+        return encode_frame(now.greeting(completed_steps=heartbeat.completed_steps, joining=joining))
 
     def heartbeat(self, heartbeat: Heartbeat) -> bytes:
         return encode_frame(heartbeat)
@@ -223,6 +248,18 @@ class RoundSession:
         self.done = True
         return encode_frame(Goodbye())
 
+    @property
+    def parting_due(self) -> bool:
+        """Both have said goodbye, and the peer is to know that its own was heard."""
+        return self.done and not self.parted and self.state in (RoundState.PEER_DONE, RoundState.PARTED)
+
+    def parting(self) -> bytes:
+        """The second goodbye: this node has heard the peer's."""
+        if not self.parting_due:
+            raise LocalProtocolError(Fault.UNEXPECTED, f"a second goodbye while the link is {self.state.value}")
+        self.parted = True
+        return encode_frame(Goodbye())
+
     def _check_open(self, what: str) -> None:
         if not self.greeted or self.done:
             where = "after the goodbye" if self.done else f"while the link is {self.state.value}"
@@ -249,7 +286,7 @@ class RoundSession:
     def _take(self, frame: Frame) -> RoundEvent | None:
         match frame:
             case Greeting():
-                check_lateral(frame, self.identity, self.peer_lane)
+                check_lateral(frame, self.identity, self.peer_lane, generation=self._generation())
                 self.peer = frame
                 return PeerGreeted(peer=frame)
             case Heartbeat():
@@ -268,6 +305,10 @@ class RoundSession:
             case RoundPart():
                 complete = self.receiver.take(frame)
                 return None if self.done else PartCame(part=frame, complete=complete)  # needed by nobody any more
+            case Goodbye() if self.state is RoundState.PEER_DONE:
+                if not self.done:
+                    raise RemoteProtocolError(Fault.UNEXPECTED, "a second goodbye, and this node has said none")
+                return PeerParted()
             case Goodbye():
                 self.sender.stop()
                 return PeerDone()

@@ -3,6 +3,7 @@ whether the kernel caps links here."""
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,10 @@ from .tiers import check_alone, split_tiers
 
 if TYPE_CHECKING:
     from thinpipe.node.config import RunConfig
+
+# Before torch is imported, as the command line has it. Workers are as many as cores: threads beside them would spin.
+for _name, _value in {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}.items():
+    os.environ.setdefault(_name, _value)
 
 WORDS = [
     "alpha",

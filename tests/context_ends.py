@@ -28,6 +28,7 @@ from .builders import identity
 
 STAGE, STAGES, LAYERS, MICROBATCHES = 1, 3, (2, 3), 2
 BYTES = {False: 30_000, True: 20_000}
+GATHERS = 1  # the step behind which lanes choose subspaces
 
 
 def content(key: ContextKey, size: int | None = None) -> bytes:
@@ -53,7 +54,7 @@ class End:
         self.faults: list[str] = []
         self.refused = asyncio.Event()
         self.sent: defaultdict[int, Counter[str]] = defaultdict(Counter)
-        found = parts_of(self.config, lane, LAYERS, lambda key: BYTES[key.gradient])
+        found = parts_of(self.config, lane, LAYERS, lambda key: BYTES[key.gradient], gathering_step=GATHERS)
         assert found
         self.parts: ContextParts = found
         tracer = Tracer(stage=STAGE, enabled=False)

@@ -65,6 +65,7 @@ async def train(lane: int, directory: Path, port: int, dial: int, rounds: int) -
                 links.forget_before(round + 1)
             print(f"round {round}", flush=True)
         await links.finish()
+        await asyncio.wait([running], timeout=settings.greeting_timeout_s)  # as a node does: the last word leaves
         await links.close()
         await running
     print("through", flush=True)

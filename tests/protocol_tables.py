@@ -92,7 +92,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "refusal": "any stream, last frame",
         "chunk": "Link, Context",
         "credit": "Link, Context",
-        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request",
+        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request, and once more",
         "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [
@@ -126,7 +126,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "next_sequence": "Link, Context: number of the first chunk that the sender lacks. Else: 0",
         "granted_bytes": "Link, Context: as in Credit. Else: 0",
         "completed_steps": "Control, Rounds: steps completed, for people to read. Link, Context: 0",
-        "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
+        "joining": "Control, Rounds: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
         "lane": "of the sender, from 0",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},
@@ -321,6 +321,12 @@ KINDS: dict[Kind, Row] = {
     Kind.CONTEXT: ("Context", "keys and values of a layer and segment, of the sender's own tokens", "0"),
     Kind.CONTEXT_GRADIENT: ("Context", "the gradient of such a message, from who took it to who sent it", "0"),
     Kind.CONTEXT_EVALUATION: ("Context", "as CONTEXT, of held-out text", "0"),
+    Kind.CONTEXT_GRAM: (
+        "Context",
+        "to lane 0: Gram matrices of a layer, of the sender's tokens",
+        "0",
+    ),
+    Kind.CONTEXT_SUBSPACE: ("Context", "from lane 0: that layer's subspaces from now on", "0"),
 }
 _TYPES = {1: "double", 4: "uint64", 6: "fixed64", 7: "fixed32", 9: "string", 12: "bytes", 13: "uint32"}
 

@@ -225,7 +225,7 @@ def test_subspaces_are_the_principal_components_of_what_all_lanes_saw() -> None:
         run._step(0)
         for stages in zip(*(lane.stages for lane in run.lanes), strict=True):
             chunks = [stage.chunk for stage in stages if stage.chunk]
-            by_lane = [chunk.grams(0)[0] for chunk in chunks]
+            by_lane = [next(iter(chunk._layers.values()))[1].grams() for chunk in chunks]
             for which in range(2):
                 total = sum(grams[which] for grams in by_lane)
                 assert isinstance(total, torch.Tensor)

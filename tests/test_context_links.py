@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from thinpipe.node.context.context_parts import message_of
-from thinpipe.node.context.exchange import ContextKey
+from thinpipe.node.context.exchange import ContextKey, What
 from thinpipe.node.links.link import GenerationEnded
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
 from thinpipe.protocol.messages import Greeting, Kind, Message, encode_frame
@@ -29,7 +29,11 @@ from .in_memory import Cut, join
 from .virtual import JumpingClock
 
 ROOT = Path(__file__).resolve().parent.parent
+WHATS: tuple[What, What] = ("gram", "subspace")
 FIRST = ContextKey(step=0, evaluation=False, microbatch=0, layer=2, segment=0)
+
+
+GRAM, CHOSEN = (ContextKey(step=1, evaluation=False, microbatch=0, layer=2, segment=0, what=what) for what in WHATS)
 
 
 @asynccontextmanager
@@ -99,6 +103,9 @@ HOSTILE: dict[str, tuple[list[Message], str]] = {
     "size": ([message_of(FIRST, b"x")], f"it has 1 bytes, and {BYTES[False]} are due"),
     "more": ([replace(message_of(FIRST, content(FIRST)), codec="int8")], "more than a body"),
     "loss": ([replace(message_of(FIRST, content(FIRST)), loss_sum=1.0)], "it brings a loss"),
+    "a choice that lane 0 makes": ([message_of(GRAM, content(GRAM))], "no part of that kind in a choice of subspaces"),
+    "a choice too early": ([message_of(replace(CHOSEN, step=0), content(CHOSEN))], "behind this step"),
+    "a choice of another length": ([message_of(CHOSEN, b"x")], f"it has 1 bytes, and {BYTES[False]} are due"),
     "kind": ([Message(kind=Kind.ACTIVATION, step=0, microbatch=0)], "kind activation where keys and values are due"),
 }
 

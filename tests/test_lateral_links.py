@@ -70,9 +70,12 @@ class Lane:
         security: Security = PLAIN,
         size: int = ROUND_BYTES,
         check: Check = lambda *_: None,
+        generation: int = 0,
+        joining: bool = False,
         **other: Any,
     ) -> None:
         self.lane, self.size = lane, size
+        self.generation, self.joining = generation, joining  # of its lane; whether it has yet to take its place there
         self.directory = directory / f"node-{lane}"
         self.faults: list[str] = []
         self.completed = 0
@@ -84,7 +87,8 @@ class Lane:
             silence_s=SILENCE_S,
             greeting_timeout_s=5.0,
             deadline_s=DEADLINE_S,
-            heartbeat=lambda: Heartbeat(generation=0, completed_steps=self.completed, **self.others),
+            heartbeat=lambda: Heartbeat(generation=self.generation, completed_steps=self.completed, **self.others),
+            joining=lambda: self.joining,
         )
         self.links = LateralLinks(
             identity=identity(

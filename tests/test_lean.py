@@ -1,4 +1,5 @@
-"""A stage that trains imports nothing that it does not use; at each start these seconds would be paid on every core."""
+"""What trains a stage, and what exports or evaluates it, imports nothing that it does not use; at each start these
+seconds would be paid on every core."""
 
 from __future__ import annotations
 
@@ -6,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from thinpipe.node.config_file import dump_config
+from thinpipe.node.model.lean import scanned_once
+from transformers.utils import import_utils
 
 from .conftest import TinyConfig
 
@@ -21,10 +25,23 @@ def test_a_step_with_all_that_is_learned_imports_no_compiler(tiny: TinyConfig, t
         "import sys\n"
         "from pathlib import Path\n"
         "from thinpipe.node.config_file import load_config\n"
+        "from thinpipe.node.export.portable_model import modeling\n"
         "from thinpipe.node.one_process import OneProcess\n"
         f"OneProcess(load_config(Path({str(tmp_path / 'run.toml')!r}))).train()\n"
+        "import thinpipe.node.evaluating.chain, thinpipe.node.evaluating.subject\n"
+        "modeling()\n"
         f"print([name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     assert done.stdout == "[]\n"
+
+
+def test_what_models_define_is_read_once_and_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Path(import_utils.__file__).parents[1] / "models"
+    scan = import_utils.define_import_structure
+    expected = scan.__wrapped__(str(models / "__init__.py"))  # without what it remembers
+    monkeypatch.setattr(import_utils, "create_import_structure_from_path", lambda _: pytest.fail("read again"))
+    found = scanned_once(scan, models)(str(models / "__init__.py"))
+    assert found == expected
+    assert sum(map(len, found.values())) > 1000

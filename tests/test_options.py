@@ -148,5 +148,3 @@ def test_chunks_are_lanes_of_the_same_sequences() -> None:
     assert (config.context.method, config.chunk_layout.segments) == ("full:format=int8", 8)
     done = CliRunner().invoke(app, ["up", "--chunks", "2", "--lanes", "2"])
     assert done.exit_code == 2
-    done = CliRunner().invoke(app, ["up", "--chunks", "2", "--out", "/nonexistent/run"])
-    assert (done.exit_code, "say --one-process" in done.output) == (2, True)

@@ -31,6 +31,7 @@ from thinpipe.protocol.round_session import (
     PartCame,
     PeerDone,
     PeerGreeted,
+    PeerParted,
     PeerTold,
     RoundEvent,
     RoundSession,
@@ -420,6 +421,29 @@ def test_who_needs_nothing_more_still_sends() -> None:
         session.received()
 
 
+def test_the_second_goodbye_says_that_the_first_one_of_the_other_was_heard() -> None:
+    here, there = greeted(), greeted(lane=1)
+    with pytest.raises(LocalProtocolError, match="a second goodbye while the link is open"):
+        here.parting()
+    assert isinstance(there.receive(here.goodbye()), PeerDone)
+    assert not there.parting_due  # it still needs something
+    assert isinstance(here.receive(there.goodbye()), PeerDone)
+    assert here.parting_due
+    assert isinstance(there.receive(here.parting()), PeerParted)
+    assert isinstance(here.receive(there.parting()), PeerParted)
+    assert (here.parting_due, there.parting_due) == (False, False)
+    here.connect()  # on another connection all is said again
+    assert (here.done, here.parted) == (False, False)
+
+
+def test_a_second_goodbye_before_this_node_s_first_is_refused() -> None:
+    session = greeted()
+    session.receive(encode_frame(Goodbye()))
+    with pytest.raises(RemoteProtocolError, match="a second goodbye, and this node has said none") as caught:
+        session.receive(encode_frame(Goodbye()))
+    assert caught.value.fault is Fault.UNEXPECTED
+
+
 # -- what may not come ------------------------------------------------------------------------------------------------
 
 
@@ -567,13 +591,17 @@ FRAMES: dict[type[Frame], bytes] = {
 @pytest.mark.parametrize("state", RoundState, ids=lambda state: state.name)
 def test_the_table_says_what_may_come_when(state: RoundState, frame: type[Frame]) -> None:
     assert {each for row in TRANSITIONS.values() for each in row} <= set(FRAMES)
-    end, raw = End(0), {RoundState.PULLED: [wanted(0)], RoundState.PEER_DONE: [encode_frame(Goodbye())]}
+    goodbye = encode_frame(Goodbye())
+    end = End(0)
+    raw = {RoundState.PULLED: [wanted(0)], RoundState.PEER_DONE: [goodbye], RoundState.PARTED: [goodbye, goodbye]}
     session = end.session
     if state is not RoundState.CLOSED:
         session.connect()
     if state not in (RoundState.CLOSED, RoundState.AWAIT):
         session.receive(End(1).greet()[0])
         session.wanted((0, 0))
+    if state in (RoundState.PEER_DONE, RoundState.PARTED):
+        session.goodbye()
     for each in raw.get(state, []):
         session.receive(each)
     assert session.state is state
@@ -589,7 +617,8 @@ def test_the_table_says_what_may_come_when(state: RoundState, frame: type[Frame]
     else:
         event = session.receive(FRAMES[frame])
         assert session.state is following
-    assert (event is None) == (following is None or frame is Refusal)
+    in_vain = frame is RoundPart and session.done
+    assert (event is None) == (following is None or frame is Refusal or in_vain)
 
 
 def test_a_window_has_room_for_what_is_acknowledged_at_once() -> None:

@@ -202,7 +202,7 @@ def test_a_run_whose_settings_were_changed_by_hand_does_not_begin_anew(run: Path
     assert (code, said.count("\n")) == (2, 1)
     assert "the checkpoints after 2 steps in" in said
     assert "all of other settings" in said
-    said = interrupted("interrupted", load_config(run / "run.toml"), run, begun=True, swarm=True)
+    said = interrupted("interrupted", load_config(run / "run.toml"), run, begun=True)
     assert "after 2 of 9 steps; all stages are stopped; the checkpoints after 2 steps in" in said
 
 
@@ -284,16 +284,17 @@ def test_an_end_says_how_far_and_how_it_goes_on(run: Path) -> None:
     config = load_config(run / "run.toml")
     for stage in range(STAGES):
         record(run, stage, step(0), step(1), step(2))
-    said = interrupted("stopped by SIGTERM", config, run, begun=True, swarm=True)
+    said = interrupted("stopped by SIGTERM", config, run, begun=True)
     assert said.startswith("stopped by SIGTERM after 3 of 9 steps; all stages are stopped, and there is no checkpoint")
     for stage in range(STAGES):
         checkpoint(run / "checkpoints", stage, 2, of=config)
-    said = interrupted("interrupted", config, run, begun=True, swarm=True)
+    said = interrupted("interrupted", config, run, begun=True)
     assert said == (
         f"interrupted after 3 of 9 steps; all stages are stopped; thinpipe up --resume {run} goes on after step 2"
     )
-    assert "one process writes no checkpoints" in interrupted("interrupted", config, run, begun=True, swarm=False)
-    assert "before the run began; nothing was changed" in interrupted("no", config, run, begun=False, swarm=True)
+    said = interrupted("interrupted", config, run, begun=True, one_process=True)
+    assert f"thinpipe up --resume {run} --one-process goes on after step 2" in said
+    assert "before the run began; nothing was changed" in interrupted("no", config, run, begun=False)
 
 
 def test_the_tables_say_what_was_in_vain_and_what_went_wrong(tiny: TinyConfig, tmp_path: Path) -> None:

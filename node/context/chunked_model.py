@@ -25,6 +25,7 @@ from ..model.architecture import ModelError, describe, quiet_transformers
 from .context_exchange import ContextCoder, ContextExchange
 from .exchange import ContextKey, ContextTransport
 from .layer_attention import LayerAttention, Moment
+from .subspace_choice import SubspaceChoice, bytes_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -85,6 +86,7 @@ class ChunkedModel:
         self._moment = Moment(step=-1)
         self._layers: dict[int, tuple[nn.Module, ContextLayer]] = {}
         self._coders: dict[int, ContextCoder] = {}  # by layer of the whole model
+        self._choice: SubspaceChoice | None = None
         device = torch.device(config.compute.device)
         sizes = {"batch": config.microbatch_size, "dtype": dtype, "device": device}
         for layer, module in zip(model.layers, model.layer_modules, strict=True):
@@ -115,10 +117,14 @@ class ChunkedModel:
         rotations = [self._rotation(segment) for segment in range(self._layout.segments)]
         for layer, (attention, method) in self._layers.items():
             setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self._moment, rotations))
+        self._choice = SubspaceChoice(transport, self._lane, self._layout.chunks)
 
     def body_bytes(self, key: ContextKey) -> int:
         """Exact length of that part."""
-        return self._coders[key.layer].body_bytes(key)
+        if key.what == "segment":
+            return self._coders[key.layer].body_bytes(key)
+        _, layer = self._layers[key.layer]
+        return bytes_of(layer.grams() if key.what == "gram" else layer.subspaces())
 
     def begin(self, step: int, microbatch: int, *, evaluation: bool) -> None:
         """What is computed next."""
@@ -128,14 +134,19 @@ class ChunkedModel:
                 self._method.begin(layer, step, self._config.run.steps)
         moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
 
-    def grams(self, step: int) -> list[tuple[Tensor, ...]]:
-        """By layer, what this node has added up in that step, where its method gathers."""
-        return [layer.grams() for _, layer in self._layers.values()] if self._method.gathers(step) else []
+    def break_off(self) -> None:
+        """The step under way, if there is one, will be begun again: what was added up in it does not count."""
+        self._moment.step = -1
 
-    def use_grams(self, sums: list[tuple[Tensor, ...]]) -> None:
-        """The same, added over all lanes."""
-        for (_, layer), each in zip(self._layers.values(), sums, strict=True):
-            layer.use_grams(*each)
+    @property
+    def gathering_step(self) -> int | None:
+        """Behind which `choose_subspaces` is due."""
+        return self._method.gathering_step
+
+    def choose_subspaces(self, step: int) -> None:
+        """With all other lanes. Raises what the transport raises, and CodecError for what is not finite."""
+        assert self._choice, "not connected"
+        self._choice.hold(step, {layer: method for layer, (_, method) in self._layers.items()})
 
     def measures(self) -> dict[str, float]:
         """Figures of the last forward in training, each the mean over layers."""

@@ -32,7 +32,11 @@ LIMITS = Limits(message_bytes=1)  # of a greeting
 
 
 def parts_of(
-    config: RunConfig, lane: int, layers: Sequence[int], body_bytes: Callable[[ContextKey], int]
+    config: RunConfig,
+    lane: int,
+    layers: Sequence[int],
+    body_bytes: Callable[[ContextKey], int],
+    gathering_step: int | None = None,
 ) -> ContextParts | None:
     """What a stage with these layers exchanges with other lanes; None: lanes hold different sequences."""
     if not config.context.method:
@@ -44,6 +48,7 @@ def parts_of(
         microbatches=config.pipeline.microbatches,
         evaluation_microbatches=config.evaluation_microbatches,
         body_bytes=body_bytes,
+        gathering_step=gathering_step,
     )
 
 

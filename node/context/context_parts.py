@@ -14,12 +14,16 @@ from dataclasses import dataclass
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import OF_CONTEXT, Kind, Message
 from .chunk_layout import ChunkLayout
-from .exchange import ContextKey
+from .exchange import ContextKey, What
+from .subspace_choice import CHOOSES, choice_key
 
+_WHAT: dict[Kind, What] = {Kind.CONTEXT_GRAM: "gram", Kind.CONTEXT_SUBSPACE: "subspace"}
 LAYERS_AHEAD = 2  # in zigzag order no peer can be further ahead: it needs something of this node in each layer
 
 
 def kind_of(key: ContextKey) -> Kind:
+    if key.what != "segment":
+        return Kind.CONTEXT_GRAM if key.what == "gram" else Kind.CONTEXT_SUBSPACE
     if key.gradient:
         return Kind.CONTEXT_GRADIENT
     return Kind.CONTEXT_EVALUATION if key.evaluation else Kind.CONTEXT
@@ -39,7 +43,8 @@ def message_of(key: ContextKey, body: bytes) -> Message:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextParts:
     """Of the stage that has these `layers` (numbered in the whole model), in lane `lane`. microbatches: of a step and
-    of an evaluation. body_bytes: of a packed part, the same at both ends."""
+    of an evaluation. body_bytes: of a packed part, the same at both ends. gathering_step: behind which lanes choose
+    subspaces (node/context/subspace_choice.py); None: never."""
 
     layout: ChunkLayout
     lane: int
@@ -47,6 +52,7 @@ class ContextParts:
     microbatches: int
     evaluation_microbatches: int
     body_bytes: Callable[[ContextKey], int]
+    gathering_step: int | None = None
 
     def given(self, peer: int) -> tuple[int, ...]:
         """This node's segments that lane `peer` looks at, and so returns gradients for."""
@@ -65,14 +71,15 @@ class ContextParts:
 
     def largest_bytes(self, peer: int) -> int:
         """Of one body that this node sends to that lane, or takes of it."""
-        return max(bytes_ for _, bytes_ in self._of_layer(peer))
+        return max([bytes_ for _, bytes_ in self._of_layer(peer)] + self._of_choice(peer, self.layers[0]))
 
     def step_bytes(self, peer: int) -> tuple[int, int]:
         """(messages, bytes) of one step that cross to that lane or from it, where more do."""
         sent = [bytes_ for gives, bytes_ in self._of_layer(peer) if gives]
         came = [bytes_ for gives, bytes_ in self._of_layer(peer) if not gives]
         times = self.microbatches * len(self.layers)
-        return times * max(len(sent), len(came)), times * max(sum(sent), sum(came))
+        chosen = [size for layer in self.layers for size in self._of_choice(peer, layer)]
+        return times * max(len(sent), len(came)) + len(chosen), times * max(sum(sent), sum(came)) + sum(chosen)
 
     def _of_layer(self, peer: int) -> list[tuple[bool, int]]:
         """Of each part of a layer and microbatch of training: whether this node sends it, and its length."""
@@ -88,6 +95,13 @@ class ContextParts:
                 found += [(mine, self.body_bytes(key)), (not mine, self.body_bytes(back))]
         return found
 
+    def _of_choice(self, peer: int, layer: int) -> list[int]:
+        """Lengths of what crosses to that lane and from it for the subspaces of a layer."""
+        if self.gathering_step is None or CHOOSES not in (self.lane, peer):
+            return []
+        kinds: tuple[What, What] = ("gram", "subspace")
+        return [self.body_bytes(choice_key(self.gathering_step, layer, what)) for what in kinds]
+
     def key_of(self, message: Message, peer: int) -> ContextKey:
         """Which part a message from that lane is. Raises RemoteProtocolError for one that no stage sends here."""
         name = message.kind.name.lower()
@@ -100,11 +114,16 @@ class ContextParts:
             layer=message.layer,
             segment=message.segment,
             gradient=message.kind is Kind.CONTEXT_GRADIENT,
+            what=_WHAT.get(message.kind, "segment"),
         )
         count = self.evaluation_microbatches if key.evaluation else self.microbatches
         segments, due = self.given(peer) if key.gradient else self.taken(peer), 0
+        if key.what != "segment":
+            segments, count = (0,), 1
         if key.layer not in self.layers:
             wrong = f"this stage has layers {self.layers[0]} to {self.layers[-1]}"
+        elif key.what != "segment" and not self._chooses(key, peer):
+            wrong = f"lane {peer} has no part of that kind in a choice of subspaces behind this step"
         elif key.segment not in segments:
             wrong = f"of lane {peer} segments {', '.join(map(str, segments)) or 'none'} are due"
         elif key.microbatch >= count:
@@ -118,3 +137,8 @@ class ContextParts:
         else:
             return key
         raise RemoteProtocolError(Fault.PAYLOAD, f"{key}: {wrong}")
+
+    def _chooses(self, key: ContextKey, peer: int) -> bool:
+        """Whether that lane sends such a thing here behind that step."""
+        there = self.lane if key.what == "gram" else peer
+        return key.step == self.gathering_step and there == CHOOSES

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
+
+What = Literal["segment", "gram", "subspace"]
+_WORDS: dict[What, str] = {"gram": "Gram matrices", "subspace": "subspaces"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class ContextKey:
     """The keys and values of one layer (numbered in the whole model) for one segment of a microbatch's sequences, or
-    with `gradient` what comes back for them."""
+    with `gradient` what comes back for them. what: another thing of that layer and step, of no segment."""
 
     step: int
     evaluation: bool
@@ -17,8 +20,11 @@ class ContextKey:
     layer: int
     segment: int
     gradient: bool = False
+    what: What = "segment"
 
     def __str__(self) -> str:
+        if self.what != "segment":
+            return f"{_WORDS[self.what]} of layer {self.layer}, step {self.step}"
         what = "the gradient of " if self.gradient else ""
         when = "evaluation after step" if self.evaluation else "step"
         return (

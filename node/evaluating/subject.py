@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..export import modeling_thinpipe
+from ..export.portable_model import MODELING, modeling
 from ..model.architecture import first_line, quiet_transformers
 
 
@@ -86,7 +86,7 @@ def load_directory(directory: Path, *, trusted: bool, device: str) -> tuple[Any,
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trusted}
     # What an export brings is loaded from here: config.json might name other code than the file beside it.
     ours = not trusted and is_ours(directory)
-    kind = modeling_thinpipe.ThinpipeForCausalLM if ours else transformers.AutoModelForCausalLM
+    kind = modeling().ThinpipeForCausalLM if ours else transformers.AutoModelForCausalLM
     try:
         model = kind.from_pretrained(directory, dtype=torch.float32, **options)
         words = transformers.AutoTokenizer.from_pretrained(directory, use_fast=True, **options)
@@ -110,9 +110,8 @@ def on_device(model: Any, device: str) -> Any:
 
 def is_ours(directory: Path) -> bool:
     """Whether the code in `directory` is what this version of thinpipe exports, and nothing else."""
-    own = Path(modeling_thinpipe.__file__)
     there = sorted(directory.glob("*.py"))
     try:
-        return [path.name for path in there] == [own.name] and there[0].read_bytes() == own.read_bytes()
+        return [path.name for path in there] == [MODELING.name] and there[0].read_bytes() == MODELING.read_bytes()
     except OSError:
         return False

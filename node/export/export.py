@@ -18,18 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.assemble import Assembled, assemble
+from ..checkpoints.assemble import Assembled
+from ..checkpoints.plain_projections import is_plain, model_of_run
 from ..config import ConfigError, RunConfig
 from ..data import Corpus, DataError, SourceLost, Vocabulary
-from ..lane_choice import chosen_lane
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
 from ..preparation import check_device, prepare_corpus
 from ..run_corpus import check_trained_on, vocabulary_of_run
-from . import modeling_thinpipe
 from .heldout_loss import heldout_loss, recorded_loss
-from .portable_model import ExportError, PortableModel, plain_model, with_boundaries
+from .portable_model import MODELING, ExportError, PortableModel, modeling, plain_model, with_boundaries
 from .tokenizer_files import portable_tokenizer
 
 if TYPE_CHECKING:
@@ -50,12 +49,13 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the model of `run` to `out`, a new or empty directory; returns what was written, for people and scripts.
 
-    plain: without boundaries, whether or not they do anything. lane: as `run_lanes.chosen_lane`. The rest as
-    `assemble`. Raises ExportError, what these two raise, and OSError where `out` cannot be written.
+    plain: without boundaries, and without what a context method has at projections, whether or not they do anything.
+    lane, and the rest: as `model_of_run`. Raises ExportError, what that raises, and OSError where `out` cannot be
+    written.
     """
     check_out(out)
-    lane, config, place = chosen_lane(run, lane, config=config, step=step, report=report)
-    assembled = assemble(place, step=step, config=config, report=report)
+    taken = model_of_run(run, lane, step=step, config=config, report=report, nearly=plain)
+    assembled, settings = taken.found, taken.config
     vocabulary = vocabulary_of_run(run, assembled)
     transformers = quiet_transformers()
     without = plain_model(assembled)
@@ -77,21 +77,23 @@ def export_run(
         with suppress(OSError):  # those that hold nothing
             for directory in missing:
                 directory.rmdir()
+    angles = not is_plain(settings, assembled.completed)
     return {
         "run": str(run),
-        **({"lane": lane} if config.lanes.count > 1 else {}),
+        **({"lane": taken.lane} if settings.lanes.count > 1 else {}),
         "step": assembled.completed,
         "out": str(out),
         "architecture": assembled.architecture.model_type,
         "codec": assembled.config.codec.codec,
         "boundaries": model.boundaries,
         "boundaries_left_out": whole.boundaries - model.boundaries,
+        **({"context": settings.context.method, "angles_left_out": angles} if settings.context.method else {}),
         "parameters": model.parameters,
         "files": files,
         "held_out": {
             "sequences": assembled.config.evaluation_microbatches * assembled.config.microbatch_size,
             "sequence_length": assembled.config.data.sequence_length,
-            "loss_recorded": recorded_loss(place, assembled.completed),
+            "loss_recorded": recorded_loss(settings, run, taken.lane, assembled.completed),
             **losses,
         },
     }
@@ -121,7 +123,7 @@ def _write(model: PortableModel, tokenizer: PreTrainedTokenizerFast, directory: 
     GenerationConfig(**ids).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     if model.boundaries:
-        shutil.copyfile(modeling_thinpipe.__file__, directory / "modeling_thinpipe.py")
+        shutil.copyfile(MODELING, directory / MODELING.name)
     _write_weights(model.weights, directory)
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir())}
 
@@ -156,7 +158,7 @@ def _losses(
 ) -> dict[str, Any]:
     """Of what is in `directory`, and of the whole function where that is another one. A text that is not here leaves
     them open, and so does another one in its place: its loss would be no neighbour of the one that the run recorded."""
-    kind = modeling_thinpipe.ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
+    kind = modeling().ThinpipeForCausalLM if model.boundaries else transformers.AutoModelForCausalLM
     exported: Any = kind.from_pretrained(directory, local_files_only=True)
     config = _with_tokenizer(assembled.config, vocabulary)
     try:
@@ -186,7 +188,7 @@ def in_memory(model: PortableModel) -> Any:
     """The model of transformers whose weights are the given tensors themselves, without a file between."""
     with torch.device("meta"):
         if model.boundaries:
-            built: Any = modeling_thinpipe.ThinpipeForCausalLM(model.config)
+            built: Any = modeling().ThinpipeForCausalLM(model.config)
         else:
             built = quiet_transformers().AutoModelForCausalLM.from_config(model.config)
     decoder = built.decoder if model.boundaries else built

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +26,7 @@ from ...compress.codec_interface import Codec, StageContext
 from ...compress.registry import parse_codec
 from ...compress.token_table import token_table
 from ..checkpoints.assemble import Assembled
-from ..model.architecture import was_tied
+from ..model.architecture import quiet_transformers, was_tied
 from ..model.parts import find_parts
 from ..model.pretrained import read_tensors
 from ..model.slices import skeleton
@@ -33,6 +35,7 @@ from ..stage_costs import stage_layers
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+MODELING = Path(__file__).with_name("modeling_thinpipe.py")
 # What a stage knows of tokens, by the names of `compress.anchors`, and what modeling_thinpipe.py calls it.
 KNOWN = {
     "weight": "weight",
@@ -46,6 +49,13 @@ KNOWN = {
 
 class ExportError(ValueError):
     """This run's model cannot be exported, or not so; one line says why."""
+
+
+def modeling() -> Any:
+    """`modeling_thinpipe`. It knows nothing of thinpipe, and so not how to import transformers without the parts that
+    are not needed; that is done before it."""
+    quiet_transformers()
+    return import_module(f".{MODELING.stem}", __package__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -90,8 +100,6 @@ def plain_model(assembled: Assembled) -> PortableModel:
 
 def with_boundaries(assembled: Assembled, plain: PortableModel) -> PortableModel:
     """The function that was trained: `plain` itself where nothing happens at the boundaries. Raises ExportError."""
-    from .modeling_thinpipe import ThinpipeConfig
-
     codec = _codec(assembled)
     functions = _functions(assembled, codec)
     if not functions:
@@ -107,7 +115,7 @@ def with_boundaries(assembled: Assembled, plain: PortableModel) -> PortableModel
                 weights[f"boundaries.{number}.{end}.matrices.{place}"] = matrix
     if codec.table_scale:
         weights["token_table"] = _token_table(assembled)
-    config = ThinpipeConfig(
+    config = modeling().ThinpipeConfig(
         text_config=plain.config,
         boundaries=[
             {"before": layers[number].stop, "encode": _shown(function.encode), "decode": _shown(function.decode)}

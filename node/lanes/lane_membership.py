@@ -94,8 +94,7 @@ class LaneMembership:
         )
         self.is_ending = False
         self._knows = identity.first  # which log counts
-        if not self._knows:
-            links.hold_back()
+        links.hold_back()
         self._is_in_vain = False  # this lane is to end, and waits in a round for lanes that have ended
         self._machine = self._machine_of(identity, deadline_s) if identity.first else None
         self._chain = ChainStatuses(identity, plan.count, tell=tell, refuse=refuse)
@@ -140,6 +139,11 @@ class LaneMembership:
         far, and has to take up the state of another one."""
         below = self._chain.below.forgot if self._chain.below else 0
         return self._plan.first_after(completed) < max(self._links.forgot, below)
+
+    @property
+    def decides(self) -> bool:
+        """Whether it does so for its lane, with the other lanes."""
+        return self._machine is not None
 
     @property
     def part(self) -> OwnPart:

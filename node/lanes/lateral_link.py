@@ -9,6 +9,10 @@ whatever a contribution has. While the disk works nothing more is read from this
 
 A heartbeat a second says that this node lives, how far it is, and what its lane waits for. A peer that says nothing for
 `silence_s` counts as gone and is dialled again; who waits for it learns how long ago it was heard.
+
+At the end each side has the other's word that it needs nothing more, and that it has heard the same of this one. Until
+then a link is not over: a goodbye that was lost with its connection is said again over the next one. Only the very last
+word may be lost, and who lacks nothing but that does not wait for long.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from ...protocol.round_session import (
     PeerDone,
     PeerGreeted,
     PeerMoved,
+    PeerParted,
     PeerTold,
     RoundSession,
 )
@@ -76,6 +81,7 @@ class LateralLink:
             part_bytes=part_bytes_for(profile),
             window_bytes=window_bytes_for(profile),
             stay_of=lambda round: self.stays.stay_of(identity.lane, round),
+            generation=settings.generation,
         )
         self.stays = all_stay(identity.lanes)  # whose contributions to which rounds are expected
         self.lane = peer_lane
@@ -95,7 +101,7 @@ class LateralLink:
         self._attached = asyncio.Lock()
         self._end: asyncio.Future[None] | None = None  # ends the present connection
         self._greeted, self._news, self._sendable = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._said_all = asyncio.Event()  # the goodbye was handed to gRPC
+        self._parted = self._left = False  # the peer has heard the goodbye; this node waits for it no more
 
     @property
     def name(self) -> str:
@@ -125,8 +131,8 @@ class LateralLink:
 
     @property
     def finished(self) -> bool:
-        """Neither side needs anything of the other."""
-        return self.peer.done and self._said_all.is_set()
+        """Neither side needs anything of the other, and the peer knows that; or this node leaves anyway."""
+        return self._parted or self._left
 
     # -- what the node does -------------------------------------------------------------------------------------------
 
@@ -156,6 +162,13 @@ class LateralLink:
         self._news.set()
         self._sendable.set()
 
+    def begin_anew(self) -> None:
+        """All lanes go on from another step: nothing that was said or came so far counts."""
+        self.arrivals.void = True
+        self.end(LateralLinkEnded("a generation has begun"))
+        self.session.begin_anew()
+        self._news.set()
+
     def finish(self) -> None:
         """This node needs nothing more of the peer."""
         self._finishing = True
@@ -178,15 +191,29 @@ class LateralLink:
             )
 
     async def until_finished(self) -> None:
-        """Wait until the peer needs nothing more either; the same errors."""
-        await self.peer.until(lambda: self.peer.done, f"the end of lane {self.lane}")
-        with suppress(TimeoutError):  # whether it knows that this node is through, too, is of use to it alone
-            async with asyncio.timeout(LAST_WORD_S):
-                await self._said_all.wait()
+        """Wait until the peer needs nothing more either, and knows that this node does not; the same errors. The latter
+        is of use to the peer only, so for that alone no longer than it takes to notice a loss and to say it again."""
+        patience_s = self._settings.silence_s + LAST_WORD_S
+        while not self.finished:
+            await self.peer.until(lambda: self.peer.done or self.finished, f"the end of lane {self.lane}")
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    while self.peer.done and not self.finished:  # another process of the peer may need something again
+                        await self.peer.changed()
+            if self.peer.done and not self.finished:
+                raise TimeoutError(
+                    f"{self.name}: both lanes are through; waited {patience_s:g} s to hear that lane {self.lane} knows "
+                    "that of this one, which leaves"
+                )
+
+    def leave(self) -> None:
+        """Whatever the peer may still need, this node leaves. What it has to say is said."""
+        self._left = not self._parted
+        self.peer.notify()
 
     async def until_over(self) -> None:
-        """Wait until neither side needs anything of the other, for as long as that takes."""
-        while not self.finished:
+        """Wait until neither side needs anything of the other, and no connection stands, for as long as that takes."""
+        while not self.finished or self._end is not None:
             await self.peer.changed()
 
     async def say(self, frame: CopyFrame) -> None:
@@ -198,17 +225,24 @@ class LateralLink:
             self.outgoing.push(encode_frame(frame), "checkpoint_copy" if part else "control")
 
     def take_place(self, peer: Greeting) -> None:
-        """Another connection comes. The same process dials again: its first connection must be half-dead, and ends.
-        Raises RemoteProtocolError for another process while the first one answers."""
-        if self._end is None or self.session.peer is None or not self.session.greeted:
+        """Another connection comes. The same process dials again: its first connection must be half-dead, and ends. Or
+        one dials that has its place in its lane, and the connected one has none, or had it in an earlier generation:
+        that was replaced, and may not know yet. Raises RemoteProtocolError for any other process while the first one
+        answers."""
+        present, beat = self.session.peer, self.peer.heartbeat
+        if self._end is None or present is None or not self.session.greeted:
             return
-        if self.session.peer.incarnation != peer.incarnation:
+        same = present.incarnation == peer.incarnation
+        generation = max(present.generation, beat.generation if beat else 0)
+        place_since = None if present.joining and generation == present.generation else generation
+        succeeds = not peer.joining and (place_since is None or peer.generation > place_since)
+        if not (same or succeeds):
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
-                f"lane {self.lane} of stage {peer.stage} is served by process {self.session.peer.incarnation:x}, which "
+                f"lane {self.lane} of stage {peer.stage} is served by process {present.incarnation:x}, which "
                 f"answers, so there is no place for process {peer.incarnation:x}; stop one of the two",
             )
-        self.end(LateralLinkEnded("the same process opened another connection"))
+        self.end(LateralLinkEnded("the same process opened another connection" if same else "its successor came"))
 
     def end(self, why: Exception) -> None:
         """End the present connection, if there is one."""
@@ -228,13 +262,13 @@ class LateralLink:
             out, session = self.outgoing, self.session
             self._end = asyncio.get_running_loop().create_future()
             self._greeted.clear()
-            self._said_all.clear()
+            self._parted = False
             out.begin_connection()
             session.connect()
             self._statuses = StatusExchange(session.identity.lanes, self._settings.rounds())
             self._status_due = self._settings.status is not None
             if speaks_first:
-                out.push(session.greeting(self._settings.heartbeat()))
+                out.push(self._greeting())
             parts = (
                 self._hear(read, answers=not speaks_first),
                 out.admission(),
@@ -242,7 +276,7 @@ class LateralLink:
                 self._tell(),
                 self._beat(),
                 self._send(),
-                self.until_over(),
+                self._until_parted(),
             )
             tasks = [asyncio.ensure_future(part) for part in parts]
             try:
@@ -272,6 +306,10 @@ class LateralLink:
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
+                self.peer.notify()
+
+    def _greeting(self) -> bytes:
+        return self.session.greeting(self._settings.heartbeat(), joining=self._settings.joining())
 
     async def _hear(self, read: Read, *, answers: bool) -> None:
         loop, session = asyncio.get_running_loop(), self.session
@@ -285,9 +323,6 @@ class LateralLink:
                     raise RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {timeout_s:g} s") from None
                 raise ConnectionError(f"{self.name}: nothing was heard for {timeout_s:.1f} s") from None
             if raw is None:
-                if self.peer.done and session.done:  # who has both ends the stream: sooner than gRPC says we sent it
-                    self._said_all.set()
-                    self.peer.notify()
                 return
             self.peer.heard_s = loop.time()
             try:
@@ -312,7 +347,7 @@ class LateralLink:
                     self.peer.done, self.connections = False, self.connections + 1
                     self.peer.fault = self.peer.heartbeat = None
                     if answers:
-                        self.outgoing.push(session.greeting(self._settings.heartbeat()))
+                        self.outgoing.push(self._greeting())
                     self._greeted.set()
                     self.peer.connected = True
                     self._settings.on_met(self.lane)
@@ -336,7 +371,11 @@ class LateralLink:
                             self.outgoing.push(session.received())
                 case PeerDone():
                     self.peer.done = True
+                    self._news.set()
                     self._settings.on_ended(self.lane)
+                case PeerParted():
+                    self._parted = True
+                    self._news.set()
                 case None:
                     pass
             self.peer.notify()
@@ -367,11 +406,10 @@ class LateralLink:
             if self._finishing:
                 if not self.session.done:
                     out.push(self.session.goodbye())
-                    await out.until_sent()
-                    self._said_all.set()
+                if self.session.parting_due:
+                    out.push(self.session.parting())
                     self.peer.notify()
-                    continue
-                await self._news.wait()  # of statuses: there is nothing else to tell
+                await self._news.wait()  # of statuses, or of the peer's goodbye: there is nothing else to tell
                 continue
             if receiver.jumped or self._skips(receiver.goes_on_with):
                 raise LateralLinkEnded("this node has gone on to a later round")
@@ -389,6 +427,13 @@ class LateralLink:
             if receiver.tell_due:
                 out.push(self.session.received())
             await self._news.wait()
+
+    async def _until_parted(self) -> None:
+        """Wait until both have heard the other's goodbye, as far as this node can know and do: the peer has said so,
+        and that this node has heard its own is handed to gRPC."""
+        while not (self._left or (self._parted and self.session.parted)):
+            await self.peer.changed()
+        await self.outgoing.until_sent()
 
     def _skips(self, round: int | None) -> bool:
         """Whether the peer had no part in that round and came back later, or makes it after others have: it is to be

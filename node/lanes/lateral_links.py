@@ -9,7 +9,8 @@ that was left out has contributions that count for nobody; they are dropped at b
 come back is asked for by the number of another history (stays.py).
 
 What is on the disk below `directory`: `own`, this node's contributions until no peer will ask for them again, and
-`lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both.
+`lane-N`, those of lane N until this node will not ask for them again. A process that comes back finds both, and in
+`forgot` what it has promised never to ask for: the peers have dropped it, whatever checkpoints lie here.
 
 A full mesh, because there are few lanes: every contribution crosses each thin link once, and nobody has to be waited
 for but who made it. A ring, or a tree, would send each byte over more links one after the other, and each node's adding
@@ -37,7 +38,7 @@ from ...protocol.round_session import LIMITS
 from ..links.dialling import Where
 from ..links.link import Read
 from ..links.outgoing import Write
-from ..links.transport import Report, both_ways, linger, tell
+from ..links.transport import PASSING, Report, both_ways, linger, tell
 from ..security.policy import PLAIN, Security
 from .contribution_check import ContributionCheck
 from .contribution_store import ContributionError, ContributionStore
@@ -45,7 +46,8 @@ from .lateral_dialling import dial_lane
 from .lateral_link import LateralLink, LateralLinkEnded
 from .lateral_outgoing import Kind
 from .lateral_settings import LateralSettings
-from .stays import Stays, all_stay
+from .promise_file import read_promise, write_promise
+from .stays import Stays, all_stay, none_known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,7 @@ class LateralLinks:
         self._made = max(self._own.kept, default=-1) + 1  # rounds that this node has contributed to
         self._waited_s = 0.0
         self._needed_from: int | None = None  # None: this node has not said yet where it is
+        self._promised, self._promising = read_promise(directory), asyncio.Lock()
         self._writing = asyncio.Lock()
         self._may_write = asyncio.Event()  # it is known which log counts
         self._may_write.set()
@@ -117,6 +120,10 @@ class LateralLinks:
     def links(self) -> list[LateralLink]:
         """By lane, in order."""
         return list(self._links.values())
+
+    def link_to(self, lane: int) -> LateralLink:
+        """That one. Raises KeyError for this node's own lane."""
+        return self._links[lane]
 
     # -- for the training loop ----------------------------------------------------------------------------------------
 
@@ -195,10 +202,25 @@ class LateralLinks:
         self._may_write.set()
         self._on_held()
 
+    async def begin_anew(self) -> None:
+        """All lanes go on together from another step, and make again what they contribute from there on: whatever is
+        here goes, all connections begin anew, and `forget_before` is due again."""
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+        async with self._writing:
+            self._made, self._needed_from, self._promised = 0, None, 0
+            dropped = [(self._own, self._own.unkeep_others(lambda _: None))]
+            for link in self._links.values():
+                link.begin_anew()  # all, before anything is waited for
+            for link in self._links.values():
+                await link.arrivals.settle()
+                dropped.append((link.received, link.received.unkeep_others(lambda _: None)))
+            for store, void in dropped:
+                await asyncio.to_thread(store.remove, void)
+
     @property
     def forgot(self) -> int:
         """This node will never ask for a round before this one."""
-        return self._needed_from or 0
+        return max(self._promised, self._needed_from or 0)
 
     def kept(self) -> int:
         """Of this node's contributions, those before this round are gone."""
@@ -213,8 +235,11 @@ class LateralLinks:
         self._links[lane].end(error)
 
     def hold_back(self) -> None:
-        """What is published is not kept, nor given, before `expect` has said which contributions count."""
+        """Nothing is kept of what is published, given or asked for before `expect` has said which contributions
+        count."""
         self._may_write.clear()
+        for link in self._links.values():
+            link.stays = none_known(self._identity.lanes)
 
     def has_made(self, before: int) -> None:
         """This node has contributed to all earlier rounds that it is a member of, whatever is kept of that."""
@@ -225,14 +250,29 @@ class LateralLinks:
         for link in self._links.values():
             link.tell_status()
 
-    def forget_before(self, round: int) -> None:
+    def forget_before(self, round: int, *, lasting: bool = True) -> None:
         """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
         that it may be set back to. To be said once before anything is asked for (0 where a run begins), then whenever a
-        checkpoint makes more of it true."""
-        self._needed_from = max(round, self._needed_from or 0)
+        checkpoint makes more of it true. Later processes are held to it, so it is on the disk before it is told; if not
+        `lasting`, it holds until all begin anew."""
+        self._needed_from = max(round, self.forgot)
+        if lasting and self._needed_from > self._promised:
+            self._begin(self._promise(self._needed_from))
+        else:
+            self._promised = self._needed_from
+            self._forget()
+
+    async def _promise(self, round: int) -> None:
+        async with self._promising:
+            if round > self._promised:
+                await asyncio.to_thread(write_promise, self.directory, round)
+                self._promised = round
+        self._forget()
+
+    def _forget(self) -> None:
         for link in self._links.values():
-            link.forget_before(round)
-            if dropped := link.received.unkeep(round):
+            link.forget_before(self._promised)
+            if dropped := link.received.unkeep(self._promised):
                 self._begin(asyncio.to_thread(link.received.remove, dropped))
         self._on_held()
 
@@ -248,6 +288,8 @@ class LateralLinks:
             if members is None or lane in members or link.session.greeted
         ]
         ended = await asyncio.gather(*awaited, return_exceptions=True)  # one that is gone is no reason to leave others
+        for link in self._links.values():
+            link.leave()
         for each in ended:
             if isinstance(each, BaseException):
                 raise each
@@ -309,13 +351,15 @@ class LateralLinks:
         try:
             await self.serve(read, write, context)
         except RemoteProtocolError as error:
-            self._report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
+            if error.fault not in PASSING:
+                self._report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
             await tell(write, error)
             await linger(read)
         except LateralLinkEnded:
             pass
         except RefusedError as error:
-            self._report(error.fault, f"lateral link: refused by the peer at {context.peer()}: {error}")
+            if error.fault not in PASSING:
+                self._report(error.fault, f"lateral link: refused by the peer at {context.peer()}: {error}")
             if error.fault is Fault.RESUME:  # asking again would not help
                 self._break(error)
         except ConnectionError as error:
@@ -341,7 +385,7 @@ class LateralLinks:
         greeting = decode_frame(first, LIMITS)
         if not isinstance(greeting, Greeting):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(greeting).__name__} frame before the greeting")
-        check_lateral(greeting, self._identity)
+        check_lateral(greeting, self._identity, generation=self._settings.generation())
         link = self._links[greeting.lane]
         link.take_place(greeting)
         frames = [first]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...protocol.membership_log import Entry, MembershipLog
+from ...protocol.membership_log import Entry, MembershipLog, Stretch
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +43,8 @@ class Stays:
 def all_stay(lanes: int) -> Stays:
     """Of a run that begins: all lanes are members of all rounds."""
     return Stays(MembershipLog.begin(lanes), lanes, (), lambda round: round)
+
+
+def none_known(lanes: int) -> Stays:
+    """Before it is known which log counts: nothing is given to anybody, nor asked for."""
+    return Stays(MembershipLog((Stretch(first=0, members=()),)), lanes, (), lambda round: round)

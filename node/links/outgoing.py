@@ -44,6 +44,8 @@ ROW = {
     Kind.CONTEXT: "context",
     Kind.CONTEXT_GRADIENT: "context_gradient",
     Kind.CONTEXT_EVALUATION: "evaluation",
+    Kind.CONTEXT_GRAM: "context",
+    Kind.CONTEXT_SUBSPACE: "context",
 }
 APART = ("evaluation", "probe")  # counted whole, outside the ratio
 

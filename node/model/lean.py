@@ -5,7 +5,8 @@ Before it defines a decoder, transformers imports `torch.distributed.tensor` (te
 loss of object detectors). A stage needs none of them. Two are optional for transformers: torch may be built without
 `distributed`, scipy may not be there, and it asks. So it is told that they are not, while its modules are imported.
 torch's compiler is not optional; it is put off: a stand-in knows the three decorators, and anything else that is asked
-of it imports the real one, as does the mask's helper once a mask needs it.
+of it imports the real one, as does the mask's helper once a mask needs it. And what its thousand model files define,
+which transformers reads from all of them when it is imported, is not read from them again.
 
 Why not patch transformers, or copy the decoder: any decoder of transformers is to work, in its own code. What is
 computed is the same; whoever compiles layers gets the compiler when they do.
@@ -17,12 +18,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 COMPILER = "torch._dynamo"
 MASK_HELPER = "torch._dynamo._trace_wrapped_higher_order_op"
+SCAN = "define_import_structure"
 NOT_NEEDED = ("is_scipy_available", "is_torch_distributed_available")
+Structure = dict[frozenset[str], dict[str, set[str]]]  # needed backends -> module -> what it defines
 # What every decoder of transformers imports; a model's own module follows when it is asked for.
 COMMON = ("modeling_utils", "masking_utils", "modeling_layers", "generation.utils")
 
@@ -45,6 +49,8 @@ def without_unused() -> Iterator[None]:
     before = {(where, name): getattr(where, name) for where in (utils, import_utils) for name in NOT_NEEDED}
     for where, name in before:
         setattr(where, name, lambda: False)
+    before[import_utils, SCAN] = scan = getattr(import_utils, SCAN)
+    setattr(import_utils, SCAN, scanned_once(scan, Path(import_utils.__file__).parents[1] / "models"))
     standing_in = _put_off() if COMPILER not in sys.modules else {}
     try:
         yield
@@ -52,6 +58,22 @@ def without_unused() -> Iterator[None]:
         for (where, name), value in before.items():
             setattr(where, name, value)
         _end(standing_in)
+
+
+def scanned_once(scan: Callable[..., Structure], models: Path) -> Callable[..., Structure]:
+    """`scan`, which is asked for the models as a part of transformers first, and then for the models alone; it
+    remembers its answers, and the second is a part of the first."""
+
+    def scanned(path: str | Path, prefix: str | None = None) -> Structure:
+        if prefix is not None or Path(path) != models / "__init__.py":
+            return scan(path, prefix=prefix)
+        inside = "models."
+        return {
+            backends: {name.removeprefix(inside): names for name, names in modules.items() if name.startswith(inside)}
+            for backends, modules in scan(models, prefix="models").items()
+        }
+
+    return scanned
 
 
 def _put_off() -> dict[str, ModuleType]:

@@ -7,13 +7,19 @@ from typing import Any
 
 from rich.table import Table
 
+from ...protocol.schedule import schedule_title
+
 WAITS_BELOW = 0.9  # of the tokens/s without links: more is within what a plan is off by
 
 
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
+<<<<<<< HEAD
     one = ", one lane" if figures["lanes"] else ""
     whole = Table(title=f"{figures['schedule']} over {figures['link']}{one} (simulated, not measured)")
+=======
+    whole = Table(title=f"{schedule_title(figures['schedule'])} over {figures['link']} (simulated, not measured)")
+>>>>>>> a4080cdeca5e3286c4ae48bb42b7f75a67b7f6e0
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(
@@ -145,7 +151,12 @@ def cut_lines(figures: dict[str, Any]) -> list[str]:
         whole = goes_to["computing"] / (goes_to["computing"] + goes_to["boundaries"])
     busiest = max((max(of["forward_share"], of["backward_share"]) for of in figures["boundaries"]), default=1.0)
     # The links would carry what the machines can compute: it is their delay that costs.
-    if whole < WAITS_BELOW and busiest < whole and "rtt_ratio" not in figures["schedule"]:
+    if (
+        whole < WAITS_BELOW
+        and busiest < whole
+        and plain in ("gpipe", "1f1b", "zb")
+        and "rtt_ratio" not in figures["schedule"]
+    ):
         deeper = "zb" if plain == "zb" else "1f1b"
         lines.append(
             f"stages wait for what is on its way, and links are idle: --schedule {deeper}:rtt_ratio=auto does more "

@@ -16,7 +16,7 @@ from thinpipe.protocol.membership_log import Entry, MembershipLog
 from thinpipe.protocol.messages import Frame, Goodbye, Greeting, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.round_membership import RoundMembership
 from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
-from thinpipe.protocol.round_session import LIMITS, PartCame, PeerDone, PeerGreeted, PeerTold, RoundSession
+from thinpipe.protocol.round_session import LIMITS, PartCame, PeerDone, PeerGreeted, PeerParted, PeerTold, RoundSession
 from thinpipe.protocol.round_transfer import ROUNDS_AHEAD, WINDOW_PARTS_LEAST, Contribution
 
 from ..builders import identity
@@ -67,6 +67,7 @@ class _Node:
         self.now_s = 0.0
         self.position = (0, 0)
         self.partial = b""
+        self.ending = False  # it needs nothing more once the peer does not
 
     def connect(self, *, greeted: bool) -> None:
         self.session.connect()
@@ -88,6 +89,12 @@ class _Node:
                 self.hear(status)
             case PeerDone():
                 self.membership.part(2, ended=True)
+                if self.ending:
+                    decode_frame(self.session.goodbye(), LIMITS)
+                    decode_frame(self.session.parting(), LIMITS)
+            case PeerParted():
+                if not self.session.parted:
+                    raise Finding("the peer has heard a goodbye that was not said")
             case PartCame(part=part, complete=complete):
                 if (part.round, part.offset) != self.position or part.total_bytes != size_of(part.round):
                     raise Finding(f"{part} came where {self.position} was due")
@@ -134,11 +141,13 @@ class _Node:
 
 def rounds(data: bytes) -> Ends:
     """A conversation. Of a part's first byte, bit 0: the connection breaks before it; bit 1: this node makes its next
-    contribution before it; bit 2: on a new connection, the part comes where a greeting is due."""
+    contribution before it; bit 2: on a new connection, the part comes where a greeting is due; bit 3: from then on this
+    node needs nothing more once the peer does not."""
     node = _Node()
     node.connect(greeted=True)
     taken = refused = 0
     for how, raw in mutators.cut(data[1:]):
+        node.ending = node.ending or bool(how & 8)
         if how & 2:
             node.publish()
         if how & 1 or not node.session.greeted:
@@ -193,12 +202,13 @@ def _seeds() -> list[bytes]:
         [(0, part) for part in parts[:7]],
         [(0, wanted(0)), (0, received(0, 16)), (0, received(1, 16)), (2, received(1, 16, 1)), (1, wanted(1, 16))],
         [(0, parts[0]), (0, parts[1]), (1, parts[2]), (0, Goodbye()), (0, BEAT), (0, parts[3])],
+        [(8, wanted(0)), (0, Goodbye()), (0, parts[0]), (0, Goodbye()), (0, BEAT), (0, Goodbye())],
         [(5, THEIRS.greeting()), (0, wanted(1)), (2, BEAT), (2, received(1)), (1, wanted(2))],
         [(0, each) for each in statuses],
         [(2, statuses[0]), (2, StatusExchange(3).say(out)), (0, Goodbye()), (2, statuses[1]), (1, statuses[0])],
         [(5, Refusal(code=Fault.LANE, reason="another lane")), (0, wanted(5)), (2, BEAT)],
     ]
-    assert isinstance(spoken[4][0][1], Greeting)
+    assert isinstance(spoken[5][0][1], Greeting)
     return [b"\x00" + mutators.join([(how, encode_frame(frame)) for how, frame in said]) for said in spoken]
 
 

@@ -15,8 +15,8 @@ WAITS_BELOW = 0.9  # of the tokens/s without links: more is within what a plan i
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
     one = ", one lane" if figures["lanes"] else ""
-    title = f"{schedule_title(figures['schedule'])} over {figures['link']}{one} (simulated, not measured)"
-    whole = Table(title=title)
+    schedule = schedule_title(figures["schedule"])
+    whole = Table(title=f"{schedule} over {figures['link']}{one} (simulated, not measured)")
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(

@@ -33,7 +33,7 @@ HELP = {
     "--context": "How keys and values cross to the other chunks: full, full:format=int8, mos:k=0.02,v=0.05,...",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
-    "depth by simulation.",
+    "depth by simulation. Or a CSV file of orders, a row a stage.",
     "--microbatches": "Microbatches per step: parts of its batch.",
     "--batch-size": "Sequences per step.",
     "--sequence-length": "Tokens per sequence.",

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from ..protocol.grid_place import grid
+from ..protocol.schedule import schedule_title
 from ..sim.launch.fork_server import ForkServer
 from ..sim.launch.isolation import isolated
 from ..sim.launch.local_swarm import SwarmError, Watch, run_swarm
@@ -146,7 +147,9 @@ def run_local(
             if schedule:
                 with _doing(console, "timing a microbatch"):
                     config = with_depth(config, schedule)
-                console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"schedule from step 0: {schedule_title(config.pipeline.schedule)}", highlight=False, soft_wrap=True
+                )
             if isolate:
                 link = LinkProfile.parse(config.link.link)
                 nodes = config.lanes.count * config.pipeline.stages
@@ -180,6 +183,7 @@ def run_local(
                         out,
                         stages=config.pipeline.stages,
                         lanes=config.lanes.count,
+                        grouped=bool(config.context.method),
                         trace=trace,
                         resume=resume,
                         restarts=restarts,

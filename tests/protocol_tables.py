@@ -90,15 +90,9 @@ FIELDS: dict[str, dict[str, str]] = {
     "Frame": {
         "greeting": "first frame of each stream, both ways",
         "refusal": "any stream, last frame",
-<<<<<<< HEAD
         "chunk": "Link, Context",
         "credit": "Link, Context",
-        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request",
-=======
-        "chunk": "Link",
-        "credit": "Link",
-        "goodbye": "Link, after the last chunk of its sender. Rounds, after its last request, and once more",
->>>>>>> 1ae91ba71cd191f66c0bdf6c9ae9509c7502aa30
+        "goodbye": "Link, Context: after the last chunk of its sender. Rounds, after its last request, and once more",
         "heartbeat": "Control, Rounds",
         **dict.fromkeys(
             [
@@ -129,17 +123,10 @@ FIELDS: dict[str, dict[str, str]] = {
         "stage": "of the sender, from 0",
         "stages": "of the pipeline",
         "incarnation": "random number of the sender's process, drawn once at its start",
-<<<<<<< HEAD
         "next_sequence": "Link, Context: number of the first chunk that the sender lacks. Else: 0",
         "granted_bytes": "Link, Context: as in Credit. Else: 0",
         "completed_steps": "Control, Rounds: steps completed, for people to read. Link, Context: 0",
-        "joining": "Control: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
-=======
-        "next_sequence": "Link: number of the first chunk that the sender lacks. Else: 0",
-        "granted_bytes": "Link: as in Credit. Else: 0",
-        "completed_steps": "Control, Rounds: steps completed, for people to read. Link: 0",
         "joining": "Control, Rounds: 1 if the sender takes a stage's place and is in no generation; 0 or 1",
->>>>>>> 1ae91ba71cd191f66c0bdf6c9ae9509c7502aa30
         "lane": "of the sender, from 0",
     },
     "Refusal": {"code": "text; name of a fault", "reason": "text; one line for people to read, with both values"},

@@ -100,6 +100,15 @@ UP = [
         ["--schedule", "gpipe:rtt_ratio=auto"],
         r"schedule 'gpipe:rtt_ratio=auto': there is no depth to choose for gpipe; say 1f1b:rtt_ratio=auto",
     ),
+    (
+        ["--schedule", "{dir}/wait.csv"],
+        r"pipeline\.schedule: .*wait\.csv, row 1, column 2: '0B0': deadlock: .* put the forward of 1 first here",
+    ),
+    (["--schedule", "{dir}/none.csv"], r"cannot read the schedule file .*none\.csv: No such file.*; name a CSV file"),
+    (
+        ["--schedule", "{dir}/short.csv"],
+        r"orders are for pipeline\.stages = 1 and pipeline\.microbatches = 1, but there are 4 and 4",
+    ),
     (["--schedule", "2f2b:rtt_ratio=auto"], r"unknown schedule '2f2b'; the nearest known one is '1f1b'"),
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
@@ -122,6 +131,10 @@ UP = [
     (["--prometheus", "a..b:9100"], r"watch\.prometheus: 'a\.\.b:9100': no machine can be known as 'a\.\.b'; check"),
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
     (["--lanes", "0"], r"lanes\.count: .*greater than or equal to 1 \(got 0\)"),
+    (
+        ["--chunks", "64", "--stages", "17"],
+        r"stages x lanes\.count = 17 x 64 = 1088: .* no more than 1024 nodes .*; have fewer of one",
+    ),
     (
         ["--lanes", "2", "--average", "outr"],
         r"lanes\.average: unknown averaging 'outr'; the nearest .* is 'outer'",
@@ -230,6 +243,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "section.toml").write_text("[pipelines]\nstages = 2\n")
     (directory / "scalar.toml").write_text("pipeline = 2\n")
     (directory / "type.toml").write_text("[run]\nsteps = 'many'\n")
+    (directory / "wait.csv").write_text("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n")
+    (directory / "short.csv").write_text("0F0,0B0\n")
     (directory / "taken").mkdir()
     (directory / "taken" / "run.toml").write_text("precious")
     return directory

@@ -16,7 +16,7 @@ from thinpipe.sim.reports.lanes import is_context
 from thinpipe.sim.reports.summary import CONTEXT
 
 from .conftest import TinyConfig
-from .real_faults import Done, Kill, carry_out, records
+from .real_faults import records
 from .real_up import Up, ended
 from .test_lane_processes import digests, ends, started
 
@@ -78,17 +78,3 @@ def test_chunks_over_tls(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
     ended(process)
     assert ends(run, config) == digests(config)
     assert all(records(run / f"lane-{lane}", stage, "start")[0]["tls"] for lane in range(2) for stage in range(2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", [(0, 1), (1, 0), (1, 1)])
-def test_a_lost_node_is_a_rewind_of_all(up: Up, tiny: TinyConfig, tmp_path: Path, lost: tuple[int, int]) -> None:
-    """Its keys and values were in what all others did: all of them go back to one step."""
-    lane, stage = lost
-    config = tiny({**CHUNKS, "run.steps": 24, "checkpoint.every": 4})
-    process, run = started(up, config, tmp_path, "--restarts", "2")
-    carry_out(run / f"lane-{lane}", [Kill(at=Done(stage=0, steps=10), stage=stage)])
-    ended(process)
-    assert ends(run, config) == digests(config)
-    back = {records(run / f"lane-{lane}", stage, "rollback")[-1]["to"] for lane in range(2) for stage in range(2)}
-    assert len(back) == 1

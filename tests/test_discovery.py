@@ -28,7 +28,7 @@ from .real_faults import records
 from .real_node import free_address, until
 from .real_swarm import DOOR, MULTIADDR, Process, Scene, all_gone, end_of, served, served_place
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SETTINGS: dict[str, Any] = {
     "pipeline.stages": 2,

@@ -201,6 +201,8 @@ def chunks_figures(
             for interface, name in ((False, "each its own rate"), (True, "all of a lane share one"))
             for route in ("direct", "ring")
         ],
+        "unsent_bytes": max(sizes.forward_bytes, sizes.backward_bytes) * config.chunk_layout.segments_per_lane,
+        "send_buffer_bytes": config.link.send_buffer_bytes,
         "at_first": None
         if first == sizes
         else {

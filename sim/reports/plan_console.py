@@ -14,12 +14,9 @@ WAITS_BELOW = 0.9  # of the tokens/s without links: more is within what a plan i
 
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
-<<<<<<< HEAD
     one = ", one lane" if figures["lanes"] else ""
-    whole = Table(title=f"{figures['schedule']} over {figures['link']}{one} (simulated, not measured)")
-=======
-    whole = Table(title=f"{schedule_title(figures['schedule'])} over {figures['link']} (simulated, not measured)")
->>>>>>> a4080cdeca5e3286c4ae48bb42b7f75a67b7f6e0
+    schedule = schedule_title(figures["schedule"])
+    whole = Table(title=f"{schedule} over {figures['link']}{one} (simulated, not measured)")
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(

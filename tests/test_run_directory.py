@@ -23,7 +23,7 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.measuring.dense_comparison import add_comparison
 from thinpipe.node.preparation import resolve_architecture, state_digest
-from thinpipe.node.resuming import interrupted, newest_common
+from thinpipe.node.resuming import interrupted, newest_common, newest_of_each
 from thinpipe.node.run_directory import (
     LOCK,
     LocalRunError,
@@ -189,6 +189,23 @@ def test_checkpoints_of_other_settings_are_no_common_step(run: Path, tiny: TinyC
     checkpoint(saved, 1, 4, of=config, table="beef")
     with pytest.raises(CheckpointError, match="the stages' token tables differ"):
         newest_common(config, run)
+
+
+def test_lanes_that_hold_chunks_go_on_from_a_step_that_all_of_them_have(tmp_path: Path, tiny: TinyConfig) -> None:
+    """Others go on from one each."""
+    settings = {"pipeline.stages": STAGES, "lanes.count": 2, "lanes.average": "gradients"}
+    chunks, lanes = tiny({**settings, "context.method": "full"}), tiny(settings)
+    for config, run in ((chunks, tmp_path / "chunks"), (lanes, tmp_path / "lanes")):
+        for stage in range(STAGES):
+            checkpoint(run / "lane-0" / "checkpoints", stage, 2, 4, 6, of=config)
+            checkpoint(run / "lane-1" / "checkpoints", stage, *((2, 4) if stage else (2, 4, 6)), of=config)
+    assert newest_of_each(chunks, tmp_path / "chunks") == [4]
+    assert newest_of_each(lanes, tmp_path / "lanes") == [6, 4]
+    (tmp_path / "chunks" / "run.toml").write_text(dump_config(chunks))
+    assert "goes on after step 4" in interrupted("interrupted", chunks, tmp_path / "chunks", begun=True)
+    shutil.rmtree(tmp_path / "chunks" / "lane-1")
+    assert newest_of_each(chunks, tmp_path / "chunks") == [None]
+    assert newest_of_each(lanes, tmp_path / "lanes") == [6, 4]
 
 
 def test_a_run_whose_settings_were_changed_by_hand_does_not_begin_anew(run: Path) -> None:

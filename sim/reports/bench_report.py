@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ...protocol.stage_orders import PREFIX
+
 COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "used", "busy", "state")
 LANE_COLUMNS = (*COLUMNS[:2], "lanes", "tokens/s", "of one", "averaging", *COLUMNS[3:])
 LEFT = ("link", "schedule", "lanes", "state")
@@ -59,7 +61,8 @@ def _lanes_words(cell: dict[str, Any]) -> str:
 
 def _row(cell: dict[str, Any], *, lanes: bool, named: bool) -> list[str]:
     """lanes: whether the table has columns for them. named: whether it has several ways to average."""
-    name = [cell["link"], cell["schedule"]]
+    written = cell["schedule"].startswith(PREFIX)  # which would be many lines
+    name = [cell["link"], cell["asked"] if written else cell["schedule"]]
     if lanes:
         name.append(f"{cell['lanes']} {cell['average']}" if named and cell["average"] else str(cell["lanes"]))
     figures, planned = cell.get("measured"), cell.get("planned")

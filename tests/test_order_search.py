@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from thinpipe.cli import app
 from thinpipe.node.config import RunConfig
 from thinpipe.node.measuring.schedule_search import with_schedule
@@ -16,6 +18,7 @@ from thinpipe.protocol.sought_schedule import may_stand_for
 from thinpipe.sim.links.order_search import best_orders
 from thinpipe.sim.links.pipeline import Boundary, StageTimes, simulate
 from thinpipe.sim.links.shaper import LinkProfile
+from thinpipe.sim.reports.bench_report import bench_tables
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -109,3 +112,21 @@ def test_a_run_has_what_was_found_before_its_first_step(tiny: TinyConfig) -> Non
     assert not may_stand_for("best", "gpipe")
     assert may_stand_for("zb:rtt_ratio=auto", "zb:rtt_ratio=2")
     assert not may_stand_for("zb:rtt_ratio=auto", "1f1b")
+
+
+def test_cells_name_orders_as_they_were_asked_for() -> None:
+    cell = {
+        "mode": "emulated",
+        "of": "tiny@2",
+        "codec": "mapl",
+        "link": "none",
+        "lanes": 1,
+        "average": None,
+        "state": "failed",
+    }
+    orders = cell | {"schedule": "order:" + "FB" * 500, "asked": "best:in_flight=1", "problems": ["no time"]}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(*bench_tables({"cells": [orders]}))
+    told = console.export_text()
+    assert "best:in_flight=1" in told
+    assert "order:" not in told

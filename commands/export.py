@@ -75,6 +75,8 @@ def _told(written: dict[str, Any]) -> str:
         f"held-out loss, {held_out['sequences']} sequences of {held_out['sequence_length']} tokens:",
         *(f"  {'   -  ' if loss is None else f'{loss:.4f}'}  {what}" for loss, what in _losses(written)),
     ]
+    if written.get("angles_left_out"):
+        lines.append(f"without the angles of {written['context']}, which no plain projection computes")
     if left_out:
         lines.append(f"{_counted(left_out)} left out: omit --plain to have the model that was trained")
     more = ", trust_remote_code=True" if boundaries else ""

@@ -16,6 +16,7 @@ from .common import (
     Override,
     configuration,
     fail,
+    is_own_process,
     one_arithmetic_thread,
     run_errors,
     run_toml,
@@ -48,6 +49,13 @@ def plan(
     context: Annotated[str | None, shared("--context", "full, where there are chunks; of the run")] = None,
     timeline: Annotated[
         Path | None, typer.Option(help="Write a picture of what runs when, such as timeline.png. (none)")
+    ] = None,
+    write_schedule: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the schedule that was simulated as a CSV file, which --schedule and "
+            "torch.distributed.pipelining read. (none)"
+        ),
     ] = None,
     rule: Annotated[
         str,
@@ -86,7 +94,12 @@ def plan(
     from ..node.config import ConfigError
     from ..node.measuring.emulated_machine import EmulatedMachine
     from ..node.measuring.plan import PLANNED, planned
+    from ..node.schedule_file import ENDING, csv_text, names_a_file
 
+    if write_schedule and not names_a_file(write_schedule.name):
+        fail(
+            f"--write-schedule {write_schedule}: --schedule knows a file by its ending; say {write_schedule}{ENDING}", 2
+        )
     try:
         emulated = None if emulate is None else EmulatedMachine.parse(emulate)
     except ConfigError as error:
@@ -99,10 +112,17 @@ def plan(
         config = run_toml(measured, "--from")
     settings = configuration(config, {**(emulated.settings() if emulated else {}), **given}, overrides)
     try:
-        spec = schedule or settings.pipeline.schedule
+        spec = auto or settings.pipeline.schedule
         figures, simulated = planned(settings, emulated, measured, schedule=spec, rule=rule)
     except PLANNED as error:
         fail(str(error), 2)
+    if write_schedule:
+        pipeline = settings.pipeline
+        text = csv_text(figures["schedule"], stages=pipeline.stages, microbatches=pipeline.microbatches)
+        try:
+            write_schedule.write_text(text, encoding="utf-8")
+        except OSError as error:
+            fail(f"--write-schedule: cannot write {write_schedule}: {error.strerror}; choose another file", 2)
     if as_json:
         print(json.dumps(figures, indent=2))
     else:
@@ -199,7 +219,7 @@ def bench(
             limit_s=limit,
         )
         with run_errors(out):
-            found = run_bench(grid, out, quiet=as_json)
+            found = run_bench(grid, out, quiet=as_json, forks=is_own_process())
     except (ConfigError, *PLANNED) as error:
         fail(str(error), 2)
     if as_json:

@@ -33,7 +33,7 @@ HELP = {
     "--context": "How keys and values cross to the other chunks: full, full:format=int8, mos:k=0.02,v=0.05,...",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
-    "depth by simulation.",
+    "depth by simulation. Or a CSV file of orders, a row a stage.",
     "--microbatches": "Microbatches per step: parts of its batch.",
     "--batch-size": "Sequences per step.",
     "--sequence-length": "Tokens per sequence.",
@@ -93,6 +93,8 @@ def settings_of(
                 "--chunks are lanes of the same sequences, --lanes of different ones; omit one of the two",
                 2,
             )
+        if given.get("context") == "" and chunks > 1:
+            fail(f"--chunks {chunks}, but --context names no way for keys and values to cross; say --context full", 2)
         found |= {"lanes.count": chunks, "lanes.average": "gradients", "context.method": "full"}
     return found | {SETTING[name]: value for name, value in given.items() if value is not None}
 

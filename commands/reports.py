@@ -36,7 +36,7 @@ def summary(
     from ..node.preparation import BAD_INPUT, resolve_architecture
     from ..sim.reports.lanes import lane_path
     from ..sim.reports.lanes_summary import averaging_lines, summarise_run
-    from ..sim.reports.summary import NotEnded, checkpoint_lines, lacking_lines, write_summary
+    from ..sim.reports.summary import NotEnded, checkpoint_lines, lacking_lines, mode_of, write_summary
 
     try:
         width = resolve_architecture(settings).hidden_size
@@ -45,7 +45,7 @@ def summary(
             lanes=settings.lanes.count,
             stages=settings.pipeline.stages,
             width=width,
-            mode=mode_of(lane_path(run, 0, settings.lanes.count)),
+            mode=mode_of(lane_path(run, 0, settings.lanes.count)) or "one-process",
             of_steps=settings.run.steps,
         )
     except BAD_INPUT as error:
@@ -88,11 +88,3 @@ def _not_ended(run: Path, why: str, *, as_json: bool) -> NoReturn:
         print(json.dumps({**found.record(), "problem": why}, indent=2))
     line = f"{run} {found.line()}; no summary yet"
     fail("; ".join(part for part in (line, remedy.get(found.state)) if part), 1)
-
-
-def mode_of(run: Path) -> str:
-    """Who made these records: the nodes of a swarm, which say where they listen, or one process for all stages."""
-    from ..sim.reports.summary import read_records
-
-    head = next(iter(read_records(run / "stage-0.jsonl")), {})
-    return "swarm" if head.get("event") == "start" else "one-process"

@@ -161,8 +161,6 @@ def up(
         settings = origin.config
     elif resume is None:
         settings = configuration(config, options, overrides)
-    elif one_process:
-        fail("--resume: only a swarm writes checkpoints; omit --one-process", 2)
     elif overwrite:
         fail("--resume goes on with a run, --overwrite replaces one; omit one", 2)
     elif out is not None and out.resolve() != resume.resolve():

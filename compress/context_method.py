@@ -10,7 +10,7 @@ A method may replace what makes keys and values in the model (`attach`), before 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -79,6 +79,11 @@ class ContextMethod(ABC):
     format: str = ""
     backward: str = ""
 
+    @property
+    @abstractmethod
+    def exact_spec(self) -> str:
+        """Of the same method where it rounds nothing and does all that it does, at any width, in its first step."""
+
     @abstractmethod
     def wire_width(self, shape: ContextShape) -> int:
         """W: numbers a token."""
@@ -91,6 +96,17 @@ class ContextMethod(ABC):
     def check_steps(self, steps: int) -> None:
         """Raises CodecError for options that do not fit a run of so many steps."""
         del steps
+
+    def check_plain(self, step: int, steps: int) -> None:
+        """Raises CodecError where the model that an evaluation after step `step` of so many measures is none of plain
+        projections, those of `plain_weights`; it says when there is one."""
+        del step, steps
+
+    def plain_weights(self, weights: Mapping[str, Tensor], *, seed: int, step: int) -> dict[str, Tensor]:
+        """Of a model's weights, by their names in the whole model, those of the architecture's own projections that
+        compute as near to it as any, after step `step`. seed: of the run."""
+        del seed, step
+        return dict(weights)
 
     def begin(self, layer: Any, step: int, steps: int) -> None:
         """What `attach` gave, before the first forward of step `step` of so many."""

@@ -36,7 +36,6 @@ need no more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -175,8 +174,15 @@ class MixtureOfSubspaces(ContextMethod):
     def ranks(self, shape: ContextShape) -> tuple[int, int]:
         """Of keys and of values."""
         size = shape.heads * shape.head_width
-        of_keys, of_values = (max(1, round(share * size)) for share in self.shares)
-        return of_keys, of_values
+        return self._rank(0, size), self._rank(1, size)
+
+    def _rank(self, which: int, size: int) -> int:
+        return max(1, round(self.shares[which] * size))
+
+    @property
+    def exact_spec(self) -> str:
+        """With angles that are not zero at the start."""
+        return f"{self.name}:k=0.5,v=0.5,mixture=random,head={self.head}"
 
     def wire_width(self, shape: ContextShape) -> int:
         """Behind the warm phase; see `width_in`."""
@@ -217,49 +223,52 @@ class MixtureOfSubspaces(ContextMethod):
 
     def frozen(self, shape: ContextShape) -> Iterator[Tensor]:
         """What all nodes generate and have to have alike, for a digest."""
-        for which, rank in enumerate(self.ranks(shape)):
-            yield self._frame(shape, which, rank)
+        for which in range(len(PROJECTIONS)):
+            yield self._frame(shape.seed, shape.layer, which, shape.heads * shape.head_width)
             if self.mixture == "random":
                 yield _drawn_head(shape, which)
 
-    @property
-    def ends_plain(self) -> bool:
-        """Whether a run's last model is the plain one of `plain_weights`, and not near it only."""
-        return self.mixture == "none" or self.fold > 0
+    def check_plain(self, step: int, steps: int) -> None:
+        if self.mixture == "none" or self.phase(step, steps) != "mixed":
+            return
+        folds = steps - round(self.fold * steps)
+        when = f"its angles are 0 from step {folds + 1} of {steps} on" if folds < steps else "fold=0: they stay"
+        raise CodecError(
+            f"context method 'mos': after step {step + 1} keys and values lie in subspaces that turn by angles, which "
+            f"no plain projection does ({when})"
+        )
 
-    def plain_weights(self, weights: Mapping[str, Tensor], shape: ContextShape) -> dict[str, Tensor]:
-        """Of a model's weights, by their names in the whole model, those of the plain model that it is at θ = 0. shape:
-        of any layer. Each layer's number is the only one in its weights' names."""
+    def plain_weights(self, weights: Mapping[str, Tensor], *, seed: int, step: int) -> dict[str, Tensor]:
+        """Those at θ = 0; of a model that is warm still, its own. Each layer's number is the only one in its weights'
+        names."""
         found: dict[str, Tensor] = {}
         for name, tensor in weights.items():
             owner, _, kind = name.rpartition(".")
             which = _WHICH.get(owner.rpartition(".")[2])
-            if which is None:
+            if which is None or (kind in ("weight", "bias") and step < self.warm):
                 found[name] = tensor
             elif kind in ("weight", "bias"):
-                layer = next(int(part) for part in name.split(".") if part.isdigit())
                 frame = weights.get(f"{owner}.frame")
                 if frame is None:
-                    own = replace(shape, layer=layer)
-                    frame = self._frame(own, which, self.ranks(own)[which])
+                    layer = next(int(part) for part in name.split(".") if part.isdigit())
+                    frame = self._frame(seed, layer, which, len(tensor))
                 found[name] = folded(tensor, frame[0])
         return found
 
-    def _frame(self, shape: ContextShape, which: int, rank: int) -> Tensor:
-        size = shape.heads * shape.head_width
-        u_KR = exact_orthonormal(shape.seed, _stream(shape.layer, which, 0), size, rank)
-        return frame_of(u_KR, shape.seed, _stream(shape.layer, which, 1))
+    def _frame(self, seed: int, layer: int, which: int, size: int) -> Tensor:
+        u_KR = exact_orthonormal(seed, _stream(layer, which, 0), size, self._rank(which, size))
+        return frame_of(u_KR, seed, _stream(layer, which, 1))
 
     def attach(self, attention: nn.Module, shape: ContextShape) -> MixtureLayer:
         check_attention(attention, shape)
         made: list[MixtureProjection] = []
-        for which, (name, rank) in enumerate(zip(PROJECTIONS, self.ranks(shape), strict=True)):
+        for which, name in enumerate(PROJECTIONS):
             dense = attention.get_submodule(name)
             assert isinstance(dense, nn.Linear)
             angle_D = None if self.mixture == "none" else torch.zeros(shape.width)
             projection = MixtureProjection(
                 dense,
-                self._frame(shape, which, rank),
+                self._frame(shape.seed, shape.layer, which, dense.out_features),
                 learned_frame=self.warm > 0,
                 angle_D=_drawn_head(shape, which) if self.mixture == "random" else angle_D,
                 trained=self.mixture == "learned",

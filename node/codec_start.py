@@ -75,7 +75,7 @@ def write_codec_start(found: Assembled, config: RunConfig, directory: Path) -> s
         return ""
     path = directory / FILE
     layers = ",".join(str(len(each)) for each in stage_layers(found.config, found.architecture))
-    tokens = str(found.config.microbatch_size * found.config.data.sequence_length)
+    tokens = str(found.config.microbatch_size * found.config.lane_tokens)
     save_file(
         {name: tensor.contiguous() for name, tensor in tensors.items()},
         path,

@@ -15,8 +15,9 @@ from typing import Any, Self
 from pydantic import model_validator
 
 from ..compress.recommended_rates import recommended_for
+from ..protocol.control_messages import LISTED_MAX
 from ..protocol.global_norm import WithGlobalNorm
-from ..protocol.schedule import Schedule, get_schedule
+from ..protocol.schedule import Schedule, ScheduleError, get_schedule
 from .config_sections import (
     CheckpointSection,
     CodecSection,
@@ -73,6 +74,10 @@ class RunConfig(Section):
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
+        try:
+            get_schedule(self.pipeline.schedule).check(0, self.pipeline.stages, parts)
+        except ScheduleError as error:
+            raise ValueError(f"pipeline.schedule: {error}") from None
         if (speeds := self.pipeline.speeds) and len(speeds) != self.pipeline.stages:
             raise ValueError(
                 f"pipeline.speeds = {','.join(f'{speed:g}' for speed in speeds)} is for {len(speeds)} stages, but "
@@ -99,6 +104,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"context.method = '{self.context.method}' is for several chunks, and lanes.count = 1; set the number "
                 "of chunks, --chunks 2 or more"
+            )
+        nodes = self.pipeline.stages * self.lanes.count
+        if nodes > LISTED_MAX:
+            product = f"{self.pipeline.stages} x {self.lanes.count} = {nodes}"
+            raise ValueError(
+                f"pipeline.stages x lanes.count = {product}: nodes that hold chunks are lost and go back together, and "
+                f"no more than {LISTED_MAX} nodes can agree on that; have fewer of one of the two"
             )
         try:
             self.chunk_layout  # noqa: B018

@@ -55,8 +55,14 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         message = first["msg"].removeprefix("Value error, ")
-        got = f" (got {first['input']!r})" if where else ""
+        got = f" (got {brief(first['input'])})" if where else ""
         raise ConfigError(f"{where}: {message}{got}" if where else message) from None
+
+
+def brief(value: object) -> str:
+    """It as a person reads it in an error: orders of a schedule may be thousands of letters."""
+    text = repr(value)
+    return text if len(text) <= 160 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def load_config(path: Path, overrides: dict[str, Any] | None = None) -> RunConfig:

@@ -17,8 +17,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..protocol.messages import CHUNK_BYTES_MAX
-from ..protocol.schedule import ScheduleError, get_schedule
+from ..protocol.schedule import ScheduleError, StageOrders, get_schedule
 from ..sim.reports.metrics_address import MetricsAddress
+from .schedule_file import schedule_setting
 
 
 class Section(BaseModel):
@@ -162,7 +163,9 @@ class PipelineSection(Section):
 
     stages: int = Field(default=4, ge=1, le=1024, description="parts of the model, one process each")
     schedule: str = Field(
-        default="1f1b", description="gpipe, 1f1b, zb; 1f1b:rtt_ratio=1.8, zb:rtt_ratio=1.8 for slow links"
+        default="1f1b",
+        description="gpipe, 1f1b, zb; 1f1b:rtt_ratio=1.8, zb:rtt_ratio=1.8 for slow links; a CSV file of written "
+        "orders, which become `order:` and a word for each stage",
     )
     batch_size: int = Field(default=16, ge=1, description="sequences a step")
     microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
@@ -192,10 +195,12 @@ class PipelineSection(Section):
 
     @field_validator("schedule")
     @classmethod
-    def _trains(cls, spec: str) -> str:
-        if get_schedule(spec).name == "evaluation":
+    def _trains(cls, given: str) -> str:
+        spec = schedule_setting(given)
+        schedule = get_schedule(spec)
+        if schedule.name == "evaluation":
             raise ScheduleError("schedule 'evaluation' does not train; choose gpipe, 1f1b or zb")
-        return spec
+        return schedule.spec if isinstance(schedule, StageOrders) else spec  # orders in one spelling
 
 
 class LanesSection(Section):

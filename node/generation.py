@@ -13,6 +13,8 @@ from typing import Any
 
 from ..protocol.control_messages import CopyFrame, CopyPart
 from ..protocol.greeting import NodeIdentity
+from ..protocol.grid_place import GridPlace
+from ..protocol.group_chain import GroupChain
 from ..protocol.rollback_actions import Side
 from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile, Shaper
@@ -43,11 +45,14 @@ def links_of(
     sent: Mapping[Side, Counter[str]],
 ) -> tuple[Link | None, Link | None]:
     """To the stages above and below, where there are any, in the generation of `identity`. members: the only process
-    that may serve each stage; none: any may. sent: the accounts to go on with."""
+    that may serve each stage, or where lanes hold chunks each position of the chain of all; none: any may. sent: the
+    accounts to go on with."""
+    chain = GroupChain(identity.stages, identity.lanes)
 
     def link(side: Side, shape: BoundaryShape) -> Link:
         peer = identity.beside(side)
-        member = members[peer] if members else None
+        at = chain.position(GridPlace(peer, identity.lane)) if config.context.method else peer
+        member = members[at] if members else None
         return make_link(config, identity, peer, shape, tracer, member=member, sent=sent[side])
 
     above = link("above", stage.upstream_endpoint.shape) if stage.upstream_endpoint else None
@@ -66,7 +71,7 @@ def context_of(
     config: RunConfig,
     stage: Stage,
     identity: NodeIdentity,
-    members: Mapping[int, int],
+    members: Sequence[int],
     *,
     tracer: Tracer,
     sent: Mapping[int, Counter[str]],
@@ -74,13 +79,16 @@ def context_of(
     on_fault: Reporter,
     totals: RunTotals,
 ) -> LinkTransport | None:
-    """What moves keys and values to and from the own stage in other lanes; None: it keeps them for itself. members, by
-    lane, and the rest as above. Must be called in the event loop."""
+    """What moves keys and values to and from the own stage in other lanes; None: it keeps them for itself. members and
+    the rest as above. Must be called in the event loop."""
     parts = context_parts_of(config, stage)
     if not parts:
         return None
+    chain = GroupChain(identity.stages, identity.lanes)
+    at = {lane: chain.position(GridPlace(identity.stage, lane)) for lane in range(identity.lanes)}
+    beside = {lane: members[position] for lane, position in at.items()} if members else {}
     return LinkTransport(
-        context_links(config, identity, parts, members, tracer=tracer, sent=sent),
+        context_links(config, identity, parts, beside, tracer=tracer, sent=sent),
         parts,
         completed=stage.completed,
         send_buffer_bytes=config.link.send_buffer_bytes,

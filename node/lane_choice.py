@@ -40,7 +40,7 @@ def chosen_lane(
         return 0, *lanes[0]
     newest = [_newest(*place, step) for place in lanes]
     chosen = newest.index(max(newest))
-    if report:
+    if report and not config.context.method:  # lanes that hold chunks are parts of one model
         report(f"lane {chosen} of {len(lanes)} is taken; {run}/lane-N names another")
     return chosen, *lanes[chosen]
 

@@ -7,6 +7,7 @@ not part of it.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -30,7 +31,7 @@ from ..protocol.schedule import (
     interleave,
 )
 from ..sim.links.shaper import LinkProfile
-from ..sim.reports.lanes import is_lateral, other_lane
+from ..sim.reports.lanes import CONTEXT_LINK, context_link_name, is_context, is_lateral, other_lane
 from ..sim.reports.metrics_address import MetricsAddress
 from ..sim.reports.summary import dense_bytes_one_way
 from .averaging.averager import RoundUsed
@@ -51,11 +52,18 @@ Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> mess
 
 
 class LaneInProcess:
-    """The stages of one lane. Raises what `node.preparation.BAD_INPUT` names when the configuration cannot be
-    served."""
+    """The stages of one lane. resume: records go behind those in `out`. Raises what `node.preparation.BAD_INPUT` names
+    when the configuration cannot be served."""
 
     def __init__(
-        self, config: RunConfig, architecture: PretrainedConfig, corpus: Corpus, lane: int, out: Path | None
+        self,
+        config: RunConfig,
+        architecture: PretrainedConfig,
+        corpus: Corpus,
+        lane: int,
+        out: Path | None,
+        *,
+        resume: bool = False,
     ) -> None:
         self.config, self.corpus, self.lane = config, corpus, lane
         self.stages = [Stage(config, architecture, index, lane) for index in range(config.pipeline.stages)]
@@ -68,11 +76,19 @@ class LaneInProcess:
         self._work_s = self._work_cpu_s = 0.0  # of the step under way, up to its gradients
         self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
         self._watching: list[Watching] = []
-        self._metrics = [self._records(out, stage.index) for stage in self.stages] if out else []
+        self._metrics = [self._records(out, stage.index, resume=resume) for stage in self.stages] if out else []
         for metrics in self._metrics[:1]:
             metrics.write("data", **corpus.record())
+        for index, metrics in enumerate(self._metrics if resume else ()):  # behind "data": a swarm's begin with it
+            metrics.write("start", **self._start(index))
 
-    def _records(self, out: Path, index: int) -> MetricsWriter:
+    def _start(self, index: int) -> dict[str, object]:
+        """Of a process that takes the place of an earlier one: counts begin at zero again."""
+        run, pipeline, lanes = self.config.run, self.config.pipeline, self.config.lanes
+        places = {"stage": index, "stages": pipeline.stages, "lane": self.lane, "lanes": lanes.count}
+        return {"run": run.name, **places, "steps": run.steps, "resume": True}
+
+    def _records(self, out: Path, index: int, *, resume: bool) -> MetricsWriter:
         """Of one stage, with those who look at them."""
         settings = self.config.watch
         if settings.prometheus:
@@ -80,8 +96,8 @@ class LaneInProcess:
             own = first.of_node(index, self.lane, self.config.pipeline.stages)
             settings = settings.model_copy(update={"prometheus": str(own)})
         lanes = self.config.lanes.count
-        self._watching.append(Watching(settings, out, stage=index, lane=self.lane, lanes=lanes))
-        return MetricsWriter(out / f"stage-{index}.jsonl", view=self._watching[-1].take)
+        self._watching.append(Watching(settings, out, stage=index, lane=self.lane, lanes=lanes, replaces=resume))
+        return MetricsWriter(out / f"stage-{index}.jsonl", append=resume, view=self._watching[-1].take)
 
     def work(self, step: int) -> list[tuple[int, Action]]:
         """All of a step up to its gradients; returns the rest, which may have to wait for other lanes."""
@@ -267,10 +283,26 @@ class LaneInProcess:
                 rows = self.sent_to_lanes[index].setdefault(f"lateral {index}: lane {ends[0]}-{ends[1]}", Counter())
                 rows["averaging"] += len(contribution)
 
+    def count_context(self, index: int, other: int, message: Message) -> None:
+        """Stage `index` gives keys and values, or what comes back for them, to its own stage in another lane."""
+        rows = self.sent_to_lanes[index].setdefault(context_link_name(index, self.lane, other), Counter())
+        rows.update(accounted(message, self._chunk_bytes))
+
     def record_round(self, index: int, used: RoundUsed) -> None:
         """What stage `index` made of a round. Nobody had to be waited for."""
         if self._metrics:
             self._metrics[index].write("round", **used.record(), waited_s=0.0)
+
+    def record_checkpoint(self, index: int, completed: int, size: int, seconds: float) -> None:
+        """Stage `index` has written one, of so many bytes."""
+        if self._metrics:
+            self._metrics[index].write("checkpoint", completed=completed, bytes=size, seconds=round(seconds, 6))
+
+    def record_fault(self, index: int, line: str) -> None:
+        """A checkpoint of stage `index` that could not be written, and is told of."""
+        print(f"stage {index}: {line}", file=sys.stderr, flush=True)
+        if self._metrics:
+            self._metrics[index].write("fault", code="checkpoint", reason=line)
 
     def close(self) -> None:
         """Close the records, also of a run that failed."""
@@ -303,6 +335,8 @@ class LaneInProcess:
 def _link_record(stage: int, lane: int, name: str, rows: Counter[str]) -> dict[str, object]:
     if is_lateral(name):
         way: dict[str, object] = {"peer_lane": other_lane(name, lane)}
+    elif is_context(name):
+        way = {"peer_lane": other_lane(name, lane), "direction": CONTEXT_LINK}
     else:
         boundary = int(name.removeprefix("boundary ").partition("-")[0])
         way = {"boundary": boundary, "direction": "forward" if boundary == stage else "backward"}

@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from ..protocol.grid_place import grid
+from ..protocol.schedule import schedule_title
 from ..sim.launch.fork_server import ForkServer
 from ..sim.launch.isolation import isolated
 from ..sim.launch.local_swarm import SwarmError, Watch, run_swarm
@@ -31,8 +32,9 @@ from ..sim.reports.preparation_console import PreparationDisplay
 from ..sim.reports.progress import Progress
 from ..sim.reports.run_console import closing_lines, summary_tables
 from ..sim.reports.run_display import RunDisplay
-from ..sim.reports.summary import checkpoint_lines, lacking_lines, write_summary
+from ..sim.reports.summary import checkpoint_lines, lacking_lines, mode_of, write_summary
 from ..sim.reports.trace import draw, merge
+from .checkpoints.manifest import CheckpointError
 from .config import ConfigError, RunConfig, recommended_line
 from .config_file import load_config
 from .long_preparation import SAY_AFTER_S
@@ -43,7 +45,7 @@ from .origin import Origin
 from .preload import fork_server
 from .preparation import BAD_INPUT, check_settings, model_line
 from .resuming import check_checkpoints, interrupted
-from .run_corpus import check_named_tokenizer, first_checkpoints, open_run_corpus
+from .run_corpus import RunCorpus, check_named_tokenizer, first_checkpoints, open_run_corpus
 from .run_directory import (
     LOCK,
     START,
@@ -64,6 +66,7 @@ from .run_lanes import check_text_stays
 from .run_length import length_line
 from .security.key_directory import clock, load
 from .stage_failure import FAILED
+from .stage_state import StateError
 
 
 def run_local(
@@ -109,6 +112,7 @@ def run_local(
                     held.callback(os.close, hold_aside(aside))
                 config = anchored(origin.place(aside))
             elif resume:
+                _check_mode(config, out, one_process=one_process)
                 config = with_start(config, out)
                 check_named_tokenizer(config, first_checkpoints(config, out), out)
             check_text_stays(config, data_changed=data_changed)
@@ -125,7 +129,7 @@ def run_local(
                 _claim(held, out, lock)
             if resume:
                 check_checkpoints(config, out)
-            elif not one_process:
+            else:
                 check_no_checkpoints(config, out)
             if forks is True and not (one_process or isolate):
                 found = fork_server(config)
@@ -143,7 +147,9 @@ def run_local(
             if schedule:
                 with _doing(console, "timing a microbatch"):
                     config = with_depth(config, schedule)
-                console.print(f"schedule from step 0: {config.pipeline.schedule}", highlight=False, soft_wrap=True)
+                console.print(
+                    f"schedule from step 0: {schedule_title(config.pipeline.schedule)}", highlight=False, soft_wrap=True
+                )
             if isolate:
                 link = LinkProfile.parse(config.link.link)
                 nodes = config.lanes.count * config.pipeline.stages
@@ -171,12 +177,13 @@ def run_local(
             display = RunDisplay(console, steps=config.run.steps, resumes=resumes)
             with display:
                 if one_process:
-                    _run_one_process(config, out, display)
+                    _run_one_process(config, out, display, text, resume=resume)
                 else:
                     told = run_swarm(
                         out,
                         stages=config.pipeline.stages,
                         lanes=config.lanes.count,
+                        grouped=bool(config.context.method),
                         trace=trace,
                         resume=resume,
                         restarts=restarts,
@@ -196,7 +203,7 @@ def run_local(
             raise LocalRunError(str(error), error.exit_code) from None
         except KeyboardInterrupt as error:
             why = str(error) or "interrupted"
-            raise LocalRunError(interrupted(why, config, out, begun=started, swarm=not one_process), 130) from None
+            raise LocalRunError(interrupted(why, config, out, begun=started, one_process=one_process), 130) from None
         except FAILED as error:  # of the one process; a node's are in SwarmError
             raise LocalRunError(str(error), 1) from None
         finally:
@@ -217,7 +224,7 @@ def run_local(
             )
         except ValueError as error:
             if told:  # before the first step
-                line = interrupted(f"stopped by {told}", config, out, begun=True, swarm=True)
+                line = interrupted(f"stopped by {told}", config, out, begun=True)
                 raise LocalRunError(line, 130) from None
             raise LocalRunError(str(error), 1) from None
         if isolation:
@@ -313,8 +320,18 @@ def _check_room(out: Path, overwrite: bool) -> None:
         raise LocalRunError(f"{out} holds a run already; choose another --out, or say --overwrite to replace it", 2)
 
 
-def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
-    reference = OneProcess(config, out)
+def _check_mode(config: RunConfig, out: Path, *, one_process: bool) -> None:
+    """Raises LocalRunError for a run that was trained the other way: its records say what links did, or that there were
+    none."""
+    lane = lane_path(out, 0, config.lanes.count)
+    was = mode_of(lane)
+    if was and was != ("one-process" if one_process else "swarm"):
+        told = {"swarm": "by a swarm; omit --one-process", "one-process": "in one process; say --one-process"}[was]
+        raise LocalRunError(f"--resume {out}: the run was trained {told}", 2)
+
+
+def _run_one_process(config: RunConfig, out: Path, display: RunDisplay, text: RunCorpus, *, resume: bool) -> None:
+    reference = OneProcess(config, out, corpus=text.corpus, resume=resume)
     progress = Progress(out, stages=config.pipeline.stages, lanes=config.lanes.count)
 
     def show(step: int, loss: float) -> None:
@@ -322,4 +339,8 @@ def _run_one_process(config: RunConfig, out: Path, display: RunDisplay) -> None:
         display.update(progress.look())
 
     with closing(reference):
+        try:
+            reference.keep_checkpoints(out, text, resume=resume, report=display.warn).keep(out)
+        except (CheckpointError, StateError) as error:
+            raise LocalRunError(str(error), 2) from None
         reference.train(show)

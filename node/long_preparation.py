@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
+from ..protocol.greeting import NodeIdentity
 from ..protocol.heartbeat_figures import HeartbeatAggregate
 from .run_records import MetricsWriter
 
@@ -54,8 +55,11 @@ async def in_daemon(work: Callable[[], T]) -> T:
 class LongPreparation:
     """Who prepares its data, this stage or another one, as far as is known here."""
 
-    def __init__(self, stage: int, figures: HeartbeatAggregate, metrics: MetricsWriter, *, lanes: int = 1) -> None:
-        self._stage, self._figures, self._metrics, self._lanes = stage, figures, metrics, lanes
+    def __init__(
+        self, identity: NodeIdentity, figures: HeartbeatAggregate, metrics: MetricsWriter, *, lanes: int = 1
+    ) -> None:
+        self._identity, self._stage = identity, identity.stage
+        self._figures, self._metrics, self._lanes = figures, metrics, lanes
         self._why: Callable[[], str] | None = None  # this stage is held up
         self._last_s = float("-inf")  # when somebody was known to
 
@@ -106,17 +110,20 @@ class LongPreparation:
                     print(self._line(who, now - began_s), flush=True)
                 if recorded_s is None or now - recorded_s >= RECORD_EVERY_S:
                     recorded_s = now
-                    self._metrics.write("preparing", stage=who, seconds=round(now - began_s, 3))
+                    stage = self._identity.place_of(who).stage
+                    self._metrics.write("preparing", stage=stage, seconds=round(now - began_s, 3))
             await asyncio.sleep(LOOK_EVERY_S)
 
     def _line(self, who: int, seconds: float) -> str:
+        name, own = self._identity.name_of(who), self._identity.name_of(self._stage)
         if who == self._stage:
-            return f"stage {who} {self._does(who)}, {seconds:.0f} s so far; the other stages wait for it"
-        return f"stage {self._stage} waits for stage {who}, which {self._does(who)}, {seconds:.0f} s so far"
+            return f"{own} {self._does(who)}, {seconds:.0f} s so far; the other stages wait for it"
+        return f"{own} waits for {name}, which {self._does(who)}, {seconds:.0f} s so far"
 
     def _does(self, who: int) -> str:
         if self._lanes == 1:
             return "prepares its data"
         if who == self._stage and self._why:
             return f"waits in a round: {self._why() or 'another lane has just come'}"
-        return "waits for another lane" if who else "prepares its data or waits for another lane"
+        draws = self._identity.place_of(who).stage == 0
+        return "prepares its data or waits for another lane" if draws else "waits for another lane"

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from rich.console import Console
 from ..compress.byte_format import CodecError
 from ..protocol.greeting import NodeIdentity
 from ..protocol.grid_place import GridPlace
-from ..protocol.lane_status import LaneStatus
+from ..protocol.rollback_actions import SIDES, Side
 from ..sim.launch.end_signals import ignore_draining, words_for
 from ..sim.reports.metrics_address import MetricsAddressError
 from ..sim.reports.preparation_console import PreparationDisplay
@@ -37,11 +38,12 @@ from .checkpoints.store import CheckpointStore
 from .config import ConfigError, RunConfig
 from .context.context_links import link_for
 from .data import Corpus
-from .lanes.rounds import Rounds
+from .lanes.held_rounds import HeldRounds
 from .link_settings import make_lateral_links
+from .links.control_stream import Control
 from .links.dialling import Where, dial, dial_control
 from .links.link import Link
-from .links.transport import LinkStreams, listening
+from .links.transport import LinkStreams, control_handler, listening
 from .links.transport import serving as serving_only
 from .measuring.pipeline_costs import pipeline_costs
 from .model import ModelError
@@ -52,7 +54,6 @@ from .preparation import (
     check_device,
     check_lanes,
     check_link,
-    # check_swarm,
     prepare,
     prepare_corpus,
     resolve_architecture,
@@ -246,18 +247,24 @@ async def _run(
     fingerprint = Fingerprint(run=config.run.name, configuration=written, stages=config.pipeline.stages)
     home = options.run or options.out  # which has the record of the text
 
-    def deadline_s() -> float:
-        """For the stage below: one that was there may have been lost, and somebody has to start it again."""
-        was_there = recovery_loop.control.met["below"].is_set()
+    grouped = bool(config.context.method)
+
+    def deadline_s(side: Side | None = None) -> float:
+        """For the neighbour on that side of the chain (None: for the stage below): one that was there may have been
+        lost, and somebody has to start it again."""
+        was_there = recovery_loop.was_met if grouped and side is None else False
+        was_there = was_there or recovery_loop.control.met[side or "below"].is_set()
         return max(link.connect_timeout_s, link.replacement_timeout_s) if was_there else link.connect_timeout_s
 
     security = options.security
-    waits = {"greeting_timeout_s": link.greeting_timeout_s, "deadline_s": deadline_s, "report": on_fault}
+    waits = {"greeting_timeout_s": link.greeting_timeout_s, "report": on_fault}
     waits |= {"security": security, "paused_ago_s": lambda: recovery_loop.pause.ago_s()}
     membership, below = options.membership, index + 1
 
-    def where() -> str | Where:
-        return membership.where(GridPlace(below, options.lane), on_fault) if membership else addresses.next or ""
+    def where(place: GridPlace) -> str | Where:
+        if membership:
+            return membership.where(place, on_fault)
+        return (addresses.next if place.stage != index else addresses.lateral.get(place.lane)) or ""
 
     def laterals() -> Mapping[int, str | Where]:
         if membership is None:
@@ -267,11 +274,11 @@ async def _run(
     def dial_link(link: Link) -> Coroutine[Any, Any, None]:
         """To the stage below, or to the own one in a lower lane; of a later generation one may be lost anew."""
         if not link.of_context:
-            return dial(where(), link, **waits)
+            return dial(where(GridPlace(below, options.lane)), link, deadline_s=deadline_s, **waits)
         timeout_s = config.link.connect_timeout_s
         if link.session.identity.generation:
             timeout_s = max(timeout_s, config.link.replacement_timeout_s)
-        return dial(laterals()[link.session.place.lane], link, **{**waits, "deadline_s": lambda: timeout_s})
+        return dial(laterals()[link.session.place.lane], link, deadline_s=lambda: timeout_s, **waits)
 
     def context_link(frame: bytes | None) -> Link | None:
         return link_for(frame, recovery_loop.context, identity)
@@ -302,23 +309,14 @@ async def _run(
         assert averager
         return averager
 
-    def rounds_now() -> Rounds:
+    def rounds_now() -> HeldRounds:
         assert recovery_loop.rounds
         return recovery_loop.rounds
-
-    def lane_told(lane: int, status: LaneStatus | None) -> None:
-        if status is None:
-            rounds_now().states.parted(lane)
-        rounds_now().membership.hear(lane, status)
-
-    def lane_met(lane: int) -> None:
-        rounds_now().states.met(lane)
-        rounds_now().membership.held()
 
     lateral = None
     if stage.averager:
         rounds = options.out / "rounds" / f"stage-{index}"
-        if not options.resume:  # of another run that was here
+        if grouped or not options.resume:  # of another run that was here, or a generation that is over
             shutil.rmtree(rounds, ignore_errors=True)
         lateral = make_lateral_links(
             config,
@@ -330,14 +328,15 @@ async def _run(
             joining=lambda: recovery_loop.machine.joining,
             report=on_fault,
             security=security,
-            on_held=lambda: rounds_now().membership.held(),
+            on_held=lambda: rounds_now().held(),
             rounds=lambda: averager_now().plan.count,
             check=lambda number, lane, content: averager_now().check(number, lane, content),
-            status=(lambda: rounds_now().membership.status()) if index == 0 else None,
-            on_status=lane_told,
-            on_met=lane_met,
-            on_copy=lambda lane, frame: rounds_now().states.receive(lane, frame),
-            on_ended=lambda lane: rounds_now().membership.ended(lane),
+            status=(lambda: rounds_now().status()) if index == 0 and not grouped else None,
+            on_status=lambda lane, status: rounds_now().told(lane, status),
+            on_met=lambda lane: rounds_now().met(lane),
+            on_copy=lambda lane, frame: rounds_now().copy_frame(lane, frame),
+            on_ended=lambda lane: rounds_now().ended(lane),
+            generation=lambda: recovery_loop.heartbeat().generation if grouped else None,
         )
     recovery_loop = RecoveryLoop(
         config,
@@ -356,14 +355,14 @@ async def _run(
         lateral=lateral,
     )
     async with AsyncExitStack() as open_ends:
-        methods = membership.methods(on_fault) if membership else {}
+        methods, leaving = membership.methods(on_fault) if membership else {}, asyncio.Event()
         if lateral:
             methods["Rounds"] = lateral.handler
         streams = config.lanes.count - 1  # that last, beside those to neighbours
-        if config.context.method:
+        if grouped:
             given = {"greeting_timeout_s": link.greeting_timeout_s, "report": on_fault, "security": security}
             methods["Context"] = LinkStreams(context_link, what="context link", **given).serve
-            streams *= 2
+            streams += config.lanes.count  # of the chain of all of them there is one more
         if stage.upstream_endpoint:
             assert addresses.listen
             serving = listening(
@@ -379,7 +378,17 @@ async def _run(
             port = await open_ends.enter_async_context(serving)
             print(f"stage {index} listens on {addresses.listen.rpartition(':')[0]}:{port}", flush=True)
         elif methods and addresses.listen:  # no stage is above, but new nodes may join here
-            await open_ends.enter_async_context(serving_only(addresses.listen, methods, security, more_streams=streams))
+            if grouped:  # and the next lane is beside
+                methods["Control"] = control_handler(
+                    recovery_loop.control,
+                    link.greeting_timeout_s,
+                    on_fault,
+                    security,
+                    stopping=lambda: leaving.is_set(),
+                )
+            serving = serving_only(addresses.listen, methods, security, more_streams=streams)
+            await open_ends.enter_async_context(serving)
+            open_ends.callback(leaving.set)
         endless: list[Awaitable[None]] = [until_signal(recovery_loop.drain)]
         if membership:
             endless.append(membership.keep_current(recovery_loop, config.tokens_per_step, on_fault))
@@ -387,13 +396,17 @@ async def _run(
             endless.append(watch_parent(options.parent))
         work = recovery_loop.run()
         if lateral:
-            endless.append(rounds_now().membership.run())
+            endless.append(rounds_now().run())
             open_ends.push_async_callback(lateral.close)
             work = while_calling(work, lateral.run(), lambda: link.greeting_timeout_s)
-        if stage.downstream_endpoint:
-            calling = dial_control(where(), recovery_loop.control, **waits)
-            said = recovery_loop.control.said_last_word
-            work = while_calling(work, calling, lambda: link.greeting_timeout_s if said("below") else 0)
+        control, chained = recovery_loop.control, recovery_loop.machine.identity
+        for side in SIDES:
+            if not chained.dials(side):
+                continue
+            there = where(chained.place_of(chained.beside(side)))
+            due_s = partial(deadline_s, side)
+            calling = dial_control(there, control, side=side, deadline_s=due_s, **waits)
+            work = while_calling(work, calling, partial(_farewell_s, control, side, link.greeting_timeout_s))
         try:
             await first_to_end(work, *endless)
         except (Stopped, ParentGone):
@@ -401,6 +414,11 @@ async def _run(
         except Exception as error:  # also of what runs beside the stage
             await recovery_loop.farewell(error)
             raise
+
+
+def _farewell_s(control: Control, side: Side, timeout_s: float) -> float:
+    """For how long the call to that neighbour may go on when this node is through."""
+    return timeout_s if control.said_last_word(side) else 0
 
 
 def _write_costs(config: RunConfig, metrics: MetricsWriter) -> None:

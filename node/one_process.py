@@ -11,6 +11,7 @@ step that the log says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ import torch
 from ..protocol.membership_log import MembershipLog
 from .averaging.averager import Averager
 from .averaging.round_plan import Round
+from .checkpoints.chain_checkpoints import ChainCheckpoints
 from .config import RunConfig
 from .context.lane_threads import LaneThreads
 from .context.mailbox import Mailbox
@@ -26,7 +28,9 @@ from .data import Corpus
 from .lane_in_process import LaneInProcess
 from .model import check_sliceable
 from .preparation import check_codec, check_device, check_lanes, prepare_corpus, resolve_architecture
+from .run_corpus import RunCorpus
 from .run_directory import lane_directory
+from .run_lanes import all_lanes
 from .stage import Stage
 from .stage_costs import stage_layers
 
@@ -35,7 +39,8 @@ T = TypeVar("T")
 
 class OneProcess:
     """All lanes of a run. members: who took part in which rounds (default: all in all). corpus: its text, if that is
-    open already. Raises what `node.preparation.BAD_INPUT` names when the configuration cannot be served."""
+    open already. resume: records go behind those in `out`. Raises what `node.preparation.BAD_INPUT` names when the
+    configuration cannot be served."""
 
     def __init__(
         self,
@@ -43,6 +48,8 @@ class OneProcess:
         out: Path | None = None,
         members: MembershipLog | None = None,
         corpus: Corpus | None = None,
+        *,
+        resume: bool = False,
     ) -> None:
         torch.set_num_threads(1)
         check_device(config)
@@ -54,7 +61,9 @@ class OneProcess:
         self.corpus = corpus or prepare_corpus(config)
         count = config.lanes.count
         self.lanes = [
-            LaneInProcess(config, architecture, self.corpus, lane, out and lane_directory(out, lane, count))
+            LaneInProcess(
+                config, architecture, self.corpus, lane, out and lane_directory(out, lane, count), resume=resume
+            )
             for lane in range(count)
         ]
         self._threads: LaneThreads | None = None
@@ -64,20 +73,53 @@ class OneProcess:
             for lane in self.lanes:
                 for stage in lane.stages:
                     assert stage.chunk
-                    stage.chunk.connect(mailbox.of(stage.index, lane.lane))
+                    stage.chunk.connect(mailbox.of(stage.index, lane.lane, partial(lane.count_context, stage.index)))
         self._members = members or MembershipLog.begin(count)
         self._given: dict[tuple[int, int], dict[int, bytes]] = {}  # (stage, round) -> lane -> contribution
+        self._architecture = architecture
+        self._checkpoints: list[ChainCheckpoints] = []  # by lane
 
     @property
     def stages(self) -> list[Stage]:
         """Those of the first lane."""
         return self.lanes[0].stages
 
+    def keep_checkpoints(self, out: Path, text: RunCorpus, *, resume: bool, report: Callable[[str], None]) -> RunCorpus:
+        """Write checkpoints into the run's directory from now on, as a swarm would; returns `text` with what those that
+        are there say of it. resume: go on from the newest that all stages of all lanes have intact; what is damaged is
+        reported. Raises CheckpointError, StateError, and DataError for another text than theirs."""
+        self._checkpoints = [
+            ChainCheckpoints(own, self._architecture, lane.stages, place)
+            for lane, (own, place) in zip(self.lanes, all_lanes(self.config, out), strict=True)
+        ]
+        intact = [each.intact(report) if resume else set[int]() for each in self._checkpoints]
+        for of_lane, completed in zip(self._checkpoints, intact, strict=True):
+            text = of_lane.of_text(text, completed)
+        if completed := max(set.intersection(*intact), default=0):
+            for each in self._checkpoints:
+                each.restore(completed)
+            self._take_up_rounds(completed)
+        return text
+
+    def _take_up_rounds(self, completed: int) -> None:
+        """What all lanes have given to the rounds that are made and not used yet is a part of their state."""
+        for lane in self.lanes:
+            for stage in lane.stages:
+                given = stage.averager.under_way(completed) if stage.averager else {}
+                for round_, contribution in given.items():
+                    self._given.setdefault((stage.index, round_.number), {})[lane.lane] = contribution
+
+    def _keep(self, completed: int) -> None:
+        every, last = self.config.checkpoint.every, completed == self.config.run.steps
+        for lane, checkpoints in zip(self.lanes, self._checkpoints, strict=False):  # none: nobody wants any
+            if every and (last or completed % every == 0):
+                checkpoints.write(lane.record_checkpoint, lane.record_fault)
+
     def train(self, on_step: Callable[[int, float], None] | None = None) -> tuple[list[float], float]:
-        """Run all steps; returns the training losses and the final held-out loss, both of the first lane that was
-        there."""
+        """Run all steps that are left; returns their training losses and the final held-out loss, both of the first
+        lane that was there."""
         run, losses, val_loss = self.config.run, [], float("nan")
-        for step in range(run.steps):
+        for step in range(self.stages[0].completed, run.steps):
             loss = self._step(step)
             losses.append(loss)
             if on_step:
@@ -87,6 +129,7 @@ class OneProcess:
                 there = [lane for lane in self.lanes if self._trains(lane.lane, step)]
                 evaluated = self._each(lambda lane, step=step: lane.evaluate(step), there)
                 val_loss = evaluated[0]
+            self._keep(step + 1)
         self._take_up_states(run.steps)
         for lane in self.lanes:
             lane.end()

@@ -24,14 +24,14 @@ from safetensors.torch import save_file
 from ..compress.codec_interface import Codec
 from ..compress.recommended_rates import recommended_for
 from ..compress.registry import parse_codec
-from .checkpoints.assemble import Assembled, assemble
+from .checkpoints.assemble import Assembled
 from .checkpoints.kept_boundaries import kept_boundaries
+from .checkpoints.plain_projections import model_of_run
 from .codec_start import codebooks_kept, write_codec_start
 from .config import ConfigError, RunConfig
 from .config_file import load_config, merge, parse_config
 from .data import DataError, Vocabulary, read_vocabulary
 from .export.portable_model import ExportError, plain_model
-from .lane_choice import chosen_lane
 from .preparation import check_codec, check_layers, resolve_architecture
 from .run_corpus import vocabulary_of_run
 from .run_directory import with_start
@@ -162,8 +162,8 @@ def _without_path(given: dict[str, Any], *own: Path | None) -> dict[str, Any]:
 
 def _from_run(source: Path, lane: int | None, run: RunConfig, given: dict[str, Any]) -> Origin:
     report: list[str] = []
-    _, own, place = chosen_lane(source, lane, config=run, report=report.append)
-    found = assemble(place, config=own, report=report.append)
+    taken = model_of_run(source, lane, config=run, report=report.append)
+    found, place = taken.found, taken.place
     given = _without_shape(run, found, given)
     lines, tokenizer = report, None
     if "data.tokenizer" in given:

@@ -18,12 +18,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from ..protocol.control_messages import CopyFrame, Heartbeat
+from ..protocol.control_messages import CopyFrame, CopyPart, Heartbeat
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
-from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
+from ..protocol.rollback_actions import SIDES, ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
+from ..protocol.wire_size import framed_bytes
 from ..sim.links.shaper import LinkProfile
 from ..sim.reports.wording import counted
 from .checkpoints.copy_service import CopyService
@@ -35,7 +36,10 @@ from .context.link_transport import LinkTransport
 from .data import Corpus
 from .free_memory import give_back_free_memory
 from .generation import Dial, IdleWires, break_off, context_of, context_parts_of, links_of, train
+from .lanes.group_rounds import GroupRounds
+from .lanes.held_rounds import HeldRounds
 from .lanes.lane_rounds import rounds_over
+from .lanes.lateral_link import LateralLink
 from .lanes.lateral_links import LateralLinks
 from .link_settings import heartbeat_timeout_s, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
@@ -88,7 +92,10 @@ class RecoveryLoop:
         self.link_above: Link | None = None
         self.context: LinkTransport | None = None
         self._identity, self._joining = identity, joining
-        self._rebuild, self._store, self._dial = rebuild, store, dial
+        self._grouped = bool(config.context.method)  # all lanes are one chain, and this node a position in it
+        chained = identity.in_group() if self._grouped else identity
+        self.was_met = joining  # whether the stages above and below have been there
+        self._rebuild, self._store, self._dial, self._lateral = rebuild, store, dial, lateral
         self._open_corpus, self._on_corpus, self._corpus = open_corpus, on_corpus, None
         self._accept_corpus = accept_corpus
         self._keep_corpus: Callable[[], None] | None = None
@@ -110,17 +117,17 @@ class RecoveryLoop:
         )
         generation = max((store.manifest(step).generation for step in known), default=0)
         self.committed = max(known, default=0)
-        self.machine = Rollback(identity, joining=joining, generation=generation)
+        self.machine = Rollback(chained, joining=joining, generation=generation)
         self.control = Control(
             self.machine,
             heartbeat_timeout_s=heartbeat_timeout_s(profile, config.link.chunk_bytes),
             on_effect=self._wanted,
-            sent=self._sent,
+            sent={side: self._account(side) for side in SIDES},
         )
         self._farewell = Farewell(self.control, metrics)
-        self._preparing = LongPreparation(identity.stage, self.machine.heartbeats, metrics, lanes=identity.lanes)
+        self._preparing = LongPreparation(chained, self.machine.heartbeats, metrics, lanes=identity.lanes)
         self.pause = ProcessPause()  # whoever has a deadline asks it
-        self.rounds = None
+        self.rounds: HeldRounds | None = None
         if lateral:
             assert stage.averager
             self.rounds = rounds_over(
@@ -149,8 +156,9 @@ class RecoveryLoop:
         )
         self._idle_wires = IdleWires(profile)
         self._copies = self.control.copies = CopyService(
-            stage=identity.stage,
-            stages=identity.stages,
+            stage=chained.stage,
+            stages=chained.stages,
+            chain=chained.chain,
             store=store,
             bytes_max=config.checkpoint.copy_bytes_max if config.checkpoint.every else 0,
             part_bytes=part_bytes_for(profile),
@@ -198,7 +206,7 @@ class RecoveryLoop:
             await self._break_off()
             await self._copies.close()
             if self.rounds:
-                await self.rounds.states.close()
+                await self.rounds.close()
             # What was submitted is written; its records come before the end.
             await self._points.close()
 
@@ -221,11 +229,29 @@ class RecoveryLoop:
         """The node ends with this: record it, and tell the other stages, so that they end with it too. Waits for
         `FAREWELL_S` at most; does nothing the second time."""
         links: dict[Side, Link | None] = {"above": self._node.above, "below": self._node.below} if self._node else {}
-        await self._farewell.say(error, there={side for side, link in links.items() if link and link.session.peer})
+        there: set[Side] = set()
+        for side in SIDES:
+            link, lateral = links.get(side), self._lateral_to(side)
+            if lateral.session.greeted if lateral else link and link.session.peer:
+                there.add(side)
+        await self._farewell.say(error, there=there)
+
+    def _lateral_to(self, side: Side) -> LateralLink | None:
+        """The link to the neighbour on that side of the chain, if it is this stage in another lane."""
+        chained = self.machine.identity
+        if not (self._grouped and self._lateral and 0 <= chained.beside(side) < chained.stages):
+            return None
+        place = chained.place_of(chained.beside(side))
+        return self._lateral.link_to(place.lane) if place.stage == self._identity.stage else None
+
+    def _account(self, side: Side) -> Counter[str]:
+        """Of what is sent to that neighbour."""
+        lateral = self._lateral_to(side)
+        return cast(Counter[str], lateral.outgoing.sent) if lateral else self._sent[side]
 
     def _wanted(self, effect: Wanted) -> None:
         self._effects.put_nowait(effect)
-        if isinstance(effect, ChooseEnd):
+        if isinstance(effect, ChooseEnd) or (isinstance(effect, EndAfter) and effect.completed <= self._done()):
             self._end_asked.set()
         elif isinstance(effect, End):
             self._copies.give_up()
@@ -269,36 +295,50 @@ class RecoveryLoop:
             case Start() as start:
                 await self._restore(start)
                 self._say_end()
+                if self.rounds:
+                    await self.rounds.go_back(start.generation, start.completed)
                 self._begin(start)
-                if self.rounds and self._identity.first:
-                    await self.rounds.membership.forget_state(start.completed)
                 if not self._valid({start.completed}):  # learned since this stage offered it
                     self.control.act(self.machine.start_view_change())
             case ChooseEnd():
-                under_way = self._node.under_way if self._node else self.machine.completed
+                last = self._last_step()
                 if self._node:
-                    self._node.end_after(under_way)  # at once, or it could begin another one meanwhile
-                self.control.act(self.machine.end_after(under_way))
+                    self._node.end_after(last)  # at once, or it could begin another one meanwhile
+                self.control.act(self.machine.end_after(last))
             case EndAfter() as end:
                 if self.rounds:
-                    self.rounds.membership.freeze()
+                    self.rounds.freeze()
                 self._say_end()
                 if self._node:
                     self._node.end_after(end.completed)
             case End(failure=failure):
-                raise StageFailed(failure)
+                raise StageFailed(failure, self.machine.identity.name_of(failure.stage))
             case Leave():
                 return True
         return False
 
     def _valid(self, steps: set[int]) -> set[int]:
         """Those whose state is a part of the run, as stage 0 knows, where there are lanes that leave and come back."""
-        if not (self.rounds and self._identity.first):
+        if not self.rounds:
             return steps
-        return {step for step in steps if self.rounds.membership.valid(step) and not self._points.is_void(step)}
+        return {step for step in steps if self.rounds.valid(step) and not self._points.is_void(step)}
+
+    def _done(self) -> int:
+        """Steps that are, where no other one can be under way."""
+        return self.machine.completed if self._node is None else self._node.under_way
+
+    def _last_step(self) -> int:
+        """After how many steps all can end, as the head of the chain knows. Stages further down never begin a step
+        before it; lanes of a group, each of which has its own data, may have begun one more, and not two: for that they
+        need what this node contributes to it."""
+        under_way = self._done()
+        return min(under_way + 1, self.config.run.steps) if self._grouped and self._node else under_way
 
     def heartbeat(self) -> Heartbeat:
-        """What other lanes are told of this one."""
+        """What other lanes are told of this one. Those of a group know of each other what they need to on their
+        control streams."""
+        if isinstance(self.rounds, GroupRounds):
+            return Heartbeat(generation=self.rounds.generation, completed_steps=self.machine.completed)
         return self.machine.heartbeats.of_chain(generation=self.machine.generation, completed=self.machine.completed)
 
     def _say_end(self) -> None:
@@ -340,8 +380,8 @@ class RecoveryLoop:
         await self._points.flush(self.config.link.replacement_timeout_s)
 
     def _late(self, timeout_s: float | None) -> str:
-        beside, peers = self._identity.beside, self.machine.peers
-        missing = [f"{side} (stage {beside(side)})" for side, peer in peers.items() if peer is None]
+        chained, peers = self.machine.identity, self.machine.peers
+        missing = [f"{side} ({chained.name_of(chained.beside(side))})" for side, peer in peers.items() if peer is None]
         return (
             f"waited {timeout_s:g} s for a new generation to be agreed; not connected: {', '.join(missing) or 'nobody'}"
         )
@@ -356,7 +396,7 @@ class RecoveryLoop:
             self.config,
             self.stage,
             identity,
-            {},
+            start.members,
             tracer=self._tracer,
             sent=self._sent_to_lanes,
             deadline=self._deadline,
@@ -388,6 +428,7 @@ class RecoveryLoop:
     def _met(self) -> None:
         """The neighbours are there, in this generation, and so agree where this stage goes on. Not before are other
         lanes told of it, or anything of the text written: this may have been started as for a new run by mistake."""
+        self.was_met = True
         if keep := self._keep_corpus:
             self._keep_corpus = None
             keep()
@@ -397,7 +438,7 @@ class RecoveryLoop:
     async def _break_off(self) -> None:
         """Nothing of the generation moves any more, in any thread."""
         if self.rounds:
-            self.rounds.membership.train()
+            self.rounds.broken_off()
         node, self._node = self._node, None
         training, self._training = self._training, None
         self.link_above = self.context = None
@@ -427,7 +468,7 @@ class RecoveryLoop:
             await asyncio.to_thread(self.stage.restore, snapshot)
         self.stage.set_generation(start.generation)
         self._copies.written(start.completed)  # what comes after it is not to be copied any more
-        if self.rounds:  # the later ones may be of steps that do not count
+        if self.rounds and self.rounds.redone_otherwise:  # the later ones may be of steps that do not count
             await self._points.discard_after(start.completed)
         self._points.forget_after(start.completed)
         self._points.gone_back(start.completed)
@@ -454,8 +495,12 @@ class RecoveryLoop:
         self.machine.heartbeats.copied = completed
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
-        link = self._node and (self._node.above if side == "above" else self._node.below)
-        await self._idle_wires.reserve(side, frame, link)
+        if lateral := self._lateral_to(side):
+            if isinstance(frame, CopyPart):
+                await lateral.outgoing.reserve(framed_bytes(len(frame.data)))
+        else:
+            link = self._node and (self._node.above if side == "above" else self._node.below)
+            await self._idle_wires.reserve(side, frame, link)
         self.control.tell(side, frame)
 
     def _unwritten(self, line: str) -> None:

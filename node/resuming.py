@@ -22,14 +22,17 @@ from .preparation import resolve_architecture, state_digest
 from .run_directory import LocalRunError
 from .run_lanes import all_lanes
 
+Place = tuple[RunConfig, Path]  # of a lane: its settings, and the directory of its records
 
-def newest_common(config: RunConfig, out: Path) -> int | None:
+
+def newest_common(config: RunConfig, out: Path, *others: Place) -> int | None:
     """The newest step of which every stage has a checkpoint, or its neighbour a copy, under these settings; None if
-    there is none. Looks at manifests and lengths alone. Raises CheckpointError for a directory that cannot be listed,
-    where stages have steps in common, but all under other settings, and where another version wrote what there is; and
-    what `preparation.BAD_INPUT` names."""
-    directory, whose = config.checkpoint.path(out), {"run": config.run.name, "stages": config.pipeline.stages}
-    found = steps_held(directory, **whose)
+    there is none. others: lanes that cannot go on from another step than this one. Looks at manifests and lengths
+    alone. Raises CheckpointError for a directory that cannot be listed, where stages have steps in common, but all
+    under other settings, and where another version wrote what there is; and what `preparation.BAD_INPUT` names."""
+    whose = {"run": config.run.name, "stages": config.pipeline.stages}
+    directories = [own.checkpoint.path(place) for own, place in ((config, out), *others)]
+    found = [of_stage for directory in directories for of_stage in steps_held(directory, **whose)]
     common = sorted(set.intersection(*map(set, found)), reverse=True)
     wanted = state_digest(config, resolve_architecture(config)) if common else ""
     for step in common:
@@ -37,19 +40,30 @@ def newest_common(config: RunConfig, out: Path) -> int | None:
         if wanted in map(_settings, alike):
             return step
     if common:
-        raise CheckpointError(_of_others([of_stage[common[0]] for of_stage in found], common[0], wanted, directory))
-    if told := other_format(directory, **whose):
-        raise CheckpointError(told)
+        raise CheckpointError(_of_others([of_stage[common[0]] for of_stage in found], common[0], wanted, directories))
+    for directory in directories:
+        if told := other_format(directory, **whose):
+            raise CheckpointError(told)
     return None
 
 
-def _of_others(found: list[set[str]], step: int, wanted: str, directory: Path) -> str:
-    """What is wrong with the stages' checkpoints after that step, which no configuration has in common."""
-    others = {stage: each for stage, each in enumerate(found) if wanted not in {_settings(one) for one in each}}
+def newest_of_each(config: RunConfig, out: Path) -> list[int | None]:
+    """`newest_common` of each lane by itself; where lanes hold chunks, which go back together, of all at once."""
+    lanes = all_lanes(config, out)
+    units = [lanes] if config.context.method else [[lane] for lane in lanes]
+    return [newest_common(*first, *others) for first, *others in units]
+
+
+def _of_others(found: list[set[str]], step: int, wanted: str, directories: list[Path]) -> str:
+    """What is wrong with the checkpoints after that step, which no configuration has in common. found: of the stages in
+    the first directory, then of those in the next one."""
+    stages = len(found) // len(directories)
+    others = {number: each for number, each in enumerate(found) if wanted not in {_settings(one) for one in each}}
+    number, there = next(iter(others.items()), (0, set[str]()))
+    directory, stage = directories[number // stages], number % stages
     told = f"the checkpoints after {counted(step, 'step')} in {directory} cannot be gone on from"
     if not others:
         return f"{told}: the stages' token tables differ; remove those of the stages that were copied from elsewhere"
-    stage, there = next(iter(others.items()))
     whose = "all" if len(others) == len(found) else f"that of stage {stage}"
     return (
         f"{told}: {whose} of other settings, configuration hash {_settings(min(there))[:12]}… there, {wanted[:12]}… "
@@ -66,34 +80,33 @@ def check_checkpoints(config: RunConfig, out: Path) -> None:
     done = max((stage["completed"] for stage in liveness(out, time.time()).stages), default=0)
     if not done:
         return
-    for own, place in all_lanes(config, out):
-        try:
-            newest = newest_common(own, place)
-        except CheckpointError as error:
-            raise LocalRunError(str(error), 2) from None
-        if newest is None:
-            directory, steps = own.checkpoint.path(place), counted(done, "step")
-            raise LocalRunError(
-                f"--resume {out}: {steps} done are on record, but {directory} has no checkpoint that all stages have; "
-                "set checkpoint.directory to where they are, or begin anew with --overwrite",
-                2,
-            )
+    try:
+        newest = newest_of_each(config, out)
+    except CheckpointError as error:
+        raise LocalRunError(str(error), 2) from None
+    if None in newest:
+        own, place = all_lanes(config, out)[newest.index(None)]
+        directory, steps, whose = own.checkpoint.path(place), counted(done, "step"), "all stages have"
+        if config.context.method:
+            whose = "all stages of all lanes have"
+        raise LocalRunError(
+            f"--resume {out}: {steps} done are on record, but {directory} has no checkpoint that {whose}; "
+            "set checkpoint.directory to where they are, or begin anew with --overwrite",
+            2,
+        )
 
 
-def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, swarm: bool) -> str:
-    """The last line of a run that was ended from outside. begun: its processes had been started. swarm: with
-    checkpoints."""
+def interrupted(why: str, config: RunConfig, out: Path, *, begun: bool, one_process: bool = False) -> str:
+    """The last line of a run that was ended from outside. begun: it had been started."""
     if not begun:
         return f"{why} before the run began; nothing was changed in {out}"
     done, of, where = liveness(out, time.time()).completed, config.run.steps, shlex.quote(str(out))
-    line = f"{why} after {done} of {counted(of, 'step')}; all stages are stopped"
-    if not swarm:
-        return f"{line}, and one process writes no checkpoints: it begins anew, with --overwrite"
+    line, how = f"{why} after {done} of {counted(of, 'step')}; all stages are stopped", one_process * " --one-process"
     try:
-        newest = [newest_common(*lane) for lane in all_lanes(config, out)]
+        newest = newest_of_each(config, out)
     except CheckpointError as error:
         return f"{line}; {error}"
     after = [step for step in newest if step is not None]
     if len(after) < len(newest):
         return f"{line}, and there is no checkpoint yet: it begins anew, with --overwrite"
-    return f"{line}; thinpipe up --resume {where} goes on after step {min(after)}"
+    return f"{line}; thinpipe up --resume {where}{how} goes on after step {min(after)}"

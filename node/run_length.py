@@ -12,15 +12,14 @@ from pathlib import Path
 
 from .config import ConfigError, RunConfig
 from .learning_rate import RateSchedule
-from .resuming import newest_common
-from .run_lanes import all_lanes
+from .resuming import newest_of_each
 
 
 def steps_done(config: RunConfig, out: Path) -> int:
     """After how many steps the run in `out` can go on, by the manifests of its checkpoints and of neighbours' copies; 0
     without any that all stages have; of the lane that has done most, since what a lane does again is as it was. Raises
-    what `resuming.newest_common` does."""
-    return max(newest_common(*lane) or 0 for lane in all_lanes(config, out))
+    what `resuming.newest_of_each` does."""
+    return max(newest or 0 for newest in newest_of_each(config, out))
 
 
 def with_length(config: RunConfig, done: int, steps: int) -> RunConfig:

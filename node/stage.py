@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..compress.anchors import Anchors
 from ..compress.registry import parse_codec
-from ..protocol.schedule import get_schedule, splits_backward
+from ..protocol.schedule import get_schedule, schedule_title
 from .averaging.gradients import GradientAverager
 from .averaging.stage_averager import averager_of
 from .boundary.endpoints import DownstreamEndpoint, Encoded, ReceivedTensor, UpstreamEndpoint
@@ -85,7 +85,7 @@ class Stage:
             checkpoint=config.model.path if config.model.pretrained else None,
             activation_checkpointing=config.compute.activation_checkpointing,
             compile=config.compute.compile,
-            deferred=splits_backward(get_schedule(config.pipeline.schedule)),
+            deferred=get_schedule(config.pipeline.schedule).splits,
             constrain=self._constrain if self._codec.constrains or config.context.method else None,
             layers=self.layers,
         )
@@ -228,7 +228,7 @@ class Stage:
     def input_gradient(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
         """As `backward`, but the weight gradients of matrices are left for `weight_gradient`: what it returns can leave
         before they are computed. Everything else that learns, the tables too, has its gradient after it."""
-        assert self.model.deferral, f"schedule '{self.config.pipeline.schedule}' splits no backward"
+        assert self.model.deferral, f"schedule '{schedule_title(self.config.pipeline.schedule)}' splits no backward"
         with self.model.deferral.putting_aside() as owed:
             dz_in = self.backward(microbatch, dz_out, loss_sum)
         self._owed[microbatch] = owed
@@ -378,6 +378,8 @@ class Stage:
         self._owed.clear()
         self.losses.clear()
         self._begun, self._backwards, self._table_gradient = False, 0, None
+        if self.chunk:
+            self.chunk.break_off()
         self.completed = snapshot.completed
 
     def set_generation(self, generation: int) -> None:

@@ -44,10 +44,10 @@ FAREWELL_S = 5.0  # for all neighbours to be told; one whose connection has just
 
 
 class StageFailed(RuntimeError):
-    """Another stage has failed; the message says which one and why."""
+    """Another stage has failed; the message says which one, called `name`, and why."""
 
-    def __init__(self, failure: Failed) -> None:
-        super().__init__(f"stage {failure.stage} failed after {failure.completed_steps} steps: {failure.reason}")
+    def __init__(self, failure: Failed, name: str) -> None:
+        super().__init__(f"{name} failed after {failure.completed_steps} steps: {failure.reason}")
         self.failure = failure
 
 
@@ -89,6 +89,8 @@ class Farewell:
             self._control.act(machine.fail(reason, replays=replays))
         stage, completed = machine.identity.stage, machine.completed
         own = Failed(stage=stage, completed_steps=completed, reason=reason, replays=replays)
+        failed, place = machine.failure or own, machine.identity.place_of((machine.failure or own).stage)
+        where = {"stage": place.stage} | ({"lane": place.lane} if machine.identity.chain else {})
         with suppress(OSError):  # a full disk may be why
-            self._metrics.write("failed", **asdict(machine.failure or own), told=machine.failure is not None)
+            self._metrics.write("failed", **{**asdict(failed), **where}, told=machine.failure is not None)
         await self._control.tell_failure(there, FAREWELL_S)

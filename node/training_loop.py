@@ -37,7 +37,7 @@ from .config import RunConfig
 from .context.link_transport import LinkTransport
 from .data import Corpus
 from .data.batches import draw
-from .lanes.rounds import Rounds
+from .lanes.held_rounds import HeldRounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .long_preparation import in_daemon
@@ -76,7 +76,7 @@ class TrainingLoop:
         totals: RunTotals | None = None,
         deadline: ReceiveDeadline | None = None,
         last: int | None = None,
-        rounds: Rounds | None = None,
+        rounds: HeldRounds | None = None,
         on_met: Callable[[], None] | None = None,
         context: LinkTransport | None = None,
     ) -> None:

@@ -27,9 +27,9 @@ import struct
 from collections.abc import Iterator
 from typing import ClassVar
 
+from .actions import Action, BroadcastNorm, ReduceNorm, Schedule, Step
 from .errors import Fault, RemoteProtocolError
 from .messages import Kind, Message
-from .schedule import Action, BroadcastNorm, ReduceNorm, Schedule, Step
 
 NORM = struct.Struct("<d")  # the body of a GRADIENT_NORM message
 
@@ -41,6 +41,10 @@ class WithGlobalNorm(Schedule):
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
+        self.splits = schedule.splits
+
+    def check(self, stage: int, stages: int, microbatches: int) -> None:
+        self._schedule.check(stage, stages, microbatches)
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
         return self._schedule.peak_in_flight(stage, stages, microbatches)

@@ -8,19 +8,23 @@ must see both values and what to do. So every rule is one row (fault, name, thei
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .errors import Fault, RemoteProtocolError
 from .grid_place import GridPlace
+from .group_chain import GroupChain
 from .messages import PROTOCOL_VERSION, Greeting
-from .rollback_actions import Side
+from .rollback_actions import SIDES, Side
 
 PRINTED_CHARACTERS_MAX = 40  # of each value: a configuration hash need not be spelled out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeIdentity:
-    """What a node says of itself and holds its neighbour to."""
+    """What a node says of itself and holds its neighbour to.
+
+    chain: of control streams in a run whose lanes are one group: `stage` is a position in it then (`in_group`).
+    """
 
     run_id: str
     configuration: str
@@ -30,6 +34,38 @@ class NodeIdentity:
     generation: int = 0
     lane: int = 0
     lanes: int = 1
+    chain: GroupChain | None = None
+
+    def in_group(self) -> NodeIdentity:
+        """The same node as a member of the chain of all stages and lanes."""
+        chain = GroupChain(self.stages, self.lanes)
+        position = chain.position(GridPlace(self.stage, self.lane))
+        return replace(self, stage=position, stages=chain.length, lane=0, lanes=1, chain=chain)
+
+    def place_of(self, stage: int) -> GridPlace:
+        """Where in the grid a stage of this chain is; of what somebody else says, any number."""
+        if self.chain and 0 <= stage < self.stages:
+            return self.chain.place(stage)
+        return GridPlace(stage, self.lane)
+
+    def name_of(self, stage: int) -> str:
+        """A stage of this chain, for people."""
+        return self.chain.name_of(stage) if self.chain else f"stage {stage}"
+
+    def dials(self, side: Side) -> bool:
+        """Whether this node opens the control stream to its neighbour on that side, if it has one there."""
+        if self.first if side == "above" else self.last:
+            return False
+        return self.chain.dials(self.stage, self.beside(side)) if self.chain else side == "below"
+
+    def side_of(self, stage: int) -> Side:
+        """On which side of this node somebody is who dials it and says to be that stage; who is on neither is taken for
+        the one that dials it, and refused for what it says."""
+        dialled: list[Side] = [side for side in SIDES if not self.dials(side)]
+        for side in dialled:
+            if self.beside(side) == stage:
+                return side
+        return dialled[0] if dialled else "above"
 
     @property
     def first(self) -> bool:
@@ -84,21 +120,27 @@ def check_greeting(peer: Greeting, mine: NodeIdentity, place: GridPlace) -> None
 def check_handshake(peer: Greeting, mine: NodeIdentity, peer_stage: int) -> None:
     """The same, in whatever generation the two are."""
     rules = _same_run(peer, mine)
-    rules += [
-        (Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage),
-        (Fault.LANE, "neighbour's lane", peer.lane, mine.lane),
-    ]
+    if mine.chain:
+        rules += [(Fault.STAGE, "neighbour", mine.name_of(peer.stage), mine.name_of(peer_stage))]
+    else:
+        rules += [(Fault.STAGE, "neighbour's stage index", peer.stage, peer_stage)]
+    rules += [(Fault.LANE, "neighbour's lane", peer.lane, mine.lane)]
     _hold_to(rules, peer, mine)
 
 
-def check_lateral(peer: Greeting, mine: NodeIdentity, peer_lane: int | None = None) -> None:
+def check_lateral(
+    peer: Greeting, mine: NodeIdentity, peer_lane: int | None = None, *, generation: int | None = None
+) -> None:
     """Raises RemoteProtocolError, with both values, unless the peer serves this node's stage in lane `peer_lane`; None:
-    in a higher lane, since it is that one which opens the stream."""
+    in a higher lane, since it is that one which opens the stream. generation: in which both have to be; None: each lane
+    has its own."""
     _hold_to([*_same_run(peer, mine), (Fault.STAGE, "stage index", peer.stage, mine.stage)], peer, mine)
     wanted = range(mine.lane + 1, mine.lanes) if peer_lane is None else range(peer_lane, peer_lane + 1)
     if peer.lane not in wanted:
         ours = f"{wanted[0]} to {wanted[-1]}" if len(wanted) > 1 else str(*wanted) or "none"
         _hold_to([(Fault.LANE, f"lane {mine.lane}: the other's lane", peer.lane, ours)], peer, mine)
+    if generation is not None:
+        _hold_to([(Fault.GENERATION, "generation", peer.generation, generation)], peer, mine)
 
 
 Rules = list[tuple[Fault, str, object, object]]
@@ -112,7 +154,7 @@ def _same_run(peer: Greeting, mine: NodeIdentity) -> Rules:
         (Fault.RUN_ID, "run id", peer.run_id, mine.run_id),
         (Fault.CONFIGURATION, "configuration hash", their_settings, our_settings),
         (Fault.CONFIGURATION, "digest of the token table", their_table, our_table),
-        (Fault.STAGE, "number of stages", peer.stages, mine.stages),
+        (Fault.STAGE, "number of nodes" if mine.chain else "number of stages", peer.stages, mine.stages),
     ]
 
 
@@ -120,11 +162,9 @@ def _hold_to(rules: Rules, peer: Greeting, mine: NodeIdentity) -> None:
     for fault, what, theirs, ours in rules:
         if theirs != ours:
             theirs, ours = _print_apart(str(theirs), str(ours))
-            raise RemoteProtocolError(
-                fault,
-                f"{what}: stage {mine.stage} expects {ours}, the peer (stage {peer.stage}) says {theirs}; "
-                f"{_REMEDIES[fault]}",
-            )
+            here, there = mine.name_of(mine.stage), mine.name_of(peer.stage)
+            line = f"{what}: {here} expects {ours}, the peer ({there}) says {theirs}; {_REMEDIES[fault]}"
+            raise RemoteProtocolError(fault, line)
 
 
 def check_resume(

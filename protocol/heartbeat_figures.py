@@ -23,7 +23,7 @@ class HeartbeatAggregate:
     """What one stage has heard from each side, and tells the other."""
 
     def __init__(self, identity: NodeIdentity) -> None:
-        self._stage, self._stages = identity.stage, identity.stages
+        self._stage, self._stages, self._name_of = identity.stage, identity.stages, identity.name_of
         self.preparing = False  # this stage is there, and its data is not
         self.copied = 0  # the newest of this stage's states that a neighbour has a copy of
         # 1 + the stage next to this one; 0: the chain ends here.
@@ -69,7 +69,7 @@ class HeartbeatAggregate:
         """Take what the neighbour on that side says. Raises RemoteProtocolError for a stage that there is not."""
         for named, what in ((heartbeat.missing, "be missing"), (heartbeat.preparing, "prepare its data")):
             if named > self._stages:
-                raise RemoteProtocolError(Fault.MALFORMED, f"stage {named - 1} cannot {what}")
+                raise RemoteProtocolError(Fault.MALFORMED, f"{self._name_of(named - 1)} cannot {what}")
         self._missing[side], self._copied[side] = heartbeat.missing, heartbeat.copied_steps
         self._preparing[side] = heartbeat.preparing
 

@@ -23,6 +23,9 @@ for in vain otherwise, or fail in the same way again. Only a member of the gener
 to take a place, with the wrong settings, other data or no disk, must not end a run that waits for a better one. Nor
 must one that was started as for a new run and finds, before its first step, that the run has begun.
 
+Lanes that hold chunks of the same sequences are one chain too (`protocol.group_chain`): a stage here is a position in
+it then, with a name of its own for people.
+
 Why not a coordinator or a consensus library (Raft, etcd): the members are a chain and cannot go on without any one of
 them, so there is no majority to ask, and the loss of a coordinator would be one loss more. The shape is the view change
 of Viewstamped Replication (Liskov & Cowling, MIT-CSAIL-TR-2012-021), with a chain for a quorum.
@@ -131,10 +134,12 @@ class Rollback:
     def check(self, side: Side, peer: Greeting) -> None:
         """Raises RemoteProtocolError if `peer` is not the neighbour on that side, or not the one any more."""
         stage = self.identity.beside(side)
+        name = self.identity.name_of(stage)
         check_handshake(peer, self.identity, stage)
         if self.failure and peer.joining:  # it begins what comes after this
             raise RemoteProtocolError(
-                Fault.STOPPED, f"stage {self.failure.stage} has failed, and this process ends with it; dial again"
+                Fault.STOPPED,
+                f"{self.identity.name_of(self.failure.stage)} has failed, and this process ends with it; dial again",
             )
         if (
             not peer.joining
@@ -144,7 +149,7 @@ class Rollback:
         ):
             raise RemoteProtocolError(
                 Fault.FENCED,
-                f"process {peer.incarnation:x} of stage {stage} is of generation {peer.generation}; "
+                f"process {peer.incarnation:x} of {name} is of generation {peer.generation}; "
                 f"since generation {self.generation} "
                 f"process {self.members[stage]:x} has its place",
             )
@@ -160,7 +165,7 @@ class Rollback:
         if present is not None and present != peer.incarnation and not later:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
-                f"stage {stage} is served by process {present:x}, which answers, so there is no place for process "
+                f"{name} is served by process {present:x}, which answers, so there is no place for process "
                 f"{peer.incarnation:x}; stop one of the two",
             )
 
@@ -308,7 +313,8 @@ class Rollback:
         if start_view.completed_steps not in self._steps:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,
-                f"a StartView after {start_view.completed_steps} steps, never offered by stage {self.identity.stage}",
+                f"a StartView after {start_view.completed_steps} steps, never offered by "
+                f"{self.identity.name_of(self.identity.stage)}",
             )
         return self._apply(start_view)
 
@@ -316,7 +322,9 @@ class Rollback:
         mine, peer = self.identity.stage, self.peers[side]
         beyond = range(mine) if side == "above" else range(mine + 1, self.identity.stages)
         if failure.stage not in beyond:
-            raise RemoteProtocolError(Fault.MALFORMED, f"from {side}, stage {failure.stage} cannot have failed")
+            raise RemoteProtocolError(
+                Fault.MALFORMED, f"from {side}, {self.identity.name_of(failure.stage)} cannot have failed"
+            )
         member = self.members and peer == self.members[self.identity.beside(side)]
         if not member and self._member_of[side] is None:
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a Failed frame from {side}, by a process in no generation")

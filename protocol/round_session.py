@@ -17,7 +17,7 @@ generations. A loss in one lane must not be one in the other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -160,7 +160,8 @@ class RoundSession:
     """This node's side of the link to its own stage in lane `peer_lane`.
 
     kept: this node's contributions by round, a mapping that its owner changes. contribution_bytes: the size of any
-    node's contribution of this stage to a round. stay_of: as of a RoundSender.
+    node's contribution of this stage to a round. stay_of: as of a RoundSender. generation: in which the peer has to
+    be; None: in whichever its lane is.
     """
 
     def __init__(
@@ -173,8 +174,9 @@ class RoundSession:
         part_bytes: int,
         window_bytes: int,
         stay_of: StayOf = always,
+        generation: Callable[[], int | None] = lambda: None,
     ) -> None:
-        self.identity, self.peer_lane = identity, peer_lane
+        self.identity, self.peer_lane, self._generation = identity, peer_lane, generation
         self.state = RoundState.CLOSED
         self.peer: Greeting | None = None  # who greeted last
         sizes = {"part_bytes": part_bytes, "window_bytes": window_bytes}
@@ -193,6 +195,12 @@ class RoundSession:
         self.state, self.done, self.parted = RoundState.CLOSED, False, False
         self.sender.reset()
         self.receiver.reset()
+
+    def begin_anew(self) -> None:
+        """Both lanes go on from another step: what either promised, or came to, does not hold any more."""
+        self.disconnect()
+        self.sender.begin_anew()
+        self.receiver.begin_anew()
 
     @property
     def greeted(self) -> bool:
@@ -278,7 +286,7 @@ class RoundSession:
     def _take(self, frame: Frame) -> RoundEvent | None:
         match frame:
             case Greeting():
-                check_lateral(frame, self.identity, self.peer_lane)
+                check_lateral(frame, self.identity, self.peer_lane, generation=self._generation())
                 self.peer = frame
                 return PeerGreeted(peer=frame)
             case Heartbeat():

@@ -85,6 +85,10 @@ class RoundSender:
         self._part_bytes, self._window_bytes = part_bytes, window_bytes
         self._stay_of, self._stay = stay_of, 0
         self.patient = False  # what is gone is not refused: the peer was left out, and may do without it
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """As if there had never been a connection."""
         self.forget_before = 0  # the peer will not ask for an earlier round
         self.acknowledged: Position = (0, 0)  # on the present connection, or on the last one
         self.reset()
@@ -174,6 +178,10 @@ class RoundReceiver:
 
     def __init__(self, contribution_bytes: ContributionBytes) -> None:
         self._contribution_bytes = contribution_bytes
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """As if this node had never been at a round."""
         self.forget_before: int | None = None  # None: this node does not know yet from where it goes on
         self._need = -1  # the newest round that this node is at
         self.reset()

@@ -1,10 +1,8 @@
 """Schedules: in which order one pipeline stage works through the microbatches of a training step.
 
-A schedule is a pure stream of actions. It contains no time, threads or links: the runtime executes the stream, the
-simulator charges it to a virtual clock, and the one-process reference walks the merged streams of all stages, so all
-three do the same arithmetic in the same order. Transfers are implied: `Forward(m)` at stage s waits for the activation
-of m from s-1, `Backward(m)` or `InputGradient(m)` for its gradient from s+1 (see `prerequisites`), and each result
-leaves right after the action. On a first or last stage there is nothing to wait for or to send.
+A schedule is a pure stream of actions (`protocol.actions`). It contains no time, threads or links: the runtime executes
+the stream, the simulator charges it to a virtual clock, and the one-process reference walks the merged streams of all
+stages, so all three do the same arithmetic in the same order.
 
 Backwards and both their halves run in microbatch order under every schedule, so gradients accumulate in one order and
 the choice of schedule cannot change a bit of the result. GPipe's paper runs them last-in first-out; for a flushing
@@ -23,113 +21,79 @@ A flushing schedule is one number per stage, the depth: run `depth` forwards, th
   stand idle: behind by as many microbatches as the stage is less deep than stage 0. So no stage holds more microbatches
   than stage 0 does under 1F1B, and the bubble of the flush is (P-1)(t_F + t_B - t_W), a third of 1F1B's when all three
   are alike. Its further variants need twice the memory, or optimizer steps that can be taken back.
+Any other order is written down, stage by stage (`protocol.stage_orders`).
 
-Bounded links stay free of deadlock while depths never rise downstream and fall between neighbours by at most the
-messages that both directions of their boundary can hold together: the downstream stage then works off enough forwards,
-and stores enough gradients, for the upstream one to reach its first backward. 1F1B falls by one, GPipe by none, and
-`rtt_ratio` by as much more: `messages_ahead`, for which a node's receive buffer has room.
+When does no stage wait for ever? Compare two neighbours at each backward: how many forwards has either done before it?
+The upper one must have done as many as the lower one or more, else the upper one waits for a gradient of a microbatch
+that it has not sent. Depths that never rise downstream do this. And as links are bounded, the boundary must hold the
+difference, `messages_ahead`: a node's receive buffer has room for it. 1F1B is ahead by one, GPipe by none, `rtt_ratio`
+by as much more. With that, one gradient at a time is enough upwards: a stage that cannot hand over its gradient has
+taken all forwards that the stage above must get rid of before it takes the next one.
 
 How deep pays: in the steady state, the round trip of one boundary at a time, and rtt_ratio is what it says. But a step
 begins with an empty pipeline, and its first gradient comes back to stage 0 after the round trips of all boundaries. A
 stage that has forwards left until then does not stand idle, so zb over slow links gains up to rtt_ratio times as many
 as there are boundaries (docs/results.md, "Stages cut by speed": 0.82 of the machines at 6, 0.91 at 15), for memory.
-
-Why streams and not a table of ticks: a table fixes when a stage acts, and on an uneven link that is a global barrier.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import itertools
 import math
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+
+from .actions import (
+    Action,
+    Backward,
+    BroadcastNorm,
+    Evaluate,
+    Forward,
+    InputGradient,
+    ReduceNorm,
+    Schedule,
+    ScheduleDeadlock,
+    ScheduleError,
+    Step,
+    Upward,
+    WeightGradient,
+    check_shape,
+    prerequisites,
+    receiver,
+)
+from .stage_orders import PREFIX, StageOrders
+
+__all__ = [  # with the actions, so that who works with schedules finds all of it here
+    "Action",
+    "Backward",
+    "BroadcastNorm",
+    "Evaluate",
+    "Evaluation",
+    "FlushingSchedule",
+    "Forward",
+    "GPipe",
+    "InputGradient",
+    "OneFOneB",
+    "ReduceNorm",
+    "Schedule",
+    "ScheduleDeadlock",
+    "ScheduleError",
+    "StageOrders",
+    "Step",
+    "Upward",
+    "WeightGradient",
+    "ZeroBubble",
+    "get_schedule",
+    "interleave",
+    "messages_ahead",
+    "prerequisites",
+    "receiver",
+    "schedule_title",
+]
 
 RTT_RATIO_MAX = 24.0
-
-
-class ScheduleError(ValueError):
-    """A schedule is unknown or asked for a stage that does not exist."""
-
-
-class ScheduleDeadlock(ScheduleError):
-    """The stages' streams wait for one another for ever."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forward:
-    """Compute one microbatch's output and keep what its backward needs."""
-
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Backward:
-    """Compute the input gradient and add to the weight gradients; frees what the forward kept."""
-
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InputGradient:
-    """The half of a backward that the stage above waits for; keeps what the other half needs."""
-
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightGradient:
-    """The half that nobody waits for before the optimizer step; frees what its microbatch still held."""
-
-    microbatch: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReduceNorm:
-    """Add the squares of this stage's gradients, which are all there now, to the sum from below, and send it up."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BroadcastNorm:
-    """Take the total from above and send it on down; the first stage has it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """The optimizer step: the last action of a training step."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluate:
-    """Compute one microbatch's output for an evaluation; nothing is kept and no backward follows."""
-
-    microbatch: int
-
-
-Action = Forward | Backward | InputGradient | WeightGradient | ReduceNorm | BroadcastNorm | Step | Evaluate
-Upward = Backward | InputGradient  # what waits for a gradient from below and sends one up
-
-
-class Schedule(ABC):
-    """One order of work, for every stage of a pipeline of any length."""
-
-    name: ClassVar[str]
-
-    def actions(self, *, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
-        """The actions of one stage (0-based) in one training step. Raises ScheduleError at once, not when iterated."""
-        _check_shape(stage, stages, microbatches)
-        return self._order(stage, stages, microbatches)
-
-    @abstractmethod
-    def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
-        """Most microbatches at once whose forward has run on this stage and whose backward, or the last half of it, has
-        not: its memory."""
-
-    @abstractmethod
-    def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]: ...
 
 
 class FlushingSchedule(Schedule):
@@ -152,7 +116,7 @@ class GPipe(FlushingSchedule):
     name = "gpipe"
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
-        _check_shape(stage, stages, microbatches)
+        check_shape(stage, stages, microbatches)
         return microbatches
 
 
@@ -171,7 +135,7 @@ class OneFOneB(FlushingSchedule):
         self.rtt_ratio = rtt_ratio
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
-        _check_shape(stage, stages, microbatches)
+        check_shape(stage, stages, microbatches)
         return min(microbatches, 1 + math.ceil((stages - 1 - stage) * (1 + self.rtt_ratio)))
 
 
@@ -180,9 +144,10 @@ class ZeroBubble(OneFOneB):
     deep than stage 0. Raises ScheduleError for an rtt_ratio out of range."""
 
     name = "zb"
+    splits = True
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
-        _check_shape(stage, stages, microbatches)
+        check_shape(stage, stages, microbatches)
         return super().peak_in_flight(0, stages, microbatches)
 
     def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
@@ -207,7 +172,7 @@ class Evaluation(Schedule):
     name = "evaluation"
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
-        _check_shape(stage, stages, microbatches)
+        check_shape(stage, stages, microbatches)
         return 0
 
     def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
@@ -223,7 +188,10 @@ _WITH_RTT_RATIO: dict[str, type[OneFOneB]] = {kind.name: kind for kind in (OneFO
 
 
 def get_schedule(spec: str) -> Schedule:
-    """The schedule of that name, or `1f1b:rtt_ratio=1.8`. Raises ScheduleError that names the nearest known one."""
+    """The schedule of that name, or `1f1b:rtt_ratio=1.8`, or written orders, `order:FFBB/FBFB`. Raises ScheduleError
+    that names the nearest known one."""
+    if spec.startswith(PREFIX):
+        return StageOrders.parse(spec)
     name, colon, option = spec.partition(":")
     if name in SCHEDULES and not colon:
         return SCHEDULES[name]
@@ -236,59 +204,36 @@ def get_schedule(spec: str) -> Schedule:
     raise ScheduleError(f"unknown schedule '{spec}'; {remedy}")
 
 
-def splits_backward(schedule: Schedule) -> bool:
-    """Whether its stages compute input and weight gradients apart."""
-    return any(isinstance(action, WeightGradient) for action in schedule.actions(stage=0, stages=1, microbatches=1))
+def schedule_title(spec: str) -> str:
+    """A spec for people: written orders, which are long, by their shape and the beginning of their SHA-256."""
+    if not spec.startswith(PREFIX):
+        return spec
+    orders, digest = StageOrders.parse(spec), hashlib.sha256(spec.encode()).hexdigest()
+    return f"orders of {len(orders.rows)} stages, {orders.microbatches} microbatches ({digest[:8]})"
 
 
 def messages_ahead(schedule: Schedule, stages: int, microbatches: int) -> int:
-    """The most activations that a stage sends before its first backward, beyond those that the stage below works off
-    before its own: what a boundary has to hold lest both wait for ever."""
-    depths = [
-        sum(
-            1
-            for _ in itertools.takewhile(
-                _is_forward, schedule.actions(stage=s, stages=stages, microbatches=microbatches)
-            )
-        )
-        for s in range(stages)
+    """The most activations that a boundary has to hold lest both its stages wait for ever: how many forwards the stage
+    above has done at a backward, beyond those that the stage below has done at the same one."""
+    done = [
+        _forwards_at_backwards(schedule.actions(stage=stage, stages=stages, microbatches=microbatches))
+        for stage in range(stages)
     ]
-    return max((above - below for above, below in itertools.pairwise(depths)), default=0)
+    return max(
+        (upper - lower for above, below in itertools.pairwise(done) for upper, lower in zip(above, below, strict=True)),
+        default=0,
+    )
 
 
-def _is_forward(action: Action) -> bool:
-    return isinstance(action, Forward | Evaluate)
-
-
-def prerequisites(action: Action, *, stage: int, stages: int) -> tuple[tuple[int, Action], ...]:
-    """The (stage, action) pairs that must be done before `action` at `stage`; one at another stage is a transfer."""
-    match action:
-        case Forward() | Evaluate():
-            return ((stage - 1, action),) if stage > 0 else ()
-        case Backward(microbatch=microbatch) | InputGradient(microbatch=microbatch):
-            own = (stage, Forward(microbatch=microbatch))
-            return (own, (stage + 1, action)) if stage < stages - 1 else (own,)
-        case WeightGradient(microbatch=microbatch):
-            return ((stage, InputGradient(microbatch=microbatch)),)
-        case ReduceNorm():
-            return ((stage + 1, action),) if stage < stages - 1 else ()
-        case BroadcastNorm():
-            own = (stage, ReduceNorm())
-            return (own, (stage - 1, action)) if stage > 0 else (own,)
-        case Step():
-            return ()
-
-
-def receiver(action: Action, *, stage: int, stages: int) -> int | None:
-    """The stage that the result of `action` at `stage` is sent to; None: it stays."""
-    match action:
-        case Forward() | Evaluate() | BroadcastNorm():
-            to = stage + 1
-        case Backward() | InputGradient() | ReduceNorm():
-            to = stage - 1
-        case WeightGradient() | Step():
-            return None
-    return to if 0 <= to < stages else None
+def _forwards_at_backwards(actions: Iterator[Action]) -> list[int]:
+    """How many forwards are done at each backward, or first half of one."""
+    forwards, found = 0, list[int]()
+    for action in actions:
+        if isinstance(action, Forward):
+            forwards += 1
+        elif isinstance(action, Upward):
+            found.append(forwards)
+    return found
 
 
 def interleave(schedule: Schedule, stages: int, microbatches: int) -> Iterator[tuple[int, Action]]:
@@ -297,7 +242,7 @@ def interleave(schedule: Schedule, stages: int, microbatches: int) -> Iterator[t
     Goes round the stages, upstream first, and takes one action from each whose prerequisites are done.
     Raises ScheduleDeadlock when a whole round takes none and work is left.
     """
-    _check_shape(0, stages, microbatches)
+    check_shape(0, stages, microbatches)
     streams = [schedule.actions(stage=stage, stages=stages, microbatches=microbatches) for stage in range(stages)]
     waiting = [next(stream, None) for stream in streams]
     done: set[tuple[int, Action]] = set()
@@ -333,10 +278,3 @@ def _describe_deadlock(
         f"schedule '{schedule.name}' deadlocks with {stages} stages and {microbatches} microbatches: "
         f"{'; '.join(stuck)}; reorder its actions so that each comes after what it waits for"
     )
-
-
-def _check_shape(stage: int, stages: int, microbatches: int) -> None:
-    if stages < 1 or microbatches < 1:
-        raise ScheduleError(f"{stages} stages and {microbatches} microbatches make no pipeline; both must be 1 or more")
-    if not 0 <= stage < stages:
-        raise ScheduleError(f"there is no stage {stage} in a pipeline of {stages}; stages count from 0 to {stages - 1}")

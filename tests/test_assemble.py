@@ -157,7 +157,7 @@ def test_what_is_missing_is_named(run: Path) -> None:
     with pytest.raises(AssembleError, match=r"stage 1 has no checkpoint in .*; copy its directory stage-1 there"):
         assemble(run)
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(AssembleError, match=r"there is no checkpoint in .*run/checkpoints; a swarm writes them"):
+    with pytest.raises(AssembleError, match=r"there is no checkpoint in .*run/checkpoints; a run writes them"):
         assemble(run)
 
 

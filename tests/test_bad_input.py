@@ -100,6 +100,15 @@ UP = [
         ["--schedule", "gpipe:rtt_ratio=auto"],
         r"schedule 'gpipe:rtt_ratio=auto': there is no depth to choose for gpipe; say 1f1b:rtt_ratio=auto",
     ),
+    (
+        ["--schedule", "{dir}/wait.csv"],
+        r"pipeline\.schedule: .*wait\.csv, row 1, column 2: '0B0': deadlock: .* put the forward of 1 first here",
+    ),
+    (["--schedule", "{dir}/none.csv"], r"cannot read the schedule file .*none\.csv: No such file.*; name a CSV file"),
+    (
+        ["--schedule", "{dir}/short.csv"],
+        r"orders are for pipeline\.stages = 1 and pipeline\.microbatches = 1, but there are 4 and 4",
+    ),
     (["--schedule", "2f2b:rtt_ratio=auto"], r"unknown schedule '2f2b'; the nearest known one is '1f1b'"),
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
@@ -122,6 +131,26 @@ UP = [
     (["--prometheus", "a..b:9100"], r"watch\.prometheus: 'a\.\.b:9100': no machine can be known as 'a\.\.b'; check"),
     (["--set", "data.cache=/proc/nowhere"], r"cannot write to the cache directory /proc/nowhere"),
     (["--lanes", "0"], r"lanes\.count: .*greater than or equal to 1 \(got 0\)"),
+    (
+        ["--chunks", "64", "--stages", "17"],
+        r"stages x lanes\.count = 17 x 64 = 1088: .* no more than 1024 nodes .*; have fewer of one",
+    ),
+    (["--chunks", "2", "--lanes", "2"], r"--chunks are lanes of the same sequences, --lanes of different ones; omit"),
+    (["--chunks", "2", "--context", ""], r"--chunks 2, but --context names no way .* to cross; say --context full"),
+    (["--context", "full"], r"'full' is for several chunks, and lanes\.count = 1; .*--chunks 2 or more"),
+    (["--chunks", "3"], r"data\.sequence_length: .* 32 tokens is not 6 equal segments.*; choose a length such as 30"),
+    (["--chunks", "2", "--context", "most"], r"unknown context method 'most'; the nearest known one is 'mos'"),
+    (["--chunks", "2", "--context", "mos:rank=3"], r"'mos' has no option 'rank'; the nearest known one is 'k'"),
+    (["--chunks", "2", "--context", "mos:k=0"], r"k=0 is no share of the keys' width; give one above 0, at most 1"),
+    (["--chunks", "2", "--context", "mos:v=1.5"], r"v=1\.5 is no share of the values' width; give one above 0, at mo"),
+    (["--chunks", "2", "--context", "mos:k=nan"], r"'mos': option 'k' wants a finite number, got 'nan'"),
+    (
+        ["--chunks", "2", "--context", "mos:bound=2"],
+        r"bound=2 is no bound of a small angle; give one above 0",
+    ),
+    (["--chunks", "2", "--context", "mos:fold=1"], r"fold=1 is no share of the steps; give one from 0, below 1"),
+    (["--chunks", "2", "--context", "full:format=rvq"], r"'full': format 'rvq' learns .*; choose one without that"),
+    (["--chunks", "2", "--codec", "ssn:k=8"], r"codec 'ssn' does not go with chunks .*; choose codec 'mapl'"),
     (
         ["--lanes", "2", "--average", "outr"],
         r"lanes\.average: unknown averaging 'outr'; the nearest .* is 'outer'",
@@ -230,6 +259,8 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (directory / "section.toml").write_text("[pipelines]\nstages = 2\n")
     (directory / "scalar.toml").write_text("pipeline = 2\n")
     (directory / "type.toml").write_text("[run]\nsteps = 'many'\n")
+    (directory / "wait.csv").write_text("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n")
+    (directory / "short.csv").write_text("0F0,0B0\n")
     (directory / "taken").mkdir()
     (directory / "taken" / "run.toml").write_text("precious")
     return directory

@@ -343,7 +343,6 @@ def test_what_a_run_computes_does_not_change_when_it_goes_on(
     [
         (["--overwrite"], "--resume goes on with a run, --overwrite replaces one; omit one"),
         (["--out", "elsewhere"], "stays in its directory, not elsewhere; omit --out"),
-        (["--one-process"], "only a swarm writes checkpoints; omit --one-process"),
     ],
 )
 def test_what_contradicts_going_on(has_started: Begun, options: list[str], named: str) -> None:

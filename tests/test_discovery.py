@@ -28,7 +28,7 @@ from .real_faults import records
 from .real_node import free_address, until
 from .real_swarm import DOOR, MULTIADDR, Process, Scene, all_gone, end_of, served, served_place
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 SETTINGS: dict[str, Any] = {
     "pipeline.stages": 2,
@@ -179,12 +179,15 @@ def test_a_swarm_finds_itself_and_mends_itself(scene: Scene, config: RunConfig, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("chunks", [False, pytest.param(True, marks=pytest.mark.long)], ids=["replicas", "chunks"])
 def test_lanes_find_each_other_and_a_lost_node_of_one_is_replaced(
-    scene: Scene, config: RunConfig, tmp_path: Path
+    scene: Scene, config: RunConfig, tmp_path: Path, chunks: bool
 ) -> None:
     """Four nodes that know one address fill a grid, and give each other rounds; one is lost, and a fifth one takes its
     place on a disk of its own."""
     settings = {"lanes.count": 2, "lanes.average": "outer:every=4", "run.steps": 40}
+    if chunks:
+        settings |= {"lanes.average": "gradients", "context.method": "full"}
     lanes = parse_config(merge({}, {**flat(config), **settings}))
     (tmp_path / "run.toml").write_text(dump_config(lanes))
     scene.use_keys("found", "0-1")
@@ -196,6 +199,8 @@ def test_lanes_find_each_other_and_a_lost_node_of_one_is_replaced(
     homes = {place: node.log.with_suffix("") / f"lane-{place.lane}" for place, node in nodes.items()}
     lost = GridPlace(1, 1)
     until(lambda: len(records(homes[lost], 1, "round")) > 2, "rounds of lane 1")
+    if chunks:  # there is one after every step, and no checkpoint yet
+        until(lambda: any(each["bytes"] for each in records(homes[lost], 1, "copy")), "a copy of its checkpoint")
     nodes[lost].kill()  # from here on all wait, lane 0 in its next round
     late = scene.node("late", rendezvous, "1", "--lane", "0")
     found = scene.status(rendezvous)
@@ -219,7 +224,8 @@ def test_lanes_find_each_other_and_a_lost_node_of_one_is_replaced(
     }
     assert {place: end_of(home, place.stage) for place, home in homes.items()} == expected
     assert records(homes[lost], 1, "rollback")[-1]["completed"] > 0
-    assert not records(homes[GridPlace(0, 0)], 0, "rollback")  # what is lost is its own lane's loss
+    back = [len(records(home, place.stage, "rollback")) for place, home in homes.items() if place.lane == 0]
+    assert back == ([1, 1] if chunks else [0, 0])  # what is lost is its own lane's loss, or that of all
 
 
 def test_by_multiaddr_the_configuration_comes_from_the_dht(scene: Scene, config: RunConfig, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_run_is_measured_in_the_bits_that_it_wrote_down(codec: str, tiny: Tiny
     found = asked("eval", tmp_path / "run")
     rounded, exact = found["text"]
     assert found["step"] == config.run.steps
-    assert rounded["loss"] == recorded_loss(tmp_path / "run", config.run.steps)
+    assert rounded["loss"] == recorded_loss(config, tmp_path / "run", 0, config.run.steps)
     assert rounded["tokens"] == exact["tokens"] == TINY["data.heldout_sequences"] * TINY["data.sequence_length"]
     assert exact["loss"] != rounded["loss"]
     assert exact["loss"] == pytest.approx(rounded["loss"], rel=0.02)
@@ -366,7 +366,7 @@ def test_the_command_writes_the_text_and_what_follows(directory: Path) -> None:
 
 REFUSED = [
     (["eval", "{dir}/none"], r"none holds neither run\.toml nor config\.json; give a run, or a model's directory"),
-    (["eval", "{fresh}"], r"there is no checkpoint in .*fresh.*; a swarm writes them every checkpoint\.every steps"),
+    (["eval", "{fresh}"], r"there is no checkpoint in .*fresh.*; a run writes them every checkpoint\.every steps"),
     (["eval", "{run}", "--step", "2"], r"stage 0 has no checkpoint after 2 steps in "),
     (["eval", "{run}", "--data", "{dir}/missing"], r"no such file or directory: .*missing"),
     (["eval", "{run}", "--data", "{dir}/empty.txt"], r"the text is empty; give one with --data|holds no text"),

@@ -106,7 +106,7 @@ def evaluated(*arguments: str | Path) -> float:
 
 
 def test_a_lane_is_evaluated_in_the_bits_that_it_wrote_down(trained: Path) -> None:
-    own = [recorded_loss(trained / f"lane-{lane}", STEPS) for lane in range(2)]
+    own = [recorded_loss(load_config(trained / "run.toml"), trained, lane, STEPS) for lane in range(2)]
     assert own[0] != own[1]  # codebooks and rounding are each lane's own
     assert [evaluated(trained, "--lane", str(lane)) for lane in range(2)] == own
     assert evaluated(trained) == own[0]
@@ -120,7 +120,7 @@ def test_without_a_word_it_is_the_first_whole_lane(run: Path, tmp_path: Path) ->
     assert f"lane 1 of 2 is taken; {run}/lane-N names another" in result.stderr
     written = json.loads(result.stdout)
     assert written["lane"] == 1
-    assert written["held_out"]["loss_recorded"] == recorded_loss(run / "lane-1", STEPS)
+    assert written["held_out"]["loss_recorded"] == recorded_loss(load_config(run / "run.toml"), run, 1, STEPS)
     assert f"{run}, lane 1, after step {STEPS} on the held-out part" in " ".join(done("eval", run).split())
     assert "stage 1 has no checkpoint" in refused("export", run, "--lane", "0", "--out", tmp_path / "other")
 

@@ -29,7 +29,7 @@ MAY_IMPORT_IN_NODE: dict[str, set[str]] = {
     "links": {"checkpoints", "security"},
     "context": {"averaging", "links", "model"},
     "lanes": {"averaging", "checkpoints", "links", "security"},
-    "measuring": {"averaging", "boundary", "data", "links", "model"},
+    "measuring": {"averaging", "boundary", "context", "data", "links", "model"},
     "comparing": {"data", "measuring"},
     "probing": {"links", "measuring", "model", "security"},
     "discovery": {"links", "probing", "security"},

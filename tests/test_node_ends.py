@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from thinpipe.cli import app
 from thinpipe.node.run_records import MetricsWriter
 from thinpipe.sim.launch import local_swarm, node_launch
 from thinpipe.sim.launch.local_swarm import SwarmError, run_swarm
@@ -16,8 +15,8 @@ from thinpipe.sim.launch.node_ends import Failure, failure_in
 from thinpipe.sim.launch.node_launch import NodeProcess
 from thinpipe.sim.reports.lanes import lane_path
 from thinpipe.sim.reports.record_tail import whole_bytes
-from typer.testing import CliRunner
 
+from .preloaded import ran
 from .real_faults import records
 from .real_node import until
 
@@ -30,11 +29,13 @@ class Nodes:
 
     fails: it fails. told: it ends because stage 1 has failed. hears: the same a little later than it. ends: well.
     later: the same, after the others. waits: until it is told to end. alone: it fails, and nobody was told. dies: by
-    SIGKILL.
+    SIGKILL. lane: of the stage 1 that fails, where lanes are one group.
     """
 
-    def __init__(self, run: Path, plot: dict[int, list[str]], reasons: list[str], *, replays: bool) -> None:
-        self.run, self.plot, self.reasons, self.replays = run, plot, reasons, replays
+    def __init__(
+        self, run: Path, plot: dict[int, list[str]], reasons: list[str], *, replays: bool, lane: int | None
+    ) -> None:
+        self.run, self.plot, self.reasons, self.replays, self.lane = run, plot, reasons, replays, lane
         self.lives = [0] * len(plot)
 
     def start(
@@ -51,6 +52,8 @@ class Nodes:
         reason = self.reasons[min(life, len(self.reasons) - 1)]
         failed = {"event": "failed", "stage": 1, "completed_steps": 4, "reason": reason, "told": todo != "alone"}
         failed["replays"] = self.replays
+        if self.lane is not None:
+            failed["lane"] = self.lane
         line = reason if todo in ("fails", "alone") else f"stage 1 failed after 4 steps: {reason}"
         program = f"""
 import json, os, signal, sys, time
@@ -83,13 +86,16 @@ def outcome(
     restarts: int,
     reasons: tuple[str, ...] = ("not finite",),
     replays: bool = True,
+    group_fails_in: int | None = None,
 ) -> tuple[str, list[int]]:
-    """With which words the launcher ends, "" if well, and how many lives each stage had."""
-    nodes = Nodes(tmp_path, plot, list(reasons), replays=replays)
+    """With which words the launcher ends, "" if well, and how many lives each stage had. group_fails_in: lanes are one
+    group, and it is in this one that a stage fails."""
+    grouped = group_fails_in is not None
+    nodes = Nodes(tmp_path, plot, list(reasons), replays=replays, lane=group_fails_in)
     patch.setattr(local_swarm, "start_node", nodes.start)
     patch.setattr(local_swarm, "POLL_S", 0.02)
     try:
-        run_swarm(tmp_path, stages=STAGES, lanes=len(plot) // STAGES, restarts=restarts)
+        run_swarm(tmp_path, stages=STAGES, lanes=len(plot) // STAGES, grouped=grouped, restarts=restarts)
     except SwarmError as error:
         return str(error), nodes.lives
     return "", nodes.lives
@@ -219,6 +225,30 @@ def test_the_same_failure_in_another_lane_is_not_a_replay(tmp_path: Path, monkey
     assert outcome(tmp_path, monkeypatch, plot, restarts=2) == ("", [2] * 6)
 
 
+def test_a_group_ends_rather_than_go_on_without_a_lane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plot = {0: ["waits"], 1: ["waits"], 2: ["waits"], 3: ["waits"], 4: ["dies"], 5: ["waits"]}
+    said, lives = outcome(tmp_path, monkeypatch, plot, restarts=0, group_fails_in=1)
+    assert said.startswith("lane 1: stage 1 was killed by SIGKILL")
+    assert lives == [1] * 6
+    assert f"ended by the launcher: {said}" in (tmp_path / "lane-0" / "stage-0.log").read_text()
+
+
+def test_a_lost_node_of_a_group_is_started_again_and_the_others_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plot = {node: ["later"] for node in range(6)} | {1: ["dies", "later"], 5: ["dies", "later"]}
+    assert outcome(tmp_path, monkeypatch, plot, restarts=2, group_fails_in=0) == ("", [1, 2, 1, 1, 1, 2])
+
+
+def test_a_failure_in_a_group_is_one_of_all_lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All end with it and are started again for the price of one; of two stages 1 it is that of lane 1 which is
+    blamed."""
+    plot = {node: ["told"] * 3 for node in range(6)} | {4: ["fails"] * 3}
+    said, lives = outcome(tmp_path, monkeypatch, plot, restarts=9, group_fails_in=1)
+    assert said == "lane 1: stage 1 ended: not finite; it failed in the same way before, so it is not started again"
+    assert lives == [2] * 6
+
+
 @pytest.mark.parametrize("torn", ["", '{"event": "step", "codec": "' + "x" * 5000])
 def test_a_record_that_was_broken_off_hides_no_failure(tmp_path: Path, torn: str) -> None:
     """Whoever takes the place of a process that was killed cuts off the record in which it broke off, and writes where
@@ -247,6 +277,12 @@ def test_only_the_newest_failure_counts() -> None:
     assert str(second) == "stage 1 failed after 9 steps: x"
 
 
+def test_a_failure_in_a_group_says_in_which_lane() -> None:
+    record = {"event": "failed", "stage": 1, "lane": 2, "completed_steps": 4, "reason": "x", "time_s": 1.0}
+    failure = failure_in([{**record, "told": True, "replays": True}])
+    assert str(failure) == "stage 1 of lane 2 failed after 4 steps: x"
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_is_tried_twice_and_ends_with_its_reason(tmp_path: Path) -> None:
     """Real processes: a rate that is far too high makes a gradient or a value that is not finite, at the same step each
@@ -258,8 +294,8 @@ def test_a_run_that_diverges_is_tried_twice_and_ends_with_its_reason(tmp_path: P
         *("optim.muon_lr=1e18", "optim.adamw_lr=1e18", "optim.warmup_steps=0", "codec.codec=bf16"),
     ):
         options += ["--set", setting]
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 1, result.output
+    result = ran(*options)
+    assert result.exit_code == 1, result
     last = result.stderr.splitlines()[-1]
     assert "not finite" in last or "nan" in last.lower(), result.stderr
     assert "failed in the same way before" in last

@@ -23,6 +23,8 @@ from thinpipe.protocol.control_messages import (
     StartViewChange,
 )
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
+from thinpipe.protocol.grid_place import GridPlace
+from thinpipe.protocol.group_chain import GroupChain
 from thinpipe.protocol.messages import Greeting, Limits, decode_frame
 from thinpipe.protocol.messages import encode_frame as encode
 from thinpipe.protocol.rollback import GENERATIONS_AHEAD_MAX, Rollback, RollbackPhase
@@ -36,9 +38,7 @@ LIMITS = Limits(message_bytes=1)
 class Process:
     def __init__(self, world, stage, *, joining, disk):
         world.born += 1
-        self.machine = Rollback(
-            identity(stage, len(world.processes) or world.stages, incarnation=world.born), joining=joining
-        )
+        self.machine = Rollback(world.identity(stage), joining=joining)
         self.disk = disk  # completed counts that survive this process
         self.completed = 0
         self.stopping = joining
@@ -52,13 +52,21 @@ class Connection:
 
 
 class Environment:
-    def __init__(self, stages):
-        self.stages, self.born = stages, 0
-        self.processes = []
-        self.processes = [Process(self, stage, joining=False, disk=set()) for stage in range(stages)]
-        self.connections = [None] * (stages - 1)
+    """lanes: of one group, whose nodes are one chain: what is a stage below is a position in it."""
+
+    def __init__(self, stages, lanes=1):
+        self.chain = GroupChain(stages, lanes)
+        self.stages, self.born = self.chain.length, 0
+        self.processes = [Process(self, stage, joining=False, disk=set()) for stage in range(self.stages)]
+        self.connections = [None] * (self.stages - 1)
         self.generations = {0: (None, 0)}  # generation -> (members, completed), as whoever started it first said
         self.refusals = []
+
+    def identity(self, stage):
+        """Of the process that has just come there."""
+        place, known = self.chain.place(stage), {"lanes": self.chain.lanes, "incarnation": self.born}
+        mine = identity(place.stage, self.chain.stages, lane=place.lane, **known)
+        return mine.in_group() if self.chain.lanes > 1 else mine
 
     def connect(self, boundary):
         if self.connections[boundary] is None:
@@ -202,6 +210,34 @@ def test_any_losses_end_in_one_generation(stages, seed, length):
         act(world, lambda options: chance.choice(list(options)))
     world.settle()
     world.assert_one_generation()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from([(1, 2), (2, 2), (3, 2), (2, 3)]), st.integers(0, 2**32), st.integers(10, 400))
+def test_any_losses_in_a_group_of_lanes_end_in_one_generation_of_all(grid, seed, length):
+    chance = random.Random(seed)
+    world = Environment(*grid)
+    for _ in range(length):
+        act(world, lambda options: chance.choice(list(options)))
+    world.settle()
+    world.assert_one_generation()
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (3, 2)])
+def test_a_loss_in_one_lane_of_a_group_takes_all_lanes_back_to_what_all_hold(grid):
+    world = Environment(*grid)
+    world.settle()
+    lost = world.chain.position(GridPlace(0, 1))
+    behind = world.chain.position(GridPlace(1, 0))
+    for step in range(5):
+        for position in range(world.stages):
+            world.complete(position, writes=step < 3 or position != behind)
+    world.kill(lost)
+    world.settle()
+    world.assert_one_generation()
+    assert world.generations[1][1] == 3
+    assert {process.completed for process in world.processes} == {3}
+    assert {process.machine.generation for process in world.processes} == {1}
 
 
 @settings(max_examples=200, deadline=None)

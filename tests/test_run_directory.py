@@ -23,7 +23,7 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.measuring.dense_comparison import add_comparison
 from thinpipe.node.preparation import resolve_architecture, state_digest
-from thinpipe.node.resuming import interrupted, newest_common
+from thinpipe.node.resuming import interrupted, newest_common, newest_of_each
 from thinpipe.node.run_directory import (
     LOCK,
     LocalRunError,
@@ -191,6 +191,23 @@ def test_checkpoints_of_other_settings_are_no_common_step(run: Path, tiny: TinyC
         newest_common(config, run)
 
 
+def test_lanes_that_hold_chunks_go_on_from_a_step_that_all_of_them_have(tmp_path: Path, tiny: TinyConfig) -> None:
+    """Others go on from one each."""
+    settings = {"pipeline.stages": STAGES, "lanes.count": 2, "lanes.average": "gradients"}
+    chunks, lanes = tiny({**settings, "context.method": "full"}), tiny(settings)
+    for config, run in ((chunks, tmp_path / "chunks"), (lanes, tmp_path / "lanes")):
+        for stage in range(STAGES):
+            checkpoint(run / "lane-0" / "checkpoints", stage, 2, 4, 6, of=config)
+            checkpoint(run / "lane-1" / "checkpoints", stage, *((2, 4) if stage else (2, 4, 6)), of=config)
+    assert newest_of_each(chunks, tmp_path / "chunks") == [4]
+    assert newest_of_each(lanes, tmp_path / "lanes") == [6, 4]
+    (tmp_path / "chunks" / "run.toml").write_text(dump_config(chunks))
+    assert "goes on after step 4" in interrupted("interrupted", chunks, tmp_path / "chunks", begun=True)
+    shutil.rmtree(tmp_path / "chunks" / "lane-1")
+    assert newest_of_each(chunks, tmp_path / "chunks") == [None]
+    assert newest_of_each(lanes, tmp_path / "lanes") == [6, 4]
+
+
 def test_a_run_whose_settings_were_changed_by_hand_does_not_begin_anew(run: Path) -> None:
     """Its stages would all refuse their checkpoints, and agree on step 0."""
     for stage in range(STAGES):
@@ -202,7 +219,7 @@ def test_a_run_whose_settings_were_changed_by_hand_does_not_begin_anew(run: Path
     assert (code, said.count("\n")) == (2, 1)
     assert "the checkpoints after 2 steps in" in said
     assert "all of other settings" in said
-    said = interrupted("interrupted", load_config(run / "run.toml"), run, begun=True, swarm=True)
+    said = interrupted("interrupted", load_config(run / "run.toml"), run, begun=True)
     assert "after 2 of 9 steps; all stages are stopped; the checkpoints after 2 steps in" in said
 
 
@@ -284,16 +301,17 @@ def test_an_end_says_how_far_and_how_it_goes_on(run: Path) -> None:
     config = load_config(run / "run.toml")
     for stage in range(STAGES):
         record(run, stage, step(0), step(1), step(2))
-    said = interrupted("stopped by SIGTERM", config, run, begun=True, swarm=True)
+    said = interrupted("stopped by SIGTERM", config, run, begun=True)
     assert said.startswith("stopped by SIGTERM after 3 of 9 steps; all stages are stopped, and there is no checkpoint")
     for stage in range(STAGES):
         checkpoint(run / "checkpoints", stage, 2, of=config)
-    said = interrupted("interrupted", config, run, begun=True, swarm=True)
+    said = interrupted("interrupted", config, run, begun=True)
     assert said == (
         f"interrupted after 3 of 9 steps; all stages are stopped; thinpipe up --resume {run} goes on after step 2"
     )
-    assert "one process writes no checkpoints" in interrupted("interrupted", config, run, begun=True, swarm=False)
-    assert "before the run began; nothing was changed" in interrupted("no", config, run, begun=False, swarm=True)
+    said = interrupted("interrupted", config, run, begun=True, one_process=True)
+    assert f"thinpipe up --resume {run} --one-process goes on after step 2" in said
+    assert "before the run began; nothing was changed" in interrupted("no", config, run, begun=False)
 
 
 def test_the_tables_say_what_was_in_vain_and_what_went_wrong(tiny: TinyConfig, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """One conformance test for every schedule, and broken schedules that it must catch."""
 
 from collections import deque
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +22,7 @@ from thinpipe.protocol.schedule import (
     Schedule,
     ScheduleDeadlock,
     ScheduleError,
+    StageOrders,
     Step,
     Upward,
     WeightGradient,
@@ -31,7 +32,6 @@ from thinpipe.protocol.schedule import (
     messages_ahead,
     prerequisites,
     receiver,
-    splits_backward,
 )
 
 LINK_CAPACITY = 2  # messages that each direction of a boundary holds in the bounded run
@@ -163,6 +163,50 @@ def test_conformance_over_links_that_take_time(kind, rtt_ratio, stages, microbat
     check_global_order(schedule, stages, microbatches)
     # What the receive buffers of two nodes take (`node.link_settings.receive_buffer_bytes`).
     run_bounded(schedule, stages, microbatches, max(2, messages_ahead(schedule, stages, microbatches)), 2)
+
+
+@st.composite
+def written_orders(draw: st.DrawFn, stages: int | None = None, microbatches: int | None = None) -> StageOrders:
+    """Any that can be run: how many forwards each stage has done at each backward, and where weight gradients are."""
+    stages = stages or draw(st.integers(1, 6))
+    count = microbatches or draw(st.integers(1, 10))
+    split = draw(st.booleans())
+    least, rows = list(range(1, count + 1)), []
+    for _ in range(stages):  # from the last one up: none may have done fewer than the stage below
+        done = list(accumulate((draw(st.integers(at, count)) for at in least), max))
+        row, before, owed = "", 0, 0
+        for at in done:
+            row += "F" * (at - before)
+            whole = not split or (not owed and draw(st.booleans()))
+            row, before, owed = row + ("B" if whole else "I"), at, owed + (not whole)
+            paid = draw(st.integers(0, owed))
+            row, owed = row + "W" * paid, owed - paid
+        rows.insert(0, row + "W" * owed)
+        least = done
+    return StageOrders(rows)
+
+
+@given(orders=written_orders())
+@settings(deadline=None)
+def test_conformance_of_written_orders(orders: StageOrders) -> None:
+    """Over links that hold one message upwards, and no more downwards than the orders need; with a norm too."""
+    stages, microbatches = len(orders.rows), orders.microbatches
+    assert get_schedule(orders.spec).spec == orders.spec
+    for schedule in (orders, WithGlobalNorm(orders)):
+        for stage, actions in enumerate(streams_of(schedule, stages, microbatches)):
+            check_stream(schedule, actions, stage, stages, microbatches)
+        check_global_order(schedule, stages, microbatches)
+        run_bounded(schedule, stages, microbatches, max(1, messages_ahead(schedule, stages, microbatches)), 1)
+
+
+@pytest.mark.parametrize("spec", ["gpipe", "1f1b", "1f1b:rtt_ratio=2.5", "zb", "zb:rtt_ratio=2.5"])
+@given(stages=st.integers(1, 8), microbatches=st.integers(1, 24))
+@settings(deadline=None)
+def test_written_down_a_schedule_is_the_same(spec: str, stages: int, microbatches: int) -> None:
+    schedule = get_schedule(spec)
+    orders = StageOrders.of(schedule, stages, microbatches)
+    assert streams_of(orders, stages, microbatches) == streams_of(schedule, stages, microbatches)
+    assert messages_ahead(orders, stages, microbatches) == messages_ahead(schedule, stages, microbatches)
 
 
 @pytest.mark.parametrize("spec", ["gpipe", "1f1b", "1f1b:rtt_ratio=2.5", "zb", "zb:rtt_ratio=2.5"])
@@ -397,8 +441,10 @@ def test_the_bubble_of_zero_bubble(forward_s, input_s, weight_s):
 
 
 def test_which_schedules_split():
-    assert [name for name, schedule in SCHEDULES.items() if splits_backward(schedule)] == ["zb"]
-    assert splits_backward(get_schedule("zb:rtt_ratio=2"))
+    assert [name for name, schedule in SCHEDULES.items() if schedule.splits] == ["zb"]
+    assert get_schedule("zb:rtt_ratio=2").splits
+    assert WithGlobalNorm(get_schedule("zb")).splits
+    assert [get_schedule(f"order:{word}").splits for word in ("FFBB", "FFIWIW", "FFBIW")] == [False, True, True]
 
 
 def test_an_unknown_schedule_is_refused_by_name():

@@ -19,7 +19,7 @@ import psutil
 import pytest
 import typer
 from thinpipe.cli import app
-from thinpipe.commands import reports, supervise
+from thinpipe.commands import supervise
 from thinpipe.node.checkpoints.manifest import Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config_file import dump_config, load_config
@@ -41,8 +41,6 @@ from .test_checkpoint import small
 
 DEADLINE_S = 150.0
 STEPS = 120
-
-alone = pytest.mark.alone
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +114,6 @@ def swarm(tmp_path: Path, settings: Path) -> Iterator[Swarm]:
                 made.kill(name)
 
 
-@alone
 @pytest.mark.slow
 def test_a_standby_takes_the_place_of_whoever_is_killed(tmp_path: Path, settings: Path, reference: list[str]) -> None:
     with swarm(tmp_path, settings) as made:
@@ -144,7 +141,6 @@ def test_a_standby_takes_the_place_of_whoever_is_killed(tmp_path: Path, settings
         assert f"{STEPS} steps of 256 tokens (swarm)" in made.log("stage-0-later")
 
 
-@alone
 @pytest.mark.slow
 def test_each_lane_is_kept_and_the_first_one_sums_up(tmp_path: Path, tiny: TinyConfig) -> None:
     """Two lanes of one stage each, so that all is said on lateral links; one is killed, and the standby takes it."""
@@ -166,7 +162,6 @@ def test_each_lane_is_kept_and_the_first_one_sums_up(tmp_path: Path, tiny: TinyC
         assert made.digests() == [lane.stages[0].state_sha256() for lane in reference.lanes]
 
 
-@alone
 @pytest.mark.long  # what `up` does at SIGTERM is in test_recovery
 def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
     tmp_path: Path, settings: Path, reference: list[str]
@@ -187,7 +182,6 @@ def test_sigterm_ends_after_a_step_and_the_next_start_goes_on(
         assert made.digests() == reference
 
 
-@alone
 @pytest.mark.slow
 def test_a_node_that_cannot_start_ends_its_keeper_and_the_standby(tmp_path: Path, settings: Path) -> None:
     with swarm(tmp_path, settings) as made:
@@ -746,7 +740,7 @@ def test_a_summary_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatc
         "thinpipe.sim.reports.lanes_summary.summarise_run",
         lambda *_, **__: {"lacking": {}, "faults": [], "mode": "swarm", "stages": []},
     )
-    monkeypatch.setattr(reports, "mode_of", lambda _: "swarm")
+    monkeypatch.setattr("thinpipe.sim.reports.summary.mode_of", lambda _: "swarm")
     done = CliRunner().invoke(app, ["summary", str(tmp_path), "--write"])
     assert done.exit_code == 2
     assert f"cannot write {tmp_path}/summary.json: Is a directory" in done.stderr

@@ -10,7 +10,7 @@ from thinpipe.sim.reports.summary import read_records
 from .in_memory import run_reference
 from .lan import Lan, blocks, three_machines
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.timeout(300)
 
 RUN = "runs/walkthrough"
 LOST_AFTER = 20  # steps

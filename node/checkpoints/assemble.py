@@ -180,8 +180,8 @@ def _check_present(directory: Path, held: list[_Held], step: int | None) -> None
     """Raises AssembleError unless all stages have that step, or any step in common."""
     if not any(held):
         raise AssembleError(
-            f"there is no checkpoint in {directory}; a swarm writes them every checkpoint.every steps (one process "
-            "writes none), to checkpoint.directory if that is set"
+            f"there is no checkpoint in {directory}; a run writes them every checkpoint.every steps, to "
+            "checkpoint.directory if that is set"
         )
     for stage, steps in enumerate(held):
         if not steps:

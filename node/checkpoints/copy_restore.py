@@ -27,8 +27,9 @@ BROUGHT_BACK = 2  # of the newest copies: the others may not have completed the 
 class CopyRestore:
     """What one node asks its buddy, on `side`, to give back into `store`.
 
-    sessions: the connections there are. paused_ago_s: how long ago the last pause of this process ended. `heard` has to
-    be set whenever the buddy has come, gone, or said something.
+    sessions: the connections there are. stage: what this node is in frames; peer: what its buddy is called.
+    paused_ago_s: how long ago the last pause of this process ended. `heard` has to be set whenever the buddy has come,
+    gone, or said something.
     """
 
     def __init__(
@@ -37,6 +38,8 @@ class CopyRestore:
         side: Side,
         sessions: Mapping[Side, CopySession],
         *,
+        stage: int,
+        peer: str,
         say: Say,
         on_fault: Reporter,
         paused_ago_s: Callable[[], float],
@@ -47,9 +50,9 @@ class CopyRestore:
         self.completing = False  # one of these is being read once more, and may take its time
         self.heard = asyncio.Event()
         self._over = False
-        self._stage, self._sessions = store.stage, sessions
+        self._stage, self._sessions = stage, sessions
         self._side: Side = side
-        self._peer = store.stage + (1 if side == "below" else -1)
+        self._peer = peer
         self._say, self._on_fault, self._paused_ago_s = say, on_fault, paused_ago_s
 
     def _check(self, manifest: Manifest) -> None:
@@ -84,7 +87,7 @@ class CopyRestore:
                 if asked != (session, left[0]):
                     asked = session, left[0]
                     self.wanted.add(left[0])
-                    print(f"asks stage {self._peer} for its copy after {left[0]} steps", flush=True)
+                    print(f"asks {self._peer} for its copy after {left[0]} steps", flush=True)
                     await self._say(self._side, CopyWanted(stage=self._stage, completed_steps=left[0]))
             timeout_s = deadline_s if session else replacement_s
             try:
@@ -93,6 +96,6 @@ class CopyRestore:
             except TimeoutError:
                 if self.completing or self.heard.is_set() or self._paused_ago_s() < timeout_s:
                     continue
-                line = f"waited {timeout_s:g} s in vain for copies of checkpoints at stage {self._peer}"
+                line = f"waited {timeout_s:g} s in vain for copies of checkpoints at {self._peer}"
                 self._on_fault("timeout", f"{line}; goes on with what is on this disk: steps {have or 'none'}")
                 return

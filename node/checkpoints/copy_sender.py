@@ -34,11 +34,19 @@ class CopySender:
         self._part_bytes, self._parts_ahead, self._say = part_bytes, parts_ahead, say
 
     async def send(
-        self, side: Any, session: CopySession, store: CheckpointStore, completed: int, *, verify: bool = False
+        self,
+        side: Any,
+        session: CopySession,
+        store: CheckpointStore,
+        completed: int,
+        *,
+        stage: int | None = None,
+        verify: bool = False,
     ) -> None:
-        """One checkpoint, until the other side has it or does not want it. verify: read it once before. Raises
-        CheckpointError or OSError for one that cannot be read, and says so to the other side first."""
-        stage = store.stage
+        """One checkpoint, until the other side has it or does not want it. stage: what frames call that of the store,
+        if otherwise. verify: read it once before. Raises CheckpointError or OSError for one that cannot be read, and
+        says so to the other side first."""
+        stage = store.stage if stage is None else stage
         try:
             manifest = await asyncio.to_thread(store.verify if verify else store.manifest, completed)
             with ExitStack() as held:

@@ -1,9 +1,10 @@
 """Copies of checkpoints on a neighbour, so that a stage is not lost when a disk is lost with its machine.
 
-Each stage has a *buddy*, the stage below it (the last one: the stage above). It sends its newest checkpoint there while
-the link between them has nothing else to do: a part leaves only when no tensor waits, and takes its time from the same
-token bucket. A process that takes a stage's place asks the buddy for what its own disk lacks, before it says from which
-steps it could go on. If both machines see one directory, nothing is sent: the buddy looks there.
+Each stage has a *buddy*, the stage below it (the last one: the stage above), or where lanes are one group the next node
+of its chain (`protocol.group_chain`), which may be the same stage of another lane. It sends its newest checkpoint there
+while the link between them has nothing else to do: a part leaves only when no tensor waits, and takes its time from the
+same token bucket. A process that takes a stage's place asks the buddy for what its own disk lacks, before it says from
+which steps it could go on. If both machines see one directory, nothing is sent: the buddy looks there.
 
 The frames travel on the control stream (`protocol.copy_transfer` says why, and who may send what), with a row of their
 own in the account. Copies are in <checkpoint.directory>/copies/stage-<i>/, laid out as checkpoints are. This module
@@ -31,6 +32,7 @@ from ...protocol.control_messages import (
     CopyWanted,
 )
 from ...protocol.errors import Fault, RemoteProtocolError
+from ...protocol.group_chain import GroupChain
 from ...protocol.header import printable
 from ...protocol.rollback_actions import Side
 from ..worker_thread import Reporter
@@ -58,8 +60,9 @@ class CopyService:
     sends copies. say: have a frame sent to a side; for a part it waits until the link is idle. refuse: end the
     connection to a side, which broke a rule. on_copy(completed, bytes, fetched): a copy of ours is whole, at the buddy
     or here, and so many bytes of it crossed; 0: nothing had to be sent. on_held(completed): the newest of our states
-    that the buddy has a copy of; 0: none. paused_ago_s: how long ago the last pause of this process ended. Frames come
-    in through `receive`, and `met` and `parted` say whether anybody is there; all on the event loop.
+    that the buddy has a copy of; 0: none. chain: in which stages are positions. paused_ago_s: how long ago the last
+    pause of this process ended. Frames come in through `receive`, and `met` and `parted` say whether anybody is there;
+    all on the event loop.
     """
 
     def __init__(
@@ -77,22 +80,27 @@ class CopyService:
         on_copy: Callable[[int, int, bool], None],
         on_held: Callable[[int], None],
         paused_ago_s: Callable[[], float] = lambda: float("inf"),
+        chain: GroupChain | None = None,
     ) -> None:
         self.side: Side | None = buddy_side(stage, stages)
         self._stage, self._store, self._enabled = stage, store, bytes_max > 0
         self._sender = CopySender(part_bytes=min(part_bytes, PART_BYTES_MAX), parts_ahead=parts_ahead, say=say)
         self._say, self._refuse, self._on_fault = say, refuse, on_fault
         self._on_copy, self._on_held = on_copy, on_held
+        self._name_of = chain.name_of if chain else "stage {}".format
+        own_lane = chain.place(stage).lane if chain else 0
         self._stores: dict[Side, CopyStore] = {}
         others: dict[Side, tuple[int, Side]] = {"above": (stage - 1, "below"), "below": (stage + 1, "above")}
         for side, (other, towards_us) in others.items():
             if 0 <= other < stages and buddy_side(other, stages) == towards_us:
-                self._stores[side] = CopyStore(other, store, bytes_max)
+                place = chain.place(other) if chain else None
+                self._stores[side] = CopyStore(other, store, bytes_max, place=place, own_lane=own_lane)
         self._sessions: dict[Side, CopySession] = {}
         self._restore: CopyRestore | None = None
         if self.side:
+            peer = self._name_of(self._peer(self.side))
             given = {"say": say, "on_fault": on_fault, "paused_ago_s": paused_ago_s}
-            self._restore = CopyRestore(store, self.side, self._sessions, **given)
+            self._restore = CopyRestore(store, self.side, self._sessions, stage=stage, peer=peer, **given)
         self._closed = False
         self._newest = 0  # of our checkpoints: the one that was written last
         self._begun: tuple[int, int] | None = None  # a copy of ours, and what the buddy had of it before we began
@@ -171,7 +179,7 @@ class CopyService:
             if lacks and (self._stage, completed) not in session.declined:
                 session.outgoing[self._stage] = (completed, None)
                 try:
-                    await self._sender.send(side, session, self._store, completed)
+                    await self._sender.send(side, session, self._store, completed, stage=self._stage)
                 except (CheckpointError, OSError) as error:
                     self._on_fault("copy", f"the copy after {completed} steps: {error}")
             else:
@@ -214,7 +222,8 @@ class CopyService:
         """Raises RemoteProtocolError for what that neighbour may not say."""
         mine, store_of_copies = side == self.side and frame.stage == self._stage, self._stores.get(side)
         if not mine and (store_of_copies is None or frame.stage != store_of_copies.stage):
-            raise RemoteProtocolError(Fault.UNEXPECTED, f"a copy of stage {frame.stage} is not for this stage")
+            line = f"a copy of {self._name_of(frame.stage)} is not for this stage"
+            raise RemoteProtocolError(Fault.UNEXPECTED, line)
         match frame:
             case CopiesHeld() if mine:
                 self._take_held(session, set(frame.steps))
@@ -237,8 +246,8 @@ class CopyService:
                 elif not (mine and self._restore and frame.completed_steps in self._restore.wanted):
                     return
                 session.declined.add((frame.stage, frame.completed_steps))
-                which = f"the copy of stage {frame.stage} after {frame.completed_steps} steps"
-                self._on_fault("copy", f"stage {self._peer(side)} and {which}: {frame.reason}")
+                which = f"the copy of {self._name_of(frame.stage)} after {frame.completed_steps} steps"
+                self._on_fault("copy", f"{self._name_of(self._peer(side))} and {which}: {frame.reason}")
             case _:
                 raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(frame).__name__} from {side} on a copy")
         if mine and self._restore:
@@ -265,7 +274,8 @@ class CopyService:
             del session.outgoing[store_of_copies.stage]
             raise
 
-        send = partial(self._sender.send, side, session, source, completed, verify=True)
+        stage = store_of_copies.stage
+        send = partial(self._sender.send, side, session, source, completed, stage=stage, verify=True)
         session.begin(send, self._failed)
 
     async def _arrive(
@@ -301,8 +311,8 @@ class CopyService:
         except (CheckpointError, OSError) as error:
             session.incoming.pop(stage, None)
             session.declined.add((stage, completed))
-            line = f"stage {self._stage} does not take it: {error}"
-            self._on_fault("copy", f"a copy of stage {stage} after {completed} steps: {line}")
+            line = f"{self._name_of(self._stage)} does not take it: {error}"
+            self._on_fault("copy", f"a copy of {self._name_of(stage)} after {completed} steps: {line}")
             await self._say(side, CopyDeclined(stage=stage, completed_steps=completed, reason=printable(line)))
 
     async def _complete_own(self) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ...protocol.control_messages import CopyFrame
 from ...protocol.copy_transfer import PARTS_AHEAD_MOST, Sending
+from ...protocol.grid_place import GridPlace
 from ...protocol.rollback import STEPS_LISTED_MAX
+from ...sim.reports.lanes import lane_directory
 from .copy_receiver import CopyReceiver, Incoming
 from .manifest import COPIES, CheckpointError, Manifest
 from .store import CheckpointStore
@@ -16,17 +19,41 @@ from .store import CheckpointStore
 QUEUED_MAX = PARTS_AHEAD_MOST + 16  # frames from one neighbour that wait for the disk
 
 
-class CopyStore:
-    """A neighbour whose copies are kept here."""
+def beside_lane(directory: Path, own_lane: int, lane: int) -> Path:
+    """Where that lane keeps what this one keeps in `directory`, by how the directories of a run are called."""
+    own = lane_directory(own_lane)
+    parts = list(directory.parts)
+    if own not in parts:
+        return directory / COPIES / lane_directory(lane)  # each lane has a disk of its own: nothing is shared
+    at = len(parts) - 1 - parts[::-1].index(own)
+    return Path(*parts[:at], lane_directory(lane), *parts[at + 1 :])
 
-    def __init__(self, stage: int, own: CheckpointStore, bytes_max: int) -> None:
+
+class CopyStore:
+    """A neighbour whose copies are kept here. stage: what it is in the chain, and so in frames; place: where in the
+    grid that is, if it may be another lane than this node's (`own_lane`)."""
+
+    def __init__(
+        self,
+        stage: int,
+        own: CheckpointStore,
+        bytes_max: int,
+        *,
+        place: GridPlace | None = None,
+        own_lane: int = 0,
+    ) -> None:
         directory = own.directory.parent
+        copies, shared = directory / COPIES, directory
+        number, lane = place or (stage, own_lane)
+        if lane != own_lane:  # it has the same stages, whose states are not the same
+            copies, shared = copies / lane_directory(lane), beside_lane(directory, own_lane, lane)
         self.stage = stage
-        self.store = CheckpointStore(directory / COPIES, stage=stage, fingerprint=own.fingerprint)
+        self.store = CheckpointStore(copies, stage=number, fingerprint=own.fingerprint)
         # Where it writes itself, if both see the same directory.
-        self._shared = CheckpointStore(directory, stage=stage, fingerprint=own.fingerprint)
+        self._shared = CheckpointStore(shared, stage=number, fingerprint=own.fingerprint)
         self._bytes_max = bytes_max
-        self.receiver = CopyReceiver(self.store, check=self._check, supersede=True, directory=directory)
+        aside = directory if lane == own_lane else copies
+        self.receiver = CopyReceiver(self.store, check=self._check, supersede=True, directory=aside)
 
     def _check(self, manifest: Manifest) -> None:
         if manifest.copy_bytes > self._bytes_max:

@@ -17,8 +17,10 @@ from typing import Any
 from ...protocol.errors import LocalProtocolError
 from ...protocol.header import printable
 from ...protocol.node_record import RunRecord, encode_run
+from ...protocol.schedule import schedule_title
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config, merge, parse_config, read_toml
+from ..schedule_file import names_a_file
 
 # What is written to, and who may look on: no stranger decides that.
 OWN_PLACES = {"data.cache", "checkpoint.directory", "watch.prometheus", "watch.tensorboard"}
@@ -42,6 +44,12 @@ def verified(record: RunRecord, source: str) -> RunConfig:
         tree = tomllib.loads(record.toml)
     except (ValueError, RecursionError):  # among others for a number of thousands of digits
         raise ConfigError(f"the configuration from {source} is not TOML; update thinpipe there or here") from None
+    pipeline = tree.get("pipeline")
+    spec = pipeline.get("schedule") if isinstance(pipeline, dict) else None
+    if isinstance(spec, str) and names_a_file(spec):  # what others send has the orders themselves
+        raise ConfigError(
+            f"the configuration from {source} names a file of this machine, {printable(spec)}: not accepted"
+        )
     try:
         config = parse_config(_without_places(tree))
     except ConfigError as error:
@@ -117,9 +125,13 @@ def differences(mine: RunConfig, theirs: RunConfig) -> str:
     """The first settings of the fingerprint that differ, both values."""
     shared = theirs.shared()
     found = [
-        f"{section}.{key} is {value!r} here and {shared[section][key]!r} there"
+        f"{section}.{key} is {_shown(key, value)} here and {_shown(key, shared[section][key])} there"
         for section, table in mine.shared().items()
         for key, value in table.items()
         if value != shared[section][key]
     ]
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _shown(key: str, value: object) -> str:
+    return repr(schedule_title(value) if key == "schedule" and isinstance(value, str) else value)

@@ -21,6 +21,7 @@ from torch import Tensor
 from ...protocol.messages import Kind
 from ..boundary.endpoints import Encoded, ReceivedTensor
 from ..checkpoints.assemble import Assembled
+from ..checkpoints.plain_projections import on_one_node
 from ..export.export import usable_device
 from ..stage import Stage
 
@@ -36,6 +37,7 @@ class Chain:
 
     def __init__(self, found: Assembled, tokenizer: Tokenizer, *, begin_id: int, lane: int = 0) -> None:
         torch.set_num_threads(1)
+        found = on_one_node(found)
         config = _untaught(found.config)
         self.stages = [Stage(config, found.architecture, index, lane) for index in range(config.pipeline.stages)]
         for stage, snapshot in zip(self.stages, found.snapshots, strict=True):

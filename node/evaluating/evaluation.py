@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..checkpoints.assemble import assemble
+from ..checkpoints.plain_projections import model_of_run
 from ..config_sections import DataSection
 from ..data import open_documents, read_vocabulary
-from ..lane_choice import chosen_lane
 from ..preparation import prepare_corpus
 from ..run_corpus import check_trained_on, vocabulary_of_run
 from .chain import Chain
@@ -77,8 +76,8 @@ def evaluate(target: Path, asked: Asked, report: Callable[[str], None]) -> dict[
 
 
 def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subject, dict[str, Any]]:
-    lane, config, place = chosen_lane(run, asked.lane, step=asked.step, report=report)
-    assembled = assemble(place, step=asked.step, config=config, report=report)
+    taken = model_of_run(run, asked.lane, step=asked.step, report=report)
+    assembled, config, lane = taken.found, taken.found.config, taken.lane
     vocabulary = vocabulary_of_run(run, assembled)
     chain = Chain(assembled, vocabulary.tokenizer, begin_id=vocabulary.end_id, lane=lane)
     length = config.data.sequence_length

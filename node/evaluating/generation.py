@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from ..checkpoints.assemble import assemble
+from ..checkpoints.plain_projections import model_of_run
 from ..export.export import in_memory, say_tokens
 from ..export.portable_model import plain_model, with_boundaries
 from ..export.tokenizer_files import portable_tokenizer
-from ..lane_choice import chosen_lane
 from ..model.architecture import quiet_transformers
 from ..run_corpus import vocabulary_of_run
 from .subject import EvaluationError, check_directory, load_directory, longest_text, on_device
@@ -107,8 +106,7 @@ def load(
             if given is not None:
                 raise EvaluationError(f"{option} goes with a run, and {target} has no run.toml; omit it")
         return load_directory(target, trusted=trusted, device=device)
-    _, config, place = chosen_lane(target, lane, step=step, report=report)
-    assembled = assemble(place, step=step, config=config, report=report)
+    assembled = model_of_run(target, lane, step=step, report=report).found
     longest = getattr(assembled.architecture, "max_position_embeddings", None)
     words = portable_tokenizer(vocabulary_of_run(target, assembled), assembled.config, longest=longest)
     whole = with_boundaries(assembled, plain_model(assembled))

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checkpoints.assemble import Assembled, assemble
+from ..checkpoints.assemble import Assembled
+from ..checkpoints.plain_projections import is_plain, model_of_run
 from ..config import ConfigError, RunConfig
 from ..data import Corpus, DataError, SourceLost, Vocabulary
-from ..lane_choice import chosen_lane
 from ..model.architecture import quiet_transformers
 from ..model.initialise import set_constants
 from ..model.slices import allocate
@@ -49,12 +49,13 @@ def export_run(
 ) -> dict[str, Any]:
     """Write the model of `run` to `out`, a new or empty directory; returns what was written, for people and scripts.
 
-    plain: without boundaries, whether or not they do anything. lane: as `run_lanes.chosen_lane`. The rest as
-    `assemble`. Raises ExportError, what these two raise, and OSError where `out` cannot be written.
+    plain: without boundaries, and without what a context method has at projections, whether or not they do anything.
+    lane, and the rest: as `model_of_run`. Raises ExportError, what that raises, and OSError where `out` cannot be
+    written.
     """
     check_out(out)
-    lane, config, place = chosen_lane(run, lane, config=config, step=step, report=report)
-    assembled = assemble(place, step=step, config=config, report=report)
+    taken = model_of_run(run, lane, step=step, config=config, report=report, nearly=plain)
+    assembled, settings = taken.found, taken.config
     vocabulary = vocabulary_of_run(run, assembled)
     transformers = quiet_transformers()
     without = plain_model(assembled)
@@ -76,21 +77,23 @@ def export_run(
         with suppress(OSError):  # those that hold nothing
             for directory in missing:
                 directory.rmdir()
+    angles = not is_plain(settings, assembled.completed)
     return {
         "run": str(run),
-        **({"lane": lane} if config.lanes.count > 1 else {}),
+        **({"lane": taken.lane} if settings.lanes.count > 1 else {}),
         "step": assembled.completed,
         "out": str(out),
         "architecture": assembled.architecture.model_type,
         "codec": assembled.config.codec.codec,
         "boundaries": model.boundaries,
         "boundaries_left_out": whole.boundaries - model.boundaries,
+        **({"context": settings.context.method, "angles_left_out": angles} if settings.context.method else {}),
         "parameters": model.parameters,
         "files": files,
         "held_out": {
             "sequences": assembled.config.evaluation_microbatches * assembled.config.microbatch_size,
             "sequence_length": assembled.config.data.sequence_length,
-            "loss_recorded": recorded_loss(place, assembled.completed),
+            "loss_recorded": recorded_loss(settings, run, taken.lane, assembled.completed),
             **losses,
         },
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ...sim.reports.lanes import lane_path
 from ...sim.reports.summary import read_records
 from ..config import RunConfig
 from ..data import Corpus
@@ -27,11 +28,19 @@ def heldout_loss(model: Any, config: RunConfig, corpus: Corpus) -> float:
     return total / tokens
 
 
-def recorded_loss(run: Path, completed: int) -> float | None:
-    """What the run found after so many steps, with its wire; None where it did not look then."""
+def recorded_loss(config: RunConfig, run: Path, lane: int, completed: int) -> float | None:
+    """What that lane of the run found after so many steps, with its wire; where lanes hold chunks, what all found of
+    the same sequences. None where one did not look then."""
+    lanes = range(config.lanes.count) if config.context.method else [lane]
+    found = [_of_lane(lane_path(run, each, config.lanes.count), completed) for each in lanes]
+    known = [loss for loss in found if loss is not None]
+    return sum(known) / len(known) if len(known) == len(found) else None
+
+
+def _of_lane(place: Path, completed: int) -> float | None:
     found = [
         record["val_loss"]
-        for record in read_records(run / "stage-0.jsonl")
+        for record in read_records(place / "stage-0.jsonl")
         if record["event"] == "evaluation" and record["step"] == completed - 1
     ]
     return found[-1] if found else None

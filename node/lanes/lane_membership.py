@@ -146,6 +146,11 @@ class LaneMembership:
         return self._lacks_for_good or self._plan.first_after(completed) < max(self._links.forgot, below)
 
     @property
+    def decides(self) -> bool:
+        """Whether it does so for its lane, with the other lanes."""
+        return self._machine is not None
+
+    @property
     def part(self) -> OwnPart:
         """What is known of this lane's own steps."""
         return OwnPart(self._lane, self.log, self.admitted, self._plan)

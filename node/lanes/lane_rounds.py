@@ -14,9 +14,11 @@ from ..link_settings import part_bytes_for, parts_ahead_for
 from ..links.control_stream import Control
 from ..run_records import MetricsWriter
 from ..worker_thread import Reporter
+from .group_rounds import GroupRounds
+from .held_rounds import HeldRounds, Holding
 from .lane_membership import LaneMembership
 from .lateral_links import LateralLinks
-from .rounds import Holding, Rounds
+from .rounds import Rounds
 from .state_copies import StateCopies
 
 
@@ -36,13 +38,15 @@ def rounds_over(
     on_fault: Reporter,
     held_up: Holding,
     paused_ago_s: Callable[[], float],
-) -> Rounds:
+) -> HeldRounds:
     """Of the node that `identity` describes, whose neighbours `control` talks to.
 
     points: what the stage can be set back to. under_way: steps that are completed once the present one is; committed:
     those of the newest checkpoint. on_changed: what the next step waits for may be another thing now. held_up,
     paused_ago_s: as of `Rounds` and `LaneMembership`.
     """
+    if config.context.method:
+        return GroupRounds(lateral, identity.lanes, metrics, held_up=held_up)
     profile = LinkProfile.parse(config.link.link)
     states = StateCopies(
         points.store,

@@ -27,7 +27,7 @@ from ..links.dialling import (
     hopeless,
     stream_to,
 )
-from ..links.transport import ROUNDS_METHOD, Report
+from ..links.transport import PASSING, ROUNDS_METHOD, Report
 from ..security.policy import Security
 from .lateral_link import LateralLink, LateralLinkEnded
 
@@ -60,7 +60,7 @@ async def dial_lane(where: str | Where, link: LateralLink, report: Report, secur
             line = f"{link.name}: the connection to {address} broke ({detail})"
         if link.finished:
             return
-        if line and line != told:
+        if line and line != told and code not in PASSING:
             report(code, line)
         if link.connections != connections:
             pause_s, told = RETRY_FIRST_S, ""

@@ -81,6 +81,7 @@ class LateralLink:
             part_bytes=part_bytes_for(profile),
             window_bytes=window_bytes_for(profile),
             stay_of=lambda round: self.stays.stay_of(identity.lane, round),
+            generation=settings.generation,
         )
         self.stays = all_stay(identity.lanes)  # whose contributions to which rounds are expected
         self.lane = peer_lane
@@ -160,6 +161,13 @@ class LateralLink:
         self.end(LateralLinkEnded("a lane has left, or entered"))
         self._news.set()
         self._sendable.set()
+
+    def begin_anew(self) -> None:
+        """All lanes go on from another step: nothing that was said or came so far counts."""
+        self.arrivals.void = True
+        self.end(LateralLinkEnded("a generation has begun"))
+        self.session.begin_anew()
+        self._news.set()
 
     def finish(self) -> None:
         """This node needs nothing more of the peer."""

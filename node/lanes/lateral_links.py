@@ -38,7 +38,7 @@ from ...protocol.round_session import LIMITS
 from ..links.dialling import Where
 from ..links.link import Read
 from ..links.outgoing import Write
-from ..links.transport import Report, both_ways, linger, tell
+from ..links.transport import PASSING, Report, both_ways, linger, tell
 from ..security.policy import PLAIN, Security
 from .contribution_check import ContributionCheck
 from .contribution_store import ContributionError, ContributionStore
@@ -121,6 +121,10 @@ class LateralLinks:
         """By lane, in order."""
         return list(self._links.values())
 
+    def link_to(self, lane: int) -> LateralLink:
+        """That one. Raises KeyError for this node's own lane."""
+        return self._links[lane]
+
     # -- for the training loop ----------------------------------------------------------------------------------------
 
     def publish(self, round: int, contribution: bytes) -> asyncio.Task[None]:
@@ -198,6 +202,21 @@ class LateralLinks:
         self._may_write.set()
         self._on_held()
 
+    async def begin_anew(self) -> None:
+        """All lanes go on together from another step, and make again what they contribute from there on: whatever is
+        here goes, all connections begin anew, and `forget_before` is due again."""
+        await asyncio.gather(*self._jobs, return_exceptions=True)
+        async with self._writing:
+            self._made, self._needed_from, self._promised = 0, None, 0
+            dropped = [(self._own, self._own.unkeep_others(lambda _: None))]
+            for link in self._links.values():
+                link.begin_anew()  # all, before anything is waited for
+            for link in self._links.values():
+                await link.arrivals.settle()
+                dropped.append((link.received, link.received.unkeep_others(lambda _: None)))
+            for store, void in dropped:
+                await asyncio.to_thread(store.remove, void)
+
     @property
     def there(self) -> tuple[int, ...]:
         """The lanes whose node of this stage is connected, and may need something yet."""
@@ -236,14 +255,16 @@ class LateralLinks:
         for link in self._links.values():
             link.tell_status()
 
-    def forget_before(self, round: int) -> None:
+    def forget_before(self, round: int, *, lasting: bool = True) -> None:
         """This node will never ask for an earlier round again: neither now nor after being set back to any checkpoint
         that it may be set back to. To be said once before anything is asked for (0 where a run begins), then whenever a
-        checkpoint makes more of it true. Later processes are held to it, so it is on the disk before it is told."""
+        checkpoint makes more of it true. Later processes are held to it, so it is on the disk before it is told; if not
+        `lasting`, it holds until all begin anew."""
         self._needed_from = max(round, self.forgot)
-        if self._needed_from > self._promised:
+        if lasting and self._needed_from > self._promised:
             self._begin(self._promise(self._needed_from))
         else:
+            self._promised = self._needed_from
             self._forget()
 
     async def _promise(self, round: int) -> None:
@@ -344,13 +365,15 @@ class LateralLinks:
         try:
             await self.serve(read, write, context)
         except RemoteProtocolError as error:
-            self._report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
+            if error.fault not in PASSING:
+                self._report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
             await tell(write, error)
             await linger(read)
         except LateralLinkEnded:
             pass
         except RefusedError as error:
-            self._report(error.fault, f"lateral link: refused by the peer at {context.peer()}: {error}")
+            if error.fault not in PASSING:
+                self._report(error.fault, f"lateral link: refused by the peer at {context.peer()}: {error}")
             if error.fault is Fault.RESUME:  # asking again would not help
                 self._break(error)
         except ConnectionError as error:
@@ -376,7 +399,7 @@ class LateralLinks:
         greeting = decode_frame(first, LIMITS)
         if not isinstance(greeting, Greeting):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(greeting).__name__} frame before the greeting")
-        check_lateral(greeting, self._identity)
+        check_lateral(greeting, self._identity, generation=self._settings.generation())
         link = self._links[greeting.lane]
         link.take_place(greeting)
         frames = [first]

@@ -71,6 +71,7 @@ class LateralOutgoing:
         self._line: deque[_InFlight] = deque()
         self._control = 0  # frames of that kind which were not handed to gRPC
         self._queued_parts = 0
+        self._moved.set()
 
     def push(self, frame: bytes, kind: Kind = "control") -> None:
         """Queue a frame. Raises ConnectionError where the peer takes nothing."""
@@ -84,6 +85,21 @@ class LateralOutgoing:
         now_s = asyncio.get_running_loop().time()
         self._queue.push(_Item(frame, kind), framed_bytes(len(frame)), control=control, now_s=now_s)
         self._admit.set()
+
+    async def reserve(self, nbytes: int) -> None:
+        """Wait until nothing here waits for the wire, and take it for so many bytes that travel beside; returns when
+        they have left."""
+        loop = asyncio.get_running_loop()
+        while True:
+            if len(self._queue):
+                await self._until_moved()
+                continue
+            free_s = self.shaper.wire_free_at(loop.time())
+            if free_s <= loop.time():
+                break
+            await asyncio.sleep(free_s - loop.time())
+        passage = self.shaper.admit(nbytes, loop.time())
+        await asyncio.sleep(max(0.0, passage.depart_s - loop.time()))
 
     async def until_short(self) -> None:
         """Wait while enough parts of contributions are queued."""

@@ -21,7 +21,8 @@ class LateralSettings:
     after which who waits for a peer gives up. heartbeat: what this node would say now. joining: whether it has yet to
     take its place in its lane. rounds: how many the run has. status: what this node says of its lane, if it speaks for
     it. on_status is told what peers say of theirs, with None where one is not connected any more; on_ended which of
-    them needs nothing more; on_met who is connected; on_copy what is said on copies of states.
+    them needs nothing more; on_met who is connected; on_copy what is said on copies of states. generation: in which the
+    nodes at both ends have to be; None: each lane has its own.
     """
 
     contribution_bytes: ContributionBytes
@@ -33,6 +34,7 @@ class LateralSettings:
     joining: Callable[[], bool] = lambda: False
     seed: int = 0
     check: Check = lambda *_: None
+    generation: Callable[[], int | None] = lambda: None
     rounds: Callable[[], int] = lambda: STEP_MAX
     status: Callable[[], LaneStatus] | None = None
     on_status: Callable[[int, LaneStatus | None], None] = lambda *_: None

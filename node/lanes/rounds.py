@@ -1,9 +1,7 @@
-"""The rounds of one stage while its lane trains: made, given to the other lanes, waited for, used, recorded.
+"""The rounds of one stage whose lane may be left out and come back (held_rounds.py has what all rounds have in common).
 
-The training loop calls `hold` at the two moments of a step at which a round may be due; everything else about other
-lanes is here and in the links. A round is used when its members are decided (lane_membership.py), which may wait for a
-lane that recovers from a loss of its own. Meanwhile this stage's neighbours are told that it is held up, as they are
-while stage 0 prepares its data, so that no deadline of theirs passes.
+A round is used when its members are decided (lane_membership.py), which may wait for a lane that recovers from a loss
+of its own.
 
 A lane that was left out does no steps but uses the others' rounds (`catch_up`), from the step to which it was set back
 up to the one after which it is admitted again.
@@ -15,28 +13,24 @@ those of the others are here still, or are asked for again. So nothing that a ch
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractContextManager
-from functools import partial
-from typing import Any
 
+from ...protocol.control_messages import CopyFrame
+from ...protocol.lane_status import LaneStatus
 from ..averaging.averager import Averager
 from ..averaging.round_plan import Round
-from ..run_records import Lap, MetricsWriter, Stopwatch
+from ..run_records import MetricsWriter, Stopwatch
 from ..stage import Stage
 from ..worker_thread import Reporter, Worker
+from .held_rounds import HeldRounds, Holding, Norm
 from .lane_membership import LaneMembership
-from .lateral_link import LateralLink
 from .lateral_links import LateralLinks
 from .state_copies import StateCopies
 
-Holding = Callable[[Callable[[], str]], AbstractContextManager[object]]
-Norm = Callable[[int], Awaitable[float | None]]
 
+class Rounds(HeldRounds):
+    """states: of this stage, for lanes that take one up."""
 
-class Rounds:
-    """held_up: while it is entered, the stage's neighbours know that it waits for something outside of the lane; what
-    that is, it may ask for."""
+    redone_otherwise = True  # other lanes may have been left out meanwhile
 
     def __init__(
         self,
@@ -47,9 +41,49 @@ class Rounds:
         *,
         held_up: Holding,
     ) -> None:
-        self._links, self.membership, self.states = links, membership, states
-        self._metrics, self._held_up = metrics, held_up
-        self._counted: dict[int, int] = {}  # by lane: bytes up to the last step
+        super().__init__(links, metrics, held_up=held_up)
+        self.membership, self.states = membership, states
+
+    async def go_back(self, generation: int, completed: int) -> None:
+        del generation
+        if self.membership.decides:
+            await self.membership.forget_state(completed)
+
+    def broken_off(self) -> None:
+        self.membership.train()
+
+    def valid(self, completed: int) -> bool:
+        return not self.membership.decides or self.membership.valid(completed)
+
+    def freeze(self) -> None:
+        self.membership.freeze()
+
+    async def run(self) -> None:
+        await self.membership.run()
+
+    async def close(self) -> None:
+        await self.states.close()
+
+    def held(self) -> None:
+        self.membership.held()
+
+    def status(self) -> LaneStatus:
+        return self.membership.status()
+
+    def met(self, lane: int) -> None:
+        self.states.met(lane)
+        self.membership.held()
+
+    def told(self, lane: int, status: LaneStatus | None) -> None:
+        if status is None:
+            self.states.parted(lane)
+        self.membership.hear(lane, status)
+
+    def copy_frame(self, lane: int, frame: CopyFrame) -> None:
+        self.states.receive(lane, frame)
+
+    def ended(self, lane: int) -> None:
+        self.membership.ended(lane)
 
     def begin(self, averager: Averager, completed: int, oldest: int) -> None:
         """A generation begins after `completed` steps; a rollback may lead to `oldest`. What was contributed to rounds
@@ -63,21 +97,6 @@ class Rounds:
     def forget(self, averager: Averager, oldest: int) -> None:
         """No rollback will lead further back than to after `oldest` steps."""
         self._links.forget_before(averager.plan.first_after(oldest))
-
-    async def hold(self, averager: Averager, completed: int, compute: Worker, watch: Stopwatch) -> None:
-        """All that is due once `completed` steps are, or with gradients the step under way. Waits until the members of
-        a round are decided. Raises TimeoutError where a member shows no life whose contribution is not here, RoundError
-        for a contribution that is none."""
-        used = averager.plan.used_at(completed)
-        for round_ in used:
-            if round_.made < completed:
-                await self._use(averager, round_, completed, compute, watch)
-        for round_ in averager.plan.made_at(completed):
-            contribution = await compute.run(f"contribute {round_.number}", averager.contribute, round_)
-            self._links.publish(round_.number, contribution)
-        for round_ in used:
-            if round_.made == completed:
-                await self._use(averager, round_, completed, compute, watch)
 
     def follows(self, completed: int) -> bool:
         """Whether this lane goes on from here with `catch_up`."""
@@ -132,27 +151,15 @@ class Rounds:
         else:
             stage.follow_to(step + 1)
 
-    async def _use(
-        self,
-        averager: Averager,
-        round_: Round,
-        completed: int,
-        compute: Worker,
-        watch: Stopwatch,
-        *,
-        following: bool = False,
-    ) -> None:
-        lane, membership, lap = averager.place.lane, self.membership, Lap()
-        with watch.waiting(), self._held_up(membership.waits_for):
-            members = await membership.members_of(round_.number)
-            if not following and lane not in members and not membership.part.entered_before(round_.number, completed):
-                await asyncio.get_running_loop().create_future()  # this lane has to go back, and is told so
-            others = await self._links.contributions(round_.number, members)
-        waited_s = lap.seconds
-        use = partial(averager.use, round_, others, member=lane in members)
-        said = await compute.run(f"average {round_.number}", use)
-        record = {**said.record(), "waited_s": round(waited_s, 6)}
-        self._metrics.write("round", stage=averager.place.stage, **record)
+    def _waits_for(self) -> str:
+        return self.membership.waits_for()
+
+    async def _members(self, averager: Averager, round_: Round, completed: int, *, following: bool) -> tuple[int, ...]:
+        lane, membership = averager.place.lane, self.membership
+        members = await membership.members_of(round_.number)
+        if not following and lane not in members and not membership.part.entered_before(round_.number, completed):
+            await asyncio.get_running_loop().create_future()  # this lane has to go back, and is told so
+        return members
 
     async def finish(self, on_fault: Reporter) -> None:
         """This lane is through: wait until no other one needs anything of this stage. That one of them is gone is no
@@ -162,45 +169,3 @@ class Rounds:
             await self._links.finish(membership.log.members, membership.there, membership.deadline_s)
         except TimeoutError as error:
             on_fault("timeout", str(error))
-
-    # -- records ------------------------------------------------------------------------------------------------
-
-    def sent_bytes(self) -> dict[str, dict[str, int]]:
-        """By lateral link and kind, since this process began."""
-        return {link.name: {str(kind): count for kind, count in link.outgoing.sent.items()} for link in self._all}
-
-    def step_records(self, seconds: float) -> list[dict[str, Any]]:
-        """What each lateral link has done at the end of a step that took `seconds`."""
-        records = []
-        for link in self._all:
-            now = sum(link.outgoing.sent.values())
-            before, self._counted[link.lane] = self._counted.get(link.lane, 0), now
-            record = self._record(link)
-            records.append({**record, "used_bits_per_s": round((now - before) * 8 / seconds)})
-        return records
-
-    def records(self) -> list[dict[str, Any]]:
-        """The same at the end of the run."""
-        return [
-            {
-                **self._record(link),
-                "link": str(link.profile),
-                "busy_s": round(link.outgoing.meter.busy_s, 6),
-                "utilisation": None,
-                "sent_bytes": dict(link.outgoing.sent),
-            }
-            for link in self._all
-        ]
-
-    @property
-    def _all(self) -> list[LateralLink]:
-        return self._links.links
-
-    def _record(self, link: LateralLink) -> dict[str, Any]:
-        rate = link.outgoing.meter.rate_bits_per_s()
-        return {
-            "peer_lane": link.lane,
-            "configured_bits_per_s": link.profile.rate_bits_per_s,
-            "measured_bits_per_s": rate and round(rate),
-            "received_bytes": sum(link.received_bytes.values()),
-        }

@@ -1,6 +1,8 @@
 """The control stream to each neighbour: which neighbours are alive, and the frames by which a new generation is agreed.
 
-One conversation for each side runs while there is a connection; the rules are `protocol.rollback`'s. It outlives
+One conversation for each side runs while there is a connection; the rules are `protocol.rollback`'s. Where the lanes of
+a run are one group, a neighbour is the next one of the chain through all of them (`protocol.group_chain`), which may be
+this node's own stage in another lane. A control stream outlives
 generations, so it is apart from the tensors' stream, and it is never shaped: a frame of it is some sixty bytes, once a
 second and at a loss.
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
@@ -53,7 +55,7 @@ class Control:
         *,
         heartbeat_timeout_s: float,
         on_effect: Callable[[Wanted], None],
-        sent: dict[Side, Counter[str]],
+        sent: Mapping[Side, Counter[str]],
     ) -> None:
         self.machine = machine
         self.copies: CopyService | None = None
@@ -61,7 +63,7 @@ class Control:
         self._missing_since: float | None = None
         self._missing_last = float("-inf")
         self.meetings: Counter[Side] = Counter()  # how often each was met
-        self._sent = sent  # the accounts of the two boundaries, framed bytes by kind
+        self._sent = sent  # the accounts of the ways to the two neighbours, framed bytes by kind
         self.met: dict[Side, asyncio.Event] = {"above": asyncio.Event(), "below": asyncio.Event()}
         self._told: set[Side] = set()  # that this stage, or one beyond, has failed
         self._moved = asyncio.Event()  # one more was told
@@ -95,7 +97,7 @@ class Control:
         try:
             self._queues[side].put_nowait(frame)
         except asyncio.QueueFull:  # it takes nothing: the next connection begins with what matters
-            self._end(side, ConnectionError(f"{QUEUED_MAX} frames wait for the stage {side}"))
+            self._end(side, ConnectionError(f"{QUEUED_MAX} frames wait for the neighbour {side}"))
 
     def refuse(self, side: Side, error: RemoteProtocolError) -> None:
         """What came from that side breaks a rule, as was found only after it had been taken: end the connection."""
@@ -134,14 +136,15 @@ class Control:
                     await self._moved.wait()
 
     async def converse(
-        self, side: Side, read: Read, write: Write, *, speaks_first: bool, greeting_timeout_s: float
+        self, side: Side | None, read: Read, write: Write, *, speaks_first: bool, greeting_timeout_s: float
     ) -> bool:
         """Run one connection until it ends: True after the last word, AllFinished or Failed, was written.
 
-        Raises RemoteProtocolError (the peer is still to be told), RefusedError (it told us), ConnectionError (it says
-        nothing), or what `read` and `write` raise.
+        side: None where the peer has opened it and its greeting tells. Raises RemoteProtocolError (the peer is still to
+        be told), RefusedError (it told us), ConnectionError (it says nothing), or what `read` and `write` raise.
         """
         if speaks_first:
+            assert side
             try:
                 async with asyncio.timeout(greeting_timeout_s):  # a peer may never let a stream begin
                     await self._write(side, write, self.machine.greeting())
@@ -151,9 +154,10 @@ class Control:
                 ) from None
         frame = await self._read(read, greeting_timeout_s, "no greeting")
         if frame is None:
-            raise ConnectionError(f"the control stream {side} ended before the greeting")
+            raise ConnectionError(f"the control stream {side or 'of a neighbour'} ended before the greeting")
         if not isinstance(frame, Greeting):
             raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(frame).__name__.lower()} frame before the greeting")
+        side = side or self.machine.identity.side_of(frame.stage)
         mine = self.machine.greeting()  # as it was when the peer came, whatever the peer changes
         ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._take_place(side, frame)

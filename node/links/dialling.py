@@ -16,6 +16,7 @@ import grpc.aio
 
 from ...protocol.errors import Fault, ProtocolError, RefusedError, RemoteProtocolError
 from ...protocol.grid_place import GridPlace
+from ...protocol.rollback_actions import Side
 from ..security.policy import PLAIN, Security
 from .control_stream import Control
 from .link import LAST_WORD_S, GenerationEnded, Link, Read
@@ -186,13 +187,14 @@ async def dial_control(
     where: str | Where,
     control: Control,
     *,
+    side: Side = "below",
     greeting_timeout_s: float,
     deadline_s: Callable[[], float],
     report: Report,
     security: Security = PLAIN,
     paused_ago_s: Callable[[], float] = never_paused,
 ) -> None:
-    """Keep the control stream to the neighbour below open until all stages are through, or the run has failed.
+    """Keep the control stream to the neighbour on that side open until all stages are through, or the run has failed.
 
     Raises NeighbourMismatch when the two can never agree (or this process was replaced), and TimeoutError as `dial`
     does. A TLS fault before the two have ever met is final. Later it may be a
@@ -201,15 +203,15 @@ async def dial_control(
     unconnected, pause_s = Unconnected(paused_ago_s), RETRY_FIRST_S
     unlike = ""
     while True:
-        before = control.meetings["below"]
-        # At the end the stage below has to be told; if it knows already, nobody is there any more.
+        before = control.meetings[side]
+        # At the end the neighbour has to be told; if it knows already, nobody is there any more.
         connect_timeout_s = LAST_WORD_S if control.over else deadline_s()
         address, attempt_s = await find_address(where, unconnected.left_s(connect_timeout_s))
         try:
-            if await _one_control(address, control, attempt_s, greeting_timeout_s, security):
+            if await _one_control(address, control, side, attempt_s, greeting_timeout_s, security):
                 return
         except NoTls as error:
-            if isinstance(where, str) and not control.met["below"].is_set():
+            if isinstance(where, str) and not control.met[side].is_set():
                 raise NeighbourMismatch(str(error)) from None
             if unlike != str(error) and not control.over:
                 unlike = str(error)
@@ -220,10 +222,11 @@ async def dial_control(
             if unconnected.left_s(connect_timeout_s) > 0:
                 await asyncio.sleep(RETRY_FIRST_S)
                 continue
-            below = control.machine.identity.stage + 1
+            identity = control.machine.identity
+            name = identity.name_of(identity.beside(side))
             raise TimeoutError(
                 f"no connection to {address} for {connect_timeout_s:g} s; {unlike and f'{unlike}; '}"
-                f"is stage {below} running there? If it was lost, start it again with --resume"
+                f"is {name} running there? If it was lost, start it again with --resume"
             ) from None
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
@@ -236,7 +239,7 @@ async def dial_control(
             if not control.over and not stranger:  # of a server that is no node the other stream says enough
                 detail = error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)
                 report("connection-lost", f"control stream to {address}: {detail}")
-        if control.meetings["below"] != before:
+        if control.meetings[side] != before:
             unconnected.begin()
             pause_s, unlike = RETRY_FIRST_S, ""
         await asyncio.sleep(pause_s)
@@ -244,14 +247,19 @@ async def dial_control(
 
 
 async def _one_control(
-    address: str, control: Control, connect_timeout_s: float, greeting_timeout_s: float, security: Security
+    address: str,
+    control: Control,
+    side: Side,
+    connect_timeout_s: float,
+    greeting_timeout_s: float,
+    security: Security,
 ) -> bool:
     """One connection; whether the neighbour took the last word."""
     identity = control.machine.identity
-    place = GridPlace(identity.stage + 1, identity.lane)
+    place = identity.place_of(identity.beside(side))
     opening = stream_to(address, CONTROL_METHOD, connect_timeout_s, greeting_timeout_s, security, place)
     async with opening as (call, read, write):
-        last = await control.converse("below", read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
+        last = await control.converse(side, read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
         return await end_gently(call, read, greeting_timeout_s) and last
 
 

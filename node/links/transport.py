@@ -91,17 +91,25 @@ async def listening(
     current = link if callable(link) else lambda: link
     waits = {"greeting_timeout_s": greeting_timeout_s, "report": report, "security": security}
     links = LinkStreams(lambda _: current(), **waits)
-    streams = _Handlers(current, control, **waits)
-    probes = ProbeService(busy=streams.busy, terms_timeout_s=greeting_timeout_s)
+
+    def busy() -> bool:
+        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
+        was none.)"""
+        now, met = current(), control is not None and any(event.is_set() for event in control.met.values())
+        return met or (now is not None and now.serving.locked())
+
+    probes = ProbeService(busy=busy, terms_timeout_s=greeting_timeout_s)
     handlers = {"Link": links.serve, "Probe": probe_handler(probes, report, security)}
     handlers |= {"Rounds": _without_lanes(report), "Context": _without_chunks(report), **(more or {})}
     if control:
-        handlers["Control"] = streams.control
+        handlers["Control"] = control_handler(
+            control, greeting_timeout_s, report, security, stopping=lambda: links.stopping
+        )
     async with serving(address, handlers, security, more_streams=more_streams) as port:
         try:
             yield port
         finally:
-            links.stopping = streams.stopping = True
+            links.stopping = True
 
 
 @asynccontextmanager
@@ -167,6 +175,43 @@ def _refusing(what: str, reason: str, report: Report) -> StreamHandler:
         await linger(read)
 
     return refuse
+
+
+def control_handler(
+    control: Control,
+    greeting_timeout_s: float,
+    report: Report,
+    security: Security = PLAIN,
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+) -> StreamHandler:
+    """What a server does with a stream of the method Control, of whichever neighbour dials this node. stopping: that a
+    connection ends is nothing to report any more."""
+
+    async def converse(_: object, context: grpc.aio.ServicerContext) -> None:
+        receive, write = both_ways(context)
+        admitted = False
+
+        async def read() -> bytes | None:
+            nonlocal admitted
+            frame = await receive()
+            if frame is not None and not admitted:
+                identity = control.machine.identity
+                security.admit(context, frame, identity.place_of if identity.chain else None)
+                admitted = True
+            return frame
+
+        try:
+            await control.converse(None, read, write, speaks_first=False, greeting_timeout_s=greeting_timeout_s)
+        except RemoteProtocolError as error:
+            report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
+            await tell(write, error)
+            await linger(read)
+        except (RefusedError, ConnectionError) as error:
+            if not stopping():
+                report("connection-lost", f"control stream from {context.peer()}: {error}")
+
+    return converse
 
 
 class LinkStreams:
@@ -246,56 +291,6 @@ class LinkStreams:
         finally:  # by a cancellation too: gRPC cancels the handler when the peer is gone
             if ended and not (self.stopping or link is None or link.finished or link.over):
                 self._report("connection-lost", f"{link.name}: the connection from {peer} {ended}")
-
-
-class _Handlers:
-    """What a server does with each stream of Control that a peer opens."""
-
-    def __init__(
-        self,
-        current: Callable[[], Link | None],
-        control: Control | None,
-        *,
-        greeting_timeout_s: float,
-        report: Report,
-        security: Security,
-    ) -> None:
-        self.stopping = False
-        self._security = security
-        self._current, self._control = current, control
-        self._greeting_timeout_s, self._report = greeting_timeout_s, report
-
-    def busy(self) -> bool:
-        """Whether a neighbour has come, so that the wire is the run's. (Somebody who only greeted on Link, and is gone,
-        was none.)"""
-        link = self._current()
-        met = self._control is not None and any(event.is_set() for event in self._control.met.values())
-        return met or (link is not None and link.serving.locked())
-
-    async def control(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        assert self._control
-        receive, write = both_ways(context)
-        admitted = False
-
-        async def read() -> bytes | None:
-            nonlocal admitted
-            frame = await receive()
-            if frame is not None and not admitted:
-                self._security.admit(context, frame)
-                admitted = True
-            return frame
-
-        try:
-            await self._control.converse(
-                "above", read, write, speaks_first=False, greeting_timeout_s=self._greeting_timeout_s
-            )
-        except RemoteProtocolError as error:
-            self._report(error.fault, f"control stream: refused the peer at {context.peer()}: {error}")
-            await tell(write, error)
-            await linger(read)
-        except (RefusedError, ConnectionError) as error:
-            if not self.stopping:
-                self._report("connection-lost", f"control stream from {context.peer()}: {error}")
 
 
 async def tell(write: Write, error: RemoteProtocolError) -> None:

@@ -170,9 +170,9 @@ def chunks_figures(
     instant_step_s = seconds(exchange.instant)
     goes_to = {
         "computing": uncapped_step_s,
-        "boundaries": instant_step_s - uncapped_step_s,
-        "keys_and_values": step_s - instant_step_s,
-        "averaging": lanes["stall_s"],
+        "boundaries": max(0.0, instant_step_s - uncapped_step_s),  # below 0 by rounding
+        "keys_and_values": max(0.0, step_s - instant_step_s),
+        "averaging": max(0.0, lanes["stall_s"]),
     }
     no_latency = way(replace(link, latency_s=0.0, jitter_s=0.0))
     no_cap = way(replace(FREE, latency_s=link.latency_s))
@@ -201,6 +201,8 @@ def chunks_figures(
             for interface, name in ((False, "each its own rate"), (True, "all of a lane share one"))
             for route in ("direct", "ring")
         ],
+        "unsent_bytes": max(sizes.forward_bytes, sizes.backward_bytes) * config.chunk_layout.segments_per_lane,
+        "send_buffer_bytes": config.link.send_buffer_bytes,
         "at_first": None
         if first == sizes
         else {

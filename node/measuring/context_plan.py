@@ -26,13 +26,16 @@ from ...sim.links.shaper import LinkProfile
 from ...sim.links.stage_work import Operations
 from ..config import RunConfig
 from ..context.context_exchange import ContextCoder
+from ..context.context_parts import message_of
 from ..context.exchange import ContextKey
-from ..links.outgoing import part_bytes_for
+from ..links.outgoing import chunk_bytes_for
 from ..stage import DTYPES
-from .contribution_sizes import framed_contribution
+from .message_sizes import accounted
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+FRAMED_STEP = 1000  # a usual one: a frame is a little longer, the more digits its numbers have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,21 +65,30 @@ def context_sizes(config: RunConfig, architecture: PretrainedConfig, *, step: in
         dtype=dtype,
     )
     coder = ContextCoder(method, shape, batch=batch, dtype=dtype, device=torch.device("cpu"))
-    part_bytes = part_bytes_for(LinkProfile.parse(config.link.link))
+    chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
 
-    def framed(*, gradient: bool) -> int:
-        key = ContextKey(step=step, evaluation=False, microbatch=0, layer=0, segment=0, gradient=gradient)
-        # In the frames of a contribution to a round, which crosses the same links.
-        return framed_contribution(coder.body_bytes(key), round=1000, part_bytes=part_bytes)
+    def part(*, gradient: bool) -> int:
+        key = ContextKey(step=step, evaluation=False, microbatch=1, layer=1, segment=1, gradient=gradient)
+        return framed(replace(key, step=FRAMED_STEP), coder.body_bytes(key), chunk_bytes)
 
     tokens, exact_bytes = batch * layout.segment_length, 8 if dtype is torch.float64 else 4
     return ContextSizes(
-        forward_bytes=framed(gradient=False),
-        backward_bytes=framed(gradient=True),
+        forward_bytes=part(gradient=False),
+        backward_bytes=part(gradient=True),
         stored_bytes=tokens * method.width_at(step, shape) * dtype.itemsize
         + batch * method.scalars(shape) * exact_bytes,
         tokens=tokens,
     )
+
+
+def framed(key: ContextKey, nbytes: int, chunk_bytes: int) -> int:
+    """Of a part of so many bytes. Chunks are alike, so a few stand for hundreds of megabytes of them."""
+    left_out = max(0, nbytes // chunk_bytes - 2)
+    few, more = (
+        sum(accounted(message_of(key, bytes(nbytes - (left_out - extra) * chunk_bytes)), chunk_bytes).values())
+        for extra in (0, min(1, left_out))
+    )
+    return few + left_out * (more - few)
 
 
 def context_work(

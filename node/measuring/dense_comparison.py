@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...compress.context_registry import parse_context
 from ...compress.identity import IdentityCodec
 from ...compress.registry import parse_codec
 from ...sim.links.pipeline import StageTimes
@@ -155,7 +156,9 @@ def _try_next(summary: dict[str, Any], run: Path, config: RunConfig) -> dict[str
     learned = {key: value for key, value in given.items() if not key.startswith("codec.")}
     if config.context.method:
         whole = {key: value for key, value in given.items() if not key.startswith(("lanes.", "context."))}
-        return _command(whole, run, "whole", "whole sequences in one lane: the same up to rounding")
+        exact = parse_context(config.context.method).name == "full"
+        told = "the same up to rounding" if exact else "what narrow keys and values cost"
+        return _command(whole, run, "whole", f"whole sequences in one lane: {told}")
     if summary["mode"] == "one-process":
         link = USUAL_LINK if config.link.link == "none" else config.link.link
         return _command({**given, "link.link": link}, run, "swarm", "the same, a process for each stage: the same bits")

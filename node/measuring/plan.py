@@ -23,6 +23,7 @@ from ..config_file import load_config
 from ..data import DataError
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, check_lanes, resolve_architecture
+from ..schedule_file import schedule_setting
 from ..stage_costs import best_order, speeds, stage_layers
 from .chunks_plan import StageExchange, bottleneck_with, chunks_figures, exchange_of
 from .emulated_machine import VOCABULARY, EmulatedMachine
@@ -138,7 +139,7 @@ def resolved_schedule(
     check_auto(spec)
     name, auto, _ = spec.partition(AUTO)
     if not auto:
-        return spec
+        return schedule_setting(spec)
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]  # once, not for every depth
     found: list[tuple[str, float]] = []
     for rtt_ratio in HOPS:

@@ -90,15 +90,16 @@ class Security:
         credentials = grpc.ssl_server_credentials(pairs, self.keys.authority_pem, require_client_auth=True)
         return server.add_secure_port(address, credentials)
 
-    def admit(self, context: CallContext, frame: bytes) -> None:
-        """Hold a neighbour's first frame to its certificate. Raises RemoteProtocolError."""
+    def admit(self, context: CallContext, frame: bytes, place_of: Callable[[int], GridPlace] | None = None) -> None:
+        """Hold a neighbour's first frame to its certificate. place_of: where the stage is that it says to be; None: it
+        says its lane too. Raises RemoteProtocolError."""
         if self.keys is None:
             return
         said = self._peer(context)
         greeting = decode_frame(frame, LIMITS)
         if not isinstance(greeting, Greeting):
             return  # and refused for that, by whoever reads it
-        place = GridPlace(greeting.stage, greeting.lane)
+        place = place_of(greeting.stage) if place_of else GridPlace(greeting.stage, greeting.lane)
         if not said.serves(greeting.run_id, place):
             raise RemoteProtocolError(
                 Fault.CERTIFICATE,

@@ -44,6 +44,7 @@ def run_swarm(
     *,
     stages: int,
     lanes: int = 1,
+    grouped: bool = False,
     trace: bool = False,
     resume: bool = False,
     restarts: int = 0,
@@ -62,7 +63,8 @@ def run_swarm(
     line for people. `resume`: go on from the newest checkpoint that all stages have. `restarts`: how often, in all, a
     stage that was lost is started again, while the others wait for it; or all of its lane are, after one has failed and
     ended them; but not twice for a failure that replays. A lane that is not started again is given up, as long as there
-    is another one, and the others go on without it. `disks`, `isolation`, `keys`, `watch`, `forks`,
+    is another one, and the others go on without it. `grouped`: lanes cannot go on without one another, so for all of
+    this they are as one. `disks`, `isolation`, `keys`, `watch`, `forks`,
     `node_options`: see `Swarm`. SIGTERM, SIGHUP and SIGUSR1 (with which schedulers warn) end the run after the step
     under way: returns the name of the first that came, None if none did. Raises SwarmError when a node ends early
     otherwise, naming it, and KeyboardInterrupt for Ctrl-C, a second SIGTERM, or a signal that came before all nodes
@@ -85,7 +87,7 @@ def run_swarm(
         try:
             for node in range(len(swarm.nodes)):
                 swarm.start(node, resume=resume)
-            _watch(swarm, told, restarts, progress, on_progress, on_warning)
+            _watch(swarm, swarm.units(grouped=grouped), told, restarts, progress, on_progress, on_warning)
         except SwarmError as error:
             swarm.stop(why=str(error))
             raise
@@ -151,6 +153,10 @@ class Swarm:
     def of_lane(self, lane: int) -> range:
         """Its nodes."""
         return range(lane * self._stages, (lane + 1) * self._stages)
+
+    def units(self, *, grouped: bool) -> list[range]:
+        """The nodes that are lost, started again and given up together: a lane's, or in a group those of all lanes."""
+        return [range(len(self.nodes))] if grouped else [self.of_lane(lane) for lane in range(self.lanes)]
 
     def start(self, node: int, *, resume: bool) -> None:
         """Start that node, in the place of the process that was it, if there was one."""
@@ -221,6 +227,7 @@ class Swarm:
 
 def _watch(
     swarm: Swarm,
+    units: list[range],
     told: EndSignals,
     restarts: int,
     progress: Progress,
@@ -228,7 +235,7 @@ def _watch(
     on_warning: Callable[[str], None] | None,
 ) -> None:
     space, drain_due_s, before = DiskSpace(swarm.run), 0.0, set[tuple[int, Failure]]()
-    given_up: set[int] = set()  # lanes that the others go on without
+    given_up: set[int] = set()  # units that the others go on without
 
     def codes() -> list[int | None]:
         if on_progress:
@@ -243,11 +250,10 @@ def _watch(
             on_warning(line)
         now = codes()
         all_over = True
-        for lane in range(swarm.lanes):  # what happens in a lane is nothing to the stages of another
-            if lane in given_up:
+        for unit, own in enumerate(units):  # what happens in a lane is nothing to the stages of another
+            if unit in given_up:
                 continue
-            own = swarm.of_lane(lane)
-            # No stage leaves before all of its lane have finished: one that is lost now has nothing left to do.
+            # No stage leaves before all of its unit have finished: one that is lost now has nothing left to do.
             over = any(now[node] == 0 for node in own)
             all_over = all_over and over
             if over or not any(now[node] for node in own):
@@ -265,19 +271,19 @@ def _watch(
                 raise KeyboardInterrupt(f"stopped by {told.name}")  # they had not begun, so they cannot end in order
             cost = 1 if failure else len(lost)
             bad = any(now[node] == 2 for node in lost)
-            again = failure is not None and failure.replays and (lane, failure) in before
+            again = failure is not None and failure.replays and (unit, failure) in before
             if again or cost > restarts or bad or swarm.draining:
                 why = _why(swarm, lost, failure, again=again)
-                if bad or swarm.draining or len(given_up) + 1 == swarm.lanes:
+                if bad or swarm.draining or len(given_up) + 1 == len(units):
                     raise SwarmError(why, 2 if bad else 1)
-                given_up.add(lane)
+                given_up.add(unit)
                 swarm.kill([node for node in own if now[node] is None])
                 now = codes()
                 if on_warning:
-                    on_warning(f"lane {lane} is lost, and the others go on without it: {why}")
+                    on_warning(f"lane {unit} is lost, and the others go on without it: {why}")
                 continue
             restarts -= cost
-            before |= {(lane, failure)} if failure else set()
+            before |= {(unit, failure)} if failure else set()
             for node in lost:
                 swarm.start(node, resume=True)
         if all_over and None not in now:
@@ -288,7 +294,7 @@ def _watch(
 def _why(swarm: Swarm, lost: list[int], failure: Failure | None, *, again: bool) -> str:
     """Of the stage that began it, if that can be told, and else of the first one that ended."""
     ended = [node for each in lost if (node := swarm.nodes[each])]
-    blamed = next((node for node in ended if failure and node.stage == failure.stage), None)
+    blamed = next((node for node in ended if failure and node.is_of(failure)), None)
     first = blamed or ended[0]
-    line = first.why if failure is None or blamed else first.in_lane(str(failure))
+    line = first.why if failure is None or blamed else first.told(failure)
     return f"{line}; {AGAIN}" if again else line

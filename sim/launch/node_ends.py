@@ -24,21 +24,24 @@ AGAIN = "it failed in the same way before, so it is not started again"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Which stage failed, after how many steps, and why. told: the other stages were told, and end with it too.
-    replays: the computation failed, so it will again; else what is around it did, which may pass."""
+    replays: the computation failed, so it will again; else what is around it did, which may pass. lane: of the stage,
+    where it ended more than its own; else None."""
 
     stage: int
     completed_steps: int
     reason: str
     told: bool
     replays: bool
+    lane: int | None = None
 
     def __str__(self) -> str:
-        return f"stage {self.stage} failed after {self.completed_steps} steps: {self.reason}"
+        name = f"stage {self.stage}" if self.lane is None else f"stage {self.stage} of lane {self.lane}"
+        return f"{name} failed after {self.completed_steps} steps: {self.reason}"
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Failure:
         """Of a record `failed`."""
-        return cls(**{name: record[name] for name in cls.__slots__})
+        return cls(**{name: record[name] for name in cls.__slots__ if name in record})
 
 
 def failure_in(records: Iterable[Mapping[str, Any]]) -> Failure | None:

@@ -48,6 +48,14 @@ class NodeProcess:
         """What is said of a stage, and where there are lanes of which."""
         return line if self.lanes == 1 else f"lane {self.lane}: {line}"
 
+    def is_of(self, failure: Failure) -> bool:
+        """Whether it is this node that has failed, or one of that stage."""
+        return failure.stage == self.stage and failure.lane in (None, self.lane)
+
+    def told(self, failure: Failure) -> str:
+        """What is said of it where this node ended with it."""
+        return self.in_lane(str(failure)) if failure.lane is None else str(failure)
+
     @property
     def failure(self) -> Failure | None:
         """With which it ended."""

@@ -128,7 +128,7 @@ class SwarmKeeper:
             if code == -signal.SIGKILL and not self.lane_over(lane):
                 self.swarm.start(number, resume=True)
             elif code and not self.lane_over(lane):
-                raise SwarmError(str(node.in_lane(str(node.failure)) if node.failure else node.why), 1)
+                raise SwarmError(node.told(node.failure) if node.failure else node.why, 1)
         for sleeper in list(self.sleepers):
             back = self.watch.rolled_back_s[sleeper.node] > sleeper.since_s
             if not sleeper.awake and (back or self.lane_over(sleeper.node // self.grid.stages)):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from html import escape
 from typing import Any
 
+from ...protocol.schedule import schedule_title
 from .compare_console import (
     NOT_REACHED,
     averaging_text,
@@ -165,9 +166,10 @@ def _steps(found: dict[str, Any]) -> Iterator[str]:
         yield f"<td>{sizes['forward']:,}, {sizes['backward']:,}</td><td>{any_link['ratio']:,.1f}x</td>"
         for link in found["links"]:
             step = recipe["links"][link]
+            schedule, busiest = escape(schedule_title(step["schedule"])), escape(step["bottleneck"])
             yield (
                 f"<td>{duration(step['step_s'])}<small>{step['tokens_per_s']:,.0f} tokens/s</small>"
-                f"<small>{escape(step['schedule'])}</small><small>busiest: {escape(step['bottleneck'])}</small></td>"
+                f"<small>{schedule}</small><small>busiest: {busiest}</small></td>"
             )
         yield "</tr>"
     yield "</tbody></table></div>"

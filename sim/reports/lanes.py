@@ -24,7 +24,12 @@ _BETWEEN_LANES = re.compile(
 
 def lane_path(run: Path, lane: int, lanes: int) -> Path:
     """Where lane `lane` of the run in `run` keeps its records."""
-    return run if lanes == 1 else run / f"lane-{lane}"
+    return run if lanes == 1 else run / lane_directory(lane)
+
+
+def lane_directory(lane: int) -> str:
+    """What a lane's directory is called in that of a run of several."""
+    return f"lane-{lane}"
 
 
 def lanes_of(run: Path) -> int:

@@ -7,13 +7,16 @@ from typing import Any
 
 from rich.table import Table
 
+from ...protocol.schedule import schedule_title
+
 WAITS_BELOW = 0.9  # of the tokens/s without links: more is within what a plan is off by
 
 
 def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
     one = ", one lane" if figures["lanes"] else ""
-    whole = Table(title=f"{figures['schedule']} over {figures['link']}{one} (simulated, not measured)")
+    schedule = schedule_title(figures["schedule"])
+    whole = Table(title=f"{schedule} over {figures['link']}{one} (simulated, not measured)")
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(
@@ -140,9 +143,17 @@ def cut_lines(figures: dict[str, Any]) -> list[str]:
         order = ",".join(f"{speed:g}" for speed in better["speeds"])
         lines.append(f"the same machines in another order, --speeds {order}: {better['gain']:.2f}x")
     whole, plain = figures["tokens_per_s"] / figures["uncapped_tokens_per_s"], figures["schedule"].partition(":")[0]
+    if figures["chunks"]:  # what stages wait for in other lanes no depth hides
+        goes_to = figures["chunks"]["step_goes_to_s"]
+        whole = goes_to["computing"] / (goes_to["computing"] + goes_to["boundaries"])
     busiest = max((max(of["forward_share"], of["backward_share"]) for of in figures["boundaries"]), default=1.0)
     # The links would carry what the machines can compute: it is their delay that costs.
-    if whole < WAITS_BELOW and busiest < whole and "rtt_ratio" not in figures["schedule"]:
+    if (
+        whole < WAITS_BELOW
+        and busiest < whole
+        and plain in ("gpipe", "1f1b", "zb")
+        and "rtt_ratio" not in figures["schedule"]
+    ):
         deeper = "zb" if plain == "zb" else "1f1b"
         lines.append(
             f"stages wait for what is on its way, and links are idle: --schedule {deeper}:rtt_ratio=auto does more "
@@ -158,11 +169,18 @@ def chunk_lines(figures: dict[str, Any]) -> list[str]:
     goes_to = chunks["step_goes_to_s"]
     whole = sum(goes_to.values())
     parts = [f"{part / whole:.0%} {name.replace('_', ' ')}" for name, part in goes_to.items() if part > 0.005 * whole]
+    bound, before = chunks["bounded_by"], chunks["bounded_before_averaging_by"]
+    bound += "" if before == bound else f", and before that by {before}"
     lines = [
-        f"a step of {whole:.3g} s: {', '.join(parts)}; bounded by {chunks['bounded_by']}",
+        f"a step of {whole:.3g} s: {', '.join(parts)}; bounded by {bound}",
         f"tokens/s of all, before averaging: {chunks['no_latency_tokens_per_s']:,.0f} without the latency of keys and "
         f"values, {chunks['no_cap_tokens_per_s']:,.0f} without their cap",
     ]
+    if (unsent := chunks["unsent_bytes"]) > (buffer := chunks["send_buffer_bytes"]):
+        lines.append(
+            f"a node has up to {unsent:,} bytes of keys and values for each lane at once, and stands still as long as "
+            f"more than link.send_buffer_bytes = {buffer:,} are queued, which is not simulated; raise that"
+        )
     if first := chunks["at_first"]:
         lines.append(
             f"in its first steps the method sends {first['forward_bytes_per_token']:,.1f} bytes a token and layer, at "

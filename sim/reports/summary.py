@@ -16,7 +16,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .lanes import CONTEXT_LINK, LATERAL, between_lanes, is_context, is_lateral, node_name
 from .wording import counted
@@ -33,6 +33,13 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def mode_of(run: Path) -> Literal["swarm", "one-process"] | None:
+    """Who made the records of the stages of one lane: the nodes of a swarm, which first of all say where they listen,
+    or one process for all stages, which begins with the text. None where they do not tell."""
+    head = next(iter(read_records(run / "stage-0.jsonl")), {}).get("event")
+    return "swarm" if head == "start" else "one-process" if head == "data" else None
 
 
 def dense_bytes(*, width: int, tokens: int, stages: int) -> int:

@@ -28,15 +28,18 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
+# A file at a time, in the order of tests/tiers.py.
+ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
+
 # Every kind of thing at least once: four minutes on two quiet cores, eight on slow ones. First what runs on all cores, a file at a time, then by
 # themselves those that hold real time to figures.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not long and not alone" -n auto --dist loadfile --durations 10
+	$(BIN)/python -m pytest -m "not slow and not long and not alone" $(ALL_CORES) --durations 10
 	$(BIN)/python -m pytest -m "alone and not slow and not long" --durations 10 $(ALONE)
 
 # All the rest: every combination, and the stories that real processes take a while to tell.
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not long and not alone" -n auto --dist loadfile --durations 25
+	$(BIN)/python -m pytest -m "slow and not long and not alone" $(ALL_CORES) --durations 25
 	$(BIN)/python -m pytest -m "slow and alone and not long" --durations 25 $(ALONE)
 
 test-long: $(STAMP)
@@ -44,7 +47,7 @@ test-long: $(STAMP)
 
 # Hundreds of random losses, cuts, pauses, damaged and full disks over a small swarm in memory.
 test-schedules: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long -n auto --dist load tests/test_losses.py
+	$(BIN)/python -m pytest -q -m long -n auto --dist load tests/test_losses.py
 
 # The stubs are committed, so only someone who changes stage.proto needs this.
 proto: $(STAMP)

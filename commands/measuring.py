@@ -16,6 +16,7 @@ from .common import (
     Override,
     configuration,
     fail,
+    is_own_process,
     one_arithmetic_thread,
     run_errors,
     run_toml,
@@ -218,7 +219,7 @@ def bench(
             limit_s=limit,
         )
         with run_errors(out):
-            found = run_bench(grid, out, quiet=as_json)
+            found = run_bench(grid, out, quiet=as_json, forks=is_own_process())
     except (ConfigError, *PLANNED) as error:
         fail(str(error), 2)
     if as_json:

@@ -22,7 +22,8 @@ class LaneStatus:
     one, or needed by none; of its own, made. log: the one that counts for it. admitted: who is to enter. returning: 1 +
     the steps from which this lane goes on, having been left out; 0: it was not. source: 1 + the lane whose state after
     them it takes up; 0: its own. saved: steps after which all its stages have a checkpoint. kept: its contributions
-    before this round are gone. forgot: a stage of it has promised never to ask for a round before this one.
+    before this round are gone. forgot: a stage of it has promised never to ask for a round before this one. there:
+    within a lane, the others to which one of its stages is connected, whatever has become of their other stages.
     """
 
     held: tuple[int, ...]
@@ -33,6 +34,7 @@ class LaneStatus:
     saved: int = 0
     kept: int = 0
     forgot: int = 0
+    there: tuple[int, ...] = ()
 
 
 class StatusExchange:
@@ -49,6 +51,7 @@ class StatusExchange:
         self._said = status.log.stretches
         numbers = {each: getattr(status, each) for each in STATUS_NUMBERS}
         known = {"held": status.held, "decided": status.log.decided, "admitted": status.admitted}
+        known |= {"there": status.there}
         return RoundStatus(**known, stretches=stretches, **numbers)
 
     def hear(self, frame: RoundStatus) -> LaneStatus:
@@ -59,6 +62,7 @@ class StatusExchange:
         lanes += [lane for each in frame.admitted for lane in (each.lane, each.source)]
         lanes += [entry.source for each in stretches for entry in each.entered]
         lanes += [frame.source - 1] if frame.source else []
+        lanes += frame.there
         if len(frame.held) != self._lanes or max(lanes, default=0) >= self._lanes:
             line = f"a status of {len(frame.held)} lanes and members {sorted(set(lanes))}, this run has {self._lanes}"
             raise RemoteProtocolError(Fault.MALFORMED, line)
@@ -70,4 +74,4 @@ class StatusExchange:
         self._heard = stretches
         log = MembershipLog(stretches, frame.decided)
         numbers = {each: getattr(frame, each) for each in STATUS_NUMBERS}
-        return LaneStatus(held=frame.held, log=log, admitted=frame.admitted, **numbers)
+        return LaneStatus(held=frame.held, log=log, admitted=frame.admitted, there=frame.there, **numbers)

@@ -51,6 +51,7 @@ class RoundMembership:
         self._ended: set[int] = set()
         self._since_s: tuple[int, float] | None = None  # the round that this lane waits in, and since when
         self._in_vain_s: float | None = None  # since when this lane, which is to end, waits for nobody who could come
+        self._away_s: dict[int, float] = {}  # by lane that is not connected: since when
         self._gone_s: float | None = None  # since when no member is there, of a lane that is none
 
     # -- inputs -------------------------------------------------------------------------------------------------------
@@ -85,6 +86,11 @@ class RoundMembership:
 
     def tick(self, now_s: float) -> None:
         """Decide whatever can be decided now."""
+        for lane in range(self.lanes):
+            if lane in self._peers:
+                self._away_s.pop(lane, None)
+            else:
+                self._away_s.setdefault(lane, now_s)
         self._since_s = self._waits(now_s)
         while self._decides(now_s):
             self._since_s = self._waits(now_s)
@@ -96,6 +102,7 @@ class RoundMembership:
     def paused(self) -> None:
         """This process did not run for a while: what it waited for is waited for anew."""
         self._since_s = self._gone_s = None
+        self._away_s.clear()
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -126,24 +133,38 @@ class RoundMembership:
                 due[lane] = "it is not connected" if status is None else f"it has made {status.held[lane]} rounds"
         return due
 
-    def state_to_take(
-        self, rounds_before: Callable[[int], tuple[int, int]], *, stuck: bool = False
-    ) -> tuple[int, int] | None:
-        """Where this lane, which was left out, lacks rounds that nobody can give any more, or is `stuck` for it may not
-        ask for them: the lane whose state it can take up instead, and after how many steps. None: it lacks none, or
-        nobody has one that would do. rounds_before: for a number of steps, how many rounds are made after them, and the
-        first that who goes on from there needs."""
+    def state_to_take(self, rounds_before: Callable[[int], tuple[int, int]]) -> tuple[int, int] | None:
+        """Where this lane, which was left out, lacks rounds that nobody can give any more, or that it may not ask for:
+        the lane whose state it can take up instead, and after how many steps. None: nobody has one that would do.
+        rounds_before: for a number of steps, how many rounds are made after them, and the first that who goes on from
+        there needs."""
         there = {lane: self._peers[lane] for lane in self.log.members if lane in self._peers}
-        gone = {lane: status.kept for lane, status in there.items()}
-        left = self.log.left_at(self.lane)
-        if left is None or not (stuck or any(self._held[lane] < kept for lane, kept in gone.items())):
+        gone, left = [status.kept for status in there.values()], self.log.left_at(self.lane)
+        if left is None:
             return None
         for lane, status in sorted(there.items(), key=lambda each: (-each[1].saved, each[0])):
             made, first = rounds_before(status.saved)
             # What is under way in that state must not be of rounds that this lane has a part in.
-            if status.saved and min(made, first) >= left and first >= max(self.forgot, *gone.values()):
+            if status.saved and min(made, first) >= left and first >= max(self.forgot, *gone):
                 return lane, status.saved
         return None
+
+    def lacks_what_is_gone(self, now_s: float) -> bool:
+        """Whether this lane, which was left out, lacks rounds that who made them can give no more: it has them no
+        more, or was left out as well and has not been there for as long as a round waits."""
+        if self.log.left_at(self.lane) is None:
+            return False
+        for lane, needed in self._contributed_before().items():
+            if lane == self.lane or self._held[lane] >= needed:
+                continue
+            if (status := self._peers.get(lane)) is not None:
+                gone = self._held[lane] < status.kept
+            else:
+                away_s = self._away_s.get(lane, now_s)
+                gone = lane not in self.log.members and now_s >= away_s + self._deadline_s
+            if gone:
+                return True
+        return False
 
     # -- within -------------------------------------------------------------------------------------------------------
 

@@ -75,6 +75,7 @@ class RoundStatus:
     saved: int = 0
     kept: int = 0
     forgot: int = 0
+    there: tuple[int, ...] = ()
 
 
 RoundFrame = RoundsWanted | RoundPart | RoundsReceived | RoundStatus
@@ -154,7 +155,7 @@ def _status_to_pb(frame: RoundStatus) -> pb.RoundStatus:
     ]
     admitted = [_entry_to_pb(entry) for entry in frame.admitted]
     known = {each: getattr(frame, each) for each in ("held", "decided", *STATUS_NUMBERS)}
-    return pb.RoundStatus(**known, stretches=stretches, admitted=admitted)
+    return pb.RoundStatus(**known, stretches=stretches, admitted=admitted, there=frame.there)
 
 
 STATUS_NUMBERS = ("returning", "source", "saved", "kept", "forgot")
@@ -165,7 +166,7 @@ def _entry_to_pb(entry: Entry) -> pb.RoundEntry:
 
 
 def _status(body: pb.RoundStatus) -> RoundStatus:
-    if len(body.stretches) > STRETCHES_MAX or max(len(body.held), len(body.admitted)) > LANES_MAX:
+    if len(body.stretches) > STRETCHES_MAX or max(len(body.held), len(body.admitted), len(body.there)) > LANES_MAX:
         raise RemoteProtocolError(
             Fault.OVERSIZED, "a status of more lanes, or more stretches of rounds, than there can be"
         )
@@ -181,11 +182,15 @@ def _status(body: pb.RoundStatus) -> RoundStatus:
         raise RemoteProtocolError(
             Fault.MALFORMED, f"stretches from rounds {firsts[:8]}, of {body.decided} decided ones"
         )
+    there = tuple(body.there)
+    if not _rising(there) or max(there, default=0) >= LANES_MAX:
+        raise RemoteProtocolError(Fault.MALFORMED, f"lanes {there[:8]} cannot be there")
     return RoundStatus(
         held=tuple(body.held),
         decided=body.decided,
         stretches=stretches,
         admitted=_entries(body.admitted),
+        there=there,
         **{each: getattr(body, each) for each in STATUS_NUMBERS},
     )
 

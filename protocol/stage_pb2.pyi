@@ -325,7 +325,7 @@ class RoundsReceived(_message.Message):
     def __init__(self, round: _Optional[int] = ..., offset: _Optional[int] = ..., granted_before: _Optional[int] = ..., forget_before: _Optional[int] = ...) -> None: ...
 
 class RoundStatus(_message.Message):
-    __slots__ = ("held", "decided", "stretches", "admitted", "returning", "source", "saved", "kept", "forgot")
+    __slots__ = ("held", "decided", "stretches", "admitted", "returning", "source", "saved", "kept", "forgot", "there")
     HELD_FIELD_NUMBER: _ClassVar[int]
     DECIDED_FIELD_NUMBER: _ClassVar[int]
     STRETCHES_FIELD_NUMBER: _ClassVar[int]
@@ -335,6 +335,7 @@ class RoundStatus(_message.Message):
     SAVED_FIELD_NUMBER: _ClassVar[int]
     KEPT_FIELD_NUMBER: _ClassVar[int]
     FORGOT_FIELD_NUMBER: _ClassVar[int]
+    THERE_FIELD_NUMBER: _ClassVar[int]
     held: _containers.RepeatedScalarFieldContainer[int]
     decided: int
     stretches: _containers.RepeatedCompositeFieldContainer[RoundStretch]
@@ -344,7 +345,8 @@ class RoundStatus(_message.Message):
     saved: int
     kept: int
     forgot: int
-    def __init__(self, held: _Optional[_Iterable[int]] = ..., decided: _Optional[int] = ..., stretches: _Optional[_Iterable[_Union[RoundStretch, _Mapping]]] = ..., admitted: _Optional[_Iterable[_Union[RoundEntry, _Mapping]]] = ..., returning: _Optional[int] = ..., source: _Optional[int] = ..., saved: _Optional[int] = ..., kept: _Optional[int] = ..., forgot: _Optional[int] = ...) -> None: ...
+    there: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, held: _Optional[_Iterable[int]] = ..., decided: _Optional[int] = ..., stretches: _Optional[_Iterable[_Union[RoundStretch, _Mapping]]] = ..., admitted: _Optional[_Iterable[_Union[RoundEntry, _Mapping]]] = ..., returning: _Optional[int] = ..., source: _Optional[int] = ..., saved: _Optional[int] = ..., kept: _Optional[int] = ..., forgot: _Optional[int] = ..., there: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RoundStretch(_message.Message):
     __slots__ = ("first", "members", "entered")

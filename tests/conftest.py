@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from .real_up import Up, started
-from .tiers import check_alone, split_tiers
+from .tiers import check_alone, long_files_first, split_tiers
 
 if TYPE_CHECKING:
     from thinpipe.node.config import RunConfig
@@ -63,6 +63,7 @@ TinyConfig = Callable[..., "RunConfig"]
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     check_alone(items)
     split_tiers(items)
+    long_files_first(items)
 
 
 @pytest.fixture(scope="session")

@@ -225,6 +225,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "saved": "all stages of the lane have a checkpoint after that many steps",
         "kept": "of the lane's contributions, those before this round are gone",
         "forgot": "a stage of the lane never asks for a round before this one again",
+        "there": "on Control: lanes to which a stage of this lane is connected, rising",
     },
     "RoundStretch": {
         "first": "the round from which it counts; rising, the first one 0, below `decided`",

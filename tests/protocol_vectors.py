@@ -209,6 +209,7 @@ def all_frames() -> dict[str, Frame]:
         "round status of who comes back": RoundStatus(
             held=(7, 2, 6), decided=6, admitted=(ENTRY, replace(ENTRY, lane=2)), returning=21
         ),
+        "round status within a lane": RoundStatus(held=(0, 0, 0), decided=299, there=(0, 2)),
         "round status of who takes up a state": RoundStatus(
             held=(7, 2, 6), decided=6, returning=31, source=1, saved=30, kept=5, forgot=3
         ),

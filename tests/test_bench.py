@@ -17,6 +17,8 @@ from thinpipe.sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure
 from thinpipe.sim.reports.bench_report import bench_tables
 from typer.testing import CliRunner
 
+from .preloaded import start
+
 pytestmark = pytest.mark.alone
 
 TOKENS, STEP_S, RATE = 1000, 2.0, 8e6
@@ -168,6 +170,7 @@ def test_lanes_and_ways_to_average_are_cells_of_their_own() -> None:
     assert [cell.config("1f1b", 1).lanes.count for cell in by_settings.cells()] == [3, 3]
 
 
+BENCH_S = 250.0
 SMALL = ("--microbatches", "4", "--batch-size", "8", "--sequence-length", "64", "--window", "0.5")
 
 
@@ -176,11 +179,19 @@ def bench(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     return result.exit_code, json.loads(result.stdout), result.stderr
 
 
+def bench_process(out: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """The same as a process, whose nodes are copies of it."""
+    with (out / "told").open("w+") as told, (out / "words").open("w+") as words:
+        process = start(["bench", "--json", "--out", str(out), *SMALL, *arguments], told, words)
+        code = process.wait(BENCH_S)
+        return code, json.loads((out / "told").read_text()), (out / "words").read_text()
+
+
 @pytest.mark.slow
 def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path) -> None:
     """A real swarm of two processes, at a pace that this machine surely keeps."""
     arguments = ("--emulate", "tiny@2x10ms+20ms", "--codec", "bf16", "--link", "20mbit,5ms", "--link", "1kbit")
-    _, found, _ = bench(tmp_path, *arguments, "--limit", "60")
+    _, found, _ = bench_process(tmp_path, *arguments, "--limit", "60")
     uncapped, capped, long = found["cells"]
     assert uncapped["measured"]["tokens_per_s"] < 8 * 64 / (4 * 0.03)  # what compute allows
     assert capped["schedule"].startswith("1f1b")
@@ -191,7 +202,7 @@ def test_cells_are_measured_marked_planned_and_not_measured_twice(tmp_path: Path
     assert "--limit is 60" in long["problems"][0]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "bench.json").read_text()) == found
-    _, again, told = bench(tmp_path, *arguments, "--limit", "60")
+    _, again, told = bench_process(tmp_path, *arguments, "--limit", "60")
     assert told.count("measured before") == 2
     assert again["cells"][0]["measured"] == uncapped["measured"]
     console = Console(width=80, record=True)
@@ -205,7 +216,7 @@ def test_cells_of_lanes_stand_beside_one_lane(tmp_path: Path) -> None:
     """Real swarms of two and of four processes."""
     arguments = ("--emulate", "tiny@2x20ms+40ms", "--codec", "mapl:r=8", "--link", "20mbit,5ms")
     averages = ("--average", "outer:every=2,delay=1", "--set", "model.vocab_size=512", "--set", "model.width=64")
-    _, found, told = bench(tmp_path, *arguments, "--lanes", "1", "--lanes", "2", *averages)
+    _, found, told = bench_process(tmp_path, *arguments, "--lanes", "1", "--lanes", "2", *averages)
     one, two = found["cells"][1], found["cells"][3]
     assert [(cell["lanes"], cell["average"]) for cell in (one, two)] == [(1, None), (2, "outer:every=2,delay=1")]
     assert "share_of_lanes" not in one

@@ -4,12 +4,12 @@ log of who took part."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from .preloaded import start
 
 SMALL = {
     "model.width": 64,
@@ -26,11 +26,12 @@ END_S = 280.0
 def chaos(out: Path, *options: str) -> dict[str, Any]:
     """chaos.json of a run that came through."""
     settings = [part for name, value in SMALL.items() for part in ("--set", f"{name}={value}")]
-    command = [sys.executable, "-m", "thinpipe.cli", "chaos", "--json", "--out", str(out), *settings, *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=END_S)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((out / "chaos.json").read_text())
-    return json.loads(done.stdout)
+    told, words = out / "told", out / "words"
+    with told.open("w") as stdout, words.open("w") as stderr:
+        process = start(["chaos", "--json", "--out", str(out), *settings, *options], stdout, stderr)
+    assert process.wait(END_S) == 0, words.read_text()
+    assert json.loads(told.read_text()) == json.loads((out / "chaos.json").read_text())
+    return json.loads(told.read_text())
 
 
 def check(found: dict[str, Any], faults: int) -> None:

@@ -4,18 +4,25 @@ lost and when."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig
+from thinpipe.node.config_file import dump_config
+from thinpipe.sim.launch.fork_server import Process
+from thinpipe.sim.launch.node_launch import free_ports
 
 from .conftest import TinyConfig
 from .faults import Done, During, Phase
+from .preloaded import start
 from .real_faults import Kill, carry_out, records
 from .real_node import until
-from .real_up import Up, ended
+from .real_up import END_S, Up, ended
 from .test_lane_processes import digests, ends, started
 
 GRID = {
@@ -99,3 +106,59 @@ def test_a_node_that_is_told_to_end_ends_all_after_the_same_step(
     ended(up("--resume", str(run)))
     assert ends(run, config) == alike
     assert set(newest_rollbacks(run)) == {(1, done)}
+
+
+@pytest.mark.slow
+def test_rounds_under_way_are_given_again(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """What was contributed before the step that all go back to, and is used after it, is in nobody's memory."""
+    config = tiny({**GRID, "pipeline.stages": 1, "run.steps": 30, "lanes.average": "outer:every=4,fragments=2,delay=3"})
+    process, run = started(up, config, tmp_path, "--restarts", "1")
+    carry_out(run / "lane-1", [Kill(at=Done(stage=0, steps=11), stage=0)])
+    ended(process)
+    assert records(run / "lane-0", 0, "rollback")[-1]["completed"] % 2 == 0  # two rounds are under way
+    assert ends(run, config) == digests(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [(0, 0), (1, 0)])
+def test_a_node_that_is_lost_with_its_disk_comes_back_from_the_next_one_of_the_chain(
+    undisturbed: tuple[RunConfig, list[list[str]]], tmp_path: Path, lost: tuple[int, int]
+) -> None:
+    """Each node has a machine of its own. The buddy of stage 0 of lane 0 is the same stage of lane 1, which has a state
+    of that stage itself; that one's is the stage below it."""
+    config, alike = undisturbed
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    addresses = {place: f"127.0.0.1:{port}" for place, port in zip(PLACES, free_ports(4), strict=True)}
+    homes = {(lane, stage): tmp_path / f"machine-{lane}-{stage}" for lane, stage in PLACES}
+
+    def of(place: tuple[int, int], event: str) -> list[dict[str, Any]]:
+        return records(homes[place] / f"lane-{place[0]}", place[1], event)
+
+    with ExitStack() as stack:
+
+        def begin(place: tuple[int, int], *options: str) -> Process:
+            (lane, stage), home = place, homes[place]
+            given = ["--config", str(tmp_path / "run.toml"), "--out", str(home), "--lane", str(lane)]
+            given += ["--stage", str(stage), "--listen", addresses[place], *options]
+            given += ["--next", addresses[lane, 1]] if stage == 0 else []
+            given += ["--lateral", f"0={addresses[0, stage]}"] if lane else []
+            process = start(["node", *given], stack.enter_context(home.with_suffix(".log").open("w")))
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            return process
+
+        nodes = {place: begin(place) for place in PLACES}
+        until(lambda: len([each for each in of(lost, "copy") if each["bytes"]]) >= 2, "two copies")
+        nodes[lost].kill()
+        nodes[lost].wait()
+        copied = of(lost, "copy")[-1]["completed"]
+        shutil.rmtree(homes[lost])
+        homes[lost] = tmp_path / "another-machine"
+        nodes[lost] = begin(lost, "--resume")
+        for place, node in nodes.items():
+            assert node.wait(END_S) == 0, homes[place].with_suffix(".log").read_text()
+    rollbacks = {place: of(place, "rollback")[-1] for place in PLACES}
+    assert rollbacks[lost]["source"] == "disk"
+    assert {record["completed"] for record in rollbacks.values()} <= {copied, copied - 4} - {0}
+    assert len({record["completed"] for record in rollbacks.values()}) == 1
+    assert [[of((lane, stage), "end")[-1]["state_sha256"] for stage in range(2)] for lane in range(2)] == alike

@@ -111,7 +111,7 @@ def test_another_run_in_the_same_directory_uses_nothing_of_the_first(up: Up, tin
 def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: Path, mode: str) -> None:
     """The tail of lane 1 is killed, then the head of lane 0: a lane goes back by itself, and does its rounds again."""
     codec, average, more = MODES[mode]
-    config = tiny({**GRID, **more, "run.steps": 40, "codec.codec": codec, "lanes.average": average})
+    config = tiny({**GRID, **more, "run.steps": 28, "codec.codec": codec, "lanes.average": average})
     process, run = started(up, config, tmp_path, "--restarts", "2")
     carry_out(run / "lane-1", [Kill(at=Done(stage=0, steps=6), stage=1)])
     carry_out(run / "lane-0", [Kill(at=Done(stage=0, steps=18), stage=0)])

@@ -11,12 +11,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from thinpipe.node.lanes.chain_statuses import ChainStatuses
 from thinpipe.node.links.link import Read, Write
+from thinpipe.protocol.lane_status import LaneStatus, StatusExchange
+from thinpipe.protocol.membership_log import MembershipLog
 from thinpipe.protocol.messages import Goodbye
 from thinpipe.protocol.round_session import LIMITS, decode_frame
 
+from .builders import identity
 from .in_memory import Connection
-from .test_lateral_links import DEADLINE_S, SILENCE_S, Lane, attached, now, story
+from .test_lateral_links import DEADLINE_S, SILENCE_S, Lane, attached, content, joined, now, story
 
 REDIAL_S = 0.5
 
@@ -114,3 +118,80 @@ def test_the_very_last_word_is_waited_for_shortly_and_by_name(upper: bool, tmp_p
         assert now() < SILENCE_S + 20 < DEADLINE_S
 
     story(job())
+
+
+# -- who is waited for ------------------------------------------------------------------------------------------------
+
+
+def test_a_lane_that_is_on_its_way_back_is_waited_for_by_all_stages_of_the_others(tmp_path: Path) -> None:
+    """Its node of this stage is being started again, as is known from a stage where it is there. It needs what this
+    node has, which nobody else can give."""
+
+    async def job() -> None:
+        leaving, back = Lane(0, tmp_path), Lane(1, tmp_path)
+        for lane in (leaving, back):
+            lane.links.forget_before(0)
+        await leaving.give(0)
+        through = asyncio.create_task(leaving.links.finish([0], [1], 3.0))
+        await asyncio.sleep(10)
+        assert not through.done()
+        async with joined(back, leaving):
+            assert await back.take(0) == {0: content(0, 0)}
+            await asyncio.sleep(2 * DEADLINE_S)
+            assert not through.done()
+            await asyncio.gather(back.links.finish(), through)
+
+    story(job())
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_lane_that_does_not_come_back_is_not_waited_for_as_a_member_is(connected: bool, tmp_path: Path) -> None:
+    async def job() -> None:
+        leaving, gone = Lane(0, tmp_path), Lane(1, tmp_path)
+        connection = Connection(None)
+        ends = attached(gone, leaving, connection)
+        await asyncio.sleep(1)
+        if not connected:
+            connection.break_off()
+            await ends
+        through = asyncio.create_task(leaving.links.finish([0], [] if connected else [1], 25.0))
+        await asyncio.sleep(1)
+        connection.break_off()
+        await ends
+        began_s = now()
+        with pytest.raises(TimeoutError, match="for the end of lane 1, and nothing was heard of it for 25 s"):
+            await through
+        assert now() - began_s == pytest.approx(25, abs=2)
+
+    story(job())
+
+
+def test_nobody_is_waited_for_who_is_no_member_and_not_there(tmp_path: Path) -> None:
+    async def job() -> None:
+        await Lane(0, tmp_path, lanes=3).links.finish([0], [], 25.0)
+        assert now() == 0
+
+    story(job())
+
+
+def said_within_a_lane(stages: int, there: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """By stage: the lanes that are there, as it is told upwards. there: by stage, those that it is connected to."""
+    log = MembershipLog.begin(3)
+    chains = [ChainStatuses(identity(stage, stages, lanes=3), 9, tell=told, refuse=told) for stage in range(stages)]
+    said: list[tuple[int, ...]] = []
+    for stage in reversed(range(stages)):
+        mine = LaneStatus(held=(0, 0, 0), log=log, there=there[stage])
+        joined_up = chains[stage].joined(mine)
+        said.insert(0, joined_up.there)
+        if stage:
+            chains[stage - 1].receive("below", StatusExchange(3, 9).say(joined_up))
+    return said
+
+
+def told(*_: object) -> None:
+    raise AssertionError
+
+
+def test_stage_0_learns_which_lanes_are_there_at_any_stage() -> None:
+    assert said_within_a_lane(3, [(), (2,), (0, 2)]) == [(0, 2), (0, 2), (0, 2)]
+    assert said_within_a_lane(2, [(1,), ()]) == [(1,), ()]

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thinpipe.node.averaging.modes import parse_averaging
+from thinpipe.node.averaging.round_plan import RoundPlan
+from thinpipe.node.lanes.own_part import OwnPart
 from thinpipe.node.lanes.stays import Stays
 from thinpipe.protocol.control_messages import STEP_MAX
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
@@ -263,6 +266,76 @@ def test_who_was_left_out_goes_on_when_all_members_are_gone() -> None:
     check_end(grid)
 
 
+@pytest.mark.parametrize("spec", ["gradients", "outer:every=5", "outer:every=6,delay=2", "outer:every=6,fragments=2"])
+@pytest.mark.parametrize("decided", [3, 4, 7])
+def test_who_goes_on_by_itself_has_followed_no_further_than_it_trains_from(spec: str, decided: int) -> None:
+    """Steps that it passed over would be missing, and nobody who makes the run again would leave them out."""
+    plan = RoundPlan(parse_averaging(spec), 60)
+
+    def begins_at(round: int) -> int | None:
+        made = plan.round(round).made
+        return made if plan.round(round + 1).made > made else None
+
+    log = MembershipLog.begin(2).then((0, 1)).then((0, 1))
+    while log.decided < decided:
+        log = log.then((1,))
+    follower = RoundMembership(0, 2, deadline_s=DEADLINE_S, begins=begins_at, log=log)
+    follower.returning = 1 + plan.round(1).made
+    for now_s in (0.0, 20 * DEADLINE_S):
+        follower.report((2, decided), now_s)
+    (entry,) = follower.admitted
+    assert OwnPart(0, log, (), plan).waits_after == entry.begins
+    while log.decided < plan.count:
+        log = log.then((1,))
+    assert OwnPart(0, log, (), plan).waits_after == plan.steps
+
+
+@pytest.mark.parametrize(("spec", "under_way"), [("outer:every=5", False), ("outer:every=5,delay=2", True)])
+def test_nobody_follows_through_a_round_that_it_would_have_to_train_for(spec: str, under_way: bool) -> None:
+    """Unless its own contribution was made before, and is a part of the state that it goes on from."""
+    plan, log = RoundPlan(parse_averaging(spec), 60), MembershipLog.begin(2).then((0, 1)).then((0, 1)).then((1,))
+    part = OwnPart(0, log, (), plan)
+
+    def may(copied: int, round: int) -> bool:
+        return part.may_follow(copied, plan.round(round).used, [round], admitted=True)
+
+    assert may(10, 2)
+    assert not may(9, 1)
+    assert may(10, 1)
+    assert not may(10, 3)  # it is not decided
+    assert part.may_follow(10, 14, [], admitted=False)
+    assert not part.may_follow(10, 16, [], admitted=False)
+    assert (plan.round(1).used > 10) is under_way
+
+
+def test_who_was_left_out_notices_what_nobody_can_give_any_more() -> None:
+    """Lane 0 lacks round 2 of lane 1, which was left out later, and rounds 2 and 3 of lane 2, a member."""
+    log = MembershipLog.begin(3).then((0, 1, 2)).then((0, 1, 2)).then((1, 2)).then((2,))
+    mine = RoundMembership(0, 3, deadline_s=DEADLINE_S, begins=begins, log=log)
+
+    def lacks(now_s: float, kept: tuple[int | None, int | None], held: tuple[int, ...] = (2, 2, 2)) -> bool:
+        for lane, each in enumerate(kept, start=1):
+            if each is None:
+                mine.part(lane)
+            else:
+                mine.hear(lane, LaneStatus(held=(2, 3, 4), log=log, kept=each), now_s)
+        mine.report(held, now_s)
+        return mine.lacks_what_is_gone(now_s)
+
+    assert not lacks(0.0, (2, 2))
+    assert lacks(0.0, (3, 2))
+    assert lacks(0.0, (2, 3))
+    assert not lacks(0.0, (3, 4), held=(2, 3, 4))  # it has got all
+    assert not lacks(0.0, (None, 2))  # it may be there again soon
+    assert not lacks(0.9 * DEADLINE_S, (None, 2))
+    assert not lacks(DEADLINE_S, (None, 2), held=(2, 3, 2))
+    assert lacks(DEADLINE_S, (None, 2))
+    assert not lacks(9 * DEADLINE_S, (2, None))  # a member comes back, or is left out
+    member = RoundMembership(0, 2, deadline_s=DEADLINE_S, begins=begins, log=MembershipLog.begin(2).then((0, 1)))
+    member.hear(1, LaneStatus(held=(1, 3), log=member.log, kept=3), 0.0)
+    assert not member.lacks_what_is_gone(0.0)  # a peer keeps what a member needs
+
+
 @pytest.mark.parametrize("gone_s", [0.0, 8 * DEADLINE_S])
 @pytest.mark.parametrize("delay", [0, 2])
 @pytest.mark.parametrize("how", ["dies", "is cut off"])
@@ -473,10 +546,10 @@ def test_a_log_is_said_when_it_changes_and_heard_as_it_was_meant() -> None:
     saying, hearing = StatusExchange(3), StatusExchange(3)
     log = MembershipLog.begin(3)
     said = [status(log), status(log.then((0, 1, 2))), status(log.then((0, 1, 2)).then((0, 2)), held=(2, 1, 2))]
-    said.append(status(log.then((0, 2)), returning=31))  # another one counts
+    said.append(status(log.then((0, 2)), returning=31, there=(0, 2)))  # another one counts
     frames = [saying.say(each) for each in said]
     assert [bool(each.stretches) for each in frames] == [True, False, True, True]
-    assert [hearing.hear(each) for each in frames] == said
+    assert [hearing.hear(decode_frame(encode_frame(each), LIMITS)) for each in frames] == said
 
 
 @pytest.mark.parametrize(
@@ -487,6 +560,7 @@ def test_a_log_is_said_when_it_changes_and_heard_as_it_was_meant() -> None:
         ({"stretches": (Stretch(first=0, members=(0, 3)),)}, r"members \[0, 3\], this run has 3"),
         ({"admitted": (Entry(lane=3, first=0, begins=0, source=0, copied=0),)}, "this run has 3"),
         ({"admitted": (Entry(lane=0, first=0, begins=0, source=3, copied=0),)}, "this run has 3"),
+        ({"there": (1, 3)}, "this run has 3"),
         ({"decided": 10}, "a status of 10 rounds, this run has 9"),
         ({"held": (0, 10, 0)}, "a status of 10 rounds, this run has 9"),
         ({"stretches": ()}, "by a log that goes further, or is not known"),

@@ -158,6 +158,7 @@ def round_statuses(draw: st.DrawFn) -> RoundStatus:
         stretches=tuple(each for each in stretches if each.first < STEP_MAX - 1),
         admitted=tuple(draw(entries(lane)) for lane in draw(LANES)) if draw(st.booleans()) else (),
         returning=draw(STEPS),
+        there=draw(LANES) if draw(st.booleans()) else (),
     )
 
 
@@ -287,6 +288,10 @@ def entry(**fields: Any) -> pb.RoundEntry:
         (round_status(returning=2**48), Fault.MALFORMED),
         (round_status(held=[0] * (LANES_MAX + 1)), Fault.OVERSIZED),
         (round_status(admitted=[entry()] * (LANES_MAX + 1)), Fault.OVERSIZED),
+        (round_status(there=range(LANES_MAX + 1)), Fault.OVERSIZED),
+        (round_status(there=[LANES_MAX]), Fault.MALFORMED),
+        (round_status(there=[2, 1]), Fault.MALFORMED),
+        (round_status(there=[1, 1]), Fault.MALFORMED),
         (round_status(admitted=[entry(lane=2), entry(lane=1)]), Fault.MALFORMED),
         (round_status(admitted=[entry(), entry()]), Fault.MALFORMED),
         (round_status(admitted=[entry(lane=LANES_MAX)]), Fault.MALFORMED),

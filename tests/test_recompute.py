@@ -36,6 +36,9 @@ def disturbed(tiny: TinyConfig, run: Path, average: str, *, steps: int) -> None:
     config = tiny(
         {
             "pipeline.stages": 2,
+            "pipeline.batch_size": 4,
+            "pipeline.microbatches": 2,
+            "model.layers": 2,
             "run.steps": steps,
             "codec.codec": "mapl:r=8,context=0",
             "lanes.count": 3,

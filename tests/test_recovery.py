@@ -67,7 +67,7 @@ FROM_OUTSIDE: list[Fault] = [
 def test_a_killed_stage_comes_back(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
     """The quick one of these stories: the tail of two stages, which has the head alone, is killed, started again, and
     all go on from a common checkpoint."""
-    short = tiny({**SETTINGS, "pipeline.stages": 2, "pipeline.cut": "4,0", "run.steps": 40})
+    short = tiny({**SETTINGS, "pipeline.stages": 2, "pipeline.cut": "4,0", "run.steps": 16})
     (tmp_path / "run.toml").write_text(dump_config(short))
     run = tmp_path / "run"
     process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "1")
@@ -84,7 +84,7 @@ def test_a_killed_stage_comes_back_where_gradients_are_clipped_by_one_norm(
 ) -> None:
     """What was agreed of a step that is broken off is agreed again: the middle of three is killed, then the head."""
     norm = {"optim.clip": 0.1, "optim.clip_norm": "global", "pipeline.schedule": "zb"}
-    short = tiny({**SETTINGS, **norm, "run.steps": 40})
+    short = tiny({**SETTINGS, **norm, "run.steps": 24})
     (tmp_path / "run.toml").write_text(dump_config(short))
     run = tmp_path / "run"
     process = up("--config", str(tmp_path / "run.toml"), "--out", str(run), "--restarts", "2")
@@ -93,7 +93,7 @@ def test_a_killed_stage_comes_back_where_gradients_are_clipped_by_one_norm(
     undisturbed = run_reference(short, tmp_path / "reference")
     assert states(summary) == undisturbed.state_sha256
     assert [len(records(run, stage, "start")) for stage in range(3)] == [2, 2, 1]
-    assert undisturbed.sent_bytes["gradient_norm"] == 2 * 2 * 8 * 40
+    assert undisturbed.sent_bytes["gradient_norm"] == 2 * 2 * 8 * 24
 
 
 @pytest.mark.slow

@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from .tiers import spread
+from .tiers import LONG_FILES, long_files_first, spread
 
 pytest_plugins = ["pytester"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +42,15 @@ def test_quick_and_slow_are_all(pytester: pytest.Pytester) -> None:
     assert len(names["not slow"]) == 9 + 1
     assert len(names["slow"]) == 18 + 1
     assert not names["slow"] & names["not slow"]
+
+
+def test_long_files_go_first_and_are_there() -> None:
+    assert all((ROOT / f"tests/test_{name}.py").exists() for name in LONG_FILES)
+    names = ["test_a", f"test_{LONG_FILES[1]}", "test_b", f"test_{LONG_FILES[0]}", "test_a"]
+    items: list[Any] = [SimpleNamespace(path=ROOT / f"tests/{name}.py") for name in names]
+    a, second, b, first, again = items
+    long_files_first(items)
+    assert items == [first, second, a, b, again]
 
 
 CONFTEST = """

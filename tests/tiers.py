@@ -4,6 +4,10 @@ A test that takes seconds is marked `slow` by hand. A law that is tested for eve
 `pairwise(n)`: its quick cases are n that hold as many pairs of values as n can (Kuhn et al., NIST SP 800-142: most
 faults need no more than two), or, where it has one parameter, n that are spread evenly; all its other cases are slow.
 The choice depends on the order of the cases alone, so every worker and every run makes the same one.
+
+A file is one worker's (`--dist loadfile`). Files that take long go first; else the worker that began one of them at
+last would be waited for by all others. pytest-xdist's own order is by the number of tests, but what takes long are few
+tests of real processes: hence `--no-loadscope-reorder`.
 """
 
 from __future__ import annotations
@@ -12,6 +16,35 @@ import itertools
 from collections.abc import Hashable, Sequence
 
 import pytest
+
+# The longest first, in about this order: half a minute and more, of all tiers together.
+LONG_FILES = (
+    "lane_processes",
+    "discovery",
+    "recovery",
+    "walkthrough",
+    "supervise",
+    "lost_disk",
+    "full_disk",
+    "chaos_lanes",
+    "gpu_benchmark",
+    "lateral_links",
+    "run_length",
+    "node_ends",
+    "compare_processes",
+    "averaging_benchmark",
+    "hostile_run",
+    "parity",
+    "ssn",
+    "export",
+    "mapl",
+)
+
+
+def long_files_first(items: list[pytest.Item]) -> None:
+    """Sort so; all else stays in its order."""
+    place = {f"test_{name}.py": index for index, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 def split_tiers(items: Sequence[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
 from ...protocol.lane_status import LaneStatus, StatusExchange
+from ...protocol.membership_log import MembershipLog
 from ...protocol.rollback_actions import Side
 from ...protocol.round_messages import RoundStatus
 
@@ -75,6 +76,10 @@ class ChainStatuses:
         """Whether all stages below follow from that step."""
         return self._identity.last or (self.below is not None and self.below.returning == completed + 1)
 
+    def is_agreed(self, log: MembershipLog) -> bool:
+        """Whether all stages below go by that log, so that what they hold is what counts."""
+        return self._identity.last or (self.below is not None and self.below.log.differs_from(log) is None)
+
     def joined(self, mine: LaneStatus) -> LaneStatus:
         """What this stage says of itself, and of all below it. These hold nothing as long as they go by another log;
         what all have to say is said when all do."""
@@ -82,7 +87,7 @@ class ChainStatuses:
             return mine
         if (below := self.below) is None:
             return replace(mine, held=(0,) * len(mine.held), admitted=(), returning=0, source=0, saved=0)
-        agrees = below.log.differs_from(mine.log) is None
+        agrees = self.is_agreed(mine.log)
         both_take = (mine.source, mine.returning) == (below.source, below.returning)
         if mine.source and not both_take:
             mine = replace(mine, source=0, returning=0)
@@ -94,4 +99,5 @@ class ChainStatuses:
             saved=min(mine.saved, below.saved),
             kept=max(mine.kept, below.kept),
             forgot=max(mine.forgot, below.forgot),
+            there=tuple(sorted({*mine.there, *below.there})),
         )

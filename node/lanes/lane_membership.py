@@ -76,6 +76,7 @@ class LaneMembership:
         self._on_void, self._under_way = on_void, under_way
         self._on_changed, self._saved, self._let_go = on_changed, saved, let_go
         self._paused_ago_s, self._paused_s = paused_ago_s, float("inf")
+        self.deadline_s = deadline_s  # that a round waits for a lane
         self._path = links.directory / FILE
         self._lane, lanes = identity.lane, identity.lanes
         self.log, self.admitted = (
@@ -92,6 +93,8 @@ class LaneMembership:
             on_want=lambda completed: links.forget_before(plan.first_after(completed)),
             on_here=self._wake_up,
         )
+        self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
+        self._lacks_for_good = False  # as members have dropped what this lane, which was left out, needs next
         self.is_ending = False
         self._knows = identity.first  # which log counts
         links.hold_back()
@@ -135,10 +138,10 @@ class LaneMembership:
         return not self._state.taken and self.part.has_made_all(completed)
 
     def is_stuck(self, completed: int) -> bool:
-        """Whether who goes on from there would need rounds that this lane may not ask for any more: it was set back too
-        far, and has to take up the state of another one."""
+        """Whether who goes on from there would need rounds that this lane may not ask for any more, or nobody can give:
+        it was set back too far, and has to take up the state of another one. The latter stage 0 alone knows."""
         below = self._chain.below.forgot if self._chain.below else 0
-        return self._plan.first_after(completed) < max(self._links.forgot, below)
+        return self._lacks_for_good or self._plan.first_after(completed) < max(self._links.forgot, below)
 
     @property
     def decides(self) -> bool:
@@ -149,6 +152,12 @@ class LaneMembership:
     def part(self) -> OwnPart:
         """What is known of this lane's own steps."""
         return OwnPart(self._lane, self.log, self.admitted, self._plan)
+
+    @property
+    def there(self) -> set[int]:
+        """The lanes of which any stage is there. One that has lost a stage, and is on its way back, needs something of
+        this stage as well, once it is whole again."""
+        return {*self._there, *self._links.there}
 
     def follow(self, completed: int) -> None:
         """This stage, which has completed so many steps, does nothing but follow from here."""
@@ -207,7 +216,7 @@ class LaneMembership:
     def _wake_up(self) -> None:
         self._wake.set()
 
-    held = _wake_up  # what this node holds has changed
+    held = _wake_up  # what this node holds has changed, or to which lanes it is connected
 
     def met(self, side: Side) -> None:
         """A neighbour is connected, and knows nothing yet."""
@@ -231,13 +240,13 @@ class LaneMembership:
 
     def hear(self, lane: int, status: LaneStatus | None) -> None:
         """What another lane says of itself; None: it is not connected any more."""
+        self._wake.set()
         if self._machine is None:
             return
         if status is None:
             self._machine.part(lane)
         else:
             self._machine.hear(lane, status, self._now_s())
-        self._wake.set()
 
     def ended(self, lane: int) -> None:
         """It needs nothing more, and makes no more contributions."""
@@ -260,7 +269,7 @@ class LaneMembership:
                 await self._decide(self._machine)
             elif news := self._chain.take():
                 await self._take(news.log, news.admitted)
-                self._following = news.returning - 1 if news.returning else None
+                self._following, self._there = news.returning - 1 if news.returning else None, {*news.there}
                 self._state.want((news.source - 1, news.returning - 1) if news.source else None)
             self._say()
             self._notify()
@@ -279,7 +288,9 @@ class LaneMembership:
         machine.saved, machine.kept, machine.forgot = mine.saved, mine.kept, mine.forgot
         taken = self._state.taken
         machine.source = taken[0] + 1 if taken and self._following == taken[1] else 0
+        self._there = {*mine.there}
         machine.report(mine.held, now_s)
+        self._see_what_is_gone(machine, now_s)
         if machine.is_in_vain(now_s) and not self._is_in_vain:
             self._is_in_vain = True
             lanes = ", ".join(f"lane {lane}" for lane in machine.lacking())
@@ -295,14 +306,23 @@ class LaneMembership:
             self._say()
             machine.report(self._joined().held, self._now_s())  # by the log that counts now
 
+    def _see_what_is_gone(self, machine: RoundMembership, now_s: float) -> None:
+        """What this lane lacks may be gone while it does steps again that it is a member of, and would wait for it in
+        vain: it breaks off, and follows."""
+        if not self._chain.is_agreed(self.log):
+            return  # what is held is not known
+        before, self._lacks_for_good = self._lacks_for_good, machine.lacks_what_is_gone(now_s)
+        if self._lacks_for_good and not before and self._following is None and self._state.under_way is None:
+            self._on_left_out()
+
     async def _choose_state(self, machine: RoundMembership, mine: LaneStatus) -> None:
         """Where this lane follows, and lacks what nobody has any more, it takes up the state of another one."""
         state = self._state
         if not state.under_way:
             at = mine.returning - 1
-            if mine.returning and self.part.entry(at) is None:
+            if mine.returning and self.part.entry(at) is None and self.is_stuck(at):
                 before = lambda at: (self._plan.made_by(at), self._plan.first_after(at))  # noqa: E731
-                if found := machine.state_to_take(before, stuck=self.is_stuck(at)):
+                if found := machine.state_to_take(before):
                     state.want(found)
         elif mine.source:
             state.taken = state.wanted
@@ -356,6 +376,7 @@ class LaneMembership:
             saved=self._saved(),
             kept=self._links.kept(),
             forgot=self._links.forgot,
+            there=self._links.there,
         )
         return self._chain.joined(mine)
 
@@ -379,6 +400,7 @@ class LaneMembership:
             admitted=self.admitted,
             returning=0 if following is None else following + 1,
             source=source,
+            there=tuple(sorted(self._there)),
         )
 
     def _notify(self) -> None:

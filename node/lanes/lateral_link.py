@@ -190,12 +190,14 @@ class LateralLink:
                 f"{self.lane}, start it again with --resume, then this lane"
             )
 
-    async def until_finished(self) -> None:
+    async def until_finished(self, deadline_s: float | None = None) -> None:
         """Wait until the peer needs nothing more either, and knows that this node does not; the same errors. The latter
-        is of use to the peer only, so for that alone no longer than it takes to notice a loss and to say it again."""
+        is of use to the peer only, so for that alone no longer than it takes to notice a loss and to say it again.
+        deadline_s: without a sign of life, if another one than the settings say, but no shorter than that."""
         patience_s = self._settings.silence_s + LAST_WORD_S
+        deadline_s = max(deadline_s, patience_s) if deadline_s is not None else None
         while not self.finished:
-            await self.peer.until(lambda: self.peer.done or self.finished, f"the end of lane {self.lane}")
+            await self.peer.until(lambda: self.peer.done or self.finished, f"the end of lane {self.lane}", deadline_s)
             with suppress(TimeoutError):
                 async with asyncio.timeout(patience_s):
                     while self.peer.done and not self.finished:  # another process of the peer may need something again

@@ -218,6 +218,11 @@ class LateralLinks:
                 await asyncio.to_thread(store.remove, void)
 
     @property
+    def there(self) -> tuple[int, ...]:
+        """The lanes whose node of this stage is connected, and needs something yet."""
+        return tuple(lane for lane, link in self._links.items() if link.session.greeted and not link.finished)
+
+    @property
     def forgot(self) -> int:
         """This node will never ask for a round before this one."""
         return max(self._promised, self._needed_from or 0)
@@ -276,16 +281,22 @@ class LateralLinks:
                 self._begin(asyncio.to_thread(link.received.remove, dropped))
         self._on_held()
 
-    async def finish(self, members: Collection[int] | None = None) -> None:
+    async def finish(
+        self,
+        members: Collection[int] | None = None,
+        returning: Collection[int] = (),
+        returning_s: float | None = None,
+    ) -> None:
         """This node needs nothing more: say so, and wait until no peer needs anything of it: of the `members` each
-        (default: all), of the others who is there. Raises what `contributions` does."""
+        (default: all), of the others who is there, or `returning`, for at most returning_s without a sign of life.
+        Raises what `contributions` does."""
         await asyncio.gather(*self._jobs)
         for link in self._links.values():
             link.finish()
         awaited = [
-            link.until_finished()
+            link.until_finished(None if members is None or lane in members else returning_s)
             for lane, link in self._links.items()
-            if members is None or lane in members or link.session.greeted
+            if members is None or lane in members or lane in returning or link.session.greeted
         ]
         ended = await asyncio.gather(*awaited, return_exceptions=True)  # one that is gone is no reason to leave others
         for link in self._links.values():

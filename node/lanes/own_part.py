@@ -5,6 +5,7 @@ Pure: a function of the log, of who is admitted, and of when rounds are made.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...protocol.membership_log import Entry, MembershipLog
@@ -34,6 +35,24 @@ class OwnPart:
     def entry(self, copied: int) -> Entry | None:
         """With which it comes back, having followed from `copied` steps on."""
         return next((each for each in reversed(self.entries) if each.copied == copied), None)
+
+    @property
+    def waits_after(self) -> int:
+        """The steps up to which a lane follows that is not admitted yet: from no earlier ones it may have to train.
+        Should all others go, it goes on by itself from where the last decided round was made."""
+        decided = self.log.decided
+        return self.plan.steps if decided == self.plan.count else self.plan.round(max(0, decided - 1)).made
+
+    def may_follow(self, copied: int, completed: int, used: Sequence[int], *, admitted: bool) -> bool:
+        """Whether a lane that follows from `copied` steps on may do the step with which so many are completed, and
+        these rounds used. Not before they are decided, nor where it has a part in one that was made since: that takes
+        training. It gets there if it goes back too far, and waits for the state of another lane."""
+        for number in used:
+            if number >= self.log.decided:
+                return False
+            if self.plan.round(number).made > copied and self.lane in self.log.members_of(number):
+                return False
+        return admitted or completed <= self.waits_after
 
     def entered_before(self, round: int, completed: int) -> bool:
         """Whether it is no member of that round and uses it all the same, because it came when that was under way."""

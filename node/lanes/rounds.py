@@ -72,6 +72,7 @@ class Rounds(HeldRounds):
 
     def met(self, lane: int) -> None:
         self.states.met(lane)
+        self.membership.held()
 
     def told(self, lane: int, status: LaneStatus | None) -> None:
         if status is None:
@@ -113,11 +114,13 @@ class Rounds(HeldRounds):
             while (entry := membership.part.entry(copied)) is None or stage.completed < entry.begins:
                 if stage.completed == averager.plan.steps or membership.is_ending:
                     break
-                if self._may_follow(averager, stage.completed + 1, entry is not None):
+                if self._may_follow(averager, copied, stage.completed + 1, entry is not None):
                     await self._follow(stage, averager, compute, watch, norm)
                 else:
                     with watch.waiting():
                         await membership.changed()
+            # Steps that were passed over are not trained: the others would make it again otherwise.
+            assert entry is None or stage.completed <= entry.begins or membership.is_ending
             await compute.run("enter", stage.enter, stage.completed)
             if entry and stage.completed == entry.begins:
                 membership.entered(entry)
@@ -127,12 +130,14 @@ class Rounds(HeldRounds):
                     await membership.changed()
         membership.train()
 
-    def _may_follow(self, averager: Averager, completed: int, admitted: bool) -> bool:
+    def _may_follow(self, averager: Averager, copied: int, completed: int, admitted: bool) -> bool:
         """Whether nothing can be decided any more of which that step would have to know."""
-        plan, decided = averager.plan, self.membership.log.decided
-        if any(each.number >= decided or each.number < self._links.forgot for each in plan.used_at(completed)):
+        if self.membership.is_stuck(completed - 1):
             return False
-        return admitted or decided == plan.count or completed <= plan.round(decided).made
+        numbers = [each.number for each in averager.plan.used_at(completed)]
+        if any(number < self._links.forgot for number in numbers):
+            return False
+        return self.membership.part.may_follow(copied, completed, numbers, admitted=admitted)
 
     async def _follow(self, stage: Stage, averager: Averager, compute: Worker, watch: Stopwatch, norm: Norm) -> None:
         """One step, by the rounds that are used in it."""
@@ -160,6 +165,7 @@ class Rounds(HeldRounds):
         """This lane is through: wait until no other one needs anything of this stage. That one of them is gone is no
         fault here, and is only said."""
         try:
-            await self._links.finish(self.membership.log.members)
+            membership = self.membership
+            await self._links.finish(membership.log.members, membership.there, membership.deadline_s)
         except TimeoutError as error:
             on_fault("timeout", str(error))

@@ -59,9 +59,10 @@ class WaitedPeer:
         self.failure = self.failure or error
         self.notify()
 
-    async def until(self, there: Callable[[], bool], waiting_for: str) -> None:
+    async def until(self, there: Callable[[], bool], waiting_for: str, deadline_s: float | None = None) -> None:
         """Wait until it is `there`. Raises TimeoutError, which says for whom and for how long, when nothing was heard
-        for the deadline, or, of a peer that needs nothing more, nothing came; or what made it fail."""
+        for the deadline (default: of the settings), or, of a peer that needs nothing more, nothing came; or what made
+        it fail."""
         loop = asyncio.get_running_loop()
         began_s = loop.time()
         self.waited_for += 1
@@ -70,31 +71,30 @@ class WaitedPeer:
                 if self.failure:
                     raise self.failure
                 heard_s = self.part_s if self.done else self.heard_s
-                due_s = max(began_s, heard_s) + self._patience_s
+                patience_s = self._patience_s(deadline_s or self._settings.deadline_s)
+                due_s = max(began_s, heard_s) + patience_s
                 if loop.time() >= due_s:
-                    raise TimeoutError(self._late(waiting_for, loop.time() - began_s))
+                    raise TimeoutError(self._late(waiting_for, loop.time() - began_s, patience_s))
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(due_s):
                         await self.changed()
         finally:
             self.waited_for -= 1
 
-    @property
-    def _patience_s(self) -> float:
-        settings = self._settings
-        ended_s = max(settings.silence_s, settings.greeting_timeout_s)
-        return min(ended_s, settings.deadline_s) if self.done else settings.deadline_s
+    def _patience_s(self, deadline_s: float) -> float:
+        ended_s = max(self._settings.silence_s, self._settings.greeting_timeout_s)
+        return min(ended_s, deadline_s) if self.done else deadline_s
 
-    def _late(self, waiting_for: str, waited_s: float) -> str:
+    def _late(self, waiting_for: str, waited_s: float, patience_s: float) -> str:
         told = f"stage {self.stage}: waited {waited_s:.0f} s for {waiting_for}"
         if self.done:
             done = f" after {self.heartbeat.completed_steps} steps" if self.heartbeat else ""
             return (
-                f"{told}, but that lane has ended{done}, and nothing came of it for {self._patience_s:g} s; start all "
+                f"{told}, but that lane has ended{done}, and nothing came of it for {patience_s:g} s; start all "
                 "lanes again with --resume"
             )
         why = self.fault or "there was no connection"
         return (
-            f"{told}, and nothing was heard of it for {self._patience_s:g} s ({why}); is stage {self.stage} of lane "
+            f"{told}, and nothing was heard of it for {patience_s:g} s ({why}); is stage {self.stage} of lane "
             f"{self.lane} running? If it was lost, start it again with --resume"
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from rich.console import Console
 
 from ...protocol.schedule import ScheduleError
 from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
+from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
 from ...sim.reports.bench_report import bench_problems, bench_tables, draw_bench
@@ -28,6 +29,7 @@ from ...sim.reports.cut_advice import advice_line, cut_advice
 from ..averaging.modes import parse_averaging
 from ..config import ConfigError, RunConfig
 from ..config_file import dump_config
+from ..preload import fork_server
 from ..preparation import check_codec, check_lanes, check_layers, prepare_corpus, resolve_architecture
 from ..run_directory import clear, writable
 from ..stage_costs import stage_layers
@@ -46,8 +48,10 @@ if TYPE_CHECKING:
 class Bench:
     """Runs the cells of a grid and keeps what they came to in `out`."""
 
-    def __init__(self, grid: BenchGrid, out: Path, *, report: Callable[[str], None]) -> None:
-        self._grid, self._out, self._report = grid, out, report
+    def __init__(self, grid: BenchGrid, out: Path, *, report: Callable[[str], None], forks: bool = False) -> None:
+        """forks: nodes are copies of this process, which must not have begun anything."""
+        self._grid, self._out, self._report, self._forks = grid, out, report, forks
+        self._server: ForkServer | None = None  # while cells run
         self._times: dict[tuple[str, str, int], list[StageTimes]] = {}  # of free-running stages, over instant links
         title = f"thinpipe bench: {', '.join((*grid.machines, *grid.free_running))}"
         self.found: dict[str, Any] = {"title": title, "cells": []}
@@ -59,6 +63,14 @@ class Bench:
         for cell in cells:
             self._check(cell)
         writable(self._out)
+        with ExitStack() as held:
+            if self._forks:
+                computed = next((cell for cell in cells if not cell.emulated), cells[0])
+                found = fork_server(computed.config(computed.schedule.removesuffix(AUTO), 1))
+                self._server = held.enter_context(closing(found)) if isinstance(found, ForkServer) else None
+            return self._run(cells)
+
+    def _run(self, cells: Sequence[PlannedCell]) -> dict[str, Any]:
         try:
             for number, cell in enumerate(cells, start=1):
                 self._report(f"cell {number} of {len(cells)}: {cell.title}")
@@ -206,7 +218,7 @@ class Bench:
                 return figures
         clear(directory)
         settings.write_text(told, encoding="utf-8")
-        return run_cell(directory, work)
+        return run_cell(directory, work, self._server)
 
     def _compare(self) -> None:
         """Shares of the uncapped cell, of the plan, and of so many times one lane, for every cell that was measured."""
@@ -236,11 +248,11 @@ class Bench:
             entry["utilisation_of_schedule"] = used / planned["wire_share"] if used and planned else None
 
 
-def run_bench(grid: BenchGrid, out: Path, *, quiet: bool) -> dict[str, Any]:
+def run_bench(grid: BenchGrid, out: Path, *, quiet: bool, forks: bool = False) -> dict[str, Any]:
     """The grid's cells, with a line for each and a table at the end, also of what was done before an interruption.
-    Raises what PLANNED names, and LocalRunError."""
+    forks: as `Bench`. Raises what PLANNED names, and LocalRunError."""
     console = Console(stderr=quiet, markup=False)
-    bench = Bench(grid, out, report=lambda line: console.print(line, highlight=False))
+    bench = Bench(grid, out, report=lambda line: console.print(line, highlight=False), forks=forks)
     try:
         return bench.run()
     finally:

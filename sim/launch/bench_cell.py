@@ -22,6 +22,7 @@ from typing import Any
 
 from ..reports.lanes import between_lanes, is_lateral, lane_path
 from ..reports.summary import AVERAGING, CONTEXT, OUTSIDE_RATIO, read_records, total_by_kind
+from .fork_server import ForkServer
 from .local_swarm import run_swarm
 
 WARM_UP_STEPS = 1
@@ -53,10 +54,10 @@ class Cell:
         return self.warm_up_steps + WINDOWS * self.window_steps + (self.lanes > 1)
 
 
-def run_cell(directory: Path, cell: Cell) -> dict[str, Any]:
-    """Run the swarm of `directory`/run.toml and measure it. Raises SwarmError; ValueError for records that lack a
-    step."""
-    run_swarm(directory, stages=cell.stages, lanes=cell.lanes)
+def run_cell(directory: Path, cell: Cell, forks: ForkServer | None = None) -> dict[str, Any]:
+    """Run the swarm of `directory`/run.toml and measure it. forks: what its nodes are forked from. Raises SwarmError;
+    ValueError for records that lack a step."""
+    run_swarm(directory, stages=cell.stages, lanes=cell.lanes, forks=forks)
     return measure(directory, cell)
 
 

@@ -83,6 +83,14 @@ def test_each_token_is_computed_once_and_each_earlier_one_is_there(chunks: int, 
         assert all(layout.owner(segment) == lane for segment in layout.of_lane(lane))
 
 
+def test_what_is_sent_first_is_looked_at_first() -> None:
+    """Each lane sends its early segment before its late one; of either kind the nearest comes first."""
+    assert ChunkLayout(64, 4).needed_by(1) == (3, 2, 0, 5, 4)
+    assert ChunkLayout(64, 4).needed_by(0) == (3, 2, 1, 6, 5, 4)
+    assert ChunkLayout(64, 4).needed_by(3) == (2, 1, 0)
+    assert ChunkLayout(64, 4, "plain").needed_by(3) == (2, 1, 0)
+
+
 @given(chunks=st.integers(2, 9), length=st.integers(1, 4))
 def test_zigzag_gives_all_lanes_the_same_number_of_pairs(chunks: int, length: int) -> None:
     layout = ChunkLayout(2 * chunks * length, chunks)

@@ -100,7 +100,7 @@ def test_narrow_keys_and_values_are_less_waited_for() -> None:
     full, mos = chunks("--context", "full"), chunks("--context", "mos")
     assert full["uncapped_tokens_per_s"] == mos["uncapped_tokens_per_s"] == pytest.approx(56_000, rel=0.001)
     assert full["tokens_per_s"] == pytest.approx(2_235, rel=0.01)
-    assert mos["tokens_per_s"] == pytest.approx(33_100, rel=0.01)  # of 55,000 published
+    assert mos["tokens_per_s"] == pytest.approx(35_800, rel=0.01)  # of 55,000 published
     assert (full["ratio"], mos["ratio"]) == pytest.approx((1, 28.6), rel=0.01)
     assert mos["tokens_per_s"] < mos["no_latency_tokens_per_s"] < mos["no_cap_tokens_per_s"] < 56_000
     assert full["bounded_before_averaging_by"] == "keys and values of stage 0, by the rate of their links"

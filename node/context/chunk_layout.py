@@ -77,10 +77,14 @@ class ChunkLayout:
         return [position for segment in self.of_lane(lane) for position in self.positions(segment)]
 
     def needed_by(self, lane: int) -> tuple[int, ...]:
-        """The segments of other lanes that a lane looks at, in the order in which it does: the nearest before its last
-        one first."""
+        """The segments of other lanes that a lane looks at, in the order in which it does: those that their owners send
+        first come first, and of these the nearest before its last one."""
         own = self.of_lane(lane)
-        return tuple(segment for segment in range(own[-1] - 1, -1, -1) if segment not in own)
+        needed = [segment for segment in range(own[-1]) if segment not in own]
+        return tuple(sorted(needed, key=lambda segment: (self._sent_second(segment), -segment)))
+
+    def _sent_second(self, segment: int) -> bool:
+        return segment != self.of_lane(self.owner(segment))[0]
 
     def users(self, segment: int) -> tuple[int, ...]:
         """The other lanes that look at a segment, in order."""

@@ -170,9 +170,9 @@ def chunks_figures(
     instant_step_s = seconds(exchange.instant)
     goes_to = {
         "computing": uncapped_step_s,
-        "boundaries": instant_step_s - uncapped_step_s,
-        "keys_and_values": step_s - instant_step_s,
-        "averaging": lanes["stall_s"],
+        "boundaries": max(0.0, instant_step_s - uncapped_step_s),  # below 0 by rounding
+        "keys_and_values": max(0.0, step_s - instant_step_s),
+        "averaging": max(0.0, lanes["stall_s"]),
     }
     no_latency = way(replace(link, latency_s=0.0, jitter_s=0.0))
     no_cap = way(replace(FREE, latency_s=link.latency_s))

@@ -31,8 +31,8 @@ lint: $(STAMP)
 # A file at a time, in the order of tests/tiers.py.
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-# Every kind of thing at least once: four minutes on two quiet cores, eight on slow ones. First what runs on all cores, a file at a time, then by
-# themselves those that hold real time to figures.
+# Every kind of thing at least once: four minutes on two quiet cores, eight on slow ones. First what runs on all cores,
+# then by themselves those that hold real time to figures.
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not long and not alone" $(ALL_CORES) --durations 10
 	$(BIN)/python -m pytest -m "alone and not slow and not long" --durations 10 $(ALONE)

@@ -73,12 +73,13 @@ def checkpoint_convert(
     """
     one_arithmetic_thread()
     settings = _settings(run)
-    from ..node.config import ConfigError, check_one_lane
-
-    try:
-        check_one_lane(settings, f"{run}: checkpoint convert")
-    except ConfigError as error:
-        fail(str(error), 2)
+    if (lanes := settings.lanes.count) > 1:  # what averaging carries from round to round is of each stage's own part
+        cut_as = f"--stages {stages}" if stages else f"--cut {cut}" if cut else "--stages N"
+        fail(
+            f"{run}: checkpoint convert takes runs of one lane, and this one has {lanes}; a new run takes its weights "
+            f"to other stages, with fresh moments: thinpipe up --from {run} --lanes {lanes} {cut_as} --out {out}",
+            2,
+        )
     asked = _asked(said(None, settings_of(stages=stages, cut=cut, speeds=speeds), overrides))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(f"--out {out}: it is there already, and not empty; choose another directory", 2)

@@ -93,6 +93,8 @@ def settings_of(
                 "--chunks are lanes of the same sequences, --lanes of different ones; omit one of the two",
                 2,
             )
+        if given.get("context") == "" and chunks > 1:
+            fail(f"--chunks {chunks}, but --context names no way for keys and values to cross; say --context full", 2)
         found |= {"lanes.count": chunks, "lanes.average": "gradients", "context.method": "full"}
     return found | {SETTING[name]: value for name, value in given.items() if value is not None}
 

@@ -79,6 +79,11 @@ class ContextMethod(ABC):
     format: str = ""
     backward: str = ""
 
+    @property
+    @abstractmethod
+    def exact_spec(self) -> str:
+        """Of the same method where it rounds nothing and does all that it does, at any width, in its first step."""
+
     @abstractmethod
     def wire_width(self, shape: ContextShape) -> int:
         """W: numbers a token."""

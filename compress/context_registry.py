@@ -9,6 +9,7 @@ from .mixture_of_subspaces import MixtureOfSubspaces
 from .registry import parse_format
 from .spec_strings import built, nearest
 
+USUAL_WIDTH = 2**10  # of what a format packs, where the width itself does not matter
 METHODS: dict[str, type[ContextMethod]] = {each.name: each for each in (FullContext, MixtureOfSubspaces)}
 
 
@@ -21,5 +22,14 @@ def parse_context(spec: str) -> ContextMethod:
     method = built(METHODS[name], "context method", spec)
     for each in (method.format, method.backward):
         if each:
-            parse_format(each)
+            _check_format(each, method.name)
     return method
+
+
+def _check_format(spec: str, method: str) -> None:
+    fmt = parse_format(spec)
+    if fmt.remembers or fmt.table(USUAL_WIDTH) is not None:
+        raise CodecError(
+            f"context method '{method}': format '{spec}' learns from what it packed before; choose one without that, "
+            "such as bf16, int8 or int4"
+        )

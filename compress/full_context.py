@@ -21,6 +21,10 @@ class FullContext(ContextMethod):
     def __init__(self, *, format: str = "", backward: str = "") -> None:
         self.format, self.backward = format, backward or format
 
+    @property
+    def exact_spec(self) -> str:
+        return self.name
+
     def wire_width(self, shape: ContextShape) -> int:
         return 2 * shape.heads * shape.head_width
 

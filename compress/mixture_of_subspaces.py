@@ -179,6 +179,11 @@ class MixtureOfSubspaces(ContextMethod):
     def _rank(self, which: int, size: int) -> int:
         return max(1, round(self.shares[which] * size))
 
+    @property
+    def exact_spec(self) -> str:
+        """With angles that are not zero at the start."""
+        return f"{self.name}:k=0.5,v=0.5,mixture=random,head={self.head}"
+
     def wire_width(self, shape: ContextShape) -> int:
         """Behind the warm phase; see `width_in`."""
         return sum(self.ranks(shape))

@@ -197,15 +197,6 @@ class RunConfig(Section):
         return self.model_copy(update={"run": self.run.model_copy(update={"steps": 1, "extended": ()})})
 
 
-def check_one_lane(config: RunConfig, what: str) -> None:
-    """Raises ConfigError for a run of several lanes, where `what` knows of one."""
-    if config.lanes.count > 1:
-        raise ConfigError(
-            f"{what} takes runs of one lane, and this one has {config.lanes.count}; begin a new one from it, thinpipe "
-            "up --from RUN --stages N"
-        )
-
-
 def recommended(config: RunConfig) -> dict[str, float]:
     """The settings of the optimizer, by name, that are what the codec recommends because nobody set them. None in a run
     that was read from its run.toml, where all of them stand."""

@@ -31,7 +31,7 @@ from ..protocol.schedule import (
     interleave,
 )
 from ..sim.links.shaper import LinkProfile
-from ..sim.reports.lanes import is_lateral, other_lane
+from ..sim.reports.lanes import CONTEXT_LINK, context_link_name, is_context, is_lateral, other_lane
 from ..sim.reports.metrics_address import MetricsAddress
 from ..sim.reports.summary import dense_bytes_one_way
 from .averaging.averager import RoundUsed
@@ -283,6 +283,11 @@ class LaneInProcess:
                 rows = self.sent_to_lanes[index].setdefault(f"lateral {index}: lane {ends[0]}-{ends[1]}", Counter())
                 rows["averaging"] += len(contribution)
 
+    def count_context(self, index: int, other: int, message: Message) -> None:
+        """Stage `index` gives keys and values, or what comes back for them, to its own stage in another lane."""
+        rows = self.sent_to_lanes[index].setdefault(context_link_name(index, self.lane, other), Counter())
+        rows.update(accounted(message, self._chunk_bytes))
+
     def record_round(self, index: int, used: RoundUsed) -> None:
         """What stage `index` made of a round. Nobody had to be waited for."""
         if self._metrics:
@@ -330,6 +335,8 @@ class LaneInProcess:
 def _link_record(stage: int, lane: int, name: str, rows: Counter[str]) -> dict[str, object]:
     if is_lateral(name):
         way: dict[str, object] = {"peer_lane": other_lane(name, lane)}
+    elif is_context(name):
+        way = {"peer_lane": other_lane(name, lane), "direction": CONTEXT_LINK}
     else:
         boundary = int(name.removeprefix("boundary ").partition("-")[0])
         way = {"boundary": boundary, "direction": "forward" if boundary == stage else "backward"}

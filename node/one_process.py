@@ -11,6 +11,7 @@ step that the log says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,7 +73,7 @@ class OneProcess:
             for lane in self.lanes:
                 for stage in lane.stages:
                     assert stage.chunk
-                    stage.chunk.connect(mailbox.of(stage.index, lane.lane))
+                    stage.chunk.connect(mailbox.of(stage.index, lane.lane, partial(lane.count_context, stage.index)))
         self._members = members or MembershipLog.begin(count)
         self._given: dict[tuple[int, int], dict[int, bytes]] = {}  # (stage, round) -> lane -> contribution
         self._architecture = architecture

@@ -25,6 +25,7 @@ from .averaging.modes import parse_averaging
 from .config import ConfigError, RunConfig
 from .config_sections import DataSection
 from .constrained_stage import check_architecture
+from .context.chunk_exactness import check_chunks
 from .data import Corpus, DataError, Preparing, Vocabulary, open_corpus, open_vocabulary, silently, vocabulary_size
 from .links.dialling import NeighbourMismatch
 from .measuring.emulated_machine import VOCABULARY, EmulatedMachine
@@ -158,6 +159,8 @@ def check_model(config: RunConfig, architecture: PretrainedConfig) -> None:
     if config.model.path is None or config.compute.emulate:
         return
     check_sliceable(architecture, stage_layers(config, architecture))
+    if config.context.method:
+        check_chunks(config, architecture)
     if config.model.pretrained:
         check_checkpoint(architecture, config.model.path)
 
@@ -187,6 +190,8 @@ def prepare(config: RunConfig, stage: int, lane: int = 0) -> tuple[Stage, str]:
         emulated = EmulatedStage(config, architecture, stage, lane)
         return emulated, run_digest(config, architecture)
     check_sliceable(architecture, stage_layers(config, architecture))
+    if config.context.method and config.model.path:
+        check_chunks(config, architecture)
     if was_tied(architecture) and stage == 0:
         print("embeddings and head are tied in this model; here they live on different machines, so they are untied")
     built = Stage(config, architecture, stage, lane)

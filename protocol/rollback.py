@@ -154,9 +154,14 @@ class Rollback:
                 f"process {self.members[stage]:x} has its place",
             )
         present, since = self.peers[side], self._member_of[side]
-        # Two that were members, and this node, which joins, knows of neither: that of the earlier generation was
-        # replaced.
-        later = since is not None and not peer.joining and not self.members and peer.generation > since
+        # Two that this node, which joins, knows nothing of: who has no place gives way to who has one, and that of the
+        # earlier generation, which was replaced, to the later one. The same where this node and the present one have
+        # made a generation of their own, since both had lost all that they knew.
+        if self.members:
+            later = peer.generation > self.generation
+        else:
+            later = self.joining if since is None else peer.generation > since
+        later = later and not peer.joining
         if present is not None and present != peer.incarnation and not later:
             raise RemoteProtocolError(
                 Fault.UNEXPECTED,

@@ -9,8 +9,9 @@ from __future__ import annotations
 import atexit
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from typing import IO
+from typing import IO, NamedTuple
 
 from thinpipe.sim.launch.fork_server import CannotFork, ForkServer, Process
 from thinpipe.sim.launch.node_launch import node_environment
@@ -49,3 +50,23 @@ def start(arguments: Sequence[str], out: IO[str], err: IO[str] | None = None) ->
         print(f"an interpreter of its own: {error}")
         command = [sys.executable, "-m", "thinpipe.cli", *arguments]
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
+
+
+class Ran(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def ran(*arguments: str, within_s: float = 180.0) -> Ran:
+    """The same, to its end, as `typer.testing.CliRunner` has it; but nodes that it starts are forked, too. Raises
+    subprocess.TimeoutExpired."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = start(arguments, out, err)
+        try:
+            code = process.wait(within_s)
+        finally:
+            process.kill()
+        for stream in (out, err):
+            stream.seek(0)
+        return Ran(code, out.read(), err.read())

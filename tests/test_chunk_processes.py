@@ -3,12 +3,17 @@ TLS, through a choice of subspaces, and with every byte of keys and values in th
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from thinpipe.node.one_process import OneProcess
 from thinpipe.node.security.key_directory import init, issue
+from thinpipe.sim.reports.lanes import is_context
+from thinpipe.sim.reports.summary import CONTEXT
 
 from .conftest import TinyConfig
 from .real_faults import records
@@ -47,7 +52,18 @@ def test_processes_are_one_process(up: Up, tiny: TinyConfig, tmp_path: Path, gri
     config = tiny({**CHUNKS, **GRIDS[grid]})
     process, run = started(up, config, tmp_path)
     summary = ended(process)
-    assert ends(run, config) == digests(config)
+    with closing(OneProcess(config)) as same:
+        same.train()
+    assert ends(run, config) == [[stage.state_sha256() for stage in lane.stages] for lane in same.lanes]
+    for lane in same.lanes:
+        for stage, expected in enumerate(lane.sent_to_lanes):
+            links = records(run / f"lane-{lane.lane}", stage, "end")[-1]["links"]
+            sent = [Counter(link["sent_bytes"]) for link in links if link.get("direction") == "context"]
+            counted = [rows for name, rows in sorted(expected.items()) if is_context(name)]
+            for ours, theirs in zip(sent, counted, strict=True):
+                assert [ours[kind] for kind in CONTEXT] == [theirs[kind] for kind in CONTEXT]
+                assert ours["framing"] == pytest.approx(theirs["framing"], rel=0.2)  # numbers are shorter or longer
+                assert ours["evaluation"] == pytest.approx(theirs["evaluation"], rel=0.02)
     assert summary["context"]["context"] > 0
     assert summary["context"]["context_gradient"] > 0
     assert summary["context"]["bytes"] == sum(summary["context"][kind] for kind in ("context", "context_gradient"))

@@ -32,6 +32,8 @@ from thinpipe.node.model import ModelError, StageModel, build_stage
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import check_lanes, resolve_architecture
 from thinpipe.protocol.messages import Kind
+from thinpipe.sim.reports.lanes import context_link_name
+from thinpipe.sim.reports.lanes_summary import summarise_run
 
 STEPS = 3
 KEY = ContextKey(step=1, evaluation=False, microbatch=0, layer=2, segment=1)
@@ -249,6 +251,36 @@ def test_after_a_warm_start_all_lanes_have_the_same_subspaces() -> None:
     assert not set(frames) & set(cold[0])
     for lane in lanes[1:]:
         assert all(torch.equal(lane[name], lanes[0][name]) for name in lane)
+
+
+@pytest.mark.parametrize("order", ["zigzag", "plain"])
+def test_what_crosses_in_one_process_is_counted_as_links_would(order: str, tmp_path: Path) -> None:
+    """Body bytes exactly: 2 heads of 16 numbers for keys, and for values, in 8 bytes each."""
+    settings = config(3, context={"method": "full", "order": order}, data={"sequence_length": 48})
+    run = OneProcess(settings, tmp_path)
+    try:
+        run.train()
+    finally:
+        run.close()
+    layout, heads = settings.chunk_layout, resolve_architecture(settings).num_key_value_heads
+    part = 2 * layout.segment_length * 2 * heads * (64 // resolve_architecture(settings).num_attention_heads) * 8
+    found = summarise_run(tmp_path, lanes=3, stages=2, width=64, mode="one-process")["context"]
+    total = {"context": 0, "context_gradient": 0}
+    for lane in run.lanes:
+        for stage, rows in enumerate(lane.sent_to_lanes):
+            for other in range(3):
+                if other == lane.lane:
+                    continue
+                needs = [
+                    sum(layout.owner(segment) == owner for segment in layout.needed_by(user)) * part * 2 * STEPS
+                    for user, owner in ((other, lane.lane), (lane.lane, other))
+                ]
+                row = rows.get(context_link_name(stage, lane.lane, other), {})
+                assert [row.get(kind, 0) for kind in total] == needs  # one layer a stage, 2 microbatches
+                total["context"] += needs[0] + row.get("framing", 0)
+                total["context_gradient"] += needs[1]
+    assert {kind: found[kind] for kind in total} == total
+    assert found["bytes"] == sum(total.values())
 
 
 def test_a_window_is_refused_by_name(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from thinpipe.node.config import ConfigError
+from thinpipe.node.generation import context_parts_of
 from thinpipe.node.preparation import prepare
 from thinpipe.node.stage_state import StateError
 from thinpipe.protocol.errors import RemoteProtocolError
@@ -92,6 +93,12 @@ def test_a_message_of_another_size_is_refused(tiny: TinyConfig) -> None:
         lower.upstream_endpoint.unpack_activation(short)
     with pytest.raises(RemoteProtocolError, match="gradient of step 1, microbatch 0: 5 bytes"):
         upper.downstream_endpoint.unpack_gradient(Message(kind=Kind.GRADIENT, step=1, microbatch=0, body=b"short"))
+
+
+def test_it_exchanges_nothing_with_other_lanes(tiny: TinyConfig) -> None:
+    config = tiny(EMULATED)
+    stage, _ = prepare(config, 0)
+    assert context_parts_of(config, stage) is None
 
 
 def test_there_is_no_state(tiny: TinyConfig) -> None:

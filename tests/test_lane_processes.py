@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -24,6 +27,7 @@ from .preloaded import start
 from .real_faults import Done, Kill, carry_out, records
 from .real_node import until
 from .real_up import END_S, Up, ended
+from .test_cli import start as start_apart
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -144,6 +148,43 @@ def test_a_lane_that_is_told_to_end_ahead_of_the_others_ends_alike(up: Up, tiny:
         assert not records(run / f"lane-{lane}", stage, "failed")
     ended(up("--resume", str(run)))
     assert ends(run, config) == digests(config)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_lanes_of_which_one_is_ahead(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """As a terminal does it: all processes get it at once. One lane waits in a round for the other, which is behind."""
+    config = tiny({**GRID, "run.steps": 60, "lanes.average": "outer:every=20"})
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    run = start_apart(tmp_path / "run.toml", tmp_path / "run")
+    out = run.out
+    try:
+        until(lambda: len(records(out / "lane-1", 0, "step")) >= 8, "lane 1's first steps")
+        slow = [psutil.Process(records(out / "lane-1", stage, "start")[0]["process"]) for stage in range(2)]
+        for node in slow:
+            node.suspend()
+        ahead = len(records(out / "lane-1", 0, "step")) // 20 * 20 + 19
+        until(lambda: len(records(out / "lane-0", 0, "step")) >= ahead, "lane 0's coming to a round")
+        nodes = [
+            psutil.Process(records(out / f"lane-{lane}", stage, "start")[0]["process"])
+            for lane, stage in product(range(2), range(2))
+        ]
+        for node in slow:
+            node.resume()
+        os.killpg(run.process.pid, signal.SIGINT)
+        code, _, errors = run.end()
+    finally:
+        run.process.kill()
+    assert code == 130
+    (line,) = errors
+    wanted = (
+        r"thinpipe: error: interrupted after \d+ of 60 steps; all stages are stopped; thinpipe up --resume .* goes on"
+    )
+    assert re.match(wanted, line)
+    assert not any(node.is_running() and node.status() != psutil.STATUS_ZOMBIE for node in nodes)
+    for lane, stage in product(range(2), range(2)):
+        assert not records(out / f"lane-{lane}", stage, "failed")
+    ended(up("--resume", str(out)))
+    assert ends(out, config) == digests(config)
 
 
 @pytest.mark.slow

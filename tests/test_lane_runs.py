@@ -211,7 +211,8 @@ REFUSALS: list[tuple[list[str], str]] = [
     (["up", "--resume", "{run}/lane-1"], "that is one lane of the run in {run}; give that"),
     (
         ["checkpoint", "convert", "{run}", "--stages", "1", "--out", "{new}"],
-        "checkpoint convert takes runs of one lane",
+        "checkpoint convert takes runs of one lane, and this one has 2; a new run takes its weights to other stages, "
+        "with fresh moments: thinpipe up --from {run} --lanes 2 --stages 1 --out {new}",
     ),
     (["chaos", "--kinds", "join", "--out", "{new}"], "--kinds: join needs at least 2 lanes; say --lanes 2, or omit it"),
     (
@@ -225,6 +226,16 @@ REFUSALS: list[tuple[list[str], str]] = [
     ),
     (["chaos", "--lanes", "2", "--kinds", "flood", "--out", "{new}"], "--kinds: no fault is called 'flood'"),
 ]
+
+
+def test_lanes_go_to_other_stages_as_a_new_run(trained: Path, tmp_path: Path) -> None:
+    """As the refusal of `checkpoint convert` says."""
+    new = tmp_path / "new"
+    options = ["--from", str(trained), "--lanes", "2", "--stages", "1", "--out", str(new)]
+    done = CliRunner().invoke(app, ["up", "--one-process", "--steps", "1", *options])
+    assert done.exit_code == 0, done.output
+    config = load_config(new / "run.toml")
+    assert (config.lanes.count, config.pipeline.stages) == (2, 1)
 
 
 @pytest.mark.parametrize(("arguments", "expected"), REFUSALS, ids=lambda value: value[0] if value else "")

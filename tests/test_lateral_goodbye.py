@@ -166,6 +166,26 @@ def test_a_lane_that_does_not_come_back_is_not_waited_for_as_a_member_is(connect
     story(job())
 
 
+def test_a_lane_whose_connection_has_just_ended_is_waited_for_too(tmp_path: Path) -> None:
+    """As all do when members change, which the last round may have done."""
+
+    async def job() -> None:
+        leaving, back = Lane(0, tmp_path), Lane(1, tmp_path)
+        for lane in (leaving, back):
+            lane.links.forget_before(0)
+        await leaving.give(0)
+        async with joined(back, leaving):
+            await asyncio.sleep(2)
+        through = asyncio.create_task(leaving.links.finish([0], [], 25.0))
+        await asyncio.sleep(1)
+        assert not through.done()
+        async with joined(back, leaving):
+            assert await back.take(0) == {0: content(0, 0)}
+            await asyncio.gather(back.links.finish(), through)
+
+    story(job())
+
+
 def test_nobody_is_waited_for_who_is_no_member_and_not_there(tmp_path: Path) -> None:
     async def job() -> None:
         await Lane(0, tmp_path, lanes=3).links.finish([0], [], 25.0)

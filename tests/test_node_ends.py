@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from thinpipe.cli import app
 from thinpipe.node.run_records import MetricsWriter
 from thinpipe.sim.launch import local_swarm, node_launch
 from thinpipe.sim.launch.local_swarm import SwarmError, run_swarm
@@ -16,8 +15,8 @@ from thinpipe.sim.launch.node_ends import Failure, failure_in
 from thinpipe.sim.launch.node_launch import NodeProcess
 from thinpipe.sim.reports.lanes import lane_path
 from thinpipe.sim.reports.record_tail import whole_bytes
-from typer.testing import CliRunner
 
+from .preloaded import ran
 from .real_faults import records
 from .real_node import until
 
@@ -295,8 +294,8 @@ def test_a_run_that_diverges_is_tried_twice_and_ends_with_its_reason(tmp_path: P
         *("optim.muon_lr=1e18", "optim.adamw_lr=1e18", "optim.warmup_steps=0", "codec.codec=bf16"),
     ):
         options += ["--set", setting]
-    result = CliRunner().invoke(app, options)
-    assert result.exit_code == 1, result.output
+    result = ran(*options)
+    assert result.exit_code == 1, result
     last = result.stderr.splitlines()[-1]
     assert "not finite" in last or "nan" in last.lower(), result.stderr
     assert "failed in the same way before" in last

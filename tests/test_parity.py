@@ -25,6 +25,7 @@ from thinpipe.sim.launch.node_launch import node_environment
 
 from .conftest import TinyConfig
 from .in_memory import Cut, Outcome, read_outcome, run_in_memory, run_reference
+from .preloaded import forks
 
 CAPPED = "20mbit,5ms"
 
@@ -326,7 +327,7 @@ PROCESSES = {
 @pytest.mark.parametrize("settings", PROCESSES.values(), ids=PROCESSES)
 def test_a_swarm_of_processes_is_one_process(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny(settings)
-    run_local(config, tmp_path / "swarm", one_process=False, overwrite=False, trace=False, quiet=True)
+    run_local(config, tmp_path / "swarm", quiet=True, forks=config.pipeline.stages > 1 and forks())
     swarm = read_outcome(tmp_path / "swarm", config.pipeline.stages)
     assert swarm == run_reference(config, tmp_path / "reference")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -323,6 +324,45 @@ def test_two_processes_that_claim_one_stage():
     with pytest.raises(RemoteProtocolError, match="is served by process 2, which answers"):
         world.processes[0].machine.meet("below", claimant.greeting())
     assert world.processes[0].machine.phase is RollbackPhase.RUNNING
+
+
+@pytest.mark.parametrize("agreed", [False, True])
+def test_a_member_takes_its_place_from_one_that_has_never_had_it(agreed):
+    """Stage 1 was lost while two processes claimed stage 0: a member, and one that waits for the place and came first.
+    Those two may even have agreed on a generation, with nothing to go on from."""
+    waiting, new = (Rollback(identity(stage, 2, incarnation=90 + stage), joining=True) for stage in (0, 1))
+    new.meet("above", waiting.greeting())
+    if agreed:
+        waiting.meet("below", new.greeting())
+        waiting.stopped(set())
+        (said,) = [each.frame for each in new.stopped(set()) if isinstance(each, Send)]
+        started = [each.frame for each in waiting.receive("below", said) if isinstance(each, Send)]
+        assert [type(each) for each in started] == [StartView]
+        new.receive("above", started[0])
+        assert new.members == (90, 91)
+    claimant = identity(0, 2, incarnation=99)
+    with pytest.raises(RemoteProtocolError, match="is served by process 5a, which answers"):
+        new.check("above", claimant.greeting(joining=True))
+    with pytest.raises(RemoteProtocolError, match="process"):
+        new.check("above", replace(claimant, generation=1 if agreed else 0).greeting(joining=True))
+    member = replace(claimant, generation=2).greeting(completed_steps=26)
+    new.check("above", member)
+    new.part("above")
+    effects = new.meet("above", member)
+    assert new.peers["above"] == 99
+    assert any(isinstance(each, Stop) for each in effects) is agreed
+
+
+def test_who_has_not_lost_its_generation_keeps_the_one_that_joins():
+    """And not the one that was replaced, which wakes up."""
+    world = Environment(2)
+    world.settle()
+    sleeper = world.processes[0].machine.greeting()
+    world.kill(0)
+    world.connect(0)
+    world.deliver(0, "down")
+    with pytest.raises(RemoteProtocolError):
+        world.processes[1].machine.check("above", sleeper)
 
 
 def test_a_commit_lost_on_the_way_begins_another_generation():

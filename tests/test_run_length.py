@@ -28,6 +28,7 @@ from .conftest import TinyConfig
 from .faults import Drain, Frame, Kill
 from .faults_reference import SETTINGS, STAGES, assert_equal
 from .in_memory import run_reference
+from .preloaded import ran
 from .real_faults import records
 
 RATES = {"optim.warmup_steps": 2, "optim.decay_fraction": 0.5}
@@ -242,8 +243,8 @@ def test_real_processes_go_on_past_the_end(tiny: TinyConfig, tmp_path: Path) -> 
     run = tmp_path / "run"
 
     def up(*options: str) -> Any:
-        done = CliRunner().invoke(app, ["up", *options])
-        assert done.exit_code == 0, done.output
+        done = ran("up", *options)
+        assert done.exit_code == 0, done
         return done
 
     up("--config", str(tmp_path / "short.toml"), "--out", str(run))

@@ -90,25 +90,11 @@ class ChunkedModel:
         device = torch.device(config.compute.device)
         sizes = {"batch": config.microbatch_size, "dtype": dtype, "device": device}
         for layer, module in zip(model.layers, model.layer_modules, strict=True):
-            attention = _attention_of(module, model)
-            shape = self._shape(attention, layer, dtype)
+            attention = attention_of(module, model)
+            shape = context_shape(config, model, attention, layer, dtype, segments=self._layout.segments_per_lane)
             self._layers[layer] = (attention, self._method.attach(attention, shape))
             self._coders[layer] = ContextCoder(self._method, shape, **sizes)
         model.positions = torch.tensor(self._layout.lane_positions(lane), device=device).unsqueeze(0)
-
-    def _shape(self, attention: nn.Module, layer: int, dtype: torch.dtype) -> ContextShape:
-        architecture = self._model.causal.config
-        heads = architecture.num_attention_heads
-        return ContextShape(
-            seed=self._config.run.seed,
-            layer=layer,
-            width=self._model.width,
-            heads=getattr(architecture, "num_key_value_heads", None) or heads,
-            head_width=getattr(attention, "head_dim", None) or architecture.hidden_size // heads,
-            segments=self._layout.segments_per_lane,
-            segment_length=self._layout.segment_length,
-            dtype=dtype,
-        )
 
     def connect(self, transport: ContextTransport) -> None:
         """Parts go by `transport` from now on."""
@@ -167,7 +153,26 @@ class ChunkedModel:
         return rotate
 
 
-def _attention_of(layer: nn.Module, model: StageModel) -> nn.Module:
+def context_shape(
+    config: RunConfig, model: StageModel, attention: nn.Module, layer: int, dtype: torch.dtype, *, segments: int
+) -> ContextShape:
+    """Of a layer's keys and values on a node that holds so many segments of each sequence."""
+    architecture = model.causal.config
+    heads = architecture.num_attention_heads
+    return ContextShape(
+        seed=config.run.seed,
+        layer=layer,
+        width=model.width,
+        heads=getattr(architecture, "num_key_value_heads", None) or heads,
+        head_width=getattr(attention, "head_dim", None) or architecture.hidden_size // heads,
+        segments=segments,
+        segment_length=config.chunk_layout.segment_length,
+        dtype=dtype,
+    )
+
+
+def attention_of(layer: nn.Module, model: StageModel) -> nn.Module:
+    """Where a layer makes queries, keys and values. Raises ModelError for an architecture that calls it otherwise."""
     found = getattr(layer, "self_attn", None)
     if isinstance(found, nn.Module):
         return found

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...compress.byte_format import ByteFormat, CodecError, Direction, Key, Payload
+from ...compress.byte_format import CodecError, Direction, Key, Payload
 from ...compress.context_method import ContextMethod, ContextShape
 from ...compress.registry import parse_format
 from .chunk_layout import ChunkLayout
@@ -36,7 +36,7 @@ class ContextCoder:
         self._s_shape = (batch, method.scalars(shape))
         self._s_dtype = torch.float64 if dtype is torch.float64 else torch.float32
         self._formats = {
-            gradient: _stateless(spec or AS_IT_IS[dtype], method.name, shape)
+            gradient: parse_format(spec or AS_IT_IS[dtype])
             for gradient, spec in ((False, method.format), (True, method.backward))
         }
 
@@ -74,16 +74,6 @@ class ContextCoder:
         if not np.isfinite(numbers).all():
             raise CodecError(f"lane {lane}: {key}: a number beside it is not finite")
         return z, torch.from_numpy(numbers.reshape(self._s_shape).copy()).to(self._device)
-
-
-def _stateless(spec: str, method: str, shape: ContextShape) -> ByteFormat:
-    fmt = parse_format(spec)
-    if fmt.remembers or fmt.table(shape.heads * shape.head_width) is not None:
-        raise CodecError(
-            f"context method '{method}': format '{spec}' learns from what it packed before; choose one without that, "
-            "such as bf16, int8 or int4"
-        )
-    return fmt
 
 
 def _key(key: ContextKey, seed: int) -> Key:

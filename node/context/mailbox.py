@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from ...protocol.messages import Message
+from .context_parts import message_of
 from .exchange import ContextKey
 
+Sent = Callable[[int, Message], None]
 DEADLINE_S = 600.0  # what a lane may compute until another one has its part; a lane that fails is known at once
 
 
@@ -19,9 +23,9 @@ class Mailbox:
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
 
-    def of(self, stage: int, lane: int) -> LaneMailbox:
-        """The transport of a node."""
-        return LaneMailbox(self, stage, lane)
+    def of(self, stage: int, lane: int, on_sent: Sent = lambda _, __: None) -> LaneMailbox:
+        """The transport of a node. on_sent: is given all that it sends, and to which lane, on its own thread."""
+        return LaneMailbox(self, stage, lane, on_sent)
 
     def fail(self, error: BaseException) -> None:
         """A lane has failed; the first one that says so is who is told of."""
@@ -58,8 +62,10 @@ class LaneMailbox:
     mailbox: Mailbox
     stage: int
     lane: int
+    on_sent: Sent
 
     def send(self, lane: int, key: ContextKey, body: bytes) -> None:
+        self.on_sent(lane, message_of(key, body))
         self.mailbox.put(self.stage, self.lane, lane, key, body)
 
     def receive(self, lane: int, key: ContextKey) -> bytes:

@@ -37,6 +37,7 @@ from .state_taking import StateTaking
 from .stays import Stays
 
 LOOK_EVERY_S = 0.25  # a deadline may have passed
+THERE_S = 10.0  # after which a lane that is not connected any more is not there; links begin anew when members change
 
 
 class LaneMembership:
@@ -94,6 +95,7 @@ class LaneMembership:
             on_here=self._wake_up,
         )
         self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
+        self._seen_s: dict[int, float] = {}  # when each was that last, as stage 0 knows
         self._lacks_for_good = False  # as members have dropped what this lane, which was left out, needs next
         self.is_ending = False
         self._knows = identity.first  # which log counts
@@ -288,7 +290,8 @@ class LaneMembership:
         machine.saved, machine.kept, machine.forgot = mine.saved, mine.kept, mine.forgot
         taken = self._state.taken
         machine.source = taken[0] + 1 if taken and self._following == taken[1] else 0
-        self._there = {*mine.there}
+        self._seen_s |= dict.fromkeys(mine.there, now_s)
+        self._there = {lane for lane, seen_s in self._seen_s.items() if now_s < seen_s + THERE_S}
         machine.report(mine.held, now_s)
         self._see_what_is_gone(machine, now_s)
         if machine.is_in_vain(now_s) and not self._is_in_vain:

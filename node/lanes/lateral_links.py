@@ -219,7 +219,7 @@ class LateralLinks:
 
     @property
     def there(self) -> tuple[int, ...]:
-        """The lanes whose node of this stage is connected, and needs something yet."""
+        """The lanes whose node of this stage is connected, and may need something yet."""
         return tuple(lane for lane, link in self._links.items() if link.session.greeted and not link.finished)
 
     @property
@@ -293,14 +293,17 @@ class LateralLinks:
         await asyncio.gather(*self._jobs)
         for link in self._links.values():
             link.finish()
-        awaited = [
-            link.until_finished(None if members is None or lane in members else returning_s)
+        # Or was there a moment ago: connections begin anew when members change, as the last round may have done.
+        since_s = asyncio.get_running_loop().time() - self._settings.silence_s
+        there = {lane for lane, link in self._links.items() if link.session.greeted or link.peer.heard_s > since_s}
+        awaited = {
+            lane: link.until_finished(None if members is None or lane in members else returning_s)
             for lane, link in self._links.items()
-            if members is None or lane in members or lane in returning or link.session.greeted
-        ]
-        ended = await asyncio.gather(*awaited, return_exceptions=True)  # one that is gone is no reason to leave others
-        for link in self._links.values():
-            link.leave()
+            if members is None or lane in members or lane in returning or lane in there
+        }
+        ended = await asyncio.gather(*awaited.values(), return_exceptions=True)  # not all are left if one is gone
+        for lane in awaited:
+            self._links[lane].leave()
         for each in ended:
             if isinstance(each, BaseException):
                 raise each

@@ -128,6 +128,7 @@ class EmulatedStage(Stage):
         self.layers = machine.layers(config, architecture)[index]
         self.times = machine.times(config, architecture)[index]
         self.averager, self.lane = None, lane
+        self.chunk = None  # nothing is attended to
         if config.lanes.count > 1:
             sizes = sized_averager(config, architecture, index, self.layers, lane=lane, inner=machine.part)
             self.averager = EmulatedAverager(sizes, steps=config.run.steps)

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from .lanes_summary import wait_words
 from .loss_chart import POINTS_MIN, LossChart
+from .summary import CONTEXT
 from .wording import counted, plain
 
 FAULTS_SHOWN = 5
@@ -89,7 +90,20 @@ def _lanes_tables(summary: dict[str, Any]) -> list[RenderableType]:
     found = summary["averaging"]
     size = f"{found['bytes'] / 1e6:.2f} MB"
     averaging.add_row(str(found["rounds"]), size, f"{found['bytes_per_token']:.1f}", wait_words(summary))
-    return [lanes, averaging]
+    return [lanes, averaging, *_context_tables(summary)]
+
+
+def _context_tables(summary: dict[str, Any]) -> list[RenderableType]:
+    """Of lanes that hold chunks, what keys and values took."""
+    found = summary.get("context")
+    if not found:
+        return []
+    table = Table(title="keys and values between lanes", caption="bytes of all context links, beside the ratio")
+    for column in ("keys and values", "their gradients", "bytes/token"):
+        table.add_column(column, justify="right")
+    sizes = (f"{found[kind] / 1e6:.2f} MB" for kind in CONTEXT)
+    table.add_row(*sizes, f"{found['bytes_per_token']:,.1f}")
+    return [table]
 
 
 def _steps(summary: dict[str, Any]) -> str:

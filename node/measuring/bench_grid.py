@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ...protocol.schedule import ScheduleError
+from ...protocol.sought_schedule import plain_schedule
 from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
 from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.local_swarm import SwarmError
@@ -39,7 +40,8 @@ from .contribution_sizes import check_contributions
 from .emulated_machine import EmulatedMachine
 from .lanes_plan import lanes_figures
 from .pipeline_costs import pipeline_costs
-from .plan import AUTO, PLANNED, check_auto, plan, resolved_schedule
+from .plan import PLANNED, plan
+from .schedule_search import checked, resolved_schedule
 from .stage_times import times_measured
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class Bench:
         with ExitStack() as held:
             if self._forks:
                 computed = next((cell for cell in cells if not cell.emulated), cells[0])
-                found = fork_server(computed.config(computed.schedule.removesuffix(AUTO), 1))
+                found = fork_server(computed.config(plain_schedule(computed.schedule), 1))
                 self._server = held.enter_context(closing(found)) if isinstance(found, ForkServer) else None
             return self._run(cells)
 
@@ -85,8 +87,8 @@ class Bench:
     def _check(self, cell: PlannedCell) -> None:
         """What can be seen to be wrong before the first cell runs."""
         try:
-            check_auto(cell.schedule)
-            config = cell.config(cell.schedule.removesuffix(AUTO), 1)
+            checked(cell.schedule)
+            config = cell.config(plain_schedule(cell.schedule), 1)
             architecture = resolve_architecture(config)
             check_codec(config, architecture)
             check_lanes(config)
@@ -107,7 +109,7 @@ class Bench:
             draw_bench(self._out / "bench.png", self.found)
 
     def _cell(self, cell: PlannedCell) -> dict[str, Any]:
-        config = cell.config(cell.schedule.removesuffix(AUTO), 1)
+        config = cell.config(plain_schedule(cell.schedule), 1)
         lanes = config.lanes
         entry: dict[str, Any] = {
             "mode": "emulated" if cell.emulated else "free-running",
@@ -136,7 +138,7 @@ class Bench:
         return entry
 
     def _fill(self, cell: PlannedCell, entry: dict[str, Any]) -> None:
-        plain = cell.schedule.removesuffix(AUTO)
+        plain = plain_schedule(cell.schedule)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
         inner = False

@@ -8,6 +8,8 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ...protocol.stage_orders import PREFIX
+
 COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "used", "busy", "state")
 LANE_COLUMNS = (*COLUMNS[:2], "lanes", "tokens/s", "of one", "averaging", *COLUMNS[3:])
 CHUNK_COLUMNS = (*LANE_COLUMNS[:6], "K, V", *LANE_COLUMNS[6:])
@@ -74,7 +76,8 @@ def _lanes_words(cell: dict[str, Any]) -> str:
 
 def _row(cell: dict[str, Any], *, lanes: bool, chunks: bool, named: list[str]) -> list[str]:
     """lanes, chunks: whether the table has columns for them. named: in which ways its lanes differ."""
-    name = [cell["link"], cell["schedule"]]
+    written = cell["schedule"].startswith(PREFIX)  # which would be many lines
+    name = [cell["link"], cell["asked"] if written else cell["schedule"]]
     if lanes:
         name.append(" ".join(filter(None, (str(cell["lanes"]), *(cell.get(way) for way in named)))))
     figures, planned = cell.get("measured"), cell.get("planned")

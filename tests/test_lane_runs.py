@@ -85,7 +85,7 @@ def test_lanes_in_one_process_from_the_command_line(tiny: TinyConfig, tmp_path: 
     assert "2 lanes  loss" in done("top", out, "--once")
 
     plain = json.loads(done(*up, "--overwrite", "--json"))  # a run of one lane in its place
-    assert not any(path.is_dir() for path in out.iterdir())
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["checkpoints"]
     assert "lanes" not in plain
     assert "averaging" not in plain["bytes"]
 

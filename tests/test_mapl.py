@@ -260,7 +260,7 @@ def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> 
     )
     with pytest.raises(RemoteProtocolError, match=r"digest of the token table: stage 0 expects \w+…, .* says 000000"):
         check_greeting(peer, identity, GridPlace(1, 0))
-    check_greeting(replace(peer, configuration=mine), identity, 1)
+    check_greeting(replace(peer, configuration=mine), identity, GridPlace(1, 0))
 
 
 # -- formulas -----------------------------------------------------------------------------------------------------

@@ -129,7 +129,6 @@ class EmulatedStage(Stage):
         layers, times = machine.layers(config, architecture), machine.times(config, architecture)
         self.layers, self.times = layers[index], times[index]
         self.averager, self.lane = None, lane
-        self.chunk = None  # nothing is attended to
         if config.lanes.count > 1:
             sizes = sized_averager(config, architecture, index, self.layers, lane=lane, inner=machine.part)
             self.averager = EmulatedAverager(sizes, steps=config.run.steps)

@@ -33,7 +33,7 @@ HELP = {
     "--context": "How keys and values cross to the other chunks: full, full:format=int8, mos:k=0.02,v=0.05,...",
     "--steps": "Number of training steps.",
     "--schedule": "Schedule: gpipe, 1f1b or zb; for slow links such as 1f1b:rtt_ratio=1.8. rtt_ratio=auto chooses the "
-    "depth by simulation. Or a CSV file of orders, a row a stage.",
+    "depth by simulation; best, best:in_flight=8: the quickest order. Or a CSV file of orders, a row a stage.",
     "--microbatches": "Microbatches per step: parts of its batch.",
     "--batch-size": "Sequences per step.",
     "--sequence-length": "Tokens per sequence.",
@@ -59,7 +59,6 @@ SETTING = {
     "seed": "run.seed",
     "checkpoint_every": "checkpoint.every",
 }
-AUTO = ":rtt_ratio=auto"
 
 
 def shared(option: str, default: str = "", *, more: str = "", envvar: str | None = None) -> Any:
@@ -105,6 +104,9 @@ def model_setting(model: str) -> str:
 
 
 def without_auto(schedule: str | None) -> tuple[str | None, str | None]:
-    """The schedule to begin with, and the one with rtt_ratio=auto, if that was asked for: its depth is found later."""
-    auto = schedule if schedule and schedule.endswith(AUTO) else None
-    return (auto.removesuffix(AUTO) if auto else schedule), auto
+    """The schedule to begin with, and the one that was asked for, if that is found by simulation later: rtt_ratio=auto
+    or best."""
+    from ..protocol.sought_schedule import is_sought, plain_schedule
+
+    auto = schedule if schedule and is_sought(schedule) else None
+    return (plain_schedule(auto) if auto else schedule), auto

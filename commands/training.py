@@ -210,11 +210,12 @@ def _begun_from(source: Path, given: dict[str, Any]) -> Origin:
 
 def _resumed(run: Path, given: dict[str, Any], auto: str | None) -> RunConfig:
     """The settings to go on with: the run's, and what is given now: the number of steps, and what may differ between
-    nodes too. auto: the schedule with rtt_ratio=auto, if that was given: whatever depth was found for the run is
-    meant."""
+    nodes too. auto: a schedule that has to be found, if that was given: whatever was found for the run is meant."""
+    from ..protocol.sought_schedule import may_stand_for
+
     path = run_toml(run, "--resume")
     own = configuration(path, {}, None)
-    if auto and auto.partition(":")[0] == own.pipeline.schedule.partition(":")[0]:
+    if auto and may_stand_for(auto, own.pipeline.schedule):
         del given["pipeline.schedule"]
     steps = given.pop("run.steps", None)
     settings = configuration(path, given, None)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from ..protocol.messages import CHUNK_BYTES_MAX
 from ..protocol.schedule import ScheduleError, StageOrders, get_schedule
+from ..protocol.sought_schedule import is_sought
 from ..sim.reports.metrics_address import MetricsAddress
 from .schedule_file import schedule_setting
 
@@ -196,6 +197,11 @@ class PipelineSection(Section):
     @field_validator("schedule")
     @classmethod
     def _trains(cls, given: str) -> str:
+        if is_sought(given):
+            raise ScheduleError(
+                f"schedule '{given}' is found by simulation before a run, and settings have what was found; say it to "
+                "--schedule of up, plan, bench or compare"
+            )
         spec = schedule_setting(given)
         schedule = get_schedule(spec)
         if schedule.name == "evaluation":

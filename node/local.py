@@ -39,7 +39,7 @@ from .config import ConfigError, RunConfig, recommended_line
 from .config_file import load_config
 from .long_preparation import SAY_AFTER_S
 from .measuring.dense_comparison import add_comparison
-from .measuring.plan import with_depth
+from .measuring.schedule_search import with_schedule
 from .one_process import OneProcess
 from .origin import Origin
 from .preload import fork_server
@@ -91,11 +91,11 @@ def run_local(
 
     resume: go on with the run that is in `out`; its run.toml gets what `config` has changed. origin: what a new run
     begins from, with `config` its settings; what it needs of that is written into `out`. restarts: how many lost
-    stages are replaced. schedule: one with rtt_ratio=auto, whose depth is found before the first step, for the whole
-    run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the kernel. keys:
-    of all stages at once, for TLS between them. forks: what nodes are forked from; True: this process, which must not
-    have begun anything, or interpreters where that cannot be; False: interpreters. data_changed: resume though the text
-    is another one. lock: a descriptor that holds the directory's lock already.
+    stages are replaced. schedule: one that is found by simulation before the first step (rtt_ratio=auto, best), for
+    the whole run; run.toml has it. isolate: each node in a network namespace of its own, and its link capped by the
+    kernel. keys: of all stages at once, for TLS between them. forks: what nodes are forked from; True: this
+    process, which must not have begun anything, or interpreters where that cannot be; False: interpreters.
+    data_changed: resume though the text is another one. lock: a descriptor that holds the directory's lock already.
     """
     console = Console(stderr=quiet, markup=False)  # what it says is the user's own words, brackets too
     missing = [directory for directory in (out, *out.parents) if not directory.exists()]
@@ -146,7 +146,7 @@ def run_local(
                 print(f"thinpipe: warning: {line}", file=sys.stderr)
             if schedule:
                 with _doing(console, "timing a microbatch"):
-                    config = with_depth(config, schedule)
+                    config = with_schedule(config, schedule)
                 console.print(
                     f"schedule from step 0: {schedule_title(config.pipeline.schedule)}", highlight=False, soft_wrap=True
                 )

@@ -110,6 +110,12 @@ UP = [
         r"orders are for pipeline\.stages = 1 and pipeline\.microbatches = 1, but there are 4 and 4",
     ),
     (["--schedule", "2f2b:rtt_ratio=auto"], r"unknown schedule '2f2b'; the nearest known one is '1f1b'"),
+    (["--schedule", "best:in_flight=0"], r"schedule 'best:in_flight=0': best has one option, as in best:in_flight=8"),
+    (
+        ["--set", "pipeline.schedule=best"],
+        r"schedule 'best' is found by simulation before a run.*; say it to --schedule",
+    ),
+    (["--set", "pipeline.schedule=zb:rtt_ratio=auto"], r"'zb:rtt_ratio=auto' is found by simulation before a run"),
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
     (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),

@@ -106,6 +106,7 @@ def test_a_plan_takes_what_bench_takes() -> None:
 
 def test_the_depth_that_is_to_be_found() -> None:
     assert without_auto("zb:rtt_ratio=auto") == ("zb", "zb:rtt_ratio=auto")
+    assert without_auto("best:in_flight=8") == ("zb", "best:in_flight=8")
     assert without_auto("zb:rtt_ratio=1.8") == ("zb:rtt_ratio=1.8", None)
     assert without_auto(None) == (None, None)
 

@@ -13,7 +13,7 @@ from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.measuring.emulated_machine import VOCABULARY, EmulatedMachine, times_at
 from thinpipe.node.measuring.message_sizes import Sizes
-from thinpipe.node.measuring.plan import with_depth
+from thinpipe.node.measuring.schedule_search import with_schedule
 from thinpipe.node.measuring.stage_times import times_calibrated
 from thinpipe.node.model import ModelError, resolve_model
 from thinpipe.node.preparation import resolve_architecture
@@ -267,15 +267,15 @@ def test_a_calibrated_stage_takes_what_its_part_of_the_work_takes(tiny: TinyConf
 
 def test_a_run_finds_its_depth_before_the_first_step(tiny: TinyConfig) -> None:
     config = tiny({"pipeline.stages": 2, "link.link": "100mbit,200ms"})
-    assert with_depth(config, "1f1b:rtt_ratio=auto").pipeline.schedule.startswith("1f1b:rtt_ratio=")
-    assert with_depth(tiny({"pipeline.stages": 2}), "1f1b:rtt_ratio=auto").pipeline.schedule == "1f1b"
+    assert with_schedule(config, "1f1b:rtt_ratio=auto").pipeline.schedule.startswith("1f1b:rtt_ratio=")
+    assert with_schedule(tiny({"pipeline.stages": 2}), "1f1b:rtt_ratio=auto").pipeline.schedule == "1f1b"
 
 
 def test_a_depth_is_not_sought_with_a_model_that_does_not_compute(odd_heads: Path, tiny: TinyConfig) -> None:
     with pytest.raises(ModelError, match=r"a layer and the head of architecture 'llama' do not compute: .*; choose"):
-        with_depth(tiny({"pipeline.stages": 2, "model.path": str(odd_heads)}), "1f1b:rtt_ratio=auto")
+        with_schedule(tiny({"pipeline.stages": 2, "model.path": str(odd_heads)}), "1f1b:rtt_ratio=auto")
     with pytest.raises(ConfigError, match="there is no depth to choose for gpipe"):  # nor anything timed in vain
-        with_depth(tiny({"pipeline.stages": 2, "model.path": str(odd_heads)}), "gpipe:rtt_ratio=auto")
+        with_schedule(tiny({"pipeline.stages": 2, "model.path": str(odd_heads)}), "gpipe:rtt_ratio=auto")
 
 
 def test_stages_as_fast_as_stated_differ_by_their_machines_alone() -> None:

@@ -13,18 +13,19 @@ from __future__ import annotations
 from typing import Any
 
 from ...protocol.schedule import ScheduleError
+from ...protocol.sought_schedule import plain_schedule
 from ..config import ConfigError
 from ..config_file import merge, parse_config
 from ..config_sections import CodecSection, LanesSection
 from ..measuring.emulated_machine import EmulatedMachine
-from ..measuring.plan import AUTO, PLANNED, planned
+from ..measuring.plan import PLANNED, planned
 from ..preparation import resolve_architecture
 
 
 def at_pace(machine: str, schedule: str) -> dict[str, Any]:
     """What holds for all recipes: the emulated machine and the shape of a step there. Raises ConfigError."""
     emulated = EmulatedMachine.parse(machine)
-    settings = {**emulated.settings(), "pipeline.schedule": schedule.removesuffix(AUTO)}
+    settings = {**emulated.settings(), "pipeline.schedule": plain_schedule(schedule)}
     settings |= {"compute.emulate": machine, "checkpoint.every": 0}  # who computes nothing has no state to keep
     try:
         config = parse_config(merge({}, settings))

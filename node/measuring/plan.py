@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...compress.byte_format import CodecError
-from ...protocol.schedule import RTT_RATIO_MAX, OneFOneB, ScheduleError, get_schedule
 from ...sim.links.pipeline import Boundary, Rule, Simulation, StageTimes, simulate
 from ...sim.links.shaper import LinkError, LinkProfile
 from ...sim.reports.cut_advice import WORTH_SAYING
@@ -23,20 +22,17 @@ from ..config_file import load_config
 from ..data import DataError
 from ..model import ModelError, resolve_model
 from ..preparation import check_codec, check_lanes, resolve_architecture
-from ..schedule_file import schedule_setting
 from ..stage_costs import best_order, speeds, stage_layers
 from .chunks_plan import StageExchange, bottleneck_with, chunks_figures, exchange_of
 from .emulated_machine import VOCABULARY, EmulatedMachine
 from .lanes_plan import lanes_figures
 from .message_sizes import Sizes
-from .stage_times import times_calibrated, times_measured, times_recut
+from .schedule_search import resolved_schedule, with_pipeline
+from .stage_times import times_measured, times_recut
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-AUTO = ":rtt_ratio=auto"
-HOPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, RTT_RATIO_MAX)
-AUTO_WITHIN = 1.003
 PLANNED = (ConfigError, CodecError, LinkError, ModelError, DataError)  # what cannot be planned
 
 
@@ -123,66 +119,10 @@ def _saved_bytes(config: RunConfig, architecture: PretrainedConfig, layers: int)
     return 34 * config.microbatch_size * config.lane_tokens * architecture.hidden_size * layers
 
 
-def resolved_schedule(
-    spec: str,
-    config: RunConfig,
-    architecture: PretrainedConfig,
-    times: Sequence[StageTimes],
-    *,
-    rule: Rule = "duplex",
-    layers: Sequence[int] | None = None,
-    exchange: StageExchange | None = None,
-) -> str:
-    """`spec`, with `rtt_ratio=auto` replaced by the least depth that is within 0.3 % of the best, by simulation: more
-    costs memory, and where a link is the bottleneck time too. layers, exchange: as for `plan`. Raises ConfigError for a
-    schedule without an rtt_ratio."""
-    check_auto(spec)
-    name, auto, _ = spec.partition(AUTO)
-    if not auto:
-        return schedule_setting(spec)
-    layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]  # once, not for every depth
-    found: list[tuple[str, float]] = []
-    for rtt_ratio in HOPS:
-        schedule = f"{name}:rtt_ratio={rtt_ratio:g}" if rtt_ratio else name
-        asked = _with_pipeline(config, schedule=schedule)
-        figures, _ = plan(asked, architecture, times, rule=rule, layers=layers, exchange=exchange)
-        found.append((schedule, figures["step_s"]))
-    least = min(step_s for _, step_s in found)
-    return next(schedule for schedule, step_s in found if step_s <= AUTO_WITHIN * least)
-
-
-def with_depth(config: RunConfig, spec: str) -> RunConfig:
-    """The run with the depth that `spec`, which says rtt_ratio=auto, needs on this machine. Raises what PLANNED
-    names."""
-    check_auto(spec)  # before a microbatch is timed
-    architecture = resolve_architecture(config)
-    times = times_calibrated(config, architecture)
-    return _with_pipeline(config, schedule=resolved_schedule(spec, config, architecture, times))
-
-
-def check_auto(spec: str) -> None:
-    """Raises ConfigError for `rtt_ratio=auto` of a schedule that there is not, or that has no rtt_ratio."""
-    name, auto, _ = spec.partition(AUTO)
-    if not auto:
-        return
-    try:
-        deepens = isinstance(get_schedule(name), OneFOneB) and ":" not in name
-    except ScheduleError as error:
-        raise ConfigError(str(error)) from None
-    if not deepens:
-        raise ConfigError(
-            f"schedule '{name}{AUTO}': there is no depth to choose for {name}; say 1f1b{AUTO} or zb{AUTO}, or {name}"
-        )
-
-
-def _with_pipeline(config: RunConfig, **changed: Any) -> RunConfig:
-    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update=changed)})
-
-
 def planned(
     config: RunConfig, emulated: EmulatedMachine | None, measured: Path | None, *, schedule: str, rule: Rule
 ) -> tuple[dict[str, Any], Simulation]:
-    """`plan`, at a pace or with the times of a run on record, of a schedule that may have `rtt_ratio=auto`. Besides,
+    """`plan`, at a pace or with the times of a run on record, of a schedule that may have to be found. Besides,
     what averaging between lanes costs (None: there is one), what keys and values between chunks do (None: there are
     none), what the cut gains over stages of equal length, and an order of the machines that is faster: None where there
     is nothing to gain, or where nobody knows. Raises what PLANNED names."""
@@ -214,10 +154,10 @@ def planned(
     of_run = config.compute.emulate and EmulatedMachine.parse(config.compute.emulate)
     inner = bool((machine := emulated or of_run) and machine.part)
     exchange = exchange_of(config, architecture, times, layers, inner=inner)
-    found = resolved_schedule(schedule, config, architecture, times, rule=rule, layers=layers, exchange=exchange)
-    config = _with_pipeline(config, schedule=found)
+    held = exchange.held if exchange else times
+    config = with_pipeline(config, schedule=resolved_schedule(schedule, config, architecture, held, rule=rule))
     figures, simulated = plan(config, architecture, times, rule=rule, layers=layers, exchange=exchange)
-    step_s, held = figures["step_s"], exchange.held if exchange else times
+    step_s = figures["step_s"]
     lanes = lanes_figures(config, architecture, held, layers, step_s=step_s, rule=rule, inner=inner)
     figures |= {"lanes": lanes, "chunks": None, "gain_over_equal_cut": None, "better_order": None}
     if exchange and lanes:
@@ -234,12 +174,12 @@ def planned(
     if emulated and emulated.knows_cuts and emulated.stages <= architecture.num_hidden_layers:
 
         def found_for(**pipeline: Any) -> dict[str, Any]:
-            other = _with_pipeline(config, **pipeline)
+            other = with_pipeline(config, **pipeline)
             of_stages = emulated.times(other, architecture)
             counts = [len(of_stage) for of_stage in emulated.layers(other, architecture)]
             waits = exchange_of(other, architecture, of_stages, counts)
-            deep = resolved_schedule(schedule, other, architecture, of_stages, rule=rule, exchange=waits)
-            return plan(_with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule, exchange=waits)[0]
+            deep = resolved_schedule(schedule, other, architecture, waits.held if waits else of_stages, rule=rule)
+            return plan(with_pipeline(other, schedule=deep), architecture, of_stages, rule=rule, exchange=waits)[0]
 
         before = found_for(cut="equal")
         if [stage["layers"] for stage in before["stages"]] != layers:

@@ -128,7 +128,7 @@ class Simulation:
         return f"the link from stage {wire[0]} to stage {wire[1]}"
 
 
-class _Wires:
+class Wires:
     """When each wire is free again, and when what it carries arrives."""
 
     def __init__(self, boundaries: Sequence[Boundary], rule: Rule) -> None:
@@ -171,7 +171,7 @@ class _Pipeline:
         rule: Rule,
         hold: Hold | None = None,
     ) -> None:
-        self._wires = _Wires(boundaries, rule)
+        self._wires = Wires(boundaries, rule)
         self._steps, self._hold = steps, hold
         self._held = [-1] * len(stages)  # the newest step whose hold is over
         self._streams = _planned(schedule, stages, microbatches)

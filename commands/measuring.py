@@ -165,7 +165,13 @@ def bench(
         typer.Option(help="Schedules to compare, separated by commas. rtt_ratio=auto chooses the depth for each link."),
     ] = "1f1b:rtt_ratio=auto",
     lanes: Annotated[list[int] | None, shared("--lanes", "1", more="Repeat it for more.")] = None,
-    average: Annotated[list[str] | None, shared("--average", "outer", more="Repeat it for more.")] = None,
+    average: Annotated[
+        list[str] | None, shared("--average", "outer; gradients with --chunks", more="Repeat it for more.")
+    ] = None,
+    chunks: Annotated[list[int] | None, shared("--chunks", "none", more="Repeat it for more.")] = None,
+    context: Annotated[
+        list[str] | None, shared("--context", "full, where there are chunks", more="Repeat it for more.")
+    ] = None,
     microbatches: Annotated[int | None, shared("--microbatches", "64; free-running 8")] = None,
     batch_size: Annotated[int | None, shared("--batch-size", "256; free-running 16")] = None,
     sequence_length: Annotated[int | None, shared("--sequence-length", "1024; free-running 128")] = None,
@@ -181,8 +187,8 @@ def bench(
     overrides: Override = None,
     as_json: Json = False,
 ) -> None:
-    """Measure throughput over rate-limited links, for each codec, link, schedule and number of lanes, and once without
-    a limit.
+    """Measure throughput over rate-limited links, for each codec, link, schedule and number of lanes or chunks, and
+    once without a limit.
 
     One such measurement is a cell. Cells that are already in --out are not run again. Exit code 1 if a cell failed or
     does not count.
@@ -203,7 +209,14 @@ def bench(
     settings = settings_of(microbatches=microbatches, batch_size=batch_size, sequence_length=sequence_length)
     try:
         settings |= dict(map(parse_override, overrides or []))
-        for option, given, setting in (("--lanes", lanes, "lanes.count"), ("--average", average, "lanes.average")):
+        if context and not (chunks or "context.method" in settings):
+            fail("--context is for chunks; say how many, --chunks 2 or more", 2)
+        for option, given, setting in (
+            ("--lanes", lanes, "lanes.count"),
+            ("--average", average, "lanes.average"),
+            ("--chunks", chunks, "lanes.count"),
+            ("--context", context, "context.method"),
+        ):
             if given and setting in settings:
                 fail(f"{option} beside --set {setting}: which of the two is meant? Omit one", 2)
         grid = BenchGrid(
@@ -215,6 +228,8 @@ def bench(
             settings=settings,
             lanes=tuple(lanes or ()),
             averages=tuple(average or ()),
+            chunks=tuple(chunks or ()),
+            contexts=tuple(context or ()),
             window_s=window,
             limit_s=limit,
         )

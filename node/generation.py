@@ -11,13 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
-from ..protocol.control_messages import CopyFrame, CopyPart
 from ..protocol.greeting import NodeIdentity
 from ..protocol.grid_place import GridPlace
 from ..protocol.group_chain import GroupChain
 from ..protocol.rollback_actions import Side
-from ..protocol.wire_size import framed_bytes
-from ..sim.links.shaper import LinkProfile, Shaper
 from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
 from .context.context_links import context_links, parts_of
@@ -125,21 +122,3 @@ async def break_off(node: TrainingLoop, training: asyncio.Task[None] | None, tot
     node.close()
     await asyncio.to_thread(node.join)
     totals.watch.take()
-
-
-class IdleWires:
-    """Where copies of checkpoints find the wire's time: on a link that nobody else wants, and between two generations,
-    when there are no links, on wires of the same rate."""
-
-    def __init__(self, profile: LinkProfile) -> None:
-        self._shapers: dict[Side, Shaper] = {"above": Shaper(profile.applied), "below": Shaper(profile.applied)}
-
-    async def reserve(self, side: Side, frame: CopyFrame, link: Link | None) -> None:
-        """Wait until the frame may leave: a part takes the wire's time first."""
-        if not isinstance(frame, CopyPart):
-            return
-        nbytes = framed_bytes(len(frame.data))
-        if not (link and await link.reserve(nbytes)):
-            loop = asyncio.get_running_loop()
-            passage = self._shapers[side].admit(nbytes, loop.time())
-            await asyncio.sleep(max(0.0, passage.depart_s - loop.time()))

@@ -121,7 +121,7 @@ def check_lanes(config: RunConfig, *, trains: bool = True) -> None:
         return
     try:
         method = parse_context(config.context.method)
-        if trains:
+        if trains and not config.compute.emulate:  # which begins with what others come to
             method.check_steps(config.run.steps)
     except CodecError as error:
         raise ConfigError(f"context.method: {error}") from None
@@ -134,7 +134,6 @@ def check_lanes(config: RunConfig, *, trains: bool = True) -> None:
     for what, set_, remedy in (
         ("activation_checkpointing", config.compute.activation_checkpointing, "false"),
         ("compile", config.compute.compile, "false"),
-        ("emulate", trains and config.compute.emulate is not None, "none"),
     ):
         if set_:
             raise ConfigError(f"compute.{what} does not go with chunks (context.method); set it to {remedy}")

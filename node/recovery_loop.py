@@ -18,15 +18,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from ..protocol.control_messages import CopyFrame, CopyPart, Heartbeat
+from ..protocol.control_messages import CopyFrame, Heartbeat
 from ..protocol.greeting import NodeIdentity
 from ..protocol.rollback import Rollback, RollbackPhase
-from ..protocol.rollback_actions import SIDES, ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
-from ..protocol.wire_size import framed_bytes
+from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
 from ..sim.links.shaper import LinkProfile
 from ..sim.reports.wording import counted
+from .chain_neighbours import ChainNeighbours, Links
 from .checkpoints.copy_service import CopyService
 from .checkpoints.manifest import Manifest
 from .checkpoints.restore_points import RestorePoints
@@ -35,11 +35,10 @@ from .config import RunConfig
 from .context.link_transport import LinkTransport
 from .data import Corpus
 from .free_memory import give_back_free_memory
-from .generation import Dial, IdleWires, break_off, context_of, context_parts_of, links_of, train
+from .generation import Dial, break_off, context_of, context_parts_of, links_of, train
 from .lanes.group_rounds import GroupRounds
 from .lanes.held_rounds import HeldRounds
 from .lanes.lane_rounds import rounds_over
-from .lanes.lateral_link import LateralLink
 from .lanes.lateral_links import LateralLinks
 from .link_settings import heartbeat_timeout_s, part_bytes_for, parts_ahead_for, transfer_s
 from .links.control_stream import Control, Wanted
@@ -95,13 +94,12 @@ class RecoveryLoop:
         self._grouped = bool(config.context.method)  # all lanes are one chain, and this node a position in it
         chained = identity.in_group() if self._grouped else identity
         self.was_met = joining  # whether the stages above and below have been there
-        self._rebuild, self._store, self._dial, self._lateral = rebuild, store, dial, lateral
+        self._rebuild, self._store, self._dial = rebuild, store, dial
         self._open_corpus, self._on_corpus, self._corpus = open_corpus, on_corpus, None
         self._accept_corpus = accept_corpus
         self._keep_corpus: Callable[[], None] | None = None
         self._metrics, self._tracer, self._on_fault = metrics, tracer, on_fault
         self._effects: asyncio.Queue[Wanted] = asyncio.Queue()
-        self._sent: dict[Side, Counter[str]] = {"above": Counter(), "below": Counter()}
         self._sent_to_lanes: defaultdict[int, Counter[str]] = defaultdict(Counter)  # keys and values
         self._end_asked = asyncio.Event()
         self._finishing = False  # all steps are done, here and in all stages
@@ -112,6 +110,8 @@ class RecoveryLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._points = RestorePoints(store, on_written=self._written, on_error=self._unwritten)
         profile = LinkProfile.parse(config.link.link)
+        between = lateral if self._grouped else None
+        self._neighbours = ChainNeighbours(chained, identity.stage, between, profile)
         self._known = known = (
             store.newest_intact(HELD_TIMES * store.keep, report=partial(on_fault, "checkpoint")) if joining else []
         )
@@ -122,7 +122,7 @@ class RecoveryLoop:
             self.machine,
             heartbeat_timeout_s=heartbeat_timeout_s(profile, config.link.chunk_bytes),
             on_effect=self._wanted,
-            sent={side: self._account(side) for side in SIDES},
+            sent=self._neighbours.accounts,
         )
         self._farewell = Farewell(self.control, metrics)
         self._preparing = LongPreparation(chained, self.machine.heartbeats, metrics, lanes=identity.lanes)
@@ -154,7 +154,6 @@ class RecoveryLoop:
             prepared_ago_s=self._preparing.ago_s,
             paused_ago_s=self.pause.ago_s,
         )
-        self._idle_wires = IdleWires(profile)
         self._copies = self.control.copies = CopyService(
             stage=chained.stage,
             stages=chained.stages,
@@ -228,26 +227,12 @@ class RecoveryLoop:
     async def farewell(self, error: Exception) -> None:
         """The node ends with this: record it, and tell the other stages, so that they end with it too. Waits for
         `FAREWELL_S` at most; does nothing the second time."""
-        links: dict[Side, Link | None] = {"above": self._node.above, "below": self._node.below} if self._node else {}
-        there: set[Side] = set()
-        for side in SIDES:
-            link, lateral = links.get(side), self._lateral_to(side)
-            if lateral.session.greeted if lateral else link and link.session.peer:
-                there.add(side)
-        await self._farewell.say(error, there=there)
+        await self._farewell.say(error, there=self._neighbours.there(self._links))
 
-    def _lateral_to(self, side: Side) -> LateralLink | None:
-        """The link to the neighbour on that side of the chain, if it is this stage in another lane."""
-        chained = self.machine.identity
-        if not (self._grouped and self._lateral and 0 <= chained.beside(side) < chained.stages):
-            return None
-        place = chained.place_of(chained.beside(side))
-        return self._lateral.link_to(place.lane) if place.stage == self._identity.stage else None
-
-    def _account(self, side: Side) -> Counter[str]:
-        """Of what is sent to that neighbour."""
-        lateral = self._lateral_to(side)
-        return cast(Counter[str], lateral.outgoing.sent) if lateral else self._sent[side]
+    @property
+    def _links(self) -> Links:
+        """Those of the boundaries in this generation."""
+        return {"above": self._node.above, "below": self._node.below} if self._node else {}
 
     def _wanted(self, effect: Wanted) -> None:
         self._effects.put_nowait(effect)
@@ -391,7 +376,9 @@ class RecoveryLoop:
     def _begin(self, start: Start) -> None:
         """Train in this generation, in the background."""
         identity = replace(self._identity, generation=start.generation)
-        above, below = links_of(self.config, self.stage, identity, start.members, tracer=self._tracer, sent=self._sent)
+        above, below = links_of(
+            self.config, self.stage, identity, start.members, tracer=self._tracer, sent=self._neighbours.sent
+        )
         self.context = context_of(
             self.config,
             self.stage,
@@ -495,12 +482,7 @@ class RecoveryLoop:
         self.machine.heartbeats.copied = completed
 
     async def _say_of_copies(self, side: Side, frame: CopyFrame) -> None:
-        if lateral := self._lateral_to(side):
-            if isinstance(frame, CopyPart):
-                await lateral.outgoing.reserve(framed_bytes(len(frame.data)))
-        else:
-            link = self._node and (self._node.above if side == "above" else self._node.below)
-            await self._idle_wires.reserve(side, frame, link)
+        await self._neighbours.reserve(side, frame, self._links)
         self.control.tell(side, frame)
 
     def _unwritten(self, line: str) -> None:

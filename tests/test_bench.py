@@ -170,6 +170,18 @@ def test_lanes_and_ways_to_average_are_cells_of_their_own() -> None:
     assert [cell.config("1f1b", 1).lanes.count for cell in by_settings.cells()] == [3, 3]
 
 
+def test_chunks_and_ways_to_share_keys_and_values_are_cells_of_their_own() -> None:
+    of = {"machines": ("tiny@2x1ms+1ms",), "codecs": ("bf16",), "links": ("1mbit",), "schedules": ("1f1b",)}
+    cells = list(BenchGrid(**of, settings={}, lanes=(1,), chunks=(2, 4), contexts=("full", "mos")).cells())
+    configs = [cell.config("1f1b", 1) for cell in cells]
+    assert [(each.lanes.count, each.context.method) for each in configs[::2]] == [
+        (1, ""),
+        *[(count, method) for count in (2, 4) for method in ("full", "mos")],
+    ]
+    assert {each.lanes.average for each in configs[2:]} == {"gradients"}
+    assert len({cell.name for cell in cells}) == 10
+
+
 BENCH_S = 250.0
 SMALL = ("--microbatches", "4", "--batch-size", "8", "--sequence-length", "64", "--window", "0.5")
 
@@ -236,6 +248,27 @@ def test_cells_of_lanes_stand_beside_one_lane(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_cells_of_chunks_exchange_what_was_planned(tmp_path: Path) -> None:
+    """A real swarm of two processes, whose keys and values take their time."""
+    arguments = ("--emulate", "tiny@1x100ms+200ms", "--codec", "bf16", "--link", "8mbit,20ms")
+    average = ("--average", "outer:every=2,delay=1", "--set", "model.vocab_size=512")
+    longer = ("--microbatches", "1", "--batch-size", "2", "--sequence-length", "1024")
+    _, found, _ = bench(tmp_path, *arguments, "--chunks", "2", "--context", "full:format=int8", *average, *longer)
+    uncapped, capped = found["cells"]
+    assert (capped["lanes"], capped["context"]) == (2, "full:format=int8")
+    # A token is looked at by one other lane, or, of the last of four segments, by none; four layers.
+    planned = 3 / 4 * 4 * 2 * 512 * (1 + 2 / 128)
+    assert capped["measured"]["context_bytes_per_token"] == pytest.approx(planned, rel=0.03)
+    assert capped["planned"]["tokens_per_s"] < 0.7 * capped["planned"]["uncapped_tokens_per_s"]
+    assert capped["measured"]["tokens_per_s"] < 1.05 * capped["planned"]["tokens_per_s"]
+    assert capped["measured"]["tokens_per_s"] < uncapped["measured"]["tokens_per_s"]
+    assert any(link["name"] == "context 0: lane 0-1" for link in capped["measured"]["links"])
+    console = Console(width=100, record=True)
+    console.print(*bench_tables(found), sep="\n")
+    assert "chunks: full:format=int8" in " ".join(console.export_text().split())
+
+
+@pytest.mark.slow
 def test_a_cell_that_fails_is_marked_and_the_rest_goes_on(tmp_path: Path) -> None:
     """One stage is told to keep less than a message in memory, which no node accepts."""
     arguments = ("--emulate", "tiny@2x1ms+1ms", "--codec", "bf16", "--link", "20mbit", "--set", "compute.device=cuda")
@@ -284,6 +317,19 @@ REFUSED: list[tuple[list[str], str]] = [
             "outer:every=90000,fragments=90000",
         ],
         "fragments=90000 are more than the",
+    ),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--chunks", "3"],
+        r"1024 tokens is not 6 equal segments, which 3 chunks in zigzag order need; choose a length such as 1026",
+    ),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--chunks", "2", "--context", "fool"],
+        r"context\.method: unknown context method 'fool'",
+    ),
+    (["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--context", "full"], "--context is for chunks; say how many"),
+    (
+        ["--emulate", "tiny@2x1tflops", "--link", "80mbit", "--chunks", "2", "--set", "lanes.count=3"],
+        r"--chunks beside --set lanes\.count: which of the two is meant\? Omit one",
     ),
     (["--emulate", "tiny@64x1tflops", "--link", "80mbit"], "64 stages, but the model has 4 layers"),
     (["--free-running", "tiny@64", "--link", "80mbit"], "64 stages, but the model has 4 layers"),

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thinpipe.node.checkpoints.copy_receiver import CopyReceiver
 from thinpipe.node.checkpoints.copy_service import CopyService, buddy_side
-from thinpipe.node.checkpoints.copy_store import QUEUED_MAX
+from thinpipe.node.checkpoints.copy_store import QUEUED_MAX, CopyStore
 from thinpipe.node.checkpoints.durable_files import sweep_incoming
 from thinpipe.node.checkpoints.kept_tokenizer import keep_tokenizer, kept_tokenizer, take_beside
 from thinpipe.node.checkpoints.manifest import Beside, CheckpointError, Fingerprint, Manifest
@@ -35,6 +35,7 @@ from thinpipe.protocol.control_messages import (
 )
 from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST, Receiving, Sending
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
+from thinpipe.protocol.grid_place import GridPlace
 from thinpipe.protocol.rollback_actions import Side
 
 STAGES = 3
@@ -300,6 +301,28 @@ def test_a_lost_disk_is_brought_back(owner: int, tmp_path: Path) -> None:
 
     asyncio.run(story())
     assert not list(tmp_path.glob("*/.incoming*"))
+
+
+def test_copies_of_the_own_stage_in_another_lane_are_no_checkpoints_of_the_own_lane(tmp_path: Path) -> None:
+    """Lanes of one group have the same stages, whose states differ: each is where its lane would look for it. What both
+    see is looked at where the other one writes it."""
+    saved = {lane: tmp_path / f"lane-{lane}" / "checkpoints" for lane in (0, 1)}
+    stores = {lane: CheckpointStore(each, stage=0, fingerprint=FINGERPRINT) for lane, each in saved.items()}
+    stores[1].write(snapshot(4), generation=0, written_s=0)
+    copies = CopyStore(0, stores[1], 2**30, place=GridPlace(0, 0), own_lane=1)
+    assert copies.steps() == ()
+    copies.store.write(snapshot(5), generation=0, written_s=0)
+    stores[0].write(snapshot(6), generation=0, written_s=0)
+    assert copies.steps() == (6, 5)
+    assert copies.source(6).directory == stores[0].directory
+    assert stores[1].steps() == [4]
+    same_lane = CopyStore(1, stores[1], 2**30, place=GridPlace(1, 1), own_lane=1)
+    assert same_lane.steps() == ()
+    assert {same_lane.store.directory, copies.store.directory}.isdisjoint(each.directory for each in stores.values())
+    for directory in (tmp_path / "own" / "checkpoints", tmp_path / "lane-1-saved"):  # a disk of its own for each lane
+        own = CheckpointStore(directory, stage=0, fingerprint=FINGERPRINT)
+        own.write(snapshot(7), generation=0, written_s=0)
+        assert CopyStore(0, own, 2**30, place=GridPlace(0, 0), own_lane=1).steps() == ()
 
 
 def test_a_copy_without_its_tokenizer_is_not_sent(tmp_path: Path) -> None:

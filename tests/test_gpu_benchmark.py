@@ -45,6 +45,7 @@ def test_the_target_is_the_worse_of_the_two_last_losses(gpu: ModuleType) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_all_parts_run_on_a_cpu(
     gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +63,7 @@ def test_all_parts_run_on_a_cpu(
 
     monkeypatch.setattr(gpu.Bench, "start", forked)
     with pytest.raises(SystemExit) as ended:
-        gpu.main(["--device", "cpu", "--quick", "--limit", "280", "--out", str(tmp_path)])
+        gpu.main(["--device", "cpu", "--quick", "--limit", "560", "--out", str(tmp_path)])
     logs = {path.name: path.read_text()[-1000:] for path in tmp_path.glob("*.log")} if ended.value.code else {}
     assert ended.value.code == 0, (*capsys.readouterr(), logs)
     found = json.loads((tmp_path / "gpu.json").read_text())

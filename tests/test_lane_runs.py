@@ -66,7 +66,7 @@ def test_lanes_in_one_process_from_the_command_line(tiny: TinyConfig, tmp_path: 
     assert found == json.loads((out / "summary.json").read_text())
     lanes = [path.name for path in sorted(out.iterdir()) if path.is_dir()]
     assert lanes == ["lane-0", "lane-1"]
-    assert sorted(path.name for path in (out / "lane-1").iterdir()) == ["stage-0.jsonl", "stage-1.jsonl"]
+    assert sorted(path.name for path in (out / "lane-1").iterdir()) == ["checkpoints", "stage-0.jsonl", "stage-1.jsonl"]
     assert {"run.toml", "summary.json", "corpus.json", "run.lock"} <= {path.name for path in out.iterdir()}
     assert load_config(out / "run.toml").lanes.count == 2
     config = load_config(out / "run.toml")
@@ -85,7 +85,7 @@ def test_lanes_in_one_process_from_the_command_line(tiny: TinyConfig, tmp_path: 
     assert "2 lanes  loss" in done("top", out, "--once")
 
     plain = json.loads(done(*up, "--overwrite", "--json"))  # a run of one lane in its place
-    assert not any(path.is_dir() for path in out.iterdir())
+    assert [path.name for path in out.iterdir() if path.is_dir()] == ["checkpoints"]
     assert "lanes" not in plain
     assert "averaging" not in plain["bytes"]
 
@@ -167,7 +167,7 @@ def test_a_run_is_gone_on_with_when_all_lanes_can(run: Path) -> None:
     config = load_config(run / "run.toml")
     assert steps_done(config, run) == STEPS
     check_checkpoints(config, run)
-    assert f"--resume {run} goes on after step {STEPS}" in interrupted("Ctrl-C", config, run, begun=True, swarm=True)
+    assert f"--resume {run} goes on after step {STEPS}" in interrupted("Ctrl-C", config, run, begun=True)
     manifests = list((run / "lane-1" / "checkpoints").rglob("manifest.json"))
     for each in manifests:
         as_format_1(each)

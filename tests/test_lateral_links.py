@@ -72,6 +72,7 @@ class Lane:
         check: Check = lambda *_: None,
         generation: int = 0,
         joining: bool = False,
+        grouped: bool = False,
         **other: Any,
     ) -> None:
         self.lane, self.size = lane, size
@@ -89,6 +90,7 @@ class Lane:
             deadline_s=DEADLINE_S,
             heartbeat=lambda: Heartbeat(generation=self.generation, completed_steps=self.completed, **self.others),
             joining=lambda: self.joining,
+            generation=lambda: self.generation if grouped else None,
         )
         self.links = LateralLinks(
             identity=identity(
@@ -755,6 +757,40 @@ def test_the_same_process_takes_its_own_place_and_another_one_does_not(tmp_path:
 
 
 # -- at random --------------------------------------------------------------------------------------------------------
+
+
+def test_lanes_of_a_group_begin_anew_together(tmp_path: Path) -> None:
+    """What was given and promised in the last generation is void at both ends, and nobody gives anything to who is
+    still in it."""
+
+    async def job() -> None:
+        lanes = [Lane(lane, tmp_path, size=1000, grouped=True) for lane in (0, 1)]
+        for lane in lanes:
+            lane.links.forget_before(0, lasting=False)
+        async with joined(lanes[1], lanes[0]):
+            await asyncio.gather(*(lane.train(range(3)) for lane in lanes))
+            for lane in lanes:
+                lane.links.forget_before(3, lasting=False)
+            assert [lane.links.forgot for lane in lanes] == [3, 3]
+            lanes[0].generation = 1
+            await lanes[0].links.begin_anew()
+        assert lanes[0].links.held() == (0, 0)
+        ends = await attached(lanes[1], lanes[0], Connection(None))
+        assert {end.fault for end in ends if isinstance(end, ProtocolError)} == {Fault.GENERATION}
+        lanes[1].generation = 1
+        await lanes[1].links.begin_anew()
+        for lane in lanes:
+            lane.links.has_made(1)
+            lane.links.forget_before(1, lasting=False)
+        async with joined(lanes[1], lanes[0]):
+            for lane in lanes:  # as if it had come out in other bits
+                await lane.links.publish(1, bytes([lane.lane]) * 1000)
+            assert await lanes[0].take(1) == {1: bytes([1]) * 1000}
+            assert await lanes[1].take(1) == {0: bytes([0]) * 1000}
+            await asyncio.gather(*(lane.links.finish() for lane in lanes))
+
+    story(job())
+    assert not list(tmp_path.glob("**/forgot"))  # of what no later process is held to
 
 
 async def _adversary(chance: random.Random, lives: list[Life], over: asyncio.Event) -> None:

@@ -97,7 +97,8 @@ def test_a_stage_comes_back_on_another_machine(config: RunConfig, lost: int, tmp
     assert rollbacks[0]["source"] == "disk"
     assert rollbacks[0]["completed"] in (copied, copied - 5)
     assert rollbacks[0]["completed"] > 0
-    tokenizers = [machines.directory(0, names[0]) / "checkpoints/stage-0", machines.directory(1) / "checkpoints/copies"]
+    of_stage_0, buddy_s = (machines.directory(stage, names[stage]) / "checkpoints" for stage in (0, 1))
+    tokenizers = [of_stage_0 / "stage-0", buddy_s / "copies"]
     kept = [path.read_bytes() for each in tokenizers for path in sorted(each.glob("**/tokenizer*.json"))]
     assert len(kept) == 4
     assert kept[:2] == kept[2:]

@@ -25,6 +25,7 @@ from thinpipe.node.preparation import check_codec, prepare, run_digest
 from thinpipe.node.stage import Stage
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import NodeIdentity, check_greeting
+from thinpipe.protocol.grid_place import GridPlace
 from thinpipe.protocol.messages import Greeting, Kind, Message
 from thinpipe.sim.reports.summary import read_records
 
@@ -258,8 +259,8 @@ def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> 
         run_id="r", configuration=theirs, stage=1, stages=3, incarnation=2, next_sequence=0, granted_bytes=0
     )
     with pytest.raises(RemoteProtocolError, match=r"digest of the token table: stage 0 expects \w+…, .* says 000000"):
-        check_greeting(peer, identity, 1)
-    check_greeting(replace(peer, configuration=mine), identity, 1)
+        check_greeting(peer, identity, GridPlace(1, 0))
+    check_greeting(replace(peer, configuration=mine), identity, GridPlace(1, 0))
 
 
 # -- formulas -----------------------------------------------------------------------------------------------------

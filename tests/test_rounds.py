@@ -22,6 +22,7 @@ from thinpipe.protocol.control_messages import (
 )
 from thinpipe.protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
 from thinpipe.protocol.greeting import check_greeting
+from thinpipe.protocol.grid_place import GridPlace
 from thinpipe.protocol.membership_log import Stretch
 from thinpipe.protocol.messages import Chunk, Credit, Frame, Goodbye, Refusal, decode_frame, encode_frame
 from thinpipe.protocol.round_messages import RoundPart, RoundsReceived, RoundStatus, RoundsWanted
@@ -558,9 +559,9 @@ def test_another_node_is_refused(other: dict[str, Any], fault: Fault, words: str
 
 def test_a_neighbour_of_another_lane_is_refused() -> None:
     mine, above = (identity(stage, 4, lane=1, lanes=2) for stage in (2, 1))
-    check_greeting(above.greeting(), mine, 1)
+    check_greeting(above.greeting(), mine, GridPlace(1, 1))
     with pytest.raises(RemoteProtocolError, match=r"neighbour's lane: stage 2 expects 1, the peer .* says 0") as e:
-        check_greeting(replace(above, lane=0).greeting(), mine, 1)
+        check_greeting(replace(above, lane=0).greeting(), mine, GridPlace(1, 1))
     assert e.value.fault is Fault.LANE
 
 

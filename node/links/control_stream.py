@@ -116,8 +116,8 @@ class Control:
 
     def said_last_word(self, side: Side) -> bool:
         """Whether that side is to know of the end, or has been told, so that it is worth waiting for it to have read
-        that."""
-        return self.finished or side in self._told
+        that. Of the end of all it is the side above that tells this node."""
+        return (self.finished and side == "below") or side in self._told
 
     async def tell_failure(self, there: set[Side], timeout_s: float) -> None:
         """Wait until each neighbour that was ever met, or is known to be `there`, has been told why the run ends, or so

@@ -1,6 +1,6 @@
 """What `thinpipe bench` is asked to measure: a grid of cells, and the settings of each.
 
-A cell is one codec, schedule, number of lanes and link, on an emulated machine or as fast as this one is.
+A cell is one codec, schedule, number of lanes or chunks, and link, on an emulated machine or as fast as this one is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ UNCAPPED = "none"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchGrid:
     """What is to be measured. paces: see `EmulatedMachine`. free_running: PRESET@STAGES. codecs: CODEC [FORWARD
-    [BACKWARD]] each. lanes: numbers of lanes; averages: how several of them average. settings: of all cells alike."""
+    [BACKWARD]] each. lanes: numbers of lanes; averages: how several of them average; chunks: numbers of lanes that hold
+    parts of the same sequences; contexts: how those share keys and values. settings: of all cells alike."""
 
     machines: tuple[str, ...] = ()
     free_running: tuple[str, ...] = ()
@@ -34,6 +35,8 @@ class BenchGrid:
     settings: dict[str, Any]
     lanes: tuple[int, ...] = ()
     averages: tuple[str, ...] = ()
+    chunks: tuple[int, ...] = ()
+    contexts: tuple[str, ...] = ()
     window_s: float = WINDOW_S
     limit_s: float = LIMIT_S
 
@@ -49,11 +52,16 @@ class BenchGrid:
                             yield PlannedCell.of(self, mode, codec, schedule, link, emulated=emulated, lanes=lanes)
 
     def _lanes(self) -> Iterator[dict[str, Any]]:
-        """Settings of each number of lanes and way to average, of those that were given."""
-        for count in self.lanes or (None,):
+        """Settings of each number of lanes and way to average, of those that were given; of chunks, each number and way
+        to share keys and values too."""
+        for count in self.lanes or (() if self.chunks else (None,)):
             for way in self.averages if count != 1 and self.averages else (None,):
                 given = {"lanes.count": count, "lanes.average": way}
                 yield {name: value for name, value in given.items() if value is not None}
+        for count in self.chunks:
+            for way in self.averages or ("gradients",):
+                for context in self.contexts or ("full",):
+                    yield {"lanes.count": count, "lanes.average": way, "context.method": context}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,7 +98,7 @@ class PlannedCell:
                 raise ConfigError(f"--free-running: '{mode}' is not PRESET@STAGES, such as tiny@2")
             tree |= {"model.preset": preset, "pipeline.stages": int(stages)}
         tree |= {**lanes, **grid.settings}
-        many = [str(tree[name]) for name in ("lanes.count", "lanes.average") if name in tree]
+        many = [str(tree[name]) for name in ("lanes.count", "lanes.average", "context.method") if tree.get(name)]
         label = "-".join((mode, codec, schedule, str(profile), *(many if many[:1] != ["1"] else ())))
         return cls(
             mode=mode,
@@ -106,7 +114,9 @@ class PlannedCell:
     def title(self) -> str:
         """For people, while it runs."""
         count = self.tree.get("lanes.count", 1)
-        lanes = "" if count == 1 else f", {count} lanes, {self.tree.get('lanes.average', 'outer')}"
+        context = self.tree.get("context.method")
+        kind = f"chunks, {context}" if context else "lanes"
+        lanes = "" if count == 1 else f", {count} {kind}, {self.tree.get('lanes.average', 'outer')}"
         return f"{self.codec} over {self.link}, {self.mode}{lanes}"
 
     def config(self, schedule: str, steps: int) -> RunConfig:

@@ -1,5 +1,5 @@
 """`thinpipe bench`: throughput of real swarms over links of several rates, a cell for each codec, schedule, number of
-lanes and link.
+lanes or chunks, and link.
 
 Two kinds of cells. *Emulated*: stages take the time of another machine (emulated_stage.py), so that a link binds as it
 would there. *Free-running*: stages train as fast as this machine can. Each cell is simulated first (plan.py), which
@@ -35,6 +35,7 @@ from ..preparation import check_codec, check_lanes, check_layers, prepare_corpus
 from ..run_directory import clear, writable
 from ..stage_costs import stage_layers
 from .bench_cells import UNCAPPED, BenchGrid, PlannedCell
+from .chunks_plan import StageExchange, exchange_of
 from .contribution_sizes import check_contributions
 from .emulated_machine import EmulatedMachine
 from .lanes_plan import lanes_figures
@@ -54,7 +55,8 @@ class Bench:
         """forks: nodes are copies of this process, which must not have begun anything."""
         self._grid, self._out, self._report, self._forks = grid, out, report, forks
         self._server: ForkServer | None = None  # while cells run
-        self._times: dict[tuple[str, str, int], list[StageTimes]] = {}  # of free-running stages, over instant links
+        # Of free-running stages, over instant links.
+        self._times: dict[tuple[str, str, int, str], list[StageTimes]] = {}
         title = f"thinpipe bench: {', '.join((*grid.machines, *grid.free_running))}"
         self.found: dict[str, Any] = {"title": title, "cells": []}
 
@@ -107,7 +109,8 @@ class Bench:
             draw_bench(self._out / "bench.png", self.found)
 
     def _cell(self, cell: PlannedCell) -> dict[str, Any]:
-        lanes = cell.config(plain_schedule(cell.schedule), 1).lanes
+        config = cell.config(plain_schedule(cell.schedule), 1)
+        lanes = config.lanes
         entry: dict[str, Any] = {
             "mode": "emulated" if cell.emulated else "free-running",
             "of": cell.mode,
@@ -116,6 +119,7 @@ class Bench:
             "schedule": cell.schedule,
             "lanes": lanes.count,
             "average": lanes.average if lanes.count > 1 else None,
+            "context": config.context.method or None,
             "link": str(cell.link),
             "rate_bits_per_s": cell.link.rate_bits_per_s,
             "state": "ok",
@@ -137,20 +141,26 @@ class Bench:
         plain = plain_schedule(cell.schedule)
         config = cell.config(plain, 1)
         architecture = resolve_architecture(config)
-        layers, inner = None, False
+        inner = False
         if cell.emulated:
             machine = EmulatedMachine.parse(cell.mode)
             times, inner = machine.times(config, architecture), machine.part
-            layers = [len(of_stage) for of_stage in machine.layers(config, architecture)]
+            cut = machine.layers(config, architecture)
         else:
-            times = self._times_of(cell, config)
-        schedule = resolved_schedule(cell.schedule, config, architecture, times) if times else plain
+            times, cut = self._times_of(cell, config), stage_layers(config, architecture)
+        layers = [len(of_stage) for of_stage in cut]
+        schedule, exchange = plain, None
+        if times:
+            exchange = exchange_of(config, architecture, times, layers, inner=inner)
+            known = {"layers": layers, "exchange": exchange}
+            schedule = resolved_schedule(cell.schedule, config, architecture, times, **known)
         entry["schedule"] = schedule
         count, mode = config.lanes.count, parse_averaging(config.lanes.average) if config.lanes.count > 1 else None
         delay, stride = (mode.delay, mode.every // mode.fragments) if mode else (0, 1)
         window_steps = stride * math.ceil(3 / stride)  # as many rounds in each window
         if times:
-            entry["planned"] = self._planned(cell.config(schedule, 1), architecture, times, layers, inner=inner)
+            asked = cell.config(schedule, 1)
+            entry["planned"] = self._planned(asked, architecture, times, layers, inner=inner, exchange=exchange)
             step_s = entry["planned"]["step_s"]
             window_steps = stride * max(1, math.ceil(self._grid.window_s / step_s / stride))
             expected_s = step_s * (WARM_UP_STEPS + delay + WINDOWS * window_steps + (count > 1))
@@ -170,26 +180,28 @@ class Bench:
         if entry["measured"]["problems"]:
             entry |= {"state": "refused", "problems": entry["measured"]["problems"]}
         taken = times_measured(self._out / "cells" / cell.name, config)
-        if costs := pipeline_costs(cell.config(schedule, 1), architecture):
+        costs = pipeline_costs(cell.config(schedule, 1), architecture)
+        if costs and not config.context.method:  # what layers cost there, another lane decides too
             entry["cut_advice"] = cut_advice(costs, taken)
             shares = [stage["compute_s"] for stage in entry["measured"]["stages"]]  # of the windows' time
             entry["cut_advice"]["line"] = advice_line(entry["cut_advice"], shares)
         if not cell.emulated and cell.link.rate_bits_per_s is None:
-            self._times.setdefault((cell.mode, cell.codec, count), taken)
+            self._times.setdefault((cell.mode, cell.codec, count, config.context.method), taken)
 
     def _planned(
         self,
         config: RunConfig,
         architecture: PretrainedConfig,
         times: Sequence[StageTimes],
-        layers: Sequence[int] | None,
+        layers: Sequence[int],
         *,
         inner: bool,
+        exchange: StageExchange | None,
     ) -> dict[str, Any]:
         """What `plan` says, of all lanes together."""
-        planned, simulated = plan(config, architecture, times, layers=layers)
-        counts, step_s = [stage["layers"] for stage in planned["stages"]], planned["step_s"]
-        lanes = lanes_figures(config, architecture, times, counts, step_s=step_s, inner=inner)
+        planned, simulated = plan(config, architecture, times, layers=layers, exchange=exchange)
+        step_s, held = planned["step_s"], exchange.held if exchange else times
+        lanes = lanes_figures(config, architecture, held, layers, step_s=step_s, inner=inner)
         busiest = max(simulated.wire_share.values(), default=0.0)
         if lanes is None:
             return {**planned, "lanes": None, "wire_share": busiest}
@@ -206,7 +218,7 @@ class Bench:
     def _times_of(self, cell: PlannedCell, config: RunConfig) -> list[StageTimes] | None:
         """Of a free-running cell; None before its uncapped one has run."""
         prepare_corpus(config)
-        return self._times.get((cell.mode, cell.codec, config.lanes.count))
+        return self._times.get((cell.mode, cell.codec, config.lanes.count, config.context.method))
 
     def _measured(self, work: Cell, config: RunConfig) -> dict[str, Any]:
         """From the disk, if the same settings were measured before."""
@@ -232,9 +244,9 @@ class Bench:
             cell = (entry["of"], entry["codec"], entry["asked"])
             if entry["lanes"] == 1 and entry["state"] == "ok":
                 alone[*cell, entry["link"]] = entry["measured"]["tokens_per_s"]
-            elif (one := alone.get((*cell, entry["link"]))) is not None:
+            elif not entry["context"] and (one := alone.get((*cell, entry["link"]))) is not None:
                 entry["share_of_lanes"] = entry["measured"]["tokens_per_s"] / (entry["lanes"] * one)
-            key = (*cell, entry["lanes"], entry["average"])
+            key = (*cell, entry["lanes"], entry["average"], entry["context"])
             if entry["link"] == UNCAPPED and entry["state"] == "ok":
                 uncapped[key] = (entry["measured"]["tokens_per_s"], "measured")
             planned = entry.get("planned")
@@ -247,7 +259,8 @@ class Bench:
                 entry["against_plan"] = against - 1
                 entry["machines_used"] = planned["machines_used"] * against
             used = entry["measured"]["utilisation"]
-            entry["utilisation_of_schedule"] = used / planned["wire_share"] if used and planned else None
+            known = used and planned and planned["wire_share"]  # one stage has no boundary
+            entry["utilisation_of_schedule"] = used / known if known else None
 
 
 def run_bench(grid: BenchGrid, out: Path, *, quiet: bool, forks: bool = False) -> dict[str, Any]:

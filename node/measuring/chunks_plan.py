@@ -99,22 +99,34 @@ class StageExchange:
             by_lane[sender] += nbytes
         return sum(by_lane), max(by_lane)
 
+    def work(self, stage: int, sizes: ContextSizes | None = None) -> tuple[ContextWork, float] | None:
+        """Of the stage in all lanes, and the seconds of its forward outside of layers; None: it has no layers."""
+        times, layers, other = self.times[stage], self.layers[stage], self._others[stage]
+        if not layers:
+            return None
+        work = context_work(
+            self._config,
+            self._architecture,
+            self._costs,
+            sizes or self.sizes,
+            times,
+            layers=layers,
+            other_operations=other,
+        )
+        return work, times.forward_s * other / (layers * self._costs.layer + other)
+
     def _stage(
         self, stage: int, link: LinkProfile, route: Route, interface: bool | None, sizes: ContextSizes
     ) -> tuple[StageTimes, ContextTimes | None]:
         """Of a stage without layers: its times as they were, and None."""
-        times, layers, other = self.times[stage], self.layers[stage], self._others[stage]
-        if not layers:
-            return times, None
-        work = context_work(
-            self._config, self._architecture, self._costs, sizes, times, layers=layers, other_operations=other
-        )
+        if (known := self.work(stage, sizes)) is None:
+            return self.times[stage], None
+        work, other_s = known
         case = (work, link, route, bool(self.link.kernel) if interface is None else interface)
         found = self._found.get(case)
         if found is None:
             found = self._found[case] = simulate_context(work, link, route=route, interface=case[3])
-        other_s = times.forward_s * other / (layers * self._costs.layer + other)
-        return with_exchange(times, found, backward=work.backward, other_s=other_s), found
+        return with_exchange(self.times[stage], found, backward=work.backward, other_s=other_s), found
 
 
 def exchange_of(

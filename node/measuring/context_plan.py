@@ -49,29 +49,34 @@ class ContextSizes:
     tokens: int
 
 
-def context_sizes(config: RunConfig, architecture: PretrainedConfig, *, step: int) -> ContextSizes:
-    """In step `step`: a method may begin wider than it goes on. Raises CodecError for a method or format that there is
-    not, or that has a memory."""
-    method, layout, batch = parse_context(config.context.method), config.chunk_layout, config.microbatch_size
-    dtype, heads = DTYPES[config.compute.dtype], architecture.num_attention_heads
+def context_coder(config: RunConfig, architecture: PretrainedConfig) -> tuple[ContextCoder, ContextShape]:
+    """Of any layer. Raises CodecError for a method or format that there is not, or that has a memory."""
+    dtype, layout = DTYPES[config.compute.dtype], config.chunk_layout
     shape = ContextShape(
         seed=config.run.seed,
         layer=0,
         width=architecture.hidden_size,
-        heads=getattr(architecture, "num_key_value_heads", None) or heads,
+        heads=getattr(architecture, "num_key_value_heads", None) or architecture.num_attention_heads,
         head_width=head_width(architecture),
         segments=layout.segments_per_lane,
         segment_length=layout.segment_length,
         dtype=dtype,
     )
-    coder = ContextCoder(method, shape, batch=batch, dtype=dtype, device=torch.device("cpu"))
+    sizes = {"batch": config.microbatch_size, "dtype": dtype, "device": torch.device("cpu")}
+    return ContextCoder(parse_context(config.context.method), shape, **sizes), shape
+
+
+def context_sizes(config: RunConfig, architecture: PretrainedConfig, *, step: int) -> ContextSizes:
+    """In step `step`: a method may begin wider than it goes on. Raises what `context_coder` does."""
+    method, batch, dtype = parse_context(config.context.method), config.microbatch_size, DTYPES[config.compute.dtype]
+    coder, shape = context_coder(config, architecture)
     chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
 
     def part(*, gradient: bool) -> int:
         key = ContextKey(step=step, evaluation=False, microbatch=1, layer=1, segment=1, gradient=gradient)
         return framed(replace(key, step=FRAMED_STEP), coder.body_bytes(key), chunk_bytes)
 
-    tokens, exact_bytes = batch * layout.segment_length, 8 if dtype is torch.float64 else 4
+    tokens, exact_bytes = batch * shape.segment_length, 8 if dtype is torch.float64 else 4
     return ContextSizes(
         forward_bytes=part(gradient=False),
         backward_bytes=part(gradient=True),

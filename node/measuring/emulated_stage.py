@@ -32,6 +32,7 @@ from ..optim import OptimStats
 from ..stage import Stage
 from ..stage_state import StageSnapshot, StateError
 from .contribution_sizes import sized_averager
+from .emulated_chunk import EmulatedChunk
 from .emulated_machine import EmulatedMachine
 from .emulated_rounds import EmulatedAverager
 from .message_sizes import Sizes
@@ -125,13 +126,17 @@ class EmulatedStage(Stage):
         self.upstream_endpoint = None if self.first else SizedUpstreamEndpoint(Sizes(config, architecture, index - 1))
         self.downstream_endpoint = None if self.last else SizedDownstreamEndpoint(Sizes(config, architecture, index))
         machine = EmulatedMachine.parse(config.compute.emulate)
-        self.layers = machine.layers(config, architecture)[index]
-        self.times = machine.times(config, architecture)[index]
+        layers, times = machine.layers(config, architecture), machine.times(config, architecture)
+        self.layers, self.times = layers[index], times[index]
         self.averager, self.lane = None, lane
-        self.chunk = None  # nothing is attended to
         if config.lanes.count > 1:
             sizes = sized_averager(config, architecture, index, self.layers, lane=lane, inner=machine.part)
             self.averager = EmulatedAverager(sizes, steps=config.run.steps)
+        self._exchange: EmulatedChunk | None = None
+        if config.context.method and self.layers:
+            where = {"stage": index, "lane": lane, "first": self.layers[0], "inner": machine.part}
+            self._exchange = EmulatedChunk(config, architecture, times, [len(each) for each in layers], **where)
+        self.chunk = self._exchange
         self.completed = 0
         self.losses: dict[int, float] = {}
         self._gradients = 0  # microbatches of this step whose input gradient is there
@@ -151,25 +156,31 @@ class EmulatedStage(Stage):
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
     ) -> Encoded | None:
-        del step, ids_BS, received
-        self._last(self.times.forward_s)
+        del ids_BS, received
+        if self._exchange:
+            self._exchange.forward(step, microbatch, self._last)
+        else:
+            self._last(self.times.forward_s)
         self.losses[microbatch] = 0.0
         return self._sent()
 
     def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
-        del microbatch, dz_out, loss_sum
-        return self._backward(self.times.backward_s)
+        del dz_out, loss_sum
+        return self._backward(microbatch, split=False)
 
     def input_gradient(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
-        del microbatch, dz_out, loss_sum
-        return self._backward(self.times.backward_s - self.times.weight_gradient_s)
+        del dz_out, loss_sum
+        return self._backward(microbatch, split=True)
 
     def weight_gradient(self, microbatch: int) -> None:
         del microbatch
         self._last(self.times.weight_gradient_s)
 
-    def _backward(self, seconds: float) -> Tensor | None:
-        self._last(seconds)
+    def _backward(self, microbatch: int, *, split: bool) -> Tensor | None:
+        if self._exchange:
+            self._exchange.backward(self.completed, microbatch, self._last, split=split)
+        else:
+            self._last(self.times.backward_s - (self.times.weight_gradient_s if split else 0.0))
         self._gradients += 1
         return None if self.first else _NOTHING
 

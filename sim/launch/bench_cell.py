@@ -131,13 +131,14 @@ def measure(directory: Path, cell: Cell) -> dict[str, Any]:
         "step_s": wall_s / (WINDOWS * cell.window_steps),
         "bytes_per_token": in_ratio / all_tokens,
         "averaging_bytes_per_token": sent[AVERAGING] / all_tokens,
+        "context_bytes_per_token": sum(sent[kind] for kind in CONTEXT) / all_tokens,
         "stages": [
             {name: share(name, stage) for name in ("compute_s", "codec_s", "wait_s", "cpu_s")}
             for stage in range(cell.stages)
         ],
         "peak_rss_bytes": [node.peak_rss_bytes for node in nodes],
         "links": [_link(link, checks, node, wall_s) for node in nodes for link in node.links],
-        "cpu_s_per_gb": cpu_s / ((in_ratio + sent[AVERAGING]) / 1e9),
+        "cpu_s_per_gb": cpu_s / ((in_ratio + sum(sent[kind] for kind in (AVERAGING, *CONTEXT))) / 1e9),
         "cpu_share": cpu_s / wall_s / (os.cpu_count() or 1),
     }
     if cell.emulated:

@@ -137,6 +137,11 @@ class SwarmKeeper:
             if sleeper.process.poll() is not None:
                 self.sleepers.remove(sleeper)
                 self.story.fenced += sleeper.process.returncode == 2
+                replacement = self.swarm.nodes[sleeper.node]
+                if sleeper.process.returncode == 0 and replacement and replacement.process.poll() is None:
+                    # Neither had a place when both were lost from sight. This one came first, and went to the end.
+                    replacement.process.kill()
+                    replacement.process.wait()
 
     @staticmethod
     def wait(condition: Callable[[], bool]) -> None:

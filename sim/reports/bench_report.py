@@ -12,12 +12,14 @@ from ...protocol.stage_orders import PREFIX
 
 COLUMNS = ("link", "schedule", "tokens/s", "share", "plan", "used", "busy", "state")
 LANE_COLUMNS = (*COLUMNS[:2], "lanes", "tokens/s", "of one", "averaging", *COLUMNS[3:])
+CHUNK_COLUMNS = (*LANE_COLUMNS[:6], "K, V", *LANE_COLUMNS[6:])
 LEFT = ("link", "schedule", "lanes", "state")
 CAPTION = (
     "share: of the same codec and schedule over instant links (* simulated); plan: against the simulation; used: of "
     "what the machines can compute; busy: the busiest wire, and what the schedule makes of it"
 )
 LANE_CAPTION = "; of one: of so many times one lane; averaging: bytes/token between lanes"
+CHUNK_CAPTION = "; K, V: bytes/token of keys and values of all layers between chunks"
 
 
 def bench_tables(found: dict[str, Any]) -> list[Table]:
@@ -27,21 +29,25 @@ def bench_tables(found: dict[str, Any]) -> list[Table]:
         groups.setdefault((cell["of"], cell["codec"]), []).append(cell)
     tables = []
     for (of, codec), cells in groups.items():
-        lanes = any(cell["lanes"] > 1 for cell in cells)
+        lanes, chunks = any(map(_of_lanes, cells)), any(map(_of_chunks, cells))
         sizes = [cell["measured"]["bytes_per_token"] for cell in cells if cell.get("measured")]
         told = f", {sizes[-1]:,.1f} bytes/token" if sizes else ""
         ways = {cell["average"] for cell in cells if cell["average"]}
         told += f", lanes: {next(iter(ways))}" if len(ways) == 1 else ""
+        contexts = {cell["context"] for cell in cells if _of_chunks(cell)}
+        told += f", chunks: {next(iter(contexts))}" if len(contexts) == 1 else ""
         table = Table(
             title=f"{codec}, {of} ({cells[0]['mode']}){told}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
         )
-        for column in LANE_COLUMNS if lanes else COLUMNS:
+        for column in CHUNK_COLUMNS if chunks else LANE_COLUMNS if lanes else COLUMNS:
             table.add_column(column, justify="left" if column in LEFT else "right", overflow="fold")
         for cell in cells:
-            table.add_row(*_row(cell, lanes=lanes, named=len(ways) > 1))
+            named = [name for name, found in (("context", contexts), ("average", ways)) if len(found) > 1]
+            table.add_row(*_row(cell, lanes=lanes, chunks=chunks, named=named))
         tables.append(table)
     if tables:
-        tables[-1].caption = CAPTION + (LANE_CAPTION if any(cell["lanes"] > 1 for cell in found["cells"]) else "")
+        lanes, chunks = (any(kind(cell) for cell in found["cells"]) for kind in (_of_lanes, _of_chunks))
+        tables[-1].caption = CAPTION + (LANE_CAPTION if lanes else "") + (CHUNK_CAPTION if chunks else "")
     return tables
 
 
@@ -55,24 +61,35 @@ def bench_problems(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def _of_lanes(cell: dict[str, Any]) -> bool:
+    return cell["lanes"] > 1
+
+
+def _of_chunks(cell: dict[str, Any]) -> bool:
+    return bool(cell.get("context"))
+
+
 def _lanes_words(cell: dict[str, Any]) -> str:
-    return f", {cell['lanes']} lanes, {cell['average']}" if cell["lanes"] > 1 else ""
+    kind = f"chunks, {cell['context']}" if cell.get("context") else "lanes"
+    return f", {cell['lanes']} {kind}, {cell['average']}" if cell["lanes"] > 1 else ""
 
 
-def _row(cell: dict[str, Any], *, lanes: bool, named: bool) -> list[str]:
-    """lanes: whether the table has columns for them. named: whether it has several ways to average."""
+def _row(cell: dict[str, Any], *, lanes: bool, chunks: bool, named: list[str]) -> list[str]:
+    """lanes, chunks: whether the table has columns for them. named: in which ways its lanes differ."""
     written = cell["schedule"].startswith(PREFIX)  # which would be many lines
     name = [cell["link"], cell["asked"] if written else cell["schedule"]]
     if lanes:
-        name.append(f"{cell['lanes']} {cell['average']}" if named and cell["average"] else str(cell["lanes"]))
+        name.append(" ".join(filter(None, (str(cell["lanes"]), *(cell.get(way) for way in named)))))
     figures, planned = cell.get("measured"), cell.get("planned")
     if not figures:
-        nothing = "-" * (6 if lanes else 4)
+        nothing = "-" * (4 + 2 * lanes + chunks)
         return [*name, f"({planned['tokens_per_s']:,.0f})" if planned else "-", *nothing, cell["state"]]
     of_lanes: list[str] = []
     if lanes:
         of_one, size = cell.get("share_of_lanes"), figures["averaging_bytes_per_token"]
+        context = figures.get("context_bytes_per_token")
         of_lanes = ["-" if of_one is None else f"{of_one:.3f}", f"{size:,.1f}" if size else "-"]
+        of_lanes += [f"{context:,.1f}" if context else "-"] if chunks else []
     share, mark = cell.get("share_of_uncapped"), "" if cell.get("uncapped_from") == "measured" else "*"
     used = figures["utilisation"]
     return [
@@ -89,7 +106,8 @@ def _row(cell: dict[str, Any], *, lanes: bool, named: bool) -> list[str]:
 
 def _busy(cell: dict[str, Any], used: float) -> str:
     planned = cell.get("planned")
-    return f"{100 * used:.0f}/{planned['wire_share']:.0%}" if planned else f"{used:.0%}"
+    of_schedule = planned and not cell.get("context") and planned["wire_share"]  # of boundaries
+    return f"{100 * used:.0f}/{of_schedule:.0%}" if of_schedule else f"{used:.0%}"
 
 
 def draw_bench(path: Path, found: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def links_of(
 
 def context_parts_of(config: RunConfig, stage: Stage) -> ContextParts | None:
     """What the stage exchanges with its own in other lanes; None: nothing."""
-    if not stage.chunk:
+    if not (stage.chunk and stage.layers):  # a cut may leave a stage none
         return None
     return parts_of(config, stage.lane, stage.layers, stage.chunk.body_bytes, stage.chunk.gathering_step)
 

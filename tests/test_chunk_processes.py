@@ -36,6 +36,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "context.method": "full:format=int8,backward=int8",
         "context.order": "plain",
     },
+    "a stage without layers": {"pipeline.cut": "4,0", "context.method": "mos:k=0.25,v=0.5,warm=2"},
     "mixture of subspaces": {
         "lanes.count": 3,
         "context.method": "mos:k=0.25,v=0.5,warm=2,fold=0.34,format=bf16",

@@ -127,7 +127,7 @@ class ChunkedModel:
     @property
     def gathering_step(self) -> int | None:
         """Behind which `choose_subspaces` is due."""
-        return self._method.gathering_step
+        return self._method.gathering_step if self._layers else None  # a stage may have none
 
     def choose_subspaces(self, step: int) -> None:
         """With all other lanes. Raises what the transport raises, and CodecError for what is not finite."""

@@ -117,10 +117,11 @@ class TrainingLoop:
             for outbox in (self._to_above, self._to_below):
                 if outbox:
                     await outbox.flush()
-            if self.context:
-                await self.context.flush()
-            self._write_end()
             timeout_s = self.config.link.replacement_timeout_s
+            if self.context:  # a lane that nothing comes back to for its last parts is through before they have left
+                await self.context.flush()
+                await asyncio.gather(*(link.settle(timeout_s) for link in self.context.links))
+            self._write_end()
             await asyncio.gather(*(link.drain(timeout_s) for link in self.links))
             for pump in pumps:
                 pump.cancel()

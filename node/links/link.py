@@ -228,6 +228,15 @@ class Link:
             self._outgoing.moved.clear()
             await self._outgoing.moved.wait()
 
+    async def settle(self, timeout_s: float) -> None:
+        """Wait until the peer has acknowledged everything: it is on the wire then, and in the account."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._outgoing.drain()
+                await self._until_acknowledged()
+        except TimeoutError:
+            raise TimeoutError(self.late("the peer's acknowledgements", timeout_s)) from None
+
     async def drain(self, timeout_s: float) -> None:
         """Wait until the peer has acknowledged everything, say goodbye, and wait for the peer's.
 

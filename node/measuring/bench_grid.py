@@ -152,8 +152,8 @@ class Bench:
         schedule, exchange = plain, None
         if times:
             exchange = exchange_of(config, architecture, times, layers, inner=inner)
-            known = {"layers": layers, "exchange": exchange}
-            schedule = resolved_schedule(cell.schedule, config, architecture, times, **known)
+            held = exchange.held if exchange else times
+            schedule = resolved_schedule(cell.schedule, config, architecture, held)
         entry["schedule"] = schedule
         count, mode = config.lanes.count, parse_averaging(config.lanes.average) if config.lanes.count > 1 else None
         delay, stride = (mode.delay, mode.every // mode.fragments) if mode else (0, 1)

@@ -88,6 +88,11 @@ def test_what_can_happen_to_a_grid(stages: int, lanes: int, lacks: set[Kind]) ->
     assert set(kinds_for(stages=stages, lanes=lanes)) == {*KINDS} - lacks
 
 
+def test_nothing_that_leaves_a_lane_out_happens_to_chunks() -> None:
+    kinds = kinds_for(stages=2, lanes=2, grouped=True)
+    assert set(kinds) == {*KINDS} - {*LANE_KINDS} | {"lateral"}
+
+
 # -- the verdict ------------------------------------------------------------------------------------------------------
 
 

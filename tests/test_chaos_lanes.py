@@ -52,6 +52,16 @@ def test_lanes_are_lost_cut_off_and_come_back(tmp_path: Path) -> None:
     assert any(len(each["members"]) < 3 for each in found["recomputed"]["members"])
 
 
+@pytest.mark.slow
+def test_a_group_of_chunks_goes_back_together(tmp_path: Path) -> None:
+    found = chaos(
+        tmp_path, *("--chunks", "2", "--stages", "2", "--steps", "60", "--kills", "4"),
+        *("--kinds", "kill,twice,cut,lateral"),
+    )  # fmt: skip
+    check(found, 4)
+    assert not found["away_at_the_end"]
+
+
 @pytest.mark.long
 def test_two_lanes_of_one_stage(tmp_path: Path) -> None:
     found = chaos(

@@ -17,7 +17,7 @@ COMMANDS = typer.main.get_command(app).commands  # pyright: ignore[reportAttribu
 # Which commands take which of them, each with its own default.
 TAKE = {
     "up": {*HELP},
-    "chaos": {*HELP} - {"--chunks", "--context"},
+    "chaos": {*HELP},
     "supervise": {"--model", "--data", "--codec", "--link", "--steps", "--schedule", "--seed", "--checkpoint-every"},
     "plan": {"--codec", "--forward", "--backward", "--link", "--schedule", "--microbatches", "--batch-size"}
     | {"--sequence-length", "--cut", "--speeds", "--lanes", "--average"},

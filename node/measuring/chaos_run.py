@@ -88,7 +88,10 @@ def _check(config: RunConfig, faults: Faults, schedule: str | None) -> None:
     if stages < 2 and lanes == 1:
         raise LocalRunError("chaos needs at least 2 stages, because neighbours notice a fault; or 2 lanes", 2)
     for kind in faults.kinds or ():
-        if kind not in kinds_for(stages=stages, lanes=lanes):
+        if kind not in kinds_for(stages=stages, lanes=lanes, grouped=bool(config.context.method)):
+            if kind in kinds_for(stages=stages, lanes=lanes):
+                line = f"--kinds: {kind} is for lanes that go on without one another, and chunks do not; omit it"
+                raise LocalRunError(line, 2)
             needs = "2 lanes; say --lanes 2" if lanes == 1 else "2 stages; say --stages 2"
             raise LocalRunError(f"--kinds: {kind} needs at least {needs}, or omit it", 2)
     if schedule and lanes > 1:
@@ -162,7 +165,8 @@ def _grid(config: RunConfig, faults: Faults) -> Grid:
 
 
 def _kinds(config: RunConfig, faults: Faults) -> tuple[Kind, ...]:
-    return faults.kinds or kinds_for(stages=config.pipeline.stages, lanes=config.lanes.count)
+    grouped = bool(config.context.method)
+    return faults.kinds or kinds_for(stages=config.pipeline.stages, lanes=config.lanes.count, grouped=grouped)
 
 
 def _disturbed(config: RunConfig, run: Path, faults: Faults, console: Console, forks: ForkServer | None) -> Story:

@@ -8,7 +8,8 @@
     cut        every connection of one boundary is reset
     half       the same, but only the upper end notices
 
-and where there are lanes, which the others go on without once a round has waited for them long enough:
+and where there are lanes, which the others go on without once a round has waited for them long enough (of chunks, which
+do not, `lateral` alone):
 
     lane       SIGKILL to all nodes of a lane; they are started again once the others have left it out
     absent     the same with one node of it
@@ -72,9 +73,10 @@ class PlannedFault:
         return low, high
 
 
-def kinds_for(*, stages: int, lanes: int) -> tuple[Kind, ...]:
-    """Those that can happen to such a grid."""
-    of_lanes: tuple[Kind, ...] = LANE_KINDS if lanes > 1 else ()
+def kinds_for(*, stages: int, lanes: int, grouped: bool = False) -> tuple[Kind, ...]:
+    """Those that can happen to such a grid. grouped: its lanes hold chunks of the same sequences, and cannot go on
+    without one another."""
+    of_lanes: tuple[Kind, ...] = (("lateral",) if grouped else LANE_KINDS) if lanes > 1 else ()
     of_chain: tuple[Kind, ...] = tuple(kind for kind in CHAIN_KINDS if stages > 1 or kind not in OF_BOUNDARY)
     return of_chain + of_lanes
 

@@ -331,7 +331,7 @@ async def _run(
             on_held=lambda: rounds_now().held(),
             rounds=lambda: averager_now().plan.count,
             check=lambda number, lane, content: averager_now().check(number, lane, content),
-            status=(lambda: rounds_now().status()) if index == 0 and not grouped else None,
+            status=(lambda: rounds_now().status()) if index == 0 else None,
             on_status=lambda lane, status: rounds_now().told(lane, status),
             on_met=lambda lane: rounds_now().met(lane),
             on_copy=lambda lane, frame: rounds_now().copy_frame(lane, frame),
@@ -357,7 +357,7 @@ async def _run(
     async with AsyncExitStack() as open_ends:
         methods, leaving = membership.methods(on_fault) if membership else {}, asyncio.Event()
         if lateral:
-            methods["Rounds"] = lateral.handler
+            methods["Rounds"] = lateral.server.handler
         streams = config.lanes.count - 1  # that last, beside those to neighbours
         if grouped:
             given = {"greeting_timeout_s": link.greeting_timeout_s, "report": on_fault, "security": security}

@@ -51,7 +51,7 @@ async def train(lane: int, directory: Path, port: int, dial: int, rounds: int) -
         settings=settings,
         report=lambda code, line: print(f"{code}: {line}", file=sys.stderr, flush=True),
     )
-    async with serving(f"127.0.0.1:{port}", {"Rounds": links.handler}), asyncio.TaskGroup() as group:
+    async with serving(f"127.0.0.1:{port}", {"Rounds": links.server.handler}), asyncio.TaskGroup() as group:
         running = group.create_task(links.run())
         at = int(at_round.read_text()) if at_round.exists() else 0
         links.forget_before(at)

@@ -144,7 +144,7 @@ def attached(upper: Lane, lower: Lane, connection: Connection) -> asyncio.Future
     (read, write), (hear, say) = (connection.end(upper=each) for each in (True, False))
     return asyncio.gather(
         end(upper[lower.lane].attach(read, write, speaks_first=True), write),
-        end(lower.links.serve(hear, say), say),
+        end(lower.links.server.serve(hear, say), say),
     )
 
 
@@ -489,7 +489,7 @@ def test_a_peer_that_says_nothing_takes_nobody_s_place(tmp_path: Path) -> None:
     async def job() -> None:
         lane = Lane(0, tmp_path)
         with pytest.raises(RemoteProtocolError, match="no greeting within 5 s"):
-            await lane.links.serve(*Connection(None).end(upper=False))
+            await lane.links.server.serve(*Connection(None).end(upper=False))
 
     story(job())
 
@@ -905,7 +905,7 @@ async def running(*lanes: Lane) -> AsyncIterator[list[asyncio.Task[None]]]:
 
 @asynccontextmanager
 async def listening_lane(lane: Lane, security: Security = PLAIN) -> AsyncIterator[str]:
-    async with serving("127.0.0.1:0", {"Rounds": lane.links.handler}, security, more_streams=1) as port:
+    async with serving("127.0.0.1:0", {"Rounds": lane.links.server.handler}, security, more_streams=1) as port:
         yield f"127.0.0.1:{port}"
 
 
@@ -1047,7 +1047,7 @@ def test_who_goes_on_with_other_parts_is_refused_and_the_node_lives(tmp_path: Pa
         part = RoundPart(round=0, offset=0, total_bytes=ROUND_BYTES, contribution_xxh3=1, data=b"x")
         await write(encode_frame(part))
         with pytest.raises(RemoteProtocolError, match="of which nothing was asked for"):
-            await lower.links.serve(*connection.end(upper=False))
+            await lower.links.server.serve(*connection.end(upper=False))
         with suppress(ConnectionError):
             decode_frame(await read() or b"", LIMITS)
         lower.links.forget_before(0)

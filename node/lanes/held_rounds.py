@@ -59,9 +59,9 @@ class RoundEvents:
     def held(self) -> None:
         """What this node holds of contributions has changed."""
 
-    def status(self) -> LaneStatus:
-        """What is said of this lane to others, by the node that speaks for it."""
-        raise NotImplementedError
+    def status(self) -> LaneStatus | None:
+        """What is said of this lane to others, by the node that speaks for it; None: nothing."""
+        return None
 
     def met(self, lane: int) -> None:
         """That lane is connected."""
@@ -102,9 +102,8 @@ class HeldRounds(RoundEvents, ABC):
         return False
 
     async def catch_up(self, stage: Stage, compute: Worker, watch: Stopwatch, norm: Norm) -> None:
-        """Use the rounds of the others, until this lane is admitted. norm: by the sum of which squares the gradients of
-        a step are clipped."""
-        raise NotImplementedError
+        """Where it follows: use the rounds of the others, until this lane is admitted. norm: by the sum of which
+        squares the gradients of a step are clipped."""
 
     async def hold(self, averager: Averager, completed: int, compute: Worker, watch: Stopwatch) -> None:
         """All that is due once `completed` steps are, or with gradients the step under way. Waits until the members of

@@ -404,7 +404,8 @@ class LateralLink:
             self._news.clear()
             if self._status_due and self._settings.status:
                 self._status_due = False
-                out.push(self.session.status(self._statuses.say(self._settings.status())))
+                if status := self._settings.status():
+                    out.push(self.session.status(self._statuses.say(status)))
             if self._finishing:
                 if not self.session.done:
                     out.push(self.session.goodbye())

@@ -28,23 +28,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc.aio
-
 from ...protocol.control_messages import CopyFrame
-from ...protocol.errors import Fault, LocalProtocolError, RefusedError, RemoteProtocolError
-from ...protocol.greeting import NodeIdentity, check_lateral
-from ...protocol.messages import Greeting, decode_frame
-from ...protocol.round_session import LIMITS
+from ...protocol.errors import Fault, LocalProtocolError, RemoteProtocolError
+from ...protocol.greeting import NodeIdentity
 from ..links.dialling import Where
-from ..links.link import Read
-from ..links.outgoing import Write
-from ..links.transport import PASSING, Report, both_ways, linger, tell
+from ..links.transport import Report
 from ..security.policy import PLAIN, Security
 from .contribution_check import ContributionCheck
 from .contribution_store import ContributionError, ContributionStore
 from .lateral_dialling import dial_lane
 from .lateral_link import LateralLink, LateralLinkEnded
 from .lateral_outgoing import Kind
+from .lateral_server import LateralServer
 from .lateral_settings import LateralSettings
 from .promise_file import read_promise, write_promise
 from .stays import Stays, all_stay, none_known
@@ -114,7 +109,7 @@ class LateralLinks:
         self._jobs: set[asyncio.Task[None]] = set()
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # what ends this node
         self._broken.add_done_callback(lambda broken: broken.exception())  # seen, if `run` is over by then
-        self._closing = False
+        self.server = LateralServer(identity, self._links, settings, report, security, on_broken=self._break)
 
     @property
     def links(self) -> list[LateralLink]:
@@ -338,7 +333,7 @@ class LateralLinks:
             while waiting - {self._broken}:
                 done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 for each in done:
-                    if self._closing:
+                    if self.server.closing:
                         return
                     each.result()
         finally:
@@ -348,7 +343,7 @@ class LateralLinks:
 
     async def close(self) -> None:
         """End all connections, and wait for what is being written."""
-        self._closing = True
+        self.server.closing = True
         if not self._broken.done():
             self._broken.set_result(None)
         for link in self._links.values():
@@ -358,56 +353,6 @@ class LateralLinks:
         for job in () if self._may_write.is_set() else self._jobs:
             job.cancel()  # it waits for what will not come any more
         await asyncio.gather(*self._jobs, return_exceptions=True)
-
-    async def handler(self, _: object, context: grpc.aio.ServicerContext) -> None:
-        """What a server does with a stream of the method Rounds (`node.links.transport.listening`: `more`)."""
-        read, write = both_ways(context)
-        try:
-            await self.serve(read, write, context)
-        except RemoteProtocolError as error:
-            if error.fault not in PASSING:
-                self._report(error.fault, f"lateral link: refused the peer at {context.peer()}: {error}")
-            await tell(write, error)
-            await linger(read)
-        except LateralLinkEnded:
-            pass
-        except RefusedError as error:
-            if error.fault not in PASSING:
-                self._report(error.fault, f"lateral link: refused by the peer at {context.peer()}: {error}")
-            if error.fault is Fault.RESUME:  # asking again would not help
-                self._break(error)
-        except ConnectionError as error:
-            if not self._closing:
-                self._report("connection-lost", f"lateral link from {context.peer()}: {error}")
-        except ContributionError as error:
-            self._break(error)
-
-    async def serve(self, read: Read, write: Write, context: grpc.aio.ServicerContext | None = None) -> None:
-        """One connection that a peer opened, to its end. Raises what `LateralLink.attach` does."""
-        greeting_timeout_s = self._settings.greeting_timeout_s
-        if self._closing:
-            raise LateralLinkEnded("this node leaves")
-        try:
-            async with asyncio.timeout(greeting_timeout_s):  # who says nothing takes nobody's place
-                first = await read()
-        except TimeoutError:
-            raise RemoteProtocolError(Fault.TIMEOUT, f"no greeting within {greeting_timeout_s:g} s") from None
-        if first is None:
-            return
-        if context is not None:
-            self._security.admit(context, first)
-        greeting = decode_frame(first, LIMITS)
-        if not isinstance(greeting, Greeting):
-            raise RemoteProtocolError(Fault.UNEXPECTED, f"a {type(greeting).__name__} frame before the greeting")
-        check_lateral(greeting, self._identity, generation=self._settings.generation())
-        link = self._links[greeting.lane]
-        link.take_place(greeting)
-        frames = [first]
-
-        async def again() -> bytes | None:
-            return frames.pop() if frames else await read()
-
-        await link.attach(again, write, speaks_first=False)
 
     # -- within -------------------------------------------------------------------------------------------------------
 

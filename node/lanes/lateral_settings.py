@@ -36,7 +36,7 @@ class LateralSettings:
     check: Check = lambda *_: None
     generation: Callable[[], int | None] = lambda: None
     rounds: Callable[[], int] = lambda: STEP_MAX
-    status: Callable[[], LaneStatus] | None = None
+    status: Callable[[], LaneStatus | None] | None = None
     on_status: Callable[[int, LaneStatus | None], None] = lambda *_: None
     on_ended: Callable[[int], None] = lambda *_: None
     on_met: Callable[[int], None] = lambda *_: None

@@ -31,7 +31,6 @@ from ..protocol.schedule import (
     WeightGradient,
 )
 from ..sim.links.link_check import LinkCheck
-from ..sim.reports.summary import dense_bytes_one_way
 from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .context.link_transport import LinkTransport
@@ -43,9 +42,10 @@ from .links.link_probe import probe_s
 from .long_preparation import in_daemon
 from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
-from .run_records import Lap, MetricsWriter, Tracer, peak_rss_bytes, rss_bytes
+from .run_records import Lap, MetricsWriter, Tracer
 from .run_totals import RunTotals
 from .stage import Stage
+from .step_records import StepRecords
 from .unpacking import Unpacking
 from .worker_thread import Reporter, Worker
 
@@ -99,6 +99,16 @@ class TrainingLoop:
         self._from_below = below and ReceiveQueue(below, unpacking.from_below, self._codec, on_fault)
         self._to_above = above and SendQueue(above, self._codec)
         self._to_below = below and SendQueue(below, self._codec)
+        self._records = StepRecords(
+            metrics,
+            stage,
+            self.totals,
+            self.links,
+            rounds,
+            generation=generation,
+            tokens=config.tokens_per_step,
+            boundaries=len(self._boundaries),
+        )
         self._evaluation_sum = 0.0
         self._measures: dict[str, float] = {}
 
@@ -121,7 +131,7 @@ class TrainingLoop:
             if self.context:  # a lane that nothing comes back to for its last parts is through before they have left
                 await self.context.flush()
                 await asyncio.gather(*(link.settle(timeout_s) for link in self.context.links))
-            self._write_end()
+            self._records.end()
             await asyncio.gather(*(link.drain(timeout_s) for link in self.links))
             for pump in pumps:
                 pump.cancel()
@@ -217,7 +227,8 @@ class TrainingLoop:
             await self._hold_rounds(step + 1, of_gradients=False)
             if self.stage.chunk and step == self.stage.chunk.gathering_step:
                 await self._compute.run("choice of subspaces", self.stage.chunk.choose_subspaces, step)
-            self._write_step(step, loss, grad_norm, lap)
+            self._deadline.observe(lap.seconds)
+            self._records.step(step, loss, grad_norm, lap, self._measures)
             lap = Lap()
             due = run.eval_every and (step + 1) % run.eval_every == 0
             if due or step + 1 == run.steps:
@@ -358,9 +369,7 @@ class TrainingLoop:
         if not self.corpus.draws_slowly or kind is Kind.EVALUATION:
             return drawn(), None
         with self._watch.waiting():  # the loop goes on: a neighbour hears heartbeats while a dataset is waited for
-            return await in_daemon(
-                partial(draw, self.corpus, self.config, kind, step, microbatch, self.stage.lane)
-            ), None
+            return await in_daemon(drawn), None
 
     async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int) -> Arrival:
         with self._watch.waiting():
@@ -372,47 +381,3 @@ class TrainingLoop:
         assert self._to_below
         later = port.pack_queue.submit(lambda: port.pack_activation(out, ids_BS, step, microbatch, kind))
         await self._to_below.put(f"pack activation {microbatch}", later)
-
-    # -- records ------------------------------------------------------------------------------------------------
-
-    def _write_step(self, step: int, loss: float, grad_norm: float, lap: Lap) -> None:
-        spent, seconds, cpu_s = self.totals.step(lap), lap.seconds, lap.cpu_s
-        self._deadline.observe(seconds)
-        tokens = self.config.tokens_per_step
-        self._metrics.write(
-            "step",
-            step=step,
-            generation=self._generation,
-            loss=loss,
-            grad_norm=grad_norm,
-            tokens=tokens,
-            seconds=round(seconds, 6),
-            cpu_s=round(cpu_s, 6),
-            loop_cpu_s=round(lap.thread_cpu_s, 6),
-            tokens_per_s=round(tokens / seconds, 3),
-            sent_bytes={link.name: dict(link.sent) for link in self.links}
-            | (self._rounds.sent_bytes() if self._rounds else {}),
-            dense_bytes=len(self._boundaries) * dense_bytes_one_way(width=self.stage.width, tokens=tokens),
-            links=[self.totals.step_record(link, seconds) for link in self.links]
-            + (self._rounds.step_records(seconds) if self._rounds else []),
-            rss_bytes=rss_bytes(),
-            codec=self._measures,
-            dictionaries=self.stage.dictionaries(),
-            **spent,
-        )
-
-    def _write_end(self) -> None:
-        self._metrics.write(
-            "end",
-            stage=self.stage.index,
-            layers=len(self.stage.layers),
-            parameters=self.stage.parameters(),
-            steps=self.stage.completed,
-            train_s=round(self.totals.train_s, 6),
-            cpu_s=round(self.totals.cpu_s, 6),
-            **self._watch.total,
-            peak_rss_bytes=peak_rss_bytes(),
-            state_bytes=self.stage.state_bytes(),
-            state_sha256=self.stage.state_sha256(),
-            links=[self.totals.record(link) for link in self.links] + (self._rounds.records() if self._rounds else []),
-        )

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..protocol.control_messages import CopyFrame, Heartbeat
 from ..protocol.greeting import NodeIdentity
+from ..protocol.group_chain import group_ends_after
 from ..protocol.rollback import Rollback, RollbackPhase
 from ..protocol.rollback_actions import ChooseEnd, End, EndAfter, Leave, Side, Start, Stop
 from ..sim.links.shaper import LinkProfile
@@ -314,10 +315,9 @@ class RecoveryLoop:
 
     def _last_step(self) -> int:
         """After how many steps all can end, as the head of the chain knows. Stages further down never begin a step
-        before it; lanes of a group, each of which has its own data, may have begun one more, and not two: for that they
-        need what this node contributes to it."""
+        before it; lanes of a group may."""
         under_way = self._done()
-        return min(under_way + 1, self.config.run.steps) if self._grouped and self._node else under_way
+        return group_ends_after(under_way, self.config.run.steps) if self._grouped and self._node else under_way
 
     def heartbeat(self) -> Heartbeat:
         """What other lanes are told of this one. Those of a group know of each other what they need to on their

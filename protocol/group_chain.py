@@ -65,3 +65,10 @@ class GroupChain(NamedTuple):
             return f"position {position}"
         stage, lane = self.place(position)
         return f"stage {stage} of lane {lane}"
+
+
+def group_ends_after(under_way: int, steps: int) -> int:
+    """After how many of so many steps all lanes of a group can end, where the head of the chain will have completed
+    `under_way` once its present step is. Each lane has its own data and begins by itself: another one may have begun
+    one step more, and not two: for that it needs what the head gives to the first, keys and values at least."""
+    return min(under_way + 1, steps)

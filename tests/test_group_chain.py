@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from thinpipe.protocol.errors import Fault, RemoteProtocolError
 from thinpipe.protocol.greeting import NodeIdentity, check_handshake
 from thinpipe.protocol.grid_place import GridPlace, grid
-from thinpipe.protocol.group_chain import GroupChain
+from thinpipe.protocol.group_chain import GroupChain, group_ends_after
 from thinpipe.protocol.rollback_actions import SIDES, Side
 
 from .builders import identity
@@ -93,3 +93,13 @@ def test_a_node_that_does_not_know_of_the_group_is_refused() -> None:
     with pytest.raises(RemoteProtocolError, match="number of nodes") as refused:
         check_handshake(alone.greeting(completed_steps=0), member, 0)
     assert refused.value.fault is Fault.STAGE
+
+
+@given(lanes=st.integers(2, 5), moves=st.lists(st.integers(0, 4), max_size=60), steps=st.integers(8, 12))
+def test_where_the_head_is_says_when_all_can_end(lanes: int, moves: list[int], steps: int) -> None:
+    """Whoever is first at any moment: a lane ends its step once all have begun it, as each contributes to it."""
+    under_way = [1] * lanes
+    for lane in (move % lanes for move in moves):
+        if min(under_way) >= under_way[lane] < steps:
+            under_way[lane] += 1
+        assert max(under_way) <= group_ends_after(under_way[0], steps) <= min(under_way[0] + 1, steps)

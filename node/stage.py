@@ -350,6 +350,8 @@ class Stage:
     @torch.no_grad()
     def infer(self, inputs_BT: Tensor, received: ReceivedTensor | None) -> Encoded | Tensor:
         """As `evaluate`, of tokens without targets: what to send on, or the last stage's logits (B, T, V)."""
+        if self.versions:
+            self.versions.use_master()
         out = self._computed(inputs_BT, self._accept(received))
         return out if self.last else self._encoded(out)
 

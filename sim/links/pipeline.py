@@ -43,7 +43,7 @@ from ...protocol.schedule import (
 from ...protocol.step_orders import DelayedOrder, overlapping_peak
 from .shaper import LinkProfile
 
-SETTLED_STEPS = 8  # that overlap: the first ones fill the pipeline
+SETTLED_STEPS = 4  # that overlap, of which the mean is taken: lengths may alternate
 Rule = Literal["duplex", "shared"]
 
 
@@ -282,9 +282,10 @@ def simulate(
 ) -> Simulation:
     """`steps` training steps (default: 3, or as many as it takes to settle) without a barrier between them, as nodes
     run them; figures are of the last one but one, which has neighbours on both sides. delay: of gradients, in steps; 1:
-    steps overlap, and what an evaluation or a checkpoint costs by emptying the pipeline is left out. Raises ValueError
+    steps overlap, figures are the mean of the last four but one, and what an evaluation or a checkpoint costs by
+    emptying the pipeline is left out. Raises ValueError
     for counts that make no pipeline, and ScheduleError for an order whose steps cannot overlap."""
-    steps = steps or (SETTLED_STEPS if delay else 3)
+    steps = steps or (3 * SETTLED_STEPS if delay else 3)
     if len(boundaries) != len(stages) - 1 or steps < 3:
         raise ValueError(
             f"{len(stages)} stages, {len(boundaries)} boundaries and {steps} steps: wanted one boundary "
@@ -292,13 +293,14 @@ def simulate(
         )
     pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule, delay=delay)
     pipeline.run()
-    begins = _begins(pipeline.spans)
-    step_s = max(begins[stage, steps - 1] - begins[stage, steps - 2] for stage in range(len(stages)))
+    begins, over = _begins(pipeline.spans), SETTLED_STEPS if delay else 1
+    first = steps - 1 - over
+    step_s = max(begins[stage, steps - 1] - begins[stage, first] for stage in range(len(stages))) / over
     busy: dict[object, float] = defaultdict(float)
     for span in pipeline.spans:
-        if span.step == steps - 2:
+        if first <= span.step < steps - 1:
             key = span.stage if span.sender is None else (span.sender, span.stage)
-            busy[key] += span.end_s - span.start_s
+            busy[key] += (span.end_s - span.start_s) / over
     in_flight = functools.partial(overlapping_peak, schedule) if delay else schedule.peak_in_flight
     pairs = [pair for stage in range(len(stages) - 1) for pair in ((stage, stage + 1), (stage + 1, stage))]
     return Simulation(

@@ -24,6 +24,7 @@ it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
@@ -92,7 +93,9 @@ class Anchors(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self._once: list[tuple[Tensor, Tensor | None]] | None = None  # what was asked within `once`, and said
+        self._once: dict[
+            int, list[tuple[Tensor, Tensor | None]]
+        ] = {}  # by thread: what was asked within `once`, and said
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("pairs", None if pairs is None else nn.Parameter(pairs))
         self.register_buffer("projection", projection)
@@ -104,16 +107,16 @@ class Anchors(nn.Module):
         it is computed once, and so is its gradient.
 
         `ids_BT` may be parts of sequences, one after the other: then `parts` are the same ids with those before them,
-        and how many these are."""
-        self._once = []
+        and how many these are. Each thread has its own: two microbatches may be under way."""
+        said = self._once[threading.get_ident()] = []
         if ids_BT is not None and parts:
             known = [self._known(part_BT) for part_BT, _ in parts]
             own = [each[:, before:] for each, (_, before) in zip(known, parts, strict=True) if each is not None]
-            self._once.append((ids_BT, torch.cat(own, dim=1) if own else None))
+            said.append((ids_BT, torch.cat(own, dim=1) if own else None))
         try:
             yield
         finally:
-            self._once = None
+            del self._once[threading.get_ident()]
 
     def forward(self, ids_BT: Tensor) -> Tensor | None:
         """Token ids (B, T) to (B, T, D), what to subtract or add; None where this stage knows nothing of any token.
@@ -122,12 +125,13 @@ class Anchors(nn.Module):
         The factorised part gathers rows of E (and F) and multiplies them by P: B T ra D products, no (V, D) between.
         Raises ValueError for an id outside the vocabulary (on a GPU, its own assertion does, without a name).
         """
-        for asked_BT, said_BTD in self._once or ():
+        once = self._once.get(threading.get_ident())
+        for asked_BT, said_BTD in once or ():
             if asked_BT is ids_BT:
                 return said_BTD
         said_BTD = self._known(ids_BT)
-        if self._once is not None:
-            self._once.append((ids_BT, said_BTD))
+        if once is not None:
+            once.append((ids_BT, said_BTD))
         return said_BTD
 
     def _known(self, ids_BT: Tensor) -> Tensor | None:

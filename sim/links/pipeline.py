@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ...protocol.paired import partner
 from ...protocol.schedule import (
     Action,
     Backward,
@@ -45,16 +46,46 @@ Rule = Literal["duplex", "shared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairTimes:
+    """Of two microbatches that are computed in turns: until the first is done, and from then until the second is."""
+
+    forward_s: tuple[float, float]
+    backward_s: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
     """Seconds of compute of one stage: of one microbatch forward and backward, and of a step's end.
 
     weight_s: the part of backward_s that is for weight gradients; unless it is known, half, as for matrices alone.
+    pair: under a schedule of pairs; None: two take twice as long as one.
     """
 
     forward_s: float
     backward_s: float
     weight_s: float | None = None
     step_s: float = 0.0
+    pair: PairTimes | None = None
+
+    @property
+    def mean_forward_s(self) -> float:
+        """Of a microbatch, in a pair where there is one."""
+        return sum(self.pair.forward_s) / 2 if self.pair else self.forward_s
+
+    @property
+    def mean_backward_s(self) -> float:
+        return sum(self.pair.backward_s) / 2 if self.pair else self.backward_s
+
+    def in_pair(self, action: Forward | Upward) -> float:
+        """Of one action of two that are done together."""
+        if not self.pair:
+            return self.of(action)
+        which = action.microbatch % 2
+        if isinstance(action, Forward):
+            return self.pair.forward_s[which]
+        whole_s = sum(self.pair.backward_s)
+        later_s = 2 * self.weight_gradient_s if isinstance(action, InputGradient) else 0.0
+        return self.pair.backward_s[which] * (1 - later_s / whole_s) if whole_s else 0.0
 
     @property
     def weight_gradient_s(self) -> float:
@@ -251,12 +282,17 @@ def _planned(schedule: Schedule, stages: Sequence[StageTimes], microbatches: int
     for stage, times in enumerate(stages):
         stream: list[_Planned] = []
         for action in schedule.actions(stage=stage, stages=count, microbatches=microbatches):
-            needs = prerequisites(action, stage=stage, stages=count)
+            needs, seconds = prerequisites(action, stage=stage, stages=count), times.of(action)
+            if isinstance(action, Forward | Upward) and (other := partner(schedule, action, microbatches)):
+                # Both begin when what both need is here.
+                first = action.microbatch < other.microbatch
+                needs = (*needs, *prerequisites(other, stage=stage, stages=count)) if first else ()
+                seconds = times.in_pair(action)
             stream.append(
                 _Planned(
                     action=action,
                     number=numbers[action],
-                    seconds=times.of(action),
+                    seconds=seconds,
                     needs=tuple((whose, numbers[what]) for whose, what in needs),
                     receiver=receiver(action, stage=stage, stages=count),
                 )

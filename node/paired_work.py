@@ -51,4 +51,5 @@ async def computed(
             await then(0, first.result())
         await then(1, (await pair)[1])
     finally:
-        pair.cancel()  # done, unless nobody wants it any more
+        if not pair.cancel() and not pair.cancelled():
+            pair.exception()  # raised here, or nobody wants it any more

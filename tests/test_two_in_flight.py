@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import threading
@@ -18,6 +19,10 @@ from thinpipe.node.config_file import parse_config
 from thinpipe.node.context.exchange import ContextKey
 from thinpipe.node.context.turns import OtherFailed, Turns
 from thinpipe.node.one_process import OneProcess
+from thinpipe.node.paired_work import computed
+from thinpipe.node.run_records import Stopwatch, Tracer
+from thinpipe.node.stage import Stage
+from thinpipe.node.worker_thread import Worker
 from thinpipe.protocol.global_norm import WithGlobalNorm
 from thinpipe.protocol.paired import Paired, computed_now, partner
 from thinpipe.protocol.schedule import (
@@ -81,6 +86,49 @@ def test_the_second_computes_with_as_many_threads() -> None:
     idents = turns.both(threading.get_ident, threading.get_ident)
     assert idents[0] == threading.get_ident() != idents[1]
     assert len(set(turns.both(torch.get_num_threads, torch.get_num_threads))) == 1
+
+
+def test_what_the_first_gives_leaves_while_the_second_computes() -> None:
+    """On the event loop: the second one ends only when the first one's result was passed on."""
+
+    class TwoInTurns(Stage):
+        chunk: Any = None
+
+        def __init__(self) -> None:  # not super's: no model
+            self.chunk = self  # what has the turns
+            self.turns = Turns()
+
+    async def job() -> list[tuple[int, str]]:
+        sent, left = list[tuple[int, str]](), threading.Event()
+        watch = Stopwatch()
+        compute = Worker("compute", watch, Tracer(stage=0, enabled=False))
+
+        def second() -> str:
+            assert left.wait(20)
+            return "second"
+
+        async def then(place: int, result: str) -> None:
+            sent.append((place, result))
+            left.set()
+
+        try:
+            given = {"stage": TwoInTurns(), "compute": compute, "watch": watch}
+            await computed("both", [lambda: "first", second], then, **given)
+            await computed("one", [lambda: "alone"], then, **given)
+            with pytest.raises(ValueError, match="second fails"):
+                await computed("both", [lambda: "first", partial(fail, "second fails")], then, **given)
+            with pytest.raises(ValueError, match="first fails"):
+                await computed("both", [partial(fail, "first fails"), second], then, **given)
+        finally:
+            compute.close()
+            compute.join()
+        return sent
+
+    assert asyncio.run(job()) == [(0, "first"), (1, "second"), (0, "alone"), (0, "first")]
+
+
+def fail(line: str) -> str:
+    raise ValueError(line)
 
 
 # -- schedules --------------------------------------------------------------------------------------------------------

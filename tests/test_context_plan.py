@@ -257,6 +257,11 @@ def test_people_see_it() -> None:
         (("--chunks", "6"), r"2048 tokens is not 12 equal segments, .*; choose a length such as 2052"),
         (("--lanes", "2"), r"--chunks are lanes of the same sequences, --lanes of different ones; omit one"),
         (("--codec", "ssn:k=16"), r"codec 'ssn' does not go with chunks"),
+        (
+            ("--set", "context.in_flight=2", "--write-schedule", "no-such-directory/orders.csv"),
+            r"--write-schedule: this plan computes two microbatches in turns, .*; say --set context\.in_flight=1",
+        ),
+        (("--set", "context.in_flight=2", "--microbatches", "1"), r"context\.in_flight = 2: a step has one microbatch"),
         (("--rule", "shared"), r"--rule shared is for the links of one chain, .*kernel=rate"),
     ],
 )

@@ -119,7 +119,7 @@ def plan(
     if write_schedule:
         if (chunks_of := figures["chunks"]) and chunks_of["in_flight"] == 2:
             fail(
-                "--write-schedule: this plan computes two microbatches in turns, and a written order is of single ones; "
+                "--write-schedule: this plan computes two microbatches in turns, a written order single ones; "
                 "say --set context.in_flight=1",
                 2,
             )

@@ -10,9 +10,9 @@ Why threads: a layer's attention is deep inside of the architecture's own forwar
 be left in the middle only by standing still (as in `lane_threads`). Why not two real ones at the same time: two halves
 of a machine each take twice as long, and then neither bits nor memory would be known.
 
-What a stage keeps of the microbatch that it computes *now* has to be a thread's own: the moment (`layer_attention`),
-known tokens (`Anchors.once`), where weight gradients go (`Deferral`), autocast. The wait for a turn has no deadline: it
-ends with the other one's wait, which has one, and with its failure.
+What a stage keeps of the microbatch that it computes *now* has to be a thread's own, or found by what it belongs to:
+the moment (`layer_attention`), where weight gradients go (`Deferral`), autocast; answers of anchors, by the ids. The
+wait for a turn has no deadline: it ends with the other one's wait, which has one, and with its failure.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from thinpipe.node.config import ConfigError
 from thinpipe.node.config_file import parse_config
 from thinpipe.node.context.exchange import ContextKey
+from thinpipe.node.context.mailbox import LaneMailbox
 from thinpipe.node.context.turns import OtherFailed, Turns
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.paired_work import computed
@@ -272,6 +273,26 @@ def test_they_are_a_layer_apart() -> None:
     one_way = [list(dict.fromkeys(each for each in sent if each[0] == gradient)) for gradient in (False, True)]
     assert one_way[0] == [(False, *each) for each in [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (1, 2)]]
     assert one_way[1] == [(True, *each) for each in [(1, 0), (1, 1), (0, 0), (0, 1), (1, 2), (0, 2)]]
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("microbatch", [0, 1])
+def test_a_lane_that_fails_in_either_ends_all(way: str, microbatch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = {"stages": 1, "batch_size": 2, "microbatches": 2}
+    run = OneProcess(parse_config({**SMALL, "pipeline": pipeline, "context": {"method": "full"}}))
+    receive = LaneMailbox.receive
+
+    def failing(self: LaneMailbox, lane: int, key: ContextKey) -> bytes:
+        if (self.lane, key.microbatch, key.gradient, key.layer) == (1, microbatch, way == "backward", 1):
+            raise ValueError(f"lane 1 fails at {key}")
+        return receive(self, lane, key)
+
+    monkeypatch.setattr(LaneMailbox, "receive", failing)
+    try:
+        with pytest.raises(ValueError, match=f"lane 1 fails at .*layer 1, .*microbatch {microbatch}"):
+            run.train()
+    finally:
+        run.close()
 
 
 def test_where_two_are_in_flight() -> None:

@@ -17,8 +17,9 @@ from pydantic import model_validator
 from ..compress.recommended_rates import recommended_for
 from ..protocol.control_messages import LISTED_MAX
 from ..protocol.global_norm import WithGlobalNorm
+from ..protocol.paired import Paired
 from ..protocol.schedule import Schedule, ScheduleError, get_schedule
-from ..protocol.stage_orders import PREFIX as ORDERS
+from ..protocol.stage_orders import PREFIX
 from .config_sections import (
     CheckpointSection,
     CodecSection,
@@ -75,8 +76,9 @@ class RunConfig(Section):
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
+        self._check_in_flight()
         try:
-            get_schedule(self.pipeline.schedule).check(0, self.pipeline.stages, parts)
+            self.training_schedule.check(0, self.pipeline.stages, parts)
         except ScheduleError as error:
             raise ValueError(f"pipeline.schedule: {error}") from None
         if (speeds := self.pipeline.speeds) and len(speeds) != self.pipeline.stages:
@@ -110,7 +112,7 @@ class RunConfig(Section):
         for what, is_there, remedy in (
             ("chunks (context.method)", bool(self.context.method), "omit one of the two"),
             (f"lanes.count = {self.lanes.count}", self.lanes.count > 1, "set it to 1"),
-            ("a schedule of written orders", pipeline.schedule.startswith(ORDERS), "say gpipe, 1f1b or zb"),
+            ("a schedule of written orders", pipeline.schedule.startswith(PREFIX), "say gpipe, 1f1b or zb"),
             (
                 "optim.clip_norm = 'global', for which stages wait for each other between steps",
                 self.optim.clip > 0 and self.optim.clip_norm == "global",
@@ -167,6 +169,28 @@ class RunConfig(Section):
         except CodecError as error:
             raise ConfigError(str(error)) from None
 
+    def _check_in_flight(self) -> None:
+        if self.context.in_flight != 2:
+            return
+        if not self.context.method:
+            fault = "lanes that hold sequences of their own do not wait within a layer; omit it, or set context.method"
+        elif self.pipeline.microbatches == 1:
+            fault = "a step has one microbatch (pipeline.microbatches = 1); omit it, or raise that"
+        elif self.pipeline.schedule.startswith(PREFIX):
+            fault = "written orders are of single microbatches; omit it, or set pipeline.schedule to gpipe, 1f1b or zb"
+        else:
+            return
+        raise ValueError(f"context.in_flight = 2: {fault}")
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches that a stage computes in turns, so that one does while another waits for keys and values."""
+        pipeline, given = self.pipeline, self.context.in_flight
+        if not self.context.method:
+            return 1
+        alone = pipeline.stages == 1 and pipeline.microbatches > 1 and not pipeline.schedule.startswith(PREFIX)
+        return given or (2 if alone else 1)
+
     @property
     def evaluation_microbatches(self) -> int:
         """Held-out microbatches in one evaluation; what does not fill a microbatch is left out."""
@@ -186,6 +210,8 @@ class RunConfig(Section):
     def training_schedule(self) -> Schedule:
         """What each stage does in a training step, and in which order."""
         schedule = get_schedule(self.pipeline.schedule)
+        if self.in_flight == 2:
+            schedule = Paired(schedule)
         return WithGlobalNorm(schedule) if self.clips_by_global_norm else schedule
 
     def next_drain(self, completed: int) -> int:

@@ -250,6 +250,11 @@ class ContextSection(Section):
         description="zigzag: each lane holds an early and a late part of each sequence, and all compute alike; plain: "
         "one part, and the last lane computes the most",
     )
+    in_flight: Literal[1, 2] | None = Field(
+        default=None,
+        description="2: two microbatches are computed in turns, one while the other waits for keys and values, and "
+        "kept in memory; default: 2 with one stage and several microbatches, else 1",
+    )
 
 
 class LinkSection(Section):

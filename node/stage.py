@@ -11,10 +11,10 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from ..compress.codec_interface import Decoder, Encoder
 
+T = TypeVar("T")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -166,7 +167,8 @@ class Stage:
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._autocast:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            # Its cache of weights in bfloat16 is one for all threads, and would tie the graphs of two microbatches.
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=self.chunk is None)
         return nullcontext()
 
     def _run(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
@@ -188,6 +190,23 @@ class Stage:
     def _begin(self, step: int, microbatch: int, *, evaluation: bool = False) -> None:
         if self.chunk:
             self.chunk.begin(step, microbatch, evaluation=evaluation)
+
+    def in_turns(
+        self, first: Callable[[], T], second: Callable[[], T], on_first: Callable[[T], None] | None = None
+    ) -> tuple[T, T]:
+        """Two microbatches' `forward`, `backward` or `input_gradient`, the one where the other waits for other lanes;
+        on_first: is told of the first one's result at once. The bits are those of one after the other."""
+        if self.chunk:
+            return self.chunk.turns.both(first, second, on_first)
+        one = first()
+        if on_first:
+            on_first(one)
+        return one, second()
+
+    @property
+    def second_cpu_s(self) -> float:
+        """What the second microbatch of the last `in_turns` took of the CPU on a thread of its own."""
+        return self.chunk.turns.second_cpu_s if self.chunk else 0.0
 
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None

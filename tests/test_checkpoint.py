@@ -50,7 +50,7 @@ from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.node.stage_state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.protocol.schedule import Action, get_schedule, interleave
+from thinpipe.protocol.schedule import Action, Forward, get_schedule, interleave
 from thinpipe.protocol.step_orders import DelayedOrder, interleave_steps
 from torch import Tensor
 from typer.testing import CliRunner
@@ -264,7 +264,7 @@ def test_the_next_steps_messages_are_no_part_of_a_snapshot(tiny: TinyConfig) -> 
     run = Run(configure(tiny))
     run.train_from(0, 3)
     before, digest = run.stages[1].snapshot(), run.stages[1].state_sha256()
-    run._forward(0, 3, 0, Kind.ACTIVATION)
+    run._together(0, 3, Forward(microbatch=0), (0,))
     port = run.stages[1].upstream_endpoint
     assert port is not None
     assert port.table is not None

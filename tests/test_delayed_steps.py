@@ -88,8 +88,8 @@ class Spied(Run):
 
     most = 0
 
-    def _forward(self, index: int, *args: Any) -> float:
-        done = super()._forward(index, *args)
+    def do(self, *args: Any) -> float:
+        done = super().do(*args)
         self.most = max(self.most, *(stage._begun - stage.completed for stage in self.stages))
         return done
 

@@ -50,6 +50,7 @@ def plan(
     boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]
     held = exchange.held if exchange else times
+    took_s = [each.mean_forward_s + each.mean_backward_s for each in held]
     simulated = simulate(
         config.training_schedule,
         held,
@@ -84,8 +85,8 @@ def plan(
         "stages": [
             {
                 "layers": layers[stage],
-                "forward_s": each.forward_s,
-                "backward_s": each.backward_s,
+                "forward_s": each.mean_forward_s,
+                "backward_s": each.mean_backward_s,
                 "weight_gradient_s": each.weight_gradient_s,
                 "compute_share": simulated.compute_share[stage]
                 * (1 - exchange.waiting_share(stage) if exchange else 1),
@@ -100,8 +101,7 @@ def plan(
                 "forward_share": simulated.wire_share[stage, stage + 1],
                 "backward_share": simulated.wire_share[stage + 1, stage],
                 # Each direction of a full-duplex link may take as long as the slower neighbour computes.
-                "compute_bound_at_ratio": rate
-                and dense_bytes * 8 / rate / max(each.forward_s + each.backward_s for each in held[stage : stage + 2]),
+                "compute_bound_at_ratio": rate and dense_bytes * 8 / rate / max(took_s[stage : stage + 2]),
             }
             for stage in range(stages - 1)
         ],

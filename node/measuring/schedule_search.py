@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...protocol.schedule import RTT_RATIO_MAX, ScheduleError, get_schedule
+from ...protocol.schedule import RTT_RATIO_MAX, ScheduleError
 from ...protocol.sought_schedule import Sought, sought
 from ...protocol.stage_orders import PREFIX
 from ...sim.links.order_search import best_orders
@@ -95,10 +95,12 @@ class _Search:
         """The quickest of all; of equals one with a name, and of those the least deep."""
         bound = in_flight or self._in_flight(self.depth("zb"))
         found = [*self._depths("1f1b", bound), *self._depths("zb", bound)]
-        orders, step_s = best_orders(
-            self._times, self._boundaries, microbatches=self._microbatches, in_flight=bound, rule=self._rule
-        )
-        return min([*found, (orders.spec, step_s)], key=lambda one: one[1])[0]
+        if self._config.context.in_flight != 2:  # orders are of single microbatches
+            orders, step_s = best_orders(
+                self._times, self._boundaries, microbatches=self._microbatches, in_flight=bound, rule=self._rule
+            )
+            found.append((orders.spec, step_s))
+        return min(found, key=lambda one: one[1])[0]
 
     def _depths(self, name: str, bound: int | None) -> Iterator[tuple[str, float]]:
         """Each depth that holds no more than `bound`, and its seconds a step."""
@@ -112,5 +114,5 @@ class _Search:
                 yield spec, simulate(schedule, *every, **asked).step_s
 
     def _in_flight(self, spec: str) -> int:
-        schedule = get_schedule(spec)
+        schedule = with_pipeline(self._config, schedule=spec).training_schedule
         return max(schedule.peak_in_flight(stage, self._stages, self._microbatches) for stage in range(self._stages))

@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ...protocol.paired import partner
 from ...protocol.schedule import (
     Action,
     Backward,
@@ -48,16 +49,46 @@ Rule = Literal["duplex", "shared"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PairTimes:
+    """Of two microbatches that are computed in turns: until the first is done, and from then until the second is."""
+
+    forward_s: tuple[float, float]
+    backward_s: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
     """Seconds of compute of one stage: of one microbatch forward and backward, and of a step's end.
 
     weight_s: the part of backward_s that is for weight gradients; unless it is known, half, as for matrices alone.
+    pair: under a schedule of pairs; None: two take twice as long as one.
     """
 
     forward_s: float
     backward_s: float
     weight_s: float | None = None
     step_s: float = 0.0
+    pair: PairTimes | None = None
+
+    @property
+    def mean_forward_s(self) -> float:
+        """Of a microbatch, in a pair where there is one."""
+        return sum(self.pair.forward_s) / 2 if self.pair else self.forward_s
+
+    @property
+    def mean_backward_s(self) -> float:
+        return sum(self.pair.backward_s) / 2 if self.pair else self.backward_s
+
+    def in_pair(self, action: Forward | Upward) -> float:
+        """Of one action of two that are done together."""
+        if not self.pair:
+            return self.of(action)
+        which = action.microbatch % 2
+        if isinstance(action, Forward):
+            return self.pair.forward_s[which]
+        whole_s = sum(self.pair.backward_s)
+        later_s = 2 * self.weight_gradient_s if isinstance(action, InputGradient) else 0.0
+        return self.pair.backward_s[which] * (1 - later_s / whole_s) if whole_s else 0.0
 
     @property
     def weight_gradient_s(self) -> float:
@@ -257,11 +288,16 @@ def _planned(
         shape = {"stage": stage, "stages": count, "microbatches": microbatches}
         known: dict[Action, _Planned] = {}
         for action in schedule.actions(**shape):
-            needs = prerequisites(action, stage=stage, stages=count)
+            needs, seconds = prerequisites(action, stage=stage, stages=count), times.of(action)
+            if isinstance(action, Forward | Upward) and (other := partner(schedule, action, microbatches)):
+                # Both begin when what both need is here.
+                first = action.microbatch < other.microbatch
+                needs = (*needs, *prerequisites(other, stage=stage, stages=count)) if first else ()
+                seconds = times.in_pair(action)
             known[action] = _Planned(
                 action=action,
                 number=numbers[action],
-                seconds=times.of(action),
+                seconds=seconds,
                 needs=tuple((whose, numbers[what]) for whose, what in needs),
                 receiver=receiver(action, stage=stage, stages=count),
             )
@@ -283,8 +319,8 @@ def simulate(
     """`steps` training steps (default: 3, or as many as it takes to settle) without a barrier between them, as nodes
     run them; figures are of the last one but one, which has neighbours on both sides. delay: of gradients, in steps; 1:
     steps overlap, figures are the mean of the last four but one, and what an evaluation or a checkpoint costs by
-    emptying the pipeline is left out. Raises ValueError
-    for counts that make no pipeline, and ScheduleError for an order whose steps cannot overlap."""
+    emptying the pipeline is left out. Raises ValueError for counts that make no pipeline, and ScheduleError for an
+    order whose steps cannot overlap."""
     steps = steps or (3 * SETTLED_STEPS if delay else 3)
     if len(boundaries) != len(stages) - 1 or steps < 3:
         raise ValueError(

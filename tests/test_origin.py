@@ -112,7 +112,7 @@ def test_the_first_tensors_are_coded_as_the_run_would_have_coded_them(trained: P
     logits = was.rounded_logits(ids_BS, 0)
     targets = torch.from_numpy(ids_BS[:, 1:].astype("int64"))
     wanted = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    assert new.stages[-1].losses[0] == wanted.item()
+    assert new.stages[-1]._saved[0, 0].loss_sum == wanted.item()
 
 
 def test_other_byte_formats_begin_their_codebooks_anew(tiny: TinyConfig, tmp_path: Path) -> None:

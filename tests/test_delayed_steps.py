@@ -83,6 +83,17 @@ def test_one_process_may_walk_any_order(tiny: TinyConfig) -> None:
     assert overlapping.digests() == apart.digests()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler provokes warnings in its own tracing and swallows them
+def test_compiled_layers_find_the_weights_of_their_forward(tiny: TinyConfig) -> None:
+    more = {"pipeline.stages": 2, "compute.compile": True, "pipeline.schedule": "1f1b:rtt_ratio=1"}
+    config = late(tiny, **more, **{"codec.codec": "mapl:r=8,every=1"})
+    apart, overlapping = Run(config), Run(config)
+    apart.train_from(0, 4)
+    overlapping.overlap(0, 4)
+    assert overlapping.digests() == apart.digests()
+
+
 class Spied(Run):
     """Says how many steps are begun and not ended, at most."""
 

@@ -320,6 +320,15 @@ PROCESSES = {
         "codec.backward": "int4",
         "run.eval_every": 2,
     },
+    "three stages whose steps overlap": {
+        "pipeline.stages": 3,
+        "pipeline.schedule": "zb:rtt_ratio=1",
+        "pipeline.delay": 1,
+        "codec.codec": "mapl:r=8,every=2",
+        "link.link": CAPPED,
+        "run.steps": 8,
+        "checkpoint.every": 5,
+    },
 }
 
 

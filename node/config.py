@@ -100,6 +100,30 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _delay_fits(self) -> Self:
+        pipeline = self.pipeline
+        if not pipeline.delay:
+            if pipeline.predict != "none":
+                raise ValueError(
+                    f"pipeline.predict = '{pipeline.predict}' is for gradients that are applied late, and "
+                    "pipeline.delay = 0; set pipeline.delay = 1, or omit it"
+                )
+            return self
+        for what, is_there, remedy in (
+            ("chunks (context.method)", bool(self.context.method), "omit one of the two"),
+            (f"lanes.count = {self.lanes.count}", self.lanes.count > 1, "set it to 1"),
+            ("a schedule of written orders", pipeline.schedule.startswith(PREFIX), "say gpipe, 1f1b or zb"),
+            (
+                "optim.clip_norm = 'global', for which stages wait for each other between steps",
+                self.optim.clip > 0 and self.optim.clip_norm == "global",
+                "say 'stage'",
+            ),
+        ):
+            if is_there:
+                raise ValueError(f"pipeline.delay = 1 does not go with {what}; {remedy}")
+        return self
+
+    @model_validator(mode="after")
     def _chunks_fit(self) -> Self:
         if not self.context.method:
             return self
@@ -190,6 +214,12 @@ class RunConfig(Section):
             schedule = Paired(schedule)
         return WithGlobalNorm(schedule) if self.clips_by_global_norm else schedule
 
+    def next_drain(self, completed: int) -> int:
+        """After how many steps the pipeline has to be empty next, where steps overlap: for an evaluation, a checkpoint,
+        or the end."""
+        periods = [every for every in (self.run.eval_every, self.checkpoint.every) if every]
+        return min([self.run.steps, *((completed // every + 1) * every for every in periods)])
+
     @property
     def tokens_per_step(self) -> int:
         """Of one lane."""
@@ -199,14 +229,14 @@ class RunConfig(Section):
         """All that must agree between the nodes of a run, by section.
 
         Left out: paths (they differ between machines), the device, how a node's own link is shaped and buffered,
-        when it writes checkpoints, and who looks at it.
+        when it writes checkpoints (unless steps overlap: then all have to stop for them at once), and who looks at it.
         """
-        exclude = {
+        exclude: dict[str, Any] = {
             "data": {"cache", "source", "tokenizer"},
             "model": {"path"},
             "link": True,
             "compute": {"device"},
-            "checkpoint": True,
+            "checkpoint": set(CheckpointSection.model_fields) - {"every"} if self.pipeline.delay else True,
             "watch": True,
         }
         return self.model_dump(mode="json", exclude=exclude)
@@ -220,8 +250,10 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
 
     def of_any_length(self) -> RunConfig:
-        """The same but for its length: what a checkpoint must have in common with the run that goes on from it."""
-        return self.model_copy(update={"run": self.run.model_copy(update={"steps": 1, "extended": ()})})
+        """The same but for its length, and when it stops on the way: what a checkpoint must have in common with the run
+        that goes on from it."""
+        run = self.run.model_copy(update={"steps": 1, "extended": ()})
+        return self.model_copy(update={"run": run, "checkpoint": CheckpointSection()})
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

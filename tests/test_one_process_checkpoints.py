@@ -76,6 +76,7 @@ LANES = {"context.method": "", "lanes.average": "outer:every=4,fragments=2,delay
         ({"lanes.average": "outer:every=3", "pipeline.schedule": "zb"}, (1, 4)),
         ({**LANES, "codec.codec": "mapl:r=16"}, (4, 7)),  # of rounds that are made and not used
         ({"context.method": "", "lanes.count": 1, "codec.codec": "mapl:r=16"}, (3,)),
+        ({"context.method": "", "lanes.count": 1, "codec.codec": "mapl:r=16,every=3", "pipeline.delay": 1}, (1, 4, 5)),
     ],
 )
 def test_a_pause_changes_no_bit(tiny: TinyConfig, tmp_path: Path, settings: Any, pauses: tuple[int, ...]) -> None:

@@ -57,6 +57,7 @@ def plan(
         [boundary] * (stages - 1),
         microbatches=config.pipeline.microbatches,
         rule=rule,
+        delay=config.pipeline.delay,
     )
     free = LinkProfile(rate_bits_per_s=None)
     uncapped = simulate(
@@ -64,6 +65,7 @@ def plan(
         exchange.instant if exchange else times,
         [Boundary(forward_bytes=0, backward_bytes=0, link=free)] * (stages - 1),
         microbatches=config.pipeline.microbatches,
+        delay=config.pipeline.delay,
     )
     tokens = config.microbatch_size * config.lane_tokens
     dense_bytes, rate = 2 * tokens * architecture.hidden_size, boundary.link.rate_bits_per_s
@@ -71,6 +73,7 @@ def plan(
     forward_bytes, backward_bytes = (each + norm_bytes for each in (boundary.forward_bytes, boundary.backward_bytes))
     return {
         "schedule": config.pipeline.schedule,
+        "delay": config.pipeline.delay,
         "link": str(boundary.link),
         "step_s": simulated.step_s,
         "tokens_per_s": config.tokens_per_step / simulated.step_s,

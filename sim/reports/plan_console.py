@@ -16,7 +16,8 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
     one = ", one lane" if figures["lanes"] else ""
     schedule = schedule_title(figures["schedule"])
-    whole = Table(title=f"{schedule} over {figures['link']}{one} (simulated, not measured)")
+    overlap = ", steps overlap," if figures["delay"] else ""
+    whole = Table(title=f"{schedule}{overlap} over {figures['link']}{one} (simulated, not measured)")
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(

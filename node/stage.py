@@ -1,8 +1,9 @@
 """The compute of one pipeline stage: its slice of the model, its halves of two codecs, its optimizer.
 
-Everything here is synchronous, single-threaded and knows nothing of links: a method takes tensors and gives tensors.
-That is what makes the swarm and the one-process reference run bit-identical: both call the same methods of the same
-objects in the same order, and only what lies between the calls differs.
+Everything here is synchronous, single-threaded (in `in_turns` two threads, of which one stands still) and knows nothing
+of links: a method takes tensors and gives tensors. That is what makes the swarm and the one-process reference run
+bit-identical: both call the same methods of the same objects in the same order, and only what lies between the calls
+differs.
 
 Losses are *sums* over tokens, and gradients therefore too; the optimizer divides once by the step's tokens. Means per
 microbatch would make gradients so small that low-bit formats lose them, and would weigh microbatches unequally.

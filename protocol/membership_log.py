@@ -126,6 +126,14 @@ class MembershipLog:
             return other.decided > self.decided
         return _as_of(other, first).rank() < _as_of(self, first).rank()
 
+    def contributed_before(self) -> dict[int, int]:
+        """By lane that ever was one: the round after the last decided one that it is a member of."""
+        ends = [*(each.first for each in self.stretches[1:]), self.decided]
+        last: dict[int, int] = {}
+        for stretch, end in zip(self.stretches, ends, strict=True):
+            last |= dict.fromkeys(stretch.members, end)
+        return last
+
     # -- one lane's part ----------------------------------------------------------------------------------------------
 
     def entries_of(self, lane: int) -> list[Entry]:

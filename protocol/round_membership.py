@@ -21,10 +21,11 @@ Times are given, in seconds of one clock.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from .lane_status import LaneStatus
 from .membership_log import Entry, MembershipLog
+from .missed_rounds import MissedRounds
 from .round_messages import STATUS_NUMBERS
 
 SUCCESSION = 0.5  # of the deadline: how much later each next lane decides
@@ -51,7 +52,7 @@ class RoundMembership:
         self._ended: set[int] = set()
         self._since_s: tuple[int, float] | None = None  # the round that this lane waits in, and since when
         self._in_vain_s: float | None = None  # since when this lane, which is to end, waits for nobody who could come
-        self._away_s: dict[int, float] = {}  # by lane that is not connected: since when
+        self._missed = MissedRounds(lane, deadline_s=deadline_s, ended_s=ENDED_S)
         self._gone_s: float | None = None  # since when no member is there, of a lane that is none
 
     # -- inputs -------------------------------------------------------------------------------------------------------
@@ -66,6 +67,7 @@ class RoundMembership:
         if peer not in self._peers:  # on the connection on which it ended it may still pass on what it knows
             self._ended.discard(peer)
         self._peers[peer] = status
+        self._missed.hear(peer, status.kept)
         if self.log.yields_to(status.log):
             self._take(status.log)
         if not self.log.yields_to(status.log) and self.log.differs_from(status.log) is None:
@@ -86,11 +88,7 @@ class RoundMembership:
 
     def tick(self, now_s: float) -> None:
         """Decide whatever can be decided now."""
-        for lane in range(self.lanes):
-            if lane in self._peers:
-                self._away_s.pop(lane, None)
-            else:
-                self._away_s.setdefault(lane, now_s)
+        self._missed.look({lane for lane in range(self.lanes) if lane not in self._peers}, now_s)
         self._since_s = self._waits(now_s)
         while self._decides(now_s):
             self._since_s = self._waits(now_s)
@@ -102,7 +100,7 @@ class RoundMembership:
     def paused(self) -> None:
         """This process did not run for a while: what it waited for is waited for anew."""
         self._since_s = self._gone_s = None
-        self._away_s.clear()
+        self._missed.paused()
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -133,11 +131,13 @@ class RoundMembership:
                 due[lane] = "it is not connected" if status is None else f"it has made {status.held[lane]} rounds"
         return due
 
-    def state_to_take(self, rounds_before: Callable[[int], tuple[int, int]]) -> tuple[int, int] | None:
+    def state_to_take(
+        self, rounds_before: Callable[[int], tuple[int, int]], without: Collection[tuple[int, int]] = ()
+    ) -> tuple[int, int] | None:
         """Where this lane, which was left out, lacks rounds that nobody can give any more, or that it may not ask for:
         the lane whose state it can take up instead, and after how many steps. None: nobody has one that would do.
         rounds_before: for a number of steps, how many rounds are made after them, and the first that who goes on from
-        there needs."""
+        there needs. without: those that were tried in vain."""
         there = {lane: self._peers[lane] for lane in self.log.members if lane in self._peers}
         gone, left = [status.kept for status in there.values()], self.log.left_at(self.lane)
         if left is None:
@@ -145,26 +145,16 @@ class RoundMembership:
         for lane, status in sorted(there.items(), key=lambda each: (-each[1].saved, each[0])):
             made, first = rounds_before(status.saved)
             # What is under way in that state must not be of rounds that this lane has a part in.
-            if status.saved and min(made, first) >= left and first >= max(self.forgot, *gone):
+            does = status.saved and min(made, first) >= left and first >= max(self.forgot, *gone)
+            if does and (lane, status.saved) not in without:
                 return lane, status.saved
         return None
 
     def lacks_what_is_gone(self, now_s: float) -> bool:
-        """Whether this lane, which was left out, lacks rounds that who made them can give no more: it has them no
-        more, or was left out as well and has not been there for as long as a round waits."""
+        """Whether this lane, which was left out, lacks rounds that who made them can give no more."""
         if self.log.left_at(self.lane) is None:
             return False
-        for lane, needed in self._contributed_before().items():
-            if lane == self.lane or self._held[lane] >= needed:
-                continue
-            if (status := self._peers.get(lane)) is not None:
-                gone = self._held[lane] < status.kept
-            else:
-                away_s = self._away_s.get(lane, now_s)
-                gone = lane not in self.log.members and now_s >= away_s + self._deadline_s
-            if gone:
-                return True
-        return False
+        return self._missed.are_gone(self.log, self._held, now_s, ended=self._ended)
 
     # -- within -------------------------------------------------------------------------------------------------------
 
@@ -174,6 +164,7 @@ class RoundMembership:
         self.log = log
         if first is not None:  # what is held by the other one is not what counts, until that is reported anew
             self.admitted, self._held = (), (0,) * self.lanes
+            self._missed.forget()
         self._since_s = None
         self._sort_out()
 
@@ -317,7 +308,8 @@ class RoundMembership:
         begins = None if begins is None or begins < self.returning else begins  # it copied what is later
         if now_s < self._gone_s + self._deadline_s * (1 + SUCCESSION * (self.lanes + self.lane)) or begins is None:
             return
-        if all(self._held[lane] >= needed for lane, needed in self._contributed_before().items() if lane != self.lane):
+        needed = self.log.contributed_before()
+        if all(self._held[lane] >= needed[lane] for lane in needed if lane != self.lane):
             source = self.source - 1 if self.source else self.lane
             known = {"lane": self.lane, "source": source, "copied": self.returning - 1}
             others = [each for each in self.admitted if each.lane != self.lane]
@@ -325,22 +317,17 @@ class RoundMembership:
 
     def _behind(self, lane: int, status: LaneStatus) -> int | None:
         """How many decided rounds that lane does not know or has not got yet; None: it can never follow, for it lacks
-        contributions of one that is gone, or goes by another log."""
+        contributions of one that is gone, or has them no more, or goes by another log."""
         if status.log.differs_from(self.log) is not None:
             return None
         behind = max(0, self.log.decided - status.log.decided)
-        for other, needed in self._contributed_before().items():
+        for other, needed in self.log.contributed_before().items():
             lacking = needed - status.held[other]
             if other != lane and lacking > 0:
                 if other != self.lane and other not in self._peers:
                     return None
+                kept = self.kept if other == self.lane else self._peers[other].kept
+                if status.held[other] < kept:
+                    return None  # it has yet to notice, and would be waited for in vain
                 behind = max(behind, lacking)
         return behind
-
-    def _contributed_before(self) -> dict[int, int]:
-        """By lane: the round after the last decided one that it is a member of."""
-        ends = [*(each.first for each in self.log.stretches[1:]), self.log.decided]
-        last: dict[int, int] = {}
-        for stretch, end in zip(self.log.stretches, ends, strict=True):
-            last |= dict.fromkeys(stretch.members, end)
-        return last

@@ -7,6 +7,7 @@ by lanes that hold each other's contributions, all lanes compute the same of the
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -326,6 +327,9 @@ def test_who_was_left_out_notices_what_nobody_can_give_any_more() -> None:
     assert lacks(0.0, (3, 2))
     assert lacks(0.0, (2, 3))
     assert not lacks(0.0, (3, 4), held=(2, 3, 4))  # it has got all
+    assert lacks(0.0, (3, 2))
+    assert lacks(0.0, (None, 2))  # a connection that breaks, as all do when members change, brings nothing back
+    assert not lacks(0.0, (2, 2))
     assert not lacks(0.0, (None, 2))  # it may be there again soon
     assert not lacks(0.9 * DEADLINE_S, (None, 2))
     assert not lacks(DEADLINE_S, (None, 2), held=(2, 3, 2))
@@ -334,6 +338,40 @@ def test_who_was_left_out_notices_what_nobody_can_give_any_more() -> None:
     member = RoundMembership(0, 2, deadline_s=DEADLINE_S, begins=begins, log=MembershipLog.begin(2).then((0, 1)))
     member.hear(1, LaneStatus(held=(1, 3), log=member.log, kept=3), 0.0)
     assert not member.lacks_what_is_gone(0.0)  # a peer keeps what a member needs
+
+
+def test_who_lacks_what_a_member_has_no_more_is_not_admitted() -> None:
+    """Before it has heard so itself: it would be waited for in the round that it was to enter, and not come."""
+    log = MembershipLog.begin(3).then((0, 1, 2)).then((0, 1)).then((0, 1))
+    for kept, peer_kept, admits in ((1, 1, True), (2, 1, False), (1, 2, False)):
+        mine = RoundMembership(0, 3, deadline_s=DEADLINE_S, begins=begins, log=log)
+        mine.kept = kept
+        mine.hear(1, LaneStatus(held=(3, 3, 1), log=log, kept=peer_kept), 0.0)
+        mine.hear(2, LaneStatus(held=(1, 1, 1), log=log, returning=11), 0.0)
+        mine.report((3, 3, 1), 0.0)
+        assert [each.lane for each in mine.admitted] == [2] * admits
+
+
+def test_members_that_have_ended_and_are_gone_give_nothing_any_more() -> None:
+    """Who has ended as a member stays a member."""
+    log = MembershipLog.begin(2).then((0, 1)).then((1,))
+    mine = RoundMembership(0, 2, deadline_s=DEADLINE_S, begins=begins, log=log)
+    mine.hear(1, LaneStatus(held=(1, 2), log=log, kept=0), 0.0)
+    mine.part(1, ended=True)
+    mine.report((1, 1), 0.0)
+    assert not mine.lacks_what_is_gone(0.0)
+    mine.part(1)
+    mine.report((1, 1), 1.0)
+    assert [mine.lacks_what_is_gone(at) for at in (1.0, 1.0 + DEADLINE_S)] == [False, True]
+
+
+def test_a_state_that_did_not_come_is_not_chosen_again_where_there_is_another() -> None:
+    log = MembershipLog.begin(3).then((0, 1, 2)).then((0, 1))
+    mine = RoundMembership(2, 3, deadline_s=DEADLINE_S, begins=begins, log=log)
+    for lane, saved in ((0, 30), (1, 40)):
+        mine.hear(lane, LaneStatus(held=(2, 2, 1), log=log, saved=saved), 0.0)
+    choose = partial(mine.state_to_take, lambda at: (at // 10, at // 10))
+    assert [choose(), choose([(1, 40)]), choose([(1, 40), (0, 30)])] == [(1, 40), (0, 30), None]
 
 
 @pytest.mark.parametrize("gone_s", [0.0, 8 * DEADLINE_S])

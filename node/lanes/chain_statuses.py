@@ -1,6 +1,9 @@
 """What the stages of a lane tell each other of rounds, on control streams: up how far they are, down what counts.
 
 A neighbour that connects knows nothing yet, and is told again. Otherwise only what is new is said.
+
+When all stages are through, control streams end, while other lanes may need what this one has, and hear of it from
+stage 0. So what was said last from below holds from then on.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ class ChainStatuses:
     ) -> None:
         self._identity, self._rounds, self._tell, self._refuse = identity, rounds, tell, refuse
         self.below: LaneStatus | None = None  # what all stages below have said
+        self._last_below: LaneStatus | None = None  # the same, though they may be gone
+        self._is_through = False
         self._above: LaneStatus | None = None  # what came from above and was not taken
         self._said: dict[Side, LaneStatus | None] = {}
         self._exchanges: dict[Side, StatusExchange] = {side: self._exchange() for side in ("above", "below")}
@@ -43,8 +48,14 @@ class ChainStatuses:
 
     def parted(self, side: Side) -> None:
         """It is not any more."""
-        if side == "below":
+        if side == "below" and not self._is_through:
             self.below = None
+
+    def through(self, saved: int) -> None:
+        """All stages are, and have written a checkpoint after so many steps."""
+        self._is_through = True
+        if last := self.below or self._last_below:
+            self.below = replace(last, saved=saved)
 
     def receive(self, side: Side, frame: RoundStatus) -> None:
         """A neighbour's."""
@@ -54,7 +65,7 @@ class ChainStatuses:
             self._refuse(side, error)
             return
         if side == "below":
-            self.below = status
+            self.below = self._last_below = status
         else:
             self._above = status
 

@@ -19,6 +19,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 from ...protocol.errors import RemoteProtocolError
 from ...protocol.greeting import NodeIdentity
@@ -33,10 +34,12 @@ from .chain_statuses import ChainStatuses
 from .lateral_links import LateralLinks
 from .members_file import FILE, in_words, read_members, read_taken, write_members
 from .own_part import OwnPart
+from .standstill import Standstill
 from .state_taking import StateTaking
 from .stays import Stays
 
 LOOK_EVERY_S = 0.25  # a deadline may have passed
+THROUGH_S = 120.0  # for who follows lanes that are through: nothing can come of them but what they have
 THERE_S = 10.0  # after which a lane that is not connected any more is not there; links begin anew when members change
 
 
@@ -48,8 +51,9 @@ class LaneMembership:
     on_void: what this lane had after so many steps, and later, came of a log that does not count; no process must go on
     from it. All of stage 0 alone. on_changed: something is known that was not. under_way: steps that are completed
     once the present one is. saved: steps of this stage's newest checkpoint. take_up: fetches this stage's state of
-    another lane after so many steps; let_go: that lane needs none any more. paused_ago_s: how long ago this process was
-    stopped for a while.
+    another lane after so many steps; came_s: when bytes of it came last; let_go: that lane needs none any more.
+    paused_ago_s: how long ago this process was stopped for a while. deadline_s: that a round waits for a lane; lost_s:
+    that this one, which follows, waits for anything to happen.
     """
 
     def __init__(
@@ -70,6 +74,8 @@ class LaneMembership:
         saved: Callable[[], int],
         take_up: Callable[[int, int], Awaitable[None]],
         let_go: Callable[[int], None],
+        came_s: Callable[[], float],
+        lost_s: float,
         paused_ago_s: Callable[[], float],
     ) -> None:
         self._identity, self._plan, self._links, self._metrics = identity, plan, links, metrics
@@ -93,7 +99,9 @@ class LaneMembership:
             fetch=take_up,
             on_want=lambda completed: links.forget_before(plan.first_after(completed)),
             on_here=self._wake_up,
+            came_s=came_s,
         )
+        self._standstill, self._lost_s = Standstill(), lost_s
         self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
         self._seen_s: dict[int, float] = {}  # when each was that last, as stage 0 knows
         self._lacks_for_good = False  # as members have dropped what this lane, which was left out, needs next
@@ -135,6 +143,9 @@ class LaneMembership:
         its own."""
         if self._machine is None or self._following == completed:
             return self._following == completed
+        return self._has_to_follow(completed)
+
+    def _has_to_follow(self, completed: int) -> bool:
         if self.part.entry(completed) is not None or self._state.took(completed) or self.is_stuck(completed):
             return True
         return not self._state.taken and self.part.has_made_all(completed)
@@ -213,6 +224,16 @@ class LaneMembership:
             self._machine.frozen = True
         self._wake.set()
 
+    def through(self) -> None:
+        """All stages of this lane are, with a checkpoint of their last step, if there are checkpoints at all."""
+        self._chain.through(self._saved())
+        self.train()
+        self._wake.set()
+
+    def close(self) -> None:
+        """No state is fetched any more."""
+        self._state.close()
+
     # -- what comes ---------------------------------------------------------------------------------------------------
 
     def _wake_up(self) -> None:
@@ -259,7 +280,8 @@ class LaneMembership:
     # -- the one task -------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Never returns. Raises ContributionError for this node's own disk."""
+        """Never returns. Raises ContributionError for this node's own disk, and TimeoutError where this lane follows,
+        and nothing happens any more that it could wait for."""
         if self._machine:  # who knows nothing yet has nothing to say of what is on its disk
             await self._links.expect(self._stays(self.log, self.admitted))
         while True:
@@ -293,13 +315,14 @@ class LaneMembership:
         self._seen_s |= dict.fromkeys(mine.there, now_s)
         self._there = {lane for lane, seen_s in self._seen_s.items() if now_s < seen_s + THERE_S}
         machine.report(mine.held, now_s)
-        self._see_what_is_gone(machine, now_s)
+        self._see_what_is_gone(machine, mine, now_s)
         if machine.is_in_vain(now_s) and not self._is_in_vain:
             self._is_in_vain = True
             lanes = ", ".join(f"lane {lane}" for lane in machine.lacking())
             print(f"round {self.log.decided} waits for {lanes}, which ended before: this lane goes back", flush=True)
             self._on_in_vain()
         await self._choose_state(machine, mine)
+        self._check_standstill(mine, now_s)
         while (machine.log, machine.admitted) != (self.log, self.admitted):
             log, admitted = machine.log, machine.admitted
             if (first := self.log.differs_from(log)) is not None and first < self._plan.count:
@@ -309,13 +332,17 @@ class LaneMembership:
             self._say()
             machine.report(self._joined().held, self._now_s())  # by the log that counts now
 
-    def _see_what_is_gone(self, machine: RoundMembership, now_s: float) -> None:
+    def _see_what_is_gone(self, machine: RoundMembership, mine: LaneStatus, now_s: float) -> None:
         """What this lane lacks may be gone while it does steps again that it is a member of, and would wait for it in
-        vain: it breaks off, and follows."""
-        if not self._chain.is_agreed(self.log):
-            return  # what is held is not known
+        vain: it breaks off, and follows. Or it is there again, and this lane can do those steps."""
+        if not self._chain.is_agreed(self.log) or mine.held[self._lane] < self._plan.made_by(self._under_way()):
+            return  # what is held is not known, or some stage has yet to say from where on it needs rounds
         before, self._lacks_for_good = self._lacks_for_good, machine.lacks_what_is_gone(now_s)
-        if self._lacks_for_good and not before and self._following is None and self._state.under_way is None:
+        if self._following is not None:
+            breaks_off = before and not self._has_to_follow(self._following)
+        else:
+            breaks_off = self._lacks_for_good and not before and self._state.under_way is None
+        if breaks_off:
             self._on_left_out()
 
     async def _choose_state(self, machine: RoundMembership, mine: LaneStatus) -> None:
@@ -325,14 +352,31 @@ class LaneMembership:
             at = mine.returning - 1
             if mine.returning and self.part.entry(at) is None and self.is_stuck(at):
                 before = lambda at: (self._plan.made_by(at), self._plan.first_after(at))  # noqa: E731
-                if found := machine.state_to_take(before):
-                    state.want(found)
+                state.choose(partial(machine.state_to_take, before))
         elif mine.source:
             state.taken = state.wanted
             await self._write(self.log)
             self._on_left_out()  # and goes on from there
         elif state.is_overdue(source_is_there=machine.is_there(state.under_way[0])):
-            state.want(None)
+            state.give_up()
+
+    def _check_standstill(self, mine: LaneStatus, now_s: float) -> None:
+        peers = [link.peer for link in self._links.links]
+        steps = [each.heartbeat.completed_steps if each.heartbeat else None for each in peers]
+        known = mine, self._following, self._state.came_s(), [each.connected for each in peers], steps
+        still_s = self._standstill.seconds(known, now_s)
+        through = all(each.done for each in peers)
+        most_s = max(THROUGH_S, self.deadline_s) if through else max(self._lost_s, self.deadline_s)
+        if self._following is None or self.is_ending or still_s < most_s or self._paused_s < most_s:
+            return
+        raise TimeoutError(
+            f"this lane follows the others, from {self._following} steps on; for {most_s:g} s nothing has come that it "
+            f"lacks, and no lane has a state that it could take up ({self._others()}); start all lanes again with "
+            "--resume"
+        )
+
+    def _others(self) -> str:
+        return "; ".join(link.peer.state for link in self._links.links)
 
     async def _write(self, log: MembershipLog) -> None:
         await asyncio.to_thread(write_members, self._path, log, self._state.taken)

@@ -86,6 +86,8 @@ def rounds_over(
         saved=committed,
         take_up=take_up,
         let_go=states.let_go,
+        came_s=lambda: states.came_s,
+        lost_s=config.link.replacement_timeout_s,
         paused_ago_s=paused_ago_s,
     )
     return Rounds(lateral, membership, states, metrics, held_up=held_up)

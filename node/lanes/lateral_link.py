@@ -116,10 +116,10 @@ class LateralLink:
     def greeting_timeout_s(self) -> float:
         return self._settings.greeting_timeout_s
 
-    @property
-    def held_before(self) -> int:
-        """All rounds before this one that the peer contributes to are held here, or needed by nobody."""
-        return self._next_lacking(self.session.receiver.forget_before or 0)[0]
+    def held_before(self, forgot: int) -> int:
+        """All rounds before this one that the peer contributes to are held here, or needed by nobody, as are those
+        before `forgot`."""
+        return self._next_lacking(max(forgot, self.session.receiver.forget_before or 0))[0]
 
     def _next_lacking(self, round: int) -> tuple[int, bool]:
         """The first round from this one on that is not held, and whether it is expected at all."""

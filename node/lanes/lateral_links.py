@@ -175,7 +175,7 @@ class LateralLinks:
 
     def held(self) -> tuple[int, ...]:
         """By lane: all rounds before this one are held here, or needed by nobody; of the own one: are made."""
-        counts = {lane: link.held_before for lane, link in self._links.items()}
+        counts = {lane: link.held_before(self.forgot) for lane, link in self._links.items()}
         return tuple(counts.get(lane, self._made) for lane in range(self._identity.lanes))
 
     async def expect(self, stays: Stays) -> None:

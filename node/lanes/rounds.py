@@ -62,6 +62,7 @@ class Rounds(HeldRounds):
         await self.membership.run()
 
     async def close(self) -> None:
+        self.membership.close()
         await self.states.close()
 
     def held(self) -> None:
@@ -128,7 +129,8 @@ class Rounds(HeldRounds):
                     membership.below_entered(entry) or membership.is_ending
                 ):  # or it would forget what comes of the next step
                     await membership.changed()
-        membership.train()
+        if stage.completed < averager.plan.steps:  # or it stays where it followed from until all stages have got there
+            membership.train()
 
     def _may_follow(self, averager: Averager, copied: int, completed: int, admitted: bool) -> bool:
         """Whether nothing can be decided any more of which that step would have to know."""
@@ -145,11 +147,22 @@ class Rounds(HeldRounds):
         if averager.mode.of_gradients:
             await compute.run("make room", stage.make_room, step)
         for round_ in averager.plan.used_at(step + 1):
-            await self._use(averager, round_, step + 1, compute, watch, following=True)
+            try:
+                await self._use(averager, round_, step + 1, compute, watch, following=True)
+            except TimeoutError as error:
+                await self._do_without(round_, error)
         if averager.mode.of_gradients:
             await compute.run("optimizer step", stage.finish, step, await norm(step))
         else:
             stage.follow_to(step + 1)
+
+    async def _do_without(self, round_: Round, error: TimeoutError) -> None:
+        """Nobody gives this stage what it needs of that round, while others may go on with it. That is said by the
+        promise not to ask for it again: then the lane takes up the state of another one, and this generation ends;
+        or there is none, and stage 0 says so."""
+        print(f"{error}; this lane takes up the state of another one, if it can", flush=True)
+        self._links.forget_before(round_.number + 1)
+        await asyncio.get_running_loop().create_future()
 
     def _waits_for(self) -> str:
         return self.membership.waits_for()
@@ -166,6 +179,7 @@ class Rounds(HeldRounds):
         fault here, and is only said."""
         try:
             membership = self.membership
+            membership.through()
             await self._links.finish(membership.log.members, membership.there, membership.deadline_s)
         except TimeoutError as error:
             on_fault("timeout", str(error))

@@ -62,6 +62,7 @@ class StateCopies:
         self._sending: dict[int, asyncio.Task[None]] = {}  # by lane
         self._heard = asyncio.Event()
         self._came = False
+        self.came_s = float("-inf")  # when an offer or a part came last that was asked for
 
     # -- for who needs one --------------------------------------------------------------------------------------------
 
@@ -166,7 +167,8 @@ class StateCopies:
                     if sending.done:
                         del session.outgoing[stage]
             case CopyDeclined():
-                session.outgoing.pop(stage, None)
+                if session.outgoing.get(stage, (None,))[0] == completed:  # and not what was asked for since
+                    del session.outgoing[stage]
                 session.declined.add((stage, completed))
                 self._on_fault("copy", f"lane {lane} and the state after {completed} steps: {frame.reason}")
             case CopyOffer() | CopyPart():
@@ -177,6 +179,8 @@ class StateCopies:
     async def _arrive(self, lane: int, session: CopySession, frame: CopyOffer | CopyPart) -> None:
         """What was asked for is coming."""
         stage, completed = frame.stage, frame.completed_steps
+        if (lane, completed) == self._wanted:
+            self.came_s = asyncio.get_running_loop().time()
         try:
             if isinstance(frame, CopyPart):
                 incoming = session.incoming.get(stage)
@@ -184,6 +188,8 @@ class StateCopies:
                     return
                 offset = await incoming.part(frame)
             else:
+                if (lane, completed) != self._wanted:
+                    raise CheckpointError("it was not asked for, or is not wanted any more")
                 session.incoming.pop(stage, None)
                 incoming = session.incoming[stage] = await self._receiver.begin(frame)
                 offset = incoming.state.offset
@@ -194,7 +200,8 @@ class StateCopies:
                 del session.incoming[stage]
                 self._came = await asyncio.to_thread(self._receiver.complete) is not None
         except (CheckpointError, OSError) as error:
-            session.incoming.pop(stage, None)
+            if (lane, completed) == self._wanted:
+                session.incoming.pop(stage, None)
             session.declined.add((stage, completed))
             line = f"stage {stage} of another lane does not take it: {error}"
             self._on_fault("copy", f"the state of lane {lane} after {completed} steps: {error}")

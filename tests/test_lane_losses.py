@@ -1,0 +1,87 @@
+"""Lanes are lost and come back at any moment, all nodes in memory on the jumping clock.
+
+Whoever comes to the end has what one process makes of the record, and nobody waits for ever.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from thinpipe.node.config import RunConfig
+
+from .conftest import TinyConfig
+from .grid_cluster import GridCluster, GridFault, draw_faults, events, judged, run_grid
+
+SMALL: dict[str, Any] = {
+    "run.steps": 20,
+    "model.width": 32,
+    "model.layers": 2,
+    "data.sequence_length": 16,
+    "data.heldout_sequences": 4,
+    "pipeline.stages": 2,
+    "pipeline.batch_size": 4,
+    "pipeline.microbatches": 2,
+    "checkpoint.every": 2,
+    "codec.codec": "mapl:r=8,anchors=full,context=0",
+    "codec.forward": "int4",
+    "codec.backward": "int4",
+    "lanes.count": 3,
+    "lanes.average": "outer:every=2",
+    "lanes.round_timeout_s": 3.0,
+}
+SEEDS = 6  # of `make test-slow`
+MANY = 60  # of `make test-long`
+
+
+def story(config: RunConfig, out: Path, faults: list[GridFault], seed: int = 0) -> GridCluster:
+    """What happens, and that it came out as it has to."""
+    grid = run_grid(config, out, faults, seed=seed)
+    found = judged(config, out)
+    assert found.equal, (found.members(), found.lanes, grid.said)
+    return grid
+
+
+def took_up(config: RunConfig, out: Path, lane: int) -> list[tuple[int, int]]:
+    """Whose states that lane took up, and after how many steps."""
+    return [(each["lane"], each["completed"]) for each in events(out, config, lane, 0, "took_up")]
+
+
+def lost_for(seconds: float) -> GridFault:
+    return GridFault(step=4, kind="lane", lane=0, stage=0, away_s=seconds)
+
+
+@pytest.mark.parametrize("seconds", [8.0, pytest.param(9.0, marks=pytest.mark.slow)])
+def test_who_comes_back_when_the_others_are_through_takes_up_their_last_state(
+    tiny: TinyConfig, tmp_path: Path, seconds: float
+) -> None:
+    """Their stages have ended their control streams by then, and still have what it needs."""
+    config = tiny(SMALL)
+    story(config, tmp_path, [lost_for(seconds)])
+    assert took_up(config, tmp_path, 0) == [(1, 20)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [3.0, 5.0, 6.0, 7.0])
+def test_who_comes_back_earlier_trains_again(tiny: TinyConfig, tmp_path: Path, seconds: float) -> None:
+    config = tiny(SMALL)
+    story(config, tmp_path, [lost_for(seconds)])
+
+
+def random_story(tiny: TinyConfig, out: Path, seed: int) -> None:
+    config = tiny(SMALL | {"run.steps": 60, "lanes.average": "outer:every=5"})
+    faults = draw_faults(seed, lanes=3, stages=2, steps=60, count=10)
+    assert story(config, out, faults, seed).happened
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_ten_faults(tiny: TinyConfig, tmp_path: Path, seed: int) -> None:
+    random_story(tiny, tmp_path, seed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(SEEDS, MANY))
+def test_ten_faults_of_many_kinds(tiny: TinyConfig, tmp_path: Path, seed: int) -> None:
+    random_story(tiny, tmp_path, seed)

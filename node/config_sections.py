@@ -306,7 +306,12 @@ class LinkSection(Section):
 class CheckpointSection(Section):
     """When a stage writes its state to disk, and where. Each node may differ: what is written is the same."""
 
-    every: int = Field(default=100, ge=0, description="steps between two checkpoints, and one at the end; 0: none")
+    every: int = Field(
+        default=100,
+        ge=0,
+        description="steps between two checkpoints, and one at the end; 0: none. With pipeline.delay = 1 nodes compare "
+        "it",
+    )
     keep: int = Field(
         default=3, ge=3, description="newest ones that stay; fewer could leave stages without a common one"
     )

@@ -388,3 +388,20 @@ def test_an_order_of_the_machines_that_is_faster_is_said() -> None:
     told = CliRunner().invoke(app, ["plan", *machine, "--speeds", "1,1,0.5,0.25"], env={"COLUMNS": "200"})
     assert told.stdout.splitlines()[-1].startswith("the same machines in another order, --speeds ")
     assert planned(*machine, "--speeds", "1,1,0.5,0.25", "--cut", "2,2,2,2")["better_order"] is None
+
+
+def test_steps_that_overlap_are_planned_and_proposed() -> None:
+    """Where a depth has been found and stages wait still, the plan says what is left to do."""
+    asked = ["plan", "--emulate", "150m@4x66tflops", "--link", "80mbit,50ms", "--batch-size", "64", "--microbatches"]
+    asked += ["8", "--schedule", "1f1b:rtt_ratio=auto"]
+    flushed, late = (CliRunner().invoke(app, [*asked, *more]) for more in ([], ["--set", "pipeline.delay=1"]))
+    assert "--set pipeline.delay=1 does the next step's microbatches meanwhile" in " ".join(flushed.stdout.split())
+    assert "steps overlap, over 80mbit,50ms" in " ".join(late.stdout.split())
+    assert "pipeline.delay" not in late.stdout
+    figures = [
+        json.loads(CliRunner().invoke(app, [*asked, "--json", "--set", f"pipeline.delay={delay}"]).stdout)
+        for delay in (0, 1)
+    ]
+    assert [each["delay"] for each in figures] == [0, 1]
+    assert figures[1]["tokens_per_s"] > 1.5 * figures[0]["tokens_per_s"]
+    assert max(stage["microbatches_in_flight"] for stage in figures[1]["stages"]) <= 16

@@ -149,17 +149,16 @@ def cut_lines(figures: dict[str, Any]) -> list[str]:
         whole = goes_to["computing"] / (goes_to["computing"] + goes_to["boundaries"])
     busiest = max((max(of["forward_share"], of["backward_share"]) for of in figures["boundaries"]), default=1.0)
     # The links would carry what the machines can compute: it is their delay that costs.
-    if (
-        whole < WAITS_BELOW
-        and busiest < whole
-        and plain in ("gpipe", "1f1b", "zb")
-        and "rtt_ratio" not in figures["schedule"]
-    ):
-        deeper = "zb" if plain == "zb" else "1f1b"
-        lines.append(
-            f"stages wait for what is on its way, and links are idle: --schedule {deeper}:rtt_ratio=auto does more "
-            "microbatches meanwhile"
-        )
+    if whole < WAITS_BELOW and busiest < whole and plain in ("gpipe", "1f1b", "zb"):
+        waits = "stages wait for what is on its way, and links are idle"
+        if "rtt_ratio" not in figures["schedule"]:
+            deeper = "zb" if plain == "zb" else "1f1b"
+            lines.append(f"{waits}: --schedule {deeper}:rtt_ratio=auto does more microbatches meanwhile")
+        elif not figures["delay"] and not figures["lanes"]:
+            lines.append(
+                f"{waits}: --set pipeline.delay=1 does the next step's microbatches meanwhile, with gradients that are "
+                "applied one step late"
+            )
     return lines
 
 

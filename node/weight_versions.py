@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.codec_interface import Encoder
+from ..protocol.step_orders import VERSIONS
 
 Predict = Literal["none", "momentum", "orthogonal"]
 OF_NEXT, OF_SECOND, TABLE = "delayed", "predicted", "next"  # how they are called in a state
@@ -51,9 +52,8 @@ class WeightVersions:
         self._of_step: dict[int, dict[str, Tensor]] = {}
         self._tables: dict[int, Tensor] = {}
         self._in_use: int | Literal["master"] | None = None  # whose weights the parameters have
-        self._begin(
-            0, {name: parameter.data for name, parameter in self._moving.items()}, self._second(), self._table()
-        )
+        first = {name: parameter.data for name, parameter in self._moving.items()}
+        self._begin(0, first, self._second(), self._table())
 
     def use(self, step: int) -> None:
         """Let the modules compute with the weights of that step."""
@@ -91,9 +91,8 @@ class WeightVersions:
             self._of_step[step + 2] = self._second()
         else:
             for name, master in self._master.items():
-                ahead(
-                    before[name], master.data, optimizer.get(_MOMENTUM + name) if self._predict == "momentum" else None
-                )
+                momentum = optimizer.get(_MOMENTUM + name) if self._predict == "momentum" else None
+                ahead(before[name], master.data, momentum)
             self._of_step[step + 2] = before
         self._tables.pop(step, None)
         if (table := self._table()) is not None:
@@ -123,15 +122,22 @@ class WeightVersions:
 
     # -- state ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _kinds(self) -> list[str]:
+        """Of the versions that the masters do not tell: of the next step, and where it was predicted of the second."""
+        return [OF_NEXT] if self._predict == "none" else [OF_NEXT, OF_SECOND]
+
     def state_tensors(self, completed: int) -> dict[str, Tensor]:
         """By name, between two steps, what the masters do not tell."""
-        kept = {OF_NEXT: completed} if self._predict == "none" else {OF_NEXT: completed, OF_SECOND: completed + 1}
-        return {f"{kind}/{name}": tensor for kind, step in kept.items() for name, tensor in self._of_step[step].items()}
+        return {
+            f"{kind}/{name}": tensor
+            for step, kind in enumerate(self._kinds, start=completed)
+            for name, tensor in self._of_step[step].items()
+        }
 
     def state_layout(self) -> dict[str, Tensor]:
         """What `state_tensors` has after any number of steps, but for the numbers."""
-        kinds = (OF_NEXT,) if self._predict == "none" else (OF_NEXT, OF_SECOND)
-        return {f"{kind}/{name}": master.detach() for kind in kinds for name, master in self._master.items()}
+        return {f"{kind}/{name}": master.detach() for kind in self._kinds for name, master in self._master.items()}
 
     def table_state(self, completed: int) -> dict[str, Tensor]:
         """What the boundary below will publish next, as a part of its codec."""
@@ -143,16 +149,15 @@ class WeightVersions:
     @torch.no_grad()
     def load_state_tensors(self, completed: int, tensors: Mapping[str, Tensor], table: Mapping[str, Tensor]) -> None:
         """Go on from those, once the masters and the table have what they had then."""
-        found = {
-            kind: {name: _like(tensors[f"{kind}/{name}"], master) for name, master in self._master.items()}
-            for kind in (OF_NEXT, OF_SECOND)
-            if f"{kind}/{next(iter(self._master), '')}" in tensors
-        }
+        found = [
+            {name: _like(tensors[f"{kind}/{name}"], master) for name, master in self._master.items()}
+            for kind in self._kinds
+        ]
         for parameter in self._moving.values():
             parameter.grad = None
-        second = found.get(OF_SECOND) or self._second()
+        first, second = found if len(found) == VERSIONS else (found[0], self._second())
         next_table = _like(table[TABLE], self._sender.master) if self._sender else None
-        self._begin(completed, found.get(OF_NEXT, {}), second, next_table)
+        self._begin(completed, first, second, next_table)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Whoever comes to the end has what one process makes of the record, and nobody wa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,8 @@ def took_up(config: RunConfig, out: Path, lane: int) -> list[tuple[int, int]]:
     return [(each["lane"], each["completed"]) for each in events(out, config, lane, 0, "took_up")]
 
 
-def lost_for(seconds: float) -> GridFault:
-    return GridFault(step=4, kind="lane", lane=0, stage=0, away_s=seconds)
+def lost_for(seconds: float, lane: int = 0) -> GridFault:
+    return GridFault(step=4, kind="lane", lane=lane, stage=0, away_s=seconds)
 
 
 @pytest.mark.parametrize("seconds", [8.0, pytest.param(9.0, marks=pytest.mark.slow)])
@@ -67,6 +68,14 @@ def test_who_comes_back_when_the_others_are_through_takes_up_their_last_state(
 def test_who_comes_back_earlier_trains_again(tiny: TinyConfig, tmp_path: Path, seconds: float) -> None:
     config = tiny(SMALL)
     story(config, tmp_path, [lost_for(seconds)])
+
+
+@pytest.mark.parametrize("step", [18, pytest.param(24, marks=pytest.mark.slow)])
+def test_who_goes_on_by_itself_trains_what_it_had_passed_over(tiny: TinyConfig, tmp_path: Path, step: int) -> None:
+    """It was admitted to a round that nobody had made, and on its way there when the only other lane was lost."""
+    config = tiny(SMALL | {"lanes.count": 2, "lanes.average": "outer:every=5", "run.steps": 30})
+    story(config, tmp_path, [lost_for(4.0, lane=1), replace(lost_for(60.0), step=step)])
+    assert [each["step"] for each in events(tmp_path, config, 1, 0, "step")][-1] == 29
 
 
 def random_story(tiny: TinyConfig, out: Path, seed: int) -> None:

@@ -46,10 +46,10 @@ THERE_S = 10.0  # after which a lane that is not connected any more is not there
 class LaneMembership:
     """Of the node that `identity` describes.
 
-    tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back.
-    on_in_vain: it is to end, and cannot do the step under way, since other lanes have ended before it.
+    tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back. Of
+    stage 0 alone: on_in_vain: it is to end, and cannot do the step under way, since other lanes have ended before it;
     on_void: what this lane had after so many steps, and later, came of a log that does not count; no process must go on
-    from it. All of stage 0 alone. on_changed: something is known that was not. under_way: steps that are completed
+    from it. on_changed: something is known that was not. under_way: steps that are completed
     once the present one is. saved: steps of this stage's newest checkpoint. take_up: fetches this stage's state of
     another lane after so many steps; came_s: when bytes of it came last; let_go: that lane needs none any more.
     paused_ago_s: how long ago this process was stopped for a while. deadline_s: that a round waits for a lane; lost_s:
@@ -199,6 +199,10 @@ class LaneMembership:
         if self._machine:
             self._following = None
         self._wake.set()
+
+    def go_back(self) -> None:
+        """This stage has followed further than its lane trains from."""
+        self._on_left_out()
 
     async def forget_state(self, completed: int) -> None:
         """This lane goes on from another step than that of the state that it took up, which was lost again."""

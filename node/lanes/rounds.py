@@ -120,8 +120,11 @@ class Rounds(HeldRounds):
                 else:
                     with watch.waiting():
                         await membership.changed()
-            # Steps that were passed over are not trained: the others would make it again otherwise.
-            assert entry is None or stage.completed <= entry.begins or membership.is_ending
+            if entry and stage.completed > entry.begins and not membership.is_ending:
+                # It had been admitted to a later round, and enters by itself since all others are gone. Whoever makes
+                # the run again trains the steps that were passed over.
+                membership.go_back()
+                await asyncio.get_running_loop().create_future()
             await compute.run("enter", stage.enter, stage.completed)
             if entry and stage.completed == entry.begins:
                 membership.entered(entry)

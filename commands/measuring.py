@@ -117,6 +117,12 @@ def plan(
     except PLANNED as error:
         fail(str(error), 2)
     if write_schedule:
+        if (chunks_of := figures["chunks"]) and chunks_of["in_flight"] == 2:
+            fail(
+                "--write-schedule: this plan computes two microbatches in turns, a written order single ones; "
+                "say --set context.in_flight=1",
+                2,
+            )
         pipeline = settings.pipeline
         text = csv_text(figures["schedule"], stages=pipeline.stages, microbatches=pipeline.microbatches)
         try:

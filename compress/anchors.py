@@ -65,6 +65,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ x >> 16
 
 
+class _Answer:
+    """To certain ids, once they were asked for."""
+
+    def __init__(self, ids_BT: Tensor) -> None:
+        self.ids_BT, self.is_known = ids_BT, False
+        self.said_BTD: Tensor | None = None
+
+    def say(self, said_BTD: Tensor | None) -> None:
+        self.said_BTD, self.is_known = said_BTD, True
+
+
 class Anchors(nn.Module):
     """What one stage knows of each token: `(weight[t] + pairs[hash]) @ projection + table[t] + context`, each part
     optional.
@@ -92,28 +103,29 @@ class Anchors(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self._once: list[tuple[Tensor, Tensor | None]] | None = None  # what was asked within `once`, and said
+        self._once: list[_Answer] = []
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("pairs", None if pairs is None else nn.Parameter(pairs))
         self.register_buffer("projection", projection)
         self.register_buffer("table", None if table is None else table.detach(), persistent=False)
 
     @contextmanager
-    def once(self, ids_BT: Tensor | None = None, parts: Sequence[tuple[Tensor, int]] = ()) -> Iterator[None]:
-        """Within it, the same ids are answered with the same tensor: a stage adds and subtracts it in one graph, where
-        it is computed once, and so is its gradient.
+    def once(self, ids_BT: Tensor, parts: Sequence[tuple[Tensor, int]] = ()) -> Iterator[None]:
+        """Within it, these ids, the very tensor, are answered with the same tensor: a stage adds and subtracts it in
+        one graph, where it is computed once, and so is its gradient. Those of two microbatches may be under way.
 
         `ids_BT` may be parts of sequences, one after the other: then `parts` are the same ids with those before them,
         and how many these are."""
-        self._once = []
-        if ids_BT is not None and parts:
+        answer = _Answer(ids_BT)
+        if parts:
             known = [self._known(part_BT) for part_BT, _ in parts]
             own = [each[:, before:] for each, (_, before) in zip(known, parts, strict=True) if each is not None]
-            self._once.append((ids_BT, torch.cat(own, dim=1) if own else None))
+            answer.say(torch.cat(own, dim=1) if own else None)
+        self._once.append(answer)
         try:
             yield
         finally:
-            self._once = None
+            self._once.remove(answer)
 
     def forward(self, ids_BT: Tensor) -> Tensor | None:
         """Token ids (B, T) to (B, T, D), what to subtract or add; None where this stage knows nothing of any token.
@@ -122,13 +134,12 @@ class Anchors(nn.Module):
         The factorised part gathers rows of E (and F) and multiplies them by P: B T ra D products, no (V, D) between.
         Raises ValueError for an id outside the vocabulary (on a GPU, its own assertion does, without a name).
         """
-        for asked_BT, said_BTD in self._once or ():
-            if asked_BT is ids_BT:
-                return said_BTD
-        said_BTD = self._known(ids_BT)
-        if self._once is not None:
-            self._once.append((ids_BT, said_BTD))
-        return said_BTD
+        answer = next((each for each in self._once if each.ids_BT is ids_BT), None)
+        if answer is None:
+            return self._known(ids_BT)
+        if not answer.is_known:
+            answer.say(self._known(ids_BT))
+        return answer.said_BTD
 
     def _known(self, ids_BT: Tensor) -> Tensor | None:
         known_BTD = None if self.weight is None else self._rows(self.weight, ids_BT)

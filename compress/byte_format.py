@@ -94,6 +94,7 @@ class LearnedTable:
     streamed: bool = False  # instead, each tensor of training brings a change
     policy: Policy = "full"  # how a change chooses its entries, as `protocol.dictionary_selection` calls it
     divisor: int = 1  # a change covers one part in so many
+    delay: int = 0  # steps between a step of the table and the first one whose messages are coded with it
 
 
 def without_table(what: object) -> CodecError:

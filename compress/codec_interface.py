@@ -38,6 +38,9 @@ class BoundaryModule(nn.Module, ABC):
         del table
         raise without_table(self)
 
+    def end_step(self) -> None:
+        """All backwards of a step are done, and none of the next one, whose forwards may have begun."""
+
     def state_tensors(self) -> dict[str, Tensor]:
         """What is learned or gathered here and no optimizer of the stage holds."""
         return {}

@@ -44,6 +44,7 @@ from .stiefel import (
     retract,
     subspace_angle,
 )
+from .table_leaves import TableLeaves
 
 Projector = Literal["spel", "grassmann", "free", "fixed"]
 Start = Literal["own", "shared"]
@@ -76,7 +77,8 @@ class MaplEncoder(Encoder):
         first = random_orthonormal(context.width, rank, generator, dtype=context.dtype)
         self._first = first.clone()
         self._master = first.to(context.device).requires_grad_(projector in CONSTRAINTS)
-        self._shipped = self._master.detach().clone()
+        self._leaves = TableLeaves(learned=projector in CONSTRAINTS)
+        self._leaves.use(self._master.detach().clone())
         self._on_manifold = projector in ("spel", "grassmann")
         self._tokens = context.tokens
         self._boundary = context.boundary
@@ -97,15 +99,19 @@ class MaplEncoder(Encoder):
     @property
     def shipped(self) -> Tensor:
         """The projector in use (D, R)."""
-        return self._shipped
+        assert self._leaves.table is not None
+        return self._leaves.table
 
     def use_table(self, table: Tensor) -> None:
-        self._shipped = table.requires_grad_(self._spel is not None)
+        self._leaves.use(table)
+
+    def end_step(self) -> None:
+        self._leaves.end_step()
 
     def encode(self, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         own_BTD = None if self._tokens is None else self._tokens(ids_BT)
         x_BTD = hidden_BTD if own_BTD is None else hidden_BTD - own_BTD
-        z_BTR = x_BTD @ self._shipped
+        z_BTR = x_BTD @ self.shipped
         if torch.is_grad_enabled():
             with torch.no_grad():
                 self._energy += torch.stack([x_BTD.square().sum(), z_BTR.square().sum()]).to(torch.float64)
@@ -113,10 +119,9 @@ class MaplEncoder(Encoder):
         return z_BTR
 
     def take_gradient(self, received: Tensor | None) -> Tensor:
-        own = self._shipped.grad
+        own = self._leaves.take()
         if own is None:
             raise CodecError("the projector is stepped before anything was encoded with it")
-        self._shipped.grad = None
         return own if received is None else own + received
 
     @torch.no_grad()
@@ -152,12 +157,12 @@ class MaplEncoder(Encoder):
         moved, self._moved = self._moved, 0.0
         figures = {
             "orthonormality_error_master": orthonormality_error(self.master),
-            "orthonormality_error_shipped": orthonormality_error(self._shipped),
+            "orthonormality_error_shipped": orthonormality_error(self.shipped),
             "angle_moved_rad": moved,
             "angle_turned_rad": subspace_angle(self._first.to(self._master.device), self.master),
-            **self._survey.shares(self._shipped),
+            **self._survey.shares(self.shipped),
             "reconstruction_error": math.sqrt(max(0.0, 1 - kept / whole)) if whole else 0.0,
-            "staleness": ((self.master - self._shipped.detach()).norm() / self.master.norm()).item(),
+            "staleness": ((self.master - self.shipped.detach()).norm() / self.master.norm()).item(),
         }
         if isinstance(self._tokens, Anchors):
             figures["anchor_norm"] = self._tokens.norm()
@@ -166,8 +171,8 @@ class MaplEncoder(Encoder):
     def state_tensors(self) -> dict[str, Tensor]:
         """The master, its momentum, and what was gathered since its last step; what was shipped is the dictionary's."""
         tensors = {"master": self.master}
-        if self._shipped.grad is not None:
-            tensors["gathered"] = self._shipped.grad
+        if (gathered := self._leaves.gathered) is not None:
+            tensors["gathered"] = gathered
         if self._spel is not None and self._master in self._spel.state:
             tensors["momentum"] = self._spel.state[self._master]["momentum"]
         return tensors
@@ -188,8 +193,8 @@ class MaplEncoder(Encoder):
             self._spel.state.pop(self._master, None)  # before its first step, SPEL has no momentum and not zeros
             if "momentum" in state:
                 self._spel.state[self._master]["momentum"] = _copy(state["momentum"], self._master)
-        self.use_table(self.master.clone() if table is None else table)
-        self._shipped.grad = _copy(state["gathered"], self._shipped) if "gathered" in state else None
+        gathered = _copy(state["gathered"], self._master) if "gathered" in state else None
+        self._leaves.go_on(self.master.clone() if table is None else table, gathered)
         self._moved = 0.0
         self._energy.zero_()
 
@@ -202,28 +207,35 @@ class MaplDecoder(Decoder):
         self._tokens = context.tokens
         self._shape, self._dtype = (context.width, rank), context.dtype
         self._every, self._learned = every, learned
-        self._table: Tensor | None = None
+        self._leaves = TableLeaves(learned=learned)
 
     def use_table(self, table: Tensor) -> None:
-        self._table = table.requires_grad_(self._learned)
+        self._leaves.use(table)
+
+    def end_step(self) -> None:
+        self._leaves.end_step()
+
+    @property
+    def table(self) -> Tensor | None:
+        """The projector in use (D, R)."""
+        return self._leaves.table
 
     def decode(self, z_BTW: Tensor, ids_BT: Tensor) -> Tensor:
-        if self._table is None:
+        if self.table is None:
             raise CodecError("a tensor came before the projector that it was coded with")
-        hidden_BTD = z_BTW @ self._table.mT
+        hidden_BTD = z_BTW @ self.table.mT
         own_BTD = None if self._tokens is None else self._tokens(ids_BT)
         return hidden_BTD if own_BTD is None else hidden_BTD + own_BTD
 
     def take_gradient(self) -> Tensor:
-        assert self._table is not None
-        gradient, self._table.grad = self._table.grad, None
+        gradient = self._leaves.take()
         if gradient is None:
             raise CodecError("the projector's gradient is due before anything was decoded with it")
         return gradient
 
     def state_tensors(self) -> dict[str, Tensor]:
         """What was gathered since the last gradient was sent; the table itself is the dictionary's."""
-        gathered = None if self._table is None else self._table.grad
+        gathered = self._leaves.gathered
         return {} if gathered is None else {"gathered": gathered}
 
     def state_layout(self, completed: int) -> dict[str, Tensor]:
@@ -232,10 +244,10 @@ class MaplDecoder(Decoder):
         return {"gathered": torch.empty(self._shape, dtype=self._dtype, device="meta")}
 
     def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
-        self._table = None
-        if table is not None:
-            self.use_table(table)
-            table.grad = _copy(state["gathered"], table) if "gathered" in state else None
+        gathered = None
+        if table is not None and "gathered" in state:
+            gathered = _copy(state["gathered"], table)
+        self._leaves.go_on(table, gathered)
 
 
 def _rounded_down(value: float) -> str:

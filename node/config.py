@@ -17,7 +17,9 @@ from pydantic import model_validator
 from ..compress.recommended_rates import recommended_for
 from ..protocol.control_messages import LISTED_MAX
 from ..protocol.global_norm import WithGlobalNorm
+from ..protocol.paired import Paired
 from ..protocol.schedule import Schedule, ScheduleError, get_schedule
+from ..protocol.stage_orders import PREFIX
 from .config_sections import (
     CheckpointSection,
     CodecSection,
@@ -74,8 +76,9 @@ class RunConfig(Section):
                 f"pipeline.microbatches = {parts} does not divide pipeline.batch_size = {batch}; "
                 f"choose a divisor such as {max(n for n in range(1, min(batch, parts) + 1) if batch % n == 0)}"
             )
+        self._check_in_flight()
         try:
-            get_schedule(self.pipeline.schedule).check(0, self.pipeline.stages, parts)
+            self.training_schedule.check(0, self.pipeline.stages, parts)
         except ScheduleError as error:
             raise ValueError(f"pipeline.schedule: {error}") from None
         if (speeds := self.pipeline.speeds) and len(speeds) != self.pipeline.stages:
@@ -94,6 +97,30 @@ class RunConfig(Section):
                 f"data.heldout_sequences = {self.data.heldout_sequences} is less than the {self.microbatch_size} "
                 "sequences of a microbatch; raise it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _delay_fits(self) -> Self:
+        pipeline = self.pipeline
+        if not pipeline.delay:
+            if pipeline.predict != "none":
+                raise ValueError(
+                    f"pipeline.predict = '{pipeline.predict}' is for gradients that are applied late, and "
+                    "pipeline.delay = 0; set pipeline.delay = 1, or omit it"
+                )
+            return self
+        for what, is_there, remedy in (
+            ("chunks (context.method)", bool(self.context.method), "omit one of the two"),
+            (f"lanes.count = {self.lanes.count}", self.lanes.count > 1, "set it to 1"),
+            ("a schedule of written orders", pipeline.schedule.startswith(PREFIX), "say gpipe, 1f1b or zb"),
+            (
+                "optim.clip_norm = 'global', for which stages wait for each other between steps",
+                self.optim.clip > 0 and self.optim.clip_norm == "global",
+                "say 'stage'",
+            ),
+        ):
+            if is_there:
+                raise ValueError(f"pipeline.delay = 1 does not go with {what}; {remedy}")
         return self
 
     @model_validator(mode="after")
@@ -142,6 +169,28 @@ class RunConfig(Section):
         except CodecError as error:
             raise ConfigError(str(error)) from None
 
+    def _check_in_flight(self) -> None:
+        if self.context.in_flight != 2:
+            return
+        if not self.context.method:
+            fault = "lanes that hold sequences of their own do not wait within a layer; omit it, or set context.method"
+        elif self.pipeline.microbatches == 1:
+            fault = "a step has one microbatch (pipeline.microbatches = 1); omit it, or raise that"
+        elif self.pipeline.schedule.startswith(PREFIX):
+            fault = "written orders are of single microbatches; omit it, or set pipeline.schedule to gpipe, 1f1b or zb"
+        else:
+            return
+        raise ValueError(f"context.in_flight = 2: {fault}")
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches that a stage computes in turns, so that one does while another waits for keys and values."""
+        pipeline, given = self.pipeline, self.context.in_flight
+        if not self.context.method:
+            return 1
+        alone = pipeline.stages == 1 and pipeline.microbatches > 1 and not pipeline.schedule.startswith(PREFIX)
+        return given or (2 if alone else 1)
+
     @property
     def evaluation_microbatches(self) -> int:
         """Held-out microbatches in one evaluation; what does not fill a microbatch is left out."""
@@ -161,7 +210,15 @@ class RunConfig(Section):
     def training_schedule(self) -> Schedule:
         """What each stage does in a training step, and in which order."""
         schedule = get_schedule(self.pipeline.schedule)
+        if self.in_flight == 2:
+            schedule = Paired(schedule)
         return WithGlobalNorm(schedule) if self.clips_by_global_norm else schedule
+
+    def next_drain(self, completed: int) -> int:
+        """After how many steps the pipeline has to be empty next, where steps overlap: for an evaluation, a checkpoint,
+        or the end."""
+        periods = [every for every in (self.run.eval_every, self.checkpoint.every) if every]
+        return min([self.run.steps, *((completed // every + 1) * every for every in periods)])
 
     @property
     def tokens_per_step(self) -> int:
@@ -172,14 +229,14 @@ class RunConfig(Section):
         """All that must agree between the nodes of a run, by section.
 
         Left out: paths (they differ between machines), the device, how a node's own link is shaped and buffered,
-        when it writes checkpoints, and who looks at it.
+        when it writes checkpoints (unless steps overlap: then all have to stop for them at once), and who looks at it.
         """
-        exclude = {
+        exclude: dict[str, Any] = {
             "data": {"cache", "source", "tokenizer"},
             "model": {"path"},
             "link": True,
             "compute": {"device"},
-            "checkpoint": True,
+            "checkpoint": set(CheckpointSection.model_fields) - {"every"} if self.pipeline.delay else True,
             "watch": True,
         }
         return self.model_dump(mode="json", exclude=exclude)
@@ -193,8 +250,10 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(self.shared(), sort_keys=True).encode()).hexdigest()
 
     def of_any_length(self) -> RunConfig:
-        """The same but for its length: what a checkpoint must have in common with the run that goes on from it."""
-        return self.model_copy(update={"run": self.run.model_copy(update={"steps": 1, "extended": ()})})
+        """The same but for its length, and when it stops on the way: what a checkpoint must have in common with the run
+        that goes on from it."""
+        run = self.run.model_copy(update={"steps": 1, "extended": ()})
+        return self.model_copy(update={"run": run, "checkpoint": CheckpointSection()})
 
 
 def recommended(config: RunConfig) -> dict[str, float]:

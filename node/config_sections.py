@@ -170,6 +170,18 @@ class PipelineSection(Section):
     )
     batch_size: int = Field(default=16, ge=1, description="sequences a step")
     microbatches: int = Field(default=8, ge=1, description="parts into which a step's batch is cut")
+    delay: int = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="steps by which gradients are applied late; 1: no stage waits for the pipeline to run empty "
+        "between two steps, and each keeps two versions of its weights (2BW)",
+    )
+    predict: Literal["none", "momentum", "orthogonal"] = Field(
+        default="none",
+        description="with delay = 1, where the weights of a step are taken to be by then: one more of the optimizer's "
+        "own last steps ahead (orthogonal), or as far along its raw momentum (momentum)",
+    )
     cut: str = Field(
         default="auto",
         description="layers of each stage, such as 3,3,2,0; equal: as many for each; auto: so that the slowest stage "
@@ -237,6 +249,11 @@ class ContextSection(Section):
         default="zigzag",
         description="zigzag: each lane holds an early and a late part of each sequence, and all compute alike; plain: "
         "one part, and the last lane computes the most",
+    )
+    in_flight: Literal[1, 2] | None = Field(
+        default=None,
+        description="2: two microbatches are computed in turns, one while the other waits for keys and values, and "
+        "kept in memory; default: 2 with one stage and several microbatches, else 1",
     )
 
 

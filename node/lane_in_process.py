@@ -10,13 +10,17 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 from torch import Tensor
 
 from ..protocol.global_norm import norm_message, sum_of_squares_in
 from ..protocol.messages import Kind, Message
+from ..protocol.paired import computed_now
 from ..protocol.schedule import (
     Action,
     Backward,
@@ -26,6 +30,7 @@ from ..protocol.schedule import (
     InputGradient,
     ReduceNorm,
     Step,
+    Upward,
     WeightGradient,
     get_schedule,
     interleave,
@@ -35,7 +40,7 @@ from ..sim.reports.lanes import CONTEXT_LINK, context_link_name, is_context, is_
 from ..sim.reports.metrics_address import MetricsAddress
 from ..sim.reports.summary import dense_bytes_one_way
 from .averaging.averager import RoundUsed
-from .boundary.endpoints import Encoded
+from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .data import Corpus
 from .data.batches import draw
@@ -48,6 +53,7 @@ from .watching.views import Watching
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+T = TypeVar("T")
 Mail = dict[tuple[int, Kind], deque[Message]]  # (receiving stage, kind) -> messages in order
 
 
@@ -74,6 +80,7 @@ class LaneInProcess:
         self._squares: dict[int, float] = {}  # by stage, in a step whose gradients are clipped by the global norm
         self._cpu_s = self._train_s = 0.0
         self._work_s = self._work_cpu_s = 0.0  # of the step under way, up to its gradients
+        self._second_cpu_s = 0.0  # of that, on another thread than this lane's
         self._chunk_bytes = config.link.chunk_bytes or chunk_bytes_for(LinkProfile.parse(config.link.link))
         self._watching: list[Watching] = []
         self._metrics = [self._records(out, stage.index, resume=resume) for stage in self.stages] if out else []
@@ -102,6 +109,7 @@ class LaneInProcess:
     def work(self, step: int) -> list[tuple[int, Action]]:
         """All of a step up to its gradients; returns the rest, which may have to wait for other lanes."""
         began, cpu = time.perf_counter(), time.thread_time()
+        self._second_cpu_s = 0.0
         rest: list[tuple[int, Action]] = []
         schedule = self.config.training_schedule
         for index, action in interleave(schedule, len(self.stages), self.config.pipeline.microbatches):
@@ -109,7 +117,7 @@ class LaneInProcess:
                 rest.append((index, action))
         for stage in self.stages:
             stage.gather(step, self._table_gradient(stage.index, step))
-        self._work_s, self._work_cpu_s = time.perf_counter() - began, time.thread_time() - cpu
+        self._work_s, self._work_cpu_s = time.perf_counter() - began, time.thread_time() - cpu + self._second_cpu_s
         return rest
 
     def make_room(self, step: int) -> list[tuple[int, Action]]:
@@ -122,12 +130,9 @@ class LaneInProcess:
     def _computes(self, index: int, action: Action, step: int) -> bool:
         """Do it, if it is one of those that make the step's gradients; whether it was."""
         match action:
-            case Forward():
-                self._forward(index, step, action.microbatch, Kind.ACTIVATION)
-            case Backward():
-                self._backward(index, step, action.microbatch)
-            case InputGradient():
-                self._backward(index, step, action.microbatch, split=True)
+            case Forward() | Backward() | InputGradient():
+                if together := computed_now(self.config.training_schedule, action, self.config.pipeline.microbatches):
+                    self._together(index, step, action, together)
             case WeightGradient():
                 self._weight_gradient(index, action.microbatch)
             case _:
@@ -162,47 +167,68 @@ class LaneInProcess:
             if stage.chunk and step == stage.chunk.gathering_step:
                 stage.chunk.choose_subspaces(step)
 
-    def _forward(self, index: int, step: int, microbatch: int, kind: Kind) -> float:
-        """One forward (training or evaluation) of one stage; returns the loss sum if it is the last stage's."""
-        stage, watch = self.stages[index], self.watches[index]
-        if stage.upstream_endpoint:
-            with watch.measure("codec"):
-                ids_BS, received = stage.upstream_endpoint.unpack_activation(self._take(index, kind))
+    def _together(self, index: int, step: int, action: Forward | Upward, microbatches: Sequence[int]) -> None:
+        """One microbatch, or the two of a pair."""
+        if isinstance(action, Forward):
+            given = [self._input(index, step, microbatch, Kind.ACTIVATION) for microbatch in microbatches]
+            forward = self.stages[index].forward
+            numbered = zip(microbatches, given, strict=True)
+            made = self._compute(index, [partial(forward, step, microbatch, *each) for microbatch, each in numbered])
+            for microbatch, (ids_BS, _), out in zip(microbatches, given, made, strict=True):
+                if out is not None:
+                    self._pass_on(index, out, ids_BS, step, microbatch, Kind.ACTIVATION)
         else:
-            ids_BS, received = draw(self.corpus, self.config, kind, step, microbatch, self.lane), None
-        with watch.measure("compute"):
-            evaluating = kind is Kind.EVALUATION
-            work = stage.evaluate if evaluating else stage.forward
-            out = work(step, microbatch, ids_BS, received)
-        if not isinstance(out, Encoded):
-            return out or 0.0
-        assert stage.downstream_endpoint
-        with watch.measure("codec"):
-            message = stage.downstream_endpoint.pack_activation(out, ids_BS, step, microbatch, kind)
-        self._send(index, index + 1, message)
-        return 0.0
+            self._backward(index, step, microbatches, split=isinstance(action, InputGradient))
 
-    def _backward(self, index: int, step: int, microbatch: int, *, split: bool = False) -> None:
+    def _compute(self, index: int, works: Sequence[Callable[[], T]]) -> list[T]:
+        stage, watch = self.stages[index], self.watches[index]
+        with watch.measure("compute"):
+            if len(works) == 1:
+                return [works[0]()]
+            found = stage.in_turns(works[0], works[1])
+        watch.add_cpu("compute", stage.second_cpu_s)
+        self._second_cpu_s += stage.second_cpu_s
+        return list(found)
+
+    def _input(self, index: int, step: int, microbatch: int, kind: Kind) -> tuple[np.ndarray, ReceivedTensor | None]:
+        stage = self.stages[index]
+        if not stage.upstream_endpoint:
+            return draw(self.corpus, self.config, kind, step, microbatch, self.lane), None
+        with self.watches[index].measure("codec"):
+            return stage.upstream_endpoint.unpack_activation(self._take(index, kind))
+
+    def _pass_on(self, index: int, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
+        port = self.stages[index].downstream_endpoint
+        assert port
+        with self.watches[index].measure("codec"):
+            message = port.pack_activation(out, ids_BS, step, microbatch, kind)
+        self._send(index, index + 1, message)
+
+    def _backward(self, index: int, step: int, microbatches: Sequence[int], *, split: bool) -> None:
         """`split`: leave the weight gradients out."""
         stage, watch = self.stages[index], self.watches[index]
-        dz_out, loss_sum = None, None
-        if stage.downstream_endpoint:
-            message = self._take(index, Kind.GRADIENT)
-            loss_sum = message.loss_sum
-            with watch.measure("codec"):
-                dz_out = stage.downstream_endpoint.unpack_gradient(message)
-        with watch.measure("compute"):
-            dz_in = (stage.input_gradient if split else stage.backward)(microbatch, dz_out, loss_sum)
-        if stage.upstream_endpoint:
+        works: list[Callable[[], Tensor | None]] = []
+        for microbatch in microbatches:
+            dz_out, loss_sum = None, None
+            if stage.downstream_endpoint:
+                message = self._take(index, Kind.GRADIENT)
+                loss_sum = message.loss_sum
+                with watch.measure("codec"):
+                    dz_out = stage.downstream_endpoint.unpack_gradient(message)
+            works.append(partial(stage.input_gradient if split else stage.backward, microbatch, dz_out, loss_sum))
+        made = self._compute(index, works)
+        if not stage.upstream_endpoint:
+            return
+        for microbatch, dz_in in zip(microbatches, made, strict=True):
             assert dz_in is not None
             with watch.measure("codec"):
                 message = stage.upstream_endpoint.pack_gradient(dz_in, step, microbatch, stage.losses[microbatch])
             self._send(index, index - 1, message)
-            if (half := stage.gradient_to_send(step)) is not None:
-                assert stage.upstream_endpoint.table
-                with watch.measure("codec"):
-                    message = stage.upstream_endpoint.table.pack_gradient(half, step)
-                self._send(index, index - 1, message)
+        if (half := stage.gradient_to_send(step)) is not None:
+            assert stage.upstream_endpoint.table
+            with watch.measure("codec"):
+                message = stage.upstream_endpoint.table.pack_gradient(half, step)
+            self._send(index, index - 1, message)
 
     def _weight_gradient(self, index: int, microbatch: int) -> None:
         with self.watches[index].measure("compute"):
@@ -237,11 +263,21 @@ class LaneInProcess:
         count, loss_sum = self.config.evaluation_microbatches, 0.0
         for index, action in interleave(get_schedule("evaluation"), len(self.stages), count):
             assert isinstance(action, Evaluate)
-            loss_sum += self._forward(index, step, action.microbatch, Kind.EVALUATION)
+            loss_sum += self._evaluate(index, step, action.microbatch)
         tokens = count * self.config.microbatch_size * self.config.lane_tokens
         for metrics in self._metrics:
             metrics.write("evaluation", step=step, val_loss=loss_sum / tokens, tokens=tokens)
         return loss_sum / tokens
+
+    def _evaluate(self, index: int, step: int, microbatch: int) -> float:
+        """One forward of one stage; returns the loss sum if it is the last stage's."""
+        ids_BS, received = self._input(index, step, microbatch, Kind.EVALUATION)
+        with self.watches[index].measure("compute"):
+            out = self.stages[index].evaluate(step, microbatch, ids_BS, received)
+        if not isinstance(out, Encoded):
+            return out
+        self._pass_on(index, out, ids_BS, step, microbatch, Kind.EVALUATION)
+        return 0.0
 
     def _send(self, sender: int, receiver: int, message: Message) -> None:
         self._mail.setdefault((receiver, message.kind), deque()).append(message)

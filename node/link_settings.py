@@ -12,8 +12,9 @@ from ..protocol.copy_transfer import PARTS_AHEAD_LEAST, PARTS_AHEAD_MOST
 from ..protocol.greeting import NodeIdentity
 from ..protocol.messages import Limits
 from ..protocol.round_transfer import ContributionBytes
-from ..protocol.schedule import get_schedule, messages_ahead
+from ..protocol.schedule import messages_ahead
 from ..protocol.session import LinkSession
+from ..protocol.step_orders import overlapping_ahead
 from ..sim.links.shaper import LinkProfile
 from .boundary.endpoints import BoundaryShape
 from .config import RunConfig
@@ -98,8 +99,8 @@ def receive_buffer_bytes(config: RunConfig, limits: Limits, *, from_above: bool)
     activations all that the schedule sends before it wants a gradient."""
     pipeline, messages = config.pipeline, 2
     if from_above:
-        schedule = get_schedule(pipeline.schedule)
-        messages = max(messages, messages_ahead(schedule, pipeline.stages, pipeline.microbatches))
+        ahead = overlapping_ahead if pipeline.delay else messages_ahead
+        messages = max(messages, ahead(config.training_schedule, pipeline.stages, pipeline.microbatches))
     return max(config.link.receive_buffer_bytes, messages * (limits.message_bytes + limits.frame_bytes))
 
 

@@ -167,6 +167,10 @@ class Stopwatch:
             self._spent[f"{activity}_s"] += lap.seconds
             self._spent[f"{activity}_cpu_s"] += lap.thread_cpu_s
 
+    def add_cpu(self, activity: Literal["compute", "codec"], seconds: float) -> None:
+        """What another thread took of the CPU for work that is measured where it was waited for."""
+        self._spent[f"{activity}_cpu_s"] += seconds
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         lap = Lap()

@@ -1,8 +1,9 @@
 """The compute of one pipeline stage: its slice of the model, its halves of two codecs, its optimizer.
 
-Everything here is synchronous, single-threaded and knows nothing of links: a method takes tensors and gives tensors.
-That is what makes the swarm and the one-process reference run bit-identical: both call the same methods of the same
-objects in the same order, and only what lies between the calls differs.
+Everything here is synchronous, single-threaded (in `in_turns` two threads, of which one stands still) and knows nothing
+of links: a method takes tensors and gives tensors. That is what makes the swarm and the one-process reference run
+bit-identical: both call the same methods of the same objects in the same order, and only what lies between the calls
+differs.
 
 Losses are *sums* over tokens, and gradients therefore too; the optimizer divides once by the step's tokens. Means per
 microbatch would make gradients so small that low-bit formats lose them, and would weigh microbatches unequally.
@@ -11,10 +12,10 @@ microbatch would make gradients so small that low-bit formats lose them, and wou
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,10 +40,14 @@ from .optim import OptimStats, StageOptimizer
 from .stage_codec import boundary_of, known_tokens, stage_context, trained_parameters
 from .stage_costs import stage_layers
 from .stage_state import StageSnapshot, StageState, StateError, sha256_of
+from .weight_versions import WeightVersions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+    from ..compress.codec_interface import Decoder, Encoder
+
+T = TypeVar("T")
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,6 +57,7 @@ class _Saved:
 
     z_in: Tensor | None
     out: Tensor
+    loss_sum: float | None  # of the last stage
 
 
 class Stage:
@@ -107,6 +113,12 @@ class Stage:
         ends = {"below": self.downstream_endpoint, "above": self.upstream_endpoint}
         begin_with(config, layers, index, tokens=self.tokens, sender=sender, receiver=receiver, **ends)
         self.trained = trained_parameters(index, self.model, tokens=self.tokens, receiver=receiver, sender=sender)
+        moves = bool(self.downstream_endpoint and (table := self.downstream_endpoint.table) and table.table.every)
+        self.versions: WeightVersions | None = None
+        if config.pipeline.delay:
+            owner = self.sender if moves else None
+            self.versions = WeightVersions(self.trained, predict=config.pipeline.predict, sender=owner)
+            self.trained = self.versions.masters
         self.optimizer = StageOptimizer(
             self.trained, config.optim, total_steps=config.run.steps, extended=config.run.extended
         )
@@ -130,17 +142,22 @@ class Stage:
             sender=sender,
             ends={name: end for port in self._ports for name, end in port.ends.items()},
             memories={name: memory for port in self._ports for name, memory in port.memories.items()},
+            versions=self.versions,
         )
         self._backwards = 0
-        self._saved: dict[int, _Saved] = {}
+        self._saved: dict[tuple[int, int], _Saved] = {}  # by step and microbatch
         self._owed: dict[int, WeightGradients] = {}  # by microbatch, between its input gradient and its weight gradient
-        self._begun = False  # this step's first forward is done
+        self._begun = 0  # steps whose first forward is done: one more than are finished, or two where steps overlap
         self.completed = 0  # steps that are finished
-        self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, as far as known in this step
+        self.losses: dict[int, float] = {}  # microbatch -> sum of token losses, of the backwards since the last finish
 
     @property
     def _ports(self) -> list[UpstreamEndpoint | DownstreamEndpoint]:
         return [port for port in (self.upstream_endpoint, self.downstream_endpoint) if port]
+
+    @property
+    def _halves(self) -> list[Decoder | Encoder]:
+        return ([] if self.first else [self.receiver]) + ([] if self.last else [self.sender])
 
     def _constrain(self, model: StageModel) -> None:
         if self._codec.constrains:
@@ -151,7 +168,8 @@ class Stage:
 
     def _precision(self) -> AbstractContextManager[object]:
         if self._autocast:
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            # Its cache of weights in bfloat16 is one for all threads, and would tie the graphs of two microbatches.
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=self.chunk is None)
         return nullcontext()
 
     def _run(self, ids_BS: np.ndarray, z_in: Tensor | None) -> Tensor:
@@ -174,27 +192,48 @@ class Stage:
         if self.chunk:
             self.chunk.begin(step, microbatch, evaluation=evaluation)
 
+    def in_turns(
+        self, first: Callable[[], T], second: Callable[[], T], on_first: Callable[[T], None] | None = None
+    ) -> tuple[T, T]:
+        """Two microbatches' `forward`, `backward` or `input_gradient`, the one where the other waits for other lanes;
+        on_first: is told of the first one's result at once. The bits are those of one after the other."""
+        if self.chunk:
+            return self.chunk.turns.both(first, second, on_first)
+        one = first()
+        if on_first:
+            on_first(one)
+        return one, second()
+
+    @property
+    def second_cpu_s(self) -> float:
+        """What the second microbatch of the last `in_turns` took of the CPU on a thread of its own."""
+        return self.chunk.turns.second_cpu_s if self.chunk else 0.0
+
     def forward(
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
     ) -> Encoded | None:
         """What to send on, or None from the last stage, which knows the loss now."""
-        delta = self._publish(step) if not self._begun else b""
-        self._begun = True
+        if self.versions:
+            self.versions.use(step)
+        delta = self._publish(step) if step >= self._begun else b""
+        self._begun = max(self._begun, step + 1)
         z_in = self._accept(received)
         if z_in is not None:
             z_in.requires_grad_(True)
         self._begin(step, microbatch)
         out = self._run(ids_BS, z_in)
-        self._saved[microbatch] = _Saved(z_in, out)
+        self._saved[step, microbatch] = _Saved(z_in, out, float(out.detach()) if self.last else None)
         if self.last:
-            self.losses[microbatch] = float(out.detach())
             return None
         return self._encoded(out.detach(), delta)
 
     def _publish(self, step: int) -> bytes:
         """At a step's start, what the stage below has to know of this boundary's table before it can decode."""
         table = self.downstream_endpoint and self.downstream_endpoint.table
-        published = table.publish(self.sender.master, step) if table else None
+        if not table:
+            return b""
+        known = self.versions and self.versions.table(step)
+        published = table.publish(self.sender.master if known is None else known, step)
         if published is None:
             return b""
         delta, shipped = published
@@ -216,11 +255,15 @@ class Stage:
     def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
         """dL/dz (B, T, W) for the stage above, or None from the first stage.
 
-        `dz_out` and `loss_sum` come from the stage below; the last stage has its own.
+        `dz_out` and `loss_sum` come from the stage below; the last stage has its own. Of the step under way: those of
+        the next one come after its `finish`.
         """
-        saved = self._saved.pop(microbatch)
-        if loss_sum is not None:
-            self.losses[microbatch] = loss_sum
+        saved = self._saved.pop((self.completed, microbatch))
+        known = saved.loss_sum if self.last else loss_sum
+        assert known is not None
+        self.losses[microbatch] = known
+        if self.versions:
+            self.versions.use(self.completed)
         pull(saved.out, dz_out)
         self._backwards += 1
         return None if saved.z_in is None else saved.z_in.grad
@@ -275,17 +318,23 @@ class Stage:
         sum_of_squares: of all stages' gradients, where these are clipped by the global norm."""
         tokens = self.config.tokens_per_step
         self._check_paid(step)
-        self._begun, self._backwards = False, 0
+        self._backwards = 0
         loss = sum(self.losses[microbatch] for microbatch in sorted(self.losses)) / tokens
         self.losses.clear()
         averages = self.averager is not None and self.averager.mode.of_gradients
         lanes = self.averager.contributed if self.averager and averages else 1  # whose tokens the gradients are sums of
+        if self.versions:
+            self.versions.begin_step(step)
         stats = self.optimizer.step(step, lanes * tokens, sum_of_squares)  # first: it refuses what is not finite
         if self.gathers(step):
             assert self._table_gradient is not None, f"stage {self.index} ends step {step} without `gather`"
             rate = self.config.optim.muon_lr * self.optimizer.learning_rate(step)
             self.sender.learn(self._table_gradient, rate=rate)
             self._table_gradient = None
+        for half in self._halves:
+            half.end_step()
+        if self.versions:
+            self.versions.end_step(step, self.optimizer.state_tensors())
         self.completed = step + 1
         return loss, stats
 
@@ -312,6 +361,8 @@ class Stage:
         self, step: int, microbatch: int, ids_BS: np.ndarray, received: ReceivedTensor | None
     ) -> Encoded | float:
         """What to send on, or the last stage's loss sum. Nothing is saved, nothing learns."""
+        if self.versions:
+            self.versions.use_master()
         self._begin(step, microbatch, evaluation=True)
         out = self._run(ids_BS, self._accept(received))
         return float(out) if self.last else self._encoded(out)
@@ -319,6 +370,8 @@ class Stage:
     @torch.no_grad()
     def infer(self, inputs_BT: Tensor, received: ReceivedTensor | None) -> Encoded | Tensor:
         """As `evaluate`, of tokens without targets: what to send on, or the last stage's logits (B, T, V)."""
+        if self.versions:
+            self.versions.use_master()
         out = self._computed(inputs_BT, self._accept(received))
         return out if self.last else self._encoded(out)
 
@@ -350,7 +403,7 @@ class Stage:
     def snapshot(self) -> StageSnapshot:
         """A copy of the state as it is between two steps, on the compute thread: other threads may unpack the next
         step's messages and pack this one's meanwhile. Raises StateError in the middle of a step."""
-        if self._begun or self._saved or self._owed or self._backwards or self.losses:
+        if self._begun > self.completed or self._saved or self._owed or self._backwards or self.losses:
             raise StateError(
                 f"stage {self.index}: a snapshot in the middle of step {self.completed}; take it after the step's "
                 "finish and before the next one's first forward"
@@ -377,7 +430,7 @@ class Stage:
         self._saved.clear()
         self._owed.clear()
         self.losses.clear()
-        self._begun, self._backwards, self._table_gradient = False, 0, None
+        self._begun, self._backwards, self._table_gradient = snapshot.completed, 0, None
         if self.chunk:
             self.chunk.break_off()
         self.completed = snapshot.completed

@@ -85,6 +85,7 @@ def boundary_of(
         microbatches=config.pipeline.microbatches,
         seed=rounding_seed(config.run.seed, lane),
         ids_length=config.chunk_layout.ids_length(lane, config.ids_before),
+        delay=config.pipeline.delay,
     )
     return codec, of_boundary, shape
 

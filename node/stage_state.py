@@ -27,6 +27,7 @@ from .averaging.averager import Averager
 from .boundary.pack_memory import PackMemory
 from .boundary.table_snapshot import DictionaryEnd, TableSnapshot
 from .optim import StageOptimizer
+from .weight_versions import WeightVersions
 
 
 class StateError(RuntimeError):
@@ -52,7 +53,8 @@ class StageState:
     trained: what the optimizer moves. tokens: what the codec knows of tokens, parts of which may be frozen. The halves
     of the two boundaries. ends: of the dictionaries at both, of which "table_above" and "table_below" are what those
     halves work with. memories: of byte formats, of what they packed. averager: of rounds with the other
-    lanes, if there are any.
+    lanes, if there are any. versions: of weights and the table below, where gradients are applied late; then the
+    `trained` are its masters.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class StageState:
         sender: Encoder | None,
         ends: dict[str, DictionaryEnd],
         memories: dict[str, PackMemory],
+        versions: WeightVersions | None = None,
     ) -> None:
         self._stage = stage
         self._trained, self._optimizer, self._tokens = trained, optimizer, tokens
         self._averager = averager
         self._receiver, self._sender = receiver, sender
         self._ends, self._memories = ends, memories
+        self._versions = versions
 
     def tensors(self, completed: int) -> dict[str, Tensor]:
         """The parts themselves, not copies, by name; meaningful between steps, after `completed` of them."""
@@ -80,7 +84,11 @@ class StageState:
         parts |= {name: end.state_tensors(completed) for name, end in self._ends.items()}
         parts |= {name: memory.state_tensors() for name, memory in self._memories.items()}
         rounds = self._averager.state_tensors() if self._averager else {}
-        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()}) | _of_rounds(rounds)
+        late: dict[str, Tensor] = {}
+        if self._versions:
+            late = self._versions.state_tensors(completed)
+            parts[_TABLES] = self._versions.table_state(completed)
+        return self._model() | late | _joined(parts | {"tokens": self._frozen_tokens()}) | _of_rounds(rounds)
 
     def layout(self, completed: int, *, unsent: Collection[str] = ()) -> dict[str, Tensor]:
         """What `tensors` has after `completed` steps: names, shapes and dtypes; the numbers mean nothing. unsent: the
@@ -88,7 +96,11 @@ class StageState:
         all_parts = self._halves | self._ends | self._memories
         parts = {name: part.state_layout(0 if name in unsent else completed) for name, part in all_parts.items()}
         rounds = self._averager.state_layout(completed) if self._averager else {}
-        return self._model() | _joined(parts | {"tokens": self._frozen_tokens()}) | _of_rounds(rounds)
+        late: dict[str, Tensor] = {}
+        if self._versions:
+            late = self._versions.state_layout()
+            parts[_TABLES] = self._versions.table_layout()
+        return self._model() | late | _joined(parts | {"tokens": self._frozen_tokens()}) | _of_rounds(rounds)
 
     def untrained(self, completed: int) -> StageSnapshot:
         """The state after `completed` steps in which this stage, as it was built, had no part: its moments are zero,
@@ -142,6 +154,8 @@ class StageState:
             self._receiver.load_state_tensors(_part(tensors, "receiver"), tables.get("table_above"))
         if self._sender:
             self._sender.load_state_tensors(_part(tensors, "sender"), tables.get("table_below"))
+        if self._versions:  # last: they begin with what the others have now
+            self._versions.load_state_tensors(snapshot.completed, tensors, _part(tensors, _TABLES))
 
     def _model(self) -> dict[str, Tensor]:
         weights = {f"weight/{name}": parameter.detach() for name, parameter in self._trained}
@@ -207,6 +221,7 @@ def sha256_of(tensors: dict[str, Tensor]) -> str:
 
 
 _ROUNDS = "lanes/"
+_TABLES = "table_versions_below"
 
 
 def _of_rounds(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

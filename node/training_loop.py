@@ -3,15 +3,16 @@
 A stage encodes, sends, receives and decodes while it computes (`node.queues`), but the order of everything that changes
 state is the schedule's, so timing never reaches the arithmetic. Each stage runs the loop on its own: there is no
 coordinator and no barrier, and a stage starts its next step as soon as its last backward is done, or where gradients
-are clipped by the norm of all stages, as soon as it knows that. A schedule that splits the backward sends the input
-gradient off before the weight gradient is computed.
+are clipped by the norm of all stages, as soon as it knows that. Where they are applied one step late, steps overlap
+(`protocol.step_orders`). A schedule that splits the backward sends the input gradient off before the weight gradient is
+computed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from ..protocol.global_norm import norm_message
 from ..protocol.messages import Kind, Message
+from ..protocol.paired import computed_now
 from ..protocol.schedule import (
+    Action,
     Backward,
     BroadcastNorm,
     Evaluate,
@@ -28,8 +31,11 @@ from ..protocol.schedule import (
     Forward,
     InputGradient,
     ReduceNorm,
+    Step,
+    Upward,
     WeightGradient,
 )
+from ..protocol.step_orders import DelayedOrder, OneStep, StepOrder
 from ..sim.links.link_check import LinkCheck
 from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
@@ -40,6 +46,7 @@ from .lanes.held_rounds import HeldRounds
 from .links.link import Link, LinkOffCap
 from .links.link_probe import probe_s
 from .long_preparation import in_daemon
+from .paired_work import computed
 from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
 from .run_records import Lap, MetricsWriter, Tracer
@@ -85,6 +92,7 @@ class TrainingLoop:
         if context and stage.chunk:
             stage.chunk.connect(context)
         self._generation, self._on_completed, self._on_met = generation, on_completed, on_met
+        self._schedule = config.training_schedule
         self._last = config.run.steps if last is None else min(last, config.run.steps)
         self.under_way = stage.completed  # steps that are completed once the present one is
         self.above, self.below, self._rounds = above, below, rounds
@@ -194,62 +202,81 @@ class TrainingLoop:
         return checks + [await link.probe(timeout_s) for link in self.links[len(boundaries) :]]
 
     async def _train(self) -> None:
-        pipeline, run = self.config.pipeline, self.config.run
-        schedule = self.config.training_schedule
         lap = Lap()
-        loss, grad_norm = float("nan"), 0.0
-        while await self._may_begin():
-            step = self.stage.completed
-            self.under_way = step + 1
-            squares: float | None = None  # by whose sum gradients are clipped; None: the stage's own
-            for action in schedule.actions(
-                stage=self.stage.index, stages=pipeline.stages, microbatches=pipeline.microbatches
-            ):
-                match action:
-                    case Forward():
-                        await self._forward(step, action.microbatch)
-                    case Backward():
-                        await self._backward("backward", self.stage.backward, step, action.microbatch)
-                    case InputGradient():
-                        await self._backward("input gradient", self.stage.input_gradient, step, action.microbatch)
-                    case WeightGradient(microbatch=microbatch):
-                        await self._compute.run(f"weight gradient {microbatch}", self.stage.weight_gradient, microbatch)
-                    case ReduceNorm():
-                        await self._gather(step)  # what comes first
-                        squares = await self._reduce_norm(step)
-                    case BroadcastNorm():
-                        assert squares is not None
-                        squares = await self._broadcast_norm(step, squares)
-                    case _:
-                        if squares is None:
-                            await self._gather(step)
-                        loss, grad_norm = await self._finish(step, squares)
-            await self._hold_rounds(step + 1, of_gradients=False)
-            if self.stage.chunk and step == self.stage.chunk.gathering_step:
-                await self._compute.run("choice of subspaces", self.stage.chunk.choose_subspaces, step)
+        while await self._may_begin(self.stage.completed):
+            order, squares = self._next_steps(), None
+            for step, action in order:
+                begins = action == Forward(microbatch=0)
+                if begins and step != order.first and not await self._may_begin(step):
+                    order.end = step
+                    continue
+                if begins:
+                    self.under_way = step + 1
+                if isinstance(action, Step):
+                    lap, squares = await self._end_step(step, squares, lap), None
+                else:
+                    squares = await self._act(step, action, squares)
+
+    def _next_steps(self) -> StepOrder:
+        """One step, or as many as overlap until something wants the pipeline empty."""
+        config, pipeline, first = self.config, self.config.pipeline, self.stage.completed
+        shape = {"stage": self.stage.index, "stages": pipeline.stages, "microbatches": pipeline.microbatches}
+        if not pipeline.delay:
+            return OneStep(self._schedule, **shape, first=first)
+        return DelayedOrder(self._schedule, **shape, first=first, end=min(config.next_drain(first), self._last))
+
+    async def _act(self, step: int, action: Action, squares: float | None) -> float | None:
+        """Do it; returns by whose sum of squares the step's gradients are clipped, as far as that is known. None: by
+        the stage's own."""
+        match action:
+            case Forward() | Backward() | InputGradient():
+                if together := computed_now(self._schedule, action, self.config.pipeline.microbatches):
+                    await self._compute_and_send(step, action, together)
+            case WeightGradient(microbatch=microbatch):
+                await self._compute.run(f"weight gradient {microbatch}", self.stage.weight_gradient, microbatch)
+            case ReduceNorm():
+                await self._gather(step)  # what comes first
+                return await self._reduce_norm(step)
+            case BroadcastNorm():
+                assert squares is not None
+                return await self._broadcast_norm(step, squares)
+            case _:
+                raise AssertionError(action)
+        return squares
+
+    async def _end_step(self, step: int, squares: float | None, lap: Lap) -> Lap:
+        """The optimizer step, and what is done between two steps; returns the next one's lap."""
+        run = self.config.run
+        if squares is None:
+            await self._gather(step)
+        loss, grad_norm = await self._finish(step, squares)
+        await self._hold_rounds(step + 1, of_gradients=False)
+        if self.stage.chunk and step == self.stage.chunk.gathering_step:
+            await self._compute.run("choice of subspaces", self.stage.chunk.choose_subspaces, step)
+        self._deadline.observe(lap.seconds)
+        self._records.step(step, loss, grad_norm, lap, self._measures)
+        lap = Lap()
+        due = run.eval_every and (step + 1) % run.eval_every == 0
+        if due or step + 1 == run.steps:
+            await self._evaluate(step)
             self._deadline.observe(lap.seconds)
-            self._records.step(step, loss, grad_norm, lap, self._measures)
             lap = Lap()
-            due = run.eval_every and (step + 1) % run.eval_every == 0
-            if due or step + 1 == run.steps:
-                await self._evaluate(step)
-                self._deadline.observe(lap.seconds)
-                lap = Lap()
-            if self._on_completed:
-                await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
+        if self._on_completed:
+            await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
+        return lap
 
     def end_after(self, completed: int) -> None:
         """Begin no step after so many are completed."""
         self._last = min(self._last, completed)
         self.look_again()
 
-    async def _may_begin(self) -> bool:
-        """Whether there is a step to do; below the first stage, once there is something to do it with. A lane that was
-        left out follows the others first."""
+    async def _may_begin(self, step: int) -> bool:
+        """Whether there is such a step to do; below the first stage, once there is something to do it with. A lane that
+        was left out follows the others first."""
         while True:
-            step = self.stage.completed
             if self._rounds and step < self._last and self._rounds.follows(step):
                 await self._rounds.catch_up(self.stage, self._compute, self._watch, self._norm)
+                step = self.stage.completed
                 continue
             if not self._from_above:
                 return step < self._last
@@ -268,29 +295,61 @@ class TrainingLoop:
 
     # -- actions ------------------------------------------------------------------------------------------------
 
-    async def _forward(self, step: int, microbatch: int) -> None:
-        ids_BS, received = await self._input(Kind.ACTIVATION, step, microbatch)
-        out = await self._compute.run(f"forward {microbatch}", self.stage.forward, step, microbatch, ids_BS, received)
-        if out is not None:
-            await self._send_below(out, ids_BS, step, microbatch, Kind.ACTIVATION)
+    async def _compute_and_send(self, step: int, action: Forward | Upward, microbatches: Sequence[int]) -> None:
+        """Of one microbatch, or of the two of a pair in turns."""
+        numbers = ", ".join(map(str, microbatches))
+        match action:
+            case Forward():
+                await self._forward(f"forward {numbers}", step, microbatches)
+            case Backward():
+                await self._backward(f"backward {numbers}", self.stage.backward, step, microbatches)
+            case InputGradient():
+                await self._backward(f"input gradient {numbers}", self.stage.input_gradient, step, microbatches)
 
-    async def _backward(self, name: str, work: Callable[..., Tensor | None], step: int, microbatch: int) -> None:
-        dz_out, loss_sum = None, None
-        if self._from_below:
-            arrival = await self._wait(self._from_below, Kind.GRADIENT, step, microbatch)
-            dz_out, loss_sum = arrival.tensor, arrival.message.loss_sum
-        dz_in = await self._compute.run(f"{name} {microbatch}", work, microbatch, dz_out, loss_sum)
-        if self._to_above:
-            port, loss_sum = self.stage.upstream_endpoint, self.stage.losses[microbatch]
+    async def _forward(self, name: str, step: int, microbatches: Sequence[int]) -> None:
+        given = [await self._input(Kind.ACTIVATION, step, microbatch) for microbatch in microbatches]
+        works = [
+            partial(self.stage.forward, step, microbatch, *each)
+            for microbatch, each in zip(microbatches, given, strict=True)
+        ]
+
+        async def send(place: int, out: Encoded | None) -> None:
+            if out is not None:
+                await self._send_below(out, given[place][0], step, microbatches[place], Kind.ACTIVATION)
+
+        await computed(name, works, send, stage=self.stage, compute=self._compute, watch=self._watch)
+
+    async def _backward(
+        self, name: str, work: Callable[..., Tensor | None], step: int, microbatches: Sequence[int]
+    ) -> None:
+        works: list[Callable[[], Tensor | None]] = []
+        for microbatch in microbatches:
+            dz_out, loss_sum = None, None
+            if self._from_below:
+                arrival = await self._wait(self._from_below, Kind.GRADIENT, step, microbatch)
+                dz_out, loss_sum = arrival.tensor, arrival.message.loss_sum
+            works.append(partial(work, microbatch, dz_out, loss_sum))
+
+        async def send(place: int, dz_in: Tensor | None) -> None:
+            if self._to_above:
+                await self._send_gradient(dz_in, step, microbatches[place])
+
+        await computed(name, works, send, stage=self.stage, compute=self._compute, watch=self._watch)
+        if self._to_above and (half := self.stage.gradient_to_send(step)) is not None:
+            port = self.stage.upstream_endpoint
             assert port is not None
-            assert dz_in is not None
-            later = port.pack_queue.submit(lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum))
-            await self._to_above.put(f"pack gradient {microbatch}", later)
-            if (half := self.stage.gradient_to_send(step)) is not None:
-                table = port.table
-                assert table is not None
-                later = port.pack_queue.submit(lambda: table.pack_gradient(half, step))
-                await self._to_above.put("pack projector gradient", later)
+            table = port.table
+            assert table is not None
+            later = port.pack_queue.submit(lambda: table.pack_gradient(half, step))
+            await self._to_above.put("pack projector gradient", later)
+
+    async def _send_gradient(self, dz_in: Tensor | None, step: int, microbatch: int) -> None:
+        port, loss_sum = self.stage.upstream_endpoint, self.stage.losses[microbatch]
+        assert port is not None
+        assert dz_in is not None
+        assert self._to_above
+        later = port.pack_queue.submit(lambda: port.pack_gradient(dz_in, step, microbatch, loss_sum))
+        await self._to_above.put(f"pack gradient {microbatch}", later)
 
     async def _gather(self, step: int) -> None:
         """The last of the step's gradients: the receiver's half of the table's below, where it is due."""

@@ -83,6 +83,7 @@ class Schedule(ABC):
 
     name: ClassVar[str]
     splits: bool = False  # whether stages compute input and weight gradients apart
+    pairs: bool = False  # whether they compute two microbatches in turns (`protocol.paired`)
 
     def actions(self, *, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
         """The actions of one stage (0-based) in one training step. Raises ScheduleError at once, not when iterated."""

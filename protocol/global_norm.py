@@ -41,7 +41,7 @@ class WithGlobalNorm(Schedule):
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self.splits = schedule.splits
+        self.splits, self.pairs = schedule.splits, schedule.pairs
 
     def check(self, stage: int, stages: int, microbatches: int) -> None:
         self._schedule.check(stage, stages, microbatches)

@@ -43,6 +43,7 @@ import hashlib
 import itertools
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 
 from .actions import (
@@ -99,6 +100,10 @@ RTT_RATIO_MAX = 24.0
 class FlushingSchedule(Schedule):
     """Fill to the depth `peak_in_flight`, alternate one backward and one forward, drain, step."""
 
+    @abstractmethod
+    def depth(self, stage: int, stages: int) -> float:
+        """How many forwards a stage would do ahead of its backwards if a step had as many microbatches."""
+
     def _order(self, stage: int, stages: int, microbatches: int) -> Iterator[Action]:
         depth = self.peak_in_flight(stage, stages, microbatches)
         for microbatch in range(depth):
@@ -114,6 +119,10 @@ class GPipe(FlushingSchedule):
     """All forwards, then all backwards."""
 
     name = "gpipe"
+
+    def depth(self, stage: int, stages: int) -> float:
+        del stage, stages
+        return math.inf
 
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
         check_shape(stage, stages, microbatches)
@@ -134,9 +143,12 @@ class OneFOneB(FlushingSchedule):
             )
         self.rtt_ratio = rtt_ratio
 
+    def depth(self, stage: int, stages: int) -> int:
+        return 1 + math.ceil((stages - 1 - stage) * (1 + self.rtt_ratio))
+
     def peak_in_flight(self, stage: int, stages: int, microbatches: int) -> int:
         check_shape(stage, stages, microbatches)
-        return min(microbatches, 1 + math.ceil((stages - 1 - stage) * (1 + self.rtt_ratio)))
+        return min(microbatches, self.depth(stage, stages))
 
 
 class ZeroBubble(OneFOneB):

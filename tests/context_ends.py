@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from functools import partial
 
 from thinpipe.node.config import RunConfig
@@ -17,6 +18,7 @@ from thinpipe.node.context.context_links import context_links, link_for, parts_o
 from thinpipe.node.context.context_parts import ContextParts
 from thinpipe.node.context.exchange import ContextKey
 from thinpipe.node.context.link_transport import LinkTransport
+from thinpipe.node.context.turns import Turns
 from thinpipe.node.links.dialling import dial
 from thinpipe.node.links.link import Link
 from thinpipe.node.links.transport import LinkStreams, serving
@@ -40,11 +42,18 @@ class End:
     """Of lane `lane`. Must be made in the event loop."""
 
     def __init__(
-        self, lane: int, *, lanes: int = 2, link: str = "none", timeout_s: float = 20.0, order: str = "zigzag"
+        self,
+        lane: int,
+        *,
+        lanes: int = 2,
+        link: str = "none",
+        timeout_s: float = 20.0,
+        order: str = "zigzag",
+        in_flight: int = 1,
     ):
         tree = {
             "lanes": {"count": lanes, "average": "gradients"},
-            "context": {"method": "full", "order": order},
+            "context": {"method": "full", "order": order, "in_flight": in_flight},
             "data": {"sequence_length": 24, "heldout_sequences": 8},
             "pipeline": {"stages": STAGES, "batch_size": 4, "microbatches": MICROBATCHES},
             "link": {"link": link},
@@ -70,6 +79,8 @@ class End:
         )
         self.links = {link.session.place.lane: link for link in self.transport.links}
         self.compute = Worker("compute", self.watch, tracer)
+        self.turns = Turns()
+        self.before_taking: Callable[[], None] = lambda: None
 
     def report(self, code: str, line: str) -> None:
         self.faults.append(f"{code}: {line}")
@@ -91,16 +102,28 @@ class End:
         for lane in self.links:
             for segment in gives(lane):
                 self.transport.send(lane, key(segment=segment), content(key(segment=segment)))
+        self.turns.hand_over()
+        self.before_taking()
         for lane in self.links:
             for segment in reversed(takes(lane)):
                 assert self.transport.receive(lane, key(segment=segment)) == content(key(segment=segment))
 
     def step(self, step: int) -> None:
-        for microbatch in range(MICROBATCHES):
+        def forward(microbatch: int) -> None:
             for layer in LAYERS:
                 self.layer(step, microbatch, layer)
+
+        def backward(microbatch: int) -> None:
             for layer in reversed(LAYERS):
                 self.layer(step, microbatch, layer, gradient=True)
+
+        if self.config.in_flight == 2:
+            for way in (forward, backward):
+                self.turns.both(partial(way, 0), partial(way, 1))
+        else:
+            for microbatch in range(MICROBATCHES):
+                forward(microbatch)
+                backward(microbatch)
         for layer in LAYERS:
             self.layer(step, 0, layer, evaluation=True)
 

@@ -63,6 +63,8 @@ def recipe_of(config: RunConfig) -> textbook.Recipe:
         decay=round(settings.decay_fraction * config.run.steps),
         clip=settings.clip,
         polynomials=settings.msign_coefficients,
+        delay=config.pipeline.delay,
+        predict=config.pipeline.predict,
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import math
 import struct
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -452,7 +453,7 @@ def test_no_parameter_is_named_as_a_hidden_matrix(kind):  # node/optim.py gives 
 
 def test_within_once_the_same_ids_have_the_same_answer():
     anchors, ids = trained("full"), some_ids()
-    with anchors.once():
+    with anchors.once(ids):
         said = anchors(ids)
         assert anchors(ids) is said
         assert anchors(ids.clone()) is not said
@@ -461,9 +462,23 @@ def test_within_once_the_same_ids_have_the_same_answer():
     said.sum().backward()
     once = anchors.weight.grad.clone()
     anchors.weight.grad = None
-    with anchors.once():
+    with anchors.once(ids):
         (anchors(ids) + anchors(ids)).sum().backward()
     assert torch.equal(anchors.weight.grad, 2 * once)
+
+
+def test_two_microbatches_have_answers_of_their_own():
+    """One is under way while the other begins and ends."""
+    anchors, first, second = trained("full"), some_ids(), some_ids()
+    with ExitStack() as outer:
+        outer.enter_context(anchors.once(first))
+        said = anchors(first)
+        with anchors.once(second):
+            other = anchors(second)
+            assert anchors(first) is said
+            assert anchors(second) is other is not said
+        assert anchors(first) is said
+        assert anchors(second) is not other
 
 
 # --- anchors of pairs ----------------------------------------------------------------------------------------------

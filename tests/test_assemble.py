@@ -72,7 +72,7 @@ def test_the_union_of_the_stages(trained: tuple[Path, list[Stage]]) -> None:
         assert all(torch.equal(known[name], state[name]) for name in state)
     for held, (above, below) in zip(found.boundaries, itertools.pairwise(stages), strict=True):
         assert torch.equal(held.table, above.sender.shipped)
-        assert torch.equal(held.table, below.receiver._table)
+        assert torch.equal(held.table, below.receiver.table)
         assert torch.equal(held.master, above.sender.master)
     names = {name.partition("/")[2] for name in found.optimizer}
     trained = {name for stage in stages for name, _ in stage.trained}

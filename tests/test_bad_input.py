@@ -116,6 +116,27 @@ UP = [
         r"schedule 'best' is found by simulation before a run.*; say it to --schedule",
     ),
     (["--set", "pipeline.schedule=zb:rtt_ratio=auto"], r"'zb:rtt_ratio=auto' is found by simulation before a run"),
+    (["--set", "pipeline.delay=2"], r"pipeline\.delay: .*less than or equal to 1 \(got 2\)"),
+    (["--set", "pipeline.delay=-1"], r"pipeline\.delay: .*greater than or equal to 0 \(got -1\)"),
+    (["--set", "pipeline.delay=1", "--set", "pipeline.predict=adam"], r"pipeline\.predict: .*'none', 'momentum' or"),
+    (
+        ["--set", "pipeline.predict=orthogonal"],
+        r"pipeline\.predict = 'orthogonal' is for gradients that are applied late, and .*; set pipeline\.delay = 1",
+    ),
+    *(
+        (["--set", "pipeline.delay=1", *more], rf"pipeline\.delay = 1 does not go with {what}")
+        for more, what in (
+            (
+                ["--schedule", "order:FFBB/FBFB", "--stages", "2", "--microbatches", "2"],
+                "a schedule of written orders;",
+            ),
+            (["--schedule", "best"], r"schedule 'best': .*; say gpipe, 1f1b or zb"),
+            (["--schedule", "best:in_flight=3"], r"schedule 'best:in_flight=3': .*; say gpipe, 1f1b or zb"),
+            (["--lanes", "2"], r"lanes\.count = 2; set it to 1"),
+            (["--chunks", "2", "--context", "full"], r"chunks \(context\.method\); omit one"),
+            (["--set", "optim.clip_norm=global"], r"optim\.clip_norm = 'global', .*; say 'stage'"),
+        )
+    ),
     (["--schedule", "evaluation"], r"pipeline\.schedule: .*'evaluation' does not train; choose gpipe, 1f1b or zb"),
     (["--link", "300mbitz"], r"unknown unit 'mbitz' .*write it as 300mbit,25ms"),
     (["--set", "data.format=xml"], r"data\.format: .*'text', 'jsonl' or 'parquet' \(got 'xml'\)"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import json
 import os
 import resource
@@ -49,7 +50,8 @@ from thinpipe.node.preparation import prepare_corpus, resolve_architecture
 from thinpipe.node.stage_state import StageSnapshot, StateError
 from thinpipe.protocol.errors import LocalProtocolError
 from thinpipe.protocol.messages import Kind, Message
-from thinpipe.protocol.schedule import get_schedule, interleave
+from thinpipe.protocol.schedule import Action, Forward, get_schedule, interleave
+from thinpipe.protocol.step_orders import DelayedOrder, interleave_steps
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -60,7 +62,8 @@ PUBLISHED = "mapl:anchors=factorized,context=0,table=1,every=1"  # everything sw
 BOOKS = "rvq:codes=16,delta=drift/4"
 STEPS = 8
 STAGES = 3
-VARIANTS = {
+LATE = {"pipeline.delay": 1}
+VARIANTS: dict[str, str | tuple[str, dict[str, Any]]] = {  # of a tuple: with other settings
     "mapl": f"{PUBLISHED},r=8",
     "every third step": "mapl:r=8,every=3,anchors=factorized,table=1",
     "every third step, sender's half": "mapl:r=8,every=3,gradient=none,anchors=full,table=1",
@@ -76,6 +79,10 @@ VARIANTS = {
     "carried errors": "identity int4:hadamard=true,feedback=true topk:k=8,feedback=true",
     "identity": "identity",
     "identity with the token table": "identity:table=1",
+    "late gradients": (f"{PUBLISHED},r=8", LATE),
+    "late gradients every third step, codebooks": (f"mapl:r=8,every=3,anchors=full {BOOKS} {BOOKS}", LATE),
+    "late gradients, predicted": ("mapl:r=8,every=3,anchors=full", {**LATE, "pipeline.predict": "orthogonal"}),
+    "late gradients, a model in a subspace": ("ssn:k=8", {**LATE, "pipeline.predict": "momentum"}),
 }
 
 
@@ -103,10 +110,26 @@ class Run(LaneInProcess):
         loss = float("nan")
         order = list(interleave(schedule, len(self.stages), self.config.pipeline.microbatches))
         for index, action in order[:actions]:
-            if not self._computes(index, action, step):
-                self.stages[index].gather(step, self._table_gradient(index, step))
-                loss, _ = self.stages[index].finish(step)
+            loss = self.do(index, step, action)
         return loss if actions is None else float("nan")
+
+    def do(self, index: int, step: int, action: Action) -> float:
+        """One action of one stage; the loss of a step that ends with it."""
+        if self._computes(index, action, step):
+            return float("nan")
+        self.stages[index].gather(step, self._table_gradient(index, step))
+        return self.stages[index].finish(step)[0]
+
+    def orders(self, first: int, end: int) -> list[DelayedOrder]:
+        """Of all stages, over steps that overlap."""
+        shape = {"stages": len(self.stages), "microbatches": self.config.pipeline.microbatches}
+        schedule = get_schedule(self.config.pipeline.schedule)
+        return [DelayedOrder(schedule, stage=s, **shape, first=first, end=end) for s in range(len(self.stages))]
+
+    def overlap(self, first: int, end: int, actions: int | None = None) -> None:
+        """Those steps, overlapping, or only the first `actions` of them."""
+        for index, step, action in itertools.islice(interleave_steps(self.orders(first, end)), actions):
+            self.do(index, step, action)
 
     def actions(self) -> int:
         schedule = get_schedule(self.config.pipeline.schedule)
@@ -137,7 +160,8 @@ class Undisturbed:
 
 @pytest.fixture(scope="module", params=VARIANTS.values(), ids=VARIANTS)
 def variant(request: pytest.FixtureRequest, tiny: TinyConfig) -> tuple[RunConfig, Undisturbed]:
-    config = configure(tiny, request.param)
+    codec, more = request.param if isinstance(request.param, tuple) else (request.param, {})
+    config = configure(tiny, codec, **more)
     run = Run(config)
     digests, snapshots, losses = [run.digests()], [run.snapshots()], []
     for step in range(STEPS):
@@ -240,7 +264,7 @@ def test_the_next_steps_messages_are_no_part_of_a_snapshot(tiny: TinyConfig) -> 
     run = Run(configure(tiny))
     run.train_from(0, 3)
     before, digest = run.stages[1].snapshot(), run.stages[1].state_sha256()
-    run._forward(0, 3, 0, Kind.ACTIVATION)
+    run._together(0, 3, Forward(microbatch=0), (0,))
     port = run.stages[1].upstream_endpoint
     assert port is not None
     assert port.table is not None
@@ -435,7 +459,9 @@ def test_a_state_that_does_not_fit_changes_nothing(
 
 
 def test_an_error_that_cannot_have_been_carried_changes_nothing(tiny: TinyConfig) -> None:
-    run = Run(configure(tiny, VARIANTS["carried errors"]))
+    codec = VARIANTS["carried errors"]
+    assert isinstance(codec, str)
+    run = Run(configure(tiny, codec))
     run.train_from(0, 1)
     stage = run.stages[1]
     before = stage.snapshot()

@@ -17,7 +17,7 @@ from thinpipe.node.preparation import check_model
 
 MIXTURE = "mos:k=0.02,v=0.05,warm=2,format=int4"
 EXACT = [("llama", "full"), ("llama", MIXTURE), ("qwen3", "full:format=int8"), ("qwen2", f"{MIXTURE},head=first")]
-EXACT += [("phi", "full"), ("granite", MIXTURE), ("smollm3", "full")]
+EXACT += [("phi", "full"), ("granite", MIXTURE), ("smollm3", "full"), ("nanochat", "full")]
 INSTEAD = "choose a decoder that looks at all earlier tokens, such as llama or qwen3"
 REFUSED = [
     ("mistral", "full", f"its attention takes sliding_window, which attention over chunks .*; {INSTEAD}"),

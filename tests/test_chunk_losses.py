@@ -120,6 +120,21 @@ def test_rounds_under_way_are_given_again(up: Up, tiny: TinyConfig, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_two_microbatches_in_flight_go_back_together(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
+    """Each node is broken off in the middle of two, one of which waits for its turn."""
+    config = tiny({**GRID, "run.steps": 30, "context.in_flight": 2, "codec.codec": "mapl:r=8,every=2"})
+    process, run = started(up, config, tmp_path, "--restarts", "2")
+    for number, place in enumerate([(0, 1), (1, 0)], 1):
+        until(lambda n=number: len(records(run / "lane-0", 1, "step")) >= 8 * n, f"step {8 * number}")
+        kill(run, place)
+        until(lambda n=number: len(records(run / "lane-1", 1, "rollback")) >= n, f"rollback {number}")
+    ended(process)
+    one_after_the_other = tiny({**GRID, "run.steps": 30, "codec.codec": "mapl:r=8,every=2"})
+    assert one_after_the_other.in_flight == 1
+    assert ends(run, config) == digests(one_after_the_other)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [(0, 0), (1, 0)])
 def test_a_node_that_is_lost_with_its_disk_comes_back_from_the_next_one_of_the_chain(
     undisturbed: tuple[RunConfig, list[list[str]]], tmp_path: Path, lost: tuple[int, int]

@@ -29,7 +29,7 @@ CHUNKS = {
     "context.method": "full",
 }
 GRIDS: dict[str, dict[str, Any]] = {
-    "full": {"codec.codec": "mapl:r=8,every=2", "pipeline.schedule": "zb"},
+    "full": {"codec.codec": "mapl:r=8,every=2", "pipeline.schedule": "zb", "context.in_flight": 2},
     "int8, three plain chunks": {
         "lanes.count": 3,
         "pipeline.stages": 1,
@@ -41,6 +41,7 @@ GRIDS: dict[str, dict[str, Any]] = {
         "lanes.count": 3,
         "context.method": "mos:k=0.25,v=0.5,warm=2,fold=0.34,format=bf16",
         "lanes.average": "outer:every=2",
+        "context.in_flight": 2,
         "link.link": "20mbit,5ms",
     },
 }

@@ -65,8 +65,8 @@ def test_two_chunks_over_a_thin_link() -> None:
     nothing to do since 2 s. Backward, twice as long: its gradient leaves at 6 + 4 s, takes 6 s and half a second, and
     lane 0, which is done with its own at 8 s, waits for it until 16.5 s."""
     found = simulate_context(two_plain(), LINK)
-    assert (found.forward_s, found.forward_wait_s) == (5.5 + 2 + 3, (0, 3.5))
-    assert (found.backward_s, found.backward_wait_s) == (16.5 + 2, (8.5, 0))
+    assert (found.forward_s, found.forward_wait_s) == ((5.5 + 2 + 3,), (0, 3.5))
+    assert (found.backward_s, found.backward_wait_s) == ((16.5 + 2,), (8.5, 0))
     assert found.sent_bytes == {(0, 1): 4, (1, 0): 6}
 
 
@@ -76,16 +76,17 @@ def test_a_second_layer_finds_the_wire_as_the_first_one_left_it() -> None:
     30.5 s; lane 0 is done with the first layer at 18.5 s, and comes to it at 26.5 s."""
     found = simulate_context(two_plain(layers=2), LINK)
     assert found.forward_wait_s == (0, 3.5)
-    assert found.forward_s == 10.5 + 7
+    assert found.forward_s == (10.5 + 7,)
     assert found.backward_wait_s == (8.5 + 4, 0)
-    assert found.backward_s == 30.5 + 2
+    assert found.backward_s == (30.5 + 2,)
 
 
 def test_links_that_are_instant_leave_what_lanes_wait_for_each_other() -> None:
     found = simulate_context(two_plain(), INSTANT)
-    assert (found.forward_s, found.forward_wait_s) == (7, (0, 0))
-    assert (found.backward_s, found.backward_wait_s) == (14, (2, 0))  # lane 1 has 2 s more to do before it sends
-    assert simulate_context(zigzag(4), INSTANT).backward_s == 2 * simulate_context(zigzag(4), INSTANT).forward_s
+    assert (found.forward_s, found.forward_wait_s) == ((7,), (0, 0))
+    assert (found.backward_s, found.backward_wait_s) == ((14,), (2, 0))  # lane 1 has 2 s more to do before it sends
+    free = simulate_context(zigzag(4), INSTANT)
+    assert free.backward_s[0] == 2 * free.forward_s[0]
 
 
 def test_an_infinite_rate_leaves_the_latency() -> None:
@@ -100,7 +101,7 @@ def test_links_behind_one_interface_wait_for_each_other() -> None:
     work, link = replace(four_plain(), layers=1), LinkProfile(rate_bits_per_s=8.0)
     assert simulate_context(work, link).forward_wait_s == (0, 9.5, 9.5, 9.5)
     found = simulate_context(work, link, interface=True)
-    assert found.forward_s == 31 + 1 + 1
+    assert found.forward_s == (31 + 1 + 1,)
     assert found.forward_wait_s == (0, 9.5, 9.5 + 9, 9.5 + 9 + 9)
 
 
@@ -109,9 +110,9 @@ def test_an_interface_takes_in_one_segment_at_a_time() -> None:
     lanes = [LaneLayer(before_s=1.0, own_s=0.0, after_s=0.0, gives=(lane,), takes=()) for lane in range(2)]
     last = LaneLayer(before_s=1.0, own_s=0.0, after_s=0.0, gives=(2,), takes=(taken(1, 1, 0.0), taken(0, 0, 0.0)))
     work = ContextWork(lanes=(*lanes, last), layers=1, forward_bytes=5, backward_bytes=5)
-    assert simulate_context(work, LinkProfile(rate_bits_per_s=8.0)).forward_s == 6
-    assert simulate_context(work, LinkProfile(rate_bits_per_s=8.0), interface=True).forward_s == 11
-    assert simulate_context(work, LINK, interface=True).forward_s == 11.5  # latency occupies nothing
+    assert simulate_context(work, LinkProfile(rate_bits_per_s=8.0)).forward_s == (6,)
+    assert simulate_context(work, LinkProfile(rate_bits_per_s=8.0), interface=True).forward_s == (11,)
+    assert simulate_context(work, LINK, interface=True).forward_s == (11.5,)  # latency occupies nothing
 
 
 def test_a_ring_passes_on() -> None:
@@ -138,11 +139,11 @@ def test_a_ring_adds_hops_forward_and_backward() -> None:
     work, link = ContextWork(lanes=tuple(lanes), layers=1, forward_bytes=4, backward_bytes=4), LINK
     direct, ring = (simulate_context(work, link, route=route) for route in ("direct", "ring"))
     # Lane 1 has segment 0 at 5.5 s; lane 2 has both then, or that of lane 0 only after another hop.
-    assert (direct.forward_s, ring.forward_s) == (5.5 + 2, 10 + 1)
+    assert (direct.forward_s, ring.forward_s) == ((5.5 + 2,), (10 + 1,))
     # Lane 2 gives segment 1's at 2 s and segment 0's at 4 s, which waits for the wire until 6 s; here at 10.5 s
     # Over links of their own it is there at 8.5 s, and lane 1's at 6.5 s.
-    assert direct.backward_s == 8.5 + 2
-    assert ring.backward_s == 10.5 + 4.5 + 2
+    assert direct.backward_s == (8.5 + 2,)
+    assert ring.backward_s == (10.5 + 4.5 + 2,)
     assert direct.sent_bytes == {(0, 1): 4, (0, 2): 4, (1, 2): 4, (1, 0): 4, (2, 0): 4, (2, 1): 4}
     assert ring.sent_bytes == {(0, 1): 4, (1, 2): 8, (1, 0): 4, (2, 1): 8}
 
@@ -164,7 +165,7 @@ WORKS = st.builds(
 
 
 def everything(found: ContextTimes) -> tuple[float, ...]:
-    return (found.forward_s, found.backward_s)
+    return (*found.forward_s, *found.backward_s)
 
 
 @settings(max_examples=60, deadline=None)
@@ -193,13 +194,43 @@ def test_bytes_and_seconds_add_up(work: ContextWork, route: Route, interface: bo
     if route == "direct":
         assert found.sent_bytes.total() == copies * each
     for lane, forward_s, backward_s in zip(work.lanes, found.forward_wait_s, found.backward_wait_s, strict=True):
-        assert work.layers * lane.forward_s + forward_s <= found.forward_s + 1e-9
-        assert work.layers * 2 * lane.forward_s + backward_s <= found.backward_s + 1e-9
+        assert work.layers * lane.forward_s + forward_s <= found.forward_s[-1] + 1e-9
+        assert work.layers * 2 * lane.forward_s + backward_s <= found.backward_s[-1] + 1e-9
     sums = [
         (work.layers * lane.forward_s + wait_s) for lane, wait_s in zip(work.lanes, found.forward_wait_s, strict=True)
     ]
-    assert max(sums) == pytest.approx(found.forward_s)
+    assert max(sums) == pytest.approx(found.forward_s[-1])
     assert simulate_context(work, LINK, route=route, interface=interface) == found
+
+
+def test_two_in_flight_fill_what_one_waits_for() -> None:
+    """Lane 1 has computed until 2 s what comes before attention to lane 0's, and then the same of the second microbatch
+    until 4 s; the first one's keys and values are here at 5.5 s, the second one's, which left at 3 s and found the wire
+    taken until 5 s, at 9.5 s. Each has 5 s left then. Backward, twice as long: lane 1 gives the first one's gradient at
+    10 s, here at 16.5 s, and the second one's at 22 s, here at 28.5 s; lane 0 has 2 s of each left then. Lane 1 itself
+    is back at the first one at 24 s."""
+    found = simulate_context(two_plain(), LINK, in_flight=2)
+    assert found.forward_s == (5.5 + 5, 10.5 + 5)
+    assert found.forward_wait_s == (0, 1.5)
+    assert found.backward_s == (24 + 2, 28.5 + 2)
+    assert found.backward_wait_s == (30.5 - 2 * 10, 0)
+    assert found.sent_bytes == {(0, 1): 8, (1, 0): 12}
+
+
+@settings(max_examples=60, deadline=None)
+@given(work=WORKS, rate=st.floats(1, 1e4), latency=st.floats(0, 5))
+def test_two_in_flight_are_never_slower(work: ContextWork, rate: float, latency: float) -> None:
+    """Nor faster than computing, and what they give is what two microbatches give."""
+    link = LinkProfile(rate_bits_per_s=rate, latency_s=latency)
+    one, free = (simulate_context(work, each) for each in (link, INSTANT))
+    two = simulate_context(work, link, in_flight=2)
+    for of_one, of_two, of_free in zip(everything(one), two_way(two), everything(free), strict=True):
+        assert 2 * of_free - 1e-9 <= of_two <= 2 * of_one + 1e-9
+    assert two.sent_bytes.total() == 2 * one.sent_bytes.total()
+
+
+def two_way(found: ContextTimes) -> tuple[float, float]:
+    return (found.forward_s[-1], found.backward_s[-1])
 
 
 def test_a_segment_that_nobody_gives() -> None:

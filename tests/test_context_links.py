@@ -65,16 +65,42 @@ async def both_do(lower: End, upper: End, steps: int = 2) -> None:
         await asyncio.gather(*(end.compute.run("step", end.step, step) for end in (lower, upper)))
 
 
+@pytest.mark.parametrize("in_flight", [1, 2])
 @pytest.mark.parametrize("order", ["zigzag", "plain"])
-def test_parts_cross_whole_in_any_order_of_segments(order: str) -> None:
+def test_parts_cross_whole_in_any_order_of_segments(order: str, in_flight: int) -> None:
     async def job() -> None:
-        async with joined(order=order) as (lower, upper):
+        async with joined(order=order, in_flight=in_flight) as (lower, upper):
             await both_do(lower, upper)
             assert not lower.faults + upper.faults
             rows = upper.sent[0]
             assert rows["context_gradient"] == 2 * 2 * len(LAYERS) * len(upper.parts.taken(0)) * BYTES[True]
             assert rows["context"] == 2 * 2 * len(LAYERS) * len(upper.parts.given(0)) * BYTES[False]
             assert bool(rows["evaluation"]) == bool(upper.parts.given(0))
+
+    run(job())
+
+
+def test_all_that_two_microbatches_can_be_ahead_by_is_held() -> None:
+    """Lane 0 has given all of its first layer and takes nothing yet; lane 1 goes on as far as that takes it: two layers
+    of two microbatches, of two segments each."""
+
+    async def job() -> None:
+        async with joined(in_flight=2) as (lower, upper):
+            loop, peer = asyncio.get_running_loop(), lower.transport._peers[1]
+            assert lower.parts.held_most(1) == 8
+
+            async def full() -> None:
+                while len(peer.held) < 8:
+                    peer.came.clear()
+                    await peer.came.wait()
+
+            def wait() -> None:
+                lower.before_taking = lambda: None
+                asyncio.run_coroutine_threadsafe(full(), loop).result(20)
+
+            lower.before_taking = wait
+            await both_do(lower, upper, 1)
+            assert not lower.faults + upper.faults
 
     run(job())
 

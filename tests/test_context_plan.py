@@ -108,6 +108,36 @@ def test_narrow_keys_and_values_are_less_waited_for() -> None:
     assert mos["bounded_by"] == "averaging of stage 0"  # 1.6 GB of gradients, for one sequence
 
 
+def test_two_microbatches_in_flight_hide_what_one_waits_for() -> None:
+    """The published case, with two sequences: latency costs nothing any more, and in eight bits keys and values hide
+    behind the other sequence."""
+    two = ("--batch-size", "2", "--microbatches", "2")
+    narrow = "mos:format=int8,backward=int8"
+    whole = planned(*PUBLISHED, *two, "--context", narrow)
+    found = whole["chunks"]
+    assert (found["in_flight"], found["uncapped_tokens_per_s"]) == (2, pytest.approx(56_000, rel=0.001))
+    assert found["tokens_per_s"] == pytest.approx(55_210, rel=0.01)
+    assert found["otherwise_tokens_per_s"] == pytest.approx(chunks("--context", narrow)["tokens_per_s"])
+    assert chunks("--context", "mos", *two)["no_cap_tokens_per_s"] > 0.999 * 56_000
+    one = planned(*PUBLISHED, *two, "--context", narrow, "--set", "context.in_flight=1")
+    assert one["chunks"]["tokens_per_s"] == pytest.approx(found["otherwise_tokens_per_s"])
+    assert one["chunks"]["otherwise_tokens_per_s"] == pytest.approx(found["tokens_per_s"])
+    (held,), (single,) = whole["stages"], one["stages"]
+    assert held["activation_bytes_in_flight"] == 2 * single["activation_bytes_in_flight"]
+    assert (held["microbatches_in_flight"], single["microbatches_in_flight"]) == (2, 1)
+    assert chunks("--context", "mos")["otherwise_tokens_per_s"] is None
+
+
+def test_pairs_in_a_pipeline_are_simulated_as_stages_do_them() -> None:
+    """Two stages, five microbatches: two pairs and one alone. Nothing is on the way for long, and nothing waits: a
+    stage has done all when the other one has filled it, twice a microbatch later than without pairs."""
+    settings = ("--link", "none", "--batch-size", "10", "--microbatches", "5", "--set", "context.in_flight=2")
+    found = planned("--emulate", "tiny@2x10ms+20ms", *SMALL[2:6], *settings, "--schedule", "gpipe")
+    assert found["chunks"]["in_flight"] == 2
+    assert found["step_s"] == pytest.approx(0.15 + 0.02 + 0.04, rel=0.01)
+    assert found["chunks"]["otherwise_tokens_per_s"] > found["chunks"]["tokens_per_s"]
+
+
 def test_figures_agree_with_one_another() -> None:
     whole = planned(*SMALL, "--context", "full:format=int8")
     found, lanes = whole["chunks"], whole["lanes"]
@@ -227,6 +257,11 @@ def test_people_see_it() -> None:
         (("--chunks", "6"), r"2048 tokens is not 12 equal segments, .*; choose a length such as 2052"),
         (("--lanes", "2"), r"--chunks are lanes of the same sequences, --lanes of different ones; omit one"),
         (("--codec", "ssn:k=16"), r"codec 'ssn' does not go with chunks"),
+        (
+            ("--set", "context.in_flight=2", "--write-schedule", "no-such-directory/orders.csv"),
+            r"--write-schedule: this plan computes two microbatches in turns, .*; say --set context\.in_flight=1",
+        ),
+        (("--set", "context.in_flight=2", "--microbatches", "1"), r"context\.in_flight = 2: a step has one microbatch"),
         (("--rule", "shared"), r"--rule shared is for the links of one chain, .*kernel=rate"),
     ],
 )

@@ -45,6 +45,7 @@ CODECS: dict[str, dict[str, Any]] = {
     "resbm": {"codec.codec": "resbm:b=8", "codec.backward": "int4:feedback=true"},
     "mapl, factorized": {**MAPL, "codec.codec": "mapl:r=8,anchors=factorized,pairs=16,every=2,table=1"},
     "ssn": {"codec.codec": "ssn:k=8"},
+    "late gradients": {"codec.codec": "mapl:r=8,anchors=full,every=3", "pipeline.delay": 1},
 }
 
 
@@ -156,6 +157,16 @@ def test_without_rounding_the_next_losses_are_those_of_the_run(
     assert found.completed == STEPS
     assert found.weights.keys() == weights.keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.weights.items())
+
+
+@pytest.mark.parametrize("predict", ["none", "orthogonal"])
+def test_both_versions_of_the_weights_go_with_their_layers(predict: str, tiny: TinyConfig, tmp_path: Path) -> None:
+    late = {"pipeline.delay": 1, "pipeline.predict": predict}
+    unconverted = ended_run(tiny(SMALL | EXACT | late), tmp_path / "run")
+    converted(tmp_path / "run", tmp_path / "other", "--stages", "3")
+    ended = go_on(tmp_path / "other")
+    assert ended.losses == [unconverted.losses[0][DONE:]] * 3
+    assert set(ended.val_losses) == set(unconverted.val_losses)
 
 
 def test_clipped_by_one_norm_the_next_losses_are_those_of_the_run(tiny: TinyConfig, tmp_path: Path) -> None:

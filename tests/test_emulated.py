@@ -23,15 +23,17 @@ EMULATED = {"compute.emulate": "tiny@2x1ms+2ms", "checkpoint.every": 0, "pipelin
 CONTENT = ("activation", "gradient", "token_ids", "dictionary", "projector_gradient")
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(2)
+@pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
-def test_the_bytes_are_those_of_training(codec: dict[str, str], tiny: TinyConfig, tmp_path: Path) -> None:
+def test_the_bytes_are_those_of_training(codec: dict[str, str], delay: int, tiny: TinyConfig, tmp_path: Path) -> None:
     """To the byte, but for the first step, which brings whole dictionaries."""
     runs: dict[str, Any] = {"emulated": (run_in_memory, EMULATED), "trained": (run_reference, {"pipeline.stages": 2})}
     sent: dict[tuple[str, int], Counter[str]] = {}
     for name, (run, settings) in runs.items():
         for steps in (4, 8):
-            config = tiny({"model.vocab_size": 512, "run.steps": steps, **codec, **settings})
+            more = {"model.vocab_size": 512, "run.steps": steps, "pipeline.delay": delay}
+            config = tiny({**more, **codec, **settings})
             sent[name, steps] = run(config, tmp_path / f"{name}-{steps}").sent_bytes
     emulated, trained = (
         {row: sent[name, 8][row] - sent[name, 4][row] for row in CONTENT} for name in ("emulated", "trained")

@@ -398,10 +398,22 @@ def told(arguments: list[str]) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("spec", ["identity", CONTEXT, "resbm:b=8", "ssn:k=8"])
-def test_the_loss_is_the_runs_own_but_for_the_wire(spec: str, tiny: TinyConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("spec", "more"),
+    [
+        ("identity", {}),
+        (CONTEXT, {}),
+        ("resbm:b=8", {}),
+        ("ssn:k=8", {}),
+        (CONTEXT, {"pipeline.delay": 1}),  # all gradients are in it
+        ("ssn:k=8", {"pipeline.delay": 1, "pipeline.predict": "orthogonal"}),
+    ],
+)
+def test_the_loss_is_the_runs_own_but_for_the_wire(
+    spec: str, more: dict[str, Any], tiny: TinyConfig, tmp_path: Path
+) -> None:
     """Here, a wire that does not round."""
-    exact = {"codec.forward": "fp32", "codec.backward": "fp32"}
+    exact = {"codec.forward": "fp32", "codec.backward": "fp32", **more}
     train(configure(tiny, spec, **exact), tmp_path / "run")
     written = told([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     assert written["held_out"]["loss"] == pytest.approx(written["held_out"]["loss_recorded"], rel=1e-6)

@@ -166,6 +166,21 @@ def test_a_swarm_trains_what_a_plain_model_would(
     assert got.losses[0][-1] < 0.5 * got.losses[0][0]  # it did learn
 
 
+@pytest.mark.pairwise(2)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b:rtt_ratio=0.5", "zb"])
+@pytest.mark.parametrize("predict", ["none", "momentum", "orthogonal"])
+def test_with_gradients_that_are_late_it_is_a_loop_with_late_gradients(
+    predict: str, schedule: str, configure: Configure, tmp_path: Path
+) -> None:
+    model = plain_model("llama")
+    given = {"steps": STEPS, "polynomials": "polar_express", "schedule": schedule}
+    config = configure(model, tmp_path / "model", pipeline__delay=1, pipeline__predict=predict, **given)
+    got = run_in_memory(config, tmp_path / "run")
+    errors = compare(model, config, got)
+    assert max(errors.values()) < TOLERANCE, errors
+    assert got.losses[0][-1] < 0.5 * got.losses[0][0]
+
+
 @pytest.mark.pairwise(3)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 @pytest.mark.parametrize("stages", [1, 2, 4])

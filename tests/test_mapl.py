@@ -378,7 +378,6 @@ def messages(upper: Stage, steps: int) -> list[Message]:
     config, out = upper.config, []
     for step in range(steps):
         ids = torch.zeros(config.microbatch_size, config.data.sequence_length + 1, dtype=torch.int32).numpy()
-        upper._begun = False
         encoded = upper.forward(step, 0, ids, None)
         assert encoded is not None
         out.append(port.pack_activation(encoded, ids, step, 0, Kind.ACTIVATION))

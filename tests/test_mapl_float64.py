@@ -201,7 +201,13 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(in_memory, "read_outcome", read_and_keep)
 
     def both(
-        options: str, *, architecture: str = "llama", stages: int = 4, steps: int = FEW_STEPS, polynomials: str
+        options: str,
+        *,
+        architecture: str = "llama",
+        stages: int = 4,
+        steps: int = FEW_STEPS,
+        polynomials: str,
+        **more: Any,
     ) -> dict[str, float]:
         plain_model(architecture).config.to_json_file(tmp_path / "config.json")
         config = tiny(
@@ -210,6 +216,7 @@ def compare(tiny: TinyConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
                 "optim.msign_coefficients": polynomials,
                 "codec.codec": "mapl:r=8," + everything_on(options),
                 "pipeline.stages": stages,
+                **{name.replace("__", "."): value for name, value in more.items()},
             }
         )
         codec = parse_codec(config.codec.codec).codec
@@ -283,6 +290,18 @@ def test_a_swarm_learns_projectors_as_one_graph_would(
     architecture: str, stages: int, options: str, polynomials: str, compare: Compare
 ) -> None:
     errors = compare(options, architecture=architecture, stages=stages, steps=STEPS, polynomials=polynomials)
+    assert max(errors.values()) < TOLERANCE, errors
+
+
+@pytest.mark.pairwise(1)
+@pytest.mark.parametrize(
+    ("options", "schedule", "predict"),
+    [("every=2,anchors=full", "zb", "orthogonal"), ("every=1", "gpipe", "none"), ("every=3", "1f1b", "momentum")],
+)
+def test_so_it_does_with_gradients_that_are_late(options: str, schedule: str, predict: str, compare: Compare) -> None:
+    """The projector that codes a step's messages is as late as the step's weights."""
+    late = {"pipeline__delay": 1, "pipeline__schedule": schedule, "pipeline__predict": predict}
+    errors = compare(f"{WITHOUT_ROUNDING},{options}", steps=STEPS, polynomials="polar_express", **late)
     assert max(errors.values()) < TOLERANCE, errors
 
 
@@ -407,9 +426,9 @@ def one_projector_early(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: MaplEncoder, hidden_BTD: Tensor, ids_BT: Tensor) -> Tensor:
         shipped = self.shipped
         if not torch.is_grad_enabled():
-            self._shipped = self.master
+            self._leaves.table = self.master
         z_BTR = encode(self, hidden_BTD, ids_BT)
-        self._shipped = shipped
+        self._leaves.table = shipped
         return z_BTR
 
     patch.setattr(MaplEncoder, "encode", wrong)

@@ -16,7 +16,7 @@ from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.run_corpus import open_run_corpus
-from thinpipe.protocol.messages import Kind
+from thinpipe.protocol.schedule import Forward
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
@@ -76,6 +76,7 @@ LANES = {"context.method": "", "lanes.average": "outer:every=4,fragments=2,delay
         ({"lanes.average": "outer:every=3", "pipeline.schedule": "zb"}, (1, 4)),
         ({**LANES, "codec.codec": "mapl:r=16"}, (4, 7)),  # of rounds that are made and not used
         ({"context.method": "", "lanes.count": 1, "codec.codec": "mapl:r=16"}, (3,)),
+        ({"context.method": "", "lanes.count": 1, "codec.codec": "mapl:r=16,every=3", "pipeline.delay": 1}, (1, 4, 5)),
     ],
 )
 def test_a_pause_changes_no_bit(tiny: TinyConfig, tmp_path: Path, settings: Any, pauses: tuple[int, ...]) -> None:
@@ -106,7 +107,8 @@ def test_a_step_that_is_begun_again_adds_nothing_up_twice(tiny: TinyConfig, tmp_
         run._step(0)
         run._step(1)
         kept = [[stage.snapshot() for stage in lane.stages] for lane in run.lanes]
-        run._each(lambda lane: lane._forward(0, 2, 0, Kind.ACTIVATION), run.lanes)  # one microbatch of two
+        first = Forward(microbatch=0)
+        run._each(lambda lane: lane._together(0, 2, first, (0,)), run.lanes)  # one microbatch of two
         for lane, snapshots in zip(run.lanes, kept, strict=True):
             for stage, snapshot in zip(lane.stages, snapshots, strict=True):
                 stage.restore(snapshot)

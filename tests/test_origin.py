@@ -27,6 +27,7 @@ from thinpipe.node.preparation import prepare_vocabulary
 from thinpipe.node.run_corpus import vocabulary_of_run
 from thinpipe.node.run_directory import START, hold_aside
 from thinpipe.protocol.messages import Kind
+from thinpipe.protocol.schedule import Forward
 from tokenizers.processors import TemplateProcessing
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -106,7 +107,7 @@ def test_the_first_tensors_are_coded_as_the_run_would_have_coded_them(trained: P
     config = begin_from(trained, {"optim.muon_lr": 0.003}).place(tmp_path / "new")
     new, was = OneProcess(config).lanes[0], Chain(found, vocabulary_of_run(trained, found).tokenizer, begin_id=0)
     for index in range(config.pipeline.stages):
-        new._forward(index, 0, 0, Kind.ACTIVATION)
+        new._together(index, 0, Forward(microbatch=0), (0,))
     ids_BS = draw(new.corpus, config, Kind.ACTIVATION, 0, 0)
     logits = was.rounded_logits(ids_BS, 0)
     targets = torch.from_numpy(ids_BS[:, 1:].astype("int64"))

@@ -208,6 +208,31 @@ def test_the_busiest_resource_bounds_the_step(pipeline: dict) -> None:
     assert 0 < busiest <= 1 + 1e-9
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb"])
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 5), (2, 2), (4, 8), (8, 24)])
+def test_steps_that_overlap_have_no_bubble_over_instant_links(schedule: str, stages: int, microbatches: int) -> None:
+    """Where two steps have as many microbatches as the pipeline holds, twice over."""
+    times = [StageTimes(forward_s=1.0, backward_s=2.0, step_s=0.5)] * stages
+    simulated = simulate(get_schedule(schedule), times, [FREE] * (stages - 1), microbatches=microbatches, delay=1)
+    assert simulated.step_s == pytest.approx(3 * microbatches + 0.5)
+    assert simulated.compute_share == pytest.approx([1.0] * stages)
+    assert max(simulated.peak_in_flight) <= 2 * microbatches
+
+
+def test_steps_that_overlap_hide_what_a_flush_waits_for() -> None:
+    """A way there and back of 8 s beside 3 s of compute: a depth that covers it leaves nothing to wait for, where the
+    flushing order waits for it once a step; and two steps' microbatches cover more than one step's."""
+    times, link = [StageTimes(forward_s=1.0, backward_s=2.0)] * 2, LinkProfile(rate_bits_per_s=None, latency_s=4.0)
+    boundary = [Boundary(forward_bytes=1, backward_bytes=1, link=link)]
+    deep = get_schedule("1f1b:rtt_ratio=3")  # 5 microbatches at stage 0
+    flushed, overlapping = (simulate(deep, times, boundary, microbatches=8, delay=delay).step_s for delay in (0, 1))
+    assert overlapping == pytest.approx(8 * 3)
+    assert flushed >= 8 * 3 + 8
+    few = simulate(deep, times, boundary, microbatches=3, delay=1)
+    assert few.peak_in_flight == [5, 1]
+    assert few.step_s < simulate(deep, times, boundary, microbatches=3).step_s - 8
+
+
 def test_counts_that_make_no_pipeline_are_refused() -> None:
     times, boundary = StageTimes(forward_s=1, backward_s=1), Boundary(forward_bytes=1, backward_bytes=1, link=INSTANT)
     with pytest.raises(ValueError, match="2 stages, 2 boundaries and 3 steps"):

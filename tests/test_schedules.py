@@ -33,6 +33,13 @@ from thinpipe.protocol.schedule import (
     prerequisites,
     receiver,
 )
+from thinpipe.protocol.step_orders import (
+    DelayedOrder,
+    interleave_steps,
+    overlapping_ahead,
+    overlapping_depth,
+    overlapping_peak,
+)
 
 LINK_CAPACITY = 2  # messages that each direction of a boundary holds in the bounded run
 
@@ -224,6 +231,122 @@ def test_conformance_with_a_norm_over_all_stages(spec, stages, microbatches, cap
     run_bounded(schedule, stages, microbatches, max(capacity, ahead), capacity)
 
 
+# --- steps that overlap ---------------------------------------------------------------------------------------------
+
+
+def check_overlap(schedule, stages, microbatches, steps, drains):
+    """The laws of steps that overlap: for each stage, over all stages, and over links of bounded length."""
+    shape = {"stages": stages, "microbatches": microbatches}
+    spans = list(pairwise([0, *drains, steps]))
+    for stage in range(stages):
+        stream = [
+            entry
+            for first, end in spans
+            for entry in DelayedOrder(schedule, stage=stage, **shape, first=first, end=end)
+        ]
+        alone = list(schedule.actions(stage=stage, **shape))
+        for step in range(steps):
+            of_step = [action for s, action in stream if s == step]
+            for kind in (Forward, (Upward, WeightGradient, Step)):
+                ours, theirs = ([a for a in actions if isinstance(a, kind)] for actions in (of_step, alone))
+                assert set(ours) == set(theirs), "each step's actions"
+                assert len(ours) == len(theirs), "each once"
+            for kind in (Forward, Upward, WeightGradient):
+                numbers = [action.microbatch for action in of_step if isinstance(action, kind)]
+                assert numbers == sorted(numbers), "in order"
+        in_flight, ended, peak = set(), 0, 0
+        for step, action in stream:
+            if isinstance(action, Forward):
+                assert ended >= step - 1, "the weights of a step are made when the last but one before it ends"
+                in_flight.add((step, action.microbatch))
+            else:
+                assert step == ended, "gradients add up for one step at a time"
+            if isinstance(action, Upward):
+                assert (step, action.microbatch) in in_flight, "backward only after its forward"
+            if isinstance(action, (Backward, WeightGradient)):
+                in_flight.remove((step, action.microbatch))
+            if isinstance(action, Step):
+                ended += 1
+                assert ended not in drains or not in_flight, "a drain leaves nothing under way"
+            peak = max(peak, len(in_flight))
+        declared = overlapping_peak(schedule, stage, stages, microbatches)
+        assert peak == declared or (peak < declared and (steps < 4 or drains)), "peak in flight as declared"
+        assert declared <= overlapping_depth(schedule, 0 if schedule.splits else stage, stages, microbatches)
+    for first, end in spans:
+        orders = [DelayedOrder(schedule, stage=stage, **shape, first=first, end=end) for stage in range(stages)]
+        merged = list(interleave_steps(orders))
+        assert merged == list(interleave_steps(orders))
+        for stage, order in enumerate(orders):
+            assert [entry[1:] for entry in merged if entry[0] == stage] == list(order)
+
+
+class Overlapped(Schedule):
+    """Steps that overlap as one long step, so that links are tried as those of any schedule."""
+
+    name = "overlapped"
+
+    def __init__(self, schedule, steps):
+        self.schedule, self.steps = schedule, steps
+
+    def peak_in_flight(self, stage, stages, microbatches):
+        return self.schedule.peak_in_flight(stage, stages, microbatches)
+
+    def _order(self, stage, stages, microbatches):
+        order = DelayedOrder(self.schedule, stage=stage, stages=stages, microbatches=microbatches, end=self.steps)
+        for step, action in order:
+            if not isinstance(action, Step):
+                yield type(action)(microbatch=step * microbatches + action.microbatch)
+
+
+@pytest.mark.parametrize("spec", ["gpipe", "1f1b", "1f1b:rtt_ratio=2.5", "zb", "zb:rtt_ratio=2.5"])
+@given(
+    stages=st.integers(1, 8),
+    microbatches=st.integers(1, 12),
+    steps=st.integers(1, 5),
+    drains=st.sets(st.integers(1, 4)),
+    capacity=st.integers(1, 3),
+)
+@settings(deadline=None)
+def test_conformance_of_steps_that_overlap(spec, stages, microbatches, steps, drains, capacity):
+    """Also over links that hold one message upwards, and no more downwards than depths differ by."""
+    schedule = get_schedule(spec)
+    check_overlap(schedule, stages, microbatches, steps, sorted(each for each in drains if each < steps))
+    ahead = overlapping_ahead(schedule, stages, microbatches)
+    run_bounded(Overlapped(schedule, steps), stages, microbatches, max(capacity, ahead), capacity)
+
+
+def test_the_textbook_order_of_steps_that_overlap():
+    def shown(spec, stage):
+        order = DelayedOrder(get_schedule(spec), stage=stage, stages=2, microbatches=4, end=3)
+        return " ".join(f"{short([action])}{step * chr(39)}" for step, action in order)
+
+    assert shown("1f1b", 0).startswith("F0 F1 B0 F2 B1 F3 B2 F0' B3 F1' S B0' F2' B1' F3' B2' F0'' B3' F1'' S' B0''")
+    assert shown("1f1b", 0).endswith("S' B0'' F2'' B1'' F3'' B2'' B3'' S''")
+    assert shown("1f1b", 1).startswith("F0 B0 F1 B1 F2 B2 F3 B3 F0' S B0' F1' B1' F2' B2' F3' B3' F0'' S' B0''")
+    assert shown("zb", 1).startswith("F0 I0 F1 I1 W0 F2 I2 W1 F3 I3 W2 F0' W3 S I0' F1' I1' W0' F2' I2'")
+    assert shown("1f1b:rtt_ratio=4", 0) == (
+        "F0 F1 F2 F3 F0' F1' B0 F2' B1 F3' B2 B3 S F0'' F1'' B0' F2'' B1' F3'' B2' B3' S' B0'' B1'' B2'' B3'' S''"
+    )
+    assert shown("gpipe", 0).startswith("F0 F1 F2 F3 F0' F1' F2' F3' B0 B1 B2 B3 S F0'' F1'' F2'' F3'' B0' B1'")
+    assert shown("gpipe", 1) == shown("1f1b", 1)
+
+
+def test_depths_of_steps_that_overlap_fall_evenly_where_microbatches_are_few():
+    def depths(spec, stages, microbatches):
+        return [overlapping_depth(get_schedule(spec), stage, stages, microbatches) for stage in range(stages)]
+
+    assert depths("1f1b", 4, 8) == depths("zb", 4, 8) == [4, 3, 2, 1]
+    assert depths("1f1b:rtt_ratio=3", 4, 8) == [13, 9, 5, 1]
+    assert depths("1f1b:rtt_ratio=5", 4, 8) == depths("gpipe", 4, 8) == [16, 11, 6, 1]
+    assert depths("1f1b", 8, 3) == [6, 5, 4, 3, 3, 2, 1, 1]
+    assert depths("gpipe", 1, 4) == [1]
+
+
+def test_an_order_that_does_not_alternate_is_refused():
+    with pytest.raises(ScheduleError, match=r"'order' cannot overlap: .*; say gpipe, 1f1b or zb"):
+        DelayedOrder(get_schedule("order:FFBFFBBB"), stage=0, stages=1, microbatches=4, end=2)
+
+
 # --- broken schedules are caught --------------------------------------------------------------------------------------
 
 
@@ -291,9 +414,12 @@ class Depths(FlushingSchedule):
     def __init__(self, depths):
         self.depths = depths
 
-    def peak_in_flight(self, stage, stages, microbatches):
+    def depth(self, stage, stages):
         assert stages == len(self.depths)
-        return min(microbatches, self.depths[stage])
+        return self.depths[stage]
+
+    def peak_in_flight(self, stage, stages, microbatches):
+        return min(microbatches, self.depth(stage, stages))
 
 
 def swapped(first, second):

@@ -46,6 +46,8 @@ class Recipe:
     decay: int  # steps at the end over which the rate falls
     clip: float
     polynomials: str
+    delay: int = 0  # 1: a step's gradients are those of weights that lack the step before (2BW)
+    predict: Literal["none", "momentum", "orthogonal"] = "none"  # what stands for those
 
 
 def matrix_sign(g: Tensor, polynomials: str) -> Tensor:
@@ -99,6 +101,48 @@ def polar(x: Tensor) -> Tensor:
     return u @ vt
 
 
+class Late:
+    """The weights of the steps to come, where gradients are applied one step late: V[0] = V[1] = W[0], and V[k+2] is
+    made of W[k+1], the weights after step k."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        self._leaves = leaves
+        self._coming = [_copies(leaves), _copies(leaves)]
+
+    def begin(self) -> list[Tensor]:
+        """The next step's are in the leaves, until `end`; returned are they."""
+        self._master = _copies(self._leaves)
+        used = self._coming.pop(0)
+        _fill(self._leaves, used)
+        return used
+
+    def end(self) -> None:
+        _fill(self._leaves, self._master)
+
+    def moved(self, momenta: Sequence[Tensor | None], predict: str) -> None:
+        """The leaves were stepped. momenta: of those that a prediction is for; a projector has none, and None."""
+        ahead: list[Tensor] = []
+        for leaf, before, momentum in zip(_copies(self._leaves), self._master, momenta, strict=True):
+            if momentum is None or predict == "none":
+                ahead.append(leaf)
+            elif predict == "momentum" and momentum.numel():
+                size = torch.linalg.matrix_norm(leaf - before) / torch.linalg.matrix_norm(momentum)
+                ahead.append(leaf - size * momentum)
+            else:
+                ahead.append(leaf + (leaf - before))
+        self._coming.append(ahead)
+
+
+def _copies(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf.detach().clone() for leaf in leaves]
+
+
+@torch.no_grad()
+def _fill(leaves: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for leaf, value in zip(leaves, values, strict=True):
+        leaf.copy_(value)
+
+
 def mean_loss(model: Any, ids: Tensor) -> Tensor:
     """ids (batch, T + 1) int64 -> the mean of the cross entropy over all batch x T predictions."""
     logits = model(input_ids=ids[:, :-1]).logits
@@ -121,11 +165,16 @@ def train(
     first = {name: torch.zeros_like(p) for name, p in parameters.items()}
     second = {name: torch.zeros_like(p) for name, p in parameters.items()}
     losses, norms = [], []
+    leaves = [*parameters.values(), *(projector.matrix for projector in projectors)]
+    late, used = Late(leaves), list[Tensor]()
     for count, ids in enumerate(batches, start=1):
+        if recipe.delay:
+            used = late.begin()
         loss = mean_loss(model, ids)
         losses.append(loss.item())
-        leaves = [*parameters.values(), *(projector.matrix for projector in projectors)]
         of_leaves = torch.autograd.grad(loss, leaves)
+        if recipe.delay:
+            late.end()
         gradients = dict(zip(parameters, of_leaves, strict=False))
         squares: dict[int, float] = {}
         for name, g in gradients.items():
@@ -135,13 +184,23 @@ def train(
         for name, p in parameters.items():
             g = gradients[name] * min(1.0, recipe.clip / norms[-1][group_of(name)])
             with torch.no_grad():
-                if p.ndim == 2 and ".layers." in name:
+                if _is_hidden(name, p):
                     _muon(p, g, first[name], recipe, recipe.muon_rate * rate)
                 else:
                     _adamw(p, g, first[name], second[name], recipe, recipe.adam_rate * rate, count)
         for projector, g in zip(projectors, of_leaves[len(parameters) :], strict=True):
             projector.move(g, count, recipe.muon_rate * rate)
+        if recipe.delay:
+            nothing = torch.empty(0)  # AdamW's own step is along its momentum
+            momenta = [first[name] if _is_hidden(name, p) else nothing for name, p in parameters.items()]
+            late.moved([*momenta, *(None for _ in projectors)], recipe.predict)
+            for projector, matrix in zip(projectors, used[len(parameters) :], strict=True):
+                projector.used = matrix
     return losses, norms
+
+
+def _is_hidden(name: str, p: Tensor) -> bool:
+    return p.ndim == 2 and ".layers." in name
 
 
 def _muon(p: Tensor, g: Tensor, m: Tensor, recipe: Recipe, rate: float) -> None:

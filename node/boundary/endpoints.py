@@ -10,7 +10,7 @@ What a message contains is a function of (seed, boundary, direction, step, micro
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -65,7 +65,10 @@ class BoundaryShape:
         microbatches: int,
         seed: int,
         ids_length: int = 0,
+        delay: int = 0,
     ) -> BoundaryShape:
+        """delay: of gradients, in steps."""
+        table = codec.codec.table(context.width)
         return cls(
             boundary=context.boundary,
             seed=seed,
@@ -75,7 +78,7 @@ class BoundaryShape:
             vocab_size=context.vocab_size,
             forward=codec.forward,
             backward=codec.backward,
-            table=codec.codec.table(context.width),
+            table=table and replace(table, delay=delay),
             dtype=context.dtype,
             microbatches=microbatches,
             ids_length=ids_length,

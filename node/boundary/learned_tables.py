@@ -63,7 +63,12 @@ def moves_after(table: LearnedTable, step: int) -> bool:
 
 def change_due(table: LearnedTable, step: int, microbatch: int, *, has_started: bool) -> bool:
     """Whether this tensor of training brings a change of the table."""
-    return table.streamed or (microbatch == 0 and (not has_started or moves_after(table, step - 1)))
+    if table.streamed:
+        return True
+    if microbatch or not has_started:
+        return microbatch == 0
+    shares_the_first = 0 < step <= table.delay  # nothing was learned for it
+    return not shares_the_first and moves_after(table, max(step - table.delay, 0) - 1)
 
 
 class TableOwner:

@@ -37,7 +37,7 @@ from .store import CheckpointStore
 
 # The parts of a stage's state that belong to its lower boundary, and to its upper one (`StageState`).
 SENDER_PARTS = ("sender", "table_below", "activation_codebook_below", "gradient_codebook_below")
-SENDER_PARTS += ("activation_memory_below",)
+SENDER_PARTS += ("activation_memory_below", "table_versions_below")
 RECEIVER_PARTS = ("receiver", "table_above", "activation_codebook_above", "gradient_codebook_above")
 RECEIVER_PARTS += ("gradient_memory_above",)
 

@@ -158,7 +158,9 @@ def _planned(
             architecture = resolve_architecture(config)
             check_contributions(config, architecture, stage_layers(config, architecture))
             plans[recipe.name] = {
-                link: seconds_a_step(config.codec, link, asked.pace, asked.schedule, config.lanes)
+                link: seconds_a_step(
+                    config.codec, link, asked.pace, asked.schedule, config.lanes, delay=config.pipeline.delay
+                )
                 for link in dict.fromkeys(links)
             }
         except BAD_INPUT as error:

@@ -43,11 +43,17 @@ def at_pace(machine: str, schedule: str) -> dict[str, Any]:
 
 
 def seconds_a_step(
-    codec: CodecSection, link: str, machine: str, schedule: str, lanes: LanesSection | None = None
+    codec: CodecSection,
+    link: str,
+    machine: str,
+    schedule: str,
+    lanes: LanesSection | None = None,
+    *,
+    delay: int = 0,
 ) -> dict[str, Any]:
-    """The figures of a plan that time follows from. Raises ConfigError."""
+    """The figures of a plan that time follows from. delay: of gradients, in steps. Raises ConfigError."""
     emulated = EmulatedMachine.parse(machine)
-    settings = {**emulated.settings(), "link.link": link}
+    settings = {**emulated.settings(), "link.link": link, "pipeline.delay": delay}
     if lanes and lanes.count > 1:
         settings |= {"lanes.count": lanes.count, "lanes.average": lanes.average}
         for name in ("pipeline.batch_size", "pipeline.microbatches"):

@@ -4,7 +4,8 @@ What transformers gives to a function of attention is not all that an architectu
 window, turn them in some layers only, or turn a part of each. A list of what may be would be wrong with its next
 release, so a narrow random copy computes the logits of some tokens twice: with its own attention over the whole, and
 over two chunks that exchange keys and values as the lanes of the run would, by the same method without rounding. What
-the method puts into the model is in both, so what differs is what chunks do.
+the method puts into the model is in both, so what differs is what chunks do. Two sequences are computed, in turns where
+the run does that: a module that keeps something from one layer to the next would take it from the other sequence.
 
 In float64, where only a few architectures compute a part in float32: what is right differs by 1e-7 at most.
 """
@@ -71,7 +72,7 @@ def _small(config: RunConfig) -> RunConfig:
             update={"method": parse_context(config.context.method).exact_spec, "order": "zigzag"}
         ),
         "data": config.data.model_copy(update={"sequence_length": TOKENS}),
-        "pipeline": config.pipeline.model_copy(update={"batch_size": 1, "microbatches": 1}),
+        "pipeline": config.pipeline.model_copy(update={"batch_size": 2, "microbatches": 2}),
         "compute": config.compute.model_copy(update={"device": "cpu"}),
     }
     return config.model_copy(update=changed)
@@ -80,7 +81,7 @@ def _small(config: RunConfig) -> RunConfig:
 def _difference(config: RunConfig, architecture: PretrainedConfig) -> float:
     """The largest between the logits, as a share of the largest of them."""
     layout, lanes = config.chunk_layout, list[ChunkedModel]()
-    ids_BT = torch.arange(TOKENS).unsqueeze(0) * 7 % CHECK_VOCABULARY
+    ids_BT = torch.stack([torch.arange(TOKENS) * each % CHECK_VOCABULARY for each in (7, 5)])
     whole = _model(architecture, partial(_attach, config))
 
     def constrain(lane: int, model: StageModel) -> None:
@@ -89,14 +90,22 @@ def _difference(config: RunConfig, architecture: PretrainedConfig) -> float:
     chunked = with_chunks(copy.deepcopy(architecture))
     models = [_model(chunked, partial(constrain, lane)) for lane in range(LANES)]
     mailbox = Mailbox()
-    found_BTV = torch.zeros(1, TOKENS, CHECK_VOCABULARY, dtype=torch.float64)
+    found_BTV = torch.zeros(2, TOKENS, CHECK_VOCABULARY, dtype=torch.float64)
 
     @torch.no_grad()  # of each thread
+    def sequence(lane: int, which: int) -> None:
+        lanes[lane].begin(0, which, evaluation=True)
+        at = layout.lane_positions(lane)
+        found_BTV[which, at] = models[lane](ids_BT[which : which + 1, at])[0]
+
     def work(lane: int) -> None:
         lanes[lane].connect(mailbox.of(0, lane))
-        lanes[lane].begin(0, 0, evaluation=True)
-        at = layout.lane_positions(lane)
-        found_BTV[:, at] = models[lane](ids_BT[:, at])
+        works = [partial(sequence, lane, which) for which in range(2)]
+        if config.in_flight == 2:
+            lanes[lane].turns.both(works[0], works[1])
+        else:
+            for each in works:
+                each()
 
     threads = LaneThreads(LANES, mailbox)
     try:

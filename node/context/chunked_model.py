@@ -26,6 +26,7 @@ from .context_exchange import ContextCoder, ContextExchange
 from .exchange import ContextKey, ContextTransport
 from .layer_attention import LayerAttention, Moment
 from .subspace_choice import SubspaceChoice, bytes_of
+from .turns import Turns
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -83,7 +84,8 @@ class ChunkedModel:
         self._config, self._model, self._lane = config, model, lane
         self._layout = config.chunk_layout
         self._method = parse_context(config.context.method)
-        self._moment = Moment(step=-1)
+        self._moment, self._begun = Moment(), -1  # the step under way
+        self.turns = Turns()
         self._layers: dict[int, tuple[nn.Module, ContextLayer]] = {}
         self._coders: dict[int, ContextCoder] = {}  # by layer of the whole model
         self._choice: SubspaceChoice | None = None
@@ -101,8 +103,9 @@ class ChunkedModel:
         seeds = [rounding_seed(self._config.run.seed, lane) for lane in range(self._layout.chunks)]
         exchange = ContextExchange(self._layout, self._lane, transport, self._coders, seeds)
         rotations = [self._rotation(segment) for segment in range(self._layout.segments)]
+        hand_over = self.turns.hand_over
         for layer, (attention, method) in self._layers.items():
-            setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self._moment, rotations))
+            setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self._moment, rotations, hand_over))
         self._choice = SubspaceChoice(transport, self._lane, self._layout.chunks)
 
     def body_bytes(self, key: ContextKey) -> int:
@@ -113,16 +116,17 @@ class ChunkedModel:
         return bytes_of(layer.grams() if key.what == "gram" else layer.subspaces())
 
     def begin(self, step: int, microbatch: int, *, evaluation: bool) -> None:
-        """What is computed next."""
+        """What the calling thread computes next."""
         moment = self._moment
-        if step != moment.step:
+        if step != self._begun:
             for _, layer in self._layers.values():
                 self._method.begin(layer, step, self._config.run.steps)
-        moment.step, moment.microbatch, moment.evaluation = step, microbatch, evaluation
+        self._begun = moment.step = step
+        moment.microbatch, moment.evaluation = microbatch, evaluation
 
     def break_off(self) -> None:
         """The step under way, if there is one, will be begun again: what was added up in it does not count."""
-        self._moment.step = -1
+        self._begun = -1
 
     @property
     def gathering_step(self) -> int | None:

@@ -49,6 +49,7 @@ def parts_of(
         evaluation_microbatches=config.evaluation_microbatches,
         body_bytes=body_bytes,
         gathering_step=gathering_step,
+        in_flight=config.in_flight,
     )
 
 

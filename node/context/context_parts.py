@@ -44,7 +44,7 @@ def message_of(key: ContextKey, body: bytes) -> Message:
 class ContextParts:
     """Of the stage that has these `layers` (numbered in the whole model), in lane `lane`. microbatches: of a step and
     of an evaluation. body_bytes: of a packed part, the same at both ends. gathering_step: behind which lanes choose
-    subspaces (node/context/subspace_choice.py); None: never."""
+    subspaces (node/context/subspace_choice.py); None: never. in_flight: microbatches that are computed in turns."""
 
     layout: ChunkLayout
     lane: int
@@ -53,6 +53,7 @@ class ContextParts:
     evaluation_microbatches: int
     body_bytes: Callable[[ContextKey], int]
     gathering_step: int | None = None
+    in_flight: int = 1
 
     def given(self, peer: int) -> tuple[int, ...]:
         """This node's segments that lane `peer` looks at, and so returns gradients for."""
@@ -66,8 +67,8 @@ class ContextParts:
         return segment in self.layout.needed_by(lane)
 
     def held_most(self, peer: int) -> int:
-        """Parts of that lane that are kept until they are wanted."""
-        return LAYERS_AHEAD * max(len(self.taken(peer)), len(self.given(peer)))
+        """Parts of that lane that are kept until they are wanted: of each microbatch in flight."""
+        return self.in_flight * LAYERS_AHEAD * max(len(self.taken(peer)), len(self.given(peer)))
 
     def largest_bytes(self, peer: int) -> int:
         """Of one body that this node sends to that lane, or takes of it."""

@@ -8,12 +8,13 @@ back for this node's keys and values is waited for and added.
 
 One autograd function does all of it, since the engine must not go on below this layer before the others' gradients are
 in. No node waits for something that another one sends only after something of this node: in each layer, and each way,
-all give before they wait.
+all give before they wait. Between the two, another microbatch has its turn, if one is in flight (`turns`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,9 +26,8 @@ from .context_exchange import ContextExchange
 from .exchange import ContextKey
 
 
-@dataclass(slots=True)
-class Moment:
-    """Which microbatch of a stage is computed now; one object for all its layers."""
+class Moment(threading.local):
+    """Which microbatch of a stage the calling thread computes now; one object for all its layers."""
 
     step: int = 0
     microbatch: int = 0
@@ -36,13 +36,19 @@ class Moment:
 
 class LayerAttention:
     """Attention of layer `layer`, numbered in the whole model, on one node. rotations: by segment, what gives keys the
-    rotary embedding of their positions."""
+    rotary embedding of their positions. hand_over: is called where parts of other lanes are waited for next."""
 
     def __init__(
-        self, layer: int, method: ContextLayer, exchange: ContextExchange, moment: Moment, rotations: list[Rotate]
+        self,
+        layer: int,
+        method: ContextLayer,
+        exchange: ContextExchange,
+        moment: Moment,
+        rotations: list[Rotate],
+        hand_over: Callable[[], None],
     ) -> None:
         self.layer, self.method, self.exchange, self._moment = layer, method, exchange, moment
-        self._rotations = rotations
+        self._rotations, self.hand_over = rotations, hand_over
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Queries (B, H, T, D), keys and values (B, G, T, D) of all of the node's segments, one after the other, to
@@ -89,6 +95,7 @@ class _Attention(torch.autograd.Function):
         for index in range(len(own)):
             for earlier in range(index + 1):
                 attend(index, k_own[earlier], v_own[earlier], causal=earlier == index)
+        layer.hand_over()
         taken: list[Tensor] = []
         for segment in needed:
             z, s = exchange.take(layer.key(at, segment))
@@ -136,6 +143,7 @@ class _Attention(torch.autograd.Function):
             for earlier in range(index + 1):
                 found = back(index, k_own[earlier], v_own[earlier], causal=earlier == index)
                 mine[earlier].append(found)
+        layer.hand_over()
         answer: list[Tensor | None] = []
         for segment, found in zip(own, mine, strict=True):
             answer += [_total([each[0] for each in found]), _total([each[1] for each in found])]

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from ...protocol.schedule import ScheduleError
 from ...protocol.sought_schedule import plain_schedule
-from ...sim.launch.bench_cell import WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
+from ...sim.launch.bench_cell import OVERLAP_STEPS, WARM_UP_STEPS, WINDOWS, Cell, measure, run_cell
 from ...sim.launch.fork_server import ForkServer
 from ...sim.launch.local_swarm import SwarmError
 from ...sim.links.pipeline import StageTimes
@@ -89,6 +89,7 @@ class Bench:
         try:
             checked(cell.schedule)
             config = cell.config(plain_schedule(cell.schedule), 1)
+            checked(cell.schedule, delay=config.pipeline.delay)
             architecture = resolve_architecture(config)
             check_codec(config, architecture)
             check_lanes(config)
@@ -117,6 +118,7 @@ class Bench:
             "codec": cell.codec,
             "asked": cell.schedule,
             "schedule": cell.schedule,
+            "delay": config.pipeline.delay,
             "lanes": lanes.count,
             "average": lanes.average if lanes.count > 1 else None,
             "context": config.context.method or None,
@@ -163,7 +165,8 @@ class Bench:
             entry["planned"] = self._planned(asked, architecture, times, layers, inner=inner, exchange=exchange)
             step_s = entry["planned"]["step_s"]
             window_steps = stride * max(1, math.ceil(self._grid.window_s / step_s / stride))
-            expected_s = step_s * (WARM_UP_STEPS + delay + WINDOWS * window_steps + (count > 1))
+            overlap = 2 * OVERLAP_STEPS * config.pipeline.delay
+            expected_s = step_s * (WARM_UP_STEPS + delay + overlap + WINDOWS * window_steps + (count > 1))
             if expected_s > self._grid.limit_s:
                 why = f"it would take {expected_s:,.0f} s; --limit is {self._grid.limit_s:,.0f}"
                 entry |= {"state": "planned", "problems": [why]}
@@ -175,6 +178,7 @@ class Bench:
             emulated=cell.emulated,
             lanes=count,
             delay=delay,
+            overlaps=bool(config.pipeline.delay),
         )
         entry["measured"] = self._measured(work, cell.config(schedule, work.steps))
         if entry["measured"]["problems"]:

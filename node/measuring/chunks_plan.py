@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ...protocol.stage_orders import PREFIX
 from ...sim.links.context_exchange import ContextTimes, ContextWork, Route, simulate_context
 from ...sim.links.pipeline import Boundary, Rule, StageTimes, simulate
 from ...sim.links.shaper import LinkProfile
@@ -42,17 +43,21 @@ class StageExchange:
         *,
         inner: bool = False,
     ) -> None:
-        self._config, self._architecture = config, architecture
+        self._config, self._architecture, self._inner = config, architecture, inner
         self.times, self.layers, self.link = list(times), list(layers), LinkProfile.parse(config.link.link)
         self._costs = costs = operations(config, architecture)
         self._others = [2 * costs.codec_end] * len(layers) if inner else costs.of_ends(len(layers))
-        self._found: dict[tuple[ContextWork, LinkProfile, Route, bool], ContextTimes] = {}  # most stages are alike
+        self._found: dict[tuple[ContextWork, LinkProfile, Route, bool, int], ContextTimes] = {}  # most stages are alike
         self.sizes, self.first_sizes = (context_sizes(config, architecture, step=step) for step in (SETTLED, 0))
 
     @cached_property
     def held(self) -> list[StageTimes]:
         """With the waits of the run's own link: a wire to each other lane, or one interface where the kernel caps."""
         return self.over(self.link)
+
+    def with_in_flight(self, config: RunConfig) -> StageExchange:
+        """Of the same run with another number of microbatches in flight."""
+        return StageExchange(config, self._architecture, self.times, self.layers, inner=self._inner)
 
     @cached_property
     def instant(self) -> list[StageTimes]:
@@ -76,8 +81,8 @@ class StageExchange:
         """What the exchange adds to each stage's layer, forward and backward."""
         return [
             (
-                (each.forward_s - free.forward_s) / max(1, layers),
-                (each.backward_s - free.backward_s) / max(1, layers),
+                (each.mean_forward_s - free.mean_forward_s) / max(1, layers),
+                (each.mean_backward_s - free.mean_backward_s) / max(1, layers),
             )
             for each, free, layers in zip(held, self.instant, self.layers, strict=True)
         ]
@@ -85,7 +90,8 @@ class StageExchange:
     def waiting_share(self, stage: int) -> float:
         """Of the stage's time for a microbatch."""
         held, free = self.held[stage], self.instant[stage]
-        return 1 - (free.forward_s + free.backward_s) / (held.forward_s + held.backward_s)
+        computes_s = free.mean_forward_s + free.mean_backward_s
+        return 1 - computes_s / (held.mean_forward_s + held.mean_backward_s)
 
     def stored_bytes(self, stage: int, in_flight: int) -> int:
         """What a lane keeps of others' segments until its backwards."""
@@ -99,12 +105,12 @@ class StageExchange:
             by_lane[sender] += nbytes
         return sum(by_lane), max(by_lane)
 
-    def work(self, stage: int, sizes: ContextSizes | None = None) -> tuple[ContextWork, float] | None:
-        """Of the stage in all lanes, and the seconds of its forward outside of layers; None: it has no layers."""
+    def work(self, stage: int, sizes: ContextSizes | None = None) -> ContextWork | None:
+        """Of the stage in all lanes; None: it has no layers."""
         times, layers, other = self.times[stage], self.layers[stage], self._others[stage]
         if not layers:
             return None
-        work = context_work(
+        return context_work(
             self._config,
             self._architecture,
             self._costs,
@@ -113,20 +119,21 @@ class StageExchange:
             layers=layers,
             other_operations=other,
         )
-        return work, times.forward_s * other / (layers * self._costs.layer + other)
 
     def _stage(
         self, stage: int, link: LinkProfile, route: Route, interface: bool | None, sizes: ContextSizes
     ) -> tuple[StageTimes, ContextTimes | None]:
         """Of a stage without layers: its times as they were, and None."""
-        if (known := self.work(stage, sizes)) is None:
+        if (work := self.work(stage, sizes)) is None:
             return self.times[stage], None
-        work, other_s = known
-        case = (work, link, route, bool(self.link.kernel) if interface is None else interface)
-        found = self._found.get(case)
-        if found is None:
-            found = self._found[case] = simulate_context(work, link, route=route, interface=case[3])
-        return with_exchange(self.times[stage], found, backward=work.backward, other_s=other_s), found
+        found: list[ContextTimes] = []
+        for in_flight in range(1, self._config.in_flight + 1):
+            case = (work, link, route, bool(self.link.kernel) if interface is None else interface, in_flight)
+            if case not in self._found:
+                self._found[case] = simulate_context(work, link, route=route, interface=case[3], in_flight=in_flight)
+            found.append(self._found[case])
+        one, two = found[0], found[1] if found[1:] else None
+        return with_exchange(self.times[stage], one, two), one
 
 
 def exchange_of(
@@ -139,6 +146,14 @@ def exchange_of(
 ) -> StageExchange | None:
     """None where lanes hold different sequences."""
     return StageExchange(config, architecture, times, layers, inner=inner) if config.context.method else None
+
+
+def with_other_in_flight(config: RunConfig) -> RunConfig | None:
+    """The same run with two microbatches in flight and not one, or the other way round; None: that cannot be."""
+    if config.pipeline.microbatches == 1 or config.pipeline.schedule.startswith(PREFIX):
+        return None
+    context = config.context.model_copy(update={"in_flight": 3 - config.in_flight})
+    return config.model_copy(update={"context": context})
 
 
 def bottleneck_with(exchange: StageExchange, bottleneck: str) -> str:
@@ -160,14 +175,15 @@ def chunks_figures(
     lanes: dict[str, Any],
     rule: Rule = "duplex",
 ) -> dict[str, Any]:
-    """For `plan`, as JSON holds it. uncapped_step_s: of a step without links; step_s: with boundaries, keys and values;
-    in_flight: microbatches, of each stage; lanes: the figures of `lanes_plan`. tokens/s are of all lanes."""
+    """For `plan`, as JSON holds it; otherwise_tokens_per_s: with one microbatch in flight and not two, or the other way
+    round, None where that cannot be. uncapped_step_s: of a step without links; step_s: with boundaries, keys and
+    values; in_flight: microbatches, of each stage; lanes: the figures of `lanes_plan`. tokens/s are of all lanes."""
     count, stages = config.lanes.count, range(len(exchange.layers))
 
-    def seconds(times: Sequence[StageTimes]) -> float:
+    def seconds(times: Sequence[StageTimes], of: RunConfig = config) -> float:
         boundaries = [boundary] * (len(times) - 1)
-        schedule, microbatches = config.training_schedule, config.pipeline.microbatches
-        return simulate(schedule, times, boundaries, microbatches=microbatches, rule=rule).step_s
+        microbatches = config.pipeline.microbatches
+        return simulate(of.training_schedule, times, boundaries, microbatches=microbatches, rule=rule).step_s
 
     def tokens_per_s(seconds: float) -> float:
         return count * config.tokens_per_step / seconds
@@ -186,6 +202,9 @@ def chunks_figures(
         "keys_and_values": max(0.0, step_s - instant_step_s),
         "averaging": max(0.0, lanes["stall_s"]),
     }
+    otherwise = None
+    if other := with_other_in_flight(config):
+        otherwise = tokens_per_s(seconds(exchange.with_in_flight(other).held, other))
     no_latency = way(replace(link, latency_s=0.0, jitter_s=0.0))
     no_cap = way(replace(FREE, latency_s=link.latency_s))
     exposed = exchange.exposed_s(exchange.held)
@@ -198,6 +217,8 @@ def chunks_figures(
         "method": config.context.method,
         "order": config.context.order,
         "segment_length": config.chunk_layout.segment_length,
+        "in_flight": config.in_flight,
+        "otherwise_tokens_per_s": otherwise,
         "bytes_per_token": {"forward": forward_bytes, "backward": backward_bytes, "dense": dense_bytes},
         "ratio": 2 * dense_bytes / (forward_bytes + backward_bytes),
         "sent_bytes_per_token": sum(total for total, _ in sent) / of_microbatch,
@@ -245,7 +266,7 @@ def _bounded_by(
     """What most of a step goes to, in words."""
 
     def slowest(times: Sequence[StageTimes]) -> int:
-        return max(range(len(times)), key=lambda stage: times[stage].forward_s + times[stage].backward_s)
+        return max(range(len(times)), key=lambda stage: times[stage].mean_forward_s + times[stage].mean_backward_s)
 
     match max(goes_to, key=goes_to.__getitem__):
         case "computing":

@@ -21,7 +21,7 @@ from ...sim.links.context_exchange import (
     LaneLayer,
     TakenSegment,
 )
-from ...sim.links.pipeline import StageTimes
+from ...sim.links.pipeline import PairTimes, StageTimes
 from ...sim.links.shaper import LinkProfile
 from ...sim.links.stage_work import Operations
 from ..config import RunConfig
@@ -138,17 +138,22 @@ def context_work(
         forward_bytes=sizes.forward_bytes,
         backward_bytes=sizes.backward_bytes,
         backward=times.backward_s / times.forward_s,
+        other_s=tokens * other_operations * operation_s,
     )
 
 
-def with_exchange(times: StageTimes, found: ContextTimes, *, backward: float, other_s: float = 0.0) -> StageTimes:
-    """The stage's times with its waits. backward: how many times as long as forward it computes; other_s: of `times`
-    forward, outside of layers."""
+def with_exchange(times: StageTimes, one: ContextTimes, two: ContextTimes | None) -> StageTimes:
+    """The stage's times with its waits. two: of a pair of microbatches, where they are computed in turns."""
+    pair = None
+    if two:
+        ways = ((first_s, second_s - first_s) for first_s, second_s in (two.forward_s, two.backward_s))
+        pair = PairTimes(forward_s=next(ways), backward_s=next(ways))
     return replace(
         times,
-        forward_s=found.forward_s + other_s,
-        backward_s=found.backward_s + backward * other_s,
+        forward_s=one.forward_s[0],
+        backward_s=one.backward_s[0],
         weight_s=times.weight_gradient_s,
+        pair=pair,
     )
 
 

@@ -16,6 +16,7 @@ from ...sim.links.pipeline import StageTimes
 from ..config import RunConfig
 from ..context.chunked_model import ChunkedModel
 from ..context.exchange import ContextKey, ContextTransport
+from ..context.turns import Turns
 from .chunks_plan import SETTLED, StageExchange
 from .context_plan import context_coder
 
@@ -43,13 +44,14 @@ class EmulatedChunk(ChunkedModel):
     ) -> None:
         found = StageExchange(config, architecture, times, layers, inner=inner).work(stage)
         assert found
-        self._work: ContextWork = found[0]
+        self._work: ContextWork = found
         self._own: LaneLayer = self._work.lanes[lane]
-        self._other_s = found[1]
+        self._other_s = found.other_s
         self._layout, self._numbers = config.chunk_layout, range(first, first + layers[stage])
         self._coder, _ = context_coder(config, architecture)
         of_weights = self._work.layers * (self._own.before_s + self._own.after_s) + self._other_s
         self._weights = times[stage].weight_gradient_s / (self._work.backward * of_weights)
+        self.turns = Turns()
         self._transport: ContextTransport | None = None
         self._bodies: dict[int, bytes] = {}
 
@@ -80,6 +82,7 @@ class EmulatedChunk(ChunkedModel):
                 for lane in self._layout.users(segment):
                     self._send(lane, _key(step, microbatch, layer, segment))
             last(own.own_s)
+            self.turns.hand_over()
             for taken in own.takes:
                 self._receive(taken.owner, _key(step, microbatch, layer, taken.segment))
                 last(taken.attend_s)
@@ -97,6 +100,7 @@ class EmulatedChunk(ChunkedModel):
                 last(times * taken.attend_s)
                 self._send(taken.owner, _key(step, microbatch, layer, taken.segment, gradient=True))
             last(times * own.own_s)
+            self.turns.hand_over()
             for segment in own.gives:
                 for lane in self._layout.users(segment):
                     self._receive(lane, _key(step, microbatch, layer, segment, gradient=True))

@@ -161,7 +161,6 @@ class EmulatedStage(Stage):
             self._exchange.forward(step, microbatch, self._last)
         else:
             self._last(self.times.forward_s)
-        self.losses[microbatch] = 0.0
         return self._sent()
 
     def backward(self, microbatch: int, dz_out: Tensor | None, loss_sum: float | None) -> Tensor | None:
@@ -182,6 +181,7 @@ class EmulatedStage(Stage):
         else:
             self._last(self.times.backward_s - (self.times.weight_gradient_s if split else 0.0))
         self._gradients += 1
+        self.losses[microbatch] = 0.0
         return None if self.first else _NOTHING
 
     def gradient_to_send(self, step: int) -> Tensor | None:

@@ -25,7 +25,7 @@ from ...protocol.wire_size import framed_bytes
 from ...sim.links.pipeline import Boundary
 from ...sim.links.shaper import LinkProfile
 from ..boundary.endpoints import BoundaryShape
-from ..boundary.learned_tables import dictionary_of, gradient_due, moves_after
+from ..boundary.learned_tables import change_due, dictionary_of, gradient_due
 from ..boundary.projector_gradient import gradient_bytes
 from ..config import RunConfig
 from ..links.outgoing import accounted_parts, chunk_bytes_for, framed_rows
@@ -53,6 +53,7 @@ class Sizes:
             microbatches=config.pipeline.microbatches,
             seed=0,
             ids_length=config.chunk_layout.ids_length(config.chunk_layout.chunks - 1, config.ids_before),
+            delay=config.pipeline.delay,
         )
         self.microbatches = config.pipeline.microbatches
         self._norms = config.clips_by_global_norm
@@ -67,8 +68,8 @@ class Sizes:
 
     def activation(self, step: int, microbatch: int, kind: Kind = Kind.ACTIVATION) -> Message:
         training, table, book = kind is Kind.ACTIVATION, self._table, self._books[self.shape.forward]
-        moved = table and training and microbatch == 0 and (table.streamed or moves_after(table, step - 1))
-        changed = [table if moved else None, book if training else None]
+        changes = table and training and change_due(table, step, microbatch, has_started=True)
+        changed = [table if changes else None, book if training else None]
         known = [each for each in (table, book) if each]
         return self._message(kind, step, microbatch, self.shape.forward, known, changed, token_ids=self._ids)
 

@@ -31,5 +31,6 @@ def pipeline_costs(config: RunConfig, architecture: PretrainedConfig) -> Pipelin
         last_layers=parse_codec(config.codec.codec).codec.last_layers(architecture.hidden_size),
         schedule=config.pipeline.schedule,
         microbatches=config.pipeline.microbatches,
+        delay=config.pipeline.delay,
         boundary=Sizes(config, architecture).boundary(),
     )

@@ -50,12 +50,14 @@ def plan(
     boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]
     held = exchange.held if exchange else times
+    took_s = [each.mean_forward_s + each.mean_backward_s for each in held]
     simulated = simulate(
         config.training_schedule,
         held,
         [boundary] * (stages - 1),
         microbatches=config.pipeline.microbatches,
         rule=rule,
+        delay=config.pipeline.delay,
     )
     free = LinkProfile(rate_bits_per_s=None)
     uncapped = simulate(
@@ -63,6 +65,7 @@ def plan(
         exchange.instant if exchange else times,
         [Boundary(forward_bytes=0, backward_bytes=0, link=free)] * (stages - 1),
         microbatches=config.pipeline.microbatches,
+        delay=config.pipeline.delay,
     )
     tokens = config.microbatch_size * config.lane_tokens
     dense_bytes, rate = 2 * tokens * architecture.hidden_size, boundary.link.rate_bits_per_s
@@ -70,6 +73,7 @@ def plan(
     forward_bytes, backward_bytes = (each + norm_bytes for each in (boundary.forward_bytes, boundary.backward_bytes))
     return {
         "schedule": config.pipeline.schedule,
+        "delay": config.pipeline.delay,
         "link": str(boundary.link),
         "step_s": simulated.step_s,
         "tokens_per_s": config.tokens_per_step / simulated.step_s,
@@ -81,8 +85,8 @@ def plan(
         "stages": [
             {
                 "layers": layers[stage],
-                "forward_s": each.forward_s,
-                "backward_s": each.backward_s,
+                "forward_s": each.mean_forward_s,
+                "backward_s": each.mean_backward_s,
                 "weight_gradient_s": each.weight_gradient_s,
                 "compute_share": simulated.compute_share[stage]
                 * (1 - exchange.waiting_share(stage) if exchange else 1),
@@ -97,8 +101,7 @@ def plan(
                 "forward_share": simulated.wire_share[stage, stage + 1],
                 "backward_share": simulated.wire_share[stage + 1, stage],
                 # Each direction of a full-duplex link may take as long as the slower neighbour computes.
-                "compute_bound_at_ratio": rate
-                and dense_bytes * 8 / rate / max(each.forward_s + each.backward_s for each in held[stage : stage + 2]),
+                "compute_bound_at_ratio": rate and dense_bytes * 8 / rate / max(took_s[stage : stage + 2]),
             }
             for stage in range(stages - 1)
         ],

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...protocol.schedule import RTT_RATIO_MAX, ScheduleError, get_schedule
+from ...protocol.schedule import RTT_RATIO_MAX, ScheduleError
 from ...protocol.sought_schedule import Sought, sought
+from ...protocol.stage_orders import PREFIX
 from ...sim.links.order_search import best_orders
 from ...sim.links.pipeline import Rule, StageTimes, simulate
 from ..config import ConfigError, RunConfig
 from ..preparation import resolve_architecture
-from ..schedule_file import schedule_setting
+from ..schedule_file import names_a_file, schedule_setting
 from .message_sizes import Sizes
 from .stage_times import times_calibrated
 
@@ -39,7 +40,7 @@ def resolved_schedule(
     costs memory, and where a link is the bottleneck time too. `best`: the quickest of all depths of 1f1b and zb and of
     all orders that a search finds (`sim.links.order_search`), holding no more microbatches than zb:rtt_ratio=auto does,
     or than are allowed. Raises ConfigError for what cannot be found."""
-    wanted = checked(spec)
+    wanted = checked(spec, delay=config.pipeline.delay)
     if not wanted:
         return schedule_setting(spec)
     search = _Search(config, architecture, times, rule)
@@ -48,18 +49,24 @@ def resolved_schedule(
 
 def with_schedule(config: RunConfig, spec: str) -> RunConfig:
     """The run with the schedule that `spec` stands for on this machine. Raises what PLANNED names."""
-    checked(spec)  # before a microbatch is timed
+    checked(spec, delay=config.pipeline.delay)  # before a microbatch is timed
     architecture = resolve_architecture(config)
     times = times_calibrated(config, architecture)
     return with_pipeline(config, schedule=resolved_schedule(spec, config, architecture, times))
 
 
-def checked(spec: str) -> Sought | None:
-    """What has to be found. Raises ConfigError where that is nonsense."""
+def checked(spec: str, *, delay: int = 0) -> Sought | None:
+    """What has to be found. delay: of gradients, in steps. Raises ConfigError where that is nonsense."""
     try:
-        return sought(spec)
+        found = sought(spec)
     except ScheduleError as error:
         raise ConfigError(str(error)) from None
+    if delay and ((found and found.best) or names_a_file(spec) or spec.startswith(PREFIX)):
+        raise ConfigError(
+            f"pipeline.delay = {delay} does not go with schedule '{spec:.40}': steps overlap where one alternates "
+            "from a depth on; say gpipe, 1f1b or zb, or zb:rtt_ratio=auto"
+        )
+    return found
 
 
 def with_pipeline(config: RunConfig, **changed: Any) -> RunConfig:
@@ -88,10 +95,12 @@ class _Search:
         """The quickest of all; of equals one with a name, and of those the least deep."""
         bound = in_flight or self._in_flight(self.depth("zb"))
         found = [*self._depths("1f1b", bound), *self._depths("zb", bound)]
-        orders, step_s = best_orders(
-            self._times, self._boundaries, microbatches=self._microbatches, in_flight=bound, rule=self._rule
-        )
-        return min([*found, (orders.spec, step_s)], key=lambda one: one[1])[0]
+        if self._config.context.in_flight != 2:  # orders are of single microbatches
+            orders, step_s = best_orders(
+                self._times, self._boundaries, microbatches=self._microbatches, in_flight=bound, rule=self._rule
+            )
+            found.append((orders.spec, step_s))
+        return min(found, key=lambda one: one[1])[0]
 
     def _depths(self, name: str, bound: int | None) -> Iterator[tuple[str, float]]:
         """Each depth that holds no more than `bound`, and its seconds a step."""
@@ -101,8 +110,9 @@ class _Search:
             if bound is None or self._in_flight(spec) <= bound:
                 schedule = with_pipeline(self._config, schedule=spec).training_schedule
                 every = (self._times, self._boundaries)
-                yield spec, simulate(schedule, *every, microbatches=self._microbatches, rule=self._rule).step_s
+                asked = {"microbatches": self._microbatches, "rule": self._rule, "delay": self._config.pipeline.delay}
+                yield spec, simulate(schedule, *every, **asked).step_s
 
     def _in_flight(self, spec: str) -> int:
-        schedule = get_schedule(spec)
+        schedule = with_pipeline(self._config, schedule=spec).training_schedule
         return max(schedule.peak_in_flight(stage, self._stages, self._microbatches) for stage in range(self._stages))

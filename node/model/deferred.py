@@ -21,6 +21,7 @@ that the forward kept is freed by the first. On the last stage the head's dy is 
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,16 +81,17 @@ class WeightGradients:
                     parameter.grad.add_(gradient)
 
 
-class Deferral:
+class Deferral(threading.local):
     """Says to the deferred linears of one model where their weight gradients go: aside while `putting_aside`, otherwise
-    straight into `grad` as ever, so the whole backward is still to be had."""
+    straight into `grad` as ever, so the whole backward is still to be had. Each thread has its own `aside`, since two
+    microbatches may be under way; a backward stays on the thread that calls it (`node.model.pull`)."""
 
     def __init__(self) -> None:
         self.aside: WeightGradients | None = None
 
     @contextmanager
     def putting_aside(self) -> Iterator[WeightGradients]:
-        """For one backward pass."""
+        """For one backward pass of this thread."""
         self.aside = WeightGradients()
         try:
             yield self.aside

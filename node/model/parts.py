@@ -11,6 +11,7 @@ for pipelines (`base_model_pp_plan`): half of the decoders have none, and it kno
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,20 +109,22 @@ class NoPositions(nn.Module):
 class EndNorm(nn.Module):
     """The last norm of a base that calls it before its layers, too: what of both is this stage's.
 
-    Counts the calls of one forward, since nothing else tells them apart on a stage without a layer.
+    Counts the calls of one forward, which is one thread's, since nothing else tells them apart on a stage without a
+    layer.
     """
 
     def __init__(self, norm: nn.Module, base: nn.Module, *, before: bool, behind: bool) -> None:
         super().__init__()
         self.norm = norm
         self._wanted = (before, behind)
-        self._calls = 0
+        self._calls: dict[int, int] = {}  # by thread
         base.register_forward_pre_hook(self._begin)
 
     def _begin(self, *_: Any) -> None:
-        self._calls = 0
+        self._calls[threading.get_ident()] = 0
 
     def forward(self, hidden: Any) -> Any:
-        wanted = self._wanted[self._calls]
-        self._calls += 1
+        me = threading.get_ident()
+        wanted = self._wanted[self._calls[me]]
+        self._calls[me] += 1
         return self.norm(hidden) if wanted else hidden

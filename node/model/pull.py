@@ -30,10 +30,10 @@ class _End(torch.autograd.Function):
 
 def pull(out: Tensor, gradient: Tensor | None) -> None:
     """Add to the leaves' `grad` what `gradient`, of the shape and dtype of `out`, means for them; None: `out` is a
-    scalar. Raises ValueError for another shape."""
-    if gradient is None:
-        out.backward()
-        return
-    if gradient.shape != out.shape:
+    scalar. All of it on the thread that calls, on a device too, where autograd would have one thread for all backwards:
+    one that waits in the middle would keep another from going on. Raises ValueError for another shape."""
+    if gradient is not None and gradient.shape != out.shape:
         raise ValueError(f"a gradient of shape {tuple(gradient.shape)} for an output of shape {tuple(out.shape)}")
-    _End.apply(out, gradient).backward()  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    end: Any = out if gradient is None else _End.apply(out, gradient)
+    with torch.autograd.set_multithreading_enabled(False):
+        end.backward()

@@ -6,6 +6,8 @@ probed and delivered what it was set to, and, where compute is emulated, if the 
 wakes up late on a machine that is too busy, and then the benchmark would measure the machine. Everything is read from
 the records that the nodes write.
 
+Where steps overlap, some more fill the pipeline before the windows, and as many after them have it run empty.
+
 Where lanes average, a window is as many steps as lie between some rounds, so that each has as many of them. The warm-up
 lasts until the first one can have been used, and the round of everything at the run's end is behind all windows.
 """
@@ -26,6 +28,7 @@ from .fork_server import ForkServer
 from .local_swarm import run_swarm
 
 WARM_UP_STEPS = 1
+OVERLAP_STEPS = 2  # more of them, and as many at the end, where steps overlap
 WINDOWS = 3
 STEADY_WITHIN = 0.03  # (fastest - slowest) / mean of the windows
 CAP_WITHIN = 0.10
@@ -36,7 +39,7 @@ CPU_WITHIN = 0.70  # of all cores: up to 0.6, cells agree with the plan; from 0.
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One run. `window_steps`: steps of each window. `emulated`: stages sleep, so the pace has to be kept. `delay`: of
-    the rounds of several lanes, in steps."""
+    the rounds of several lanes, in steps. `overlaps`: whether a step begins before the one before it has ended."""
 
     name: str
     stages: int
@@ -44,14 +47,16 @@ class Cell:
     emulated: bool
     lanes: int = 1
     delay: int = 0
+    overlaps: bool = False
 
     @property
     def warm_up_steps(self) -> int:
-        return WARM_UP_STEPS + self.delay
+        return WARM_UP_STEPS + self.delay + OVERLAP_STEPS * self.overlaps
 
     @property
     def steps(self) -> int:
-        return self.warm_up_steps + WINDOWS * self.window_steps + (self.lanes > 1)
+        after = (self.lanes > 1) + OVERLAP_STEPS * self.overlaps
+        return self.warm_up_steps + WINDOWS * self.window_steps + after
 
 
 def run_cell(directory: Path, cell: Cell, forks: ForkServer | None = None) -> dict[str, Any]:

@@ -7,6 +7,10 @@ segment of another lane, whose gradient goes back at once; attention among its o
 gradients of its own keys and values are there. A lane that stands still does nothing else, so what is not hidden behind
 attention is lost. Nothing is averaged: what a lane waits for comes from when another one sent it.
 
+With two microbatches in flight a lane computes them in turns, a layer apart, and hands over where it would begin to
+wait, forward and backward, whether it would have to or not (`node.context.turns`): so it waits for what the other one
+has not hidden.
+
 Two routes:
 - `direct`: an owner sends a segment to each lane that needs it, over a link of theirs alone. This is what nodes do.
 - `ring`: it goes from lane to neighbouring lane, each passing it on, the way round that takes fewer hops; gradients
@@ -33,8 +37,9 @@ from typing import Literal, Self
 from .shaper import LinkProfile
 
 Route = Literal["direct", "ring"]
-_Key = tuple[int, int, int]  # layer, segment, which of its paths
-_Program = Iterator[float | _Key]  # seconds to compute, or what to wait for
+_Key = tuple[int, int, int, int]  # microbatch, layer, segment, which of its paths
+_Program = Iterator[float | _Key | None]  # seconds to compute, what to wait for, or that it is another one's turn
+_DONE = -1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,13 +71,15 @@ class LaneLayer:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextWork:
     """One stage in all its lanes, for one microbatch. backward: how many times as long as forward everything takes.
-    forward_bytes and backward_bytes: of one segment's keys and values, and of their gradients, framed."""
+    forward_bytes and backward_bytes: of one segment's keys and values, and of their gradients, framed. other_s: of a
+    lane's forward, behind all layers."""
 
     lanes: tuple[LaneLayer, ...]
     layers: int
     forward_bytes: int
     backward_bytes: int
     backward: float = 2.0
+    other_s: float = 0.0
 
     @property
     def users(self) -> dict[int, tuple[int, ...]]:
@@ -86,11 +93,12 @@ class ContextWork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextTimes:
-    """Of one stage and microbatch, when all lanes begin at one moment. forward_s, backward_s: until the slowest is
-    done. forward_wait_s, backward_wait_s: of each lane, standing still. sent_bytes: by sender and receiver, of both."""
+    """Of one stage and the microbatches in flight, when all lanes begin at one moment. forward_s, backward_s: until the
+    slowest is done with each, in their order. forward_wait_s, backward_wait_s: of each lane, standing still.
+    sent_bytes: by sender and receiver, of all."""
 
-    forward_s: float
-    backward_s: float
+    forward_s: tuple[float, ...]
+    backward_s: tuple[float, ...]
     forward_wait_s: tuple[float, ...]
     backward_wait_s: tuple[float, ...]
     sent_bytes: Counter[tuple[int, int]]
@@ -149,10 +157,11 @@ class _Wires:
 
 
 class _Lanes:
-    """One pass of all lanes through a stage's layers, forward or backward, from a common start."""
+    """One pass of all lanes through a stage's layers, forward or backward, from a common start, of so many microbatches
+    in turns."""
 
-    def __init__(self, work: ContextWork, link: LinkProfile, route: Route, *, interface: bool) -> None:
-        self._work, self._users = work, work.users
+    def __init__(self, work: ContextWork, link: LinkProfile, route: Route, *, interface: bool, in_flight: int) -> None:
+        self._work, self._users, self._in_flight = work, work.users, in_flight
         self._owner = {segment: number for number, lane in enumerate(work.lanes) for segment in lane.gives}
         self._paths = {
             segment: paths(owner, self._users[segment], len(work.lanes), route)
@@ -160,57 +169,65 @@ class _Lanes:
         }
         self._clock = _Clock()
         self._wires = _Wires(self._clock, link, interface=interface)
-        self._programs: list[_Program] = []
+        self._programs: list[list[_Program]] = []  # by lane, of those that are not done: whose turn it is first
         self._here: list[set[_Key]] = [set() for _ in work.lanes]
         self._awaited: list[tuple[_Key, float] | None] = [None for _ in work.lanes]  # since when
         self._gradients: Counter[tuple[int, _Key]] = Counter()  # parts of a sum that a lane has
         self.waited_s = [0.0 for _ in work.lanes]
-        self.ended_s = [0.0 for _ in work.lanes]
+        self.ended_s: list[list[float]] = [[] for _ in work.lanes]  # by lane, of each microbatch
 
     @property
     def sent_bytes(self) -> Counter[tuple[int, int]]:
         return self._wires.sent_bytes
 
-    def run(self, program: Callable[[_Lanes, int], _Program]) -> Self:
+    def run(self, program: Callable[[_Lanes, int, int], _Program]) -> Self:
         for lane in range(len(self._work.lanes)):
-            self._programs.append(program(self, lane))
+            self._programs.append([program(self, lane, microbatch) for microbatch in range(self._in_flight)])
             self._clock.at(0.0, partial(self._go_on, lane))
         self._clock.run()
         return self
 
-    def forward(self, lane: int) -> _Program:
+    def done_s(self) -> tuple[float, ...]:
+        """Of each microbatch, until the slowest lane is done with it."""
+        return tuple(max(each) for each in zip(*self.ended_s, strict=True))
+
+    def forward(self, lane: int, microbatch: int) -> _Program:
         own = self._work.lanes[lane]
         for layer in range(self._work.layers):
             yield own.before_s
             for segment in own.gives:
                 for number in range(len(self._paths[segment])):
-                    self._pass_on(lane, 0, (layer, segment, number))
+                    self._pass_on(lane, 0, (microbatch, layer, segment, number))
             yield own.own_s
+            yield None
             for taken in own.takes:
-                yield self._key(layer, taken.segment, lane)
+                yield self._key(microbatch, layer, taken.segment, lane)
                 yield taken.attend_s
             yield own.after_s
+        yield self._work.other_s
 
-    def backward(self, lane: int) -> _Program:
+    def backward(self, lane: int, microbatch: int) -> _Program:
         own, times = self._work.lanes[lane], self._work.backward
+        yield times * self._work.other_s
         for layer in range(self._work.layers):
             yield times * own.after_s
             for taken in own.takes:
                 yield times * taken.attend_s
-                self._give_back(lane, self._key(layer, taken.segment, lane))
+                self._give_back(lane, self._key(microbatch, layer, taken.segment, lane))
             yield times * own.own_s
+            yield None
             for segment in own.gives:
                 for number in range(len(self._paths[segment])):
-                    yield (layer, segment, number)
+                    yield (microbatch, layer, segment, number)
             yield times * own.before_s
 
-    def _key(self, layer: int, segment: int, user: int) -> _Key:
+    def _key(self, microbatch: int, layer: int, segment: int, user: int) -> _Key:
         number = next(number for number, path in enumerate(self._paths[segment]) if user in path)
-        return layer, segment, number
+        return microbatch, layer, segment, number
 
     def _pass_on(self, lane: int, hop: int, key: _Key) -> None:
         """Send a segment on from a lane where it is, by the next hop of its path."""
-        path = self._paths[key[1]][key[2]]
+        path = self._paths[key[2]][key[3]]
         if hop == len(path):
             return
 
@@ -222,12 +239,12 @@ class _Lanes:
 
     def _give_back(self, lane: int, key: _Key) -> None:
         """Send a gradient one hop back, with the last part that this lane adds: its own, and what it is given."""
-        path = self._paths[key[1]][key[2]]
+        path = self._paths[key[2]][key[3]]
         hop = path.index(lane)
         self._gradients[lane, key] += 1
-        if self._gradients[lane, key] < (lane in self._users[key[1]]) + (hop + 1 < len(path)):
+        if self._gradients[lane, key] < (lane in self._users[key[2]]) + (hop + 1 < len(path)):
             return
-        receiver = path[hop - 1] if hop else self._owner[key[1]]
+        receiver = path[hop - 1] if hop else self._owner[key[2]]
         arrived = partial(self._give_back if hop else self._has_come, receiver, key)
         self._wires.send(lane, receiver, self._work.backward_bytes, arrived)
 
@@ -239,27 +256,35 @@ class _Lanes:
             self._go_on(lane)
 
     def _go_on(self, lane: int) -> None:
-        for each in self._programs[lane]:
-            if not isinstance(each, tuple):
+        under_way = self._programs[lane]
+        while under_way:
+            each = next(under_way[0], _DONE)
+            if each is None:
+                under_way.append(under_way.pop(0))
+            elif each == _DONE:
+                self.ended_s[lane].append(self._clock.now_s)
+                del under_way[0]
+            elif not isinstance(each, tuple):
                 self._clock.at(self._clock.now_s + each, partial(self._go_on, lane))
                 return
-            if each not in self._here[lane]:
+            elif each not in self._here[lane]:
                 self._awaited[lane] = (each, self._clock.now_s)
                 return
-        self.ended_s[lane] = self._clock.now_s
 
 
 def simulate_context(
-    work: ContextWork, link: LinkProfile, *, route: Route = "direct", interface: bool = False
+    work: ContextWork, link: LinkProfile, *, route: Route = "direct", interface: bool = False, in_flight: int = 1
 ) -> ContextTimes:
-    """interface: all links of a lane share the rate, each way. Raises ValueError for segments that nobody gives."""
+    """interface: all links of a lane share the rate, each way. in_flight: microbatches that are computed in turns, 1 or
+    2. Raises ValueError for segments that nobody gives."""
     if missing := sorted(work.users.keys() - {segment for lane in work.lanes for segment in lane.gives}):
         raise ValueError(f"segments {missing} are taken, and no lane gives them")
-    forward = _Lanes(work, link, route, interface=interface).run(_Lanes.forward)
-    backward = _Lanes(work, link, route, interface=interface).run(_Lanes.backward)
+    every = {"interface": interface, "in_flight": in_flight}
+    forward = _Lanes(work, link, route, **every).run(_Lanes.forward)
+    backward = _Lanes(work, link, route, **every).run(_Lanes.backward)
     return ContextTimes(
-        forward_s=max(forward.ended_s),
-        backward_s=max(backward.ended_s),
+        forward_s=forward.done_s(),
+        backward_s=backward.done_s(),
         forward_wait_s=tuple(forward.waited_s),
         backward_wait_s=tuple(backward.waited_s),
         sent_bytes=forward.sent_bytes + backward.sent_bytes,

@@ -17,6 +17,7 @@ What is left out: bounded buffers between stages, a bucket's burst, and codec wo
 
 from __future__ import annotations
 
+import functools
 import heapq
 import itertools
 from collections import defaultdict
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from ...protocol.paired import partner
 from ...protocol.schedule import (
     Action,
     Backward,
@@ -39,9 +41,19 @@ from ...protocol.schedule import (
     prerequisites,
     receiver,
 )
+from ...protocol.step_orders import DelayedOrder, overlapping_peak
 from .shaper import LinkProfile
 
+SETTLED_STEPS = 4  # that overlap, of which the mean is taken: lengths may alternate
 Rule = Literal["duplex", "shared"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairTimes:
+    """Of two microbatches that are computed in turns: until the first is done, and from then until the second is."""
+
+    forward_s: tuple[float, float]
+    backward_s: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +61,34 @@ class StageTimes:
     """Seconds of compute of one stage: of one microbatch forward and backward, and of a step's end.
 
     weight_s: the part of backward_s that is for weight gradients; unless it is known, half, as for matrices alone.
+    pair: under a schedule of pairs; None: two take twice as long as one.
     """
 
     forward_s: float
     backward_s: float
     weight_s: float | None = None
     step_s: float = 0.0
+    pair: PairTimes | None = None
+
+    @property
+    def mean_forward_s(self) -> float:
+        """Of a microbatch, in a pair where there is one."""
+        return sum(self.pair.forward_s) / 2 if self.pair else self.forward_s
+
+    @property
+    def mean_backward_s(self) -> float:
+        return sum(self.pair.backward_s) / 2 if self.pair else self.backward_s
+
+    def in_pair(self, action: Forward | Upward) -> float:
+        """Of one action of two that are done together."""
+        if not self.pair:
+            return self.of(action)
+        which = action.microbatch % 2
+        if isinstance(action, Forward):
+            return self.pair.forward_s[which]
+        whole_s = sum(self.pair.backward_s)
+        later_s = 2 * self.weight_gradient_s if isinstance(action, InputGradient) else 0.0
+        return self.pair.backward_s[which] * (1 - later_s / whole_s) if whole_s else 0.0
 
     @property
     def weight_gradient_s(self) -> float:
@@ -149,7 +183,7 @@ class Wires:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Planned:
-    """One action of a stage's stream, as it recurs in every step; actions have numbers because those hash faster."""
+    """One action of a stage, as it recurs in every step; actions have numbers because those hash faster."""
 
     action: Action
     number: int
@@ -170,11 +204,12 @@ class _Pipeline:
         steps: int,
         rule: Rule,
         hold: Hold | None = None,
+        delay: int = 0,
     ) -> None:
         self._wires = Wires(boundaries, rule)
-        self._steps, self._hold = steps, hold
+        self._hold = hold
         self._held = [-1] * len(stages)  # the newest step whose hold is over
-        self._streams = _planned(schedule, stages, microbatches)
+        self._streams = _planned(schedule, stages, microbatches, steps, delay)
         self._at = [0] * len(stages)  # the next action, counted over all steps
         self._idle = [True] * len(stages)
         self._here: list[set[tuple[int, int, int]]] = [set() for _ in stages]  # what has arrived: step, whose, number
@@ -199,10 +234,9 @@ class _Pipeline:
     def _begin(self, stage: int, now_s: float) -> None:
         """Start the next action if it can start now."""
         stream = self._streams[stage]
-        step, place = divmod(self._at[stage], len(stream))
-        if not self._idle[stage] or step == self._steps:
+        if not self._idle[stage] or self._at[stage] == len(stream):
             return
-        planned, here = stream[place], self._here[stage]
+        (step, planned), here = stream[self._at[stage]], self._here[stage]
         if self._hold and self._held[stage] < step and self._hold.before(planned.action):
             self._held[stage] = step
             until_s = self._hold.until_s(stage, step, now_s)
@@ -244,24 +278,31 @@ class Hold(Protocol):
         ...
 
 
-def _planned(schedule: Schedule, stages: Sequence[StageTimes], microbatches: int) -> list[list[_Planned]]:
-    """Every stage's stream of one step."""
+def _planned(
+    schedule: Schedule, stages: Sequence[StageTimes], microbatches: int, steps: int, delay: int
+) -> list[list[tuple[int, _Planned]]]:
+    """Every stage's stream: (step, action)."""
     count, numbers = len(stages), defaultdict[Action, int](itertools.count().__next__)
-    streams: list[list[_Planned]] = []
+    streams: list[list[tuple[int, _Planned]]] = []
     for stage, times in enumerate(stages):
-        stream: list[_Planned] = []
-        for action in schedule.actions(stage=stage, stages=count, microbatches=microbatches):
-            needs = prerequisites(action, stage=stage, stages=count)
-            stream.append(
-                _Planned(
-                    action=action,
-                    number=numbers[action],
-                    seconds=times.of(action),
-                    needs=tuple((whose, numbers[what]) for whose, what in needs),
-                    receiver=receiver(action, stage=stage, stages=count),
-                )
+        shape = {"stage": stage, "stages": count, "microbatches": microbatches}
+        known: dict[Action, _Planned] = {}
+        for action in schedule.actions(**shape):
+            needs, seconds = prerequisites(action, stage=stage, stages=count), times.of(action)
+            if isinstance(action, Forward | Upward) and (other := partner(schedule, action, microbatches)):
+                # Both begin when what both need is here.
+                first = action.microbatch < other.microbatch
+                needs = (*needs, *prerequisites(other, stage=stage, stages=count)) if first else ()
+                seconds = times.in_pair(action)
+            known[action] = _Planned(
+                action=action,
+                number=numbers[action],
+                seconds=seconds,
+                needs=tuple((whose, numbers[what]) for whose, what in needs),
+                receiver=receiver(action, stage=stage, stages=count),
             )
-        streams.append(stream)
+        order = DelayedOrder(schedule, **shape, end=steps) if delay else itertools.product(range(steps), known)
+        streams.append([(step, known[action]) for step, action in order])
     return streams
 
 
@@ -271,31 +312,38 @@ def simulate(
     boundaries: Sequence[Boundary],
     *,
     microbatches: int,
-    steps: int = 3,
+    steps: int | None = None,
     rule: Rule = "duplex",
+    delay: int = 0,
 ) -> Simulation:
-    """`steps` training steps without a barrier between them, as nodes run them; figures are of the last one but one,
-    which has neighbours on both sides. Raises ValueError for counts that make no pipeline."""
+    """`steps` training steps (default: 3, or as many as it takes to settle) without a barrier between them, as nodes
+    run them; figures are of the last one but one, which has neighbours on both sides. delay: of gradients, in steps; 1:
+    steps overlap, figures are the mean of the last four but one, and what an evaluation or a checkpoint costs by
+    emptying the pipeline is left out. Raises ValueError for counts that make no pipeline, and ScheduleError for an
+    order whose steps cannot overlap."""
+    steps = steps or (3 * SETTLED_STEPS if delay else 3)
     if len(boundaries) != len(stages) - 1 or steps < 3:
         raise ValueError(
             f"{len(stages)} stages, {len(boundaries)} boundaries and {steps} steps: wanted one boundary "
             "fewer than stages, and 3 steps or more"
         )
-    pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule)
+    pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule, delay=delay)
     pipeline.run()
-    begins = _begins(pipeline.spans)
-    step_s = max(begins[stage, steps - 1] - begins[stage, steps - 2] for stage in range(len(stages)))
+    begins, over = _begins(pipeline.spans), SETTLED_STEPS if delay else 1
+    first = steps - 1 - over
+    step_s = max(begins[stage, steps - 1] - begins[stage, first] for stage in range(len(stages))) / over
     busy: dict[object, float] = defaultdict(float)
     for span in pipeline.spans:
-        if span.step == steps - 2:
+        if first <= span.step < steps - 1:
             key = span.stage if span.sender is None else (span.sender, span.stage)
-            busy[key] += span.end_s - span.start_s
+            busy[key] += (span.end_s - span.start_s) / over
+    in_flight = functools.partial(overlapping_peak, schedule) if delay else schedule.peak_in_flight
     pairs = [pair for stage in range(len(stages) - 1) for pair in ((stage, stage + 1), (stage + 1, stage))]
     return Simulation(
         step_s=step_s,
         compute_share=[busy[stage] / step_s for stage in range(len(stages))],
         wire_share={pair: busy[pair] / step_s for pair in pairs},
-        peak_in_flight=[schedule.peak_in_flight(stage, len(stages), microbatches) for stage in range(len(stages))],
+        peak_in_flight=[in_flight(stage, len(stages), microbatches) for stage in range(len(stages))],
         spans=pipeline.spans,
     )
 

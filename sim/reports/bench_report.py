@@ -36,6 +36,7 @@ def bench_tables(found: dict[str, Any]) -> list[Table]:
         told += f", lanes: {next(iter(ways))}" if len(ways) == 1 else ""
         contexts = {cell["context"] for cell in cells if _of_chunks(cell)}
         told += f", chunks: {next(iter(contexts))}" if len(contexts) == 1 else ""
+        told += ", steps overlap" if cells[0].get("delay") else ""
         table = Table(
             title=f"{codec}, {of} ({cells[0]['mode']}){told}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False
         )

@@ -44,6 +44,7 @@ class PipelineCosts:
     schedule: str
     microbatches: int
     boundary: Boundary
+    delay: int = 0  # of gradients, in steps
 
     @property
     def training_schedule(self) -> Schedule:
@@ -59,6 +60,7 @@ class PipelineCosts:
             "last_layers": self.last_layers,
             "schedule": self.schedule,
             "microbatches": self.microbatches,
+            "delay": self.delay,
             "forward_bytes": self.boundary.forward_bytes,
             "backward_bytes": self.boundary.backward_bytes,
             "norm_bytes": self.boundary.norm_bytes,
@@ -79,6 +81,7 @@ class PipelineCosts:
             last_layers=_count(record["last_layers"], LAYERS_MAX),
             schedule=schedule,
             microbatches=max(1, whole(record["microbatches"])),
+            delay=_count(record["delay"], 1),
             boundary=Boundary(
                 forward_bytes=_count(record["forward_bytes"]),
                 backward_bytes=_count(record["backward_bytes"]),
@@ -120,6 +123,7 @@ def _best(costs: PipelineCosts, times: tuple[StageTimes, ...]) -> tuple[tuple[in
             of_stages,
             [costs.boundary] * (len(best) - 1),
             microbatches=costs.microbatches,
+            delay=costs.delay,
         ).step_s
         for of_stages in (times, moved)
     )

@@ -16,7 +16,8 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
     """What `thinpipe plan` found, for people."""
     one = ", one lane" if figures["lanes"] else ""
     schedule = schedule_title(figures["schedule"])
-    whole = Table(title=f"{schedule} over {figures['link']}{one} (simulated, not measured)")
+    overlap = ", steps overlap," if figures["delay"] else ""
+    whole = Table(title=f"{schedule}{overlap} over {figures['link']}{one} (simulated, not measured)")
     for column in ("seconds a step", "tokens/s", "of uncapped", "of the machines", "busiest", "ratio to dense bf16"):
         whole.add_column(column, justify="right")
     whole.add_row(
@@ -176,6 +177,12 @@ def chunk_lines(figures: dict[str, Any]) -> list[str]:
         f"tokens/s of all, before averaging: {chunks['no_latency_tokens_per_s']:,.0f} without the latency of keys and "
         f"values, {chunks['no_cap_tokens_per_s']:,.0f} without their cap",
     ]
+    if otherwise := chunks["otherwise_tokens_per_s"]:
+        now, then = ("two microbatches", "one") if chunks["in_flight"] == 2 else ("one microbatch", "two")
+        lines.append(
+            f"with {now} in flight; with {then} (context.in_flight = {3 - chunks['in_flight']}), "
+            f"{otherwise:,.0f} tokens/s of all, before averaging"
+        )
     if (unsent := chunks["unsent_bytes"]) > (buffer := chunks["send_buffer_bytes"]):
         lines.append(
             f"a node has up to {unsent:,} bytes of keys and values for each lane at once, and stands still as long as "

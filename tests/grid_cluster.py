@@ -45,7 +45,9 @@ AWAY_S = {"kill": (0.3, 3.0), "disk": (0.3, 3.0), "lane": (0.5, 25.0), "absent":
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridFault:
     """Once a step with that number is done anywhere: what befalls which node (of `lane`: all of that lane), for how
-    long it is away. kind: one of KINDS; `cut` ends all connections of that node to its own stage in other lanes."""
+    long it is away. kind: one of KINDS; `cut` ends all connections of that node to its own stage in other lanes. Or
+    `hang`: all nodes of that lane are stopped for so long; or `drain`: so much later all nodes of all lanes are told to
+    end, as `thinpipe up` tells them on SIGTERM."""
 
     step: int
     kind: str
@@ -112,6 +114,7 @@ class GridCluster:
         self._place: dict[int, Place] = {}  # by the number of a process
         self._background: set[asyncio.Task[Any]] = set()
         self._sleepers: list[Process] = []
+        self.drained: list[bool] = []
 
     async def run(self, *, resume: bool = False) -> None:
         """Until all lanes are through that are not away when the others are."""
@@ -223,6 +226,21 @@ class GridCluster:
             for stream in list(process.streams):
                 if self._is_lateral(stream):
                     stream.break_off()
+            return
+        if fault.kind == "drain":
+            await asyncio.sleep(fault.away_s)
+            self.drained = [bool(seat.process and seat.process.drain()) for seat in self.seats.values()]
+            return
+        if fault.kind == "hang":
+            hung = [self.seats[fault.lane, stage].process for stage in range(self.stages)]
+            for each in hung:
+                assert each
+                each.stop()
+            await asyncio.sleep(fault.away_s)
+            for each in hung:
+                assert each
+                each.go_on(self._loop)
+            self.network.notify()
             return
         if fault.kind == "sleeper":
             process.stop()

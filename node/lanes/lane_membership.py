@@ -39,7 +39,6 @@ from .state_taking import StateTaking
 from .stays import Stays
 
 LOOK_EVERY_S = 0.25  # a deadline may have passed
-THROUGH_S = 120.0  # for who follows lanes that are through: nothing can come of them but what they have
 THERE_S = 10.0  # after which a lane that is not connected any more is not there; links begin anew when members change
 
 
@@ -101,7 +100,7 @@ class LaneMembership:
             on_here=self._wake_up,
             came_s=came_s,
         )
-        self._standstill, self._lost_s = Standstill(), lost_s
+        self._standstill = Standstill([link.peer for link in links.links], deadline_s=deadline_s, lost_s=lost_s)
         self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
         self._seen_s: dict[int, float] = {}  # when each was that last, as stage 0 knows
         self._lacks_for_good = False  # as members have dropped what this lane, which was left out, needs next
@@ -326,7 +325,8 @@ class LaneMembership:
             print(f"round {self.log.decided} waits for {lanes}, which ended before: this lane goes back", flush=True)
             self._on_in_vain()
         await self._choose_state(machine, mine)
-        self._check_standstill(mine, now_s)
+        if self._following is not None and not self.is_ending:
+            self._standstill.check(self._following, (mine, self._state.came_s()), now_s, paused_ago_s=self._paused_s)
         while (machine.log, machine.admitted) != (self.log, self.admitted):
             log, admitted = machine.log, machine.admitted
             if (first := self.log.differs_from(log)) is not None and first < self._plan.count:
@@ -363,24 +363,6 @@ class LaneMembership:
             self._on_left_out()  # and goes on from there
         elif state.is_overdue(source_is_there=machine.is_there(state.under_way[0])):
             state.give_up()
-
-    def _check_standstill(self, mine: LaneStatus, now_s: float) -> None:
-        peers = [link.peer for link in self._links.links]
-        steps = [each.heartbeat.completed_steps if each.heartbeat else None for each in peers]
-        known = mine, self._following, self._state.came_s(), [each.connected for each in peers], steps
-        still_s = self._standstill.seconds(known, now_s)
-        through = all(each.done for each in peers)
-        most_s = max(THROUGH_S, self.deadline_s) if through else max(self._lost_s, self.deadline_s)
-        if self._following is None or self.is_ending or still_s < most_s or self._paused_s < most_s:
-            return
-        raise TimeoutError(
-            f"this lane follows the others, from {self._following} steps on; for {most_s:g} s nothing has come that it "
-            f"lacks, and no lane has a state that it could take up ({self._others()}); start all lanes again with "
-            "--resume"
-        )
-
-    def _others(self) -> str:
-        return "; ".join(link.peer.state for link in self._links.links)
 
     async def _write(self, log: MembershipLog) -> None:
         await asyncio.to_thread(write_members, self._path, log, self._state.taken)

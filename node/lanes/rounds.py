@@ -163,7 +163,8 @@ class Rounds(HeldRounds):
         """Nobody gives this stage what it needs of that round, while others may go on with it. That is said by the
         promise not to ask for it again: then the lane takes up the state of another one, and this generation ends;
         or there is none, and stage 0 says so."""
-        print(f"{error}; this lane takes up the state of another one, if it can", flush=True)
+        why = str(error).partition("; ")[0]  # without what to do about it, since this lane does something else
+        print(f"{why}; this lane takes up the state of another one, if it can", flush=True)
         self._links.forget_before(round_.number + 1)
         await asyncio.get_running_loop().create_future()
 

@@ -60,7 +60,7 @@ def draw_faults(seed: int, *, lanes: int, stages: int, steps: int, count: int) -
     chance = random.Random(seed)
     faults = []
     for step in sorted(chance.randint(1, steps) for _ in range(count)):
-        kind = chance.choice(KINDS)
+        kind = chance.choice([each for each in KINDS if stages > 1 or each != "sleeper"])  # no neighbour keeps it out
         away_s = round(chance.uniform(*AWAY_S.get(kind, (0.0, 0.0))), 2)
         place = chance.randrange(lanes), chance.randrange(stages)
         faults.append(GridFault(step=step, kind=kind, lane=place[0], stage=place[1], away_s=away_s))

@@ -235,21 +235,21 @@ def test_who_follows_gives_up_when_nothing_happens_anywhere(tmp_path: Path) -> N
         peers = [link.peer for link in Lane(1, tmp_path, lanes=3).links.links]
         still = Standstill(peers, deadline_s=3.0, lost_s=1800.0)
 
-        def given_up_after_s(mine: object = None) -> float:
-            for at_s in range(0, 10_000, 10):
-                try:
-                    still.check(24, mine, now() + at_s, paused_ago_s=float("inf"))
-                except TimeoutError as error:
-                    assert "follows the others, from 24 steps on" in str(error)
-                    assert "lane 0 is not connected (it was not there yet); lane 2 is" in str(error)
-                    return at_s
-            return float("inf")
+        def check(mine: object, after_s: float) -> None:
+            still.check(24, mine, now() + after_s, paused_ago_s=float("inf"))
 
-        assert given_up_after_s() == 1800
+        check("this", 0.0)
+        check("this", 1799.0)
+        words = r"others, from 24 steps on; for 1800 s .* \(lane 0 is not connected \(it was not there yet\); lane 2 is"
+        with pytest.raises(TimeoutError, match=words):
+            check("this", 1800.0)
         for peer in peers:
             peer.done = True
-        assert given_up_after_s("something else") == THROUGH_S
-        still.check(24, "something else", now() + 9000, paused_ago_s=5.0)
+        check("that", 1801.0)
+        check("that", 1800.0 + THROUGH_S)
+        with pytest.raises(TimeoutError, match="for 120 s"):
+            check("that", 1801.0 + THROUGH_S)
+        still.check(24, "that", now() + 9000, paused_ago_s=5.0)
 
     story(job())
 

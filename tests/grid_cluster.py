@@ -192,12 +192,15 @@ class GridCluster:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def is_through(self, lane: int) -> bool:
-        return all(self.seats[lane, stage].through.is_set() for stage in range(self.stages))
+    @property
+    def is_ending(self) -> bool:
+        """Whether some node has left since all is done."""
+        return any(seat.through.is_set() for seat in self.seats.values())
 
     def _leave_out_who_is_away(self) -> None:
-        """Once some lane is through: a lane with a node that is away stays away, as none of the others may wait."""
-        if not any(self.is_through(lane) for lane in range(self.lanes)):
+        """Once some node has left: a lane with a node that is away stays away. Who is through waits for it for a while
+        only, and each node by itself."""
+        if not self.is_ending:
             return
         for lane in range(self.lanes):
             if any(self.seats[lane, stage].away for stage in range(self.stages)):
@@ -217,7 +220,7 @@ class GridCluster:
         seat = self.seats[place]
         process = seat.process
         usable = process and not (process.dead or process.stopped or seat.through.is_set())
-        if not usable or any(self.is_through(lane) for lane in range(self.lanes)):
+        if not usable or self.is_ending:
             return
         assert process
         self.happened.append(fault)

@@ -45,7 +45,9 @@ AWAY_S = {"kill": (0.3, 3.0), "disk": (0.3, 3.0), "lane": (0.5, 25.0), "absent":
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GridFault:
     """Once a step with that number is done anywhere: what befalls which node (of `lane`: all of that lane), for how
-    long it is away. kind: one of KINDS; `cut` ends all connections of that node to its own stage in other lanes."""
+    long it is away. kind: one of KINDS; `cut` ends all connections of that node to its own stage in other lanes. Or
+    `hang`: all nodes of that lane are stopped for so long; or `drain`: so much later all nodes of all lanes are told to
+    end, as `thinpipe up` tells them on SIGTERM."""
 
     step: int
     kind: str
@@ -58,7 +60,7 @@ def draw_faults(seed: int, *, lanes: int, stages: int, steps: int, count: int) -
     chance = random.Random(seed)
     faults = []
     for step in sorted(chance.randint(1, steps) for _ in range(count)):
-        kind = chance.choice(KINDS)
+        kind = chance.choice([each for each in KINDS if stages > 1 or each != "sleeper"])  # no neighbour keeps it out
         away_s = round(chance.uniform(*AWAY_S.get(kind, (0.0, 0.0))), 2)
         place = chance.randrange(lanes), chance.randrange(stages)
         faults.append(GridFault(step=step, kind=kind, lane=place[0], stage=place[1], away_s=away_s))
@@ -112,6 +114,7 @@ class GridCluster:
         self._place: dict[int, Place] = {}  # by the number of a process
         self._background: set[asyncio.Task[Any]] = set()
         self._sleepers: list[Process] = []
+        self.drained: list[bool] = []
 
     async def run(self, *, resume: bool = False) -> None:
         """Until all lanes are through that are not away when the others are."""
@@ -189,12 +192,15 @@ class GridCluster:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    def is_through(self, lane: int) -> bool:
-        return all(self.seats[lane, stage].through.is_set() for stage in range(self.stages))
+    @property
+    def is_ending(self) -> bool:
+        """Whether some node has left since all is done."""
+        return any(seat.through.is_set() for seat in self.seats.values())
 
     def _leave_out_who_is_away(self) -> None:
-        """Once some lane is through: a lane with a node that is away stays away, as none of the others may wait."""
-        if not any(self.is_through(lane) for lane in range(self.lanes)):
+        """Once some node has left: a lane with a node that is away stays away. Who is through waits for it for a while
+        only, and each node by itself."""
+        if not self.is_ending:
             return
         for lane in range(self.lanes):
             if any(self.seats[lane, stage].away for stage in range(self.stages)):
@@ -214,7 +220,7 @@ class GridCluster:
         seat = self.seats[place]
         process = seat.process
         usable = process and not (process.dead or process.stopped or seat.through.is_set())
-        if not usable or any(self.is_through(lane) for lane in range(self.lanes)):
+        if not usable or self.is_ending:
             return
         assert process
         self.happened.append(fault)
@@ -223,6 +229,21 @@ class GridCluster:
             for stream in list(process.streams):
                 if self._is_lateral(stream):
                     stream.break_off()
+            return
+        if fault.kind == "drain":
+            await asyncio.sleep(fault.away_s)
+            self.drained = [bool(seat.process and seat.process.drain()) for seat in self.seats.values()]
+            return
+        if fault.kind == "hang":
+            hung = [self.seats[fault.lane, stage].process for stage in range(self.stages)]
+            for each in hung:
+                assert each
+                each.stop()
+            await asyncio.sleep(fault.away_s)
+            for each in hung:
+                assert each
+                each.go_on(self._loop)
+            self.network.notify()
             return
         if fault.kind == "sleeper":
             process.stop()

@@ -5,11 +5,13 @@ Whoever comes to the end has what one process makes of the record, and nobody wa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig
+from thinpipe.node.stage_failure import StageFailed
 
 from .conftest import TinyConfig
 from .grid_cluster import GridCluster, GridFault, draw_faults, events, judged, run_grid
@@ -48,8 +50,8 @@ def took_up(config: RunConfig, out: Path, lane: int) -> list[tuple[int, int]]:
     return [(each["lane"], each["completed"]) for each in events(out, config, lane, 0, "took_up")]
 
 
-def lost_for(seconds: float) -> GridFault:
-    return GridFault(step=4, kind="lane", lane=0, stage=0, away_s=seconds)
+def lost_for(seconds: float, lane: int = 0) -> GridFault:
+    return GridFault(step=4, kind="lane", lane=lane, stage=0, away_s=seconds)
 
 
 @pytest.mark.parametrize("seconds", [8.0, pytest.param(9.0, marks=pytest.mark.slow)])
@@ -67,6 +69,44 @@ def test_who_comes_back_when_the_others_are_through_takes_up_their_last_state(
 def test_who_comes_back_earlier_trains_again(tiny: TinyConfig, tmp_path: Path, seconds: float) -> None:
     config = tiny(SMALL)
     story(config, tmp_path, [lost_for(seconds)])
+
+
+@pytest.mark.parametrize("step", [18, pytest.param(24, marks=pytest.mark.slow)])
+def test_who_goes_on_by_itself_trains_what_it_had_passed_over(tiny: TinyConfig, tmp_path: Path, step: int) -> None:
+    """It was admitted to a round that nobody had made, and on its way there when the only other lane was lost."""
+    config = tiny(SMALL | {"lanes.count": 2, "lanes.average": "outer:every=5", "run.steps": 30})
+    story(config, tmp_path, [lost_for(4.0, lane=1), replace(lost_for(60.0), step=step)])
+    assert [each["step"] for each in events(tmp_path, config, 1, 0, "step")][-1] == 29
+
+
+@pytest.mark.parametrize("step", [8, pytest.param(13, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ahead", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["one is ahead", "alike"])
+def test_lanes_that_are_told_to_end_do_so_and_go_on_later(
+    tiny: TinyConfig, tmp_path: Path, step: int, ahead: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM to all, while one lane is in a round to which another one has yet to come, and ends before it."""
+    config = tiny(SMALL | {"lanes.count": 2, "lanes.average": "outer:every=5", "lanes.round_timeout_s": 60.0})
+    behind = GridFault(step=step - 2, kind="hang", lane=1, stage=0, away_s=3.0)
+    told = GridFault(step=step, kind="drain", lane=0, stage=0, away_s=1.0 * ahead)
+    grid = run_grid(config, tmp_path, [behind, told] if ahead else [told])
+    assert all(grid.drained)
+    assert ("which ended before: this lane goes back" in capsys.readouterr().out) == ahead
+    assert not any(events(tmp_path, config, lane, stage, "failed") for lane in range(2) for stage in range(2))
+    run_grid(config, tmp_path, [], resume=True)
+    found = judged(config, tmp_path)
+    assert found.equal
+    assert not found.members()  # nobody was left out because of it
+
+
+def test_lanes_of_which_none_can_give_what_the_others_lack_end_by_name(tiny: TinyConfig, tmp_path: Path) -> None:
+    """All are set back to before what they have promised never to ask for again, as by older copies of their disks."""
+    config = tiny(SMALL | {"lanes.count": 2})
+    run_grid(config, tmp_path, [GridFault(step=8, kind="drain", lane=0, stage=0)])
+    for promise in tmp_path.glob("lane-*/rounds/stage-*/forgot"):
+        promise.write_text("9\n")
+    words = r"this lane follows the others, from [0-9]+ steps on; for 1800 s nothing has come"
+    with pytest.raises((TimeoutError, StageFailed), match=words):
+        run_grid(config, tmp_path, [], resume=True)
 
 
 def random_story(tiny: TinyConfig, out: Path, seed: int) -> None:

@@ -10,18 +10,18 @@ import torch
 from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.lanes.chain_statuses import ChainStatuses
-from thinpipe.node.lanes.standstill import Standstill
+from thinpipe.node.lanes.standstill import THROUGH_S, Standstill
 from thinpipe.node.lanes.state_copies import ASK_AGAIN_S, StateCopies
 from thinpipe.node.lanes.state_taking import DECLINED_MAX, OTHERS_TIMES, SILENCE_S, TRIES, State, StateTaking
 from thinpipe.node.stage_state import StageSnapshot
-from thinpipe.protocol.control_messages import CopyFrame, CopyOffer, CopyProgress
+from thinpipe.protocol.control_messages import CopyFrame, CopyOffer, CopyProgress, Heartbeat
 from thinpipe.protocol.copy_transfer import PARTS_AHEAD_LEAST
 from thinpipe.protocol.errors import RemoteProtocolError
 from thinpipe.protocol.lane_status import LaneStatus, StatusExchange
 from thinpipe.protocol.membership_log import MembershipLog
 
 from .builders import identity
-from .test_lateral_links import now, story
+from .test_lateral_links import Lane, now, story
 
 PART_BYTES = 512
 DEADLINE_S = 100.0
@@ -228,7 +228,43 @@ def test_what_all_stages_of_a_lane_have_holds_when_they_are_through() -> None:
     assert top.joined(mine).saved == 60
 
 
-def test_a_standstill_ends_with_any_change() -> None:
-    still = Standstill()
-    assert [still.seconds((1, [2]), at) for at in (5.0, 6.0, 9.0)] == [0.0, 1.0, 4.0]
-    assert [still.seconds((1, [3]), at) for at in (9.5, 10.0)] == [0.0, 0.5]
+def test_who_follows_gives_up_when_nothing_happens_anywhere(tmp_path: Path) -> None:
+    """Later, where lanes may yet come back, than where all others are through."""
+
+    async def job() -> None:
+        peers = [link.peer for link in Lane(1, tmp_path, lanes=3).links.links]
+        still = Standstill(peers, deadline_s=3.0, lost_s=1800.0)
+
+        def check(mine: object, after_s: float) -> None:
+            still.check(24, mine, now() + after_s, paused_ago_s=float("inf"))
+
+        check("this", 0.0)
+        check("this", 1799.0)
+        words = r"others, from 24 steps on; for 1800 s .* \(lane 0 is not connected \(it was not there yet\); lane 2 is"
+        with pytest.raises(TimeoutError, match=words):
+            check("this", 1800.0)
+        for peer in peers:
+            peer.done = True
+        check("that", 1801.0)
+        check("that", 1800.0 + THROUGH_S)
+        with pytest.raises(TimeoutError, match="for 120 s"):
+            check("that", 1801.0 + THROUGH_S)
+        still.check(24, "that", now() + 9000, paused_ago_s=5.0)
+
+    story(job())
+
+
+@pytest.mark.parametrize("what", ["mine", "connected", "heartbeat"])
+def test_any_change_is_a_reason_to_go_on_waiting(tmp_path: Path, what: str) -> None:
+    async def job() -> None:
+        peers = [link.peer for link in Lane(1, tmp_path).links.links]
+        still = Standstill(peers, deadline_s=3.0, lost_s=100.0)
+        for count in range(10):
+            if what == "connected":
+                peers[0].connected = bool(count % 2)
+            if what == "heartbeat":
+                peers[0].heartbeat = Heartbeat(generation=0, completed_steps=count)
+            mine = count if what == "mine" else None
+            still.check(24, mine, 60.0 * count, paused_ago_s=float("inf"))
+
+    story(job())

@@ -39,17 +39,16 @@ from .state_taking import StateTaking
 from .stays import Stays
 
 LOOK_EVERY_S = 0.25  # a deadline may have passed
-THROUGH_S = 120.0  # for who follows lanes that are through: nothing can come of them but what they have
 THERE_S = 10.0  # after which a lane that is not connected any more is not there; links begin anew when members change
 
 
 class LaneMembership:
     """Of the node that `identity` describes.
 
-    tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back.
-    on_in_vain: it is to end, and cannot do the step under way, since other lanes have ended before it.
+    tell: says a frame to a neighbour; refuse: ends the connection to it. on_left_out: this lane has to go back. Of
+    stage 0 alone: on_in_vain: it is to end, and cannot do the step under way, since other lanes have ended before it;
     on_void: what this lane had after so many steps, and later, came of a log that does not count; no process must go on
-    from it. All of stage 0 alone. on_changed: something is known that was not. under_way: steps that are completed
+    from it. on_changed: something is known that was not. under_way: steps that are completed
     once the present one is. saved: steps of this stage's newest checkpoint. take_up: fetches this stage's state of
     another lane after so many steps; came_s: when bytes of it came last; let_go: that lane needs none any more.
     paused_ago_s: how long ago this process was stopped for a while. deadline_s: that a round waits for a lane; lost_s:
@@ -101,7 +100,7 @@ class LaneMembership:
             on_here=self._wake_up,
             came_s=came_s,
         )
-        self._standstill, self._lost_s = Standstill(), lost_s
+        self._standstill = Standstill([link.peer for link in links.links], deadline_s=deadline_s, lost_s=lost_s)
         self._there: set[int] = set()  # lanes to which a stage of this one is connected, by stage 0's word
         self._seen_s: dict[int, float] = {}  # when each was that last, as stage 0 knows
         self._lacks_for_good = False  # as members have dropped what this lane, which was left out, needs next
@@ -199,6 +198,10 @@ class LaneMembership:
         if self._machine:
             self._following = None
         self._wake.set()
+
+    def go_back(self) -> None:
+        """This stage has followed further than its lane trains from."""
+        self._on_left_out()
 
     async def forget_state(self, completed: int) -> None:
         """This lane goes on from another step than that of the state that it took up, which was lost again."""
@@ -322,7 +325,8 @@ class LaneMembership:
             print(f"round {self.log.decided} waits for {lanes}, which ended before: this lane goes back", flush=True)
             self._on_in_vain()
         await self._choose_state(machine, mine)
-        self._check_standstill(mine, now_s)
+        if self._following is not None and not self.is_ending:
+            self._standstill.check(self._following, (mine, self._state.came_s()), now_s, paused_ago_s=self._paused_s)
         while (machine.log, machine.admitted) != (self.log, self.admitted):
             log, admitted = machine.log, machine.admitted
             if (first := self.log.differs_from(log)) is not None and first < self._plan.count:
@@ -359,24 +363,6 @@ class LaneMembership:
             self._on_left_out()  # and goes on from there
         elif state.is_overdue(source_is_there=machine.is_there(state.under_way[0])):
             state.give_up()
-
-    def _check_standstill(self, mine: LaneStatus, now_s: float) -> None:
-        peers = [link.peer for link in self._links.links]
-        steps = [each.heartbeat.completed_steps if each.heartbeat else None for each in peers]
-        known = mine, self._following, self._state.came_s(), [each.connected for each in peers], steps
-        still_s = self._standstill.seconds(known, now_s)
-        through = all(each.done for each in peers)
-        most_s = max(THROUGH_S, self.deadline_s) if through else max(self._lost_s, self.deadline_s)
-        if self._following is None or self.is_ending or still_s < most_s or self._paused_s < most_s:
-            return
-        raise TimeoutError(
-            f"this lane follows the others, from {self._following} steps on; for {most_s:g} s nothing has come that it "
-            f"lacks, and no lane has a state that it could take up ({self._others()}); start all lanes again with "
-            "--resume"
-        )
-
-    def _others(self) -> str:
-        return "; ".join(link.peer.state for link in self._links.links)
 
     async def _write(self, log: MembershipLog) -> None:
         await asyncio.to_thread(write_members, self._path, log, self._state.taken)

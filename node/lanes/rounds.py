@@ -120,8 +120,11 @@ class Rounds(HeldRounds):
                 else:
                     with watch.waiting():
                         await membership.changed()
-            # Steps that were passed over are not trained: the others would make it again otherwise.
-            assert entry is None or stage.completed <= entry.begins or membership.is_ending
+            if entry and stage.completed > entry.begins and not membership.is_ending:
+                # It had been admitted to a later round, and enters by itself since all others are gone. Whoever makes
+                # the run again trains the steps that were passed over.
+                membership.go_back()
+                await asyncio.get_running_loop().create_future()
             await compute.run("enter", stage.enter, stage.completed)
             if entry and stage.completed == entry.begins:
                 membership.entered(entry)
@@ -160,7 +163,8 @@ class Rounds(HeldRounds):
         """Nobody gives this stage what it needs of that round, while others may go on with it. That is said by the
         promise not to ask for it again: then the lane takes up the state of another one, and this generation ends;
         or there is none, and stage 0 says so."""
-        print(f"{error}; this lane takes up the state of another one, if it can", flush=True)
+        why = str(error).partition("; ")[0]  # without what to do about it, since this lane does something else
+        print(f"{why}; this lane takes up the state of another one, if it can", flush=True)
         self._links.forget_before(round_.number + 1)
         await asyncio.get_running_loop().create_future()
 

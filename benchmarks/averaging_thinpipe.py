@@ -119,7 +119,7 @@ class Group:
         self._compute = Worker("compute", self._watch, Tracer(stage=0, enabled=False))
         self._open.callback(self._compute.close)
         where = f"{place.addresses[place.lane]}:{self._port}"
-        await self._open.enter_async_context(serving(where, {"Rounds": self._links.handler}))
+        await self._open.enter_async_context(serving(where, {"Rounds": self._links.server.handler}))
         self._open.push_async_callback(self._links.close)
         self._membership = LaneMembership(
             identity,

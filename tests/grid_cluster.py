@@ -13,9 +13,10 @@ import contextvars
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,14 +169,18 @@ class GridCluster:
 
         options = NodeOptions(out=home, run=self.out, lane=lane, resume=joining)
         tracer = Tracer(stage=stage, enabled=False)
-        node = node_process._run(self._config_of(place), stage, addresses, options, metrics, tracer, on_fault)
+        config = self._config_of(place)
+        node = partial(node_process._run, config, stage, addresses, options, metrics, tracer, on_fault)
         process.task = self._loop.create_task(self._serve(place, process, node, metrics), context=process.context)
+        process.task.add_done_callback(lambda _: metrics.close())  # one that is killed at once does not begin
         self.network.notify()
 
-    async def _serve(self, place: Place, process: Process, node: Any, metrics: MetricsWriter) -> None:
+    async def _serve(
+        self, place: Place, process: Process, node: Callable[[], Awaitable[None]], metrics: MetricsWriter
+    ) -> None:
         seat = self.seats[place]
         try:
-            await node
+            await node()
         except Exception as raised:
             if seat.process is process and not process.dead:
                 self.failures.append((place, self._loop.time(), first_of(raised)))

@@ -137,6 +137,8 @@ class Group:
             saved=lambda: 0,
             take_up=_nothing,
             let_go=lambda _: None,
+            came_s=lambda: float("-inf"),
+            lost_s=place.patience_s,
             paused_ago_s=lambda: float("inf"),
         )
         self._running = asyncio.gather(self._links.run(), self._membership.run())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -36,7 +35,6 @@ from ..protocol.schedule import (
     WeightGradient,
 )
 from ..protocol.step_orders import DelayedOrder, OneStep, StepOrder
-from ..sim.links.link_check import LinkCheck
 from .boundary.endpoints import Encoded, ReceivedTensor
 from .config import RunConfig
 from .context.link_transport import LinkTransport
@@ -44,8 +42,8 @@ from .data import Corpus
 from .data.batches import draw
 from .lanes.held_rounds import HeldRounds
 from .links.link import Link, LinkOffCap
-from .links.link_probe import probe_s
 from .long_preparation import in_daemon
+from .meeting import all_opened, probed
 from .paired_work import computed
 from .queues import Arrival, ReceiveQueue, SendQueue
 from .receive_deadline import ReceiveDeadline
@@ -165,19 +163,11 @@ class TrainingLoop:
         return self._boundaries + (self.context.links if self.context else [])
 
     async def _meet_neighbours(self) -> None:
-        timeout_s = self.config.link.connect_timeout_s
-        for link in self.links:
-            # Who dials has the same deadline, and knows better what to say when it passes.
-            grace_s = self.config.link.greeting_timeout_s if link.dials else 0.0
-            while not link.opened.is_set():
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(timeout_s + grace_s):
-                        await link.opened.wait()
-                waits = self._deadline.excused(timeout_s) or (self._generation and self._deadline.extend(timeout_s))
-                if not (link.opened.is_set() or waits):
-                    raise TimeoutError(link.late(f"{link.session.peer_name} to connect", timeout_s))
-        most_s = self.config.link.replacement_timeout_s if self._generation else timeout_s  # who is lost now comes back
-        checks = await self._probe_links(most_s)
+        settings, again = self.config.link, bool(self._generation)
+        await all_opened(self.links, settings, self._deadline, again=again)
+        most_s = settings.replacement_timeout_s if again else settings.connect_timeout_s  # who is lost now comes back
+        others = self.context.links if self.context else []
+        checks = await probed(self._boundaries, others, last=self.below is None, timeout_s=most_s)
         records = [{**link.way, **check.record()} for link, check in zip(self.links, checks, strict=True)]
         self._metrics.write("ready", stage=self.stage.index, state_bytes=self.stage.state_bytes(), link_check=records)
         for link, check in zip(self.links, checks, strict=True):
@@ -186,20 +176,6 @@ class TrainingLoop:
             if self.config.link.verify == "fail":
                 raise LinkOffCap(f'{line}; link.verify = "fail" ends the node here')
             print(f"stage {self.stage.index}: warning: {line}", file=sys.stderr, flush=True)
-
-    async def _probe_links(self, timeout_s: float) -> list[LinkCheck]:
-        """In the order of `links`: those of the boundaries, then, one after the other, those to other lanes. Where the
-        kernel caps an interface, its links share that cap, so one is measured after the other: all of the chain first
-        what goes down, then what goes up. The last stage has nothing that goes down and waits for that long. (Stages
-        that do not begin together may still meet; then they try again.)"""
-        boundaries = self._boundaries
-        if not boundaries or not boundaries[0].profile.kernel:
-            checks = await asyncio.gather(*(link.probe(timeout_s) for link in boundaries))
-        else:
-            if self.below is None:
-                await asyncio.sleep(probe_s(boundaries[0].profile))
-            checks = [await link.probe(timeout_s) for link in reversed(boundaries)][::-1]
-        return checks + [await link.probe(timeout_s) for link in self.links[len(boundaries) :]]
 
     async def _train(self) -> None:
         lap = Lap()

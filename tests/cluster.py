@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,10 @@ class Failed:
     said: list[str]
 
 
-class _Records(MetricsWriter):
-    """A process's records; the dead write none."""
+class ProcessRecords(MetricsWriter):
+    """A process's records; the dead write none. on_step: is told how many steps are done."""
 
-    def __init__(self, path: Path, process: Process, *, append: bool, on_step: Callable[[int, int], None]) -> None:
+    def __init__(self, path: Path, process: Process, *, append: bool, on_step: Callable[[int], None]) -> None:
         super().__init__(path, append=append)
         self._process, self._on_step = process, on_step
 
@@ -129,7 +130,7 @@ class _Records(MetricsWriter):
         if event == "rollback":
             self._process.restored.set()
         elif event == "step":
-            self._on_step(self._process.stage, fields["step"] + 1)
+            self._on_step(fields["step"] + 1)
 
 
 class Cluster:
@@ -239,7 +240,7 @@ class Cluster:
         process = Process(stage=stage, number=self._born)
         self.seats[stage].process = process
         path = self.out / f"stage-{stage}.jsonl"
-        metrics = _Records(path, process, append=joining, on_step=self._stepped)
+        metrics = ProcessRecords(path, process, append=joining, on_step=partial(self._stepped, stage))
         metrics.write("start", stage=stage)
         addresses = Addresses(listen=_address(stage) if stage else None, next=_address(stage + 1))
 

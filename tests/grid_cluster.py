@@ -33,7 +33,7 @@ from thinpipe.node.stage_failure import first_of
 from thinpipe.sim.reports.lanes import lane_path
 from thinpipe.sim.reports.summary import read_records
 
-from .cluster import _check_sliceable, _until_drained
+from .cluster import ProcessRecords, _check_sliceable, _until_drained
 from .virtual import PROCESS, JumpingClock, Network, Process, Stream, without_threads
 
 RUN_S = 4000.0  # of the jumping clock
@@ -83,21 +83,6 @@ class _Seat:
     process: Process | None = None
     through: asyncio.Event = field(default_factory=asyncio.Event)
     away: bool = False  # what served it is dead, and nothing takes its place yet
-
-
-class _Records(MetricsWriter):
-    def __init__(self, path: Path, process: Process, *, append: bool, on_step: Callable[[int], None]) -> None:
-        super().__init__(path, append=append)
-        self._process, self._on_step = process, on_step
-
-    def write(self, event: str, **fields: Any) -> None:
-        if self._process.dead:
-            return
-        super().write(event, **fields)
-        if event == "rollback":
-            self._process.restored.set()
-        elif event == "step":
-            self._on_step(fields["step"] + 1)
 
 
 class GridCluster:
@@ -157,7 +142,7 @@ class GridCluster:
         seat.process, seat.away = process, False
         home = lane_path(self.out, lane, self.lanes)
         home.mkdir(parents=True, exist_ok=True)
-        metrics = _Records(home / f"stage-{stage}.jsonl", process, append=joining, on_step=self._stepped)
+        metrics = ProcessRecords(home / f"stage-{stage}.jsonl", process, append=joining, on_step=self._stepped)
         metrics.write("start", stage=stage)
         below = address((lane, stage + 1)) if stage + 1 < self.stages else None
         lateral = {other: address((other, stage)) for other in range(lane)}

@@ -44,7 +44,7 @@ from ...protocol.schedule import (
 from ...protocol.step_orders import DelayedOrder, overlapping_peak
 from .shaper import LinkProfile
 
-SETTLED_STEPS = 4  # that overlap, of which the mean is taken: lengths may alternate
+MEAN_OF_STEPS = 4  # that overlap: their lengths may alternate
 Rule = Literal["duplex", "shared"]
 
 
@@ -321,7 +321,7 @@ def simulate(
     steps overlap, figures are the mean of the last four but one, and what an evaluation or a checkpoint costs by
     emptying the pipeline is left out. Raises ValueError for counts that make no pipeline, and ScheduleError for an
     order whose steps cannot overlap."""
-    steps = steps or (3 * SETTLED_STEPS if delay else 3)
+    steps = steps or (3 * MEAN_OF_STEPS if delay else 3)
     if len(boundaries) != len(stages) - 1 or steps < 3:
         raise ValueError(
             f"{len(stages)} stages, {len(boundaries)} boundaries and {steps} steps: wanted one boundary "
@@ -329,7 +329,7 @@ def simulate(
         )
     pipeline = _Pipeline(schedule, stages, boundaries, microbatches, steps, rule, delay=delay)
     pipeline.run()
-    begins, over = _begins(pipeline.spans), SETTLED_STEPS if delay else 1
+    begins, over = _begins(pipeline.spans), MEAN_OF_STEPS if delay else 1
     first = steps - 1 - over
     step_s = max(begins[stage, steps - 1] - begins[stage, first] for stage in range(len(stages))) / over
     busy: dict[object, float] = defaultdict(float)

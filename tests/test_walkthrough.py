@@ -10,7 +10,8 @@ from thinpipe.sim.reports.summary import read_records
 from .in_memory import run_reference
 from .lan import Lan, blocks, three_machines
 
-pytestmark = pytest.mark.timeout(300)
+# Its link check holds a rate to 10 %, and 20 steps have to be noticed before 60 are over.
+pytestmark = [pytest.mark.timeout(300), pytest.mark.alone]
 
 RUN = "runs/walkthrough"
 LOST_AFTER = 20  # steps

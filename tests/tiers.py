@@ -22,7 +22,6 @@ LONG_FILES = (
     "lane_processes",
     "discovery",
     "recovery",
-    "walkthrough",
     "supervise",
     "lost_disk",
     "full_disk",

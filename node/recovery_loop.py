@@ -218,7 +218,10 @@ class RecoveryLoop:
             self._known = await self._points.on_disk()
 
     def _accept_known(self) -> None:
-        """Raises what is wrong with the checkpoints of this disk."""
+        """Raises what is wrong with the checkpoints of this disk, less those of which other lanes have said meanwhile
+        that they do not count: they are gone."""
+        there = set(self._store.steps())
+        self._known = [step for step in self._known if step in there]
         self._accept([self._store.manifest(step) for step in self._known])
 
     def _accept(self, known: list[Manifest]) -> None:
@@ -366,10 +369,9 @@ class RecoveryLoop:
 
     def _late(self, timeout_s: float | None) -> str:
         chained, peers = self.machine.identity, self.machine.peers
-        missing = [f"{side} ({chained.name_of(chained.beside(side))})" for side, peer in peers.items() if peer is None]
-        return (
-            f"waited {timeout_s:g} s for a new generation to be agreed; not connected: {', '.join(missing) or 'nobody'}"
-        )
+        absent: list[Side] = [side for side, peer in peers.items() if peer is None and not chained.ends(side)]
+        names = ", ".join(f"{side} ({chained.name_of(chained.beside(side))})" for side in absent) or "nobody"
+        return f"waited {timeout_s:g} s for a new generation to be agreed; not connected: {names}"
 
     # -- a generation -----------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class NodeIdentity:
 
     def dials(self, side: Side) -> bool:
         """Whether this node opens the control stream to its neighbour on that side, if it has one there."""
-        if self.first if side == "above" else self.last:
+        if self.ends(side):
             return False
         return self.chain.dials(self.stage, self.beside(side)) if self.chain else side == "below"
 
@@ -74,6 +74,10 @@ class NodeIdentity:
     @property
     def last(self) -> bool:
         return self.stage == self.stages - 1
+
+    def ends(self, side: Side) -> bool:
+        """Whether nobody is on that side."""
+        return self.first if side == "above" else self.last
 
     def beside(self, side: Side) -> int:
         """The stage on that side, if the chain goes on there."""

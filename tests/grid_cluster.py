@@ -171,6 +171,11 @@ class GridCluster:
                 self.failures.append((place, self._loop.time(), first_of(raised)))
                 for each in self.seats.values():
                     each.through.set()
+        else:
+            if seat.process is not process and not process.dead:  # woken in time, it has kept its place
+                self._die(place)  # whoever was to take it stands outside
+                seat.away = False
+                seat.through.set()
         finally:
             metrics.close()
             if seat.process is process and not process.dead:

@@ -116,6 +116,16 @@ def random_story(tiny: TinyConfig, out: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [310, 314])
+def test_ten_faults_of_longer_lanes(tiny: TinyConfig, tmp_path: Path, seed: int) -> None:
+    """Of a node that is woken while its lane is away, and has its place again; and of one that comes back with
+    checkpoints which the other lane's are in the place of."""
+    shape = {"lanes.count": 2, "pipeline.stages": 3, "run.steps": 60, "lanes.average": "outer:every=5"}
+    faults = draw_faults(seed, lanes=2, stages=3, steps=60, count=10)
+    assert story(tiny(SMALL | shape), tmp_path, faults, seed).happened
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_ten_faults(tiny: TinyConfig, tmp_path: Path, seed: int) -> None:
     random_story(tiny, tmp_path, seed)

@@ -91,7 +91,7 @@ class LearnedTable:
     delta: str  # byte format of the changes that follow it downstream
     gradient: str | None  # byte format of the receiver's half of its gradient; None: it sends none
     every: int  # steps between two changes; 0: it never changes
-    streamed: bool = False  # instead, each tensor of training brings a change
+    streamed: bool = False  # it follows what is coded; with every=1 each tensor of training brings a change
     policy: Policy = "full"  # how a change chooses its entries, as `protocol.dictionary_selection` calls it
     divisor: int = 1  # a change covers one part in so many
     delay: int = 0  # steps between a step of the table and the first one whose messages are coded with it

@@ -269,7 +269,10 @@ class MaplCodec(Codec):
     table (which they make up for), a projector that moves every 16th step, and codebooks both ways, 3 bits a number
     and half a byte for its scale; gradients rotated at random before that (docs/results.md).
 
-    r: rank, the numbers a token on the wire.
+    r: rank, the numbers a token on the wire. `auto`: it follows what is sent. The projection keeps as many coordinates
+        as `bits` (half of the width at most), and of these each direction of each boundary sends those that matter, in
+        as many bits as pay (`compress.transform`).
+    bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte.
     anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
     pairs: rows that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none.
     context, ce, ch: how many of the last tokens a small network beside the anchors looks at (0: there is none), with ce
@@ -291,7 +294,8 @@ class MaplCodec(Codec):
 
     def __init__(
         self,
-        r: int = 32,
+        r: int | Literal["auto"] = 32,
+        bits: int = 0,
         anchors: Kind = "full",
         ar: int = 0,
         pairs: int = 0,
@@ -308,20 +312,32 @@ class MaplCodec(Codec):
         beta: float = 0.9,
     ) -> None:
         for fault, bad, wanted in (
-            (f"r={r}", r < 1, "at least 1"),
+            (f"r={r}", r != "auto" and r < 1, "at least 1"),
+            (
+                f"bits={bits}",
+                bits < 1 if r == "auto" else bits != 0,
+                "at least 1" if r == "auto" else "left out; it is for r=auto",
+            ),
             (f"every={every}", every < 1, "at least 1"),
             (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
             (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
         ):
             if bad:
                 raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
+        self._bits, self._rank_at_most = bits, bits if r == "auto" else r
+        if bits:
+            self.default_forward = self.default_backward = f"transform:bits={bits}"
         self.known = AnchorOptions(
-            anchors=anchors, rank=ar or r, pairs=pairs, context=context, context_embedding=ce, context_hidden=ch
+            anchors=anchors,
+            rank=ar or self._rank_at_most,
+            pairs=pairs,
+            context=context,
+            context_embedding=ce,
+            context_hidden=ch,
         )
         self.looks_back = self.known.looks_back
         self.known.check(self.name)
         check_table_scale(self.name, table)
-        self.rank = r
         self.projector: Projector = projector
         self.start: Start = start
         self.table_scale, self.every = table, every
@@ -329,16 +345,17 @@ class MaplCodec(Codec):
         self.rate, self.beta = lr, beta
 
     def check(self, width: int) -> None:
-        if self.rank > width:
-            raise CodecError(f"codec 'mapl': r={self.rank} is above the model's width {width}; lower r")
-        if self.projector == "grassmann" and self.rank == width:
-            raise CodecError(f"codec 'mapl': r={self.rank} is the whole width, which no subspace can move in; lower r")
+        rank = self.wire_width(width)
+        if rank > width:
+            raise CodecError(f"codec 'mapl': r={rank} is above the model's width {width}; lower r")
+        if self.projector == "grassmann" and rank == width:
+            raise CodecError(f"codec 'mapl': r={rank} is the whole width, which no subspace can move in; lower r")
         self.known.check_width(self.name, width)
 
     def check_rate(self, muon_lr: float) -> None:
         if self.projector not in ("spel", "grassmann"):
             return
-        moves, most = self.rate * self.every * muon_lr, longest_step(self.rank)
+        moves, most = self.rate * self.every * muon_lr, longest_step(self._rank_at_most)
         if moves > most:
             raise CodecError(
                 f"codec 'mapl': lr={self.rate:g} moves the projector by {moves:.3g} in a change (every={self.every}, "
@@ -347,8 +364,7 @@ class MaplCodec(Codec):
             )
 
     def wire_width(self, width: int) -> int:
-        del width
-        return self.rank
+        return min(self._bits, max(1, width // 2)) if self._bits else self._rank_at_most
 
     def operations_per_token(self, width: int) -> float:
         return super().operations_per_token(width) + self.known.operations_per_token(width)
@@ -358,7 +374,7 @@ class MaplCodec(Codec):
         return LearnedTable(
             name="projector",
             entries=width,
-            width=self.rank,
+            width=self.wire_width(width),
             delta=self.delta,
             gradient=self.gradient if by_loss and self.gradient != "none" else None,
             every=0 if fixed else self.every,
@@ -377,7 +393,7 @@ class MaplCodec(Codec):
     def encoder(self, context: BoundaryContext) -> Encoder:
         return MaplEncoder(
             context,
-            rank=self.rank,
+            rank=self.wire_width(context.width),
             projector=self.projector,
             start=self.start,
             every=self.every,
@@ -387,4 +403,4 @@ class MaplCodec(Codec):
 
     def decoder(self, context: BoundaryContext) -> Decoder:
         learned = self.table(context.width).gradient is not None
-        return MaplDecoder(context, rank=self.rank, every=self.every, learned=learned)
+        return MaplDecoder(context, rank=self.wire_width(context.width), every=self.every, learned=learned)

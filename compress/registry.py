@@ -17,7 +17,19 @@ from .spec_strings import built, nearest
 _CODECS: dict[str, type[Codec]] = {}
 _FORMATS: dict[str, type[ByteFormat]] = {}
 # modules of this package that register something
-_BUILT_IN = ("columns", "float_formats", "identity", "integer_formats", "mapl", "mask", "resbm", "rvq", "ssn", "topk")
+_BUILT_IN = (
+    "columns",
+    "float_formats",
+    "identity",
+    "integer_formats",
+    "mapl",
+    "mask",
+    "resbm",
+    "rvq",
+    "ssn",
+    "topk",
+    "transform",
+)
 
 _C = TypeVar("_C", bound=type[Codec])
 _F = TypeVar("_F", bound=type[ByteFormat])

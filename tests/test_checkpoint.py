@@ -76,6 +76,7 @@ VARIANTS: dict[str, str | tuple[str, dict[str, Any]]] = {  # of a tuple: with ot
     "neither anchors nor table": "mapl:r=8,anchors=none,table=0,every=1",
     "codebooks both ways": f"{PUBLISHED},r=8 {BOOKS} {BOOKS}",
     "a codebook for gradients": f"identity bf16 {BOOKS}",
+    "axes and bits that follow": "mapl:r=auto,bits=20,every=3 transform:bits=20,every=3 transform:bits=20,every=2",
     "carried errors": "identity int4:hadamard=true,feedback=true topk:k=8,feedback=true",
     "identity": "identity",
     "identity with the token table": "identity:table=1",

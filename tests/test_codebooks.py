@@ -49,6 +49,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "codec__forward": "rvq:groups=2,codes=5,levels=3,scale=log4,delta=robin/7,encoding=bf16",
         "codec__backward": "rvq:groups=4,codes=16,scale=log8,hadamard=true,delta=full,encoding=fp32",
     },
+    "axes and bits that follow, at every third step": {
+        "stages": 3,
+        "codec": "mapl:r=auto,bits=20,every=2",
+        "codec__forward": "transform:bits=20,every=3,decay=0.9",
+        "codec__backward": "transform:bits=20,every=3,encoding=int8",
+    },
+    "a rank that follows, by itself": {
+        "stages": 2,
+        "codec": "mapl:r=auto,bits=9",
+        "codec__forward": None,
+        "codec__backward": None,
+    },
     "gradients alone": {"stages": 3, "codec__forward": "int4"},
     "activations alone": {"stages": 3, "codec__backward": "int4", "compute__dtype": "bfloat16"},
     "float64": {"stages": 2, "compute__dtype": "float64"},

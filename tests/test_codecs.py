@@ -26,7 +26,8 @@ TOLERANCE = {
     "int3": (0.5 / 3 * (1 + 2**-8), 1 / 3 * (1 + 2**-7)),
     "int2": (0.5 * (1 + 2**-8), 1 + 2**-7),
 }
-LEARNED = ["rvq"]  # formats whose error depends on a table that they learn; their own laws are in their own tests
+# formats whose error depends on a table that they learn; their own laws are in their own tests
+LEARNED = ["rvq", "transform"]
 # formats that keep some numbers of each token and send nothing of the others: as bf16 what is kept, or zero
 DROPPING = ["columns", "mask", "topk"]
 EXACT = [name for name in FORMATS if name not in LEARNED + DROPPING]
@@ -144,9 +145,9 @@ class TestFormatLaws:
         else:
             assert fmt.pack(z.cuda(), key(direction)) == payload
         there = fmt.unpack(payload, shape=(5, 1001), dtype=torch.float32, device="cuda", key=key(direction))
-        assert torch.equal(
-            there.cpu(), made(name, z).unpack(payload, shape=(5, 1001), dtype=torch.float32, key=key(direction))
-        )
+        here = made(name, z).unpack(payload, shape=(5, 1001), dtype=torch.float32, key=key(direction))
+        close = 1e-5 if name == "transform" else 0.0  # a matrix product
+        torch.testing.assert_close(there.cpu(), here, rtol=close, atol=close)
 
     def test_threads_do_not_change_bytes(self, name):
         z, threads = tensor((2, 200, 256)), torch.get_num_threads()

@@ -133,6 +133,13 @@ CROSSING = {
         "rvq:groups=2,codes=16,delta=drift/4",
         "rvq:groups=1,codes=16,levels=2,scale=log4,hadamard=true,delta=drift/4",
     ),
+    # Which coordinates cross, and in how many bits, follows from averages that the packer has to have again, and from
+    # the table that it had shipped some steps before.
+    "mapl, axes and bits that follow": (
+        "mapl:r=auto,bits=20",
+        "transform:bits=20,every=3",
+        "transform:bits=20,every=2",
+    ),
 }
 # Who is killed, and when: once checkpoints are there, so that what they hold counts.
 KILLED: dict[int, list[Fault]] = {

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...compress.byte_format import ByteFormat, Key, LearnedTable, Payload
 from ...protocol.dictionary_delta import Delta
 from ...protocol.dictionary_selection import select
-from .learned_tables import TableOwner, TableReplica
+from .learned_tables import TableOwner, TableReplica, change_due
 from .table_snapshot import TableSnapshot
 
 _SELECT = 0x52565132  # stream of a key's generator; the format itself draws from others
@@ -73,7 +73,9 @@ class CodebookOwner(TableOwner):
         return Packed(payload, self.coded_with, change)
 
     def _change(self, key: Key) -> bytes:
-        """What leads to the table that codes this tensor; from now on it is the one in use."""
+        """What leads to the table that codes this tensor; from now on it is the one in use. Nothing where it stays."""
+        if not change_due(self.table, key.step, key.microbatch, has_started=self.has_started):
+            return b""
         fmt, table, master, entries = self._format, self.table, self._format.master, None
         if self.has_started:
             entries = select(
@@ -86,7 +88,7 @@ class CodebookOwner(TableOwner):
                 usage=fmt.usage.numpy(),
             )
         published = self.publish(master, key.step, key.microbatch, entries=entries)
-        assert published is not None  # a streamed table never rests
+        assert published is not None
         change, shipped = published
         fmt.use_table(shipped)
         return change

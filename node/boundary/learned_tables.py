@@ -64,7 +64,7 @@ def moves_after(table: LearnedTable, step: int) -> bool:
 def change_due(table: LearnedTable, step: int, microbatch: int, *, has_started: bool) -> bool:
     """Whether this tensor of training brings a change of the table."""
     if table.streamed:
-        return True
+        return not has_started or table.every == 1 or (microbatch == 0 and step % table.every == 0)
     if microbatch or not has_started:
         return microbatch == 0
     shares_the_first = 0 < step <= table.delay  # nothing was learned for it

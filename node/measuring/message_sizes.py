@@ -6,6 +6,7 @@ not matter to a link. Sizes are those of the steps after the first, which also b
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -67,16 +68,16 @@ class Sizes:
         self._changes = {id(table): _change(table) for table in known}
 
     def activation(self, step: int, microbatch: int, kind: Kind = Kind.ACTIVATION) -> Message:
-        training, table, book = kind is Kind.ACTIVATION, self._table, self._books[self.shape.forward]
-        changes = table and training and change_due(table, step, microbatch, has_started=True)
-        changed = [table if changes else None, book if training else None]
-        known = [each for each in (table, book) if each]
+        training = kind is Kind.ACTIVATION
+        known = [each for each in (self._table, self._books[self.shape.forward]) if each]
+        changed = _changed(known, step, microbatch) if training else []
         return self._message(kind, step, microbatch, self.shape.forward, known, changed, token_ids=self._ids)
 
     def gradient(self, step: int, microbatch: int, loss_sum: float = 0.0) -> Message:
         book = self._books[self.shape.backward]
         known = [book] if book else []
-        return self._message(Kind.GRADIENT, step, microbatch, self.shape.backward, known, known, loss_sum=loss_sum)
+        changed = _changed(known, step, microbatch)
+        return self._message(Kind.GRADIENT, step, microbatch, self.shape.backward, known, changed, loss_sum=loss_sum)
 
     def projector_gradient_due(self, step: int) -> bool:
         return gradient_due(self._table, step)
@@ -97,12 +98,13 @@ class Sizes:
         """What crosses for one microbatch, framed; what crosses once in some steps is spread over all messages. But not
         a gradient norm: that has to be waited for."""
         step = 1000
-        period = self._table.every if self._table and self._table.every else 1
+        period = math.lcm(*(table.every for table in (self._table, *self._books.values()) if table and table.every))
         down, up = 0, 0
         for offset in range(period):
             down += self._framed(self.activation(step + offset, 0))
             down += (self.microbatches - 1) * self._framed(self.activation(step + offset, 1))
-            up += self.microbatches * self._framed(self.gradient(step + offset, 1))
+            up += self._framed(self.gradient(step + offset, 0))
+            up += (self.microbatches - 1) * self._framed(self.gradient(step + offset, 1))
             if self.projector_gradient_due(step + offset):
                 up += self._framed(self.projector_gradient(step + offset))
         messages = period * self.microbatches
@@ -123,7 +125,7 @@ class Sizes:
         microbatch: int,
         way: ByteFormat,
         known: Sequence[LearnedTable],
-        changed: Sequence[LearnedTable | None],
+        changed: Sequence[LearnedTable],
         **more: Any,
     ) -> Message:
         named = {table.name: [0, 1000, 1, 0, bytes(DIGEST_BYTES)] for table in known}
@@ -133,10 +135,14 @@ class Sizes:
             microbatch=microbatch,
             codec=way.id,
             codec_header={"shape": list(self.shape.z_shape), **named},
-            dictionary=join_deltas(self._changes[id(table)] for table in changed if table),
+            dictionary=join_deltas(self._changes[id(table)] for table in changed),
             body=self._bodies[way],
             **more,
         )
+
+
+def _changed(known: Sequence[LearnedTable], step: int, microbatch: int) -> list[LearnedTable]:
+    return [table for table in known if change_due(table, step, microbatch, has_started=True)]
 
 
 def _change(table: LearnedTable) -> bytes:

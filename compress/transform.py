@@ -1,0 +1,385 @@
+"""Transform coding as a byte format: `transform:bits=48` sends the coordinates that matter, in as many bits as pay.
+
+A tensor (..., W) is N tokens of W numbers. From each token their mean is taken off and one scale is divided out
+(`compress.token_scales`); what is left is turned to its principal axes (the Karhunen-Loève transform) and each
+coordinate is rounded to the levels that are best for a normal variable of its variance, with the number of bits that
+`compress.bit_allocation` gives it: B bits a token in all, many for the strongest coordinates and none for the
+weakest. So there is a rank, and it follows what is sent: at the same bytes a wide projection whose weak coordinates
+are left out keeps more than a narrow one that was chosen beforehand, or less, and this decides it anew every `every`
+steps. (Huang & Schultheiss, 1963; Goyal, IEEE Signal Processing Magazine, 2001. For what crosses a pipeline's
+boundaries nearest is NSC-SL, arXiv 2602.02696, which cuts singular values and quantises the rest alike.)
+
+What both ends must know is one table (W + 1, W + 1), which the end that packs owns: row 0 has the mean, row i the axis
+i and the standard deviation along it, strongest first. It goes by the dictionary protocol, whole, with the first
+tensor of a step; bits follow from the deviations as they were shipped, so neither end can be of another mind, and a
+rewind that restores the table restores them. Body: N scales, then B bits a token, coordinate after coordinate.
+
+Why not a codebook of groups (`compress.rvq`): its groups all get as many bits, and which coordinates are in one is an
+accident of the projection. Why not an entropy code, which would do without whole bits: messages would have another
+length each time, and a link's load is to be known beforehand.
+
+Which level is nearest, only the one that packs decides. Turning back is a product of matrices, whose sums each kind of
+processor adds up in an order of its own, as in the projection behind it: the last bits may differ between devices.
+
+The nearest level of a coordinate that gets no bits is 0 always. A gradient that lacks the same directions at every
+step does not train them (`compress.rvq` has the measurement); those of a projection are few to begin with, so look at
+`kept_weakest` in the records before using this for gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bit_allocation import LEVELS, MOST_BITS, allocated
+from .byte_format import ByteFormat, CodecError, Key, LearnedTable, Payload, is_finite
+from .coding_survey import CodingSurvey
+from .float_formats import MIN_SCALE, refusal
+from .principal_components import principal
+from .registry import register_format
+from .token_scales import ScaleKind, token_scales
+
+_LEAST_DEVIATION = 1e-6  # of the strongest: below it there is rounding, and no axis
+_UPDATES_MAX = 2.0**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Plan:
+    """What a table in use says: the mean (W,), the K axes that get bits (W, K), their deviations (K,), runs of
+    coordinates with as many bits each: (from, to, bits, levels, thresholds)."""
+
+    mean_W: Tensor
+    axes_WK: Tensor
+    deviations_K: Tensor
+    runs: tuple[tuple[int, int, int, Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, table: Tensor, bits: int) -> _Plan:
+        deviations_W = table[1:, -1]
+        given_W = allocated(deviations_W.to("cpu", torch.float64).square().numpy(), bits)
+        kept = int(np.count_nonzero(given_W))  # the strongest come first, so these are the first
+        runs = []
+        edges = [0, *(np.flatnonzero(np.diff(given_W[:kept])) + 1).tolist(), kept] if kept else []
+        for first, end in itertools.pairwise(edges):
+            half = LEVELS[int(given_W[first])]
+            levels = torch.tensor([-level for level in reversed(half)] + list(half), device=table.device)
+            runs.append((first, end, int(given_W[first]), levels, (levels[1:] + levels[:-1]) / 2))
+        axes_WK = table[1 : kept + 1, :-1].mT.contiguous()
+        return cls(
+            mean_W=table[0, :-1].clone(), axes_WK=axes_WK, deviations_K=deviations_W[:kept].clone(), runs=tuple(runs)
+        )
+
+
+@register_format
+class Transform(ByteFormat):
+    """`transform:bits=auto,every=16,scale=log4,decay=0.99,encoding=fp32`
+
+    bits: of a token, beside its scale, at most 5 a number; `auto`: as many as make 2 a number on average. every: steps
+    between two changes of the table. scale: of a token, `bf16`, or `log8` or `log4` for so many bits below the tensor's
+    largest. decay: of the moving average, a microbatch. encoding: byte format of the changes.
+    """
+
+    id = "transform"
+
+    def __init__(
+        self,
+        bits: int | Literal["auto"] = "auto",
+        every: int = 16,
+        scale: ScaleKind = "log4",
+        decay: float = 0.99,
+        encoding: Literal["fp32", "bf16", "int8"] = "fp32",
+    ) -> None:
+        for fault, bad, wanted in (
+            (f"bits={bits}", bits != "auto" and bits < 1, "at least 1"),
+            (f"every={every}", every < 1, "at least 1"),
+            (f"decay={decay:g}", not 0 <= decay < 1, "at least 0 and below 1"),
+        ):
+            if bad:
+                raise CodecError(f"byte format 'transform': {fault} has to be {wanted}")
+        self._asked, self.every, self.encoding = bits, every, encoding
+        self._scales, self._decay = token_scales(scale), decay
+        self._width = 0  # of the tokens that the table in use is for
+        self._plan: _Plan | None = None
+        self._survey = CodingSurvey()
+        self._reset()
+
+    def _reset(self) -> None:
+        """mean (W,) and second (W, W): moving averages of tokens and of their products, float64, on the CPU."""
+        self._mean_W = torch.zeros(0, dtype=torch.float64)
+        self._second_WW = torch.zeros(0, 0, dtype=torch.float64)
+        self._updates = torch.zeros(1, dtype=torch.float64)
+        self._master: Tensor | None = None
+        self._energy = torch.zeros(2, dtype=torch.float64)  # of what was sent, and of what did not arrive
+
+    def bits(self, width: int) -> int:
+        """B, of a token of this width, beside its scale. Raises CodecError for more than so many numbers can take."""
+        bits = 2 * width if self._asked == "auto" else self._asked
+        if bits > MOST_BITS * width:
+            raise CodecError(
+                f"format 'transform': bits={bits} are more than {MOST_BITS} for each of {width} numbers; "
+                f"say bits={MOST_BITS * width} or less"
+            )
+        return bits
+
+    # -- the table ------------------------------------------------------------------------------------------------
+
+    def table(self, width: int) -> LearnedTable:
+        self.bits(width)
+        return LearnedTable(
+            name="codebook",
+            entries=width + 1,
+            width=width + 1,
+            delta=self.encoding,
+            gradient=None,
+            every=self.every,
+            streamed=True,
+        )
+
+    @property
+    def has_started(self) -> bool:
+        return len(self._mean_W) > 0
+
+    @property
+    def master(self) -> Tensor:
+        if not self.has_started:
+            raise CodecError("format 'transform' has no codebook before the first tensor that it learns from")
+        if self._master is None:
+            self._master = self._principal()
+        return self._master
+
+    def _principal(self) -> Tensor:
+        width = len(self._mean_W)
+        around_WW = self._second_WW - torch.outer(self._mean_W, self._mean_W)
+        axes_WW = principal(around_WW, width)
+        variances_W = (axes_WW * (around_WW @ axes_WW)).sum(dim=0).clamp_(min=0.0)
+        variances_W = variances_W.cummin(dim=0).values  # rounding may have put two that are equal out of order
+        # Tokens are divided by their root mean square before their coordinates are looked at.
+        whole = variances_W.mean()
+        deviations_W = (variances_W / whole).sqrt() if whole > 0 else torch.ones_like(variances_W)
+        table = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        table[0, :-1], table[1:, :-1], table[1:, -1] = self._mean_W, axes_WW.mT, deviations_W
+        return table.to(torch.float32)
+
+    @property
+    def usage(self) -> Tensor:
+        return torch.ones(len(self._mean_W) + 1)
+
+    def use_table(self, table: Tensor) -> None:
+        width = table.shape[-1] - 1 if table.ndim == 2 else 0
+        if width < 1 or table.shape[0] != width + 1 or table.dtype != torch.float32:
+            shape = f"{list(table.shape)} {table.dtype}"
+            raise CodecError(f"format 'transform' wants a table (W + 1, W + 1), float32; got {shape}")
+        deviations_W = table[1:, -1]
+        if not is_finite(table) or bool((deviations_W < 0).any()) or bool((deviations_W.diff() > 0).any()):
+            raise CodecError(
+                "format 'transform' wants a table of finite numbers, its deviations descending from above 0"
+            )
+        self._width, self._plan = width, _Plan.of(table, self.bits(width))
+
+    def has_table_of(self, other: ByteFormat, width: int) -> bool:
+        del width
+        return isinstance(other, Transform)
+
+    # -- bytes ----------------------------------------------------------------------------------------------------
+
+    def body_bytes(self, shape: tuple[int, ...]) -> int:
+        tokens, width = self._tokens(shape)
+        return self._scales.byte_count(tokens) + -(-tokens * self.bits(width) // 8)
+
+    def pack(self, z: Tensor, key: Key) -> Payload:
+        _, scales_N, codes = self._coded(z.detach(), key)
+        bits = [
+            _bits(code_NR, bits)
+            for code_NR, (_, _, bits, _, _) in zip(codes, self._in_use(z.shape[-1]).runs, strict=True)
+        ]
+        stream = (
+            np.packbits(np.concatenate(bits, axis=1), axis=None, bitorder="little") if bits else np.empty(0, np.uint8)
+        )
+        return Payload(
+            codec=self.id, header={"shape": list(z.shape)}, body=self._scales.pack(scales_N) + stream.tobytes()
+        )
+
+    def unpack(
+        self,
+        payload: Payload,
+        *,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        key: Key | None = None,
+    ) -> Tensor:
+        del key
+        self.check(payload, shape)
+        tokens, width = self._tokens(shape)
+        plan, cut = self._in_use(width), self._scales.byte_count(tokens)
+        scales_N = self._scales.unpack(payload.body[:cut], tokens)
+        octets = np.frombuffer(payload.body, np.uint8, offset=cut)
+        count = tokens * self.bits(width)
+        stream = np.unpackbits(octets, bitorder="little")
+        if stream[count:].any():
+            raise CodecError("transform payload has bits behind its last code; zeros fill it up")
+        bits_NB = stream[:count].reshape(tokens, self.bits(width))
+        codes, start = [], 0
+        for first, end, bits, _, _ in plan.runs:
+            stop = start + (end - first) * bits
+            parts = bits_NB[:, start:stop].reshape(tokens, end - first, bits)
+            codes.append(torch.from_numpy(parts @ (1 << np.arange(bits, dtype=np.uint8))))
+            start = stop
+        where = plan.mean_W.device
+        values_NW = self._values(plan, [code.to(where) for code in codes], scales_N.to(where))
+        values = values_NW.view(shape).to(device=device, dtype=dtype)
+        if not is_finite(values):
+            index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
+            raise CodecError(
+                f"transform payload's token {index} is not finite in {dtype}; its scale is {scales_N[index].item()}"
+            )
+        return values
+
+    def _values(self, plan: _Plan, codes: list[Tensor], scales_N: Tensor) -> Tensor:
+        """The tokens (N, W), fp32, that these codes stand for."""
+        if not codes:
+            return plan.mean_W.repeat(len(scales_N), 1)
+        found = [
+            levels[code_NR.to(torch.int64)] for code_NR, (_, _, _, levels, _) in zip(codes, plan.runs, strict=True)
+        ]
+        turned_NK = torch.cat(found, dim=1) * plan.deviations_K
+        return (turned_NK @ plan.axes_WK.mT).mul_(scales_N.unsqueeze(1)).add_(plan.mean_W)
+
+    def _coded(self, z: Tensor, key: Key) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The tokens (N, W), fp32, their scales (N,), and the codes of each run (N, R), uint8. Raises CodecError for a
+        value that is not finite."""
+        tokens, width = self._tokens(tuple(z.shape))
+        plan = self._in_use(width)
+        flat_NW = z.to(torch.float32).reshape(tokens, width)
+        apart_NW = flat_NW - plan.mean_W
+        peaks_N1 = apart_NW.abs().amax(dim=1, keepdim=True)
+        if not is_finite(peaks_N1):
+            raise refusal(self, z, apart_NW, key)
+        x_NW = apart_NW / peaks_N1.clamp(min=MIN_SCALE)  # before squares, which would overflow
+        rms_N1 = x_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
+        rms_N1.clamp_(min=MIN_SCALE).masked_fill_(peaks_N1 == 0, 0.0)
+        scales_N = self._scales.rounded(rms_N1.squeeze(1))
+        turned_NK = (apart_NW / scales_N.clamp(min=MIN_SCALE).unsqueeze(1)) @ plan.axes_WK
+        turned_NK /= plan.deviations_K.clamp(min=_LEAST_DEVIATION)
+        codes = [
+            torch.bucketize(turned_NK[:, first:end].contiguous(), thresholds).to(torch.uint8)
+            for first, end, _, _, thresholds in plan.runs
+        ]
+        return flat_NW, scales_N, codes
+
+    def _tokens(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """N and W."""
+        if not shape or shape[-1] < 1:
+            raise CodecError("format 'transform' codes tokens (..., W), and not a number alone")
+        return math.prod(shape[:-1]), shape[-1]
+
+    def _in_use(self, width: int) -> _Plan:
+        if self._plan is None:
+            raise CodecError(
+                "format 'transform' has no codebook yet: learn, publish and use one before tensors are coded"
+            )
+        if self._width != width:
+            raise CodecError(f"format 'transform': a tensor of width {width}, and a table for width {self._width}")
+        return self._plan
+
+    # -- learning -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def learn(self, z: Tensor, key: Key) -> None:
+        z = z.detach()
+        tokens, width = self._tokens(tuple(z.shape))
+        flat_NW = z.reshape(tokens, width).to("cpu", torch.float32)
+        if not is_finite(flat_NW):
+            raise refusal(self, z, flat_NW, key)
+        flat_NW = flat_NW.to(torch.float64)
+        if not self.has_started:
+            self._mean_W = torch.zeros(width, dtype=torch.float64)
+            self._second_WW = torch.zeros(width, width, dtype=torch.float64)
+        if self._plan is not None and tokens:
+            self._look_at(z, key)
+        if not tokens or not bool(flat_NW.any()):
+            return  # teaches nothing
+        count = self._updates.item()
+        decay = min(self._decay, (1 + count) / (10 + count)) if count else 0.0
+        self._updates = torch.tensor([min(count + 1, _UPDATES_MAX)], dtype=torch.float64)
+        self._mean_W = decay * self._mean_W + (1 - decay) * flat_NW.mean(dim=0)
+        self._second_WW = decay * self._second_WW + (1 - decay) * (flat_NW.mT @ flat_NW / tokens)
+        self._master = None
+
+    def _look_at(self, z: Tensor, key: Key) -> None:
+        flat_NW, scales_N, codes = self._coded(z, key)
+        arrived_NW = self._values(self._in_use(z.shape[-1]), codes, scales_N)
+        lost = (flat_NW - arrived_NW).to(torch.float64).square().sum()
+        self._energy += torch.stack([flat_NW.to(torch.float64).square().sum(), lost]).cpu()
+        if self._survey.is_due(z.shape[-1]):
+            self._survey.see(flat_NW, arrived_NW)
+
+    def measures(self) -> dict[str, float]:
+        """The rank (coordinates that get bits), the most bits of one, `CodingSurvey.shares`, and the relative error of
+        what was learned from since the last call (root of energies)."""
+        if self._plan is None or not self.has_started:
+            return {}
+        whole, lost = self._energy.tolist()
+        self._energy.zero_()
+        runs = self._plan.runs
+        return {
+            "rank": float(runs[-1][1] if runs else 0),
+            "most_bits": float(runs[0][2] if runs else 0),
+            "reconstruction_error": math.sqrt(lost / whole) if whole else 0.0,
+            **self._survey.shares(),
+        }
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        if not self.has_started:
+            return {}
+        return {"mean": self._mean_W, "second": self._second_WW, "updates": self._updates}
+
+    def state_layout(self, shape: tuple[int, ...], completed: int) -> dict[str, Tensor]:
+        return self._layout(shape[-1]) if completed else {}
+
+    def _layout(self, width: int) -> dict[str, Tensor]:
+        shapes = {"mean": (width,), "second": (width, width), "updates": (1,)}
+        return {name: torch.empty(shape, dtype=torch.float64, device="meta") for name, shape in shapes.items()}
+
+    def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            return
+        layout = self._layout(state["mean"].numel() if "mean" in state else 1)
+        if sorted(state) != sorted(layout):
+            raise CodecError(f"the state of a transform is {list(layout)}, but was given {sorted(state)!r:.200}")
+        for name, wanted in layout.items():
+            found = state[name]
+            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+                shown = f"{list(found.shape)} {found.dtype}, wanted {list(wanted.shape)} {wanted.dtype}"
+                raise CodecError(f"the state of a transform: '{name}' is {shown}")
+            if not bool(found.isfinite().all()):
+                raise CodecError(f"the state of a transform: '{name}' has a value that is not finite")
+        if bool((state["updates"] < 0).any()):
+            raise CodecError("the state of a transform: 'updates' is below 0")
+
+    def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
+        """As the base class says; the table that was in use has to follow (`use_table`)."""
+        self.check_state_tensors(state)
+        self._reset()
+        if state:
+            self._mean_W, self._second_WW, self._updates = (
+                state[name].to("cpu", copy=True, memory_format=torch.contiguous_format)
+                for name in ("mean", "second", "updates")
+            )
+        self._plan = None
+
+
+def _bits(codes_NR: Tensor, bits: int) -> np.ndarray:
+    """(N, R * bits) of zeros and ones, lowest first."""
+    codes = codes_NR.cpu().numpy()
+    bits_NRB = codes[:, :, None] >> np.arange(bits, dtype=np.uint8) & 1
+    return bits_NRB.reshape(len(codes), codes.shape[1] * bits)

@@ -123,6 +123,17 @@ def test_a_ratio_makes_a_boundary_compute_bound() -> None:
     assert wide["bottleneck"].startswith("the link")
 
 
+def test_a_budget_of_bits_is_what_links_carry_while_stages_compute() -> None:
+    machine = ("--emulate", "tiny@2x0.05tflops", "--link", "1mbit", "--set", "model.vocab_size=1024")
+    bits = planned(*machine, "--codec", "mapl:r=auto,bits=270")["boundaries"][0]["budget_bits"]
+    assert 200 < bits < 350
+    for given, bottleneck in ((bits - 8, "compute"), (bits + 8, "the link")):
+        figures = planned(*machine, "--codec", f"mapl:r=auto,bits={given}")
+        assert figures["bottleneck"].startswith(bottleneck)
+    assert planned(*machine[:2], "--codec", "mapl")["boundaries"][0]["budget_bits"] is None
+    assert planned(*machine[:2], "--link", "1kbit", "--codec", "mapl")["boundaries"][0]["budget_bits"] == 0
+
+
 def test_a_deeper_schedule_hides_the_latency() -> None:
     machine = ("--emulate", "150m@4x66tflops", "--codec", "mapl", "--link", "300mbit,25ms", "--batch-size", "512")
     machine += ("--sequence-length", "2048", "--set", "pipeline.cut=equal")

@@ -115,6 +115,14 @@ class Sizes:
             norm_bytes=self._framed(norm_message(step, 1.0)) if self._norms else 0,
         )
 
+    def budget_bits(self, link_bits: float, boundary: Boundary) -> int:
+        """Bits a token for what is coded, in the direction that has fewer left, where a link carries so many bits while
+        a microbatch is computed: less what else crosses with it, and half a byte for a token's scale. 0 for none."""
+        shape = self.shape
+        framed = ((shape.forward, boundary.forward_bytes), (shape.backward, boundary.backward_bytes))
+        beside = max(size - way.body_bytes(shape.z_shape) for way, size in framed)
+        return max(0, math.floor((link_bits - 8 * beside) / shape.tokens - 4))
+
     def _framed(self, message: Message) -> int:
         return sum(accounted(message, self._chunk_bytes).values())
 

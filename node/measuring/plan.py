@@ -47,7 +47,8 @@ def plan(
 ) -> tuple[dict[str, Any], Simulation]:
     """The figures, of one lane, as JSON holds them, and the simulation that they are from. layers: of each stage, where
     they are not those of the whole model. exchange: of these times, where lanes wait for keys and values."""
-    boundary, stages = Sizes(config, architecture).boundary(), config.pipeline.stages
+    sizes, stages = Sizes(config, architecture), config.pipeline.stages
+    boundary = sizes.boundary()
     layers = layers or [len(of_stage) for of_stage in stage_layers(config, architecture)]
     held = exchange.held if exchange else times
     took_s = [each.mean_forward_s + each.mean_backward_s for each in held]
@@ -102,6 +103,7 @@ def plan(
                 "backward_share": simulated.wire_share[stage + 1, stage],
                 # Each direction of a full-duplex link may take as long as the slower neighbour computes.
                 "compute_bound_at_ratio": rate and dense_bytes * 8 / rate / max(took_s[stage : stage + 2]),
+                "budget_bits": rate and sizes.budget_bits(rate * max(took_s[stage : stage + 2]), boundary),
             }
             for stage in range(stages - 1)
         ],

@@ -45,7 +45,7 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
         title="boundaries",
         caption=f"a microbatch is {sizes['forward']:,} bytes down and {sizes['backward']:,} up, framed",
     )
-    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of"):
+    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of", "bits a token that hide"):
         links.add_column(column, justify="right")
     for index, boundary in enumerate(figures["boundaries"]):
         bound = boundary["compute_bound_at_ratio"]
@@ -54,6 +54,7 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
             f"{boundary['forward_share']:.1%}",
             f"{boundary['backward_share']:.1%}",
             "any" if bound is None or bound <= 1 else f"{bound:.1f}x",
+            "any" if boundary["budget_bits"] is None else f"{boundary['budget_bits']:,}",
         )
     return [whole, stages, links, *lanes]
 

@@ -302,8 +302,9 @@ class Transform(ByteFormat):
         if not self.has_started:
             self._mean_W = torch.zeros(width, dtype=torch.float64)
             self._second_WW = torch.zeros(width, width, dtype=torch.float64)
-        if self._plan is not None and tokens:
-            self._look_at(z, key)
+        is_due = self._survey.is_due(width)
+        if self._plan is not None and tokens and (is_due or not self._energy[0]):
+            self._look_at(z, key, survey=is_due)
         if not tokens or not bool(flat_NW.any()):
             return  # teaches nothing
         count = self._updates.item()
@@ -313,17 +314,17 @@ class Transform(ByteFormat):
         self._second_WW = decay * self._second_WW + (1 - decay) * (flat_NW.mT @ flat_NW / tokens)
         self._master = None
 
-    def _look_at(self, z: Tensor, key: Key) -> None:
+    def _look_at(self, z: Tensor, key: Key, *, survey: bool) -> None:
         flat_NW, scales_N, codes = self._coded(z, key)
         arrived_NW = self._values(self._in_use(z.shape[-1]), codes, scales_N)
         lost = (flat_NW - arrived_NW).to(torch.float64).square().sum()
         self._energy += torch.stack([flat_NW.to(torch.float64).square().sum(), lost]).cpu()
-        if self._survey.is_due(z.shape[-1]):
+        if survey:
             self._survey.see(flat_NW, arrived_NW)
 
     def measures(self) -> dict[str, float]:
-        """The rank (coordinates that get bits), the most bits of one, `CodingSurvey.shares`, and the relative error of
-        what was learned from since the last call (root of energies)."""
+        """The rank (coordinates that get bits), the most bits of one, `CodingSurvey.shares`, and the relative error,
+        root of energies, of the tensors that were looked at since the last call: the first one and those surveyed."""
         if self._plan is None or not self.has_started:
             return {}
         whole, lost = self._energy.tolist()

@@ -10,7 +10,7 @@ A method may replace what makes keys and values in the model (`attach`), before 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -120,6 +120,11 @@ class ContextMethod(ABC):
     def gathers(self, step: int) -> bool:
         """Whether that step is it."""
         return step == self.gathering_step
+
+    def frozen(self, shape: ContextShape) -> Iterable[Tensor]:
+        """What all nodes generate for a layer and have to have alike, for a digest that greetings compare."""
+        del shape
+        return ()
 
     @abstractmethod
     def scalars(self, shape: ContextShape) -> int:

@@ -222,7 +222,6 @@ class MixtureOfSubspaces(ContextMethod):
         return self.warm - 1 if self.warm else None
 
     def frozen(self, shape: ContextShape) -> Iterator[Tensor]:
-        """What all nodes generate and have to have alike, for a digest."""
         for which in range(len(PROJECTIONS)):
             yield self._frame(shape.seed, shape.layer, which, shape.heads * shape.head_width)
             if self.mixture == "random":

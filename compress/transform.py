@@ -103,7 +103,8 @@ class Transform(ByteFormat):
         ):
             if bad:
                 raise CodecError(f"byte format 'transform': {fault} has to be {wanted}")
-        self._asked, self.every, self.encoding = bits, every, encoding
+        self._asked: int | Literal["auto"] = bits
+        self.every, self.encoding = every, encoding
         self._scales, self._decay = token_scales(scale), decay
         self._width = 0  # of the tokens that the table in use is for
         self._plan: _Plan | None = None

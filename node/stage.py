@@ -99,7 +99,9 @@ class Stage:
         self.upstream_endpoint: UpstreamEndpoint | None = None
         self.downstream_endpoint: DownstreamEndpoint | None = None
         context = stage_context(config, index, self.model, dtype=self.dtype)
-        self.token_table_digest, self.tokens = known_tokens(self._codec, context, self.model)
+        self.token_table_digest, self.tokens = known_tokens(
+            self._codec, context, self.model, also=self.chunk.generated() if self.chunk else ()
+        )
         if not self.first:
             codec, of_boundary, shape = boundary_of(config, context, index - 1, self.tokens, lane)
             self.receiver = codec.codec.decoder(of_boundary).to(self.device, self.dtype)

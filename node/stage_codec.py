@@ -8,10 +8,11 @@ the digest of `known_tokens` is for.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..compress.codec_interface import BoundaryCodec, BoundaryContext, Codec, StageContext
 from ..compress.registry import parse_codec
@@ -38,10 +39,12 @@ def stage_context(config: RunConfig, index: int, model: StageModel, *, dtype: to
     )
 
 
-def known_tokens(codec: Codec, context: StageContext, model: StageModel) -> tuple[str, nn.Module | None]:
+def known_tokens(
+    codec: Codec, context: StageContext, model: StageModel, *, also: Iterable[Tensor] = ()
+) -> tuple[str, nn.Module | None]:
     """The digest of what is frozen and generated, which all stages must share ("" where there is nothing), and what the
-    codec knows of tokens on this stage. A table of tokens becomes a part of the first stage's embedding. Raises
-    ModelError for a stage that the codec does not fit."""
+    codec knows of tokens on this stage. A table of tokens becomes a part of the first stage's embedding. also: what is
+    generated beside the codec's. Raises ModelError for a stage that the codec does not fit."""
     table_VD = None
     if codec.table_scale:
         table_VD = token_table(
@@ -56,7 +59,7 @@ def known_tokens(codec: Codec, context: StageContext, model: StageModel) -> tupl
             model.token_table_VD = table_VD
     if codec.constrains:
         check_constrained(codec, model, context, table_VD)
-    shared = [each for each in (table_VD, codec.frozen(context)) if each is not None]
+    shared = [each for each in (table_VD, codec.frozen(context), *also) if each is not None]
     digest = hashlib.sha256(b"".join(each.cpu().numpy().tobytes() for each in shared)).hexdigest() if shared else ""
     alone = model.first and model.last
     return digest, None if alone else codec.tokens(context, table_VD)

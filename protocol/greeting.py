@@ -157,7 +157,7 @@ def _same_run(peer: Greeting, mine: NodeIdentity) -> Rules:
         (Fault.PROTOCOL_VERSION, "protocol version", peer.protocol_version, PROTOCOL_VERSION),
         (Fault.RUN_ID, "run id", peer.run_id, mine.run_id),
         (Fault.CONFIGURATION, "configuration hash", their_settings, our_settings),
-        (Fault.CONFIGURATION, "digest of the token table", their_table, our_table),
+        (Fault.CONFIGURATION, "digest of what every node generates", their_table, our_table),
         (Fault.STAGE, "number of nodes" if mine.chain else "number of stages", peer.stages, mine.stages),
     ]
 

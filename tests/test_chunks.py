@@ -30,7 +30,7 @@ from thinpipe.node.context.mailbox import Mailbox
 from thinpipe.node.data.batches import draw
 from thinpipe.node.model import ModelError, StageModel, build_stage
 from thinpipe.node.one_process import OneProcess
-from thinpipe.node.preparation import check_lanes, resolve_architecture
+from thinpipe.node.preparation import check_lanes, prepare, resolve_architecture
 from thinpipe.protocol.messages import Kind
 from thinpipe.sim.reports.lanes import context_link_name
 from thinpipe.sim.reports.lanes_summary import summarise_run
@@ -391,3 +391,18 @@ def test_full_is_as_wide_as_keys_and_values() -> None:
         seed=1, layer=0, width=64, heads=2, head_width=8, segments=1, segment_length=4, dtype=torch.float32
     )
     assert (FullContext().wire_width(shape), FullContext().scalars(shape)) == (32, 0)
+
+
+def test_nodes_compare_what_their_method_generates() -> None:
+    """Also those without a layer, and a node whose generator gives other numbers is another run's."""
+
+    def digests(method: str, seed: int = 0) -> set[str]:
+        settings = config(2, context={"method": method}, pipeline={"cut": "2,0"}, run={"seed": seed})
+        places = itertools.product(range(2), range(2))
+        return {prepare(settings, stage, lane)[0].token_table_digest for stage, lane in places}
+
+    (one,), (other,) = digests("mos:k=0.25,v=0.5"), digests("mos:k=0.25,v=0.5", seed=1)
+    assert one
+    assert one != other
+    assert digests("mos:k=0.5,v=0.5") not in ({one}, {other})
+    assert digests("full") == {""}

@@ -258,7 +258,9 @@ def test_every_node_draws_the_same_token_table_and_says_so(tiny: TinyConfig) -> 
     peer = Greeting(
         run_id="r", configuration=theirs, stage=1, stages=3, incarnation=2, next_sequence=0, granted_bytes=0
     )
-    with pytest.raises(RemoteProtocolError, match=r"digest of the token table: stage 0 expects \w+…, .* says 000000"):
+    with pytest.raises(
+        RemoteProtocolError, match=r"digest of what every node generates: stage 0 expects \w+…, .* says 000000"
+    ):
         check_greeting(peer, identity, GridPlace(1, 0))
     check_greeting(replace(peer, configuration=mine), identity, GridPlace(1, 0))
 

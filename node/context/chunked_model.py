@@ -108,6 +108,13 @@ class ChunkedModel:
             setattr(attention, _PLACE, LayerAttention(layer, method, exchange, self._moment, rotations, hand_over))
         self._choice = SubspaceChoice(transport, self._lane, self._layout.chunks)
 
+    def generated(self) -> list[Tensor]:
+        """What the method generates for the first layer, which is the same for nodes that have others: a sample, by
+        which a node whose generator gives other numbers is found."""
+        segments = self._layout.segments_per_lane
+        shape = context_shape(self._config, self._model, None, 0, torch.float32, segments=segments)
+        return list(self._method.frozen(shape))
+
     def body_bytes(self, key: ContextKey) -> int:
         """Exact length of that part."""
         if key.what == "segment":
@@ -158,17 +165,21 @@ class ChunkedModel:
 
 
 def context_shape(
-    config: RunConfig, model: StageModel, attention: nn.Module, layer: int, dtype: torch.dtype, *, segments: int
+    config: RunConfig, model: StageModel, attention: nn.Module | None, layer: int, dtype: torch.dtype, *, segments: int
 ) -> ContextShape:
-    """Of a layer's keys and values on a node that holds so many segments of each sequence."""
+    """Of a layer's keys and values on a node that holds so many segments of each sequence. attention: None for a layer
+    that is on another node."""
     architecture = model.causal.config
     heads = architecture.num_attention_heads
+    head_width = (
+        getattr(architecture if attention is None else attention, "head_dim", None) or architecture.hidden_size // heads
+    )
     return ContextShape(
         seed=config.run.seed,
         layer=layer,
         width=model.width,
         heads=getattr(architecture, "num_key_value_heads", None) or heads,
-        head_width=getattr(attention, "head_dim", None) or architecture.hidden_size // heads,
+        head_width=head_width,
         segments=segments,
         segment_length=config.chunk_layout.segment_length,
         dtype=dtype,

@@ -51,6 +51,7 @@ Start = Literal["own", "shared"]
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
 CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "grassmann", "free": "none"}
+BITS_A_NUMBER = 3  # of r=auto: about what the best recipes have (docs/results.md)
 _STEPS_BACK = 6  # of the retraction, from further off than a step of SPEL goes: from 0.5 to rounding
 _STREAM = 0x4D41504C  # "MAPL": keeps the first projector's draws apart from every other use of the seed
 
@@ -269,9 +270,10 @@ class MaplCodec(Codec):
     table (which they make up for), a projector that moves every 16th step, and codebooks both ways, 3 bits a number
     and half a byte for its scale; gradients rotated at random before that (docs/results.md).
 
-    r: rank, the numbers a token on the wire. `auto`: it follows what is sent. The projection keeps as many coordinates
-        as `bits` (half of the width at most), and of these each direction of each boundary sends those that matter, in
-        as many bits as pay (`compress.transform`).
+    r: rank, the numbers a token on the wire. `auto`: what a budget affords. The projection keeps a coordinate for
+        every 3 bits of `bits` (and no more than the width has), and each direction of each boundary gives those that
+        matter more bits and those that do not fewer, or none (`compress.transform`). A wider one at the same bits
+        trains worse (docs/results.md).
     bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte.
     anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
     pairs: rows that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none.
@@ -324,12 +326,13 @@ class MaplCodec(Codec):
         ):
             if bad:
                 raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
-        self._bits, self._rank_at_most = bits, bits if r == "auto" else r
+        self._rank = -(-bits // BITS_A_NUMBER) if r == "auto" else r
+        self._follows = r == "auto"
         if bits:
             self.default_forward = self.default_backward = f"transform:bits={bits}"
         self.known = AnchorOptions(
             anchors=anchors,
-            rank=ar or self._rank_at_most,
+            rank=ar or self._rank,
             pairs=pairs,
             context=context,
             context_embedding=ce,
@@ -345,17 +348,17 @@ class MaplCodec(Codec):
         self.rate, self.beta = lr, beta
 
     def check(self, width: int) -> None:
-        rank = self.wire_width(width)
+        rank, lower = self._rank, "bits" if self._follows else "r"
         if rank > width:
-            raise CodecError(f"codec 'mapl': r={rank} is above the model's width {width}; lower r")
+            raise CodecError(f"codec 'mapl': r={rank} is above the model's width {width}; lower {lower}")
         if self.projector == "grassmann" and rank == width:
-            raise CodecError(f"codec 'mapl': r={rank} is the whole width, which no subspace can move in; lower r")
+            raise CodecError(f"codec 'mapl': r={rank} is the whole width, which no subspace can move in; lower {lower}")
         self.known.check_width(self.name, width)
 
     def check_rate(self, muon_lr: float) -> None:
         if self.projector not in ("spel", "grassmann"):
             return
-        moves, most = self.rate * self.every * muon_lr, longest_step(self._rank_at_most)
+        moves, most = self.rate * self.every * muon_lr, longest_step(self._rank)
         if moves > most:
             raise CodecError(
                 f"codec 'mapl': lr={self.rate:g} moves the projector by {moves:.3g} in a change (every={self.every}, "
@@ -364,7 +367,8 @@ class MaplCodec(Codec):
             )
 
     def wire_width(self, width: int) -> int:
-        return min(self._bits, max(1, width // 2)) if self._bits else self._rank_at_most
+        del width
+        return self._rank
 
     def operations_per_token(self, width: int) -> float:
         return super().operations_per_token(width) + self.known.operations_per_token(width)
@@ -374,7 +378,7 @@ class MaplCodec(Codec):
         return LearnedTable(
             name="projector",
             entries=width,
-            width=self.wire_width(width),
+            width=self._rank,
             delta=self.delta,
             gradient=self.gradient if by_loss and self.gradient != "none" else None,
             every=0 if fixed else self.every,
@@ -393,7 +397,7 @@ class MaplCodec(Codec):
     def encoder(self, context: BoundaryContext) -> Encoder:
         return MaplEncoder(
             context,
-            rank=self.wire_width(context.width),
+            rank=self._rank,
             projector=self.projector,
             start=self.start,
             every=self.every,
@@ -403,4 +407,4 @@ class MaplCodec(Codec):
 
     def decoder(self, context: BoundaryContext) -> Decoder:
         learned = self.table(context.width).gradient is not None
-        return MaplDecoder(context, rank=self.wire_width(context.width), every=self.every, learned=learned)
+        return MaplDecoder(context, rank=self._rank, every=self.every, learned=learned)

@@ -235,8 +235,11 @@ def test_more_bits_than_numbers_can_take_are_refused() -> None:
 
 def test_mapl_with_a_rank_that_follows() -> None:
     codec = parse_codec("mapl:r=auto,bits=52")
-    assert [codec.codec.wire_width(width) for width in (128, 64)] == [52, 32]
-    assert codec.forward.body_bytes((1000, 52)) == codec.backward.body_bytes((1000, 52)) == 2 + 500 + 6500
+    assert codec.codec.wire_width(128) == 18
+    assert codec.forward.body_bytes((1000, 18)) == codec.backward.body_bytes((1000, 18)) == 2 + 500 + 6500
+    codec.codec.check(18)
+    with pytest.raises(CodecError, match="r=18 is above the model's width 16; lower bits"):
+        codec.codec.check(16)
     with pytest.raises(CodecError, match="bits=0 has to be at least 1"):
         parse_codec("mapl:r=auto")
     with pytest.raises(CodecError, match="bits=9 has to be left out"):

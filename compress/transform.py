@@ -299,20 +299,23 @@ class Transform(ByteFormat):
         flat_NW = z.reshape(tokens, width).to("cpu", torch.float32)
         if not is_finite(flat_NW):
             raise refusal(self, z, flat_NW, key)
-        flat_NW = flat_NW.to(torch.float64)
         if not self.has_started:
             self._mean_W = torch.zeros(width, dtype=torch.float64)
             self._second_WW = torch.zeros(width, width, dtype=torch.float64)
         is_due = self._survey.is_due(width)
         if self._plan is not None and tokens and (is_due or not self._energy[0]):
             self._look_at(z, key, survey=is_due)
-        if not tokens or not bool(flat_NW.any()):
+        peak = flat_NW.abs().max().to(torch.float64) if tokens else torch.zeros(())
+        if not peak:
             return  # teaches nothing
+        x_NW = flat_NW / peak.to(torch.float32).clamp(min=MIN_SCALE)  # before squares, which would overflow
+        peak = peak.clamp(min=MIN_SCALE)
         count = self._updates.item()
         decay = min(self._decay, (1 + count) / (10 + count)) if count else 0.0
         self._updates = torch.tensor([min(count + 1, _UPDATES_MAX)], dtype=torch.float64)
-        self._mean_W = decay * self._mean_W + (1 - decay) * flat_NW.mean(dim=0)
-        self._second_WW = decay * self._second_WW + (1 - decay) * (flat_NW.mT @ flat_NW / tokens)
+        mean_W, second_WW = x_NW.mean(dim=0).to(torch.float64), (x_NW.mT @ x_NW / tokens).to(torch.float64)
+        self._mean_W = decay * self._mean_W + (1 - decay) * peak * mean_W
+        self._second_WW = decay * self._second_WW + (1 - decay) * peak.square() * second_WW
         self._master = None
 
     def _look_at(self, z: Tensor, key: Key, *, survey: bool) -> None:

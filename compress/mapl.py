@@ -51,7 +51,7 @@ Start = Literal["own", "shared"]
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
 CONSTRAINTS: dict[Projector, Constraint] = {"spel": "stiefel", "grassmann": "grassmann", "free": "none"}
-BITS_A_NUMBER = 3  # of r=auto: about what the best recipes have (docs/results.md)
+BITS_A_NUMBER, USUAL_BITS = 3, 96  # of r=auto: about what the best recipes have (docs/results.md)
 _STEPS_BACK = 6  # of the retraction, from further off than a step of SPEL goes: from 0.5 to rounding
 _STREAM = 0x4D41504C  # "MAPL": keeps the first projector's draws apart from every other use of the seed
 
@@ -274,7 +274,7 @@ class MaplCodec(Codec):
         every 3 bits of `bits` (and no more than the width has), and each direction of each boundary gives those that
         matter more bits and those that do not fewer, or none (`compress.transform`). A wider one at the same bits
         trains worse (docs/results.md).
-    bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte.
+    bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte (0: 96).
     anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
     pairs: rows that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none.
     context, ce, ch: how many of the last tokens a small network beside the anchors looks at (0: there is none), with ce
@@ -317,7 +317,7 @@ class MaplCodec(Codec):
             (f"r={r}", r != "auto" and r < 1, "at least 1"),
             (
                 f"bits={bits}",
-                bits < 1 if r == "auto" else bits != 0,
+                bits < 0 if r == "auto" else bits != 0,
                 "at least 1" if r == "auto" else "left out; it is for r=auto",
             ),
             (f"every={every}", every < 1, "at least 1"),
@@ -326,6 +326,8 @@ class MaplCodec(Codec):
         ):
             if bad:
                 raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
+        if r == "auto":
+            bits = bits or USUAL_BITS
         self._rank = -(-bits // BITS_A_NUMBER) if r == "auto" else r
         self._follows = r == "auto"
         if bits:

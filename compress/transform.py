@@ -3,16 +3,17 @@
 A tensor (..., W) is N tokens of W numbers. From each token their mean is taken off and one scale is divided out
 (`compress.token_scales`); what is left is turned to its principal axes (the Karhunen-Loève transform) and each
 coordinate is rounded to the levels that are best for a normal variable of its variance, with the number of bits that
-`compress.bit_allocation` gives it: B bits a token in all, many for the strongest coordinates and none for the
-weakest. So there is a rank, and it follows what is sent: at the same bytes a wide projection whose weak coordinates
-are left out keeps more than a narrow one that was chosen beforehand, or less, and this decides it anew every `every`
-steps. (Huang & Schultheiss, 1963; Goyal, IEEE Signal Processing Magazine, 2001. For what crosses a pipeline's
-boundaries nearest is NSC-SL, arXiv 2602.02696, which cuts singular values and quantises the rest alike.)
+`compress.bit_allocation` gives it: B bits a token in all, more for the strongest coordinates and none for the weakest.
+So there is a rank, and it follows what is sent. It should not be left much to choose: with fewer bits a number, over a
+wider projection, more of the energy arrives and the model trains worse (docs/results.md). (Huang & Schultheiss, 1963;
+Goyal, IEEE Signal Processing Magazine, 2001. For what crosses a pipeline's boundaries nearest is NSC-SL, arXiv
+2602.02696, which cuts singular values and quantises the rest alike.)
 
 What both ends must know is one table (W + 1, W + 1), which the end that packs owns: row 0 has the mean, row i the axis
-i and the standard deviation along it, strongest first. It goes by the dictionary protocol, whole, with the first
-tensor of a step; bits follow from the deviations as they were shipped, so neither end can be of another mind, and a
-rewind that restores the table restores them. Body: N scales, then B bits a token, coordinate after coordinate.
+i and the standard deviation along it. It goes by the dictionary protocol, whole, with the first tensor of every
+16th step (`every`). Which axis is the stronger one, and its bits, follow from the deviations as they were shipped: both
+ends find the same, and a rewind that restores the table restores them. Body: N scales, then B bits a token, coordinate
+after coordinate.
 
 Why not a codebook of groups (`compress.rvq`): its groups all get as many bits, and which coordinates are in one is an
 accident of the projection. Why not an entropy code, which would do without whole bits: messages would have another
@@ -46,14 +47,14 @@ from .principal_components import principal
 from .registry import register_format
 from .token_scales import ScaleKind, token_scales
 
-_LEAST_DEVIATION = 1e-6  # of the strongest: below it there is rounding, and no axis
+_LEAST_DEVIATION = 1e-6  # of a token's root mean square: below it there is rounding, and no axis
 _UPDATES_MAX = 2.0**24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Plan:
-    """What a table in use says: the mean (W,), the K axes that get bits (W, K), their deviations (K,), runs of
-    coordinates with as many bits each: (from, to, bits, levels, thresholds)."""
+    """What a table in use says: the mean (W,), the K axes that get bits (W, K), the strongest first, their deviations
+    (K,), runs of coordinates with as many bits each: (from, to, bits, levels, thresholds)."""
 
     mean_W: Tensor
     axes_WK: Tensor
@@ -62,7 +63,8 @@ class _Plan:
 
     @classmethod
     def of(cls, table: Tensor, bits: int) -> _Plan:
-        deviations_W = table[1:, -1]
+        # What was shipped in few bits may be out of order, or a little below zero.
+        deviations_W, order_W = table[1:, -1].clamp(min=0.0).sort(descending=True, stable=True)
         given_W = allocated(deviations_W.to("cpu", torch.float64).square().numpy(), bits)
         kept = int(np.count_nonzero(given_W))  # the strongest come first, so these are the first
         runs = []
@@ -71,7 +73,7 @@ class _Plan:
             half = LEVELS[int(given_W[first])]
             levels = torch.tensor([-level for level in reversed(half)] + list(half), device=table.device)
             runs.append((first, end, int(given_W[first]), levels, (levels[1:] + levels[:-1]) / 2))
-        axes_WK = table[1 : kept + 1, :-1].mT.contiguous()
+        axes_WK = table[1:, :-1][order_W[:kept]].mT.contiguous()
         return cls(
             mean_W=table[0, :-1].clone(), axes_WK=axes_WK, deviations_K=deviations_W[:kept].clone(), runs=tuple(runs)
         )
@@ -160,7 +162,6 @@ class Transform(ByteFormat):
         around_WW = self._second_WW - torch.outer(self._mean_W, self._mean_W)
         axes_WW = principal(around_WW, width)
         variances_W = (axes_WW * (around_WW @ axes_WW)).sum(dim=0).clamp_(min=0.0)
-        variances_W = variances_W.cummin(dim=0).values  # rounding may have put two that are equal out of order
         # Tokens are divided by their root mean square before their coordinates are looked at.
         whole = variances_W.mean()
         deviations_W = (variances_W / whole).sqrt() if whole > 0 else torch.ones_like(variances_W)
@@ -177,11 +178,8 @@ class Transform(ByteFormat):
         if width < 1 or table.shape[0] != width + 1 or table.dtype != torch.float32:
             shape = f"{list(table.shape)} {table.dtype}"
             raise CodecError(f"format 'transform' wants a table (W + 1, W + 1), float32; got {shape}")
-        deviations_W = table[1:, -1]
-        if not is_finite(table) or bool((deviations_W < 0).any()) or bool((deviations_W.diff() > 0).any()):
-            raise CodecError(
-                "format 'transform' wants a table of finite numbers, its deviations descending from above 0"
-            )
+        if not is_finite(table):
+            raise CodecError("format 'transform' wants a table of finite numbers")
         self._width, self._plan = width, _Plan.of(table, self.bits(width))
 
     def has_table_of(self, other: ByteFormat, width: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -216,7 +217,7 @@ def test_the_others_go_on_without_a_lane_that_is_lost(tmp_path: Path, monkeypatc
 def test_when_the_last_lane_is_lost_the_run_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plot = {0: ["waits"], 1: ["dies"], 2: ["waits"], 3: ["waits"], 4: ["dies"], 5: ["waits"]}
     said, _ = outcome(tmp_path, monkeypatch, plot, restarts=0)
-    assert said.startswith("lane 1: stage 1 was killed by SIGKILL")
+    assert re.match("lane [01]: stage 1 was killed by SIGKILL", said)  # whichever is the last one
 
 
 def test_the_same_failure_in_another_lane_is_not_a_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

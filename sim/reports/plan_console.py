@@ -45,7 +45,7 @@ def plan_tables(figures: dict[str, Any]) -> list[Table]:
         title="boundaries",
         caption=f"a microbatch is {sizes['forward']:,} bytes down and {sizes['backward']:,} up, framed",
     )
-    for column in ("boundary", "down, busy", "up, busy", "compute-bound from a ratio of", "bits a token that hide"):
+    for column in ("boundary", "down, busy", "up, busy", "compute-bound from", "bits a token then"):
         links.add_column(column, justify="right")
     for index, boundary in enumerate(figures["boundaries"]):
         bound = boundary["compute_bound_at_ratio"]

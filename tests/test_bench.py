@@ -270,7 +270,7 @@ def test_cells_of_chunks_exchange_what_was_planned(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_microbatches_in_flight_are_as_quick_as_planned(tmp_path: Path) -> None:
-    """What is waited for hides behind the other microbatch. Windows of a busy machine differ."""
+    """What is waited for hides behind the other microbatch. A busy machine is slower by some per cent."""
     arguments = ("--emulate", "tiny@1x100ms+200ms", "--codec", "bf16", "--link", "40mbit,20ms", "--chunks", "2")
     average = ("--average", "outer:every=2,delay=1", "--set", "model.vocab_size=512")
     longer = ("--microbatches", "2", "--batch-size", "2", "--sequence-length", "4096")
@@ -278,9 +278,8 @@ def test_two_microbatches_in_flight_are_as_quick_as_planned(tmp_path: Path) -> N
     capped = found["cells"][1]
     planned, measured = capped["planned"], capped["measured"]["tokens_per_s"]
     assert planned["tokens_per_s"] > 0.95 * planned["uncapped_tokens_per_s"]
-    if capped["state"] == "ok":
-        assert measured == pytest.approx(planned["tokens_per_s"], rel=0.05)
-    assert 0.7 * planned["tokens_per_s"] < measured < 1.05 * planned["tokens_per_s"]
+    # One after the other they would reach three quarters of it.
+    assert 0.85 * planned["tokens_per_s"] < measured < 1.05 * planned["tokens_per_s"]
 
 
 @pytest.mark.slow

@@ -29,54 +29,22 @@ step does not train them (`compress.rvq` has the measurement); those of a projec
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .bit_allocation import LEVELS, MOST_BITS, allocated
+from .bit_allocation import MOST_BITS
 from .byte_format import ByteFormat, CodecError, Key, LearnedTable, Payload, is_finite
 from .coding_survey import CodingSurvey
+from .coordinate_codes import CoordinatePlan
 from .float_formats import MIN_SCALE, refusal
-from .principal_components import principal
 from .registry import register_format
+from .token_moments import TokenMoments
 from .token_scales import ScaleKind, token_scales
-
-_LEAST_DEVIATION = 1e-6  # of a token's root mean square: below it there is rounding, and no axis
-_UPDATES_MAX = 2.0**24
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Plan:
-    """What a table in use says: the mean (W,), the K axes that get bits (W, K), the strongest first, their deviations
-    (K,), runs of coordinates with as many bits each: (from, to, bits, levels, thresholds)."""
-
-    mean_W: Tensor
-    axes_WK: Tensor
-    deviations_K: Tensor
-    runs: tuple[tuple[int, int, int, Tensor, Tensor], ...]
-
-    @classmethod
-    def of(cls, table: Tensor, bits: int) -> _Plan:
-        # What was shipped in few bits may be out of order, or a little below zero.
-        deviations_W, order_W = table[1:, -1].clamp(min=0.0).sort(descending=True, stable=True)
-        given_W = allocated(deviations_W.to("cpu", torch.float64).square().numpy(), bits)
-        kept = int(np.count_nonzero(given_W))  # the strongest come first, so these are the first
-        runs = []
-        edges = [0, *(np.flatnonzero(np.diff(given_W[:kept])) + 1).tolist(), kept] if kept else []
-        for first, end in itertools.pairwise(edges):
-            half = LEVELS[int(given_W[first])]
-            levels = torch.tensor([-level for level in reversed(half)] + list(half), device=table.device)
-            runs.append((first, end, int(given_W[first]), levels, (levels[1:] + levels[:-1]) / 2))
-        axes_WK = table[1:, :-1][order_W[:kept]].mT.contiguous()
-        return cls(
-            mean_W=table[0, :-1].clone(), axes_WK=axes_WK, deviations_K=deviations_W[:kept].clone(), runs=tuple(runs)
-        )
 
 
 @register_format
@@ -107,18 +75,11 @@ class Transform(ByteFormat):
                 raise CodecError(f"byte format 'transform': {fault} has to be {wanted}")
         self._asked: int | Literal["auto"] = bits
         self.every, self.encoding = every, encoding
-        self._scales, self._decay = token_scales(scale), decay
+        self._scales = token_scales(scale)
+        self._moments = TokenMoments(decay)
         self._width = 0  # of the tokens that the table in use is for
-        self._plan: _Plan | None = None
+        self._plan: CoordinatePlan | None = None
         self._survey = CodingSurvey()
-        self._reset()
-
-    def _reset(self) -> None:
-        """mean (W,) and second (W, W): moving averages of tokens and of their products, float64, on the CPU."""
-        self._mean_W = torch.zeros(0, dtype=torch.float64)
-        self._second_WW = torch.zeros(0, 0, dtype=torch.float64)
-        self._updates = torch.zeros(1, dtype=torch.float64)
-        self._master: Tensor | None = None
         self._energy = torch.zeros(2, dtype=torch.float64)  # of what was sent, and of what did not arrive
 
     def bits(self, width: int) -> int:
@@ -147,31 +108,17 @@ class Transform(ByteFormat):
 
     @property
     def has_started(self) -> bool:
-        return len(self._mean_W) > 0
+        return self._moments.width > 0
 
     @property
     def master(self) -> Tensor:
         if not self.has_started:
             raise CodecError("format 'transform' has no codebook before the first tensor that it learns from")
-        if self._master is None:
-            self._master = self._principal()
-        return self._master
-
-    def _principal(self) -> Tensor:
-        width = len(self._mean_W)
-        around_WW = self._second_WW - torch.outer(self._mean_W, self._mean_W)
-        axes_WW = principal(around_WW, width)
-        variances_W = (axes_WW * (around_WW @ axes_WW)).sum(dim=0).clamp_(min=0.0)
-        # Tokens are divided by their root mean square before their coordinates are looked at.
-        whole = variances_W.mean()
-        deviations_W = (variances_W / whole).sqrt() if whole > 0 else torch.ones_like(variances_W)
-        table = torch.zeros(width + 1, width + 1, dtype=torch.float64)
-        table[0, :-1], table[1:, :-1], table[1:, -1] = self._mean_W, axes_WW.mT, deviations_W
-        return table.to(torch.float32)
+        return self._moments.table()
 
     @property
     def usage(self) -> Tensor:
-        return torch.ones(len(self._mean_W) + 1)
+        return torch.ones(self._moments.width + 1)
 
     def use_table(self, table: Tensor) -> None:
         width = table.shape[-1] - 1 if table.ndim == 2 else 0
@@ -180,7 +127,7 @@ class Transform(ByteFormat):
             raise CodecError(f"format 'transform' wants a table (W + 1, W + 1), float32; got {shape}")
         if not is_finite(table):
             raise CodecError("format 'transform' wants a table of finite numbers")
-        self._width, self._plan = width, _Plan.of(table, self.bits(width))
+        self._width, self._plan = width, CoordinatePlan.of(table, self.bits(width))
 
     def has_table_of(self, other: ByteFormat, width: int) -> bool:
         del width
@@ -194,16 +141,8 @@ class Transform(ByteFormat):
 
     def pack(self, z: Tensor, key: Key) -> Payload:
         _, scales_N, codes = self._coded(z.detach(), key)
-        bits = [
-            _bits(code_NR, bits)
-            for code_NR, (_, _, bits, _, _) in zip(codes, self._in_use(z.shape[-1]).runs, strict=True)
-        ]
-        stream = (
-            np.packbits(np.concatenate(bits, axis=1), axis=None, bitorder="little") if bits else np.empty(0, np.uint8)
-        )
-        return Payload(
-            codec=self.id, header={"shape": list(z.shape)}, body=self._scales.pack(scales_N) + stream.tobytes()
-        )
+        body = self._scales.pack(scales_N) + self._in_use(z.shape[-1]).packed(codes)
+        return Payload(codec=self.id, header={"shape": list(z.shape)}, body=body)
 
     def unpack(
         self,
@@ -224,15 +163,8 @@ class Transform(ByteFormat):
         stream = np.unpackbits(octets, bitorder="little")
         if stream[count:].any():
             raise CodecError("transform payload has bits behind its last code; zeros fill it up")
-        bits_NB = stream[:count].reshape(tokens, self.bits(width))
-        codes, start = [], 0
-        for first, end, bits, _, _ in plan.runs:
-            stop = start + (end - first) * bits
-            parts = bits_NB[:, start:stop].reshape(tokens, end - first, bits)
-            codes.append(torch.from_numpy(parts @ (1 << np.arange(bits, dtype=np.uint8))))
-            start = stop
-        where = plan.mean_W.device
-        values_NW = self._values(plan, [code.to(where) for code in codes], scales_N.to(where))
+        codes = plan.unpacked(stream[:count].reshape(tokens, self.bits(width)))
+        values_NW = self._values(plan, codes, scales_N.to(plan.mean_W.device))
         values = values_NW.view(shape).to(device=device, dtype=dtype)
         if not is_finite(values):
             index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
@@ -241,15 +173,9 @@ class Transform(ByteFormat):
             )
         return values
 
-    def _values(self, plan: _Plan, codes: list[Tensor], scales_N: Tensor) -> Tensor:
+    def _values(self, plan: CoordinatePlan, codes: list[Tensor], scales_N: Tensor) -> Tensor:
         """The tokens (N, W), fp32, that these codes stand for."""
-        if not codes:
-            return plan.mean_W.repeat(len(scales_N), 1)
-        found = [
-            levels[code_NR.to(torch.int64)] for code_NR, (_, _, _, levels, _) in zip(codes, plan.runs, strict=True)
-        ]
-        turned_NK = torch.cat(found, dim=1) * plan.deviations_K
-        return (turned_NK @ plan.axes_WK.mT).mul_(scales_N.unsqueeze(1)).add_(plan.mean_W)
+        return plan.values(codes).mul_(scales_N.unsqueeze(1)).add_(plan.mean_W)
 
     def _coded(self, z: Tensor, key: Key) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The tokens (N, W), fp32, their scales (N,), and the codes of each run (N, R), uint8. Raises CodecError for a
@@ -265,12 +191,7 @@ class Transform(ByteFormat):
         rms_N1 = x_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
         rms_N1.clamp_(min=MIN_SCALE).masked_fill_(peaks_N1 == 0, 0.0)
         scales_N = self._scales.rounded(rms_N1.squeeze(1))
-        turned_NK = (apart_NW / scales_N.clamp(min=MIN_SCALE).unsqueeze(1)) @ plan.axes_WK
-        turned_NK /= plan.deviations_K.clamp(min=_LEAST_DEVIATION)
-        codes = [
-            torch.bucketize(turned_NK[:, first:end].contiguous(), thresholds).to(torch.uint8)
-            for first, end, _, _, thresholds in plan.runs
-        ]
+        codes = plan.codes(apart_NW / scales_N.clamp(min=MIN_SCALE).unsqueeze(1))
         return flat_NW, scales_N, codes
 
     def _tokens(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -279,7 +200,7 @@ class Transform(ByteFormat):
             raise CodecError("format 'transform' codes tokens (..., W), and not a number alone")
         return math.prod(shape[:-1]), shape[-1]
 
-    def _in_use(self, width: int) -> _Plan:
+    def _in_use(self, width: int) -> CoordinatePlan:
         if self._plan is None:
             raise CodecError(
                 "format 'transform' has no codebook yet: learn, publish and use one before tensors are coded"
@@ -297,24 +218,10 @@ class Transform(ByteFormat):
         flat_NW = z.reshape(tokens, width).to("cpu", torch.float32)
         if not is_finite(flat_NW):
             raise refusal(self, z, flat_NW, key)
-        if not self.has_started:
-            self._mean_W = torch.zeros(width, dtype=torch.float64)
-            self._second_WW = torch.zeros(width, width, dtype=torch.float64)
         is_due = self._survey.is_due(width)
         if self._plan is not None and tokens and (is_due or not self._energy[0]):
             self._look_at(z, key, survey=is_due)
-        peak = flat_NW.abs().max().to(torch.float64) if tokens else torch.zeros(())
-        if not peak:
-            return  # teaches nothing
-        x_NW = flat_NW / peak.to(torch.float32).clamp(min=MIN_SCALE)  # before squares, which would overflow
-        peak = peak.clamp(min=MIN_SCALE)
-        count = self._updates.item()
-        decay = min(self._decay, (1 + count) / (10 + count)) if count else 0.0
-        self._updates = torch.tensor([min(count + 1, _UPDATES_MAX)], dtype=torch.float64)
-        mean_W, second_WW = x_NW.mean(dim=0).to(torch.float64), (x_NW.mT @ x_NW / tokens).to(torch.float64)
-        self._mean_W = decay * self._mean_W + (1 - decay) * peak * mean_W
-        self._second_WW = decay * self._second_WW + (1 - decay) * peak.square() * second_WW
-        self._master = None
+        self._moments.follow(flat_NW)
 
     def _look_at(self, z: Tensor, key: Key, *, survey: bool) -> None:
         flat_NW, scales_N, codes = self._coded(z, key)
@@ -333,8 +240,8 @@ class Transform(ByteFormat):
         self._energy.zero_()
         runs = self._plan.runs
         return {
-            "rank": float(runs[-1][1] if runs else 0),
-            "most_bits": float(runs[0][2] if runs else 0),
+            "rank": float(runs[-1].end),
+            "most_bits": float(runs[0].bits),
             "reconstruction_error": math.sqrt(lost / whole) if whole else 0.0,
             **self._survey.shares(),
         }
@@ -342,47 +249,20 @@ class Transform(ByteFormat):
     # -- state ----------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
-        if not self.has_started:
-            return {}
-        return {"mean": self._mean_W, "second": self._second_WW, "updates": self._updates}
+        return self._moments.state() if self.has_started else {}
 
     def state_layout(self, shape: tuple[int, ...], completed: int) -> dict[str, Tensor]:
-        return self._layout(shape[-1]) if completed else {}
-
-    def _layout(self, width: int) -> dict[str, Tensor]:
-        shapes = {"mean": (width,), "second": (width, width), "updates": (1,)}
-        return {name: torch.empty(shape, dtype=torch.float64, device="meta") for name, shape in shapes.items()}
+        return self._moments.layout(shape[-1]) if completed else {}
 
     def check_state_tensors(self, state: Mapping[str, Tensor]) -> None:
-        if not state:
-            return
-        layout = self._layout(state["mean"].numel() if "mean" in state else 1)
-        if sorted(state) != sorted(layout):
-            raise CodecError(f"the state of a transform is {list(layout)}, but was given {sorted(state)!r:.200}")
-        for name, wanted in layout.items():
-            found = state[name]
-            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-                shown = f"{list(found.shape)} {found.dtype}, wanted {list(wanted.shape)} {wanted.dtype}"
-                raise CodecError(f"the state of a transform: '{name}' is {shown}")
-            if not bool(found.isfinite().all()):
-                raise CodecError(f"the state of a transform: '{name}' has a value that is not finite")
-        if bool((state["updates"] < 0).any()):
-            raise CodecError("the state of a transform: 'updates' is below 0")
+        if state:
+            self._moments.check(state)
 
     def load_state_tensors(self, state: Mapping[str, Tensor]) -> None:
         """As the base class says; the table that was in use has to follow (`use_table`)."""
-        self.check_state_tensors(state)
-        self._reset()
         if state:
-            self._mean_W, self._second_WW, self._updates = (
-                state[name].to("cpu", copy=True, memory_format=torch.contiguous_format)
-                for name in ("mean", "second", "updates")
-            )
+            self._moments.load(state)
+        else:
+            self._moments.reset()
         self._plan = None
-
-
-def _bits(codes_NR: Tensor, bits: int) -> np.ndarray:
-    """(N, R * bits) of zeros and ones, lowest first."""
-    codes = codes_NR.cpu().numpy()
-    bits_NRB = codes[:, :, None] >> np.arange(bits, dtype=np.uint8) & 1
-    return bits_NRB.reshape(len(codes), codes.shape[1] * bits)
+        self._energy.zero_()

@@ -164,10 +164,10 @@ def test_the_rank_follows_what_is_sent() -> None:
 
 def test_a_mean_costs_nothing() -> None:
     lost = []
-    for mean in (0.0, 30.0):
+    for mean in (0.0, 30.0, 3000.0):
         z = tokens(torch.ones(16), mean=mean)
         lost.append((round_trip(following(Transform(bits=24), z), z) - z).norm().item())
-    assert lost[1] == pytest.approx(lost[0], rel=0.02)
+    assert lost[1:] == pytest.approx(lost[:1] * 2, rel=0.03)
 
 
 def test_it_follows_what_changes() -> None:
@@ -205,7 +205,7 @@ def test_a_table_that_was_shipped_in_few_bits_may_be_out_of_order() -> None:
     z = tokens(torch.tensor([0.2, 3.0, 1.0, 0.0]), 64)
     fmt = following(Transform(bits=7), z)
     in_order, table = fmt.pack(z, key()), fmt.master.clone()
-    table[4, -1] = -1e-3
+    table[4, -1] = -1.0
     fmt.use_table(torch.cat([table[:1], table[[3, 1, 4, 2]]]))
     assert fmt.pack(z, key()) == in_order
 

@@ -271,10 +271,10 @@ class MaplCodec(Codec):
     and half a byte for its scale; gradients rotated at random before that (docs/results.md).
 
     r: rank, the numbers a token on the wire. `auto`: what a budget affords. The projection keeps a coordinate for
-        every 3 bits of `bits` (and no more than the width has), and each direction of each boundary gives those that
+        every 3 bits of `bits`, and each direction of each boundary gives those that
         matter more bits and those that do not fewer, or none (`compress.transform`). A wider one at the same bits
         trains worse (docs/results.md).
-    bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte (0: 96).
+    bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte; `auto`: 96.
     anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
     pairs: rows that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none.
     context, ce, ch: how many of the last tokens a small network beside the anchors looks at (0: there is none), with ce
@@ -297,7 +297,7 @@ class MaplCodec(Codec):
     def __init__(
         self,
         r: int | Literal["auto"] = 32,
-        bits: int = 0,
+        bits: int | Literal["auto"] = "auto",
         anchors: Kind = "full",
         ar: int = 0,
         pairs: int = 0,
@@ -315,23 +315,20 @@ class MaplCodec(Codec):
     ) -> None:
         for fault, bad, wanted in (
             (f"r={r}", r != "auto" and r < 1, "at least 1"),
-            (
-                f"bits={bits}",
-                bits < 0 if r == "auto" else bits != 0,
-                "at least 1" if r == "auto" else "left out; it is for r=auto",
-            ),
+            (f"bits={bits}", bits != "auto" and bits < 1, "at least 1"),
+            (f"bits={bits}", bits != "auto" and r != "auto", "left out; it is for r=auto"),
             (f"every={every}", every < 1, "at least 1"),
             (f"lr={lr:g}", lr <= 0, "above 0; projector=fixed learns nothing"),
             (f"beta={beta:g}", not 0 <= beta < 1, "at least 0 and below 1"),
         ):
             if bad:
                 raise CodecError(f"codec 'mapl': {fault} has to be {wanted}")
+        self._affords = "bits" if r == "auto" else "r"  # what to lower where the rank is too large
         if r == "auto":
-            bits = bits or USUAL_BITS
-        self._rank = -(-bits // BITS_A_NUMBER) if r == "auto" else r
-        self._follows = r == "auto"
-        if bits:
-            self.default_forward = self.default_backward = f"transform:bits={bits}"
+            budget = USUAL_BITS if bits == "auto" else bits
+            r = -(-budget // BITS_A_NUMBER)
+            self.default_forward = self.default_backward = f"transform:bits={budget}"
+        self._rank = r
         self.known = AnchorOptions(
             anchors=anchors,
             rank=ar or self._rank,
@@ -350,7 +347,7 @@ class MaplCodec(Codec):
         self.rate, self.beta = lr, beta
 
     def check(self, width: int) -> None:
-        rank, lower = self._rank, "bits" if self._follows else "r"
+        rank, lower = self._rank, self._affords
         if rank > width:
             raise CodecError(f"codec 'mapl': r={rank} is above the model's width {width}; lower {lower}")
         if self.projector == "grassmann" and rank == width:

@@ -244,8 +244,8 @@ def test_mapl_with_a_rank_that_follows() -> None:
     with pytest.raises(CodecError, match="r=18 is above the model's width 16; lower bits"):
         codec.codec.check(16)
     assert parse_codec("mapl:r=auto").forward.body_bytes((1000, 32)) == 2 + 500 + 12000
-    with pytest.raises(CodecError, match="bits=-4 has to be at least 1"):
-        parse_codec("mapl:r=auto,bits=-4")
+    with pytest.raises(CodecError, match="bits=0 has to be at least 1"):
+        parse_codec("mapl:r=auto,bits=0")
     with pytest.raises(CodecError, match="bits=9 has to be left out"):
         parse_codec("mapl:bits=9")
 

@@ -2,9 +2,10 @@
 
 The node that packs owns the codebook and learns it: the upstream node that of activations, the downstream node that of
 gradients. Every tensor of training brings a change of it, of a fixed number of entries
-(`protocol.dictionary_selection`), and is coded with the table that this change leads to; then the owner learns from the
-tensor. From the first tensor of all the table is made before it is packed, and it brings the whole table. Tensors of an
-evaluation are only packed: they name the version in use, change nothing, and the owner does not learn from them.
+(`protocol.dictionary_selection`), or only the first one of some steps, where a table has to go whole. A tensor is coded
+with the table that its change leads to; then the owner learns from it. From the first tensor of all the table is made
+before it is packed, and it brings the whole table. Tensors of an evaluation are only packed: they name the version in
+use, change nothing, and the owner does not learn from them.
 
 Why a change with each tensor and not the whole codebook each step: with 4,096 entries of 8 numbers the latter is 8 to
 32 bytes a token at 4,096 tokens a step, as much as the tensors themselves (MAPL, arXiv 2606.05484, streams for that

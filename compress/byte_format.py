@@ -97,6 +97,20 @@ class LearnedTable:
     delay: int = 0  # steps between a step of the table and the first one whose messages are coded with it
 
 
+def check_layout(what: str, state: Mapping[str, Tensor], layout: Mapping[str, Tensor]) -> None:
+    """Raises CodecError for tensors that are not finite, or not those of `layout` by name, shape and dtype. what: whose
+    state."""
+    if sorted(state) != sorted(layout):
+        raise CodecError(f"the state of {what} is {list(layout)}, but was given {sorted(state)!r:.200}")
+    for name, wanted in layout.items():
+        found = state[name]
+        if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
+            shown = f"{list(found.shape)} {found.dtype}, wanted {list(wanted.shape)} {wanted.dtype}"
+            raise CodecError(f"the state of {what}: '{name}' is {shown}")
+        if not bool(found.isfinite().all()):
+            raise CodecError(f"the state of {what}: '{name}' has a value that is not finite")
+
+
 def without_table(what: object) -> CodecError:
     return CodecError(f"{type(what).__name__} has no learned table")
 

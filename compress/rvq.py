@@ -54,7 +54,7 @@ from .hadamard import rotate, rotate_back
 from .kmeans import Learner
 from .registry import register_format
 from .residual_codebooks import Codebooks, CodebookShape, Coded
-from .token_scales import ScaleKind, token_scales
+from .token_scales import ScaleKind, root_mean_squares, token_scales, whole_tokens
 
 _POLICIES: dict[str, Policy] = {name: name for name in cast("tuple[Policy, ...]", get_args(Policy))}
 MAX_CODES, MAX_LEVELS, MAX_DIVISOR = 2**16, 16, 2**16
@@ -208,12 +208,7 @@ class Rvq(ByteFormat):
         values_NW = books.decode(codes_LNG).view(tokens, width).mul_(scales_N.to(where).unsqueeze(1))
         if self._hadamard:
             values_NW = rotate_back(values_NW, self.needed(key))
-        values = values_NW.view(shape).to(device=device, dtype=dtype)
-        if not is_finite(values):
-            index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
-            scale = scales_N[index].item()
-            raise CodecError(f"rvq payload's token {index} is not finite in {dtype}; its scale is {scale}")
-        return values
+        return whole_tokens(values_NW, scales_N, shape=shape, dtype=dtype, device=device)
 
     def _searched(self, z: Tensor, key: Key) -> _Search:
         """`z` coded with the table in use."""
@@ -228,14 +223,11 @@ class Rvq(ByteFormat):
         flat_NW = z.to(torch.float32).reshape(tokens, width)
         if self._hadamard and is_finite(flat_NW):
             flat_NW = rotate(flat_NW, key)
-        peaks_N1 = flat_NW.abs().amax(dim=1, keepdim=True)
-        if not is_finite(peaks_N1):
+        rms_N = root_mean_squares(flat_NW)
+        if not is_finite(rms_N):
             raise refusal(self, z, flat_NW, key)
-        x_NW = flat_NW / peaks_N1.clamp(min=MIN_SCALE)  # before squares, which would overflow
-        rms_N1 = x_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
-        rms_N1.clamp_(min=MIN_SCALE).masked_fill_(peaks_N1 == 0, 0.0)  # a product may have been flushed
-        scales_N = self._scales.rounded(rms_N1.squeeze(1))
-        torch.div(flat_NW, scales_N.clamp(min=MIN_SCALE).unsqueeze(1), out=x_NW)
+        scales_N = self._scales.rounded(rms_N)
+        x_NW = flat_NW / scales_N.clamp(min=MIN_SCALE).unsqueeze(1)
         x_NGD = x_NW.view(tokens, self.grid.groups, width // self.grid.groups)
         return x_NGD, scales_N
 

@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .byte_format import CodecError
+from .byte_format import CodecError, check_layout
 from .float_formats import MIN_SCALE
+from .kmeans import young_decay
 from .principal_components import principal
 
-_UPDATES_MAX = 2.0**24
 _PARTS = ("mean", "second", "updates")
 
 
@@ -55,8 +55,8 @@ class TokenMoments:
         around_NW = x_NW - mean_W
         mean_W, around_WW = (each.to(torch.float64) for each in (mean_W, around_NW.mT @ around_NW / tokens))
         count = self.updates.item()
-        decay = min(self._decay, (1 + count) / (10 + count)) if count else 0.0
-        self.updates = torch.tensor([min(count + 1, _UPDATES_MAX)], dtype=torch.float64)
+        decay = young_decay(self._decay, count) if count else 0.0
+        self.updates = torch.tensor([count + 1], dtype=torch.float64)
         self.mean = decay * self.mean + (1 - decay) * peak * mean_W
         self.second = decay * self.second + (1 - decay) * peak**2 * (around_WW + torch.outer(mean_W, mean_W))
         self._table = None
@@ -87,16 +87,7 @@ class TokenMoments:
 
     def check(self, state: Mapping[str, Tensor]) -> None:
         """Raises CodecError for tensors that cannot be a state."""
-        layout = self.layout(state["mean"].numel() if "mean" in state else 1)
-        if sorted(state) != sorted(layout):
-            raise CodecError(f"the state of a transform is {list(layout)}, but was given {sorted(state)!r:.200}")
-        for name, wanted in layout.items():
-            found = state[name]
-            if (found.shape, found.dtype) != (wanted.shape, wanted.dtype):
-                shown = f"{list(found.shape)} {found.dtype}, wanted {list(wanted.shape)} {wanted.dtype}"
-                raise CodecError(f"the state of a transform: '{name}' is {shown}")
-            if not bool(found.isfinite().all()):
-                raise CodecError(f"the state of a transform: '{name}' has a value that is not finite")
+        check_layout("a transform", state, self.layout(state["mean"].numel() if "mean" in state else 1))
         if bool((state["updates"] < 0).any()):
             raise CodecError("the state of a transform: 'updates' is below 0")
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .byte_format import CodecError
+from .byte_format import CodecError, is_finite
 from .float_formats import MAX_SCALE_BITS, MIN_SCALE, MIN_SCALE_BITS, bf16_value
 
 ScaleKind = Literal["bf16", "log8", "log4"]
@@ -32,6 +32,27 @@ MAX_SCALE = torch.finfo(torch.bfloat16).max
 # Far enough above the smallest normal number that no step below it is subnormal, which some processors flush.
 _SMALLEST_TOP, _SMALLEST_TOP_BITS = 2.0**-94, (127 - 94) << 7
 _EIGHTHS = tuple(np.float32(2.0 ** (-part / 8)) for part in range(8))  # of an octave, down
+
+
+def root_mean_squares(x_NW: Tensor) -> Tensor:
+    """Of each token (N,), for `TokenScales.rounded`; x_NW: fp32. 0 of zeros, else at least 2^-126; not finite where one
+    of the token's numbers is not."""
+    peaks_N1 = x_NW.abs().amax(dim=1, keepdim=True)
+    parts_NW = x_NW / peaks_N1.clamp(min=MIN_SCALE)  # before squares, which would overflow
+    rms_N1 = parts_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
+    # A product may have been flushed.
+    return rms_N1.clamp_(min=MIN_SCALE).masked_fill_(peaks_N1 == 0, 0.0).squeeze(1)
+
+
+def whole_tokens(
+    values_NW: Tensor, scales_N: Tensor, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+) -> Tensor:
+    """What was unpacked, as the tensor that it was. Raises CodecError for a token that is not finite in `dtype`."""
+    values = values_NW.view(shape).to(device=device, dtype=dtype)
+    if not is_finite(values):
+        index = int((~values.view(values_NW.shape).isfinite().all(dim=1)).nonzero()[0])
+        raise CodecError(f"the payload's token {index} is not finite in {dtype}; its scale is {scales_N[index].item()}")
+    return values
 
 
 class TokenScales(ABC):

@@ -44,7 +44,7 @@ from .coordinate_codes import CoordinatePlan
 from .float_formats import MIN_SCALE, refusal
 from .registry import register_format
 from .token_moments import TokenMoments
-from .token_scales import ScaleKind, token_scales
+from .token_scales import ScaleKind, root_mean_squares, token_scales, whole_tokens
 
 
 @register_format
@@ -165,13 +165,7 @@ class Transform(ByteFormat):
             raise CodecError("transform payload has bits behind its last code; zeros fill it up")
         codes = plan.unpacked(stream[:count].reshape(tokens, self.bits(width)))
         values_NW = self._values(plan, codes, scales_N.to(plan.mean_W.device))
-        values = values_NW.view(shape).to(device=device, dtype=dtype)
-        if not is_finite(values):
-            index = int((~values.view(tokens, width).isfinite().all(dim=1)).nonzero()[0])
-            raise CodecError(
-                f"transform payload's token {index} is not finite in {dtype}; its scale is {scales_N[index].item()}"
-            )
-        return values
+        return whole_tokens(values_NW, scales_N, shape=shape, dtype=dtype, device=device)
 
     def _values(self, plan: CoordinatePlan, codes: list[Tensor], scales_N: Tensor) -> Tensor:
         """The tokens (N, W), fp32, that these codes stand for."""
@@ -184,13 +178,10 @@ class Transform(ByteFormat):
         plan = self._in_use(width)
         flat_NW = z.to(torch.float32).reshape(tokens, width)
         apart_NW = flat_NW - plan.mean_W
-        peaks_N1 = apart_NW.abs().amax(dim=1, keepdim=True)
-        if not is_finite(peaks_N1):
+        rms_N = root_mean_squares(apart_NW)
+        if not is_finite(rms_N):
             raise refusal(self, z, apart_NW, key)
-        x_NW = apart_NW / peaks_N1.clamp(min=MIN_SCALE)  # before squares, which would overflow
-        rms_N1 = x_NW.square().mean(dim=1, keepdim=True).sqrt_().mul_(peaks_N1)
-        rms_N1.clamp_(min=MIN_SCALE).masked_fill_(peaks_N1 == 0, 0.0)
-        scales_N = self._scales.rounded(rms_N1.squeeze(1))
+        scales_N = self._scales.rounded(rms_N)
         codes = plan.codes(apart_NW / scales_N.clamp(min=MIN_SCALE).unsqueeze(1))
         return flat_NW, scales_N, codes
 

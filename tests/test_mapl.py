@@ -17,7 +17,8 @@ import torch
 from thinpipe.compress.anchors import Anchors
 from thinpipe.compress.byte_format import CodecError
 from thinpipe.compress.codec_interface import BoundaryContext, StageContext
-from thinpipe.compress.mapl import MaplCodec, MaplDecoder, MaplEncoder
+from thinpipe.compress.mapl import MaplCodec
+from thinpipe.compress.mapl_halves import MaplDecoder, MaplEncoder
 from thinpipe.node.boundary.learned_tables import TableOwner, TableReplica, gradient_due
 from thinpipe.node.config import ConfigError, RunConfig
 from thinpipe.node.local import run_local

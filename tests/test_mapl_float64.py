@@ -30,7 +30,8 @@ import torch
 from thinpipe.compress import anchors as anchors_module
 from thinpipe.compress.anchors import Anchors
 from thinpipe.compress.codec_interface import BoundaryContext, Decoder, Encoder
-from thinpipe.compress.mapl import MaplCodec, MaplEncoder
+from thinpipe.compress.mapl import MaplCodec
+from thinpipe.compress.mapl_halves import MaplEncoder
 from thinpipe.compress.registry import parse_codec
 from thinpipe.node.config import RunConfig
 from thinpipe.node.model import partition

@@ -270,7 +270,7 @@ class TestRefusals:
             ({"sums": torch.zeros(2, 2, 5, 0)}, r"wanted \[2, 2, 5, 1\]"),
             ({"sums": torch.zeros(())}, "'sums' is"),
             ({"updates": torch.zeros((), dtype=torch.int64)}, "'updates' is .* torch.int64"),
-            ({"counts": torch.full((2, 2, 5), -1.0)}, "'counts' has a value that no count or sum has"),
+            ({"counts": torch.full((2, 2, 5), -1.0)}, "'counts' has a count below 0"),
             ({"sums": torch.full((2, 2, 5, 4), math.nan)}, "'sums' has a value"),
         ],
     )

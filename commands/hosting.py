@@ -174,7 +174,8 @@ def node(
     if line := recommended_line(settings):
         print(line)
     from ..node.addresses import ListenError, lateral_addresses
-    from ..node.node_process import Addresses, NodeError, NodeOptions, check_input, run_node
+    from ..node.node_options import Addresses, NodeOptions
+    from ..node.node_process import NodeError, check_input, run_node
     from ..node.run_directory import LocalRunError, writable
     from ..node.security.key_directory import KeysError
     from ..node.security.policy import choose
@@ -247,7 +248,8 @@ def _join(
         fail(str(error), error.exit_code)
     except (ConfigError, KeysError, ListenError, StageTaken) as error:
         fail(str(error), 2)
-    from ..node.node_process import Addresses, NodeError, NodeOptions, run_node
+    from ..node.node_options import Addresses, NodeOptions
+    from ..node.node_process import NodeError, run_node
 
     how["resume"] = joined.resume or how["resume"]
     chosen = NodeOptions(

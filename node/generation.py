@@ -1,35 +1,141 @@
-"""What one generation of a stage is made of, apart from its training loop: links, the calls of those, an end.
+"""Generations of one stage: what one is made of, how it begins, how it is broken off.
 
-A generation is a stretch of the run in which each stage is one fixed process. All that is here lives no longer than
-that; what does is in `node.recovery_loop`, which decides when one begins and when it is broken off.
+A generation is a stretch of the run in which each stage is one fixed process. Its links, its training loop and that
+loop's threads are made anew for each and live no longer; what does is in `node.recovery_loop`, which decides when one
+begins and when it is broken off.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..protocol.greeting import NodeIdentity
 from ..protocol.grid_place import GridPlace
 from ..protocol.group_chain import GroupChain
-from ..protocol.rollback_actions import Side
+from ..protocol.rollback_actions import Side, Start
 from .boundary.endpoints import BoundaryShape
+from .chain_neighbours import Links
 from .config import RunConfig
 from .context.context_links import context_links, parts_of
 from .context.context_parts import ContextParts
 from .context.link_transport import LinkTransport
+from .data import Corpus
+from .lanes.held_rounds import HeldRounds
 from .link_settings import make_link
 from .links.link import Link
 from .receive_deadline import ReceiveDeadline
-from .run_records import Tracer
+from .run_records import MetricsWriter, Tracer
 from .run_totals import RunTotals
 from .stage import Stage
 from .training_loop import TrainingLoop
-from .worker_thread import Reporter
+from .worker_thread import Reporter, Worker
 
 Dial = Callable[[Link], Coroutine[Any, Any, None]]
+
+
+class Generations:
+    """Those of one stage, one after the other; between two of them there is none.
+
+    identity: this node's, of whatever generation. dial: keeps a link to the stage below, or to a lower lane, connected;
+    `link_above` and the links of `context` are what a listener serves. sent: the accounts that links to neighbours go
+    on with. on_completed, on_met: as of `TrainingLoop`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        identity: NodeIdentity,
+        *,
+        dial: Dial | None,
+        sent: Mapping[Side, Counter[str]],
+        deadline: ReceiveDeadline,
+        metrics: MetricsWriter,
+        tracer: Tracer,
+        on_fault: Reporter,
+        on_completed: Callable[[Worker, int], Awaitable[None]],
+        on_met: Callable[[], None],
+    ) -> None:
+        self.node: TrainingLoop | None = None
+        self.training: asyncio.Task[None] | None = None
+        self.link_above: Link | None = None
+        self.context: LinkTransport | None = None
+        self._config, self._identity, self._dial, self._sent = config, identity, dial, sent
+        self._sent_to_lanes: defaultdict[int, Counter[str]] = defaultdict(Counter)  # keys and values
+        self._deadline, self._metrics, self._tracer, self._on_fault = deadline, metrics, tracer, on_fault
+        self._on_completed, self._on_met = on_completed, on_met
+        self._totals = RunTotals()
+
+    @property
+    def links(self) -> Links:
+        """Those of the boundaries in this generation."""
+        return {"above": self.node.above, "below": self.node.below} if self.node else {}
+
+    def begin(
+        self, stage: Stage, start: Start, *, last: int | None, corpus: Corpus | None, rounds: HeldRounds | None
+    ) -> None:
+        """Train in this generation, in the background, until `last` steps are completed (None: all)."""
+        config, tracer = self._config, self._tracer
+        identity = replace(self._identity, generation=start.generation)
+        above, below = links_of(config, stage, identity, start.members, tracer=tracer, sent=self._sent)
+        self.context = context_of(
+            config,
+            stage,
+            identity,
+            start.members,
+            tracer=tracer,
+            sent=self._sent_to_lanes,
+            deadline=self._deadline,
+            on_fault=self._on_fault,
+            totals=self._totals,
+        )
+        self.node = TrainingLoop(
+            config,
+            stage,
+            above=above,
+            below=below,
+            corpus=corpus,
+            metrics=self._metrics,
+            tracer=tracer,
+            on_fault=self._on_fault,
+            generation=start.generation,
+            on_completed=self._on_completed,
+            totals=self._totals,
+            deadline=self._deadline,
+            last=last,
+            rounds=rounds,
+            on_met=self._on_met,
+            context=self.context,
+        )
+        self.link_above = above
+        work = _train(self.node, self._dial, last_word_s=config.link.greeting_timeout_s)
+        self.training = asyncio.create_task(work)
+
+    def ended(self) -> None:
+        """The training ended by itself. Raises what it ended with."""
+        assert self.training
+        training, self.training = self.training, None
+        training.result()
+
+    async def break_off(self) -> None:
+        """Nothing of the generation moves any more, in any thread."""
+        node, self.node = self.node, None
+        training, self.training = self.training, None
+        self.link_above = self.context = None
+        if node is None:
+            return
+        for link in node.links:
+            link.abandon()
+            self._totals.close(link)
+        if training:
+            training.cancel()
+            await asyncio.gather(training, return_exceptions=True)
+        node.close()
+        await asyncio.to_thread(node.join)
+        self._totals.watch.take()
 
 
 def links_of(
@@ -95,7 +201,7 @@ def context_of(
     )
 
 
-async def train(node: TrainingLoop, dial: Dial | None, *, last_word_s: float) -> None:
+async def _train(node: TrainingLoop, dial: Dial | None, *, last_word_s: float) -> None:
     """Run the loop, and beside it the calls to the stage below and to lower lanes, for which there is time to end after
     the goodbyes."""
     called = [link for link in node.links if link.dials]
@@ -109,16 +215,3 @@ async def train(node: TrainingLoop, dial: Dial | None, *, last_word_s: float) ->
         for call in calls:
             call.cancel()
     return None
-
-
-async def break_off(node: TrainingLoop, training: asyncio.Task[None] | None, totals: RunTotals) -> None:
-    """Nothing of it moves any more, in any thread."""
-    for link in node.links:
-        link.abandon()
-        totals.close(link)
-    if training:
-        training.cancel()
-        await asyncio.gather(training, return_exceptions=True)
-    node.close()
-    await asyncio.to_thread(node.join)
-    totals.watch.take()

@@ -22,12 +22,12 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import node_process, preparation
+from thinpipe.node import node_run, preparation
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import Corpus
 from thinpipe.node.model import architecture_digest, check_sliceable
-from thinpipe.node.node_process import Addresses, NodeOptions
+from thinpipe.node.node_options import Addresses, NodeOptions
 from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.run_records import MetricsWriter, Tracer
 from thinpipe.node.stage import Stage
@@ -250,7 +250,7 @@ class Cluster:
 
         options = NodeOptions(out=self.out, resume=joining)
         tracer = Tracer(stage=stage, enabled=False)
-        node = node_process._run(self.config, stage, addresses, options, metrics, tracer, on_fault)
+        node = node_run.run_stage(self.config, stage, addresses, options, metrics, tracer, on_fault)
         process.task = self._loop.create_task(self._serve(process, node, metrics), context=process.context)
 
     async def _serve(self, process: Process, node: Any, metrics: MetricsWriter) -> None:
@@ -615,30 +615,28 @@ def run_to_failure(
 @contextmanager
 def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
     """Everything that stands in for threads, gRPC and disks, for as long as this lasts."""
-    prepare, prepare_corpus = node_process.prepare, node_process.prepare_corpus
+    prepare, prepare_corpus = node_run.prepare, node_run.prepare_corpus
     corpus = prepare_corpus(cluster.config)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         workers = without_threads(patch)
         cluster.network.stand_in(patch)
         patch.setattr(os, "fsync", cluster.fsync)
-        patch.setattr(
-            node_process, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named))
-        )
-        patch.setattr(node_process, "CheckpointStore", cluster.store)
+        patch.setattr(node_run, "RecoveryLoop", lambda *given, **named: cluster.adopt(RecoveryLoop(*given, **named)))
+        patch.setattr(node_run, "CheckpointStore", cluster.store)
 
         def open_text(config: RunConfig, kept: Path | None) -> Any:
             return open_corpus(prepare_corpus(config, kept=kept) if kept else corpus)
 
-        patch.setattr(node_process, "open_text", open_text)
-        patch.setattr(node_process, "until_signal", _until_drained)
+        patch.setattr(node_run, "open_text", open_text)
+        patch.setattr(node_run, "until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
         def watched(config: RunConfig, stage: int, lane: int) -> tuple[Stage, str]:
             built, digest = prepare(config, stage, lane)
             return cluster.watch(built), digest
 
-        patch.setattr(node_process, "prepare", watched)
+        patch.setattr(node_run, "prepare", watched)
         torch.set_num_threads(1)  # as a node's own thread does
         try:
             yield

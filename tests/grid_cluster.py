@@ -22,10 +22,10 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import node_process, preparation
+from thinpipe.node import node_run, preparation
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import Corpus
-from thinpipe.node.node_process import Addresses, NodeOptions
+from thinpipe.node.node_options import Addresses, NodeOptions
 from thinpipe.node.recomputed_run import Recomputation, recompute
 from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.run_records import MetricsWriter, Tracer
@@ -155,7 +155,7 @@ class GridCluster:
         options = NodeOptions(out=home, run=self.out, lane=lane, resume=joining)
         tracer = Tracer(stage=stage, enabled=False)
         config = self._config_of(place)
-        node = partial(node_process._run, config, stage, addresses, options, metrics, tracer, on_fault)
+        node = partial(node_run.run_stage, config, stage, addresses, options, metrics, tracer, on_fault)
         process.task = self._loop.create_task(self._serve(place, process, node, metrics), context=process.context)
         process.task.add_done_callback(lambda _: metrics.close())  # one that is killed at once does not begin
         self.network.notify()
@@ -305,7 +305,7 @@ def run_grid(
 @contextmanager
 def _stand_in(grid: GridCluster) -> Iterator[Corpus]:
     """For threads, gRPC and disks, for as long as this lasts."""
-    prepare_corpus = node_process.prepare_corpus
+    prepare_corpus = node_run.prepare_corpus
     corpus = prepare_corpus(grid.config)
     threads = torch.get_num_threads()
 
@@ -319,9 +319,9 @@ def _stand_in(grid: GridCluster) -> Iterator[Corpus]:
         workers = without_threads(patch)
         grid.network.stand_in(patch)
         patch.setattr(os, "fsync", lambda _: None)
-        patch.setattr(node_process, "RecoveryLoop", adopted)
-        patch.setattr(node_process, "open_text", lambda config, kept: prepare_corpus(config, kept=kept))
-        patch.setattr(node_process, "until_signal", _until_drained)
+        patch.setattr(node_run, "RecoveryLoop", adopted)
+        patch.setattr(node_run, "open_text", lambda config, kept: prepare_corpus(config, kept=kept))
+        patch.setattr(node_run, "until_signal", _until_drained)
         patch.setattr(preparation, "check_sliceable", _check_sliceable)
         torch.set_num_threads(1)
         try:

@@ -46,7 +46,8 @@ from thinpipe.node.discovery.rendezvous import (
 from thinpipe.node.discovery.shared_config import agreed, shareable, verified
 from thinpipe.node.discovery.status import as_figures, status_table
 from thinpipe.node.links.transport import serving
-from thinpipe.node.node_process import Addresses, NodeError, NodeOptions, run_node
+from thinpipe.node.node_options import Addresses, NodeOptions
+from thinpipe.node.node_process import NodeError, run_node
 from thinpipe.node.probing.reach import reachable
 from thinpipe.node.security.key_directory import KeysError, clock, init, issue, load
 from thinpipe.node.security.policy import PLAIN, Security

@@ -299,6 +299,6 @@ def _current(record: NodeRecord, recovery_loop: RecoveryLoop, tokens_per_s: floa
         state=NodeState.TRAINING if training else NodeState.WAITING,
         generation=machine.generation,
         completed_steps=machine.completed,
-        committed_steps=recovery_loop.committed,
+        committed_steps=recovery_loop.states.committed,
         tokens_per_s=tokens_per_s if training else 0.0,
     )

@@ -6,7 +6,7 @@ Trains `mapl` with context at the settings of `quality.py --preset compute-optim
 library's source, keeps what is packed in the ten steps from `--step` on, four microbatches each, and codes it with each
 format: codebooks learn from all tensors but the last, which is what the figures are of. Prints a Markdown table. So
 formats are held beside each other on the same numbers; that one loses less of them does not say that it trains better
-(docs/results.md).
+(docs/results/loss.md).
 """
 
 from __future__ import annotations

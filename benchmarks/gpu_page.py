@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py found, as the tables that docs/results.md has."""
+"""What benchmarks/gpu.py found, as the tables that docs/results/throughput.md has."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ directions of a token and never the weak ones: a small error, and always the sam
 directions u (eigenvectors of XᵀX, W of them) are looked at one by one. Of a direction, uᵀXᵀX̂u / uᵀXᵀXu arrives: 1 if
 all of it does, whatever noise there is beside it. `kept_strongest` and `kept_weakest` are the two ends. Where the
 weakest is near 0 the other end never sees that direction: a gradient without it does not train what lies above
-(docs/results.md).
+(docs/results/loss.md).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class _Blockwise(Feedback):
 
     centre: the mean of each of the W numbers of a token, over the tensor's tokens, goes ahead in bf16 (2 W bytes a
     tensor), and what is coded is the distance from it. Half of the energy of projected activations is their mean
-    (docs/results.md); gradients have none.
+    (docs/results/loss.md); gradients have none.
 
     hadamard: each token, or what is left of it without the mean, is rotated before it is coded (`compress.hadamard`),
     and back behind it; the signs come from the key at both ends. It spreads outliers, and costs no byte.

@@ -37,7 +37,7 @@ from .stiefel import longest_step
 
 # int4 changes would leave the shipped projector 5e-4 off orthonormal at the usual rates, int8 ones 4e-5.
 DeltaFormat = Literal["fp64", "fp32", "bf16", "int8"]
-BITS_A_NUMBER, USUAL_BITS = 3, 96  # of r=auto: about what the best recipes have (docs/results.md)
+BITS_A_NUMBER, USUAL_BITS = 3, 96  # of r=auto: about what the best recipes have (docs/results/loss.md)
 
 
 @register_codec
@@ -46,12 +46,12 @@ class MaplCodec(Codec):
 
     That is: an eighth of the width of `tiny` (at other widths give r), full anchors that know the context, no token
     table (which they make up for), a projector that moves every 16th step, and codebooks both ways, 3 bits a number
-    and half a byte for its scale; gradients rotated at random before that (docs/results.md).
+    and half a byte for its scale; gradients rotated at random before that (docs/results/loss.md).
 
     r: rank, the numbers a token on the wire. `auto`: what a budget affords. The projection keeps a coordinate for
         every 3 bits of `bits`, and each direction of each boundary gives those that
         matter more bits and those that do not fewer, or none (`compress.transform`). A wider one at the same bits
-        trains worse (docs/results.md).
+        trains worse (docs/results/loss.md).
     bits: with `r=auto`, of a token, in each direction at each boundary, beside its scale of half a byte; `auto`: 96.
     anchors, ar: kind and rank of a stage's anchors (ar=0: as r).
     pairs: rows that they also learn for hashes of a token and the one before it, up to 2^24; 0 for none.

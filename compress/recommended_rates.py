@@ -1,8 +1,8 @@
 """Optimizer settings that suit a codec: names and numbers, which whoever trains may take or leave.
 
 The learning rate decides more than the codec does: at dense training's rates `mapl` ends 6 % above its own best loss
-(docs/results.md, "Learning rates, swept alike"). So a codec says which rates it was found to train best with, and a
-setting that the user left alone takes its value from here (`node.config`). What the user sets always wins.
+(docs/results/short-runs.md, "Learning rates, swept alike"). So a codec says which rates it was found to train best
+with, and a setting that the user left alone takes its value from here (`node.config`). What the user sets always wins.
 
 Why a module of its own, without torch: every process that reads a run's settings asks, and some of them (a supervisor,
 a place to meet) stay for days and have no other use for torch. Why not options of the codec: the rates are the

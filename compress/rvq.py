@@ -19,7 +19,7 @@ codebook of their own, which lives where they are packed.
 
 What the nearest row loses is no noise: few rows in many dimensions know the strong directions and never the weak ones.
 A gradient that lacks the same directions at every step, at every boundary again, fails to train what lies above
-(measured: docs/results.md), and Muon, which makes all directions of an update equally long, puts noise into their
+(measured: docs/results/loss.md), and Muon, which makes all directions of an update equally long, puts noise into their
 place. `hadamard` rotates each token at random before it is coded (`compress.hadamard`): as much is lost, but of all
 directions alike. It is for gradients; activations lose more of what is strong in them.
 

@@ -5,9 +5,9 @@ A tensor (..., W) is N tokens of W numbers. From each token their mean is taken 
 coordinate is rounded to the levels that are best for a normal variable of its variance, with the number of bits that
 `compress.bit_allocation` gives it: B bits a token in all, more for the strongest coordinates and none for the weakest.
 So there is a rank, and it follows what is sent. It should not be left much to choose: with fewer bits a number, over a
-wider projection, the model trains worse (docs/results.md). (Huang & Schultheiss, 1963; Goyal, IEEE Signal Processing
-Magazine, 2001. For what crosses a pipeline's boundaries nearest is NSC-SL, arXiv 2602.02696, which cuts singular values
-and quantises the rest alike.)
+wider projection, the model trains worse (docs/results/loss.md). (Huang & Schultheiss, 1963; Goyal, IEEE Signal
+Processing Magazine, 2001. For what crosses a pipeline's boundaries nearest is NSC-SL, arXiv 2602.02696, which cuts
+singular values and quantises the rest alike.)
 
 What both ends must know is one table (W + 1, W + 1), which the end that packs owns: row 0 has the mean, row i the axis
 i and the standard deviation along it. It goes by the dictionary protocol, whole, with the first tensor of every

@@ -33,7 +33,8 @@ taken all forwards that the stage above must get rid of before it takes the next
 How deep pays: in the steady state, the round trip of one boundary at a time, and rtt_ratio is what it says. But a step
 begins with an empty pipeline, and its first gradient comes back to stage 0 after the round trips of all boundaries. A
 stage that has forwards left until then does not stand idle, so zb over slow links gains up to rtt_ratio times as many
-as there are boundaries (docs/results.md, "Stages cut by speed": 0.82 of the machines at 6, 0.91 at 15), for memory.
+as there are boundaries (docs/results/throughput.md, "Stages cut by speed": 0.82 of the machines at 6, 0.91 at 15), for
+memory.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ have fewer microbatches than a schedule would like to hold at stage 0, depths fa
 do not stop at all of them in several stages, as they may before a flush. GPipe, which holds all, overlaps so.
 
 PipeDream-2BW has no more microbatches in flight than a step has, and so two versions without a rule of its own. Over
-links that take time twice as many are worth their memory (docs/results.md, "Steps that overlap").
+links that take time twice as many are worth their memory (docs/results/plans.md, "Steps that overlap").
 
 A span ends with the pipeline empty (a *drain*), before an evaluation, a checkpoint or the run's end: only then is a
 stage's state that of so many steps and of nothing else. All stages have to know where.

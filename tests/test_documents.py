@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 ROOT = Path(__file__).resolve().parent.parent
 README_LINES_MAX = 150
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 # What typer raises for wrong usage, of which it does not export the name, and what the program makes of it.
 WRONG: tuple[type[BaseException], ...] = (typer.BadParameter.__mro__[1], typer.Exit, SystemExit)
@@ -144,6 +144,11 @@ def test_the_readme_is_one_page() -> None:
 def test_the_index_names_every_document_once() -> None:
     named = re.findall(r"^(?:\||-).*?\]\(([\w-]+\.md)\)", written(ROOT / "docs" / "README.md"), re.MULTILINE)
     assert Counter(named) == Counter(path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md")
+
+
+def test_the_results_name_every_page_of_theirs_in_their_table() -> None:
+    named = re.findall(r"^\| \[[^]]*\]\(results/([\w-]+\.md)\)", written(ROOT / "docs" / "results.md"), re.MULTILINE)
+    assert Counter(named) == Counter(path.name for path in (ROOT / "docs" / "results").glob("*.md"))
 
 
 def named_modules(text: str) -> list[str]:

@@ -35,7 +35,7 @@ def lanes(*arguments: str, machine: tuple[str, ...] = SMALL, count: int = 2) -> 
     return planned(*machine, "--lanes", str(count), *arguments)["lanes"]
 
 
-MEASURED = {  # docs/results.md, "Lanes over thin links": share of two lanes, bytes of averaging a token
+MEASURED = {  # docs/results/lanes-and-chunks.md: share of two lanes, bytes of averaging a token
     "outer:every=12,fragments=4,delay=2": (0.989, None),
     "outer:every=12,delay=3": (0.996, None),
     "outer:every=12": (0.866, None),

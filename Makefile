@@ -18,6 +18,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0 -e '.[dev]'
+	mkdir -p $(VENV)/checked && ln -sfn ../.. $(VENV)/checked/thinpipe  # for the types of benchmarks/
 	touch $@
 
 train: $(STAMP)

@@ -39,6 +39,7 @@ from typing import Any
 from averaging_crew import PeerFailed
 from averaging_rounds import Benchmark, shapes
 from averaging_table import lost_table, rounds_table
+from described import described
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from thinpipe.node.model.architecture import ModelError
@@ -67,9 +68,7 @@ PEERS_MAX = 8  # on the cores of one machine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = described(__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small tensors, two peers, one cap: under a minute")
     parser.add_argument("--peers", default="2,3")
     parser.add_argument("--caps", default="80mbit,300mbit", help="of each peer's link, both ways; no latency")

@@ -28,7 +28,7 @@ COMPRESSIONS: dict[str, tuple[type[compressions.CompressionBase], float]] = {  #
 }
 SEARCH_S = 20.0  # for a group; hivemind waits five for one that could be larger
 # hivemind 1.1.12 reads the length of a table by int() of an array of one number, which numpy 2.4 refuses.
-vars(quantization)["int"] = lambda value: value.item()
+quantization.__dict__["int"] = lambda value: value.item()
 
 
 class Hivemind(Tool):

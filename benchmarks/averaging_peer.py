@@ -16,7 +16,6 @@ What fails answers with `error`, which is what a user of the tool would see, and
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from typing import Any
 
 import torch
 import xxhash
+from described import described
 from torch import Tensor
 
 SCALE = 1e-3  # of what is averaged: about what a weight moves in a step
@@ -137,7 +137,7 @@ class Peer:
 
 def serve(make: Callable[[Place], Tool]) -> None:
     """The process: read commands until there are no more."""
-    parser = argparse.ArgumentParser(description=(sys.modules["__main__"].__doc__ or "").splitlines()[0])
+    parser = described(sys.modules["__main__"].__doc__)
     parser.add_argument("--lane", type=int, required=True)
     parser.add_argument("--addresses", required=True, help="of all peers, with commas between")
     parser.add_argument("--patience", type=float, required=True, help="seconds after which a peer is given up")

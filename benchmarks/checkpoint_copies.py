@@ -10,12 +10,12 @@ those of the arithmetic and the codec, as a share of all CPU seconds of a step: 
 less.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 
+from described import described
 from efficiency import steady
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config
@@ -27,7 +27,7 @@ VARIANTS = ("none", "checkpoints", "checkpoints and copies")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
@@ -37,6 +37,7 @@ def main() -> None:
     shares: dict[str, list[float]] = defaultdict(list)
     spent: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory)
         for repeat in range(given.repeats):
             speed: dict[str, float] = {}
             cpu: dict[str, dict[str, float]] = {}

@@ -11,12 +11,13 @@ of the recipe with the most of them, which is the full synchronisation if there 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from described import described
 
 LAST = 20  # steps
 LINES = ("-", "--", "-.", ":")
@@ -80,7 +81,7 @@ def draw(path: Path, recipes: dict[str, list[list[dict[str, float]]]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("runs", type=Path, help="what benchmarks/quality.py had as --out")
     parser.add_argument("--plot", type=Path, help="also draw staleness over the steps (first seeds), as PNG")
     given = parser.parse_args()

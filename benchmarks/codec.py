@@ -12,7 +12,6 @@ The optimizers are timed apart, once a step of 16 microbatches: SPEL and the pro
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from described import described
 from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.compress.codec_interface import BoundaryContext, StageContext
 from thinpipe.compress.registry import parse_codec
@@ -43,7 +43,7 @@ def median_s(work: Callable[[], object], repeats: int, device: torch.device) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--tokens", type=int, default=1024, help="of one microbatch, in sequences of 512 at most")
     parser.add_argument("--device", default="cpu")
@@ -136,7 +136,7 @@ def cost(spec: str, hidden_BTD: Tensor, ids_BT: Tensor, vocab_size: int, repeats
 
     def learn() -> None:
         sender.encode(hidden_BTD[:1, :1], ids_BT[:1, :1]).sum().backward()
-        sender.learn(None, rate=0.02)
+        sender.learn(sender.take_gradient(None), rate=0.02)
 
     return (
         median_s(in_graph, repeats, device),

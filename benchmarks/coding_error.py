@@ -11,16 +11,17 @@ formats are held beside each other on the same numbers; that one loses less of t
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from described import described
 from quality import PRESETS
-from thinpipe.compress.byte_format import Direction, Key
+from thinpipe.compress.byte_format import ByteFormat, Direction, Key, Payload
 from thinpipe.compress.integer_formats import Int3, Int4
 from thinpipe.compress.registry import parse_format
 from thinpipe.node.config_file import merge, parse_config, parse_override
@@ -41,7 +42,7 @@ def gathered(step: int) -> dict[Key, Tensor]:
     for cls in (Int4, Int3):
         pack = cls.pack
 
-        def keeping(self: Int4 | Int3, z: Tensor, key: Key, pack=pack):
+        def keeping(self: ByteFormat, z: Tensor, key: Key, pack: Any = pack) -> Payload:
             if key.step >= step and key.microbatch < MICROBATCHES:
                 found.setdefault(key, z.detach().to(torch.float32).clone())
             return pack(self, z, key)
@@ -72,7 +73,7 @@ def lost(spec: str, tensors: list[tuple[Key, Tensor]]) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("formats", nargs="+", metavar="FORMAT")
     parser.add_argument("--step", type=int, default=100)
     given = parser.parse_args()

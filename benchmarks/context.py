@@ -17,13 +17,13 @@ one after the other unless `--jobs` says more.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from described import described
 from one_line_errors import one_line_errors
 from thinpipe.node.comparing.loss_curve import interval, over_first
 from thinpipe.node.comparing.recipe import Recipe, check_names
@@ -115,7 +115,7 @@ def table(summaries: dict[Recipe, list[dict[str, Any]]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", action="append", default=[], metavar=METAVAR)
     parser.add_argument("--chunks", type=int, default=4, help="nodes that share a sequence")

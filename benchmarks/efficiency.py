@@ -7,7 +7,6 @@ a machine whose speed drifts slows both. The rest is CPU time that the swarm spe
 messages, a second Python) and time in which cores idled (waiting for a neighbour: the pipeline's bubble).
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -17,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from described import described
 from thinpipe.sim.reports.summary import read_records
 
 
@@ -36,13 +36,13 @@ def steady(out: Path, stages: int) -> tuple[float, dict[str, float], float]:
     ]
     kept = [steps[len(steps) // 4 :] for steps in by_stage]
     seconds = sum(record["seconds"] for record in kept[0])
-    cpu = {name: sum(record[name] for steps in kept for record in steps) for name in CPU}
+    cpu: dict[str, float] = {name: sum(record[name] for steps in kept for record in steps) for name in CPU}
     cpu["other_cpu_s"] = cpu["cpu_s"] - sum(cpu[name] for name in CPU[1:])
     return sum(record["tokens"] for record in kept[0]) / seconds, cpu, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stages", type=int, default=4)

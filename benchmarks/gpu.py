@@ -22,7 +22,6 @@ differed; 2: there is no GPU.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -37,6 +36,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from described import described
 from gpu_page import COUNTS, page
 from gpu_runs import CODECS, FULL, LINKS, QUICK, ROOT, STOP_S, Bench, Part, steady, train
 from thinpipe.node.config_file import merge, parse_config, parse_override
@@ -240,7 +240,7 @@ def gpu_name(device: str) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--limit", type=float, default=480.0, metavar="SECONDS", help="for everything")
     parser.add_argument("--device", default="cuda")

@@ -8,13 +8,13 @@ copies of a neighbour's as are kept have come in, which takes the first five che
 steps, of its second tenth. Late: of the last 200, or the last tenth. Flat is less than 1 % more.
 """
 
-import argparse
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from described import described
 from thinpipe.node.config_file import load_config
 from thinpipe.sim.reports.summary import read_records
 
@@ -23,7 +23,7 @@ FLAT = 0.01
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--stages", type=int, default=4)
     given, more = parser.parse_known_args()

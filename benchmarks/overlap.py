@@ -6,17 +6,17 @@ Writes trace.json (open it at ui.perfetto.dev) and trace.png into --out, and pri
 carrying something and in what share of that time the same stage was computing.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from described import described
 from thinpipe.sim.reports.trace import overlap
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--link", default="40mbit,10ms")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--steps", type=int, default=12)

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from described import described
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, merge, parse_config, parse_override
 from thinpipe.node.preparation import prepare_corpus
@@ -249,7 +250,7 @@ def table(rows: list[Figures], results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--skip", type=int, default=2, help="first steps that do not count, 1 at least")

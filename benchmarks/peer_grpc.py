@@ -20,6 +20,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from described import described
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import load_config
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine
@@ -126,7 +127,7 @@ async def run(config: RunConfig, given: argparse.Namespace, metrics: MetricsWrit
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--stage", type=int, required=True)
     parser.add_argument("--listen")

@@ -12,7 +12,6 @@ is a function that sleeps, forward and backward, on tensors of the exact shape. 
 
 from __future__ import annotations
 
-import argparse
 import time
 import warnings
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from described import described
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import load_config
 from thinpipe.node.measuring.emulated_machine import EmulatedMachine
@@ -131,7 +131,7 @@ def train(config: RunConfig, index: int, metrics: MetricsWriter) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--stage", type=int, required=True)
     parser.add_argument("--master", required=True, help="host:port of stage 0")

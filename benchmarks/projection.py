@@ -12,8 +12,7 @@ than dense, with an interval of 2.7 %, on a tiny model after 3M tokens).
 
 from __future__ import annotations
 
-import argparse
-
+from described import described
 from thinpipe.node.config_file import merge, parse_config
 from thinpipe.node.measuring.message_sizes import Sizes
 from thinpipe.node.model import resolve_model
@@ -76,7 +75,7 @@ def sizes(recipe: str, microbatches: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--steps-factor", type=float, default=1.03, help="steps to the loss, over dense's 2925")
     given = parser.parse_args()
     compute_s = fitted()

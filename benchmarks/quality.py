@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import installed_text
+from described import described
 from one_line_errors import one_line_errors
 from thinpipe.node.comparing.loss_curve import interval, over_first
 from thinpipe.node.comparing.recipe import METAVAR, Recipe, check_names
@@ -132,7 +133,7 @@ def recipe_of(text: str) -> Recipe:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipe", action="append", default=[], type=recipe_of, metavar=METAVAR)
     parser.add_argument("--preset", choices=PRESETS, help="settings, steps and, where none is given, recipes")

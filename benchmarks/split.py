@@ -11,12 +11,12 @@ between the two halves (`waits`).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from contextlib import nullcontext
 
 import torch
+from described import described
 from thinpipe.node.config_sections import ModelSection
 from thinpipe.node.model import StageModel, build_stage, resolve_model
 from torch import Tensor
@@ -31,7 +31,7 @@ def bytes_of(tensors: list[Tensor], without: set[int]) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--tokens", type=int, default=1024, help="of one microbatch, in sequences of 512 at most")
     parser.add_argument("--layers", type=int, default=0, help="of the stage; 0: a quarter of the preset's")

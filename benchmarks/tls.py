@@ -9,12 +9,12 @@ with TLS / without, and CPU seconds of both ends for each GB moved. Pairs turn r
 median of tokens/s is over the pairs whose runs were both steady (windows within 3 %), or, where none were, over all.
 """
 
-import argparse
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from described import described
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, merge, parse_config
 from thinpipe.node.security.key_directory import clock, init, issue
@@ -41,7 +41,7 @@ def ratio(name: str, pairs: list[dict[str, dict[str, Any]]]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = described(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--machines", default="150m@2x20ms+40ms,150m@2x1ms+1ms")
     parser.add_argument("--window-steps", type=int, default=3, help="steps in each of a run's three windows")

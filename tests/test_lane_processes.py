@@ -221,7 +221,9 @@ def test_a_lane_that_gives_nonsense_is_left_out_of_that_round(tiny: TinyConfig, 
         assert all(refused in each["reason"] for each in faults)
         assert "the round goes on without this lane" in faults[-1]["reason"]
     told = [each["reason"] for each in records(run / "lane-1", 0, "fault") if each["code"] == "bad-payload"]
-    assert len(told) == 6
+    # Three times by each; but who is left out ends its connections, and what is on its way then may be lost.
+    assert len(told) in (4, 5, 6)
+    assert all(any(f"lateral 0: lane {pair}" in each for each in told) for pair in ("0-1", "1-2"))
     members = records(run / "lane-0", 0, "members")
     assert (members[0]["first"], members[0]["members"]) == (4, [0, 2])
     found = recompute(run, tmp_path / "again", config)

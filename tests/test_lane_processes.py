@@ -223,7 +223,8 @@ def test_a_lane_that_gives_nonsense_is_left_out_of_that_round(tiny: TinyConfig, 
     told = [each["reason"] for each in records(run / "lane-1", 0, "fault") if each["code"] == "bad-payload"]
     # Three times by each; but who is left out ends its connections, and what is on its way then may be lost.
     assert len(told) in (4, 5, 6)
-    assert all(any(f"lateral 0: lane {pair}" in each for each in told) for pair in ("0-1", "1-2"))
+    for whom in ("refused by the node at", "refused by the peer at"):  # lane 0, which is dialled, and lane 2
+        assert any(whom in each for each in told)
     members = records(run / "lane-0", 0, "members")
     assert (members[0]["first"], members[0]["members"]) == (4, [0, 2])
     found = recompute(run, tmp_path / "again", config)

@@ -12,36 +12,26 @@ from typing import Any
 
 from ..protocol.grid_place import GridPlace
 from ..protocol.rollback_actions import SIDES, Side
-from .config import RunConfig
 from .links.control_stream import Control
 from .links.dialling import Where, dial, dial_control
 from .links.link import Link
 from .node_ending import while_calling
-from .node_options import Addresses, NodeOptions
+from .node_options import NodeSetup
 from .recovery_loop import RecoveryLoop
-from .worker_thread import Reporter
 
 
 class NodeCalls:
-    """Of the node of stage `index` in its lane. `recovery_loop` is asked for when a call is made: it is not there yet
+    """Of the node that `setup` describes. `recovery_loop` is asked for when a call is made: it is not there yet
     when this is."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        index: int,
-        addresses: Addresses,
-        options: NodeOptions,
-        on_fault: Reporter,
-        recovery_loop: Callable[[], RecoveryLoop],
-    ) -> None:
-        self._config, self._index, self._lane = config, index, options.lane
-        self._addresses, self._membership, self._on_fault = addresses, options.membership, on_fault
-        self._recovery_loop = recovery_loop
+    def __init__(self, setup: NodeSetup, recovery_loop: Callable[[], RecoveryLoop]) -> None:
+        self._config, self._index, self._lane = setup.config, setup.stage, setup.options.lane
+        self._addresses, self._membership = setup.addresses, setup.options.membership
+        self._on_fault, self._recovery_loop = setup.on_fault, recovery_loop
         self._waits: dict[str, Any] = {
-            "greeting_timeout_s": config.link.greeting_timeout_s,
-            "report": on_fault,
-            "security": options.security,
+            "greeting_timeout_s": setup.config.link.greeting_timeout_s,
+            "report": setup.on_fault,
+            "security": setup.options.security,
             "paused_ago_s": lambda: recovery_loop().pause.ago_s(),
         }
 

@@ -1,4 +1,4 @@
-"""What a node is told beside the run's settings: where it and its neighbours listen, and how it is to run."""
+"""What a node is told: the run's settings, where it and its neighbours listen, how it is to run, whom it reports to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .config import RunConfig
+from .run_records import MetricsWriter, Tracer
 from .security.policy import PLAIN, Security
+from .worker_thread import Reporter
 
 if TYPE_CHECKING:
     from .discovery.membership import Membership
@@ -45,3 +48,17 @@ class NodeOptions:
     def home(self) -> Path:
         """The run's own directory, which has the record of the text."""
         return self.run or self.out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSetup:
+    """A node that hosts stage `stage`, and where what it does is written: records, a trace, and a line for each
+    fault."""
+
+    config: RunConfig
+    stage: int
+    addresses: Addresses
+    options: NodeOptions
+    metrics: MetricsWriter
+    tracer: Tracer
+    on_fault: Reporter

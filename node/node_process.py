@@ -19,7 +19,7 @@ from ..sim.reports.metrics_address import MetricsAddressError
 from .addresses import check_listen, split_address
 from .config import ConfigError, RunConfig
 from .node_ending import ParentGone, Stopped
-from .node_options import Addresses, NodeOptions
+from .node_options import Addresses, NodeOptions, NodeSetup
 from .node_run import run_stage
 from .preparation import (
     BAD_INPUT,
@@ -109,7 +109,10 @@ def run_node(config: RunConfig, stage: int, addresses: Addresses, options: NodeO
             tls=options.security.keys is not None,
         )
         try:
-            asyncio.run(run_stage(config, stage, addresses, options, metrics, tracer, on_fault))
+            written = {"metrics": metrics, "tracer": tracer, "on_fault": on_fault}
+            asyncio.run(
+                run_stage(NodeSetup(config=config, stage=stage, addresses=addresses, options=options, **written))
+            )
             ignore_draining()
         except KeyboardInterrupt as told:  # before the loop had begun to listen to signals
             raise Stopped(str(told) or words_for(signal.SIGINT)) from None

@@ -39,43 +39,26 @@ from .measuring.pipeline_costs import pipeline_costs
 from .model import ModelError
 from .node_calls import NodeCalls
 from .node_ending import ParentGone, Stopped, first_to_end, until_signal, watch_parent, while_calling
-from .node_options import Addresses, NodeOptions
+from .node_options import NodeSetup
 from .preparation import prepare, prepare_corpus, resolve_architecture, state_digest
 from .recovery_loop import RecoveryLoop
 from .run_corpus import check_named_tokenizer, corpus_of_run, tokenizer_of_run
-from .run_records import MetricsWriter, Tracer
-from .worker_thread import Reporter
+from .run_records import MetricsWriter
 
 
-async def run_stage(
-    config: RunConfig,
-    index: int,
-    addresses: Addresses,
-    options: NodeOptions,
-    metrics: MetricsWriter,
-    tracer: Tracer,
-    on_fault: Reporter,
-) -> None:
-    """Host stage `index` until the run's steps are done. Raises what is wrong with the input (`preparation.BAD_INPUT`),
+async def run_stage(setup: NodeSetup) -> None:
+    """Host the stage until the run's steps are done. Raises what is wrong with the input (`preparation.BAD_INPUT`),
     Stopped, ParentGone, and what `RecoveryLoop.run` does."""
-    await _NodeRun(config, index, addresses, options, metrics, tracer, on_fault).run()
+    await _NodeRun(setup).run()
 
 
 class _NodeRun:
     """Made in the event loop in which it runs."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        index: int,
-        addresses: Addresses,
-        options: NodeOptions,
-        metrics: MetricsWriter,
-        tracer: Tracer,
-        on_fault: Reporter,
-    ) -> None:
-        self._config, self._index, self._addresses, self._options = config, index, addresses, options
-        self._metrics, self._on_fault = metrics, on_fault
+    def __init__(self, setup: NodeSetup) -> None:
+        config, index, options, metrics = setup.config, setup.stage, setup.options, setup.metrics
+        self._config, self._index, self._addresses, self._options = config, index, setup.addresses, options
+        self._on_fault = setup.on_fault
         self._grouped = bool(config.context.method)
         self._checkpoints = config.checkpoint.path(options.out)
         if index == 0 and options.resume:
@@ -98,7 +81,7 @@ class _NodeRun:
         self._store = CheckpointStore(
             self._checkpoints, stage=index, fingerprint=fingerprint, keep=config.checkpoint.keep
         )
-        self._calls = NodeCalls(config, index, addresses, options, on_fault, lambda: self._loop)
+        self._calls = NodeCalls(setup, lambda: self._loop)
         self._lateral = self._lateral_links() if self._stage.averager else None
         self._loop = RecoveryLoop(
             config,
@@ -111,8 +94,8 @@ class _NodeRun:
             open_corpus=self._open_corpus if index == 0 else None,
             on_corpus=lambda corpus: tell_of_text(corpus, metrics),
             metrics=metrics,
-            tracer=tracer,
-            on_fault=on_fault,
+            tracer=setup.tracer,
+            on_fault=setup.on_fault,
             accept_corpus=self._accept_corpus,
             lateral=self._lateral,
         )

@@ -27,7 +27,7 @@ from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import Corpus
 from thinpipe.node.model import architecture_digest, check_sliceable
-from thinpipe.node.node_options import Addresses, NodeOptions
+from thinpipe.node.node_options import Addresses, NodeOptions, NodeSetup
 from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.run_records import MetricsWriter, Tracer
 from thinpipe.node.stage import Stage
@@ -250,7 +250,17 @@ class Cluster:
 
         options = NodeOptions(out=self.out, resume=joining)
         tracer = Tracer(stage=stage, enabled=False)
-        node = node_run.run_stage(self.config, stage, addresses, options, metrics, tracer, on_fault)
+        node = node_run.run_stage(
+            NodeSetup(
+                config=self.config,
+                stage=stage,
+                addresses=addresses,
+                options=options,
+                metrics=metrics,
+                tracer=tracer,
+                on_fault=on_fault,
+            )
+        )
         process.task = self._loop.create_task(self._serve(process, node, metrics), context=process.context)
 
     async def _serve(self, process: Process, node: Any, metrics: MetricsWriter) -> None:

@@ -25,7 +25,7 @@ import torch
 from thinpipe.node import node_run, preparation
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import Corpus
-from thinpipe.node.node_options import Addresses, NodeOptions
+from thinpipe.node.node_options import Addresses, NodeOptions, NodeSetup
 from thinpipe.node.recomputed_run import Recomputation, recompute
 from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.run_records import MetricsWriter, Tracer
@@ -155,7 +155,18 @@ class GridCluster:
         options = NodeOptions(out=home, run=self.out, lane=lane, resume=joining)
         tracer = Tracer(stage=stage, enabled=False)
         config = self._config_of(place)
-        node = partial(node_run.run_stage, config, stage, addresses, options, metrics, tracer, on_fault)
+        node = partial(
+            node_run.run_stage,
+            NodeSetup(
+                config=config,
+                stage=stage,
+                addresses=addresses,
+                options=options,
+                metrics=metrics,
+                tracer=tracer,
+                on_fault=on_fault,
+            ),
+        )
         process.task = self._loop.create_task(self._serve(place, process, node, metrics), context=process.context)
         process.task.add_done_callback(lambda _: metrics.close())  # one that is killed at once does not begin
         self.network.notify()

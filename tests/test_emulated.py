@@ -82,7 +82,8 @@ def test_contributions_of_lanes_have_the_size_of_real_ones(tiny: TinyConfig, cod
         for number in range(real.plan.count):
             round_ = real.plan.round(number)
             made = emulated.contribute(round_)
-            size = 1 if round_.last else real.contribution_bytes(round_)
+            left_out = round_.last and not average.startswith("gradients")
+            size = 1 if left_out else real.contribution_bytes(round_)
             assert len(made) == emulated.contribution_bytes(round_) == size > 0
             assert emulated.use(round_, {0: made}).members == [0, 1]
 

@@ -1,7 +1,7 @@
 """Rounds of a stage that computes nothing: contributions of the size of real ones, with zeros inside.
 
-But for the last one of a run, of all weights at once, which is there so that all lanes end with the same weights: these
-have none, and what it takes says nothing of the steps before it. It is one byte.
+But for the last one of weights, of all of them at once, which is there so that all lanes end with the same: these have
+none, and what it takes says nothing of the steps before it. It is one byte. Gradients are averaged in every step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class EmulatedAverager(Averager):
         self._real = real
 
     def contribution_bytes(self, round_: Round) -> int:
-        return 1 if round_.last else self._real.contribution_bytes(round_)
+        left_out = round_.last and not self.mode.of_gradients
+        return 1 if left_out else self._real.contribution_bytes(round_)
 
     def _packed(self, round_: Round) -> bytes:
         return bytes(self.contribution_bytes(round_))

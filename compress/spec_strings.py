@@ -7,6 +7,7 @@ options beside each class: what a constructor takes and what the command line ac
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -22,19 +23,25 @@ def built(factory: Callable[..., _T], kind: str, spec: str) -> _T:
     CodecError for an option that it does not have, one given twice, or a value of another type."""
     name, colon, rest = spec.partition(":")
     name = name.strip()
-    known = list(inspect.signature(factory).parameters)
-    types = get_type_hints(factory.__init__)  # pyright: ignore[reportFunctionMemberAccess]
+    types = _options_of(factory)
     options: dict[str, Any] = {}
     for item in rest.split(",") if colon else ():
         key, equals, text = (part.strip() for part in item.partition("="))
         if not (key and equals and text):
             raise CodecError(f"{kind} '{name}': options are key=value, separated by commas; got '{item.strip()}'")
-        if key not in known:
-            raise CodecError(f"{kind} '{name}' has no option '{key}'{nearest(key, known)}")
+        if key not in types:
+            raise CodecError(f"{kind} '{name}' has no option '{key}'{nearest(key, list(types))}")
         if key in options:
             raise CodecError(f"{kind} '{name}': option '{key}' is given twice")
         options[key] = _convert(text, types[key], f"{kind} '{name}': option '{key}'")
     return factory(**options)
+
+
+@functools.cache
+def _options_of(factory: Callable[..., object]) -> dict[str, Any]:
+    """The type of each option. Remembered, since reading annotations takes longer than all that is built with them."""
+    hints = get_type_hints(factory.__init__)  # pyright: ignore[reportFunctionMemberAccess]
+    return {name: hints[name] for name in inspect.signature(factory).parameters}
 
 
 def _convert(text: str, kind: Any, where: str) -> Any:

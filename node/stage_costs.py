@@ -21,7 +21,7 @@ from ..compress.registry import parse_codec
 from ..sim.links import stage_work
 from ..sim.links.stage_work import Operations, StageWorkError
 from .config import RunConfig
-from .model.architecture import ModelError, with_layers
+from .model.architecture import ModelError, architecture_digest, with_layers
 from .model.parts import in_layer
 from .model.slices import skeleton
 from .model.stage_cut import equal_cut, layer_ranges, stated_cut
@@ -29,19 +29,28 @@ from .model.stage_cut import equal_cut, layer_ranges, stated_cut
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+_numbers: dict[str, int] = {}  # of a layer's matrices, by the digest of the architecture
+
 
 def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
     """Without a codec. Raises ModelError for an architecture that cannot be built."""
-    one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
-    matrices = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and in_layer(name))
     width, heads = architecture.hidden_size, architecture.num_attention_heads
     heads_width = heads * (getattr(architecture, "head_dim", None) or width // heads)
     return Operations(
-        layer_weights=2.0 * matrices,
+        layer_weights=2.0 * _layer_numbers(architecture),
         attention=2.0 * config.data.sequence_length * heads_width,
         head=2.0 * architecture.vocab_size * width,
         codec_end=0.0,
     )
+
+
+def _layer_numbers(architecture: PretrainedConfig) -> int:
+    """Of all matrices of one layer. Every stage asks, and several times."""
+    digest = architecture_digest(architecture)
+    if digest not in _numbers:
+        one = skeleton(with_layers(architecture, range(1)), torch.float32)  # all layers, a hundred times as slow
+        _numbers[digest] = sum(p.numel() for name, p in one.named_parameters() if p.ndim == 2 and in_layer(name))
+    return _numbers[digest]
 
 
 def operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:

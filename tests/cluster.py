@@ -13,7 +13,7 @@ import contextvars
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +22,10 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import node_run, preparation
+from thinpipe.node import node_run
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import Corpus
-from thinpipe.node.model import architecture_digest, check_sliceable
 from thinpipe.node.node_options import Addresses, NodeOptions, NodeSetup
 from thinpipe.node.recovery_loop import RecoveryLoop
 from thinpipe.node.run_records import MetricsWriter, Tracer
@@ -563,17 +562,6 @@ class _Store(CheckpointStore):
             super()._sweep()
 
 
-_sliceable: set[str] = set()
-
-
-def _check_sliceable(architecture: Any, stages: Sequence[range]) -> None:
-    """The real check, but once for an architecture: it builds a whole model and would be a quarter of all work here."""
-    tried = f"{architecture_digest(architecture)} {len(stages[0])} {len(stages[-1])}"
-    if tried not in _sliceable:
-        check_sliceable(architecture, stages)
-        _sliceable.add(tried)
-
-
 def _address(stage: int) -> str:
     return f"127.0.0.1:{7000 + stage}"
 
@@ -640,7 +628,6 @@ def _stage(cluster: Cluster, open_corpus: OpenCorpus) -> Iterator[None]:
 
         patch.setattr(node_run, "open_text", open_text)
         patch.setattr(node_run, "until_signal", _until_drained)
-        patch.setattr(preparation, "check_sliceable", _check_sliceable)
 
         def watched(config: RunConfig, stage: int, lane: int) -> tuple[Stage, str]:
             built, digest = prepare(config, stage, lane)

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import torch
-from thinpipe.node import node_run, preparation
+from thinpipe.node import node_run
 from thinpipe.node.config import RunConfig
 from thinpipe.node.data import Corpus
 from thinpipe.node.node_options import Addresses, NodeOptions, NodeSetup
@@ -33,7 +33,7 @@ from thinpipe.node.stage_failure import first_of
 from thinpipe.sim.reports.lanes import lane_path
 from thinpipe.sim.reports.summary import read_records
 
-from .cluster import ProcessRecords, _check_sliceable, _until_drained
+from .cluster import ProcessRecords, _until_drained
 from .virtual import PROCESS, JumpingClock, Network, Process, Stream, without_threads
 
 RUN_S = 4000.0  # of the jumping clock
@@ -333,7 +333,6 @@ def _stand_in(grid: GridCluster) -> Iterator[Corpus]:
         patch.setattr(node_run, "RecoveryLoop", adopted)
         patch.setattr(node_run, "open_text", lambda config, kept: prepare_corpus(config, kept=kept))
         patch.setattr(node_run, "until_signal", _until_drained)
-        patch.setattr(preparation, "check_sliceable", _check_sliceable)
         torch.set_num_threads(1)
         try:
             yield corpus

@@ -200,6 +200,7 @@ class Trainer:
             "tokens_per_step": lanes * config.tokens_per_step,
             "bytes_per_token": sent / config.tokens_per_step,
             **({"averaging": {"bytes_per_token": 2.5}} if lanes > 1 else {}),
+            **({"context": {"bytes_per_token": 37.5}} if config.context.method else {}),
             "ratio": 400 / sent,
             "train_s": 1.5,
             "val_loss": 4 - lower,
@@ -533,6 +534,29 @@ def test_lanes_are_a_row_with_their_averaging(trainer: Trainer, tiny_settings: d
     (tmp_path / "two-seed1" / "lane-1" / "stage-1.jsonl").unlink()
     compare(asked, tmp_path, jobs=2, quiet=True)
     assert trainer.started[2:] == ["two-seed1"]
+
+
+@pytest.mark.usefixtures("trainer")
+def test_chunks_are_a_row_with_their_keys_and_values(tiny_settings: dict[str, Any], tmp_path: Path) -> None:
+    """Half of each sequence in each lane, there too, and what waits in every layer is part of a step's seconds."""
+    chunks, method = "lanes.count=2 lanes.average=gradients context.method=", "full:format=int8"
+    asked = comparison(tiny_settings, seeds=1)
+    asked = replace(asked, recipes=(Recipe.parse("one=mapl:r=8"), Recipe.parse(f"two=mapl:r=8 {chunks}{method}")))
+    found = compare(asked, tmp_path, jobs=2, quiet=True)
+    two = found["recipes"][1]
+    assert (two["chunks"], two["averaging_bytes_per_token"], two["context_bytes_per_token"]) == (2, 2.5, 37.5)
+    machine = ["--emulate", PACE, "--codec", "mapl:r=8", "--link", "10mbit,25ms", "--schedule", "1f1b"]
+    machine += ["--chunks", "2", "--context", method]
+    planned = json.loads(CliRunner().invoke(app, ["plan", "--json", *machine]).stdout)
+    there = two["links"]["10mbit,25ms"]
+    assert there["step_s"] == planned["lanes"]["step_s"]
+    assert there["bottleneck"] == planned["chunks"]["bounded_by"]
+    assert any(line.startswith("two has 2 chunks of each sequence: 2 times") for line in compare_lines(found))
+    assert "keys, values, bytes/token" in (tmp_path / "compare.html").read_text()
+    with (tmp_path / "shown").open("w") as file:
+        console = Console(width=120, record=True, file=file)
+        console.print(compare_table(found))
+        assert re.search(r"one .*x +- +- .*\n.* two .*x +2\.5 +37\.5 ", console.export_text())
 
 
 @pytest.mark.usefixtures("trainer")

@@ -53,6 +53,12 @@ def small(cls: type, attention: str = "sdpa", **changes: Any) -> Any:
     return config
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_found_exact_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an earlier test has found is remembered; here, code is exchanged that it was found with."""
+    monkeypatch.setattr(exactness, "found_exact", set())
+
+
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # which is what these ship with
 EXACT = {
     "llama": lambda: small(transformers.LlamaConfig),
@@ -193,6 +199,7 @@ def test_the_check_tries_ends_without_a_layer(counts: list[int], monkeypatch: py
 
     for name in ("llama", "qwen3 window", "gemma2", "granite"):
         check_sliceable(EXACT[name](), layer_ranges(counts))
+    exactness.found_exact.clear()
     monkeypatch.setattr(exactness, "cut", careless)
     check_sliceable(EXACT["llama"]())
     check_sliceable(EXACT["llama"](), layer_ranges([3, 2]))
@@ -256,6 +263,26 @@ def test_an_architecture_that_leaves_a_constant_unset_is_refused(monkeypatch: py
     monkeypatch.setattr(slices, "CONSTANTS", set())  # nor by its constructor
     with pytest.raises(ModelError, match=r"'llama' cannot be built: .* sets model.rotary_emb.inv_freq; start it from"):
         check_sliceable(EXACT["llama"]())
+
+
+def test_what_was_found_exact_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same architecture with the same ends; what was refused is refused again."""
+    tried: list[bool] = []
+
+    def difference(_: Any, *, first_bare: bool, last_bare: bool) -> str | None:
+        tried.append(last_bare)
+        return "logits differ" if first_bare else None
+
+    monkeypatch.setattr(exactness, "_difference", difference)
+    for _ in range(2):
+        check_sliceable(EXACT["llama"](), layer_ranges([3, 2]))
+        check_sliceable(EXACT["llama"](), layer_ranges([5, 0]))
+    assert tried == [False, True]
+    check_sliceable(EXACT["llama eager"](), layer_ranges([3, 2]))
+    for count in (4, 5):
+        with pytest.raises(ModelError, match="logits differ"):
+            check_sliceable(EXACT["llama"](), layer_ranges([0, 5]))
+        assert len(tried) == count
 
 
 def test_the_check_leaves_the_global_generator_and_the_configuration_alone() -> None:

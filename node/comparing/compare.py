@@ -158,10 +158,7 @@ def _planned(
             architecture = resolve_architecture(config)
             check_contributions(config, architecture, stage_layers(config, architecture))
             plans[recipe.name] = {
-                link: seconds_a_step(
-                    config.codec, link, asked.pace, asked.schedule, config.lanes, delay=config.pipeline.delay
-                )
-                for link in dict.fromkeys(links)
+                link: seconds_a_step(config, link, asked.pace, asked.schedule) for link in dict.fromkeys(links)
             }
         except BAD_INPUT as error:
             raise ConfigError(f"recipe '{recipe.name}': {error}") from None
@@ -252,7 +249,9 @@ def _row(
         "bytes_per_token": statistics.fmean(each["bytes_per_token"] for each in summaries) if summaries else None,
         "ratio": statistics.fmean(each["ratio"] for each in summaries) if summaries else None,
         "lanes": runs[0].config.lanes.count,
-        "averaging_bytes_per_token": _averaging(summaries) if runs[0].config.lanes.count > 1 else None,
+        "averaging_bytes_per_token": _beside(summaries, "averaging"),
+        "chunks": runs[0].config.lanes.count if runs[0].config.context.method else 1,
+        "context_bytes_per_token": _beside(summaries, "context"),
         "steps_to_target": steps,
         "at_first_evaluation": steps is not None and steps == mean[0].step,
         "links": {
@@ -274,8 +273,10 @@ def _row(
     }
 
 
-def _averaging(summaries: list[dict[str, Any]]) -> float | None:
-    return statistics.fmean(each["averaging"]["bytes_per_token"] for each in summaries) if summaries else None
+def _beside(summaries: list[dict[str, Any]], what: str) -> float | None:
+    """Bytes a token of what crosses between lanes; None where nothing of that kind does."""
+    sizes = [each[what]["bytes_per_token"] for each in summaries if each.get(what)]
+    return statistics.fmean(sizes) if sizes else None
 
 
 def _points(curve: list[Point]) -> list[dict[str, Any]]:

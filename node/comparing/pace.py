@@ -5,7 +5,8 @@ model on better machines. So the seconds come from an emulated machine (`150m@4x
 codec's messages are sized. Options of a codec are taken as they are: r=32 is an eighth of width 256 and 4 % of 768.
 
 A step is of as many tokens for every recipe, there as in the runs. So each of R lanes has a chain of such machines and
-an Rth of the batch, and a step lasts as long as it does with the rounds between them.
+an Rth of the batch, or, where they hold chunks, an Rth of each sequence; and a step lasts as long as it does with what
+crosses between lanes.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from typing import Any
 
 from ...protocol.schedule import ScheduleError
 from ...protocol.sought_schedule import plain_schedule
-from ..config import ConfigError
+from ..config import ConfigError, RunConfig
 from ..config_file import merge, parse_config
-from ..config_sections import CodecSection, LanesSection
 from ..measuring.emulated_machine import EmulatedMachine
 from ..measuring.plan import PLANNED, planned
 from ..preparation import resolve_architecture
@@ -42,29 +42,19 @@ def at_pace(machine: str, schedule: str) -> dict[str, Any]:
     }
 
 
-def seconds_a_step(
-    codec: CodecSection,
-    link: str,
-    machine: str,
-    schedule: str,
-    lanes: LanesSection | None = None,
-    *,
-    delay: int = 0,
-) -> dict[str, Any]:
-    """The figures of a plan that time follows from. delay: of gradients, in steps. Raises ConfigError."""
-    emulated = EmulatedMachine.parse(machine)
-    settings = {**emulated.settings(), "link.link": link, "pipeline.delay": delay}
-    if lanes and lanes.count > 1:
-        settings |= {"lanes.count": lanes.count, "lanes.average": lanes.average}
-        for name in ("pipeline.batch_size", "pipeline.microbatches"):
-            whole = settings[name]
-            if whole % lanes.count:
-                raise ConfigError(
-                    f"{lanes.count} lanes do not divide the {whole} of {name} that a step of --pace has; choose 2, "
-                    "4 or 8 lanes"
-                )
-            settings[name] = whole // lanes.count
-    settings |= {f"codec.{name}": value for name, value in codec.model_dump().items() if value is not None}
+def seconds_a_step(run: RunConfig, link: str, machine: str, schedule: str) -> dict[str, Any]:
+    """The figures of a plan that time follows from. run: whose codec, lanes, chunks and delay. Raises ConfigError."""
+    emulated, codec = EmulatedMachine.parse(machine), run.codec.model_dump(exclude_none=True)
+    settings = {**emulated.settings(), "link.link": link, "pipeline.delay": run.pipeline.delay}
+    settings |= {f"codec.{name}": value for name, value in codec.items()}
+    if run.lanes.count > 1:
+        settings |= {"lanes.count": run.lanes.count, "lanes.average": run.lanes.average}
+    if run.context.method:
+        context = run.context.model_dump(exclude_none=True)
+        settings |= {f"context.{name}": value for name, value in context.items()}
+        settings["compute.dtype"] = run.compute.dtype  # in which keys and values cross, if nothing else is said
+    else:
+        settings |= _part_of_batch(settings, run.lanes.count)
     try:
         figures, _ = planned(parse_config(merge({}, settings)), emulated, None, schedule=schedule, rule="duplex")
     except (*PLANNED, ScheduleError) as error:
@@ -73,5 +63,20 @@ def seconds_a_step(
         slowest = f"averaging of stage {rounds['bottleneck']}"
         figures |= {name: rounds[name] for name in ("step_s", "tokens_per_s")}
         figures |= {"bottleneck": slowest} if rounds["advice"] else {}
+    if (chunks := figures["chunks"]) is not None:
+        figures["bottleneck"] = chunks["bounded_by"]
     kept = ("step_s", "tokens_per_s", "schedule", "bottleneck", "ratio", "bytes_per_microbatch")
     return {name: figures[name] for name in kept}
+
+
+def _part_of_batch(settings: dict[str, Any], lanes: int) -> dict[str, Any]:
+    """What each lane has of the batch and its microbatches. Raises ConfigError."""
+    found: dict[str, Any] = {}
+    for name in ("pipeline.batch_size", "pipeline.microbatches"):
+        if settings[name] % lanes:
+            raise ConfigError(
+                f"{lanes} lanes do not divide the {settings[name]} of {name} that a step of --pace has; choose 2, "
+                "4 or 8 lanes"
+            )
+        found[name] = settings[name] // lanes
+    return found

@@ -28,6 +28,7 @@ and train something else than the uncut model.
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def describe(config: PretrainedConfig) -> str:
     return f"architecture '{config.model_type}'"
 
 
+@functools.cache
 def quiet_transformers() -> Any:
     """The transformers package, imported on first use (about 1.5 s) and without its progress bars and advice."""
     import transformers

@@ -4,6 +4,8 @@ A list of supported names would be wrong twice: a release of transformers may mo
 model's forward, and an unknown decoder may well be exact. So a narrow random copy is run whole and in two stages, and
 logits and every gradient must agree to the last bit; "close" is no criterion, because a wrong attention window or a
 repeated scale can be close on random weights.
+
+A process asks again and again, once for each stage that it builds, so what was found exact is remembered until it ends.
 """
 
 from __future__ import annotations
@@ -14,7 +16,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .architecture import REMEDY, ModelError, describe, first_line, per_layer_keys, with_layers
+from .architecture import (
+    REMEDY,
+    ModelError,
+    architecture_digest,
+    describe,
+    first_line,
+    per_layer_keys,
+    with_layers,
+)
 from .initialise import draw, refuse_unset, set_constants
 from .pull import pull
 from .slices import allocate, cut, skeleton
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
 CHECK_TOKENS = 12  # longer than the shrunken sliding window, so that a wrong mask shows
 CHECK_WINDOW = 4
 CHECK_VOCABULARY = 96
+found_exact: set[tuple[str, bool, bool]] = set()  # digest of the architecture, and which ends had no layer
 
 
 def check_sliceable(config: PretrainedConfig, stages: Sequence[range] = ()) -> None:
@@ -35,18 +46,22 @@ def check_sliceable(config: PretrainedConfig, stages: Sequence[range] = ()) -> N
     The copy has the model's first layers, as many as it takes to meet every kind of layer on a side where a wrong
     list would show, and narrow matrices: where a model can be cut does not depend on its widths. Raises ModelError.
     """
+    first_bare, last_bare = (bool(stages) and not stages[end] for end in (0, -1))
+    case = (architecture_digest(config), first_bare, last_bare)
+    if case in found_exact:
+        return
     try:
         # Before it is asked how: an architecture without these parts lacks the sizes that a copy is made by, too.
         skeleton(with_layers(config, range(1)), torch.float32)
         narrow = narrowed(config)
-        bare = [bool(stages) and not stages[end] for end in (0, -1)]
-        fault = _difference(narrow, first_bare=bare[0], last_bare=bare[1])
+        fault = _difference(narrow, first_bare=first_bare, last_bare=last_bare)
     except ModelError:
         raise
     except Exception as error:  # an unknown architecture may fail in any way; every one of them is a refusal
         fault = f"its stages fail: {first_line(error)}"
     if fault:
         raise ModelError(f"{describe(config)} cannot be cut into stages exactly: {fault}; {REMEDY}")
+    found_exact.add(case)
 
 
 def narrowed(config: PretrainedConfig) -> PretrainedConfig:

@@ -87,14 +87,18 @@ def bytes_text(recipe: dict[str, Any]) -> tuple[str, str]:
     return ("-", "-") if size is None else (f"{size:,.1f}", f"{ratio:,.1f}x")
 
 
-def has_lanes(found: dict[str, Any]) -> bool:
-    """Whether a recipe has several, so that there is averaging to show."""
-    return any(recipe["lanes"] > 1 for recipe in found["recipes"])
+def beside_columns(found: dict[str, Any]) -> dict[str, str]:
+    """What crosses between lanes, which is beside bytes a token: a recipe's field by its title, where one has it."""
+    titles = {"averaging": "averaging_bytes_per_token", "keys, values": "context_bytes_per_token"}
+    has = {"averaging": "lanes", "keys, values": "chunks"}
+    return {
+        title: field for title, field in titles.items() if any(recipe[has[title]] > 1 for recipe in found["recipes"])
+    }
 
 
-def averaging_text(recipe: dict[str, Any]) -> str:
-    """Bytes a token of averaging between lanes."""
-    size = recipe["averaging_bytes_per_token"]
+def beside_text(recipe: dict[str, Any], field: str) -> str:
+    """Bytes a token between lanes."""
+    size = recipe[field]
     return "-" if size is None else f"{size:,.1f}"
 
 
@@ -132,8 +136,9 @@ def compare_table(found: dict[str, Any]) -> Table:
         pad_edge=False,
     )
     table.add_column("recipe", overflow="fold")
-    averaging = ["averaging,\nb./token"] if has_lanes(found) else []
-    for column in ("held-out\nloss", "over the\nfirst", "bytes/\ntoken", "ratio", *averaging):
+    beside = beside_columns(found)
+    lateral = [f"{title},\nb./token" for title in beside]
+    for column in ("held-out\nloss", "over the\nfirst", "bytes/\ntoken", "ratio", *lateral):
         table.add_column(column, justify="right")
     for link in found["links"]:
         table.add_column(link.replace(",", ",\n"), justify="right")
@@ -144,7 +149,7 @@ def compare_table(found: dict[str, Any]) -> Table:
             loss_text(recipe["loss"]),
             over_text(recipe),
             *bytes_text(recipe),
-            *([averaging_text(recipe)] if averaging else []),
+            *(beside_text(recipe, field) for field in beside.values()),
             *(
                 f"[bold]{time_text(recipe, link)}[/bold]"
                 if recipe["name"] in first_of[link]
@@ -201,9 +206,12 @@ def compare_lines(found: dict[str, Any]) -> Iterator[str]:
 def _lanes_compute_beside(found: dict[str, Any]) -> Iterator[str]:
     for recipe in found["recipes"]:
         if (count := recipe["lanes"]) > 1:
+            has, beside = f"{count} lanes", "averaging is"
+            if recipe["chunks"] > 1:
+                has, beside = f"{count} chunks of each sequence", "averaging, keys and values are"
             yield (
-                f"{recipe['name']} has {count} lanes: {count} times the machines, each chain with its part of the "
-                "tokens of a step; its loss is the mean of its lanes, averaging is beside bytes/token"
+                f"{recipe['name']} has {has}: {count} times the machines, each chain with its part of the tokens of a "
+                f"step; its loss is the mean of its lanes, {beside} beside bytes/token"
             )
 
 

@@ -15,12 +15,12 @@ from typing import Any
 from ...protocol.schedule import schedule_title
 from .compare_console import (
     NOT_REACHED,
-    averaging_text,
+    beside_columns,
+    beside_text,
     bytes_text,
     compare_lines,
     duration,
     fastest,
-    has_lanes,
     loss_text,
     over_text,
     pace_text,
@@ -119,19 +119,21 @@ def _table(found: dict[str, Any]) -> Iterator[str]:
     first = found["recipes"][0]
     target = found["target_loss"]
     yield '<div class="wide"><table><thead><tr><th>recipe</th><th class="left">codec, own settings</th>'
-    averaging = ["averaging, bytes/token"] if has_lanes(found) else []
-    columns = ("held-out loss", "over the first", "bytes/token", "ratio", *averaging)
+    beside = beside_columns(found)
+    lateral = [f"{title}, bytes/token" for title in beside]
+    columns = ("held-out loss", "over the first", "bytes/token", "ratio", *lateral)
     for column in (*columns, f"steps to {loss_text(target)}"):
         yield f"<th>{escape(column if target is not None else column.partition(' to ')[0])}</th>"
     yield "".join(f"<th>time over<br>{escape(link)}</th>" for link in found["links"]) + "</tr></thead><tbody>"
     for index, recipe in enumerate(found["recipes"]):
         own = f"<small>{escape(' '.join(recipe['own_settings']))}</small>" if recipe["own_settings"] else ""
         steps = recipe["steps_to_target"]
+        sizes = (*bytes_text(recipe), *(beside_text(recipe, field) for field in beside.values()))
         yield (
             f"<tr><td>{_key(index)}{escape(recipe['name'])}</td>"
             f'<td class="left"><code>{escape(recipe["codec"])}</code>{own}</td>'
             f"<td>{loss_text(recipe['loss'])}{_by_seed(recipe)}</td><td>{escape(over_text(recipe))}</td>"
-            f"<td>{'</td><td>'.join((*bytes_text(recipe), *([averaging_text(recipe)] if averaging else [])))}</td>"
+            f"<td>{'</td><td>'.join(sizes)}</td>"
             f"<td>{NOT_REACHED if steps is None else f'{steps:,.0f}'}<small>of {recipe['steps']:,}</small></td>"
         )
         for link in found["links"]:

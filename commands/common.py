@@ -107,7 +107,7 @@ DataChanged = Annotated[
 ]
 Lane = Annotated[
     int | None,
-    typer.Option("--lane", min=0, help="Lane of a run that has several. (the first with a whole checkpoint)"),
+    typer.Option("--lane", min=0, help="Lane of a run that has several. (the one with the newest whole checkpoint)"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 

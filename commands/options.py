@@ -18,7 +18,7 @@ from .common import fail
 
 HELP = {
     "--stages": "Number of pipeline stages, one process each.",
-    "--model": "Model: preset tiny, 150m, 500m or 1b, or the directory of a Hugging Face decoder.",
+    "--model": "Model: preset tiny, 150m, 500m, 800m, 1b or 8b, or the directory of a Hugging Face decoder.",
     "--data": "Text to train on: stdlib, a file or directory, or hf:NAME.",
     "--codec": "Codec, which compresses tensors between stages: mapl, mapl:r=64,... or dense bf16, int8. Byte formats "
     "may follow: CODEC [FORWARD [BACKWARD]].",

@@ -154,7 +154,9 @@ class OptimSection(Section):
 class CodecSection(Section):
     """What crosses a boundary, and in how many bits."""
 
-    codec: str = Field(default="mapl", description="mapl, or a byte format for dense training: bf16, int8, ...")
+    codec: str = Field(
+        default="mapl", description="mapl, ssn, resbm or identity; or a byte format for dense training: bf16, int8, ..."
+    )
     forward: str | None = Field(default=None, description="byte format of activations; default: the codec's own")
     backward: str | None = Field(default=None, description="byte format of gradients; default: the codec's own")
 

@@ -667,6 +667,7 @@ def test_a_page_of_runs_that_diverged_is_drawn(tiny_settings: dict[str, Any], tm
     assert any("no recipe ended with a finite loss" in line for line in compare_lines(found))
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", ["dense", "thin"])
 def test_a_recipe_that_fails_is_shown_beside_the_others(

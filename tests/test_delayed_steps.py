@@ -60,7 +60,7 @@ def late(tiny: TinyConfig, **more: Any) -> RunConfig:
     return tiny({"pipeline.stages": 3, "run.steps": 7, "checkpoint.every": 0, **LATE, **more})
 
 
-@pytest.mark.pairwise(4)
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_a_swarm_whose_steps_overlap_is_one_process(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     config = late(tiny, **settings, **{"run.eval_every": 5})
@@ -124,7 +124,7 @@ def test_a_snapshot_wants_the_pipeline_empty(tiny: TinyConfig) -> None:
     raise AssertionError
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("kind", ["codebooks both ways", "a projector that moves now and then", "predicted weights"])
 def test_steps_that_overlap_are_rewound_from_anywhere(kind: str, tiny: TinyConfig) -> None:
     config = late(tiny, **KINDS[kind])
@@ -176,6 +176,7 @@ def table_too_early(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(WeightVersions, "table", lambda self, _: self._tables[max(self._tables)])
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("bug", [backward_with_others, forward_too_early, table_too_early])
 def test_other_versions_are_seen(
     bug: Callable[[pytest.MonkeyPatch], None], tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -229,7 +230,7 @@ KILLS = [
 ]
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("fault", KILLS, ids=str)
 def test_a_killed_stage_of_overlapping_steps(fault: Any, tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny(DISTURBED)

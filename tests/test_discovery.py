@@ -228,6 +228,7 @@ def test_lanes_find_each_other_and_a_lost_node_of_one_is_replaced(
     assert back == ([1, 1] if chunks else [0, 0])  # what is lost is its own lane's loss, or that of all
 
 
+@pytest.mark.slow
 def test_by_multiaddr_the_configuration_comes_from_the_dht(scene: Scene, config: RunConfig, tmp_path: Path) -> None:
     """And without any bootstrap's help: that one knows of no run, which the first node brings."""
     (tmp_path / "run.toml").write_text(dump_config(parse_config(merge({}, {**flat(config), "run.steps": 20}))))

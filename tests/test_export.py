@@ -114,7 +114,7 @@ def test_every_codec_is_here() -> None:
     assert {spec.partition(":")[0] for spec in VARIANTS.values()} >= set(codec_names())
 
 
-@pytest.mark.pairwise(11)
+@pytest.mark.pairwise(6)
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_it_computes_what_the_stages_compute(name: str, kind: str, tiny: TinyConfig, tmp_path: Path) -> None:

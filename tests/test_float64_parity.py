@@ -166,7 +166,7 @@ def test_a_swarm_trains_what_a_plain_model_would(
     assert got.losses[0][-1] < 0.5 * got.losses[0][0]  # it did learn
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b:rtt_ratio=0.5", "zb"])
 @pytest.mark.parametrize("predict", ["none", "momentum", "orthogonal"])
 def test_with_gradients_that_are_late_it_is_a_loop_with_late_gradients(

@@ -97,7 +97,7 @@ SWARMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("settings", SWARMS.values(), ids=SWARMS)
 def test_a_swarm_is_one_process(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny({**settings, **GLOBAL, "run.eval_every": 2})
@@ -116,6 +116,7 @@ def of_stages(tiny: TinyConfig, directory: Path, settings: dict[str, Any]) -> li
     ]
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 def test_the_number_of_stages_changes_nothing(schedule: str, tiny: TinyConfig, tmp_path: Path) -> None:
     """Sums over other stages may differ in the last bit of a float64, which is far below one of the float32 by which

@@ -98,6 +98,7 @@ def test_lanes_that_are_told_to_end_do_so_and_go_on_later(
     assert not found.members()  # nobody was left out because of it
 
 
+@pytest.mark.slow
 def test_lanes_of_which_none_can_give_what_the_others_lack_end_by_name(tiny: TinyConfig, tmp_path: Path) -> None:
     """All are set back to before what they have promised never to ask for again, as by older copies of their disks."""
     config = tiny(SMALL | {"lanes.count": 2})

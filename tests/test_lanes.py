@@ -92,6 +92,7 @@ GRIDS = {
 }
 
 
+@pytest.mark.pairwise(3)
 @pytest.mark.parametrize(("codec", "average", "schedule"), GRIDS.values(), ids=GRIDS)
 def test_lanes_learn_different_text_and_end_as_one(tiny: TinyConfig, codec: str, average: str, schedule: str):
     spec, *formats = codec.split()

@@ -97,6 +97,7 @@ def test_without_a_cap_nothing_waits() -> None:
     assert found["stages"][0]["round_s"] == found["last_round_s"] == 0
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize(
     "average",
     [

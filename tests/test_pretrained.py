@@ -79,6 +79,7 @@ def test_a_published_directory_trains_in_a_swarm(llama: Path, tiny: TinyConfig, 
     ]
 
 
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("schedule", ["1f1b", "zb"])
 def test_gpt2_in_a_swarm_has_the_bits_of_one_process(schedule: str, tiny: TinyConfig, tmp_path: Path) -> None:
     """Its positions are the first stage's, its matrices lie the other way round, and no weight gradient can wait."""

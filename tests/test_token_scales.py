@@ -75,7 +75,7 @@ def test_what_nobody_packs_is_refused(kind, octets, tokens, message):
 
 
 def test_any_bytes_are_scales_or_refused():
-    for kind, high, low in itertools.product(KINDS, range(256), range(0, 256, 5)):
+    for kind, high, low in itertools.product(KINDS, range(256), range(0, 256, 15)):
         try:
             found = token_scales(kind).unpack(bytes([low, high, low, high]), 2)
         except CodecError:

@@ -226,6 +226,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.pairwise(2)
 @pytest.mark.parametrize("case", CASES)
 def test_the_bits_are_those_of_one_after_the_other(case: str) -> None:
     tree = {name: {**SMALL.get(name, {}), **CASES[case].get(name, {})} for name in {*SMALL, *CASES[case]}}

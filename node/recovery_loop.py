@@ -198,7 +198,8 @@ class RecoveryLoop:
             await self.states.close()
 
     def _accept(self, known: list[Manifest]) -> None:
-        """Raises what is wrong with the text, or with checkpoints of it."""
+        """This node may go on from these. Raises what is wrong with the text, or with checkpoints of it."""
+        self.machine.outlived = max(self.machine.outlived, *(each.generation for each in known), 0)
         if self._corpus and self._accept_corpus:
             self._keep_corpus = self._accept_corpus(self._corpus, known)
 

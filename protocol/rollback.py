@@ -80,6 +80,7 @@ class Rollback:
         self.identity = identity
         self.joining = joining
         self.generation = generation
+        self.outlived = 0  # the next generation is later than this one too, whoever was in it
         self.completed = 0  # steps of this generation, for `heartbeat`
         self.members: tuple[int, ...] | None = None
         self.phase = RollbackPhase.STOPPING if joining else RollbackPhase.RUNNING
@@ -359,16 +360,22 @@ class Rollback:
                 return [Send(side="above", frame=Finished())]
         return []
 
+    @property
+    def _latest(self) -> int:
+        """Generation that this node was in or has anything of. Not `generation`, by which frames of an earlier one are
+        told: what a state brings along must not make this node deaf to the present one."""
+        return max(self.generation, self.outlived)
+
     def _whole_do_view_change(self) -> DoViewChange | None:
         """What all from this stage down have in common; None while somebody has not said."""
         mine = self.identity.incarnation
         if self.identity.last:
-            return DoViewChange(generation=self.generation, incarnations=(mine,), steps=self._steps)
+            return DoViewChange(generation=self._latest, incarnations=(mine,), steps=self._steps)
         below = self._do_view_change_below
         if below is None:
             return None
         return DoViewChange(
-            generation=max(self.generation, below.generation),
+            generation=max(self._latest, below.generation),
             incarnations=(mine, *below.incarnations),
             steps=tuple(step for step in self._steps if step in below.steps),
         )

@@ -169,7 +169,7 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "StartViewChange": {"generation": "the generation that is over"},
     "DoViewChange": {
-        "generation": "highest generation that the sender, or any stage below it, was in",
+        "generation": "highest generation that the sender, or any stage below it, was in or has a state of",
         "incarnations": "of the processes from the sender down to the last stage",
         "steps": f"steps after which all of these could go on; falling, the last one 0; at most {STEPS_LISTED_MAX}",
     },

@@ -353,6 +353,24 @@ def test_a_member_takes_its_place_from_one_that_has_never_had_it(agreed):
     assert any(isinstance(each, Stop) for each in effects) is agreed
 
 
+def test_a_state_of_a_later_generation_counts_for_the_next_one_and_the_present_one_is_heard():
+    """Another lane's, that this stage takes up: a stage beside it that has not got its part yet may be lost now."""
+    last = Rollback(identity(2, 3), joining=False)
+    last.meet("above", Rollback(identity(1, 3), joining=False).greeting())
+    last.outlived = 7
+    effects = last.receive("above", StartViewChange(generation=0))
+    assert any(isinstance(each, Stop) for each in effects)
+    (said,) = [each.frame for each in last.stopped({4}) if isinstance(each, Send)]
+    assert said == DoViewChange(generation=7, incarnations=(last.identity.incarnation,), steps=(4, 0))
+    middle = Rollback(identity(1, 3), joining=True)
+    middle.outlived = 9
+    middle.meet("above", Rollback(identity(0, 3), joining=False).greeting())
+    middle.meet("below", replace(last.identity, generation=0).greeting())
+    middle.receive("below", said)
+    (said,) = [each.frame for each in middle.stopped({4}) if isinstance(each, Send)]
+    assert (said.generation, said.steps) == (9, (4, 0))
+
+
 def test_who_has_not_lost_its_generation_keeps_the_one_that_joins():
     """And not the one that was replaced, which wakes up."""
     world = Environment(2)

@@ -67,7 +67,7 @@ def rounds_over(
         await points.discard_after(completed - 1)
         await states.fetch(lane, completed)
         # Its tables are named with that lane's generation, and names never go back.
-        machine.generation = max(machine.generation, points.store.manifest(completed).generation)
+        machine.outlived = max(machine.outlived, points.store.manifest(completed).generation)
         metrics.write("took_up", lane=lane, completed=completed)
 
     membership = control.rounds = LaneMembership(

@@ -21,7 +21,8 @@ from ..sim.links.shaper import LinkProfile
 from ..sim.reports.wording import counted
 from .chain_neighbours import ChainNeighbours, Links
 from .checkpoints.copy_service import CopyService
-from .checkpoints.manifest import Manifest
+from .checkpoints.generation_file import read_generation, write_generation
+from .checkpoints.manifest import CheckpointError, Manifest
 from .checkpoints.restore_points import RestorePoints
 from .checkpoints.store import CheckpointStore
 from .config import RunConfig
@@ -65,6 +66,7 @@ class KeptStates:
         self._metrics, self._on_fault, self._on_written = metrics, on_fault, on_written
         self._loop: asyncio.AbstractEventLoop | None = None
         self.points = RestorePoints(store, on_written=self._written, on_error=self._unwritten)
+        machine.outlived = self._outlived()
         chained, profile = machine.identity, LinkProfile.parse(config.link.link)
         self._copies = control.copies = CopyService(
             stage=chained.stage,
@@ -161,6 +163,7 @@ class KeptStates:
             await self.points.discard_after(start.completed)
         self.points.forget_after(start.completed)
         self.points.gone_back(start.completed)
+        await self._enter(start.generation)
         seconds = round(time.monotonic() - began, 6)
         self._metrics.write(
             "rollback", generation=start.generation, completed=start.completed, source=where, seconds=seconds
@@ -170,6 +173,22 @@ class KeptStates:
             flush=True,
         )
         return stage
+
+    def _outlived(self) -> int:
+        """The newest generation of the processes that were here before, as this disk knows."""
+        try:
+            return read_generation(self._store.directory)
+        except CheckpointError as error:
+            self._on_fault("checkpoint", str(error))
+            return 0
+
+    async def _enter(self, generation: int) -> None:
+        """Where nothing is written, nobody can go on, and no later process counts on from here."""
+        if self._config.checkpoint.every:
+            try:
+                await asyncio.to_thread(write_generation, self._store.directory, generation)
+            except CheckpointError as error:  # as of any other write there: the run goes on
+                self._on_fault("checkpoint", str(error))
 
     # -- what is told by others ---------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ def test_what_names_no_generation_is_said(text: str, tmp_path: Path) -> None:
 
 def test_a_disk_that_takes_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="generation cannot be written: .*; make room there"):
+    with pytest.raises(CheckpointError, match=r"generation cannot be written: .*; make room there"):
         write_generation(tmp_path / "file", 1)
 
 

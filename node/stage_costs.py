@@ -34,10 +34,11 @@ _numbers: dict[str, int] = {}  # of a layer's matrices, by the digest of the arc
 
 def model_operations(config: RunConfig, architecture: PretrainedConfig) -> Operations:
     """Without a codec. Raises ModelError for an architecture that cannot be built."""
+    matrices = _layer_numbers(architecture)  # first: one that is not supported may have no heads to ask for
     width, heads = architecture.hidden_size, architecture.num_attention_heads
     heads_width = heads * (getattr(architecture, "head_dim", None) or width // heads)
     return Operations(
-        layer_weights=2.0 * _layer_numbers(architecture),
+        layer_weights=2.0 * matrices,
         attention=2.0 * config.data.sequence_length * heads_width,
         head=2.0 * architecture.vocab_size * width,
         codec_end=0.0,

@@ -32,7 +32,7 @@ lint: $(STAMP)
 # A file at a time, in the order of tests/tiers.py.
 ALL_CORES := -n auto --dist loadfile --no-loadscope-reorder
 
-# Every kind of thing at least once: four minutes on two quiet cores, eight on slow ones. First what runs on all cores,
+# Every kind of thing at least once: four minutes on two quick cores, ten and more on slow ones. First what runs on all cores,
 # then by themselves those that hold real time to figures.
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not long and not alone" $(ALL_CORES) --durations 10

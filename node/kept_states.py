@@ -21,7 +21,7 @@ from ..sim.links.shaper import LinkProfile
 from ..sim.reports.wording import counted
 from .chain_neighbours import ChainNeighbours, Links
 from .checkpoints.copy_service import CopyService
-from .checkpoints.generation_file import read_generation, write_generation
+from .checkpoints.generation_file import GENERATION
 from .checkpoints.manifest import CheckpointError, Manifest
 from .checkpoints.restore_points import RestorePoints
 from .checkpoints.store import CheckpointStore
@@ -177,7 +177,7 @@ class KeptStates:
     def _outlived(self) -> int:
         """The newest generation of the processes that were here before, as this disk knows."""
         try:
-            return read_generation(self._store.directory)
+            return GENERATION.read(self._store.directory)
         except CheckpointError as error:
             self._on_fault("checkpoint", str(error))
             return 0
@@ -186,7 +186,7 @@ class KeptStates:
         """Where nothing is written, nobody can go on, and no later process counts on from here."""
         if self._config.checkpoint.every:
             try:
-                await asyncio.to_thread(write_generation, self._store.directory, generation)
+                await asyncio.to_thread(GENERATION.write, self._store.directory, generation)
             except CheckpointError as error:  # as of any other write there: the run goes on
                 self._on_fault("checkpoint", str(error))
 

@@ -199,7 +199,7 @@ class RecoveryLoop:
 
     def _accept(self, known: list[Manifest]) -> None:
         """This node may go on from these. Raises what is wrong with the text, or with checkpoints of it."""
-        self.machine.outlived = max(self.machine.outlived, *(each.generation for each in known), 0)
+        self.machine.outlived = max([self.machine.outlived, *(each.generation for each in known)])
         if self._corpus and self._accept_corpus:
             self._keep_corpus = self._accept_corpus(self._corpus, known)
 

@@ -116,11 +116,19 @@ class Failed:
 
 
 class ProcessRecords(MetricsWriter):
-    """A process's records; the dead write none. on_step: is told how many steps are done."""
+    """A process's records; the dead write none. on_step: is told how many steps are done; on_event: of each record."""
 
-    def __init__(self, path: Path, process: Process, *, append: bool, on_step: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        process: Process,
+        *,
+        append: bool,
+        on_step: Callable[[int], None],
+        on_event: Callable[[str], None] = lambda _: None,
+    ) -> None:
         super().__init__(path, append=append)
-        self._process, self._on_step = process, on_step
+        self._process, self._on_step, self._on_event = process, on_step, on_event
 
     def write(self, event: str, **fields: Any) -> None:
         if self._process.dead:
@@ -130,6 +138,7 @@ class ProcessRecords(MetricsWriter):
             self._process.restored.set()
         elif event == "step":
             self._on_step(fields["step"] + 1)
+        self._on_event(event)
 
 
 class Cluster:

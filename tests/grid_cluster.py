@@ -39,6 +39,7 @@ from .virtual import PROCESS, JumpingClock, Network, Process, Stream, without_th
 RUN_S = 4000.0  # of the jumping clock
 SILENCE_S = 9.0
 Place = tuple[int, int]  # lane, stage
+OnEvent = Callable[["GridCluster", Place, str], None]
 KINDS = ("kill", "lane", "absent", "sleeper", "disk", "cut")
 AWAY_S = {"kill": (0.3, 3.0), "disk": (0.3, 3.0), "lane": (0.5, 25.0), "absent": (5.0, 25.0)}
 
@@ -86,9 +87,12 @@ class _Seat:
 
 
 class GridCluster:
-    """`config`, of several lanes, as a grid in this process, with `faults`."""
+    """`config`, of several lanes, as a grid in this process, with `faults`. on_event: told of each record that a node
+    writes, with its place, so that it may let something befall the grid at that moment."""
 
-    def __init__(self, config: RunConfig, out: Path, faults: list[GridFault]) -> None:
+    def __init__(
+        self, config: RunConfig, out: Path, faults: list[GridFault], on_event: OnEvent = lambda *_: None
+    ) -> None:
         self.config, self.out = config, out
         self.lanes, self.stages = config.lanes.count, config.pipeline.stages
         self.seats = {(lane, stage): _Seat() for lane in range(self.lanes) for stage in range(self.stages)}
@@ -96,7 +100,7 @@ class GridCluster:
         self.failures: list[tuple[Place, float, BaseException]] = []
         self.said: list[str] = []
         self.happened: list[GridFault] = []
-        self._pending = list(faults)
+        self._pending, self._on_event = list(faults), on_event
         self._place: dict[int, Place] = {}  # by the number of a process
         self._background: set[asyncio.Task[Any]] = set()
         self._sleepers: list[Process] = []
@@ -142,7 +146,8 @@ class GridCluster:
         seat.process, seat.away = process, False
         home = lane_path(self.out, lane, self.lanes)
         home.mkdir(parents=True, exist_ok=True)
-        metrics = ProcessRecords(home / f"stage-{stage}.jsonl", process, append=joining, on_step=self._stepped)
+        path, on_event = home / f"stage-{stage}.jsonl", partial(self._on_event, self, place)
+        metrics = ProcessRecords(path, process, append=joining, on_step=self._stepped, on_event=on_event)
         metrics.write("start", stage=stage)
         below = address((lane, stage + 1)) if stage + 1 < self.stages else None
         lateral = {other: address((other, stage)) for other in range(lane)}
@@ -219,7 +224,11 @@ class GridCluster:
     def _stepped(self, steps: int) -> None:
         for fault in [each for each in self._pending if each.step <= steps]:
             self._pending.remove(fault)
-            self._spawn(self._befall(fault))
+            self.befall(fault)
+
+    def befall(self, fault: GridFault) -> None:
+        """Now, whatever its `step` says."""
+        self._spawn(self._befall(fault))
 
     async def _befall(self, fault: GridFault) -> None:
         place = fault.lane, fault.stage
@@ -303,10 +312,16 @@ def address(place: Place) -> str:
 
 
 def run_grid(
-    config: RunConfig, out: Path, faults: list[GridFault], *, seed: int = 0, resume: bool = False
+    config: RunConfig,
+    out: Path,
+    faults: list[GridFault],
+    *,
+    seed: int = 0,
+    resume: bool = False,
+    on_event: OnEvent = lambda *_: None,
 ) -> GridCluster:
     """The whole story. seed: of how long everything takes. Raises what a node ended with that was not killed."""
-    grid = GridCluster(config, out, faults)
+    grid = GridCluster(config, out, faults, on_event)
     with _stand_in(grid) as corpus, asyncio.Runner(loop_factory=lambda: _Clock(seed)) as runner:
         del corpus
         runner.run(grid.run(resume=resume))

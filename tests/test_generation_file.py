@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from thinpipe.node.checkpoints.generation_file import FILE, read_generation, write_generation
+from thinpipe.node.checkpoints.generation_file import GENERATION
 from thinpipe.node.checkpoints.manifest import CheckpointError
 from thinpipe.protocol.control_messages import STEP_MAX
 
@@ -19,24 +19,24 @@ from .faults_reference import SETTINGS, STAGES
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     directory = tmp_path / "stage-1"
-    assert read_generation(directory) == 0
+    assert GENERATION.read(directory) == 0
     for generation in (1, 12, STEP_MAX - 1):
-        write_generation(directory, generation)
-        assert read_generation(directory) == generation
-    assert [path.name for path in directory.iterdir()] == [FILE]
+        GENERATION.write(directory, generation)
+        assert GENERATION.read(directory) == generation
+    assert [path.name for path in directory.iterdir()] == [GENERATION.name]
 
 
 @pytest.mark.parametrize("text", ["", "seven", "-1", str(STEP_MAX), "1 2", "1.5"])
 def test_what_names_no_generation_is_said(text: str, tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(CheckpointError, match=rf"{FILE} names no generation \(.*\); delete it"):
-        read_generation(tmp_path)
+    (tmp_path / GENERATION.name).write_text(text)
+    with pytest.raises(CheckpointError, match=rf"{GENERATION.name} names no generation \(.*\); delete it"):
+        GENERATION.read(tmp_path)
 
 
 def test_a_disk_that_takes_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"generation cannot be written: .*; make room there"):
-        write_generation(tmp_path / "file", 1)
+        GENERATION.write(tmp_path / "file", 1)
 
 
 def test_no_number_is_used_twice_though_no_checkpoint_has_it(tiny: TinyConfig, tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_no_number_is_used_twice_though_no_checkpoint_has_it(tiny: TinyConfig, t
     run_cluster(tiny(SETTINGS), tmp_path, [kill(1, 3, Phase.MID_BACKWARD)])
     for stage in range(STAGES):
         directory = tmp_path / "checkpoints" / f"stage-{stage}"
-        assert read_generation(directory) == 1
+        assert GENERATION.read(directory) == 1
         for manifest in directory.glob("step-*/manifest.json"):
             if json.loads(manifest.read_text())["generation"]:
                 shutil.rmtree(manifest.parent)

@@ -5,16 +5,19 @@ Whoever comes to the end has what one process makes of the record, and nobody wa
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from thinpipe.node.config import RunConfig
+from thinpipe.node.lanes.state_copies import StateCopies
 from thinpipe.node.stage_failure import StageFailed
 
 from .conftest import TinyConfig
-from .grid_cluster import GridCluster, GridFault, draw_faults, events, judged, run_grid
+from .grid_cluster import GridCluster, GridFault, Place, draw_faults, events, judged, run_grid
+from .virtual import PROCESS
 
 SMALL: dict[str, Any] = {
     "run.steps": 20,
@@ -62,6 +65,36 @@ def test_who_comes_back_when_the_others_are_through_takes_up_their_last_state(
     config = tiny(SMALL)
     story(config, tmp_path, [lost_for(seconds)])
     assert took_up(config, tmp_path, 0) == [(1, 20)]
+
+
+@pytest.mark.slow
+def test_a_stage_is_lost_while_the_others_take_up_a_state_of_a_later_generation(
+    tiny: TinyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 has its part of the other lane's state, and is in its own lane's generation all the same: it has to hear
+    stage 1, which has no part yet and meets who takes the place of stage 0."""
+    config = tiny(SMALL | {"pipeline.stages": 3, "model.layers": 3})
+    fetch, lost = StateCopies.fetch, False
+
+    async def late_above_stage_2(self: StateCopies, lane: int, completed: int) -> None:
+        process = PROCESS.get()
+        if process and process.stage < 2 and not lost:
+            await asyncio.sleep(3)
+        await fetch(self, lane, completed)
+
+    def on_event(grid: GridCluster, place: Place, event: str) -> None:
+        nonlocal lost
+        if event == "took_up" and not lost:
+            lost = True
+            assert place == (0, 2)
+            grid.befall(GridFault(step=0, kind="kill", lane=0, stage=0, away_s=0.3))
+
+    monkeypatch.setattr(StateCopies, "fetch", late_above_stage_2)
+    kills = [GridFault(step=step, kind="kill", lane=1, stage=1, away_s=0.3) for step in (1, 2, 9, 13)]
+    run_grid(config, tmp_path, [*kills, lost_for(14.0)], on_event=on_event)
+    assert lost
+    assert judged(config, tmp_path).equal
+    assert took_up(config, tmp_path, 0)[-1] == (1, 20)
 
 
 @pytest.mark.slow

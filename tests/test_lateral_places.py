@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from thinpipe.node.lanes.contribution_store import ContributionError
-from thinpipe.node.lanes.promise_file import FILE
+from thinpipe.node.lanes.promise_file import PROMISE
 from thinpipe.node.lanes.stays import all_stay
 
 from .in_memory import Connection
@@ -107,7 +107,7 @@ def test_a_promise_is_on_the_disk_before_a_peer_hears_of_it(tmp_path: Path, monk
             await asyncio.sleep(1)
             assert giver[1].session.sender.forget_before == 0
             assert sorted(giver.links._own.kept) == [0, 1]
-        with pytest.raises(ContributionError, match=f"{FILE} cannot be written: No space left on device; make room"):
+        with pytest.raises(ContributionError, match=r"forgot cannot be written: No space left on device; make room"):
             await taker.links.run()
 
     story(job())
@@ -122,7 +122,7 @@ def test_a_promise_that_is_none_is_refused_by_name(text: str, tmp_path: Path) ->
     async def job() -> None:
         lane = Lane(0, tmp_path)
         lane.directory.mkdir(exist_ok=True)
-        (lane.directory / FILE).write_text(text)
+        (lane.directory / PROMISE.name).write_text(text)
         with pytest.raises(ContributionError, match=r"forgot says no round from which on .*; delete it"):
             Lane(0, tmp_path)
 

@@ -41,7 +41,7 @@ from .lateral_link import LateralLink, LateralLinkEnded
 from .lateral_outgoing import Kind
 from .lateral_server import LateralServer
 from .lateral_settings import LateralSettings
-from .promise_file import read_promise, write_promise
+from .promise_file import PROMISE
 from .stays import Stays, all_stay, none_known
 
 
@@ -102,7 +102,7 @@ class LateralLinks:
         self._made = max(self._own.kept, default=-1) + 1  # rounds that this node has contributed to
         self._waited_s = 0.0
         self._needed_from: int | None = None  # None: this node has not said yet where it is
-        self._promised, self._promising = read_promise(directory), asyncio.Lock()
+        self._promised, self._promising = PROMISE.read(directory), asyncio.Lock()
         self._writing = asyncio.Lock()
         self._may_write = asyncio.Event()  # it is known which log counts
         self._may_write.set()
@@ -265,7 +265,7 @@ class LateralLinks:
     async def _promise(self, round: int) -> None:
         async with self._promising:
             if round > self._promised:
-                await asyncio.to_thread(write_promise, self.directory, round)
+                await asyncio.to_thread(PROMISE.write, self.directory, round)
                 self._promised = round
         self._forget()
 

@@ -73,7 +73,8 @@ class OneProcess:
             for lane in self.lanes:
                 for stage in lane.stages:
                     assert stage.chunk
-                    stage.chunk.connect(mailbox.of(stage.index, lane.lane, partial(lane.count_context, stage.index)))
+                    on_sent, watch = partial(lane.count_context, stage.index), lane.watches[stage.index]
+                    stage.chunk.connect(mailbox.of(stage.index, lane.lane, on_sent, watch))
         self._members = members or MembershipLog.begin(count)
         self._given: dict[tuple[int, int], dict[int, bytes]] = {}  # (stage, round) -> lane -> contribution
         self._architecture = architecture

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from thinpipe.node.data.batches import draw
 from thinpipe.node.model import ModelError, StageModel, build_stage
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.preparation import check_lanes, prepare, resolve_architecture
+from thinpipe.node.run_records import Stopwatch
 from thinpipe.protocol.messages import Kind
 from thinpipe.sim.reports.lanes import context_link_name
 from thinpipe.sim.reports.lanes_summary import summarise_run
@@ -384,6 +387,25 @@ def test_a_lane_that_fails_ends_the_waiting_of_the_others() -> None:
 def test_a_part_that_does_not_come_is_named() -> None:
     with pytest.raises(TimeoutError, match=r"lane 0 waited 0\.01 s for keys and values of layer 2, segment 1, step 1"):
         Mailbox(deadline_s=0.01).of(0, 0).receive(1, KEY)
+
+
+def test_waiting_for_a_part_is_no_computing() -> None:
+    mailbox, asked = Mailbox(deadline_s=10.0), []
+
+    class Watch(Stopwatch):
+        @contextmanager
+        def waiting_within(self, activity: Literal["compute", "codec"]) -> Iterator[None]:
+            with super().waiting_within(activity):
+                mailbox.of(0, 1).send(0, KEY, b"part")  # not before the other lane waits
+                asked.append(activity)
+                yield
+
+    watch = Watch()
+    with watch.measure("compute"):
+        assert mailbox.of(0, 0, watch=watch).receive(1, KEY) == b"part"
+    spent = watch.take()
+    assert asked == ["compute"]
+    assert spent["wait_s"] > 0 <= spent["compute_s"]
 
 
 def test_full_is_as_wide_as_keys_and_values() -> None:

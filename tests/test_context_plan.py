@@ -21,7 +21,8 @@ from thinpipe.node.model import resolve_model
 from typer.testing import CliRunner
 
 from .conftest import TinyConfig
-from .test_plan import planned, recorded
+from .test_dense_comparison import MICROBATCH_S, recorded
+from .test_plan import planned
 
 TOKENS = 131072 // 16  # of a segment
 PUBLISHED = (
@@ -221,7 +222,7 @@ def test_lanes_of_their_own_sequences_have_no_chunks() -> None:
 
 
 def test_a_run_of_one_lane_is_carried_over(tiny: TinyConfig, tmp_path: Path) -> None:
-    """Its times, for as many tokens as a chunk has, and the mean attention; of one in chunks nobody knows them."""
+    """Its times, for as many tokens as a chunk has, and the mean attention."""
     ran = tiny({"pipeline.stages": 2, "data.sequence_length": 64})
     run = recorded(tmp_path / "run", ran)
     (run / "run.toml").write_text(dump_config(ran))
@@ -231,11 +232,22 @@ def test_a_run_of_one_lane_is_carried_over(tiny: TinyConfig, tmp_path: Path) -> 
     assert forward_s[1] == pytest.approx([each / 2 for each in forward_s[0]])
     held = planned("--from", str(run), "--link", "100mbit,5ms", "--chunks", "2")["chunks"]
     assert held["stages"][0]["exposed_forward_s"] > 0.005
-    in_chunks = tiny({"pipeline.stages": 2, "lanes.count": 2, "context.method": "full"})
-    (run / "run.toml").write_text(dump_config(in_chunks))
-    result = CliRunner().invoke(app, ["plan", "--from", str(run)])
-    assert result.exit_code == 2
-    assert "trained in chunks: its lanes waited for each other in every layer" in result.stderr
+
+
+def test_a_run_in_chunks_is_carried_over(tiny: TinyConfig, tmp_path: Path) -> None:
+    """Its lanes' mean, as their attention is unlike; what they waited for one another is the planned link's affair."""
+    ran = tiny({"pipeline.stages": 2, "data.sequence_length": 64, "lanes.count": 2, "context.method": "full"})
+    (tmp_path / "run.toml").write_text(dump_config(ran))
+    for lane, factor in enumerate((0.5, 1.5)):
+        records = recorded(tmp_path / f"lane-{lane}", ran, microbatch_s=factor * MICROBATCH_S)
+        assert "wait_s" not in (records / "stage-0.jsonl").read_text()
+    found = planned("--from", str(tmp_path), "--link", "none")
+    forward_s = [stage["forward_s"] for stage in found["stages"]]
+    assert forward_s == pytest.approx([MICROBATCH_S / 3] * 2, rel=0.02)  # and segments' bytes over no latency at all
+    held = planned("--from", str(tmp_path), "--link", "100mbit,5ms")["chunks"]
+    assert held["stages"][0]["exposed_forward_s"] > 0.005
+    whole = planned("--from", str(tmp_path), "--link", "none", "--set", "lanes.count=1", "--set", "context.method=")
+    assert [stage["forward_s"] for stage in whole["stages"]] == pytest.approx([2 * each for each in forward_s])
 
 
 def test_people_see_it() -> None:

@@ -37,12 +37,12 @@ def costs_of(config: RunConfig) -> PipelineCosts:
     return found
 
 
-def recorded(run: Path, config: RunConfig, *, steps: int = 3) -> Path:
-    """Records of stages that take MICROBATCH_S for each microbatch."""
+def recorded(run: Path, config: RunConfig, *, steps: int = 3, microbatch_s: float = MICROBATCH_S) -> Path:
+    """Records of stages that take so long for each microbatch."""
     run.mkdir(parents=True)
     costs = pipeline_costs(config, resolve_architecture(config))
     head = [json.dumps({"event": "costs", **costs.record()})] if costs else []
-    step = {"event": "step", "compute_s": MICROBATCH_S * config.pipeline.microbatches, "codec_s": 0.0}
+    step = {"event": "step", "compute_s": microbatch_s * config.pipeline.microbatches, "codec_s": 0.0}
     for stage in range(config.pipeline.stages):
         lines = [*(head if stage == 0 else []), *[json.dumps(step)] * steps]
         (run / f"stage-{stage}.jsonl").write_text("".join(f"{line}\n" for line in lines))

@@ -22,6 +22,7 @@ from thinpipe.node.context.stage_tokens import StageTokens
 from thinpipe.node.lane_in_process import LaneInProcess
 from thinpipe.node.one_process import OneProcess
 from thinpipe.node.stage import Stage
+from thinpipe.sim.reports.summary import read_records
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -148,6 +149,16 @@ def test_the_held_out_loss_is_that_of_all_lanes(tiny: TinyConfig, tmp_path: Path
         if each["boundaries"] == "without rounding"
     ]
     assert evaluated == pytest.approx(held_out["loss_recorded"], rel=1e-12)
+
+
+def test_what_its_lanes_computed_is_known_without_their_waits(of_float32: Path) -> None:
+    """In one process, too, where they are threads; so `plan` can carry the run over."""
+    for stage in range(2):
+        for lane in range(LANES):
+            records = read_records(of_float32 / f"lane-{lane}" / f"stage-{stage}.jsonl")
+            assert all(each["wait_s"] > 0 < each["compute_s"] for each in records if each["event"] == "step")
+    found = json.loads(done("plan", "--from", of_float32, "--json"))
+    assert found["chunks"]["count"] == LANES
 
 
 def test_angles_are_no_part_of_a_plain_model(mixed: Path, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from ...protocol.messages import Message
+from ..run_records import Stopwatch
 from .context_parts import message_of
 from .exchange import ContextKey
 
@@ -23,9 +25,12 @@ class Mailbox:
         self._changed = threading.Condition()
         self.failure: BaseException | None = None
 
-    def of(self, stage: int, lane: int, on_sent: Sent = lambda _, __: None) -> LaneMailbox:
-        """The transport of a node. on_sent: is given all that it sends, and to which lane, on its own thread."""
-        return LaneMailbox(self, stage, lane, on_sent)
+    def of(
+        self, stage: int, lane: int, on_sent: Sent = lambda _, __: None, watch: Stopwatch | None = None
+    ) -> LaneMailbox:
+        """The transport of a node. on_sent: is given all that it sends, and to which lane, on its own thread. watch: of
+        the work in which it waits for what it receives."""
+        return LaneMailbox(self, stage, lane, on_sent, watch)
 
     def fail(self, error: BaseException) -> None:
         """A lane has failed; the first one that says so is who is told of."""
@@ -63,10 +68,12 @@ class LaneMailbox:
     stage: int
     lane: int
     on_sent: Sent
+    watch: Stopwatch | None
 
     def send(self, lane: int, key: ContextKey, body: bytes) -> None:
         self.on_sent(lane, message_of(key, body))
         self.mailbox.put(self.stage, self.lane, lane, key, body)
 
     def receive(self, lane: int, key: ContextKey) -> bytes:
-        return self.mailbox.get(self.stage, lane, self.lane, key)
+        with self.watch.waiting_within("compute") if self.watch else nullcontext():
+            return self.mailbox.get(self.stage, lane, self.lane, key)

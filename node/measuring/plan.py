@@ -148,11 +148,6 @@ def planned(
     else:
         assert measured is not None
         ran, architecture = load_config(measured / "run.toml"), resolve_architecture(config)
-        if ran.context.method:
-            raise ConfigError(
-                f"{measured} trained in chunks: its lanes waited for each other in every layer, and nobody measured "
-                "how long they computed; give --from a run of one lane, or --emulate"
-            )
         check_codec(config, architecture)
         times = times_recut(ran, config, architecture, times_measured(measured, ran), ran=resolve_architecture(ran))
         layers = [len(of_stage) for of_stage in stage_layers(config, architecture)]

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...sim.links.pipeline import StageTimes
 from ...sim.links.stage_work import StageWorkError, measured_times, with_other_work
@@ -26,21 +27,21 @@ CALIBRATION_S = 0.3
 
 
 def times_measured(run: Path, config: RunConfig) -> list[StageTimes]:
-    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`, from all its steps in
-    all lanes. Raises ConfigError for a run that has no steps."""
+    """Seconds of each stage for a microbatch in a run on record, which had the settings `config`: of each lane the
+    median of its steps, and of lanes the mean, since chunks may have unlike attention. What a lane waited for others'
+    keys and values is not among them. Raises ConfigError for a run that has no steps."""
     times, lanes = [], config.lanes.count
     for stage in range(config.pipeline.stages):
-        steps: list[dict[str, Any]] = []
+        typical_s: list[float] = []
         for lane in range(lanes):
             path = lane_path(run, lane, lanes) / f"stage-{stage}.jsonl"
             records = read_records(path) if path.exists() else []
-            own = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
-            if not own:
+            steps = [record for record in records if record["event"] == "step"][1:]  # the first one warms up
+            if not steps:
                 name = node_name(stage, lane, lanes)
                 raise ConfigError(f"{run} has no record of a second step of {name}; name the --out of a finished run")
-            steps += own
-        step_s = [step["compute_s"] + step["codec_s"] for step in steps]
-        times.append(measured_times(step_s, config.pipeline.microbatches))
+            typical_s.append(statistics.median(step["compute_s"] + step["codec_s"] for step in steps))
+        times.append(measured_times([statistics.fmean(typical_s)], config.pipeline.microbatches))
     return times
 
 

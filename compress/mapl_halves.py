@@ -179,7 +179,7 @@ class MaplDecoder(Decoder):
     def __init__(self, context: BoundaryContext, *, rank: int, every: int, learned: bool) -> None:
         super().__init__()
         self._tokens = context.tokens
-        self._shape, self._dtype = (context.width, rank), context.dtype
+        self._shape, self._dtype, self._device = (context.width, rank), context.dtype, context.device
         self._every, self._learned = every, learned
         self._leaves = TableLeaves(learned=learned)
 
@@ -219,8 +219,8 @@ class MaplDecoder(Decoder):
 
     def load_state_tensors(self, state: Mapping[str, Tensor], table: Tensor | None) -> None:
         gathered = None
-        if table is not None and "gathered" in state:
-            gathered = _copy(state["gathered"], table)
+        if "gathered" in state:  # without a table too: nothing has come yet over a boundary that was made later
+            gathered = _copy(state["gathered"], torch.empty(self._shape, dtype=self._dtype, device=self._device))
         self._leaves.go_on(table, gathered)
 
 

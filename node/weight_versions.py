@@ -67,9 +67,10 @@ class WeightVersions:
             self._put({name: master.data for name, master in self._master.items()})
             self._in_use = "master"
 
-    def table(self, step: int) -> Tensor:
-        """The boundary's table that step's messages are coded with, before it is rounded to be shipped."""
-        return self._tables[step]
+    def table(self, step: int) -> Tensor | None:
+        """The boundary's table that step's messages are coded with, before it is rounded to be shipped; None: it never
+        moves, or there is none."""
+        return self._tables.get(step)
 
     def begin_step(self, step: int) -> None:
         """Before the optimizer step that ends `step`: it finds the gradients, and may change the masters in place."""

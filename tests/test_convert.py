@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from thinpipe.node.checkpoints.kept_boundaries import kept_boundaries
 from thinpipe.node.config import RunConfig
 from thinpipe.node.config_file import dump_config, load_config
 from thinpipe.node.model.stage_cut import layer_ranges
+from thinpipe.node.stage import Stage
 from typer.testing import CliRunner
 
 from .cluster import Ended, run_cluster
@@ -198,6 +200,33 @@ def test_there_and_back_again_is_the_run_itself(learned: tuple[Path, Ended], tmp
     ended = go_on(tmp_path / "back")
     assert ended.losses == [losses[DONE:] for losses in unconverted.losses]
     assert ended.state_sha256 == unconverted.state_sha256
+
+
+def test_what_was_converted_can_be_written_again_before_a_step(learned: tuple[Path, Ended], tmp_path: Path) -> None:
+    """As a run does that is ended before its first step, or has none left."""
+    run, _ = learned
+    converted(run, tmp_path / "other", "--cut", "1,1,2")
+    found = assemble(tmp_path / "other")
+    for index, snapshot in enumerate(found.snapshots):
+        stage = Stage(found.config, found.architecture, index)
+        stage.restore(snapshot)
+        again = stage.snapshot()
+        assert again.dictionaries == snapshot.dictionaries
+        assert again.tensors.keys() == snapshot.tensors.keys()
+        assert all(torch.equal(tensor, snapshot.tensors[name]) for name, tensor in again.tensors.items())
+
+
+def test_what_was_converted_can_be_evaluated_before_a_step(learned: tuple[Path, Ended], tmp_path: Path) -> None:
+    """Without rounding: codebooks of the new boundary do not exist yet."""
+    run, _ = learned
+    converted(run, tmp_path / "other", "--cut", "1,1,2")
+    done = CliRunner().invoke(app, ["eval", str(tmp_path / "other"), "--json"])
+    assert done.exit_code == 0, done.output
+    rows = {row["boundaries"]: row["loss"] for row in json.loads(done.stdout)["text"]}
+    assert 5.0 < rows["without rounding"] < 8.0
+    learns = "mapl" in load_config(run / "run.toml").codec.codec
+    assert ("as trained, rounded" in rows) == (not learns)
+    assert ("nothing has been sent yet over what the conversion made (boundary 0)" in done.stderr) == learns
 
 
 @pytest.mark.pairwise(2)

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from thinpipe.node.boundary.learned_tables import TableReplica
 from thinpipe.node.config import RunConfig
 from thinpipe.node.optim import NonFiniteGradient
 from thinpipe.node.stage import Stage
 from thinpipe.node.stage_state import StateError
 from thinpipe.node.weight_versions import WeightVersions, ahead
+from thinpipe.protocol.messages import Kind
 from thinpipe.protocol.schedule import Forward, Step, get_schedule
 from thinpipe.protocol.step_orders import DelayedOrder, interleave_steps
 
@@ -36,6 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dense": {"codec.codec": "bf16"},
     "a projector that moves every step": {"codec.codec": "mapl:r=8,anchors=full,every=1", "codec.forward": "int4"},
     "a projector that moves now and then": {"codec.codec": "mapl:r=8,anchors=full,every=3", "pipeline.schedule": "zb"},
+    "a projector that rests": {"codec.codec": "mapl:r=8,projector=fixed", "pipeline.predict": "orthogonal"},
     "codebooks both ways": {"codec.codec": "mapl:r=8,every=2", "codec.forward": BOOKS, "codec.backward": BOOKS},
     "a trained bottleneck": {"codec.codec": "resbm:b=8", "pipeline.predict": "momentum"},
     "a model in a subspace": {"codec.codec": "ssn:k=8", "pipeline.schedule": "gpipe"},
@@ -122,6 +125,33 @@ def test_a_snapshot_wants_the_pipeline_empty(tiny: TinyConfig) -> None:
                 run.stages[0].snapshot()
             return
     raise AssertionError
+
+
+def test_a_table_that_rests_is_that_of_all_versions(tiny: TinyConfig) -> None:
+    config = late(tiny, **KINDS["a projector that rests"])
+    apart, overlapping = Run(config), Run(config)
+    apart.train_from(0, 3)
+    overlapping.overlap(0, 3)
+    assert overlapping.digests() == apart.digests()
+
+
+@pytest.mark.parametrize("kind", ["codebooks both ways", "a projector that moves every step"])
+def test_messages_of_two_steps_ahead_are_no_part_of_a_snapshot(kind: str, tiny: TinyConfig) -> None:
+    """The stage above may be as far, behind the same drain, while this one still takes its optimizer step."""
+    run = Run(late(tiny, **KINDS[kind], **{"pipeline.stages": 2, "pipeline.microbatches": 1}))
+    run.train_from(0, 3)
+    before = run.stages[1].snapshot()
+    port = run.stages[1].upstream_endpoint
+    assert port
+    for step in (3, 4):
+        run._together(0, step, Forward(microbatch=0), (0,))
+        port.unpack_activation(run._take(1, Kind.ACTIVATION))
+    newest = [end.version.step for end in port.ends.values() if isinstance(end, TableReplica) and end.version]
+    assert max(newest) == 4
+    now = run.stages[1].snapshot()
+    assert now.dictionaries == before.dictionaries
+    assert now.tensors.keys() == before.tensors.keys()
+    assert all(torch.equal(tensor, before.tensors[name]) for name, tensor in now.tensors.items())
 
 
 @pytest.mark.pairwise(1)

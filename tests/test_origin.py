@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from thinpipe.cli import app
+from thinpipe.compress.byte_format import Direction, Key
 from thinpipe.node.checkpoints.assemble import Assembled, assemble
 from thinpipe.node.codec_start import FILE
 from thinpipe.node.config import ConfigError, RunConfig
@@ -26,6 +27,7 @@ from thinpipe.node.origin import begin_from
 from thinpipe.node.preparation import prepare_vocabulary
 from thinpipe.node.run_corpus import vocabulary_of_run
 from thinpipe.node.run_directory import START, hold_aside
+from thinpipe.node.stage import Stage
 from thinpipe.protocol.messages import Kind
 from thinpipe.protocol.schedule import Forward
 from tokenizers.processors import TemplateProcessing
@@ -68,8 +70,20 @@ def up(*options: str, code: int = 0) -> Any:
 
 
 def began(config: RunConfig) -> list[dict[str, torch.Tensor]]:
-    """The state of each stage before the first step."""
-    return [stage.state_tensors() for stage in OneProcess(config).stages]
+    """The state of each stage before the first step, and the codebooks that its ends begin with."""
+    states = []
+    for stage in OneProcess(config).stages:
+        states.append(stage.state_tensors())
+        ends = {
+            "activation_codebook_below": stage.downstream_endpoint,
+            "gradient_codebook_above": stage.upstream_endpoint,
+        }
+        for name, end in ends.items():
+            if end and end.codebook:
+                assert not any(name in each for each in states[-1])  # nothing was sent yet
+                learned = end.codebook._format.state_tensors()
+                states[-1] |= {f"codec/{name}/{part}": tensor for part, tensor in learned.items()}
+    return states
 
 
 def assert_weights(states: list[dict[str, torch.Tensor]], found: Assembled) -> None:
@@ -341,6 +355,19 @@ def test_a_boundary_that_only_the_start_had_begins_as_it_did(trained: Path, tmp_
     for half in ("sender", "receiver"):
         learned = getattr(then, half)
         assert all(torch.equal(tensor, learned[name]) for name, tensor in getattr(now, half).items())
+    found = assemble(other)
+    stage, before = Stage(found.config, found.architecture, 1), found.snapshots[1]
+    for _ in range(2):  # and once more after it was set back
+        stage.restore(before)
+        port = stage.downstream_endpoint
+        if port and port.codebook and (learned := then.codebooks["activations"]):
+            now_learned = port.codebook._format.state_tensors()
+            assert now_learned
+            assert all(torch.equal(tensor, learned[name]) for name, tensor in now_learned.items())
+            z = torch.randn(port.shape.z_shape)
+            key = Key(seed=1, boundary=1, direction=Direction.FORWARD, step=2, microbatch=0)
+            port.codebook.pack(z, key, training=True)
+            assert torch.equal(torch.tensor(port.codebook.shipped), learned["shipped"])
     longer = load_config(other / "run.toml")
     longer = longer.model_copy(update={"run": longer.run.model_copy(update={"steps": 3})})
     assert len(run_cluster(longer, other, [], resume=True).losses[0]) == 1

@@ -54,11 +54,13 @@ class CodebookOwner(TableOwner):
     ) -> None:
         super().__init__(table, generation=0, seed=seed, boundary=boundary, dtype=torch.float32, device=device)
         self._format, self._shape, self._microbatches = fmt, shape, microbatches
+        self._learned_before: dict[str, Tensor] = {}  # by an earlier run
 
     def learned_before(self, state: Mapping[str, Tensor], shipped: Tensor, *, times: float) -> None:
         """Begin with what an earlier run had learned, and had shipped, in a format that has the same table. times: how
         many times as many tokens a microbatch has now. Raises CodecError for a state that is none."""
-        self._format.load_state_tensors(self._format.for_tensors_of(state, times))
+        self._learned_before = self._format.for_tensors_of(state, times)
+        self._format.load_state_tensors(self._learned_before)
         self.begin_with(shipped)
 
     def pack(self, z: Tensor, key: Key, *, training: bool) -> Packed:
@@ -95,7 +97,9 @@ class CodebookOwner(TableOwner):
         return change
 
     def state_tensors(self, completed: int | None = None) -> dict[str, Tensor]:
-        return self._format.state_tensors() | super().state_tensors(completed)
+        """Before anything was published there is nothing but what this end began with."""
+        learned = self._format.state_tensors() if self.has_started else {}
+        return learned | super().state_tensors(completed)
 
     def state_layout(self, completed: int) -> dict[str, Tensor]:
         return self._format.state_layout(self._shape, completed) | super().state_layout(completed)
@@ -105,7 +109,7 @@ class CodebookOwner(TableOwner):
         return super().read_state(tensors, dictionary)
 
     def restore(self, held: TableSnapshot | None, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        self._format.load_state_tensors(self._learned(tensors))
+        self._format.load_state_tensors(self._learned_before if held is None else self._learned(tensors))
         shipped = super().restore(held, tensors)
         if shipped is not None:
             self._format.use_table(shipped)

@@ -6,8 +6,8 @@ meet. Tables are numpy arrays on the CPU, and each version that reaches a device
 still need the one before.
 
 Messages are unpacked ahead of the stage's compute, so a receiver's replica may know the next step's table while the
-stage still finishes this one. A checkpoint must not depend on that: the receiver keeps the last version of the step
-before its newest one.
+stage still finishes this one, and that of the step after it where steps overlap. A checkpoint must not depend on that:
+the receiver keeps the last version of each of as many earlier steps.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ...protocol.dictionary import Publisher
 from ...protocol.dictionary_delta import Delta, DictionarySpec, Version, decode_delta, encode_delta
 from ...protocol.errors import Fault, RemoteProtocolError
 from ...protocol.messages import Kind, Message
+from ...protocol.step_orders import VERSIONS
 from .projector_gradient import GradientCoder
 from .table_snapshot import (
     TableSnapshot,
@@ -89,7 +90,7 @@ class TableOwner:
         self._publisher = Publisher(self.spec, generation)
         self._coder = GradientCoder(table, seed=seed, boundary=boundary, dtype=dtype)
         self._device = device
-        self._first: np.ndarray | None = None  # to be published first, in the place of the master
+        self._first: np.ndarray | None = None  # published first, in the place of the master
 
     def begin_with(self, table: Tensor) -> None:
         """Have the other end begin with `table` (entries, width), which an earlier run had shipped, and not with what
@@ -123,8 +124,9 @@ class TableOwner:
 
     @property
     def coded_with(self) -> dict[str, Any]:
-        """For the header of each tensor message: which version the table has."""
-        return {self.table.name: [*self._publisher.version, self._publisher.digest]}  # pyright: ignore
+        """For the header of each tensor message: which version the table has. Nothing, before any was published."""
+        version = self._publisher.version
+        return {} if version is None else {self.table.name: [*version, self._publisher.digest]}
 
     def unpack_gradient(self, message: Message) -> Tensor:
         """The receiver's half of the gradient (entries, width). Raises RemoteProtocolError."""
@@ -158,7 +160,6 @@ class TableOwner:
         del tensors
         generation = max(self._publisher.generation, held.version.generation if held else 0)
         self._publisher, _ = republished(self.spec, generation, held)
-        self._first = None
         return None if held is None else on_device(held.table, self._device)
 
 
@@ -234,7 +235,7 @@ class TableReplica:
     def _adopt(self, delta: Delta, table: np.ndarray) -> Tensor:
         self._replica.adopt(delta, table)
         earlier = [held for held in self._latest if held.version.step < delta.version.step]
-        self._latest = (*earlier[-1:], snapshot_of(self._replica))
+        self._latest = (*earlier[-VERSIONS:], snapshot_of(self._replica))
         return on_device(table, self._device)
 
     def pack_gradient(self, gradient: Tensor, step: int) -> Message:

@@ -42,6 +42,15 @@ class Chain:
         self.stages = [Stage(config, found.architecture, index, lane) for index in range(config.pipeline.stages)]
         for stage, snapshot in zip(self.stages, found.snapshots, strict=True):
             stage.restore(snapshot)
+        self.silent = [  # boundaries that a conversion made, over which nothing was sent yet
+            stage.index
+            for stage, snapshot in zip(self.stages[:-1], found.snapshots, strict=False)
+            if any(held["version"] is None for name, held in snapshot.dictionaries.items() if name.endswith("_below"))
+        ]
+        for boundary in self.silent:
+            if (table := found.boundaries[boundary].table) is not None:  # what will be sent first
+                self.stages[boundary].sender.use_table(table.clone())
+                self.stages[boundary + 1].receiver.use_table(table.clone())
         self.config = config
         self.tokenizer, self.begin_id = tokenizer, begin_id
         self.context: int = getattr(found.architecture, "max_position_embeddings", None) or LARGEST_CONTEXT

@@ -109,7 +109,13 @@ def _run(run: Path, asked: Asked, report: Callable[[str], None]) -> tuple[Subjec
         return chain.logits(torch.from_numpy(ids_BS.astype(np.int64))[:, :-1])
 
     measured: list[tuple[str, LogitsOf]] = [("without rounding", exact)]
-    if config.pipeline.stages > 1:
+    if chain.silent:
+        places = ", ".join(map(str, chain.silent))
+        report(
+            f"nothing has been sent yet over what the conversion made (boundary {places}), so what rounding costs is "
+            "not known; thinpipe up --resume takes the first step"
+        )
+    elif config.pipeline.stages > 1:
         measured.insert(0, ("as trained, rounded", chain.rounded_logits))
     results = [_result(words, text_loss(logits_of, rows(), size)) for words, logits_of in measured]
     of_lane = {"lane": lane} if config.lanes.count > 1 else {}

@@ -13,6 +13,7 @@ tests of real processes: hence `--no-loadscope-reorder`.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import pytest
@@ -56,7 +57,8 @@ def split_tiers(items: Sequence[pytest.Item]) -> None:
         marker = cases[0].get_closest_marker("pairwise")
         assert marker
         (count,) = marker.args
-        rows = [tuple(case.callspec.indices.items()) for case in cases]
+        # One value for each decorator: `callspec.indices` has the number of the case, of every parameter.
+        rows = [tuple(enumerate(case.callspec._idlist)) for case in cases]  # pyright: ignore[reportPrivateUsage]
         chosen = spread(rows, count)
         for index, case in enumerate(cases):
             if index not in chosen:
@@ -70,19 +72,26 @@ def check_alone(items: Sequence[pytest.Item]) -> None:
 
 
 def spread(rows: Sequence[Sequence[Hashable]], count: int) -> set[int]:
-    """Indices of `count` rows: each next one adds the most pairs of values that no earlier one has, the first of
-    equals; where no pair is left, or rows have one value, they are spread evenly."""
+    """Indices of `count` rows: each next one adds the most pairs of values that no earlier one has, of equals the one
+    whose values were used least, and of those the first; where no pair is left, or rows have one value, they are spread
+    evenly."""
     if count >= len(rows):
         return set(range(len(rows)))
     pairs = [set(itertools.combinations(row, 2)) for row in rows]
     chosen: list[int] = []
     seen: set[object] = set()
+    used: Counter[Hashable] = Counter()
+
+    def gain(index: int) -> tuple[int, int]:
+        return len(pairs[index] - seen), -sum(used[value] for value in rows[index])
+
     while len(chosen) < count:
-        best = max((index for index in range(len(rows)) if index not in chosen), key=lambda i: len(pairs[i] - seen))
+        best = max((index for index in range(len(rows)) if index not in chosen), key=gain)
         if not pairs[best] - seen:
             break
         chosen.append(best)
         seen |= pairs[best]
+        used.update(rows[best])
     left = [index for index in range(len(rows)) if index not in chosen]
     more = count - len(chosen)
     return {*chosen, *(left[len(left) * place // more] for place in range(more))}

@@ -38,13 +38,13 @@ GRIDS: dict[str, dict[str, Any]] = {
     },
     "a stage without layers": {"pipeline.cut": "4,0", "context.method": "mos:k=0.25,v=0.5,warm=2"},
     "mixture of subspaces": {
-        "lanes.count": 3,
         "context.method": "mos:k=0.25,v=0.5,warm=2,fold=0.34,format=bf16",
         "lanes.average": "outer:every=2",
         "context.in_flight": 2,
         "link.link": "20mbit,5ms",
     },
 }
+GRIDS["mixture of subspaces in three chunks"] = GRIDS["mixture of subspaces"] | {"lanes.count": 3}
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,9 @@ def qwen3(directory: Path) -> dict[str, Any]:
 
 
 def configure(tiny: TinyConfig, spec: str, **more: Any) -> RunConfig:
-    return tiny({"pipeline.stages": STAGES, "run.steps": STEPS, "codec.codec": spec, **more})
+    """An export has nothing of byte formats, and codebooks of 256 codes take their time to begin."""
+    formats = {"codec.forward": "int4", "codec.backward": "int4"} if spec.startswith("mapl") else {}
+    return tiny({"pipeline.stages": STAGES, "run.steps": STEPS, "codec.codec": spec, **formats, **more})
 
 
 @torch.no_grad()

@@ -202,7 +202,7 @@ TWICE = [
 ]
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(("first", "second", "phase"), TWICE)
 def test_a_second_kill_during_the_rollback(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, first: int, second: int, phase: Phase
@@ -260,7 +260,7 @@ def test_a_sleeper_finds_a_neighbour_that_has_just_joined(
     assert "replaced" in words
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("how", ["bit", "short", "manifest"])
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_torn_checkpoint_is_left_out(
@@ -288,7 +288,7 @@ def test_a_loss_while_the_disk_is_full_goes_back_further(
     assert 6 in ended.checkpoints[stage]  # there is room again
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize("frame", range(1, 6))
 @pytest.mark.parametrize("boundary", range(STAGES - 1))
 def test_each_word_of_a_rollback_is_cut_short(

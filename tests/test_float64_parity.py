@@ -37,7 +37,7 @@ from .float64 import assert_clipped_now_and_then, batches_of, recipe_of, setting
 from .in_memory import Outcome, run_in_memory, run_reference
 
 TOLERANCE = 1e-8
-STEPS, FEW_STEPS, LAYERS, STAGES = 50, 6, 4, 4
+STEPS, SOME_STEPS, FEW_STEPS, LAYERS, STAGES = 50, 12, 6, 4, 4
 
 ARCHITECTURES = {"llama": transformers.LlamaConfig, "starcoder2": transformers.Starcoder2Config}
 
@@ -173,12 +173,13 @@ def test_with_gradients_that_are_late_it_is_a_loop_with_late_gradients(
     predict: str, schedule: str, configure: Configure, tmp_path: Path
 ) -> None:
     model = plain_model("llama")
-    given = {"steps": STEPS, "polynomials": "polar_express", "schedule": schedule}
+    steps = STEPS if (predict, schedule) == ("orthogonal", "zb") else SOME_STEPS
+    given = {"steps": steps, "polynomials": "polar_express", "schedule": schedule}
     config = configure(model, tmp_path / "model", pipeline__delay=1, pipeline__predict=predict, **given)
     got = run_in_memory(config, tmp_path / "run")
     errors = compare(model, config, got)
     assert max(errors.values()) < TOLERANCE, errors
-    assert got.losses[0][-1] < 0.5 * got.losses[0][0]
+    assert got.losses[0][-1] < (0.5 if steps == STEPS else 1.0) * got.losses[0][0]
 
 
 @pytest.mark.pairwise(3)

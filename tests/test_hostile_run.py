@@ -259,9 +259,21 @@ def test_a_refusal_that_will_come_again_ends_the_dialling(fault: Fault) -> None:
     assert f"{fault}: both values" in str(error)
 
 
+@pytest.fixture(scope="module")
+def met() -> dict[Script | None, tuple[Exception | None, list[tuple[str, str]]]]:
+    """What came of dialling each stranger, all at the same time."""
+
+    async def each() -> list[tuple[Exception | None, list[tuple[str, str]]]]:
+        return await asyncio.gather(*(dialled(script, connect_timeout_s=0.5) for script in (*STRANGE, None)))
+
+    return dict(zip((*STRANGE, None), asyncio.run(each()), strict=True))
+
+
 @pytest.mark.parametrize("script", [*STRANGE, None], ids=lambda script: script.__name__ if script else "no such method")
-def test_dialling_a_stranger_does_not_go_on_for_ever(script: Script | None) -> None:
-    error, reports = asyncio.run(dialled(script, connect_timeout_s=0.5))
+def test_dialling_a_stranger_does_not_go_on_for_ever(
+    script: Script | None, met: dict[Script | None, tuple[Exception | None, list[tuple[str, str]]]]
+) -> None:
+    error, reports = met[script]
     assert isinstance(error, TimeoutError)
     assert "boundary 0-1: no connection to 127.0.0.1:" in str(error)
     assert "is stage 1 running there?" in str(error)

@@ -32,9 +32,11 @@ from .test_cli import start as start_apart
 ROOT = Path(__file__).resolve().parent.parent
 
 GRID = {"lanes.count": 2, "pipeline.stages": 2, "run.steps": 12, "checkpoint.every": 4}
+BOOKS = {"codec.forward": "rvq:groups=2,codes=16", "codec.backward": "rvq:groups=2,codes=16"}
+CLIPPED = {"optim.clip": 0.1, "optim.clip_norm": "global"}
 MODES = {
-    "gradients": ("mapl:r=8,every=2", "gradients:format=int8", {"optim.clip": 0.1, "optim.clip_norm": "global"}),
-    "outer": ("mapl:r=8,every=2", "outer:every=3", {}),
+    "gradients": ("mapl:r=8,every=2", "gradients:format=int8", BOOKS | CLIPPED),
+    "outer": ("mapl:r=8,every=2", "outer:every=3", BOOKS),
     "fragments": ("resbm:b=8", "outer:every=4,fragments=2,delay=3,format=topk:k=16", {"pipeline.schedule": "zb"}),
     "sparta": ("ssn:k=8", "sparta:p=0.2,every=2,delay=1", {}),
 }

@@ -120,10 +120,10 @@ def measures(directory: Path, stage: int) -> list[dict[str, float]]:
 @pytest.mark.pairwise(1)
 @pytest.mark.parametrize("delta", ["int8", "bf16"])
 def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path: Path) -> None:
-    steps = {"run.steps": 60, "pipeline.microbatches": 1, "run.eval_every": 0, "optim.muon_lr": 0.02}
+    steps = {"run.steps": 34, "pipeline.microbatches": 1, "run.eval_every": 0, "optim.muon_lr": 0.02}
     run_reference(configure(tiny, f"{PUBLISHED},r=16,delta={delta}", steps), tmp_path)
     figures = measures(tmp_path, 0)
-    assert len(figures) == 60
+    assert len(figures) == 34
     assert max(of["orthonormality_error_master"] for of in figures) <= 1e-5
     assert max(of["orthonormality_error_shipped"] for of in figures) <= 1e-4
     assert all(of["angle_moved_rad"] > 1e-5 for of in figures)
@@ -131,10 +131,10 @@ def test_projectors_stay_on_the_manifold(delta: str, tiny: TinyConfig, tmp_path:
     turned = [of["angle_turned_rad"] for of in figures]
     assert 0 < turned[0] < turned[9] < turned[-1] <= sum(of["angle_moved_rad"] for of in figures)
     assert all(0 < of["energy_kept"] <= of["energy_best"] <= 1 for of in figures)
-    assert len({of["energy_best"] for of in figures}) == 4  # a look at steps 0, 16, 32 and 48
+    assert len({of["energy_best"] for of in figures}) == 3  # a look at steps 0, 16 and 32
     norms = [of["anchor_norm"] for of in figures]
     assert norms[0] < norms[9] < norms[-1]
-    assert measures(tmp_path, 1) == [{}] * 60  # the last stage owns no projector
+    assert measures(tmp_path, 1) == [{}] * 34  # the last stage owns no projector
 
 
 def test_a_free_projector_leaves_the_manifold_and_a_fixed_one_rests(tiny: TinyConfig, tmp_path: Path) -> None:

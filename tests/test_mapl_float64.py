@@ -47,7 +47,7 @@ from .in_memory import Outcome, run_in_memory
 from .test_anchors import plain_bucket
 from .test_float64_parity import LAYERS, TOLERANCE, norm_in_float64, plain_model, relative
 
-STEPS, FEW_STEPS = 50, 8
+STEPS, SOME_STEPS, FEW_STEPS = 50, 12, 8
 WITHOUT_ROUNDING = "delta=fp64,gradient=fp64"
 
 Compare = Callable[..., dict[str, float]]
@@ -280,29 +280,35 @@ def farthest(got: Iterable[Tensor], wanted: Iterable[Tensor]) -> float:
 
 @pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
-    ("architecture", "stages", "options", "polynomials"),
+    ("architecture", "stages", "steps", "options", "polynomials"),
     [
-        ("llama", 2, WITHOUT_ROUNDING, "polar_express"),
-        ("llama", 4, WITHOUT_ROUNDING, "polar_express"),
-        ("starcoder2", 4, f"{WITHOUT_ROUNDING},table=0.1", "quintic"),
+        ("llama", 2, SOME_STEPS, WITHOUT_ROUNDING, "polar_express"),
+        ("llama", 4, STEPS, WITHOUT_ROUNDING, "polar_express"),
+        ("starcoder2", 4, STEPS, f"{WITHOUT_ROUNDING},table=0.1", "quintic"),
     ],
 )
 def test_a_swarm_learns_projectors_as_one_graph_would(
-    architecture: str, stages: int, options: str, polynomials: str, compare: Compare
+    architecture: str, stages: int, steps: int, options: str, polynomials: str, compare: Compare
 ) -> None:
-    errors = compare(options, architecture=architecture, stages=stages, steps=STEPS, polynomials=polynomials)
+    errors = compare(options, architecture=architecture, stages=stages, steps=steps, polynomials=polynomials)
     assert max(errors.values()) < TOLERANCE, errors
 
 
 @pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
-    ("options", "schedule", "predict"),
-    [("every=2,anchors=full", "zb", "orthogonal"), ("every=1", "gpipe", "none"), ("every=3", "1f1b", "momentum")],
+    ("options", "schedule", "predict", "steps"),
+    [
+        ("every=2,anchors=full", "zb", "orthogonal", SOME_STEPS),
+        ("every=1", "gpipe", "none", STEPS),
+        ("every=3", "1f1b", "momentum", SOME_STEPS),
+    ],
 )
-def test_so_it_does_with_gradients_that_are_late(options: str, schedule: str, predict: str, compare: Compare) -> None:
+def test_so_it_does_with_gradients_that_are_late(
+    options: str, schedule: str, predict: str, steps: int, compare: Compare
+) -> None:
     """The projector that codes a step's messages is as late as the step's weights."""
     late = {"pipeline__delay": 1, "pipeline__schedule": schedule, "pipeline__predict": predict}
-    errors = compare(f"{WITHOUT_ROUNDING},{options}", steps=STEPS, polynomials="polar_express", **late)
+    errors = compare(f"{WITHOUT_ROUNDING},{options}", steps=steps, polynomials="polar_express", **late)
     assert max(errors.values()) < TOLERANCE, errors
 
 

@@ -206,11 +206,11 @@ def test_a_compiled_swarm_that_splits_is_one_process(tiny: TinyConfig, tmp_path:
 @pytest.mark.parametrize("codec", ["bf16", "int4"])
 def test_gpipe_and_1f1b_are_equal(codec: str, tiny: TinyConfig, tmp_path: Path) -> None:
     settings = {"pipeline.stages": 4, "codec.codec": codec}
-    gpipe, one_f_one_b, deeper, deepest = (
+    gpipe, one_f_one_b, deeper = (
         run_in_memory(tiny({**settings, "pipeline.schedule": schedule}), tmp_path / schedule)
-        for schedule in ("gpipe", "1f1b", "1f1b:rtt_ratio=0.7", "1f1b:rtt_ratio=6")
+        for schedule in ("gpipe", "1f1b", "1f1b:rtt_ratio=0.7")
     )
-    assert gpipe == one_f_one_b == deeper == deepest
+    assert gpipe == one_f_one_b == deeper
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", PROCESSES.values(), ids=PROCESSES)
 def test_a_swarm_of_processes_is_one_process(settings: dict[str, Any], tiny: TinyConfig, tmp_path: Path) -> None:
     config = tiny(settings)

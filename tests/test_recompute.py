@@ -41,6 +41,8 @@ def disturbed(tiny: TinyConfig, run: Path, average: str, *, steps: int) -> None:
             "model.layers": 2,
             "run.steps": steps,
             "codec.codec": "mapl:r=8,context=0",
+            "codec.forward": "rvq:groups=2,codes=16",
+            "codec.backward": "rvq:groups=2,codes=16",
             "lanes.count": 3,
             "lanes.average": average,
         }

@@ -129,6 +129,9 @@ class Manifest(_Strict):
         return _render(self.model_dump(mode="json"))
 
 
+_OWN_DIGEST = re.compile(rb'^ "manifest_sha256": "([0-9a-f]{64})",\n', re.MULTILINE)  # without it, what it is of
+
+
 def _render(tree: dict[str, Any]) -> bytes:
     return (json.dumps(tree, indent=1, sort_keys=True) + "\n").encode()
 
@@ -171,7 +174,9 @@ def parse_manifest(raw: bytes, *, where: str, remedy: str) -> Manifest:
         raise CheckpointError(f"{where} is damaged: {field}: {first['msg']!a:.200}; {remedy}") from None
     if manifest.rendered() != raw:
         raise CheckpointError(f"{where} is damaged: it is not spelled as it was written; {remedy}")
-    content = hashlib.sha256(_render(manifest.model_dump(mode="json", exclude={"manifest_sha256"}))).hexdigest()
+    stated = _OWN_DIGEST.search(raw)
+    assert stated  # it is spelled as `rendered` does
+    content = hashlib.sha256(raw[: stated.start()] + raw[stated.end() :]).hexdigest()
     if content != manifest.manifest_sha256:
         raise CheckpointError(
             f"{where} is damaged: its content has the digest {content[:16]}…, "
@@ -184,7 +189,7 @@ def _other_format(raw: bytes) -> int | None:
     """Of a manifest that is whole by its own digest, whatever fields it has; None: it is of ours, or damaged. By its
     lines, as `_render` spells them: what has no known shape is not made into a tree."""
     found = re.search(rb'^ "format": ([0-9]{1,9}),$', raw, re.MULTILINE)
-    stated = re.search(rb'^ "manifest_sha256": "([0-9a-f]{64})",\n', raw, re.MULTILINE)
+    stated = _OWN_DIGEST.search(raw)
     if not found or not stated:
         return None
     whole = hashlib.sha256(raw[: stated.start()] + raw[stated.end() :]).hexdigest().encode() == stated[1]

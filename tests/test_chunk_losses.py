@@ -122,14 +122,15 @@ def test_rounds_under_way_are_given_again(up: Up, tiny: TinyConfig, tmp_path: Pa
 @pytest.mark.slow
 def test_two_microbatches_in_flight_go_back_together(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
     """Each node is broken off in the middle of two, one of which waits for its turn."""
-    config = tiny({**GRID, "run.steps": 30, "context.in_flight": 2, "codec.codec": "mapl:r=8,every=2"})
+    codec = {"codec.codec": "mapl:r=8,every=2", "codec.forward": "int4", "codec.backward": "int4"}
+    config = tiny({**GRID, **codec, "run.steps": 30, "context.in_flight": 2})
     process, run = started(up, config, tmp_path, "--restarts", "2")
     for number, place in enumerate([(0, 1), (1, 0)], 1):
         until(lambda n=number: len(records(run / "lane-0", 1, "step")) >= 8 * n, f"step {8 * number}")
         kill(run, place)
         until(lambda n=number: len(records(run / "lane-1", 1, "rollback")) >= n, f"rollback {number}")
     ended(process)
-    one_after_the_other = tiny({**GRID, "run.steps": 30, "codec.codec": "mapl:r=8,every=2"})
+    one_after_the_other = tiny({**GRID, **codec, "run.steps": 30})
     assert one_after_the_other.in_flight == 1
     assert ends(run, config) == digests(one_after_the_other)
 

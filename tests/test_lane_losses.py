@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "lanes.average": "outer:every=2",
     "lanes.round_timeout_s": 3.0,
 }
-SEEDS = 6  # of `make test-slow`
+SEEDS = 3  # of `make test-slow`
 MANY = 60  # of `make test-long`
 
 

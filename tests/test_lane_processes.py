@@ -36,7 +36,7 @@ BOOKS = {"codec.forward": "rvq:groups=2,codes=16", "codec.backward": "rvq:groups
 CLIPPED = {"optim.clip": 0.1, "optim.clip_norm": "global"}
 MODES = {
     "gradients": ("mapl:r=8,every=2", "gradients:format=int8", BOOKS | CLIPPED),
-    "outer": ("mapl:r=8,every=2", "outer:every=3", BOOKS),
+    "outer": ("mapl:r=8,every=2", "outer:every=3", BOOKS | {"run.steps": 6}),
     "fragments": ("resbm:b=8", "outer:every=4,fragments=2,delay=3,format=topk:k=16", {"pipeline.schedule": "zb"}),
     "sparta": ("ssn:k=8", "sparta:p=0.2,every=2,delay=1", {}),
 }
@@ -131,13 +131,13 @@ def test_a_lost_stage_is_its_own_lanes_loss(up: Up, tiny: TinyConfig, tmp_path: 
 @pytest.mark.slow
 def test_a_lane_that_is_told_to_end_ahead_of_the_others_ends_alike(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
     """It waits in a round to which the other one, which ends before it, contributes no more."""
-    config = tiny({**GRID, "run.steps": 60, "lanes.average": "outer:every=20"})
+    config = tiny({**GRID, "run.steps": 30, "lanes.average": "outer:every=10"})
     process, run = started(up, config, tmp_path)
     until(lambda: len(records(run / "lane-1", 0, "step")) >= 8, "lane 1's first steps")
     nodes = [psutil.Process(records(run / "lane-1", stage, "start")[0]["process"]) for stage in range(2)]
     for node in nodes:
         node.suspend()
-    ahead = len(records(run / "lane-1", 0, "step")) // 20 * 20 + 19
+    ahead = len(records(run / "lane-1", 0, "step")) // 10 * 10 + 9
     until(lambda: len(records(run / "lane-0", 0, "step")) >= ahead, "lane 0's coming to a round")
     process.terminate()
     until(lambda: "the run stops after" in (run / "lane-0" / "stage-0.log").read_text(), "the word to end")
@@ -155,7 +155,7 @@ def test_a_lane_that_is_told_to_end_ahead_of_the_others_ends_alike(up: Up, tiny:
 @pytest.mark.slow
 def test_ctrl_c_ends_lanes_of_which_one_is_ahead(up: Up, tiny: TinyConfig, tmp_path: Path) -> None:
     """As a terminal does it: all processes get it at once. One lane waits in a round for the other, which is behind."""
-    config = tiny({**GRID, "run.steps": 60, "lanes.average": "outer:every=20"})
+    config = tiny({**GRID, "run.steps": 30, "lanes.average": "outer:every=10"})
     (tmp_path / "run.toml").write_text(dump_config(config))
     run = start_apart(tmp_path / "run.toml", tmp_path / "run")
     out = run.out
@@ -164,7 +164,7 @@ def test_ctrl_c_ends_lanes_of_which_one_is_ahead(up: Up, tiny: TinyConfig, tmp_p
         slow = [psutil.Process(records(out / "lane-1", stage, "start")[0]["process"]) for stage in range(2)]
         for node in slow:
             node.suspend()
-        ahead = len(records(out / "lane-1", 0, "step")) // 20 * 20 + 19
+        ahead = len(records(out / "lane-1", 0, "step")) // 10 * 10 + 9
         until(lambda: len(records(out / "lane-0", 0, "step")) >= ahead, "lane 0's coming to a round")
         nodes = [
             psutil.Process(records(out / f"lane-{lane}", stage, "start")[0]["process"])
@@ -179,7 +179,7 @@ def test_ctrl_c_ends_lanes_of_which_one_is_ahead(up: Up, tiny: TinyConfig, tmp_p
     assert code == 130
     (line,) = errors
     wanted = (
-        r"thinpipe: error: interrupted after \d+ of 60 steps; all stages are stopped; thinpipe up --resume .* goes on"
+        r"thinpipe: error: interrupted after \d+ of 30 steps; all stages are stopped; thinpipe up --resume .* goes on"
     )
     assert re.match(wanted, line)
     assert not any(node.is_running() and node.status() != psutil.STATUS_ZOMBIE for node in nodes)

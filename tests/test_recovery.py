@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -151,8 +152,11 @@ KILLED: dict[int, list[Fault]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stages", KILLED)
-@pytest.mark.parametrize(("codec", "forward", "backward"), CROSSING.values(), ids=CROSSING)
+@pytest.mark.parametrize(
+    ("codec", "forward", "backward", "stages"),
+    [(*crossing, stages) for crossing, stages in zip(CROSSING.values(), itertools.cycle(KILLED), strict=False)],
+    ids=CROSSING,
+)
 def test_killed_stages_come_back_whatever_crosses(
     codec: str, forward: str, backward: str, stages: int, tiny: TinyConfig, tmp_path: Path
 ) -> None:

@@ -91,7 +91,12 @@ def test_processes_are_one_process(tiny: TinyConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "dtype"), [(30, "float32"), (30, "bfloat16"), pytest.param(500, "float32", marks=pytest.mark.slow)]
+    ("steps", "dtype"),
+    [
+        (30, "float32"),
+        pytest.param(30, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(500, "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_what_crosses_stays_whole_while_it_trains(steps: int, dtype: str, tiny: TinyConfig, tmp_path: Path) -> None:
     more = {"run.steps": steps, "run.eval_every": 0, "pipeline.microbatches": 1, "compute.dtype": dtype}

@@ -111,7 +111,7 @@ class Generations:
             context=self.context,
         )
         self.link_above = above
-        work = _train(self.node, self._dial, last_word_s=config.link.greeting_timeout_s)
+        work = _train(self.node, self._dial, last_word_s=config.link.replacement_timeout_s)
         self.training = asyncio.create_task(work)
 
     def ended(self) -> None:
@@ -202,8 +202,8 @@ def context_of(
 
 
 async def _train(node: TrainingLoop, dial: Dial | None, *, last_word_s: float) -> None:
-    """Run the loop, and beside it the calls to the stage below and to lower lanes, for which there is time to end after
-    the goodbyes."""
+    """Run the loop, and beside it the calls to the stage below and to lower lanes. They may go on after it, for as long
+    as who has not heard our goodbye waits for it."""
     called = [link for link in node.links if link.dials]
     if not called:
         return await node.run()

@@ -6,7 +6,7 @@ They are short on purpose: their lengths bound memory.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,11 +65,14 @@ class ReceiveQueue:
             await self._queue.put(arrival)
             self.changed.set()
 
-    async def get(self, kind: Kind, step: int, microbatch: int, deadline: ReceiveDeadline) -> Arrival:
-        """The next arrival, which has to be this one. Raises TimeoutError; a wrong one is refused and waited out."""
+    async def get(
+        self, kind: Kind, step: int, microbatch: int, deadline: ReceiveDeadline, *, rounds: int = 1
+    ) -> Arrival:
+        """The next arrival, which has to be this one. rounds: of work that may lie before it. Raises TimeoutError; a
+        wrong one is refused and waited out."""
         what = f"the {kind.name.lower()} of step {step}, microbatch {microbatch}"
         while True:
-            timeout_s = deadline.timeout_s
+            timeout_s = deadline.after(rounds)
             try:
                 async with asyncio.timeout(timeout_s):
                     return await self._get(kind, step, microbatch, what)
@@ -109,21 +112,37 @@ class ReceiveQueue:
 
 
 class SendQueue:
-    """Finished tensors on their way to one neighbour: packed on the codec thread, in order, then queued on the link."""
+    """Finished tensors on their way to one neighbour: packed on the codec thread, in order, then queued on the link.
 
-    def __init__(self, link: Link, codec: Worker) -> None:
-        self.link, self._codec = link, codec
+    A neighbour that hangs takes nothing, sooner than it is missed: so whoever waits here has a deadline too."""
+
+    def __init__(self, link: Link, codec: Worker, deadline: ReceiveDeadline) -> None:
+        self.link, self._codec, self._deadline = link, codec, deadline
         self._queue: asyncio.Queue[tuple[str, Callable[[], Message]]] = asyncio.Queue(AHEAD)
+        self._sent = 0
 
     async def put(self, name: str, pack: Callable[[], Message]) -> None:
-        """Waits while the link is behind."""
-        await self._queue.put((name, pack))
+        """Waits while the link is behind. Raises TimeoutError."""
+        await self._in_time(lambda: self._queue.put((name, pack)))
 
     async def pump(self) -> None:
         while True:
             name, pack = await self._queue.get()
             await self.link.send(await self._codec.run(name, pack))
+            self._sent += 1
             self._queue.task_done()
 
     async def flush(self) -> None:
-        await self._queue.join()
+        """Wait until the link has all. Raises TimeoutError."""
+        await self._in_time(self._queue.join)
+
+    async def _in_time(self, wait: Callable[[], Awaitable[None]]) -> None:
+        """Not one of the waits may pass in which nothing is taken."""
+        while True:
+            timeout_s, sent = self._deadline.timeout_s, self._sent
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await wait()
+            except TimeoutError:
+                if self._sent == sent and not self._deadline.extend(timeout_s):
+                    raise TimeoutError(self.link.late("the neighbour to take what is sent", timeout_s)) from None

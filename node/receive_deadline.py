@@ -57,6 +57,10 @@ class ReceiveDeadline:
             return self._fixed_s
         return max(LEAST_S, TIMES * self._longest_s) + TIMES * self._transfer_s
 
+    def after(self, rounds: int) -> float:
+        """For a message that may come only after so many rounds of work like the longest so far."""
+        return self.timeout_s if self._fixed_s is not None else rounds * self.timeout_s
+
     def extend(self, waited_s: float) -> bool:
         """After a wait of `waited_s` without a message: whether to wait again, because a stage is or was missing, or
         all are `excused`."""

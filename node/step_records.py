@@ -57,8 +57,8 @@ class StepRecords:
             **spent,
         )
 
-    def end(self) -> None:
-        """All steps are done, here."""
+    def end(self, state_sha256: str) -> None:
+        """All steps are done, here. state_sha256: of the stage."""
         self._metrics.write(
             "end",
             stage=self._stage.index,
@@ -70,7 +70,7 @@ class StepRecords:
             **self._totals.watch.total,
             peak_rss_bytes=peak_rss_bytes(),
             state_bytes=self._stage.state_bytes(),
-            state_sha256=self._stage.state_sha256(),
+            state_sha256=state_sha256,
             links=[self._totals.record(link) for link in self._links]
             + (self._rounds.records() if self._rounds else []),
         )

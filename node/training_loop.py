@@ -103,8 +103,8 @@ class TrainingLoop:
         unpacking = Unpacking(stage)
         self._from_above = above and ReceiveQueue(above, unpacking.from_above, self._codec, on_fault)
         self._from_below = below and ReceiveQueue(below, unpacking.from_below, self._codec, on_fault)
-        self._to_above = above and SendQueue(above, self._codec)
-        self._to_below = below and SendQueue(below, self._codec)
+        self._to_above = above and SendQueue(above, self._codec, self._deadline)
+        self._to_below = below and SendQueue(below, self._codec, self._deadline)
         self._records = StepRecords(
             metrics,
             stage,
@@ -137,7 +137,8 @@ class TrainingLoop:
             if self.context:  # a lane that nothing comes back to for its last parts is through before they have left
                 await self.context.flush()
                 await asyncio.gather(*(link.settle(timeout_s) for link in self.context.links))
-            self._records.end()
+            # Seconds for a large stage, in which the loop goes on: neighbours hear heartbeats.
+            self._records.end(await self._compute.run("digest of the state", self.stage.state_sha256))
             await asyncio.gather(*(link.drain(timeout_s) for link in self.links))
             for pump in pumps:
                 pump.cancel()
@@ -386,7 +387,8 @@ class TrainingLoop:
             else:
                 loss_sum += out
         if self._from_below:
-            arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0)
+            rounds = -(-count // self.config.pipeline.microbatches)  # all stages below have to be through first
+            arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0, rounds=rounds)
             loss_sum = arrival.message.loss_sum
         if self._to_above:
             message = Message(kind=Kind.EVALUATION_LOSS, step=step, microbatch=0, loss_sum=loss_sum)
@@ -406,9 +408,9 @@ class TrainingLoop:
         with self._watch.waiting():  # the loop goes on: a neighbour hears heartbeats while a dataset is waited for
             return await in_daemon(drawn), None
 
-    async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int) -> Arrival:
+    async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int, *, rounds: int = 1) -> Arrival:
         with self._watch.waiting():
-            return await queue.get(kind, step, microbatch, self._deadline)
+            return await queue.get(kind, step, microbatch, self._deadline, rounds=rounds)
 
     async def _send_below(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
         port = self.stage.downstream_endpoint

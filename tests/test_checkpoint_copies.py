@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from thinpipe.node.checkpoints.manifest import Beside, CheckpointError, Fingerpr
 from thinpipe.node.checkpoints.store import STATE, CheckpointStore
 from thinpipe.node.stage_state import StageSnapshot
 from thinpipe.protocol.control_messages import (
+    LISTED_MAX,
     CopiesHeld,
     CopyDeclined,
     CopyFrame,
@@ -637,6 +639,32 @@ def test_patience_is_for_the_buddy_and_not_for_anybody(tmp_path: Path) -> None:
     asyncio.run(story())
 
 
+def test_a_copy_that_takes_long_to_read_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buddy reads all of it once before the first part goes, which of a large one takes longer than anybody waits
+    for who says nothing."""
+    verify = CheckpointStore.verify
+
+    def slow(self: CheckpointStore, completed: int) -> Manifest:
+        time.sleep(1.5)
+        return verify(self, completed)
+
+    async def story() -> None:
+        async with connected(*pair(tmp_path)) as (upper, lower):
+            await upper.write_copied(5)
+            cut(upper, lower)
+            shutil.rmtree(upper.directory)
+            monkeypatch.setattr(CheckpointStore, "verify", slow)
+            monkeypatch.setattr("thinpipe.node.checkpoints.copy_service.SAID_EVERY_S", 0.1)
+            connect(upper, lower)
+            assert await upper.fetch([], deadline_s=0.5)
+            assert not upper.faults
+            said = sum(isinstance(frame, CopiesHeld) for frame in lower.said)
+            await asyncio.sleep(0.3)
+            assert sum(isinstance(frame, CopiesHeld) for frame in lower.said) == said  # once it is under way, no more
+
+    asyncio.run(story())
+
+
 def test_a_late_thread_does_not_touch_what_comes_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection breaks while a whole copy is read once more; a newer one comes on the next connection."""
     adopt, began, go_on = CheckpointStore.adopt, threading.Event(), threading.Event()
@@ -747,7 +775,7 @@ def test_more_checkpoints_than_a_frame_can_name(tmp_path: Path, monkeypatch: pyt
         (held,) = node.said
         assert isinstance(held, CopiesHeld)
         assert held.steps[0] == 2999
-        assert len(held.steps) <= 32
+        assert len(held.steps) <= LISTED_MAX
 
     asyncio.run(story())
 

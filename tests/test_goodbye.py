@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import grpc
 import grpc.aio
@@ -17,7 +18,7 @@ from thinpipe.node.links.transport import SERVICE, listening
 from thinpipe.protocol.control_messages import CopyProgress
 from thinpipe.protocol.rollback import Rollback
 from thinpipe.protocol.rollback_actions import Leave, Side
-from thinpipe.protocol.session import Event, PeerDone, SessionState
+from thinpipe.protocol.session import Event, LinkSession, PeerDone, SessionState
 
 from .builders import identity
 from .in_memory import Cut, join
@@ -103,6 +104,31 @@ def test_a_goodbye_that_nobody_is_left_to_hear_is_not_waited_for(monkeypatch: py
     assert not asyncio.run(part_from_one_who_left()).finished
 
 
+Neighbour = Callable[[object, grpc.aio.ServicerContext], Awaitable[None]]
+
+
+@asynccontextmanager
+async def served(neighbour: Neighbour) -> AsyncIterator[tuple[str, grpc.aio.Server]]:
+    """What it does with each stream that is opened to it, at an address."""
+    server = grpc.aio.server()
+    handler = grpc.stream_stream_rpc_method_handler(neighbour)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Link": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}", server
+    finally:
+        await server.stop(grace=DEADLINE_S)
+
+
+async def meet(session: LinkSession, context: grpc.aio.ServicerContext) -> None:
+    """Greet, and say goodbye at once."""
+    session.connect()
+    session.receive(await context.read())
+    await context.write(session.greeting())
+    await context.write(session.goodbye())
+
+
 async def dial_a_slow_reader() -> tuple[bool, list[Event]]:
     """A neighbour says goodbye and then reads nothing until the dialling side is done or waits for it.
 
@@ -113,30 +139,22 @@ async def dial_a_slow_reader() -> tuple[bool, list[Event]]:
     events: list[Event] = []
 
     async def neighbour(_: object, context: grpc.aio.ServicerContext) -> None:
-        session.connect()
-        session.receive(await context.read())
-        await context.write(session.greeting())
-        await context.write(session.goodbye())
+        await meet(session, context)
         await may_read.wait()
         events.extend(session.receive(await context.read()))
 
-    server = grpc.aio.server()
-    handler = grpc.stream_stream_rpc_method_handler(neighbour)
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Link": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    calling = dial(
-        f"127.0.0.1:{port}",
-        link,
-        greeting_timeout_s=DEADLINE_S,
-        deadline_s=lambda: DEADLINE_S,
-        report=lambda code, line: pytest.fail(f"{code}: {line}"),
-    )
-    leaving = asyncio.ensure_future(asyncio.gather(calling, link.drain(DEADLINE_S)))
-    left_early, _ = await asyncio.wait({leaving}, timeout=0.3)
-    may_read.set()
-    await leaving
-    await server.stop(grace=DEADLINE_S)
+    async with served(neighbour) as (address, _):
+        calling = dial(
+            address,
+            link,
+            greeting_timeout_s=DEADLINE_S,
+            deadline_s=lambda: DEADLINE_S,
+            report=lambda code, line: pytest.fail(f"{code}: {line}"),
+        )
+        leaving = asyncio.ensure_future(asyncio.gather(calling, link.drain(DEADLINE_S)))
+        left_early, _ = await asyncio.wait({leaving}, timeout=0.3)
+        may_read.set()
+        await leaving
     return bool(left_early), events
 
 
@@ -144,6 +162,52 @@ def test_over_grpc_the_end_of_a_stream_does_not_overtake_its_goodbye() -> None:
     left_early, events = asyncio.run(dial_a_slow_reader())
     assert not left_early
     assert events == [PeerDone()]
+
+
+async def dial_one_whose_stream_breaks(comes_back: bool) -> tuple[int, list[Event]]:
+    """The goodbyes have left at both ends, and the stream breaks before the dialling side's is read: to gRPC there it
+    was written. comes_back: whether anybody listens after that.
+
+    Returns how many streams were opened to the neighbour, and what it got on the last one.
+    """
+    link, session = make_link(0), make_link(1).session
+    streams, events = 0, list[Event]()
+    gone = asyncio.Event()
+
+    async def neighbour(_: object, context: grpc.aio.ServicerContext) -> None:
+        nonlocal streams
+        streams += 1
+        await meet(session, context)
+        if streams == 1:
+            while not link.finished:  # noqa: ASYNC110 (the other end's, which has no event for it)
+                await asyncio.sleep(0.001)
+            gone.set()
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the machine is cut off")
+        events.extend(session.receive(await context.read()))
+
+    async with served(neighbour) as (address, server):
+        calling = dial(
+            address,
+            link,
+            greeting_timeout_s=DEADLINE_S,
+            deadline_s=lambda: DEADLINE_S if comes_back else 0.3,
+            report=lambda *_: None,
+        )
+        leaving = asyncio.ensure_future(asyncio.gather(calling, link.drain(DEADLINE_S)))
+        await gone.wait()
+        if not comes_back:
+            await server.stop(grace=0)
+        async with asyncio.timeout(DEADLINE_S):
+            await leaving
+    return streams, events
+
+
+def test_a_goodbye_that_was_written_and_not_read_is_said_again() -> None:
+    assert asyncio.run(dial_one_whose_stream_breaks(comes_back=True)) == (2, [PeerDone()])
+
+
+def test_who_is_not_there_any_more_needs_no_goodbye() -> None:
+    assert asyncio.run(dial_one_whose_stream_breaks(comes_back=False)) == (1, [])
 
 
 @pytest.mark.parametrize("under_way", [0, 5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import shlex
 import socket
 import struct
@@ -30,7 +31,7 @@ from thinpipe.node.config_file import dump_config, load_config, merge, parse_con
 from thinpipe.node.discovery import claiming, entry_points, joining
 from thinpipe.node.discovery.bootstrap import _keep, how_to_join
 from thinpipe.node.discovery.claiming import ConnectProbe, Environment, RunFinished, StageTaken, take_place
-from thinpipe.node.discovery.client import Discovery, DiscoveryError
+from thinpipe.node.discovery.client import WORDS_BYTES_MAX, Discovery, DiscoveryError
 from thinpipe.node.discovery.dht import Service, _answer
 from thinpipe.node.discovery.entry_points import EntryPoints, ask_all_rendezvous, place
 from thinpipe.node.discovery.joining import Member
@@ -718,6 +719,36 @@ def ended_discovery() -> Discovery:
     complaints.write(b"much\np2pd has ended\n")
     process = cast("subprocess.Popen[bytes]", Ended())
     return Discovery(process, complaints, ["/ip4/192.0.2.7/tcp/7002"], Multiaddr(host="127.0.0.1", port=0), None)
+
+
+# In the place of the DHT's process: it prints as much as a fault that lasts for long, and knows nothing.
+COMPLAINS = """
+import sys
+from thinpipe.node.discovery.dht import read_frame, write_frame
+while (question := read_frame(sys.stdin.buffer)) is not None:
+    print("the network is down\\n" * 20_000, file=sys.stderr, flush=True)
+    write_frame(sys.stdout.buffer, {"number": question["number"], "error": "nobody answers"})
+print("its last word", file=sys.stderr)
+"""
+
+
+def test_what_the_process_of_the_dht_prints_does_not_fill_a_disk() -> None:
+    with tempfile.TemporaryFile() as printed:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COMPLAINS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=printed,
+            env=node_environment(),
+        )
+        discovery = Discovery(process, printed, [], Multiaddr(host="127.0.0.1", port=0), None)
+        for _ in range(10):
+            with pytest.raises(DiscoveryError, match="nobody answers"):
+                discovery.runs()
+            assert os.fstat(printed.fileno()).st_size < 2 * WORDS_BYTES_MAX
+        discovery.close()
+        with pytest.raises(DiscoveryError, match="has ended: its last word"):
+            discovery.runs()
 
 
 def test_who_cannot_enter_the_dht_again_goes_on_without(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,19 +6,25 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import pytest
 from thinpipe.node.links.control_stream import LIMITS, Control
+from thinpipe.node.links.link import Link
 from thinpipe.node.links.outgoing import Write
 from thinpipe.node.process_pause import PAUSE_S, ProcessPause
+from thinpipe.node.queues import SendQueue
 from thinpipe.node.receive_deadline import LEAST_S, TIMES, ReceiveDeadline
+from thinpipe.node.run_records import Stopwatch, Tracer
+from thinpipe.node.worker_thread import Worker
 from thinpipe.protocol.control_messages import CopyPart, Heartbeat
 from thinpipe.protocol.errors import RemoteProtocolError
-from thinpipe.protocol.messages import Frame, decode_frame, encode_frame
+from thinpipe.protocol.messages import Frame, Kind, Message, decode_frame, encode_frame
 from thinpipe.protocol.rollback import Rollback
 from thinpipe.protocol.rollback_actions import Side
 
 from .builders import identity
+from .links import make_link
 
 NEVER = float("inf")
 
@@ -60,6 +66,90 @@ def test_an_outage_says_nothing_of_work(missing: tuple[float, float], counts: bo
 def test_nobody_is_late_while_somebody_is_missing(missing: tuple[float, float], once_more: bool) -> None:
     deadline = ReceiveDeadline(fixed_s=60.0, replacement_s=100.0, missing_s=lambda: missing)
     assert deadline.extend(60.0) is once_more
+
+
+@pytest.mark.parametrize(("fixed_s", "seconds"), [(None, 3 * LEAST_S), (5.0, 5.0)])
+def test_what_comes_after_several_rounds_has_their_time(fixed_s: float | None, seconds: float) -> None:
+    """An evaluation is as many as it takes; the user's own deadline is for every message."""
+    assert ReceiveDeadline(fixed_s=fixed_s).after(3) == seconds
+
+
+def message(microbatch: int) -> Message:
+    return Message(kind=Kind.ACTIVATION, step=0, microbatch=microbatch, body=bytes(1000))
+
+
+@asynccontextmanager
+async def sending(link: Link, deadline: ReceiveDeadline) -> AsyncIterator[SendQueue]:
+    codec = Worker("codec", Stopwatch(), Tracer(stage=0, enabled=False))
+    queue = SendQueue(link, codec, deadline)
+    pump = asyncio.create_task(queue.pump())
+    try:
+        yield queue
+    finally:
+        pump.cancel()
+        codec.close()
+        codec.join()
+
+
+async def fill(queue: SendQueue, count: int = 10) -> None:
+    for number in range(count):
+        await queue.put(f"pack activation {number}", partial(message, number))
+
+
+def narrow_link() -> Link:
+    """Whose neighbour has yet to take anything, and which holds two messages meanwhile."""
+    link = make_link(0)
+    link._send_buffer_bytes = 2000
+    return link
+
+
+@pytest.mark.parametrize("flushes", [False, True])
+def test_a_neighbour_that_takes_nothing_is_not_waited_for_without_end(flushes: bool) -> None:
+    """Its process is alive, and hangs: it says neither credit nor anything else."""
+
+    async def story() -> None:
+        async with sending(narrow_link(), ReceiveDeadline(fixed_s=0.1)) as queue:
+            if flushes:
+                await fill(queue, 4)
+            with pytest.raises(TimeoutError, match=r"waited 0.1 s for the neighbour to take what is sent"):
+                await (queue.flush() if flushes else fill(queue))
+
+    asyncio.run(story())
+
+
+def test_a_neighbour_that_takes_little_is_waited_for() -> None:
+    async def story() -> None:
+        link = narrow_link()
+
+        async def take() -> None:
+            while True:
+                await asyncio.sleep(0.15)
+                if len(link._outgoing.queue):
+                    link._outgoing.queue.pop(at_s=float("inf"))
+                    link._outgoing.moved.set()
+
+        async with sending(link, ReceiveDeadline(fixed_s=0.2)) as queue:
+            taking = asyncio.create_task(take())
+            await fill(queue, 7)
+            await queue.flush()
+            taking.cancel()
+
+    asyncio.run(story())
+
+
+def test_who_is_missing_takes_nothing_and_is_waited_for() -> None:
+    async def story() -> None:
+        missing = True
+        deadline = ReceiveDeadline(fixed_s=0.05, missing_s=lambda: (1.0 if missing else 0.0, float("inf")))
+        async with sending(narrow_link(), deadline) as queue:
+            filling = asyncio.create_task(fill(queue))
+            done, _ = await asyncio.wait({filling}, timeout=0.3)
+            assert not done
+            missing = False
+            with pytest.raises(TimeoutError):
+                await filling
+
+    asyncio.run(story())
 
 
 def chain(stages: int) -> list[Rollback]:

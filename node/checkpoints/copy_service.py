@@ -43,6 +43,7 @@ from .durable_files import sweep_incoming
 from .manifest import CheckpointError
 from .store import CheckpointStore
 
+SAID_EVERY_S = 5.0  # that a copy which is asked for is still being read
 DECLINED_MAX = 64  # on one connection; who is declined so often does not listen
 
 
@@ -276,7 +277,18 @@ class CopyService:
 
         stage = store_of_copies.stage
         send = partial(self._sender.send, side, session, source, completed, stage=stage, verify=True)
-        session.begin(send, self._failed)
+        sending = session.begin(send, self._failed)
+        telling = session.begin(partial(self._say_while_read, side, session, store_of_copies, completed), self._failed)
+        sending.add_done_callback(lambda _: telling.cancel())
+
+    async def _say_while_read(
+        self, side: Side, session: CopySession, store_of_copies: CopyStore, completed: int
+    ) -> None:
+        """What is held, again and again until the first part may go: before it does, all of the copy is read once, and
+        whoever hears nothing for that long gives up."""
+        while session.outgoing.get(store_of_copies.stage) == (completed, None):
+            await self._tell_held(side)
+            await asyncio.sleep(SAID_EVERY_S)
 
     async def _arrive(
         self, side: Side, session: CopySession, frame: CopyOffer | CopyPart, store_of_copies: CopyStore | None

@@ -42,6 +42,7 @@ RUNS_KEY = "thinpipe/runs"
 RUN_RENEW_S = 60.0
 SLACK_S = 10.0  # beyond what the DHT's process itself waits
 STOP_S = 6.0  # of which hivemind takes three
+WORDS_BYTES_MAX = 2**20  # of what its process has printed
 MODULE = "thinpipe.node.discovery.dht"
 
 
@@ -186,6 +187,7 @@ class Discovery:
     def _ask(self, question: dict[str, Any], deadline_s: float) -> Any:
         with self._lock:
             self._number += 1
+            self._bound_words()
             try:
                 assert self._process.stdin
                 write_frame(self._process.stdin, {**question, "number": self._number})
@@ -221,6 +223,12 @@ class Discovery:
             if not more:
                 raise DiscoveryError(f"the DHT's process has ended{self._last_words()}")
             self._unread += more
+
+    def _bound_words(self) -> None:
+        """A fault that lasts, of the network say, is printed each time, over weeks: all of it is dropped then."""
+        if not self._complaints.closed and os.fstat(self._complaints.fileno()).st_size > WORDS_BYTES_MAX:
+            self._complaints.seek(0)  # where its process writes on: the file is open once, for both
+            self._complaints.truncate()
 
     def _last_words(self) -> str:
         """What its process said last; known still when this is closed, since it may be asked then."""

@@ -101,9 +101,10 @@ async def dial(
 ) -> None:
     """Keep a stream to the neighbour below, or to a lower lane, open until both sides said goodbye.
 
-    Retries while the neighbour is not there yet or the connection breaks. Raises NeighbourMismatch when the two can
-    never agree (another run, configuration, stage), and TimeoutError after `deadline_s()` without a connection, or
-    after as long from the end of this process's last pause on.
+    Retries while the neighbour is not there yet or the connection breaks, also where that may have read our goodbye or
+    not: it would wait in vain. Raises NeighbourMismatch when the two can never agree (another run, configuration,
+    stage), and TimeoutError after `deadline_s()` without a connection, or after as long from the end of this process's
+    last pause on; but not where only the goodbye is left to be said.
     """
     unconnected, pause_s = Unconnected(paused_ago_s), RETRY_FIRST_S
     unlike = ""
@@ -119,6 +120,8 @@ async def dial(
             if unconnected.left_s(connect_timeout_s) > 0:  # it may be somewhere else by now
                 await asyncio.sleep(RETRY_FIRST_S)
                 continue
+            if link.parting:
+                return
             why = f"the last one ended with {link.fault}; " if link.fault else unlike
             raise TimeoutError(
                 f"{link.name}: no connection to {address} for {connect_timeout_s:g} s; "
@@ -127,7 +130,7 @@ async def dial(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"{link.name}: {blame} the node at {address}: {error}"
-            if hopeless(error, where):
+            if hopeless(error, where) and not link.parting:
                 raise NeighbourMismatch(line) from None
             if error.fault in PASSING:
                 pause_s = RETRY_FIRST_S
@@ -175,11 +178,14 @@ async def _one_connection(
     method = CONTEXT_METHOD if link.of_context else METHOD
     place = link.session.place
     opening = stream_to(address, method, connect_timeout_s, greeting_timeout_s, security, place)
+    heard = False
     try:
         async with opening as (call, read, write):
             await link.attach(read, write, speaks_first=True, greeting_timeout_s=greeting_timeout_s)
-            await end_gently(call, read, greeting_timeout_s)
+            heard = await end_gently(call, read, greeting_timeout_s)
     finally:
+        if not heard:
+            link.unheard()
         link.fix_peer()
 
 

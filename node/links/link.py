@@ -271,6 +271,16 @@ class Link:
         if self._close_connection is not None:
             self._close_connection(GenerationEnded(f"{self.name}: the generation is over"))
 
+    @property
+    def parting(self) -> bool:
+        """Nothing is left to be done but to tell the peer goodbye."""
+        return self._outgoing.goodbye_due and self.peer_done.is_set()
+
+    def unheard(self) -> None:
+        """The connection is over, and whether the peer has read our goodbye is not known: it has to be said again."""
+        self._outgoing.goodbye_sent = False
+        self._both_done.clear()
+
     def fix_peer(self) -> None:
         """The connection is over and both ends know why: is the link lost with it?"""
         if self.session.used and self._rejected:

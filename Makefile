@@ -38,7 +38,7 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow and not long and not alone" $(ALL_CORES) --durations 10
 	$(BIN)/python -m pytest -m "alone and not slow and not long" --durations 10 $(ALONE)
 
-# All the rest: every combination, and the stories that real processes take a while to tell.
+# All the rest but pure repetition (test-long): more combinations, and the stories that real processes take a while to tell.
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not long and not alone" $(ALL_CORES) --durations 25
 	$(BIN)/python -m pytest -m "slow and alone and not long" --durations 25 $(ALONE)

@@ -180,7 +180,7 @@ def same(a: StageSnapshot, b: StageSnapshot) -> bool:
     )
 
 
-@pytest.mark.pairwise(6)
+@pytest.mark.pairwise(6, slow=18)
 @pytest.mark.parametrize("completed", [0, 1, 3, 4])
 def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunConfig, Undisturbed]) -> None:
     config, undisturbed = variant
@@ -196,7 +196,7 @@ def test_a_fresh_run_goes_on_from_a_snapshot(completed: int, variant: tuple[RunC
     assert run.digests() == undisturbed.digests[STEPS]
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(2, slow=6)
 def test_a_run_is_rewound_from_anywhere(variant: tuple[RunConfig, Undisturbed]) -> None:
     """It breaks off after each number of actions of a step, is rolled back under a new generation, and ends the
     same."""

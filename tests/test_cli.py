@@ -28,6 +28,8 @@ from .conftest import TinyConfig
 
 DEADLINE_S = 120.0
 STAGES = 2
+# For runs that only have to be there: they wait most of the time, and leave the cores to other tests.
+IDLE = ("--link", "300mbit,100ms")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +98,7 @@ def run_toml(tiny: TinyConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 def endless(run_toml: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Up]]:
     """Runs that would train for days, one for each way of being ended; they start side by side to save time."""
     ways = ("a node is killed", "interrupted", "the launcher is killed", "SIGUSR1", "SIGHUP")
-    runs = {way: start(run_toml, tmp_path_factory.mktemp("run"), "--steps", "1000000") for way in ways}
+    runs = {way: start(run_toml, tmp_path_factory.mktemp("run"), "--steps", "1000000", *IDLE) for way in ways}
     try:
         until(lambda: all(run.trains() or run.process.poll() is not None for run in runs.values()), "the first steps")
         yield runs

@@ -268,7 +268,7 @@ def undisturbed(
     return config, run_reference(config, tmp_path_factory.mktemp("reference"))
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=7)
 @pytest.mark.parametrize("undisturbed", ["none"], indirect=True)
 @pytest.mark.parametrize("fault", KILLS, ids=str)
 def test_a_killed_stage_of_overlapping_steps(
@@ -281,7 +281,7 @@ def test_a_killed_stage_of_overlapping_steps(
     assert ended.generations == 2
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=4)
 @pytest.mark.parametrize("undisturbed", ["orthogonal"], indirect=True)
 @pytest.mark.parametrize("stage", range(STAGES))
 @pytest.mark.parametrize("frame", [60, 150, 260])

@@ -39,7 +39,7 @@ def one_step(tmp_path_factory: pytest.TempPathFactory, tiny: TinyConfig) -> Outc
     return run_reference(tiny(ONE_STEP), tmp_path_factory.mktemp("reference"))
 
 
-@pytest.mark.pairwise(4)
+@pytest.mark.pairwise(4, slow=16)
 @pytest.mark.parametrize("c", LATE_S)
 @pytest.mark.parametrize("b", LATE_S)
 @pytest.mark.parametrize("a", LATE_S)
@@ -55,7 +55,7 @@ def test_neighbours_that_meet_late_are_waited_for(
     assert not ended.said_of("has finished; it waited")
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(3, slow=6)
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("boundary", range(STAGES - 1))
 def test_a_connection_that_breaks_in_a_run_of_one_step(
@@ -67,7 +67,7 @@ def test_a_connection_that_breaks_in_a_run_of_one_step(
     assert ended.seconds < 2 * SOON_S, ended.said
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(3, slow=8)
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_stage_that_is_lost_in_a_run_of_one_step(
@@ -101,7 +101,7 @@ def in_one_place(lines: list[str], stage: int, words: str) -> None:
         assert line.isprintable()
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(3, slow=10)
 @pytest.mark.parametrize("phase", [Phase.MID_BACKWARD, Phase.BEFORE_COMMIT, Phase.SNAPSHOT])
 @pytest.mark.parametrize("kind", ERRORS)
 @pytest.mark.parametrize("stage", range(STAGES))

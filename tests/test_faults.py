@@ -137,7 +137,7 @@ def assert_consequence(fault: Fault, ended: Ended, otherwise: Ended) -> None:
             pass
 
 
-@pytest.mark.pairwise(4)
+@pytest.mark.pairwise(4, slow=20)
 @pytest.mark.parametrize("fault", IN_TRAINING, ids=str)
 def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault) -> None:
     ended = run_cluster(tiny(SETTINGS), tmp_path, [fault])
@@ -145,7 +145,7 @@ def test_in_training(tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_pa
     assert_consequence(fault, ended, calm)
 
 
-@pytest.mark.pairwise(4)
+@pytest.mark.pairwise(4, slow=10)
 @pytest.mark.parametrize("fault", IN_A_ROLLBACK, ids=str)
 def test_in_a_rollback(
     tiny: TinyConfig, undisturbed: Outcome, rolled_back: Ended, tmp_path: Path, fault: Fault
@@ -161,7 +161,7 @@ ENDS += [kill(1, STEP, Phase.CHECKPOINT, point=point) for point in (2, 3, 4)]
 ENDS += [kill(stage, STEP, Phase.MID_BACKWARD, point=2) for stage in (1, 2)]  # the stage above has half its gradients
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=6)
 @pytest.mark.parametrize("fault", ENDS, ids=str)
 def test_head_and_tail_are_killed(
     tiny: TinyConfig, undisturbed: Outcome, calm: Ended, tmp_path: Path, fault: Fault
@@ -202,7 +202,7 @@ TWICE = [
 ]
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=3)
 @pytest.mark.parametrize(("first", "second", "phase"), TWICE)
 def test_a_second_kill_during_the_rollback(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, first: int, second: int, phase: Phase
@@ -244,7 +244,7 @@ def test_who_is_paused_for_longer_than_it_would_wait_goes_on(
     assert (ended.generations, ended.starts) == (1, [1] * STAGES)
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=3)
 @pytest.mark.parametrize("seed", range(8))
 def test_a_sleeper_finds_a_neighbour_that_has_just_joined(
     tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int
@@ -260,7 +260,7 @@ def test_a_sleeper_finds_a_neighbour_that_has_just_joined(
     assert "replaced" in words
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=4)
 @pytest.mark.parametrize("how", ["bit", "short", "manifest"])
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_torn_checkpoint_is_left_out(
@@ -288,7 +288,7 @@ def test_a_loss_while_the_disk_is_full_goes_back_further(
     assert 6 in ended.checkpoints[stage]  # there is room again
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=4)
 @pytest.mark.parametrize("frame", range(1, 6))
 @pytest.mark.parametrize("boundary", range(STAGES - 1))
 def test_each_word_of_a_rollback_is_cut_short(

@@ -41,7 +41,7 @@ def test_the_same_seed_tells_the_same_story(tiny: TinyConfig, tmp_path: Path) ->
     assert first.seconds != other.seconds
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(3, slow=5)
 @pytest.mark.parametrize("frame", range(5, FRAMES, 44))
 @pytest.mark.parametrize("stage", range(STAGES))
 def test_a_drained_run_goes_on_where_it_ended(
@@ -86,7 +86,7 @@ def story(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> 
     assert ended.happened or not certain
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(3, slow=6)
 @pytest.mark.parametrize("seed", range(SCHEDULES))
 def test_schedules_at_random(tiny: TinyConfig, undisturbed: Outcome, tmp_path: Path, seed: int) -> None:
     story(tiny, undisturbed, tmp_path, seed)
@@ -98,7 +98,7 @@ def test_many_schedules_at_random(tiny: TinyConfig, undisturbed: Outcome, tmp_pa
     story(tiny, undisturbed, tmp_path, seed)
 
 
-@pytest.mark.pairwise(3)
+@pytest.mark.pairwise(3, slow=4)
 @pytest.mark.parametrize("later", [1, 2, 3, 4, 6])
 @pytest.mark.parametrize("frame", [60, 93, 132])
 def test_a_drain_survives_the_loss_of_whoever_knew_of_it(

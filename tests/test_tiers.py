@@ -39,14 +39,14 @@ def test_quick_and_slow_are_all(pytester: pytest.Pytester) -> None:
     pytester.makeconftest(CONFTEST)
     pytester.makepyfile(tiers=(ROOT / "tests/tiers.py").read_text(encoding="utf-8"), test_law=LAW)
     names = {}
-    for tier in ("slow", "not slow"):
+    for tier in ("slow", "long", "not slow and not long"):
         lines = pytester.runpytest_inprocess("--collect-only", "-q", "-m", tier).outlines
         names[tier] = set(re.findall(r"test_law\.py::\S+", "\n".join(lines)))
-    quick = [tuple(enumerate(map(int, found.groups()))) for found in map(CASE.search, names["not slow"]) if found]
-    assert pairs(quick) == pairs(CUBE)  # of real parameters, as pytest numbers them
-    assert len(names["not slow"]) == 9 + 1
-    assert len(names["slow"]) == 18 + 1
-    assert not names["slow"] & names["not slow"]
+    quick, slow, long = names["not slow and not long"], names["slow"], names["long"]
+    cases = [tuple(enumerate(map(int, found.groups()))) for found in map(CASE.search, quick) if found]
+    assert pairs(cases) == pairs(CUBE)  # of real parameters, as pytest numbers them
+    assert (len(quick), len(slow), len(long)) == (9 + 9 + 1, 18 + 8 + 1, 10)
+    assert len(quick | slow | long) == 2 * 27 + 2
 
 
 def test_long_files_go_first_and_are_there() -> None:
@@ -62,7 +62,7 @@ CONFTEST = """
 import tiers
 
 def pytest_configure(config):
-    for name in ("slow", "pairwise"):
+    for name in ("slow", "long", "pairwise"):
         config.addinivalue_line("markers", name)
 
 def pytest_collection_modifyitems(items):
@@ -76,6 +76,13 @@ import pytest
 @pytest.mark.parametrize("b", range(3))
 @pytest.mark.parametrize("c", range(3))
 def test_law(a, b, c):
+    pass
+
+@pytest.mark.pairwise(9, slow=8)
+@pytest.mark.parametrize("a", range(3))
+@pytest.mark.parametrize("b", range(3))
+@pytest.mark.parametrize("c", range(3))
+def test_law_of_many(a, b, c):
     pass
 
 @pytest.mark.slow

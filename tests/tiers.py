@@ -1,8 +1,10 @@
-"""Which tests are quick: `make test` runs those, `make test-slow` the rest, and both together are all of them.
+"""Which tests are quick: `make test` runs those, `make test-slow` the rest, `make test-long` what only repeats them.
 
 A test that takes seconds is marked `slow` by hand. A law that is tested for every combination is marked
 `pairwise(n)`: its quick cases are n that hold as many pairs of values as n can (Kuhn et al., NIST SP 800-142: most
 faults need no more than two), or, where it has one parameter, n that are spread evenly; all its other cases are slow.
+Where a law has many cases that take seconds each, `pairwise(n, slow=m)` makes m of the others slow, chosen likewise, so
+that three values and more meet too, and what is left *long*: every combination, for whoever changes what it is about.
 The choice depends on the order of the cases alone, so every worker and every run makes the same one.
 
 A file is one worker's (`--dist loadfile`). Files that take long go first; else the worker that began one of them at
@@ -48,7 +50,7 @@ def long_files_first(items: list[pytest.Item]) -> None:
 
 
 def split_tiers(items: Sequence[pytest.Item]) -> None:
-    """Mark as slow what a `pairwise` test does not need in the quick tier."""
+    """Mark as slow, or long, what a `pairwise` test does not need in the quick tier."""
     laws: dict[str, list[pytest.Function]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("pairwise"):
@@ -60,9 +62,10 @@ def split_tiers(items: Sequence[pytest.Item]) -> None:
         # One value for each decorator: `callspec.indices` has the number of the case, of every parameter.
         rows = [tuple(enumerate(case.callspec._idlist)) for case in cases]  # pyright: ignore[reportPrivateUsage]
         chosen = spread(rows, count)
-        for index, case in enumerate(cases):
-            if index not in chosen:
-                case.add_marker(pytest.mark.slow)
+        others = [index for index in range(len(rows)) if index not in chosen]
+        slow = spread([rows[index] for index in others], marker.kwargs.get("slow", len(others)))
+        for place, index in enumerate(others):
+            cases[index].add_marker(pytest.mark.slow if place in slow else pytest.mark.long)
 
 
 def check_alone(items: Sequence[pytest.Item]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -162,6 +163,12 @@ class Ended:
         return self.code
 
 
+def start_by(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+    """`made` in the place of what starts runs, and of nothing else: matplotlib, too, starts a program, once on each
+    machine."""
+    monkeypatch.setattr(recipe_runs, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": made}))
+
+
 class Trainer:
     """In place of subprocess.Popen: writes at once what a run of that run.toml would leave behind."""
 
@@ -212,7 +219,7 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     made = Trainer()
-    monkeypatch.setattr(recipe_runs.subprocess, "Popen", made)
+    start_by(monkeypatch, made)
     monkeypatch.setattr(recipe_runs, "POLL_S", 0)
     return made
 
@@ -283,7 +290,7 @@ def test_an_interruption_leaves_no_process(
         assert [each.run.title for each in standings] == ["a, seed 1", "b, seed 1"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipe_runs.subprocess, "Popen", sleeper)
+    start_by(monkeypatch, sleeper)
     with pytest.raises(KeyboardInterrupt):
         run_all(runs_of(tiny_settings, tmp_path, 1), 2, on_look=interrupt)
     assert [process.poll() for process in started] == [-15, -15]
@@ -314,7 +321,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch, told: signal.Signals) -> list[subproce
         os.kill(os.getpid(), told)
         return started[-1]
 
-    monkeypatch.setattr(recipe_runs.subprocess, "Popen", start)
+    start_by(monkeypatch, start)
     return started
 
 
@@ -403,7 +410,7 @@ def test_a_run_is_locked_as_long_as_its_process_lives(
         raise KeyboardInterrupt
 
     runs = runs_of(tiny_settings, tmp_path, 1)[:1]
-    monkeypatch.setattr(recipe_runs.subprocess, "Popen", sleeper)
+    start_by(monkeypatch, sleeper)
     with monkeypatch.context() as lost:
         lost.setattr(recipe_runs, "_stop", lambda *_: None)
         with pytest.raises(KeyboardInterrupt):

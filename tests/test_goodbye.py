@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -34,6 +35,7 @@ LOST = {
     "before the first is written": [Cut(frame=3, at="write")],
     "before the second is written": [Cut(frame=4, at="write")],
     "both on their way": [Cut(frame=3, at="read")],
+    "the second on its way": [Cut(frame=4, at="read")],
     "again and again": [Cut(frame=frame, at=at) for at in ("read", "write") for frame in (1, 2, 3)] * 3,
 }
 
@@ -204,6 +206,68 @@ async def dial_one_whose_stream_breaks(comes_back: bool) -> tuple[int, list[Even
 
 def test_a_goodbye_that_was_written_and_not_read_is_said_again() -> None:
     assert asyncio.run(dial_one_whose_stream_breaks(comes_back=True)) == (2, [PeerDone()])
+
+
+class Wire:
+    """A way to a port that can stop carrying what goes down or up it, and break."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._open = port, list[asyncio.StreamWriter]()
+        self.carries = {"down": asyncio.Event(), "up": asyncio.Event()}
+        for each in self.carries.values():
+            each.set()
+        self.made = 0
+
+    async def connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.made += 1
+        there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        self._open += [writer, there_writer]
+        await asyncio.gather(self._carry(reader, there_writer, "down"), self._carry(there_reader, writer, "up"))
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        with suppress(OSError):
+            while some := await reader.read(2**16):
+                await self.carries[way].wait()
+                writer.write(some)
+            writer.close()
+
+    def cut(self) -> None:
+        """All that is open is gone, and what was still to be carried; what is opened from now on is carried."""
+        for writer in self._open:
+            writer.transport.abort()
+        self._open.clear()
+        for each in self.carries.values():
+            each.set()
+
+
+@pytest.mark.parametrize("latency", ["none", "1gbit,20ms"])
+@pytest.mark.parametrize("lost", ["down", "up"])
+def test_who_dials_leaves_when_its_goodbye_was_read(lost: str, latency: str) -> None:
+    """Over gRPC, both ends real: the connection breaks when both goodbyes were written. Down, that of who dials is lost
+    with it; up, only the word that it was read, and both say goodbye once more."""
+
+    async def story() -> tuple[int, bool]:
+        upper, lower = make_link(0, latency), make_link(1, latency)
+        waits: dict[str, Any] = {"greeting_timeout_s": DEADLINE_S, "report": lambda *_: None}
+        async with asyncio.timeout(2 * DEADLINE_S), listening("127.0.0.1:0", lower, **waits) as port:
+            wire = Wire(port)
+            server = await asyncio.start_server(wire.connect, "127.0.0.1", 0)
+            address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            calling = asyncio.create_task(dial(address, upper, deadline_s=lambda: DEADLINE_S, **waits))
+            await asyncio.gather(upper.opened.wait(), lower.opened.wait())
+            last = asyncio.create_task(lower.drain(DEADLINE_S))
+            await upper.peer_done.wait()
+            wire.carries[lost].clear()
+            await upper.drain(DEADLINE_S)
+            if lost == "up":
+                await lower.peer_done.wait()
+            assert not calling.done()
+            wire.cut()
+            await asyncio.gather(calling, last)
+            server.close()
+        return wire.made, upper.finished and lower.finished
+
+    assert asyncio.run(story()) == (2, True)
 
 
 def test_who_is_not_there_any_more_needs_no_goodbye() -> None:

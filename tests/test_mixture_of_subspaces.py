@@ -244,7 +244,7 @@ def test_gradients_are_those_of_one_graph(spec: str, bias: bool) -> None:
                 pulled.append(total)
     found = torch.autograd.grad(roots, [x, *trained], pulled)
     for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() <= 1e-10 * other.norm()
+        assert (one - other).norm() <= 1e-9 * other.norm()  # what terms cancel of a small one is rounding
 
 
 def test_decode_has_the_gradients_of_differences() -> None:

@@ -78,7 +78,8 @@ class Link:
         self.received_bytes = 0
         self.peer_done = asyncio.Event()
         self.opened = asyncio.Event()
-        self._both_done = asyncio.Event()
+        self._both_done = asyncio.Event()  # goodbye was said both ways on the present connection
+        self._peer_parted = False  # on it
         self.fault: str | None = None  # why the last connection ended, when it was not by goodbye
         self.lost = asyncio.Event()  # no connection can mend this link
         self._outgoing = Outgoing(
@@ -279,7 +280,6 @@ class Link:
     def unheard(self) -> None:
         """The connection is over, and whether the peer has read our goodbye is not known: it has to be said again."""
         self._outgoing.goodbye_sent = False
-        self._both_done.clear()
 
     def fix_peer(self) -> None:
         """The connection is over and both ends know why: is the link lost with it?"""
@@ -329,6 +329,8 @@ class Link:
         """
         self.session.connect()
         self._outgoing.begin_connection()
+        self._peer_parted = False  # it says goodbye again, and who left without hearing that would leave it alone
+        self._both_done.clear()
         closing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def close(error: Exception) -> None:
@@ -406,17 +408,18 @@ class Link:
                     self._arrived.set()
                     self._tracer.instant("arrived", self.name)
                 elif isinstance(event, PeerDone):
+                    self._peer_parted = True
                     self.peer_done.set()
                     self._note_end()
             if not self.peer_done.is_set():
                 out.push_credit()
             out.acknowledged()
-        if self.peer_done.is_set() and out.goodbye_leaving:
+        if self._peer_parted and out.goodbye_leaving:
             out.goodbye_sent = (
                 True  # who said goodbye ends the stream when it has ours: sooner than gRPC says we sent it
             )
             self._note_end()
 
     def _note_end(self) -> None:
-        if self.finished:
+        if self._outgoing.goodbye_sent and self._peer_parted:
             self._both_done.set()

@@ -42,11 +42,20 @@ STEPS = 3
 KEY = ContextKey(step=1, evaluation=False, microbatch=0, layer=2, segment=1)
 
 
+TEXT: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text(tiny_settings: dict[str, Any]) -> None:
+    """That which other tests have prepared."""
+    TEXT.update({key: tiny_settings[f"data.{key}"] for key in ("source", "cache")})
+
+
 def config(lanes: int, **sections: dict[str, Any]) -> Any:
     tree: dict[str, dict[str, Any]] = {
         "run": {"steps": STEPS},
         "model": {"width": 64, "layers": 2, "vocab_size": 512},
-        "data": {"sequence_length": 48, "heldout_sequences": 4},
+        "data": {"sequence_length": 48, "heldout_sequences": 4, **TEXT},
         "pipeline": {"stages": 2, "batch_size": 4, "microbatches": 2},
         "codec": {"codec": "fp64"},
         "compute": {"dtype": "float64"},
@@ -157,7 +166,12 @@ def test_merged_segments_are_attention_over_all_keys(groups: int, plain: bool, m
 
 @pytest.mark.parametrize(
     ("chunks", "order", "stages", "schedule"),
-    [(2, "zigzag", 2, "1f1b"), (3, "plain", 1, "1f1b"), (4, "zigzag", 1, "gpipe"), (3, "zigzag", 2, "zb")],
+    [
+        pytest.param(2, "zigzag", 2, "1f1b", marks=pytest.mark.slow),
+        (3, "plain", 1, "1f1b"),
+        pytest.param(4, "zigzag", 1, "gpipe", marks=pytest.mark.slow),
+        (3, "zigzag", 2, "zb"),
+    ],
 )
 def test_chunks_are_one_lane_with_whole_sequences(chunks: int, order: str, stages: int, schedule: str) -> None:
     pipeline = {"stages": stages, "schedule": schedule}

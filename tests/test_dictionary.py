@@ -195,7 +195,7 @@ class TwoEnds(RuleBasedStateMachine):
 
 
 TestTwoEnds = TwoEnds.TestCase
-TestTwoEnds.settings = settings(deadline=None, max_examples=120, stateful_step_count=40)
+TestTwoEnds.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 
 
 # What the encodings do ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ EMULATED = {"compute.emulate": "tiny@2x1ms+2ms", "checkpoint.every": 0, "pipelin
 CONTENT = ("activation", "gradient", "token_ids", "dictionary", "projector_gradient")
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(2, slow=6)
 @pytest.mark.parametrize("delay", [0, 1])
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_the_bytes_are_those_of_training(codec: dict[str, str], delay: int, tiny: TinyConfig, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
     "lanes.average": "outer:every=2",
     "lanes.round_timeout_s": 3.0,
 }
-SEEDS = 3  # of `make test-slow`
+SEEDS = 1  # of `make test-slow`
 MANY = 60  # of `make test-long`
 
 
@@ -97,7 +97,7 @@ def test_a_stage_is_lost_while_the_others_take_up_a_state_of_a_later_generation(
     assert took_up(config, tmp_path, 0)[-1] == (1, 20)
 
 
-@pytest.mark.slow
+@pytest.mark.pairwise(0, slow=2)
 @pytest.mark.parametrize("seconds", [3.0, 5.0, 6.0, 7.0])
 def test_who_comes_back_earlier_trains_again(tiny: TinyConfig, tmp_path: Path, seconds: float) -> None:
     config = tiny(SMALL)

@@ -469,7 +469,7 @@ BUGS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.pairwise(1, slow=4)
 @pytest.mark.parametrize("bug", BUGS.values(), ids=BUGS)
 def test_a_small_bug_is_seen(
     bug: Callable[[pytest.MonkeyPatch], None], compare: Compare, monkeypatch: pytest.MonkeyPatch

@@ -68,7 +68,7 @@ def chunks(tiny: TinyConfig, given: dict[str, Any]) -> RunConfig:
 LANES = {"context.method": "", "lanes.average": "outer:every=4,fragments=2,delay=1"}
 
 
-@pytest.mark.pairwise(2)
+@pytest.mark.pairwise(1)
 @pytest.mark.parametrize(
     ("settings", "pauses"),
     [

@@ -40,7 +40,7 @@ CODECS: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.pairwise(1)
+@pytest.mark.pairwise(1, slow=3)
 @pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS)
 def test_messages_have_the_bytes_that_a_run_sends(codec: dict[str, str], tiny: TinyConfig, tmp_path: Path) -> None:
     """The first step apart, which brings snapshots."""

@@ -304,7 +304,7 @@ class LinkMachine(RuleBasedStateMachine):
             assert here.session.retransmissions() == []
 
 
-LinkMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=80, deadline=None)
+LinkMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=80, deadline=None)
 TestLink = LinkMachine.TestCase
 
 

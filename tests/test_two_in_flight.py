@@ -188,7 +188,8 @@ def digests(settings: Any) -> list[list[str]]:
         run.close()
 
 
-SMALL: dict[str, dict[str, Any]] = {
+Settings = dict[str, dict[str, Any]]
+SMALL: Settings = {
     "run": {"steps": 3},
     "model": {"width": 64, "layers": 2, "vocab_size": 512},
     "data": {"sequence_length": 48, "heldout_sequences": 4},
@@ -197,7 +198,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "lanes": {"count": 2, "average": "gradients"},
     "context": {},
 }
-CASES: dict[str, dict[str, Any]] = {
+
+
+@pytest.fixture(scope="module")
+def small(tiny_settings: dict[str, Any]) -> Settings:
+    """These, of a text that other tests have prepared."""
+    text = {key: tiny_settings[f"data.{key}"] for key in ("source", "cache")}
+    return {**SMALL, "data": {**SMALL["data"], **text}}
+
+
+CASES: dict[str, Settings] = {
     "full, plain order, an odd last one": {
         "context": {"method": "full", "order": "plain"},
         "pipeline": {"batch_size": 3, "microbatches": 3, "stages": 1},
@@ -228,8 +238,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.pairwise(2)
 @pytest.mark.parametrize("case", CASES)
-def test_the_bits_are_those_of_one_after_the_other(case: str) -> None:
-    tree = {name: {**SMALL.get(name, {}), **CASES[case].get(name, {})} for name in {*SMALL, *CASES[case]}}
+def test_the_bits_are_those_of_one_after_the_other(small: Settings, case: str) -> None:
+    tree = {name: {**small.get(name, {}), **CASES[case].get(name, {})} for name in {*small, *CASES[case]}}
     found: list[list[list[str]]] = []
     for in_flight in (1, 2):
         tree["context"]["in_flight"] = in_flight
@@ -239,19 +249,23 @@ def test_the_bits_are_those_of_one_after_the_other(case: str) -> None:
     assert found[0] == found[1]
 
 
-def test_tied_embeddings_get_one_gradient_of_each_microbatch(tmp_path: Path) -> None:
+def test_tied_embeddings_get_one_gradient_of_each_microbatch(small: Settings, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = {"model_type": "qwen2", **sizes, "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": True}
+    model = {"model_type": "qwen2", **sizes, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}
     (tmp_path / "config.json").write_text(json.dumps(model), encoding="utf-8")
-    tree = {**SMALL, "model": {"path": str(tmp_path)}, "pipeline": {"stages": 1, "batch_size": 4, "microbatches": 4}}
+    tree = {
+        **small,
+        "model": {"path": str(tmp_path), "vocab_size": 512},
+        "pipeline": {"stages": 1, "batch_size": 4, "microbatches": 4},
+    }
     found = [digests(parse_config({**tree, "context": {"method": "full", "in_flight": count}})) for count in (1, 2)]
     assert found[0] == found[1]
 
 
-def test_they_are_a_layer_apart() -> None:
+def test_they_are_a_layer_apart(small: Settings) -> None:
     """What a lane sends, in order: (backward, layer, microbatch)."""
     pipeline = {"stages": 1, "batch_size": 3, "microbatches": 3}
-    run = OneProcess(parse_config({**SMALL, "pipeline": pipeline, "context": {"method": "full"}}))
+    run = OneProcess(parse_config({**small, "pipeline": pipeline, "context": {"method": "full"}}))
     sent: list[tuple[bool, int, int]] = []
     chunk = run.lanes[0].stages[0].chunk
     assert chunk
@@ -278,9 +292,11 @@ def test_they_are_a_layer_apart() -> None:
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
 @pytest.mark.parametrize("microbatch", [0, 1])
-def test_a_lane_that_fails_in_either_ends_all(way: str, microbatch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lane_that_fails_in_either_ends_all(
+    small: Settings, way: str, microbatch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline = {"stages": 1, "batch_size": 2, "microbatches": 2}
-    run = OneProcess(parse_config({**SMALL, "pipeline": pipeline, "context": {"method": "full"}}))
+    run = OneProcess(parse_config({**small, "pipeline": pipeline, "context": {"method": "full"}}))
     receive = LaneMailbox.receive
 
     def failing(self: LaneMailbox, lane: int, key: ContextKey) -> bytes:

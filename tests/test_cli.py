@@ -73,6 +73,12 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
+def _heeded() -> None:
+    """A test runner in the background has signals ignored, which its children would inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def start(config: Path, out: Path, *options: str) -> Up:
     command = [sys.executable, "-m", "thinpipe.cli", "up", "--config", str(config), "--out", str(out), *options]
     process = subprocess.Popen(
@@ -81,8 +87,7 @@ def start(config: Path, out: Path, *options: str) -> Up:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A test runner in the background has SIGINT ignored, which its children would inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+        preexec_fn=_heeded,
     )
     return Up(process=process, out=out)
 

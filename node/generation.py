@@ -121,7 +121,8 @@ class Generations:
         training.result()
 
     async def break_off(self) -> None:
-        """Nothing of the generation moves any more, in any thread."""
+        """Nothing of the generation moves any more, in any thread. Raises TimeoutError for a job that does not end in
+        the time that others would wait for what it makes."""
         node, self.node = self.node, None
         training, self.training = self.training, None
         self.link_above = self.context = None
@@ -134,7 +135,7 @@ class Generations:
             training.cancel()
             await asyncio.gather(training, return_exceptions=True)
         node.close()
-        await asyncio.to_thread(node.join)
+        await asyncio.to_thread(node.join, self._deadline.timeout_s)
         self._totals.watch.take()
 
 

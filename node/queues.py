@@ -66,13 +66,13 @@ class ReceiveQueue:
             self.changed.set()
 
     async def get(
-        self, kind: Kind, step: int, microbatch: int, deadline: ReceiveDeadline, *, rounds: int = 1
+        self, kind: Kind, step: int, microbatch: int, deadline: ReceiveDeadline, *, evaluation_rounds: int = 0
     ) -> Arrival:
-        """The next arrival, which has to be this one. rounds: of work that may lie before it. Raises TimeoutError; a
-        wrong one is refused and waited out."""
+        """The next arrival, which has to be this one. evaluation_rounds: of the evaluation that it ends. Raises
+        TimeoutError; a wrong one is refused and waited out."""
         what = f"the {kind.name.lower()} of step {step}, microbatch {microbatch}"
         while True:
-            timeout_s = deadline.after(rounds)
+            timeout_s = deadline.after_evaluation(evaluation_rounds) if evaluation_rounds else deadline.timeout_s
             try:
                 async with asyncio.timeout(timeout_s):
                     return await self._get(kind, step, microbatch, what)

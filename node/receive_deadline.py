@@ -40,15 +40,22 @@ class ReceiveDeadline:
     ) -> None:
         self._transfer_s, self._fixed_s, self._replacement_s = transfer_s, fixed_s, replacement_s
         self._missing_s, self._prepared_ago_s, self._paused_ago_s = missing_s, prepared_ago_s, paused_ago_s
-        self._longest_s = 0.0
+        self._longest_s = self._longest_evaluation_s = 0.0
 
     def observe(self, seconds: float) -> None:
-        """A round of work (a step, an evaluation) is done. One in which somebody was missing, or that is `excused`,
-        says nothing of work."""
+        """A round of work, a step, is done. One in which somebody was missing, or that is `excused`, says nothing of
+        work."""
+        if self._tells(seconds):
+            self._longest_s = max(seconds, self._longest_s)
+
+    def observe_evaluation(self, seconds: float) -> None:
+        """The same of an evaluation, which is as many rounds as it takes."""
+        if self._tells(seconds):
+            self._longest_evaluation_s = max(seconds, self._longest_evaluation_s)
+
+    def _tells(self, seconds: float) -> bool:
         since_s, ago_s = self._missing_s()
-        if since_s or ago_s < seconds or self.excused(seconds):
-            return
-        self._longest_s = max(seconds, self._longest_s)
+        return not (since_s or ago_s < seconds or self.excused(seconds))
 
     @property
     def timeout_s(self) -> float:
@@ -57,9 +64,12 @@ class ReceiveDeadline:
             return self._fixed_s
         return max(LEAST_S, TIMES * self._longest_s) + TIMES * self._transfer_s
 
-    def after(self, rounds: int) -> float:
-        """For a message that may come only after so many rounds of work like the longest so far."""
-        return self.timeout_s if self._fixed_s is not None else rounds * self.timeout_s
+    def after_evaluation(self, rounds: int) -> float:
+        """For the message at its end, `rounds` being how many times a step's microbatches it takes."""
+        if self._fixed_s is not None:
+            return self._fixed_s
+        work_s = self._longest_evaluation_s or rounds * self._longest_s
+        return max(LEAST_S, TIMES * work_s) + rounds * TIMES * self._transfer_s
 
     def extend(self, waited_s: float) -> bool:
         """After a wait of `waited_s` without a message: whether to wait again, because a stage is or was missing, or

@@ -192,7 +192,10 @@ class RecoveryLoop:
         finally:
             for each in watching:
                 each.cancel()
-            await self._break_off()
+            try:
+                await self._break_off()
+            except TimeoutError as error:  # the process ends all the same
+                self._on_fault("timeout", str(error))
             if self.rounds:
                 await self.rounds.close()
             await self.states.close()
@@ -363,7 +366,8 @@ class RecoveryLoop:
         """A step is done; `compute` is the thread that may look at the stage."""
         self.machine.completed = completed
         every = self.config.checkpoint.every
-        if every and completed % every == 0:
+        # The last one at once: what is left to do then is to part, which may take long where a neighbour is lost.
+        if every and (completed % every == 0 or completed == self.config.run.steps):
             await self.states.keep(await compute.run("snapshot", self.stage.snapshot))
         if not every and completed % TIDY_EVERY == 0:
             await asyncio.to_thread(give_back_free_memory)

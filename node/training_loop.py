@@ -136,10 +136,10 @@ class TrainingLoop:
             timeout_s = self.config.link.replacement_timeout_s
             if self.context:  # a lane that nothing comes back to for its last parts is through before they have left
                 await self.context.flush()
-                await asyncio.gather(*(link.settle(timeout_s) for link in self.context.links))
+                await asyncio.gather(*(self._patiently(link.settle, timeout_s) for link in self.context.links))
             # Seconds for a large stage, in which the loop goes on: neighbours hear heartbeats.
             self._records.end(await self._compute.run("digest of the state", self.stage.state_sha256))
-            await asyncio.gather(*(link.drain(timeout_s) for link in self.links))
+            await asyncio.gather(*(self._patiently(link.drain, timeout_s) for link in self.links))
             for pump in pumps:
                 pump.cancel()
 
@@ -149,10 +149,20 @@ class TrainingLoop:
         self._compute.close()
         self._codec.close()
 
-    def join(self) -> None:
-        """Wait, after `close`, until nothing looks at the stage any more."""
-        self._compute.join()
-        self._codec.join()
+    def join(self, timeout_s: float) -> None:
+        """Wait, after `close`, until nothing looks at the stage any more. Raises TimeoutError for a job that hangs, in
+        a device or a disk say."""
+        for worker in (self._compute, self._codec):
+            worker.join(timeout_s)
+
+    async def _patiently(self, wait: Callable[[float], Awaitable[None]], timeout_s: float) -> None:
+        """For so long, and again where a stage is or was missing, or prepares, or this process was paused."""
+        while True:
+            try:
+                return await wait(timeout_s)
+            except TimeoutError:
+                if not self._deadline.extend(timeout_s):
+                    raise
 
     @property
     def _boundaries(self) -> list[Link]:
@@ -236,7 +246,7 @@ class TrainingLoop:
         due = run.eval_every and (step + 1) % run.eval_every == 0
         if due or step + 1 == run.steps:
             await self._evaluate(step)
-            self._deadline.observe(lap.seconds)
+            self._deadline.observe_evaluation(lap.seconds)
             lap = Lap()
         if self._on_completed:
             await self._on_completed(self._compute, step + 1)  # what that takes counts as the next step's
@@ -388,7 +398,7 @@ class TrainingLoop:
                 loss_sum += out
         if self._from_below:
             rounds = -(-count // self.config.pipeline.microbatches)  # all stages below have to be through first
-            arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0, rounds=rounds)
+            arrival = await self._wait(self._from_below, Kind.EVALUATION_LOSS, step, 0, evaluation_rounds=rounds)
             loss_sum = arrival.message.loss_sum
         if self._to_above:
             message = Message(kind=Kind.EVALUATION_LOSS, step=step, microbatch=0, loss_sum=loss_sum)
@@ -408,9 +418,11 @@ class TrainingLoop:
         with self._watch.waiting():  # the loop goes on: a neighbour hears heartbeats while a dataset is waited for
             return await in_daemon(drawn), None
 
-    async def _wait(self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int, *, rounds: int = 1) -> Arrival:
+    async def _wait(
+        self, queue: ReceiveQueue, kind: Kind, step: int, microbatch: int, *, evaluation_rounds: int = 0
+    ) -> Arrival:
         with self._watch.waiting():
-            return await queue.get(kind, step, microbatch, self._deadline, rounds=rounds)
+            return await queue.get(kind, step, microbatch, self._deadline, evaluation_rounds=evaluation_rounds)
 
     async def _send_below(self, out: Encoded, ids_BS: np.ndarray, step: int, microbatch: int, kind: Kind) -> None:
         port = self.stage.downstream_endpoint

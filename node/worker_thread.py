@@ -33,6 +33,7 @@ class Worker:
         self._activity: Literal["compute", "codec"] = activity
         self._stopwatch, self._tracer = stopwatch, tracer
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._job = ""  # the present one
         self._thread = threading.Thread(target=self._work, name=activity)
         self._thread.start()  # no daemon: torch aborts if it still runs at exit
 
@@ -54,7 +55,7 @@ class Worker:
             answer.set_exception(error) if error else answer.set_result(cast(T, result))
 
         def job() -> None:
-            start = time.monotonic()
+            self._job, start = name, time.monotonic()
             result, error = None, None
             try:
                 with self._stopwatch.measure(self._activity):
@@ -77,6 +78,10 @@ class Worker:
                 self._jobs.get_nowait()
         self._jobs.put(None)
 
-    def join(self) -> None:
-        """Wait, after `close`, until the present job is done."""
-        self._thread.join()
+    def join(self, timeout_s: float) -> None:
+        """Wait, after `close`, until the present job is done. Raises TimeoutError."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise TimeoutError(
+                f"waited {timeout_s:g} s for this stage's {self._job!r} to end; its device or disk hangs"
+            )

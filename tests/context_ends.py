@@ -135,7 +135,7 @@ class End:
         for link in self.links.values():
             link.abandon()
         self.close()
-        await asyncio.to_thread(self.compute.join)
+        await asyncio.to_thread(self.compute.join, 10)
 
 
 async def main(lane: int, port: int, link: str) -> None:

@@ -24,7 +24,7 @@ from thinpipe.sim.reports.figures import StageFigures
 from thinpipe.sim.reports.lanes import other_lane
 from thinpipe.sim.reports.summary import sent_by, total_by_kind
 
-from .context_ends import BYTES, LAYERS, End, content
+from .context_ends import BYTES, LAYERS, MICROBATCHES, End, content
 from .in_memory import Cut, join
 from .virtual import JumpingClock
 
@@ -206,7 +206,7 @@ def test_a_thread_that_waits_when_the_loop_ends_is_let_go() -> None:
 
     asyncio.run(job())
     ends[0].compute.close()
-    ends[0].compute.join()
+    ends[0].compute.join(10)
 
 
 def test_a_wait_has_a_deadline_and_says_for_what() -> None:
@@ -226,6 +226,29 @@ def test_a_wait_has_a_deadline_and_says_for_what() -> None:
     try:
         loop.run_until_complete(job())
         assert loop.time() == pytest.approx(7.0)
+    finally:
+        loop.close()
+
+
+def test_nor_is_who_reads_nothing_waited_for_without_end_when_all_is_sent() -> None:
+    async def job() -> None:
+        end = End(1, timeout_s=7.0)
+        end.links[0]._send_buffer_bytes = 0  # one message always fits
+        pump = asyncio.create_task(end.transport.pump())
+        try:
+            for microbatch in range(MICROBATCHES):
+                key = replace(FIRST, microbatch=microbatch)
+                end.transport.send(0, key, content(key))
+            await asyncio.sleep(0)
+            with pytest.raises(TimeoutError, match="waited 7 s for the link to take what is sent"):
+                await end.transport.flush()
+        finally:
+            pump.cancel()
+            end.close()
+
+    loop = JumpingClock()
+    try:
+        loop.run_until_complete(job())
     finally:
         loop.close()
 

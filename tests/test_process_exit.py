@@ -47,3 +47,22 @@ def test_threads_exit_functions_and_buffers_come_first(last: str, code: int, err
     assert sorted(ended.stdout.split()) == ["main", "registered", "thread"]
     assert ended.stdout.endswith("registered")  # after the threads
     assert ended.stderr.endswith(error)
+
+
+HANGS = """
+import atexit, sys, threading
+from thinpipe.sim.launch import process_exit
+
+def main():
+    atexit.register(print, "registered")
+    threading.Thread(target=threading.Event().wait).start()
+    sys.exit(1)
+
+code = process_exit.exit_code(main, threads_s=0.2)
+process_exit.os._exit(code)
+"""
+
+
+def test_a_thread_that_hangs_keeps_no_process() -> None:
+    ended = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "registered\n", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -68,10 +69,16 @@ def test_nobody_is_late_while_somebody_is_missing(missing: tuple[float, float], 
     assert deadline.extend(60.0) is once_more
 
 
-@pytest.mark.parametrize(("fixed_s", "seconds"), [(None, 3 * LEAST_S), (5.0, 5.0)])
-def test_what_comes_after_several_rounds_has_their_time(fixed_s: float | None, seconds: float) -> None:
-    """An evaluation is as many as it takes; the user's own deadline is for every message."""
-    assert ReceiveDeadline(fixed_s=fixed_s).after(3) == seconds
+def test_an_evaluation_has_the_time_that_it_takes() -> None:
+    """Before one is done, that of as many steps; the user's own deadline is for every message."""
+    deadline = ReceiveDeadline(transfer_s=7.0)
+    assert deadline.after_evaluation(3) == LEAST_S + 3 * TIMES * 7
+    deadline.observe(50.0)
+    assert deadline.after_evaluation(3) == TIMES * (3 * 50 + 3 * 7)
+    deadline.observe_evaluation(100.0)
+    assert deadline.after_evaluation(3) == TIMES * (100 + 3 * 7)
+    assert deadline.timeout_s == TIMES * (50 + 7)  # for a step's message, no longer than before
+    assert ReceiveDeadline(fixed_s=5.0).after_evaluation(3) == 5.0
 
 
 def message(microbatch: int) -> Message:
@@ -88,7 +95,7 @@ async def sending(link: Link, deadline: ReceiveDeadline) -> AsyncIterator[SendQu
     finally:
         pump.cancel()
         codec.close()
-        codec.join()
+        codec.join(10)
 
 
 async def fill(queue: SendQueue, count: int = 10) -> None:
@@ -148,6 +155,29 @@ def test_who_is_missing_takes_nothing_and_is_waited_for() -> None:
             missing = False
             with pytest.raises(TimeoutError):
                 await filling
+
+    asyncio.run(story())
+
+
+def test_a_job_that_hangs_is_named() -> None:
+    """What waits for it to end can go on: the process, to its own end, so that another one takes its place."""
+    begun, hangs = threading.Event(), threading.Event()
+
+    def job() -> None:
+        begun.set()
+        hangs.wait()
+
+    async def story() -> None:
+        compute = Worker("compute", Stopwatch(), Tracer(stage=0, enabled=False))
+        await compute.run("forward 0", int)
+        running = asyncio.create_task(compute.run("backward 0", job))
+        await asyncio.to_thread(begun.wait)
+        compute.close()
+        with pytest.raises(TimeoutError, match=r"waited 0.1 s for this stage's 'backward 0' to end"):
+            compute.join(0.1)
+        hangs.set()
+        compute.join(10)
+        await running
 
     asyncio.run(story())
 

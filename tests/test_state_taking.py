@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from thinpipe.node.checkpoints.copy_receiver import CopyReceiver
 from thinpipe.node.checkpoints.manifest import CheckpointError, Fingerprint
 from thinpipe.node.checkpoints.store import CheckpointStore
 from thinpipe.node.lanes.chain_statuses import ChainStatuses
@@ -91,6 +93,37 @@ def test_who_asks_for_another_state_on_the_same_connection_gets_that_one(tmp_pat
         await both.close()
 
     story(job())
+
+
+def test_what_is_whole_and_read_once_more_counts_as_coming(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large state that takes longer than anybody waits for who sends nothing."""
+    complete, read, go_on = CopyReceiver.complete, threading.Event(), threading.Event()
+
+    def slow(self: CopyReceiver) -> tuple[int, int] | None:
+        read.set()
+        assert go_on.wait(10)
+        return complete(self)
+
+    async def job() -> None:
+        monkeypatch.setattr(CopyReceiver, "complete", slow)
+        both = Copies(tmp_path, latency_s=0.001)
+        both.save(1, 2)
+        both.meet()
+        asked = asyncio.create_task(both.copies[0].fetch(1, 2))
+        while not read.is_set():  # noqa: ASYNC110 (a thread's)
+            await asyncio.sleep(0.01)
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            assert now() - both.copies[0].came_s < 0.05
+        go_on.set()
+        async with asyncio.timeout(60):
+            await asked
+        came_s = both.copies[0].came_s
+        await asyncio.sleep(0.1)
+        assert both.copies[0].came_s == came_s
+        await both.close()
+
+    asyncio.run(job())
 
 
 def test_what_another_lane_offers_is_not_taken_for_what_was_asked_for(tmp_path: Path) -> None:

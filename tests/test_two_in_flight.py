@@ -122,7 +122,7 @@ def test_what_the_first_gives_leaves_while_the_second_computes() -> None:
                 await computed("both", [partial(fail, "first fails"), second], then, **given)
         finally:
             compute.close()
-            compute.join()
+            compute.join(10)
         return sent
 
     assert asyncio.run(job()) == [(0, "first"), (1, "second"), (0, "alone"), (0, "first")]

@@ -43,7 +43,8 @@ from .durable_files import sweep_incoming
 from .manifest import CheckpointError
 from .store import CheckpointStore
 
-SAID_EVERY_S = 5.0  # that a copy which is asked for is still being read
+SAID_EVERY_S = 1.0  # that a copy which is asked for is still being read
+SAID_FOR_S = 900.0  # at most: a disk that hangs is not worth a run that could go on from an older copy
 DECLINED_MAX = 64  # on one connection; who is declined so often does not listen
 
 
@@ -286,9 +287,12 @@ class CopyService:
     ) -> None:
         """What is held, again and again until the first part may go: before it does, all of the copy is read once, and
         whoever hears nothing for that long gives up."""
+        until_s = asyncio.get_running_loop().time() + SAID_FOR_S
         while session.outgoing.get(store_of_copies.stage) == (completed, None):
             await self._tell_held(side)
             await asyncio.sleep(SAID_EVERY_S)
+            if asyncio.get_running_loop().time() > until_s:
+                return
 
     async def _arrive(
         self, side: Side, session: CopySession, frame: CopyOffer | CopyPart, store_of_copies: CopyStore | None

@@ -185,9 +185,9 @@ class LinkTransport:
                 group.create_task(self._sending(peer))
 
     async def flush(self) -> None:
-        """Wait until the links have taken everything."""
+        """Wait until the links have taken everything. Raises TimeoutError."""
         for peer in self._peers.values():
-            await peer.outbox.join()
+            await self._in_time(peer.link, "the link to take what is sent", peer.outbox.join)
 
     def end(self) -> None:
         """The generation is over."""

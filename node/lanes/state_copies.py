@@ -62,7 +62,8 @@ class StateCopies:
         self._sending: dict[int, asyncio.Task[None]] = {}  # by lane
         self._heard = asyncio.Event()
         self._came = False
-        self.came_s = float("-inf")  # when an offer or a part came last that was asked for
+        self._came_s = float("-inf")  # when an offer or a part came last that was asked for
+        self._completing = False  # all of it is here, and read once more
 
     # -- for who needs one --------------------------------------------------------------------------------------------
 
@@ -130,6 +131,11 @@ class StateCopies:
                 line = f"more than {QUEUED_MAX} frames on copies unasked"
                 raise RemoteProtocolError(Fault.UNEXPECTED, line) from None
 
+    @property
+    def came_s(self) -> float:
+        """When something came last that was asked for, or was found to be whole."""
+        return asyncio.get_running_loop().time() if self._completing else self._came_s
+
     # -- within -------------------------------------------------------------------------------------------------------
 
     def _failed(self, error: Exception) -> None:
@@ -159,7 +165,8 @@ class StateCopies:
                 self._pinned[lane] = completed
                 self._store.pinned = set(self._pinned.values())
                 session.outgoing[stage] = (completed, None)
-                sending = partial(self._sender.send, lane, session, self._store, completed, verify=True)
+                # Not read once before: who asked would wait for that, and reads all of it in the end.
+                sending = partial(self._sender.send, lane, session, self._store, completed)
                 self._sending[lane] = session.begin(sending, self._failed)
             case CopyProgress():
                 if sending := session.under_way(stage, completed):
@@ -180,7 +187,7 @@ class StateCopies:
         """What was asked for is coming."""
         stage, completed = frame.stage, frame.completed_steps
         if (lane, completed) == self._wanted:
-            self.came_s = asyncio.get_running_loop().time()
+            self._came_s = asyncio.get_running_loop().time()
         try:
             if isinstance(frame, CopyPart):
                 incoming = session.incoming.get(stage)
@@ -198,7 +205,7 @@ class StateCopies:
             await self._say(lane, CopyProgress(stage=stage, completed_steps=completed, offset=offset))
             if incoming.state.done:
                 del session.incoming[stage]
-                self._came = await asyncio.to_thread(self._receiver.complete) is not None
+                self._came = await self._complete()
         except (CheckpointError, OSError) as error:
             if (lane, completed) == self._wanted:
                 session.incoming.pop(stage, None)
@@ -206,3 +213,10 @@ class StateCopies:
             line = f"stage {stage} of another lane does not take it: {error}"
             self._on_fault("copy", f"the state of lane {lane} after {completed} steps: {error}")
             await self._say(lane, CopyDeclined(stage=stage, completed_steps=completed, reason=printable(line)))
+
+    async def _complete(self) -> bool:
+        self._completing = True
+        try:
+            return await asyncio.to_thread(self._receiver.complete) is not None
+        finally:
+            self._completing, self._came_s = False, asyncio.get_running_loop().time()

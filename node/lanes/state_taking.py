@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Collection
 from ..checkpoints.manifest import CheckpointError
 from .state_copies import ASK_AGAIN_S
 
-SILENCE_S = 60.0  # without a byte of it: its source reads the whole of it before it sends any
+SILENCE_S = 60.0  # without a byte of it
 DECLINED_MAX = 3  # times that its source says so
 TRIES = 5  # of one state: its source may have been on its way back
 OTHERS_TIMES = 10  # of what this stage took: how long the other stages may

@@ -130,7 +130,9 @@ async def dial(
         except ProtocolError as error:
             blame = "refused by" if isinstance(error, RefusedError) else "refused"
             line = f"{link.name}: {blame} the node at {address}: {error}"
-            if hopeless(error, where) and not link.parting:
+            if hopeless(error, where):
+                if link.parting:
+                    return
                 raise NeighbourMismatch(line) from None
             if error.fault in PASSING:
                 pause_s = RETRY_FIRST_S

@@ -248,7 +248,8 @@ class Link:
             async with asyncio.timeout(timeout_s):
                 self._outgoing.drain()
                 await self._until_acknowledged()
-                self._outgoing.push_goodbye()
+                if not self._outgoing.goodbye_due:  # on each next connection it is said anyway
+                    self._outgoing.push_goodbye()
                 await self.peer_done.wait()
         except TimeoutError:
             raise TimeoutError(self.late("the peer's acknowledgements and goodbye", timeout_s)) from None

@@ -13,9 +13,12 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+THREADS_S = 60.0  # one that hangs, in a device or a disk, would keep a process that has failed from being replaced
 
 
 def end_with(main: Callable[[], object]) -> NoReturn:
@@ -27,9 +30,9 @@ def end_with(main: Callable[[], object]) -> NoReturn:
         os._exit(code)
 
 
-def exit_code(main: Callable[[], object]) -> int:
-    """Run it; wait for its threads, call what was registered for the exit, and write what is still in buffers. The exit
-    code that an interpreter would have had."""
+def exit_code(main: Callable[[], object], *, threads_s: float = THREADS_S) -> int:
+    """Run it; wait for its threads, for `threads_s` seconds at most, call what was registered for the exit, and write
+    what is still in buffers. The exit code that an interpreter would have had."""
     code, interrupted = 0, False
     try:
         main()
@@ -42,7 +45,8 @@ def exit_code(main: Callable[[], object]) -> int:
     except BaseException as error:
         traceback.print_exc()
         code, interrupted = 1, isinstance(error, KeyboardInterrupt)
-    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    if _threads_end(threads_s):
+        threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -51,3 +55,14 @@ def exit_code(main: Callable[[], object]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     return code
+
+
+def _threads_end(most_s: float) -> bool:
+    """Whether all do within so many seconds that an interpreter would wait for."""
+    until_s = time.monotonic() + most_s
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(max(0.0, until_s - time.monotonic()))
+            if thread.is_alive():
+                return False
+    return True
